@@ -1,0 +1,33 @@
+# make tune | test | check | ui | setup.   Other arguments: make tune ARGS="optim.lr=3e-4"
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: setup tune test check ui
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "make: $(PYTHON) is not Python 3.10 to 3.13; name one that is: make setup PYTHON=python3.11" >&2; exit 2; }
+	@echo "Making $(VENV) from pyproject.toml and constraints.txt (some minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+tune: setup
+	$(BIN)/python experiments/tune.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: setup
+	$(BIN)/python experiments/ui.py $(ARGS)

@@ -1,0 +1,17 @@
+"""What every room stands on: the base of all settings and the one kind of error a person causes."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings. The docstring under a field is its line in ``--help``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class UserError(Exception):
+    """Something the person running a script can put right.
+
+    The message is whole: what is wrong, where, and the remedy. Scripts print it without a traceback and exit with
+    status 2. Several problems found together are several lines of one message.
+    """

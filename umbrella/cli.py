@@ -1,0 +1,84 @@
+"""The command line that every script in experiments/ shares: settings in, one clear line and status 2 for a user error.
+
+    script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from umbrella.base import UserError
+from umbrella.config import Settings, describe, load_settings
+
+# Flags of the research program that people come from, as other names of settings.
+FLAGS = {
+    "--train-data": "data.train",
+    "--eval-data": "data.validation",
+    "--modality": "data.modality",
+    "--task-filter": "data.task_filter",
+    "--batch-size": "train.batch_size",
+    "--learning-rate": "optim.lr",
+    "--epochs": "train.epochs",
+    "--output-dir": "resources.storage",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for: resolved settings, the names they set on the command line, and whether to only look."""
+
+    settings: Settings
+    given: frozenset[str]
+    dry_run: bool
+
+
+def parse(argv: Sequence[str], doc: str, default_file: str | None = None) -> Request:
+    """Read a command line. ``default_file`` is the YAML file used when none is named."""
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="file.yaml | name=value", help="settings files and overrides")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    for flag, name in FLAGS.items():
+        parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
+    asked = vars(parser.parse_intermixed_args(argv))
+
+    files = asked["config"] + [word for word in asked["words"] if "=" not in word]
+    overrides: dict[str, Any] = {}
+    for name, text in [word.split("=", 1) for word in asked["words"] if "=" in word]:
+        overrides[name] = _value(name, text)
+    overrides |= {name: asked[name] for name in FLAGS.values() if asked[name] is not None}
+    if not files and default_file:
+        files = [default_file]
+    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"])
+
+
+def run_script(main: Callable[[Request], Any], doc: str, default_file: str | None = None) -> None:
+    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status: 0, or 2 for a user error."""
+    try:
+        main(parse(sys.argv[1:], doc, default_file))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        sys.exit(130)
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"{name}={text}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
+
+
+def _settings_help() -> str:
+    lines = ["settings, with their defaults:"]
+    for name, default, line in describe():
+        lines.append(f"  {name} = {default!r}\n      {line}")
+    return "\n".join(lines).replace("%", "%%")

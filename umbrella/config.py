@@ -1,0 +1,165 @@
+"""Every setting in one tree: YAML files and dotted overrides in, one frozen resolved ``Settings`` out.
+
+Each room keeps its settings in a ``settings.py`` of its own, beside what they configure; this file collects them.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from umbrella.base import Section, UserError
+from umbrella.cohort.settings import CohortSettings
+from umbrella.data.settings import DataSettings, MaskPolicy
+from umbrella.modality import DEFAULT_MODALITIES, Modality
+from umbrella.model.settings import ModelSettings
+from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSettings
+from umbrella.tuning.settings import TuneSettings
+
+
+class Settings(Section):
+    """Everything a run can be told."""
+
+    experiment: str = "umbrella"
+    """Name of the experiment in MLflow."""
+    seed: int = 0
+    """Seed of initial weights and of the order of samples."""
+    cohort: CohortSettings = CohortSettings()
+    modalities: dict[str, Modality] = DEFAULT_MODALITIES
+    """The kinds of volumes: a name as in the conversations, to its grid and patch."""
+    data: DataSettings = DataSettings()
+    mask: MaskPolicy = MaskPolicy()
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    tune: TuneSettings = TuneSettings()
+    resources: ResourceSettings = ResourceSettings()
+
+    def to_yaml(self) -> str:
+        """The resolved settings, in a form that ``load_settings`` reads back to the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+    def with_values(self, values: Mapping[str, Any]) -> "Settings":
+        """These settings with dotted names set anew. Raises UserError for a name or value that is refused."""
+        raw = self.model_dump(mode="json")
+        for name, value in values.items():
+            _put(raw, name, value)
+        return _validate(raw)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted name to value, one entry per leaf."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def load_settings(files: Sequence[str | Path] = (), overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Defaults, then YAML files in order, then dotted overrides (``{"optim.lr": 3e-4}``).
+
+    Raises:
+        UserError: an unreadable file, an unknown name (with the nearest known one), or a refused value (with what is
+            allowed).
+    """
+    raw = Settings().model_dump(mode="json")
+    for file in files:
+        _merge(raw, _read_yaml(Path(file)))
+    for name, value in (overrides or {}).items():
+        _put(raw, name, value)
+    return _validate(raw)
+
+
+def describe() -> Iterator[tuple[str, Any, str]]:
+    """(dotted name, default, one line) of every setting, in order."""
+    yield from _describe(Settings, "")
+
+
+def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, Any, str]]:
+    for name, field in section.model_fields.items():
+        inner = _section_of(field)
+        if inner:
+            yield from _describe(inner, f"{prefix}{name}.")
+        else:
+            default = field.default
+            if isinstance(default, dict):
+                default = {k: v.model_dump() if isinstance(v, Section) else v for k, v in default.items()}
+            yield prefix + name, default, " ".join((field.description or "").split())
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: holds {type(raw).__name__}, not a mapping of settings")
+    return raw
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _put(raw: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted name. Keys of ``tune.space`` are dotted names themselves; setting one to null takes it out."""
+    space = "tune.space."
+    if name.startswith(space):
+        raw["tune"]["space"][name.removeprefix(space)] = value
+        if value is None:
+            del raw["tune"]["space"][name.removeprefix(space)]
+        return
+    *parents, last = name.split(".")
+    for key in parents:
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{name}: there is no such setting{_nearest(name)}")
+    if isinstance(raw.get(last), dict) and isinstance(value, dict):
+        _merge(raw[last], value)
+    else:
+        raw[last] = value
+
+
+def _validate(raw: dict[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for issue in error.errors():
+            name = ".".join(str(part) for part in issue["loc"])
+            if issue["type"] == "extra_forbidden":
+                problems.append(f"{name}: there is no such setting{_nearest(name)}")
+            else:
+                problems.append(f"{name}={issue['input']!r}: {issue['msg']}")
+        raise UserError("\n".join(problems)) from None
+
+
+def _nearest(name: str) -> str:
+    """A hint at what was probably meant: the known name nearest as a whole or by its last part, else its siblings."""
+    known = [*Settings().flat(), *Settings.model_fields]
+    by_last = {n.rsplit(".", 1)[-1]: n for n in reversed(known)}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    close = close or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.6)]
+    if close:
+        return f"; did you mean {close[0]}?"
+    siblings = [n for n in known if n.startswith(name.rpartition(".")[0] + ".")] or list(Settings.model_fields)
+    return f"; there are {', '.join(siblings)}"
+
+
+def _flatten(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,1 @@
+"""From conversations to batches: rendering, masking, batching, and the Ray Data pipeline."""

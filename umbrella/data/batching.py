@@ -1,0 +1,166 @@
+"""Examples to a batch: padding, loss weights, volumes gathered by modality."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from umbrella.data.masking import loss_weights
+from umbrella.data.rendering import Example
+from umbrella.data.settings import MaskPolicy
+from umbrella.volumes.store import VolumeStore
+
+IGNORED = -100
+"""The label of a token that is no target, as transformers and torch have it."""
+
+
+@dataclass(frozen=True)
+class VolumeGroup:
+    """The volumes of one modality in a batch.
+
+    voxels: (n, X, Y, Z) or (n, X, Y, Z, T), float16. run: (n,), int64: volume i stands at the ``run[i]``-th run of
+    placeholders of the batch, counted row by row.
+    """
+
+    voxels: torch.Tensor
+    run: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch(Mapping[str, Any]):
+    """What a training step works on. B samples, L tokens in the longest, V volumes in all.
+
+    input_ids (B, L) int64, padded on the right; attention_mask (B, L) int64; loss_weights (B, L) float32, the weight of
+    each token as a target; image_mask (B, L) bool, True at placeholders; pixel_values: modality to its volumes;
+    num_images_per_sample (B,) int64. task_ids, task_types, sample_indices and metadata have one entry per sample and
+    never reach the model.
+
+    ``len`` counts samples, ``batch[i]`` and ``batch[i:j]`` are batches of those samples, iteration gives batches of one,
+    and ``batch["input_ids"]``, ``keys()`` and ``**batch`` read fields by name.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    loss_weights: torch.Tensor
+    image_mask: torch.Tensor
+    pixel_values: dict[str, VolumeGroup]
+    num_images_per_sample: torch.Tensor
+    task_ids: tuple[str, ...]
+    task_types: tuple[str, ...]
+    sample_indices: torch.Tensor
+    metadata: tuple[dict[str, Any], ...]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(B, L): the token itself where it is a target, -100 elsewhere."""
+        return self.input_ids.masked_fill(self.loss_weights == 0, IGNORED)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model's forward pass accepts, and nothing else."""
+        return {name: self[name] for name in ("input_ids", "attention_mask", "pixel_values", "loss_weights")}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with every tensor on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from where copies to a GPU can overlap with work."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def __len__(self) -> int:
+        return len(self.task_ids)
+
+    def __iter__(self) -> Iterator["Batch"]:  # type: ignore[override]  # samples, as one iterates over a batch
+        return (self[i] for i in range(len(self)))
+
+    def keys(self) -> Any:
+        """The names of the fields."""
+        return [field.name for field in fields(self)] + ["labels"]
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            if key not in self.keys():
+                raise KeyError(key)
+            return getattr(self, key)
+        rows = range(len(self))[key]
+        return self._rows(rows if isinstance(rows, range) else range(rows, rows + 1))
+
+    def _rows(self, rows: range) -> "Batch":
+        index = torch.tensor(rows, dtype=torch.long, device=self.input_ids.device)
+        counts = self.num_images_per_sample
+        first = torch.cumsum(counts, 0) - counts
+        runs = [r for row in rows for r in range(int(first[row]), int(first[row] + counts[row]))]
+        new_place = torch.full((int(counts.sum()),), -1, dtype=torch.long, device=index.device)
+        new_place[runs] = torch.arange(len(runs), device=index.device)
+        groups = {}
+        for name, group in self.pixel_values.items():
+            place = new_place[group.run]
+            if (place >= 0).any():
+                groups[name] = VolumeGroup(group.voxels[place >= 0], place[place >= 0])
+        return Batch(
+            input_ids=self.input_ids[index],
+            attention_mask=self.attention_mask[index],
+            loss_weights=self.loss_weights[index],
+            image_mask=self.image_mask[index],
+            pixel_values=groups,
+            num_images_per_sample=counts[index],
+            task_ids=tuple(self.task_ids[row] for row in rows),
+            task_types=tuple(self.task_types[row] for row in rows),
+            sample_indices=self.sample_indices[index],
+            metadata=tuple(self.metadata[row] for row in rows),
+        )
+
+    def _map(self, change: Any) -> "Batch":
+        tensors = {f.name: change(self[f.name]) for f in fields(self) if isinstance(self[f.name], torch.Tensor)}
+        groups = {n: VolumeGroup(change(g.voxels), change(g.run)) for n, g in self.pixel_values.items()}
+        return replace(self, pixel_values=groups, **tensors)
+
+
+def collate(
+    examples: Sequence[Example],
+    policy: MaskPolicy,
+    store: VolumeStore,
+    image_id: int,
+    pad_id: int,
+    indices: Sequence[int] | None = None,
+) -> Batch:
+    """Examples to a batch; volumes come from the store, weights from the policy.
+
+    Args:
+        image_id: the placeholder's token id.
+        pad_id: the token id that rows are filled up with; padding is never attended to and never a target.
+        indices: each example's index in its data set; 0, 1, ... when None.
+    """
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    weights = torch.zeros(len(examples), length)
+    voxels: dict[str, list[np.ndarray]] = {}
+    runs: dict[str, list[int]] = {}
+    run = 0
+    for row, example in enumerate(examples):
+        size = len(example.input_ids)
+        input_ids[row, :size] = torch.from_numpy(example.input_ids)
+        attention_mask[row, :size] = 1
+        weights[row, :size] = torch.from_numpy(loss_weights(example, policy))
+        for item in example.conversation.volumes:
+            voxels.setdefault(item.modality, []).append(store.get(item.image_path, item.modality))
+            runs.setdefault(item.modality, []).append(run)
+            run += 1
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        loss_weights=weights,
+        image_mask=(input_ids == image_id) & attention_mask.bool(),
+        pixel_values={
+            name: VolumeGroup(torch.from_numpy(np.stack(arrays)), torch.tensor(runs[name]))
+            for name, arrays in voxels.items()
+        },
+        num_images_per_sample=torch.tensor([len(example.conversation.volumes) for example in examples]),
+        task_ids=tuple(example.conversation.task_id for example in examples),
+        task_types=tuple(example.conversation.task_type for example in examples),
+        sample_indices=torch.tensor(list(indices) if indices is not None else list(range(len(examples)))),
+        metadata=tuple(example.conversation.metadata for example in examples),
+    )

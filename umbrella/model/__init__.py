@@ -1,0 +1,1 @@
+"""The model: volume embedder, vision tower, projector and language model."""

@@ -1,0 +1,52 @@
+"""Settings of the optimizer, of one training, and of what it runs on."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from umbrella.base import Section
+
+
+class OptimSettings(Section):
+    """AdamW with warm-up."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decay of matrices; norms, biases and positions have none."""
+    warmup: int = Field(20, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after warm-up: to a tenth of the peak, to zero, or not at all."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient; a larger one is scaled down to this."""
+
+
+class TrainSettings(Section):
+    """One training."""
+
+    epochs: int = Field(12, ge=1)
+    """Passes over the training conversations."""
+    batch_size: int = Field(8, ge=1)
+    """Conversations per worker and forward pass."""
+    accumulate: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between evaluations. 0: after each epoch."""
+    evaluation_batch_size: int = Field(32, ge=1)
+    """Conversations per worker and forward pass in evaluation."""
+
+
+class ResourceSettings(Section):
+    """What runs on what."""
+
+    address: str = ""
+    """Address of a running Ray cluster. Empty: RAY_ADDRESS if it is set, else a Ray of its own on this machine."""
+    workers: int = Field(1, ge=1)
+    """Data-parallel workers per training."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """CPUs reserved for each worker. Ray Data's tasks need at least half a CPU beside all workers."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs reserved for each worker; a fraction lets trials share a card."""
+    storage: str = "runs"
+    """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""

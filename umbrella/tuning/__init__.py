@@ -1,0 +1,1 @@
+"""Sweeps: search space, Ray Tune, and the answer."""
