@@ -1,11 +1,11 @@
 """The command line that every script in experiments/ shares: settings in, one clear line and status 2 for a user error.
 
-    script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
+script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,16 @@ def run_script(main: Callable[[Request], Any], doc: str, default_file: str | Non
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         sys.exit(130)
+
+
+def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
+    """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console()) as progress:
+        yield from progress.track(things, description=what)
 
 
 def _value(name: str, text: str) -> Any:

@@ -20,6 +20,8 @@ from umbrella.model.settings import ModelSettings
 from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSettings
 from umbrella.tuning.settings import TuneSettings
 
+SPACE = "tune.space."
+
 
 class Settings(Section):
     """Everything a run can be told."""
@@ -104,31 +106,28 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+def _merge(into: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> None:
+    """Lay ``new`` over ``into``. A range of ``tune.space`` replaces the whole range before it; null takes it out."""
     for key, value in new.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+        if prefix == SPACE and value is None:
+            into.pop(key, None)
+        elif prefix != SPACE and isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value, f"{prefix}{key}.")
         else:
             into[key] = value
 
 
 def _put(raw: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted name. Keys of ``tune.space`` are dotted names themselves; setting one to null takes it out."""
-    space = "tune.space."
-    if name.startswith(space):
-        raw["tune"]["space"][name.removeprefix(space)] = value
-        if value is None:
-            del raw["tune"]["space"][name.removeprefix(space)]
+    """Set a dotted name. Keys of ``tune.space`` are dotted names themselves."""
+    if name.startswith(SPACE):
+        _merge(raw["tune"]["space"], {name.removeprefix(SPACE): value}, SPACE)
         return
     *parents, last = name.split(".")
     for key in parents:
         raw = raw.setdefault(key, {})
         if not isinstance(raw, dict):
             raise UserError(f"{name}: there is no such setting{_nearest(name)}")
-    if isinstance(raw.get(last), dict) and isinstance(value, dict):
-        _merge(raw[last], value)
-    else:
-        raw[last] = value
+    _merge(raw, {last: value}, name.removesuffix(last))
 
 
 def _validate(raw: dict[str, Any]) -> Settings:

@@ -57,7 +57,7 @@ class Conversation(_Part):
 
     task_id: str
     task_type: str
-    conversations: tuple[Turn, ...] = Field(min_length=1)
+    conversations: tuple[Turn, ...]
     images: tuple[ImageReference, ...] = ()
     metadata: dict[str, Any] = {}
 
@@ -159,14 +159,24 @@ def read_conversations(
             samples.append(sample)
     if problems:
         raise UserError("\n".join(problems))
+    if not samples:
+        raise UserError(f"{path}: holds no conversation")
     return samples
 
 
 def _objects(file: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     """Each top-level object of a JSON object, list or JSON Lines file, with the line it starts on."""
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{file}: cannot be read as UTF-8 text: {error}")
+        return
     decoder = json.JSONDecoder()
-    separators = " \t\r\n,[]" if text.lstrip().startswith("[") else " \t\r\n"
+    is_list = text.lstrip().startswith("[")
+    if is_list and not text.rstrip().endswith("]"):
+        problems.append(f"{file}: not JSON: the list is not closed, so the file is probably cut short")
+        return
+    separators = " \t\r\n,[]" if is_list else " \t\r\n"
     position = line = 0
     while True:
         start = position

@@ -37,8 +37,8 @@ class Batch(Mapping[str, Any]):
     num_images_per_sample (B,) int64. task_ids, task_types, sample_indices and metadata have one entry per sample and
     never reach the model.
 
-    ``len`` counts samples, ``batch[i]`` and ``batch[i:j]`` are batches of those samples, iteration gives batches of one,
-    and ``batch["input_ids"]``, ``keys()`` and ``**batch`` read fields by name.
+    ``len`` counts samples, ``batch[i]`` and ``batch[i:j]`` are batches of those samples, iteration gives batches of
+    one, and ``batch["input_ids"]``, ``keys()`` and ``**batch`` read fields by name.
     """
 
     input_ids: torch.Tensor
@@ -78,6 +78,15 @@ class Batch(Mapping[str, Any]):
     def keys(self) -> Any:
         """The names of the fields."""
         return [field.name for field in fields(self)] + ["labels"]
+
+    # Mapping's own would take their keys from the iteration, which gives samples.
+    def items(self) -> Any:
+        """The fields with their names."""
+        return [(name, self[name]) for name in self.keys()]
+
+    def values(self) -> Any:
+        """The fields."""
+        return [self[name] for name in self.keys()]
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):

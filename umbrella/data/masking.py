@@ -17,6 +17,7 @@ def loss_weights(example: Example, policy: MaskPolicy) -> np.ndarray:
     for span in example.spans:
         if is_supervised(span, policy, last):
             weights[span.start : span.stop] = 1
+    weights[:1] = 0  # nothing stands before the first token that could predict it
     return weights
 
 

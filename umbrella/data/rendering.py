@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.base import UserError
 from umbrella.conversation import Conversation, ImageItem, TextItem
 from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN
 from umbrella.modality import Modality
+
 
 @dataclass(frozen=True)
 class Span:
@@ -60,7 +62,8 @@ class Renderer:
         """Render a conversation, with another text as the last assistant turn when ``answer`` is given.
 
         Raises:
-            UserError: more tokens than ``max_tokens``; a template that does not write turns one after another.
+            UserError: more tokens than ``max_tokens``; a template that does not write turns one after another, or
+                refuses these roles.
         """
         turns = conversation.conversations
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
@@ -106,9 +109,12 @@ class Renderer:
         frame = []
         before = ""
         for i, mark in enumerate(marks):
-            rendered = self.tokenizer.apply_chat_template(
-                messages[: i + 1], chat_template=self.template, tokenize=False
-            )
+            try:
+                rendered = self.tokenizer.apply_chat_template(
+                    messages[: i + 1], chat_template=self.template, tokenize=False
+                )
+            except TemplateError as error:
+                raise UserError(f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {error}") from None
             header, found, end = rendered.removeprefix(before).partition(mark)
             if not rendered.startswith(before) or not found:
                 raise UserError("the tokenizer's chat template does not write each turn after the ones before it")

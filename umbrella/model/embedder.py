@@ -1,6 +1,6 @@
 """Volumes to vectors: each modality's patches as one matrix product, plus learned positions per axis."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -65,10 +65,12 @@ class VolumeEmbedder(nn.Module):
         super().__init__()
         self.by_modality = nn.ModuleDict({name: ModalityEmbedder(m, width) for name, m in modalities.items()})
 
-    def reset_parameters(self) -> None:
-        """Random weights for every modality."""
-        for module in self.by_modality.values():
-            module.reset_parameters()
+    def reset_parameters(self, names: Collection[str]) -> None:
+        """Random weights for these modalities."""
+        for name in names:
+            embedder = self.by_modality[name]
+            assert isinstance(embedder, ModalityEmbedder)
+            embedder.reset_parameters()
 
     def forward(self, pixel_values: tuple[str, torch.Tensor], **unused: object) -> torch.Tensor:
         """``(modality, voxels (n, *grid))`` to (n, num_tokens, width). The tower passes its 2D options along."""

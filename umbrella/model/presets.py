@@ -62,8 +62,11 @@ def select_trainable(model: UmbrellaForConditionalGeneration, what: str) -> None
     for name, weights in parts(model).items():
         for weight in weights:
             weight.requires_grad_(name in names)
-    # The features are the output of a layer, so the norm behind the last one never has a gradient.
-    model.model.vision_tower.post_layernorm.requires_grad_(False)
+    # The features are the output of a layer: the layers behind it and the last norm never have a gradient.
+    tower, read = model.model.vision_tower, model.config.vision_feature_layer
+    deepest = max(layer % (len(tower.encoder.layers) + 1) for layer in ([read] if isinstance(read, int) else read))
+    for unused in (*tower.encoder.layers[deepest:], tower.post_layernorm):
+        unused.requires_grad_(False)
 
 
 def _tiny_config(settings: ModelSettings, kinds: dict, vocabulary: int, image_id: int) -> UmbrellaConfig:
@@ -95,14 +98,28 @@ def _from_checkpoint(checkpoint: str, kinds: dict, image_id: int) -> UmbrellaFor
             raise UserError(f"model.checkpoint={checkpoint}: is a {llava.model_type}, not a LLaVA")
         if llava.vision_config.model_type != "siglip_vision_model":
             raise UserError(
-                f"model.checkpoint={checkpoint}: its tower is {llava.vision_config.model_type}; siglip_vision_model works"
+                f"model.checkpoint={checkpoint}: its tower is {llava.vision_config.model_type};"
+                " siglip_vision_model works"
             )
-        own = {"model_type": UmbrellaConfig.model_type, "umbrella_modalities": kinds, "image_token_index": image_id}
+        own = {
+            "model_type": UmbrellaConfig.model_type,
+            "umbrella_modalities": kinds,
+            "image_token_index": image_id,
+            "vision_feature_select_strategy": "full",  # "default" drops a class token, and SigLIP has none
+        }
         config = UmbrellaConfig(**{**llava.to_dict(), **own})
-        model = UmbrellaForConditionalGeneration.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+        model, report = UmbrellaForConditionalGeneration.from_pretrained(
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.checkpoint={checkpoint}: cannot be loaded: {reason}") from None
-    if llava.model_type != config.model_type:
-        model.embedder.reset_parameters()  # a plain LLaVA has none to load
+    if report["mismatched_keys"]:
+        wrong = "; ".join(
+            f"{key} is {tuple(has)} there and {tuple(needs)} here" for key, has, needs in report["mismatched_keys"]
+        )
+        raise UserError(f"model.checkpoint={checkpoint}: does not fit these modalities: {wrong}")
+    # A plain LLaVA has no volume embedder to load, and a checkpoint of ours none for a modality that is new to it.
+    missing = report["missing_keys"]
+    model.embedder.reset_parameters([n for n in kinds if any(f".by_modality.{n}." in key for key in missing)])
     return model

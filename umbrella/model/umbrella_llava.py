@@ -46,7 +46,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     """Reads volumes and text, and says how likely each supervised token is.
 
     1. input_ids (B, L)                                → word vectors (B, L, d)
-    2. each modality's voxels (n, *grid)               → embedder (n, num_tokens, w) → tower → projector (n, num_tokens, d)
+    2. each modality's voxels (n, *grid)               → embedder (n, num_tokens, w) → tower → projector (…, d)
     3. features of all modalities, in the order of the placeholder runs they stand at, are put there
     4. language model                                  → hidden states (B, L, d)
     5. hidden states before supervised tokens (S, d)   → logits (S, words), float32 → token_nll (B, L)
@@ -65,7 +65,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         """The part that is new: patches to vectors."""
         return self.model.vision_tower.embeddings
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -118,13 +118,15 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if (lengths != sizes).any():
             wrong = int((lengths != sizes).nonzero()[0])
             raise ValueError(
-                f"row {int(starts[wrong, 0])}, run {wrong} of the batch: {int(lengths[wrong])} placeholders for a volume"
-                f" of {int(sizes[wrong])} tokens"
+                f"row {int(starts[wrong, 0])}, run {wrong} of the batch: {int(lengths[wrong])} placeholders for a"
+                f" volume of {int(sizes[wrong])} tokens"
             )
 
     def _anchor(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
-        """Zero, made of the weights of modalities that this batch lacks: data-parallel workers see the same weights."""
+        """Zero, made of the weights that this batch leaves out: data-parallel workers see the same weights."""
         absent = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
+        if not pixel_values:
+            absent += [self.model.vision_tower.encoder, self.model.multi_modal_projector]
         weights = [p for module in absent for p in module.parameters() if p.requires_grad]
         return 0.0 * sum(p.sum() for p in weights) if weights else 0.0
 

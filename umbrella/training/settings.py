@@ -45,7 +45,7 @@ class ResourceSettings(Section):
     workers: int = Field(1, ge=1)
     """Data-parallel workers per training."""
     cpus_per_worker: float = Field(0.5, gt=0)
-    """CPUs reserved for each worker. Ray Data's tasks need at least half a CPU beside all workers."""
+    """CPUs reserved for each worker. Ray's own helpers need one whole CPU beside all workers."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs reserved for each worker; a fraction lets trials share a card."""
     storage: str = "runs"

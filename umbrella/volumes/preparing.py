@@ -34,7 +34,7 @@ def prepare(voxels: np.ndarray, modality: Modality) -> np.ndarray:
     # One volume per channel, (1, T or 1, X, Y, Z): frames are resized in space and never mixed.
     stack = torch.from_numpy(np.ascontiguousarray(voxels)).reshape(*voxels.shape[:3], -1).permute(3, 0, 1, 2)[None]
     smaller = [min(size, target) for size, target in zip(stack.shape[2:], modality.grid[:3], strict=True)]
-    stack = functional.adaptive_avg_pool3d(stack, smaller)
+    stack = functional.adaptive_avg_pool3d(stack, (smaller[0], smaller[1], smaller[2]))
     stack = functional.interpolate(stack, size=modality.grid[:3], mode="trilinear", align_corners=False)
     resized = stack[0].permute(1, 2, 3, 0).reshape(modality.grid)
     scaled = (resized - resized.mean()) / resized.std().clamp_min(1e-6)

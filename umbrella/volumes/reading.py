@@ -27,6 +27,8 @@ def read_volume(path: str | Path, axes: int, max_voxels: int) -> np.ndarray:
     try:
         image = nib.load(path)
         shape = image.shape
+        if not prod(shape):
+            raise UserError(f"{path}: the header claims {shape} voxels, which is none")
         if prod(shape) > max_voxels:
             raise UserError(f"{path}: the header claims {shape} voxels, more than data.max_voxels={max_voxels}")
         if len(shape) == 4 and axes == 3 and shape[3] == 1:

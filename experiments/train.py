@@ -1,0 +1,26 @@
+"""One training with the same settings as a sweep: a run in MLflow, checkpoints, an evaluation after each epoch.
+
+Without arguments: the defaults on a phantom cohort, which is made when it is not there yet.
+"""
+
+from umbrella.cli import Request, progress_bar, run_script
+
+
+def main(request: Request) -> None:
+    """Run the training, or say what it would run."""
+    from rich.console import Console
+
+    from umbrella.tuning.describe import dry_run
+
+    settings = request.settings.with_values({"tune.space": {}})
+    if request.dry_run:
+        dry_run(settings, request.given, Console())
+        return
+    from umbrella.training.run import run_training
+
+    folder = run_training(settings, progress_bar)
+    print(f"checkpoints: {folder}\nruns in MLflow: make ui")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

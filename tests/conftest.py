@@ -1,0 +1,138 @@
+"""Shared fixtures: small real NIfTI files of awkward shapes, a few conversations about them, and the byte tokenizer.
+
+Imports that cost seconds (torch, transformers) stay inside the fixtures, so that the tests without them start at once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from umbrella.conversation import Conversation
+from umbrella.modality import Modality
+
+MODALITIES = {
+    "sMRI": Modality(grid=(4, 4, 4), patch=(2, 4, 4)),
+    "dMRI": Modality(grid=(4, 4, 4), patch=(4, 4, 4)),
+    "fMRI": Modality(grid=(4, 4, 4, 6), patch=(4, 4, 4, 2)),
+}
+AFFINE = np.array([[1, 0, 0, -3], [0, 2, 0, -5], [0, 0, 3.5, 7], [0, 0, 0, 1]])
+
+
+def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
+    """A conversation of (role, content) turns; in the content a string is text and a pair is (modality, path)."""
+    written = []
+    for role, content in turns:
+        items = [content] if isinstance(content, str) else content
+        written.append(
+            {
+                "role": role,
+                "content": [
+                    {"type": "text", "text": item}
+                    if isinstance(item, str)
+                    else {"type": "image", "modality": item[0], "image_path": str(item[1])}
+                    for item in items
+                ],
+            }
+        )
+    images = [
+        {"path": item["image_path"], "modality": item["modality"]}
+        for turn in written
+        for item in turn["content"]
+        if item["type"] == "image"
+    ]
+    sample = {"task_id": "t", "task_type": "T1", "images": images, "conversations": written}
+    return Conversation.model_validate(sample | others)
+
+
+@pytest.fixture(scope="session")
+def talk() -> Callable[..., Conversation]:
+    return make_conversation
+
+
+@pytest.fixture(scope="session")
+def modalities() -> dict[str, Modality]:
+    """2, 1 and 3 tokens per volume."""
+    return MODALITIES
+
+
+@pytest.fixture
+def brain() -> np.ndarray:
+    """A volume in which no two voxels are alike, as it lies in RAS+ axes."""
+    return np.arange(7 * 5 * 4, dtype=np.float32).reshape(7, 5, 4)
+
+
+@pytest.fixture
+def stored(tmp_path: Path, brain: np.ndarray) -> dict[str, Path]:
+    """The brain in files that all say the same: anisotropic voxels, flipped and permuted axes, big-endian, scaled."""
+    flip = AFFINE @ np.array([[-1, 0, 0, 6], [0, 1, 0, 0], [0, 0, -1, 3], [0, 0, 0, 1]])
+    images = {
+        "plain": nib.Nifti1Image(brain, AFFINE),
+        "flipped": nib.Nifti1Image(brain[::-1, :, ::-1], flip),
+        "permuted": nib.Nifti1Image(brain.transpose(2, 0, 1), AFFINE[:, [2, 0, 1, 3]]),
+        "big_endian": nib.Nifti1Image(brain, AFFINE, nib.Nifti1Header(endianness=">")),
+        "scaled": nib.Nifti1Image((2 * brain + 8).astype(np.int16), AFFINE, dtype=np.int16),
+        "mgh": nib.MGHImage(brain, AFFINE),
+    }
+    images["scaled"].header.set_slope_inter(0.5, -4)
+    paths = {name: tmp_path / f"{name}.{'mgz' if name == 'mgh' else 'nii.gz'}" for name in images}
+    paths["big_endian"] = tmp_path / "big_endian.nii"
+    for name, image in images.items():
+        nib.save(image, paths[name])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from umbrella.data.tokenizer import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Conversation]:
+    """Conversations with every mix of volumes, about real files that all differ: two modalities, none, three."""
+    folder = tmp_path_factory.mktemp("cohort")
+    draw = np.random.default_rng(0)
+    shapes = {"s1": (5, 6, 4), "s2": (4, 4, 7), "d": (3, 4, 5), "f1": (4, 5, 4, 6), "f2": (4, 4, 4, 8)}
+    for name, shape in shapes.items():
+        nib.save(nib.Nifti1Image(draw.normal(size=shape).astype(np.float32), AFFINE), folder / f"{name}.nii")
+    s1, s2, d, f1, f2 = (folder / f"{name}.nii" for name in shapes)
+    return {
+        "two": make_conversation(
+            ("user", [("fMRI", f1), "and", ("sMRI", s1), "Sex?"]),
+            ("assistant", "male."),
+            task_id="two",
+            task_type="T2",
+            metadata={"subject_id": "a", "subject_label": "male"},
+        ),
+        "none": make_conversation(("user", "Hi"), ("assistant", "Hello, you."), task_id="none"),
+        "three": make_conversation(
+            ("user", [("sMRI", s2), ("dMRI", d)]),
+            ("assistant", "Seen."),
+            ("user", ["And this?", ("fMRI", f2)]),
+            ("assistant", "63.5"),
+            task_id="three",
+            task_type="T3",
+            metadata={"subject_id": "b", "subject_label": 63.5},
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def examples(cohort: dict[str, Conversation], tokenizer: Any) -> dict[str, Any]:
+    """The conversations of the cohort, rendered."""
+    from umbrella.data.rendering import Renderer
+
+    renderer = Renderer(tokenizer, MODALITIES)
+    return {name: renderer.render(conversation) for name, conversation in cohort.items()}
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from umbrella.volumes.store import VolumeStore
+
+    return VolumeStore(tmp_path_factory.mktemp("store"), MODALITIES, max_voxels=10_000)

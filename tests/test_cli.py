@@ -1,0 +1,117 @@
+"""The command line: flags, files and overrides land in the settings, and a user's error is one line and status 2."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.base import UserError
+from umbrella.cli import FLAGS, Request, parse, run_script
+from umbrella.config import describe
+
+
+def test_every_flag_lands_in_the_setting_that_it_names() -> None:
+    values: dict[str, Any] = {
+        "--train-data": "a.json",
+        "--eval-data": "b.json",
+        "--modality": "sMRI",
+        "--task-filter": "T1",
+        "--batch-size": 3,
+        "--learning-rate": 0.00005,
+        "--epochs": 2,
+        "--output-dir": "/out",
+    }
+    assert values.keys() == FLAGS.keys()
+    argv = [word for flag, value in values.items() for word in (flag, str(value))]
+    request = parse(argv, "")
+    settings = request.settings.flat()
+    assert {flag: settings[name] for flag, name in FLAGS.items()} == values
+    assert request.given == {
+        "data.train",
+        "data.validation",
+        "data.modality",
+        "data.task_filter",
+        "train.batch_size",
+        "optim.lr",
+        "train.epochs",
+        "resources.storage",
+    }
+
+
+def test_words_with_an_equals_sign_are_overrides_and_others_are_files(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 1\nexperiment: first\n")
+    second.write_text("seed: 2\n")
+    argv = [str(first), "data.task_filter=a=b", "--dry-run", "modalities.sMRI.grid=[48, 48, 48]", str(second)]
+    request = parse(argv, "")
+    assert (request.settings.seed, request.settings.experiment, request.dry_run) == (2, "first", True)
+    assert request.settings.data.task_filter == "a=b"
+    assert request.settings.modalities["sMRI"].grid == (48, 48, 48)
+    assert request.given == {"data.task_filter", "modalities.sMRI.grid"}
+
+
+def test_the_default_file_is_read_only_when_none_is_named(tmp_path: Path) -> None:
+    default, named = tmp_path / "default.yaml", tmp_path / "named.yaml"
+    default.write_text("seed: 1\nexperiment: default\n")
+    named.write_text("seed: 2\n")
+
+    def read(*argv: str) -> tuple[int, str]:
+        settings = parse(argv, "", str(default)).settings
+        return settings.seed, settings.experiment
+
+    assert read("train.epochs=3") == (1, "default")
+    assert read(str(named)) == (2, "umbrella")
+    assert read("--config", str(named)) == (2, "umbrella")
+
+
+def test_help_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"], "What this script does.")
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "What this script does." in printed
+    assert [name for name, _, line in describe() if f"  {name} = " not in printed or line not in printed] == []
+    assert [flag for flag in FLAGS if flag not in printed] == []
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    def run(main: Callable[[Request], Any], *argv: str) -> None:
+        monkeypatch.setattr("sys.argv", ["script.py", *argv])
+        run_script(main, "")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("optim.lr=0", "error: optim.lr=0: Input should be greater than 0\n"),
+        ("optim.lt=1", "error: optim.lt: there is no such setting; did you mean optim.lr?\n"),
+        ("seed=[1", "error: seed=[1: the value is not YAML; quote it, as in 'seed=[1, 2]'\n"),
+        ("/no/such.yaml", "error: /no/such.yaml: cannot be read: No such file or directory\n"),
+    ],
+)
+def test_a_users_error_is_one_line_on_stderr_and_status_2(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], word: str, line: str
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(lambda request: pytest.fail("main was called"), word)
+    assert (left.value.code, *capsys.readouterr()) == (2, "", line)
+
+
+def test_a_users_error_inside_the_script_has_no_traceback_either(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(request: Request) -> None:
+        raise UserError("volume.nii: cannot be read")
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert (left.value.code, capsys.readouterr().err) == (2, "error: volume.nii: cannot be read\n")
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_error(run: Callable[..., Any]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(lambda request: 1 / 0)

@@ -1,0 +1,140 @@
+"""Settings: defaults, files and overrides become one frozen tree; a refusal names the key and what is allowed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from umbrella.base import UserError
+from umbrella.config import Settings, describe, load_settings
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_later_files_win_over_earlier_ones_and_overrides_over_all(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.yaml", "optim: {lr: 0.5, clip: 2.0}\ntrain: {epochs: 3}\n")
+    second = write(tmp_path / "b.yaml", "optim: {lr: 0.25, warmup: 7}\n")
+    settings = load_settings([first, second], {"optim.warmup": 9})
+    assert settings.optim.model_dump() == {
+        "lr": 0.25,
+        "weight_decay": 0.01,
+        "warmup": 9,
+        "schedule": "cosine",
+        "clip": 2.0,
+    }
+    assert settings.train.epochs == 3
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_settings([write(tmp_path / "a.yaml", "# nothing yet\n")]) == Settings()
+
+
+def test_an_override_reaches_into_one_modality_and_leaves_the_others() -> None:
+    settings = load_settings(overrides={"modalities.sMRI.grid": [48, 48, 48]})
+    assert settings.modalities["sMRI"].num_tokens == 216
+    assert settings.modalities["sMRI"].patch == (8, 8, 8)
+    assert settings.modalities["fMRI"] == Settings().modalities["fMRI"]
+
+
+def test_an_override_adds_a_modality() -> None:
+    settings = load_settings(overrides={"modalities.PET": {"grid": [8, 8, 8], "patch": [4, 4, 4]}})
+    assert list(settings.modalities) == ["sMRI", "dMRI", "fMRI", "PET"]
+
+
+def test_the_space_is_keyed_by_dotted_names_and_null_takes_one_out(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "sweep.yaml",
+        "tune: {space: {optim.lr: {loguniform: [0.0001, 0.01]}, mask.supervise: {grid: [all, assistant]}}}\n",
+    )
+    taken_out = load_settings([file], {"tune.space.optim.lr": None, "tune.space.seed": {"grid": [0, 1]}})
+    assert taken_out.tune.space == {"mask.supervise": {"grid": ["all", "assistant"]}, "seed": {"grid": [0, 1]}}
+
+
+@pytest.mark.parametrize("by", ["file", "override", "mapping"])
+def test_a_new_range_replaces_the_one_before_it_and_does_not_mix_with_it(tmp_path: Path, by: str) -> None:
+    old = write(tmp_path / "old.yaml", "tune: {space: {optim.lr: {loguniform: [0.0001, 0.01]}}}\n")
+    new = write(tmp_path / "new.yaml", "tune: {space: {optim.lr: {grid: [0.5]}}}\n")
+    overrides = {
+        "file": {},
+        "override": {"tune.space.optim.lr": {"grid": [0.5]}},
+        "mapping": {"tune.space": {"optim.lr": {"grid": [0.5]}}},
+    }[by]
+    files = [old, new] if by == "file" else [old]
+    assert load_settings(files, overrides).tune.space == {"optim.lr": {"grid": [0.5]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("optim.learning_rte", "optim.learning_rte: there is no such setting"),
+        ("optim.wieght_decay", "did you mean optim.weight_decay?"),
+        ("cohort.sed", "did you mean cohort.seed?"),
+        ("batch_size", "did you mean train.batch_size?"),
+        ("optm.lr", "did you mean optim?"),
+        ("optim.lr.peak", "optim.lr.peak: there is no such setting"),
+        ("cohort.xyzzy", "there are cohort.subjects, cohort.seed"),
+        ("modalities.sMRI.patches", "did you mean modalities.sMRI.patch?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(name: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_settings(overrides={name: 1})
+    assert hint in str(caught.value)
+
+
+def test_a_refused_value_names_the_key_the_value_and_what_is_allowed() -> None:
+    with pytest.raises(UserError) as caught:
+        load_settings(overrides={"optim.lr": -1, "mask.supervise": "some", "train.epochs": "many"})
+    supervise, rate, epochs = str(caught.value).split("\n")
+    assert supervise.startswith("mask.supervise='some': Input should be 'assistant', 'last_assistant' or 'all'")
+    assert rate == "optim.lr=-1: Input should be greater than 0"
+    assert epochs.startswith("train.epochs='many': Input should be a valid integer")
+
+
+def test_a_bad_patch_is_named_by_its_modality() -> None:
+    with pytest.raises(UserError, match=r"modalities\.sMRI=.*does not divide grid \(48, 48, 48\)"):
+        load_settings(overrides={"modalities.sMRI": {"grid": [48, 48, 48], "patch": [7, 8, 8]}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("- a\n", "holds list, not a mapping"), (None, "No such file")]
+)
+def test_a_file_that_is_no_settings_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    if text is not None:
+        write(file, text)
+    with pytest.raises(UserError, match=rf"bad\.yaml: .*{message}"):
+        load_settings([file])
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().optim.lr = 1.0
+
+
+def test_the_written_settings_read_back_to_the_same(tmp_path: Path) -> None:
+    changed = {"tune.space.optim.lr": {"grid": [1e-5]}, "modalities.dMRI.grid": [8, 8, 8], "data.train": "a: b"}
+    settings = load_settings(overrides=changed)
+    assert load_settings([write(tmp_path / "resolved.yaml", settings.to_yaml())]) == settings != Settings()
+
+
+def test_new_values_make_new_settings() -> None:
+    old = Settings()
+    assert old.with_values({"optim.lr": 0.5}).flat()["optim.lr"] == 0.5
+    assert old.flat()["optim.lr"] == 0.001
+
+
+def test_every_setting_has_a_line_that_says_what_it_does() -> None:
+    undocumented = [name for name, _, line in describe() if not line.endswith(".")]
+    assert undocumented == []
+    assert {"optim.lr", "modalities", "tune.space", "resources.storage"} <= {name for name, _, _ in describe()}
+
+
+def test_importing_the_settings_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, umbrella, umbrella.config, umbrella.cli; print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,135 @@
+"""Ray Data: references in a seeded order, dealt to the workers; volumes join them where batches are made.
+
+A row is two numbers: ``position``, its place in the whole training, and ``sample``, an index into the table of
+conversations. The table is one Arrow column of JSON in Ray's object store, shared by every worker of a node.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from umbrella.conversation import Conversation
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset
+
+ROWS_PER_BLOCK = 1024
+
+
+def sample_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of ``size`` samples in an epoch: a permutation that depends on (seed, epoch) and nothing else."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sample each worker sees at each step. Epochs follow each other without a seam.
+
+    Position p is sample ``sample_order(seed, p // size)[p % size]``. A step takes the next
+    ``workers * batch_size * accumulate`` positions. The last step may reach past the last epoch: ``surplus`` positions,
+    taken from the order that a further epoch would have. Nothing is dropped.
+    """
+
+    size: int
+    seed: int
+    epochs: int
+    workers: int
+    batch_size: int
+    accumulate: int
+
+    @property
+    def per_step(self) -> int:
+        """Samples in one global batch."""
+        return self.workers * self.batch_size * self.accumulate
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return ceil(self.epochs * self.size / self.per_step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps after which an epoch has been seen."""
+        return ceil(self.size / self.per_step)
+
+    @property
+    def surplus(self) -> int:
+        """Samples of the last step that lie past the last epoch."""
+        return self.steps * self.per_step - self.epochs * self.size
+
+    def positions(self, rank: int, start: int = 0) -> np.ndarray:
+        """The positions that one worker sees, in order, from position ``start`` (a whole number of steps) on."""
+        everything = np.arange(start, self.steps * self.per_step)
+        return everything.reshape(-1, self.workers, self.batch_size)[:, rank].reshape(-1)
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """The sample at each position."""
+        epochs = positions // self.size
+        samples = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = sample_order(self.seed, int(epoch), self.size)[positions[here] % self.size]
+        return samples
+
+
+def to_table(conversations: Sequence[Conversation]) -> pa.Table:
+    """Conversations as one column of JSON."""
+    return pa.table({"conversation": pa.array([c.model_dump_json() for c in conversations], pa.large_string())})
+
+
+def from_table(table: pa.Table, sample: int) -> Conversation:
+    """The conversation at an index."""
+    return Conversation.model_validate_json(table["conversation"][sample].as_py())
+
+
+def train_datasets(plan: Plan, position: Callable[[], int]) -> dict[str, Callable[[], "Dataset"]]:
+    """One data set factory per worker, named ``train-<rank>``: it holds exactly that worker's rows, in order.
+
+    Ray's own split drops up to ``workers - 1`` rows and deals blocks by who asks first; this one is exact and the same
+    in every run. ``position`` is asked when the workers start, so a restart continues where the checkpoint says.
+    """
+
+    def factory(rank: int) -> Callable[[], "Dataset"]:
+        def make() -> "Dataset":
+            positions = plan.positions(rank, position())
+            return _dataset(position=positions, sample=plan.samples(positions))
+
+        return make
+
+    return {f"train-{rank}": factory(rank) for rank in range(plan.workers)}
+
+
+def evaluation_datasets(size: int, workers: int) -> dict[str, Callable[[], "Dataset"]]:
+    """One data set factory per worker, named ``validation-<rank>``: every sample once, in order, dealt in turn."""
+
+    def factory(rank: int) -> Callable[[], "Dataset"]:
+        samples = np.arange(rank, size, workers)
+        return lambda: _dataset(position=samples, sample=samples)
+
+    return {f"validation-{rank}": factory(rank) for rank in range(workers)}
+
+
+def batches(shard: "DataIterator", batch_size: int, prefetch: int, make: Callable[[np.ndarray], Any]) -> Iterator[Any]:
+    """Iterate over a worker's shard; ``make(samples (batch_size,))`` runs ahead of the consumer, in Ray Data's threads."""
+    from ray.data.collate_fn import NumpyBatchCollateFn
+
+    class Collate(NumpyBatchCollateFn):
+        def __call__(self, rows: Mapping[str, np.ndarray]) -> Any:
+            return make(rows["sample"])
+
+    yield from shard.iter_torch_batches(
+        batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
+    )
+
+
+def _dataset(**columns: np.ndarray) -> "Dataset":
+    import ray
+
+    table = pa.table(columns)
+    # Blocks made here need no Ray task: on two cores, starting task processes costs more than all the reading.
+    blocks = [table.slice(i, ROWS_PER_BLOCK) for i in range(0, table.num_rows, ROWS_PER_BLOCK)]
+    return ray.data.from_arrow(blocks or [table])

@@ -1,0 +1,1 @@
+"""Scores of answers by likelihood, and metrics over subjects."""

@@ -1,0 +1,57 @@
+"""Metrics of scored conversations, over subjects."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from umbrella.evaluation.scoring import Scored
+
+
+def balanced_accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
+    """The mean over the true classes of the share of that class predicted right; chance is 1 / classes.
+
+    ``None`` predicts nothing and is wrong.
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    for label, guess in zip(truth, predicted, strict=True):
+        right[label].append(label == guess)
+    return sum(sum(hits) / len(hits) for hits in right.values()) / len(right)
+
+
+def summarise(scored: Iterable[Scored], prefix: str = "validation") -> dict[str, float]:
+    """Metrics of an evaluation.
+
+    ``<prefix>/loss``: mean nats per token of the true last answers.
+    ``<prefix>/<target>/balanced_accuracy``: over subjects. A subject's prediction is the label of the highest mean
+    probability over the subject's conversations; equal means predict nothing.
+    ``<prefix>/<target>/accuracy``: over conversations.
+    ``<prefix>/balanced_accuracy``: the mean of the above over targets; absent where no target has classes.
+    """
+    scored = list(scored)
+    metrics = {f"{prefix}/loss": sum(s.answer_nll for s in scored) / sum(s.answer_tokens for s in scored)}
+    classes = [s for s in scored if s.probabilities]
+    by_target: dict[str, list[Scored]] = defaultdict(list)
+    for one in classes:
+        by_target[one.target].append(one)
+    over_subjects = []
+    for target, group in sorted(by_target.items()):
+        subjects: dict[str, list[Scored]] = defaultdict(list)
+        for one in group:
+            subjects[one.subject_id].append(one)
+        truth = [str(answers[0].label) for answers in subjects.values()]
+        guesses = [_most_likely(_mean([a.probabilities for a in answers])) for answers in subjects.values()]
+        over_subjects.append(balanced_accuracy(truth, guesses))
+        metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
+        metrics[f"{prefix}/{target}/accuracy"] = sum(_most_likely(s.probabilities) == s.label for s in group) / len(group)
+    if over_subjects:
+        metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
+    return metrics
+
+
+def _mean(probabilities: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {label: sum(p[label] for p in probabilities) / len(probabilities) for label in probabilities[0]}
+
+
+def _most_likely(probabilities: dict[str, float]) -> str | None:
+    best = max(probabilities.values())
+    winners = [label for label, probability in probabilities.items() if probability == best]
+    return winners[0] if len(winners) == 1 else None

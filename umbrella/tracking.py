@@ -1,0 +1,129 @@
+"""MLflow: the only module that imports it. One run per training; trials of a sweep are children of one parent run."""
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+
+from umbrella.base import UserError
+
+TRIAL, PARENT, OUTCOME = "ray.trial_id", "mlflow.parentRunId", "umbrella.outcome"
+MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
+
+
+def tracking_uri(storage: str | Path) -> str:
+    """Where runs are kept: ``MLFLOW_TRACKING_URI`` if it is set, else an SQLite file in the storage folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+
+
+def open_experiment(uri: str, name: str, storage: str | Path) -> str:
+    """The experiment's id, made when missing. To be called in the driver, before any worker opens the database.
+
+    Raises:
+        UserError: the store cannot be reached, or the experiment was deleted there.
+    """
+    try:
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            artifacts = (Path(storage).absolute() / "artifacts").as_uri() if uri.startswith("sqlite:") else None
+            return client.create_experiment(name, artifact_location=artifacts)
+    except MlflowException as error:
+        raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:300]}") from None
+    if experiment.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
+    return experiment.experiment_id
+
+
+class Tracker:
+    """One MLflow run. Metrics are gathered and written together by ``flush``, since each request costs up to 70 ms."""
+
+    def __init__(self, uri: str, run: Run) -> None:
+        self.client = MlflowClient(uri)
+        self.run_id = run.info.run_id
+        self._pending: list[Metric] = []
+
+    @classmethod
+    def start(
+        cls, uri: str, experiment: str, name: str, *, parent: str | None = None, trial: str | None = None
+    ) -> "Tracker":
+        """A new run, or the one that this trial already has."""
+        client = MlflowClient(uri)
+        if trial:
+            found = find_trial(client, experiment, trial)
+            if found:
+                client.update_run(found.info.run_id, status="RUNNING")
+                return cls(uri, found)
+        tags = {"mlflow.source.name": "umbrella", **code_version()}
+        tags |= {PARENT: parent} if parent else {}
+        tags |= {TRIAL: trial} if trial else {}
+        return cls(uri, client.create_run(experiment, run_name=name, tags=tags))
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; a resumed run keeps what it has."""
+        known = self.client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)) for name, value in values.items() if name not in known]
+        for i in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=new[i : i + MAX_PARAMS])
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags."""
+        self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in values.items()])
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Gather metrics of a step."""
+        now = int(time.time() * 1000)
+        self._pending += [Metric(name, float(value), now, step) for name, value in values.items()]
+
+    def flush(self) -> None:
+        """Write the gathered metrics."""
+        pending, self._pending = self._pending, []
+        for i in range(0, len(pending), MAX_METRICS):
+            self.client.log_batch(self.run_id, metrics=pending[i : i + MAX_METRICS])
+
+    def text(self, content: str, file: str) -> None:
+        """Save a text as an artifact."""
+        self.client.log_text(self.run_id, content, file)
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Save a file as an artifact."""
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def end(self, status: str = "FINISHED", outcome: str = "finished") -> None:
+        """Close the run. ``status``: FINISHED, FAILED or KILLED; ``outcome``: also tells early stopping apart."""
+        self.flush()
+        self.tags({OUTCOME: outcome})
+        self.client.set_terminated(self.run_id, status)
+
+
+def find_trial(client: MlflowClient, experiment: str, trial: str) -> Run | None:
+    """The run of a trial, by its tag."""
+    found = client.search_runs([experiment], f"tags.`{TRIAL}` = '{trial}'", max_results=1)
+    return found[0] if found else None
+
+
+def close_trial(uri: str, experiment: str, trial: str, status: str, outcome: str) -> None:
+    """End a trial's run from the driver, where its worker may have been stopped before it could. Outcome as in ``end``."""
+    client = MlflowClient(uri)
+    run = find_trial(client, experiment, trial)
+    if run and not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
+        Tracker(uri, run).end(status, outcome)
+
+
+def code_version() -> dict[str, str]:
+    """The git commit of this code and whether files differ from it; empty outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    with suppress(OSError, subprocess.CalledProcessError):
+        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain")))}
+    return {}

@@ -1,0 +1,180 @@
+"""One training: what it needs on a cluster, and the TorchTrainer that runs it."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.data import ExecutionOptions
+from ray.train import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from umbrella.base import UserError
+from umbrella.config import Settings
+from umbrella.data.loading import Progress as ProgressBar
+from umbrella.data.loading import Splits, fill_store, load_splits, open_store
+from umbrella.data.pipeline import evaluation_datasets, to_table, train_datasets
+from umbrella.data.rendering import Renderer
+from umbrella.data.settings import MaskPolicy
+from umbrella.data.tokenizer import load_tokenizer
+from umbrella.evaluation.scoring import check_candidates, find_candidates
+from umbrella.tracking import close_trial, open_experiment, tracking_uri
+from umbrella.training.checkpoint import read_progress
+from umbrella.training.settings import ResourceSettings
+from umbrella.training.statement import mask_audit
+from umbrella.training.worker import Job, train_loop
+
+SPARE_CPUS = 1.0
+"""What must stay free beside the workers: Ray Train and Ray Data place helpers that ask for one CPU to be placed and
+none to run. Where less than one is free they wait for ever, and the trainings with them, without a word."""
+
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often reports are fetched: 2 s unless told otherwise
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Ray's settings for every process of ours; what the person has set stays."""
+
+
+def start_ray(resources: ResourceSettings, log_to_driver: bool) -> None:
+    """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
+    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=log_to_driver,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
+            **own,
+        )
+    except ConnectionError as error:
+        raise UserError(f"resources.address={address}: {' '.join(str(error).split())[:300]}") from None
+
+
+def trainings_that_fit(resources: ResourceSettings, available: dict[str, float]) -> int:
+    """How many trainings run at once on a cluster: as many as their reservations allow, and no more workers than CPUs.
+
+    Raises:
+        UserError: not even one does; says what is short.
+    """
+    cpus = resources.workers * resources.cpus_per_worker
+    gpus = resources.workers * resources.gpus_per_worker
+    have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
+    if cpus + SPARE_CPUS > have_cpus:
+        raise UserError(
+            f"resources: {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's helpers"
+            f" need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or .workers"
+        )
+    if gpus > have_gpus:
+        raise UserError(
+            f"resources: {resources.workers} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray has"
+            f" {have_gpus:g}; lower resources.gpus_per_worker or .workers"
+        )
+    by_cpu = max(1, min(int((have_cpus - SPARE_CPUS) / cpus), int(have_cpus / resources.workers)))
+    return min(by_cpu, int(have_gpus / gpus)) if gpus else by_cpu
+
+
+def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], metric: str) -> None:
+    """Find what would end a training at its start, or leave it without the metric that decides, before anything starts.
+
+    Raises:
+        UserError: a policy that supervises no token; a label without a candidate answer; a metric that these data do
+            not give.
+    """
+    tokenizer = load_tokenizer(settings.model.checkpoint)
+    renderer = Renderer(tokenizer, settings.modalities, settings.data.max_tokens)
+    for policy in policies:
+        mask_audit(splits.train, renderer, policy)
+    candidates = find_candidates(splits.train)
+    check_candidates(splits.validation, candidates)
+    targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})
+    known = ["validation/loss"]
+    if targets:
+        known += ["validation/balanced_accuracy"]
+        known += [f"validation/{t}/{name}" for t in targets for name in ("balanced_accuracy", "accuracy")]
+    if metric not in known:
+        raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss)")
+
+
+def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> Job:
+    """The job of one training, its tables put into Ray's object store."""
+    return Job(
+        settings=settings,
+        train=ray.put(to_table(splits.train)),
+        validation=ray.put(to_table(splits.validation)),
+        train_size=len(splits.train),
+        validation_size=len(splits.validation),
+        candidates=find_candidates(splits.train),
+        fingerprint=splits.fingerprint,
+        tracking=tracking,
+        folder=folder,
+    )
+
+
+def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
+    """The trainer of a job. A trainer of a job whose folder holds checkpoints continues from the last one."""
+    resources, tune = job.settings.resources, job.settings.tune
+    folder = Path(job.folder)
+
+    def position() -> int:
+        steps = sorted(folder.glob("step_*/progress.json"))
+        return read_progress(steps[-1].parent).position if steps else 0
+
+    per_worker = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        datasets=train_datasets(job.plan, position) | evaluation_datasets(job.validation_size, job.plan.workers),
+        dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
+        scaling_config=ScalingConfig(
+            num_workers=job.plan.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            storage_path=str(folder.parent),
+            name=folder.name,
+            callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            # The newest one, to resume from, is kept beside the best.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=tune.metric, checkpoint_score_order=tune.mode
+            ),
+        ),
+    )
+
+
+def run_training(settings: Settings, progress: ProgressBar) -> Path:
+    """One training from settings to checkpoints; returns the folder that they lie in.
+
+    Raises:
+        UserError: whatever is wrong with settings or data, before anything starts; or what ended the training.
+    """
+    splits = load_splits(settings, progress)
+    fill_store(splits, open_store(settings), progress)
+    check(settings, splits, [settings.mask], settings.tune.metric)
+    storage = Path(settings.resources.storage).absolute()
+    uri = tracking_uri(storage)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    start_ray(settings.resources, log_to_driver=True)
+    trainings_that_fit(settings.resources, ray.cluster_resources())
+    name = time.strftime("train-%Y%m%d-%H%M%S")
+    tracking = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
+    job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
+    try:
+        make_trainer(job).fit()
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        close_trial(uri, experiment, name, "KILLED" if killed else "FAILED", "killed" if killed else "failed")
+        raise
+    return Path(job.folder)

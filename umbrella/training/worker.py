@@ -1,0 +1,234 @@
+"""The Ray Train worker loop: what runs in each worker process of one training."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import transformers
+from ray.train.torch import get_device, prepare_model
+from torch import distributed
+
+from umbrella.config import Settings
+from umbrella.conversation import Conversation
+from umbrella.data.batching import Batch, collate
+from umbrella.data.loading import open_store
+from umbrella.data.pipeline import Plan, batches, from_table
+from umbrella.data.rendering import Example, Renderer
+from umbrella.data.settings import MaskPolicy
+from umbrella.data.tokenizer import load_tokenizer
+from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.scoring import Candidates, Scored, score
+from umbrella.model.presets import build_model, parts
+from umbrella.tracking import Tracker
+from umbrella.training.checkpoint import Progress, restore, save_checkpoint
+from umbrella.training.optimizer import build_optimizer, build_schedule
+from umbrella.training.statement import mask_audit, statement
+from umbrella.training.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of one training is told."""
+
+    settings: Settings
+    train: ray.ObjectRef
+    """Table of the training conversations, see ``data.pipeline.to_table``."""
+    validation: ray.ObjectRef
+    train_size: int
+    validation_size: int
+    candidates: Candidates
+    fingerprint: str
+    """Names the data, see ``data.loading.Splits.fingerprint``."""
+    tracking: dict[str, str | None]
+    """Arguments of ``Tracker.start``."""
+    folder: str
+    """Where Ray Train keeps this training's checkpoints."""
+
+    @property
+    def plan(self) -> Plan:
+        """Which sample each worker sees at each step."""
+        train = self.settings.train
+        return Plan(
+            size=self.train_size,
+            seed=self.settings.seed,
+            epochs=train.epochs,
+            workers=self.settings.resources.workers,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+        )
+
+
+def train_loop(config: dict[str, Job]) -> None:
+    """Train from the last checkpoint, or from the start, to the end of the plan."""
+    Worker(config["job"]).run()
+
+
+class Worker:
+    """One process of a training. Rank 0 also tracks the run and writes checkpoints."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.settings, self.plan = job, job.settings, job.plan
+        transformers.utils.logging.disable_progress_bar()
+        self.rank = ray.train.get_context().get_world_rank()
+        self.device = get_device()
+        self.dtype = getattr(torch, self.settings.model.dtype)
+        self.train_table: pa.Table = ray.get(job.train)
+        self.validation_table: pa.Table = ray.get(job.validation)
+        self.tokenizer = load_tokenizer(self.settings.model.checkpoint)
+        self.renderer = Renderer(self.tokenizer, self.settings.modalities, self.settings.data.max_tokens)
+        self.store = open_store(self.settings)
+
+        torch.manual_seed(self.settings.seed)
+        self.model = build_model(
+            self.settings.model, self.settings.modalities, len(self.tokenizer), self.renderer.image_id
+        ).to(self.device)
+        self.parts = parts(self.model)
+        self.optimizer = build_optimizer(self.model, self.settings.optim)
+        self.schedule = build_schedule(self.optimizer, self.settings.optim, self.plan.steps)
+        self.progress = Progress()
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint:
+            with checkpoint.as_directory() as folder:
+                self.progress = restore(folder, self.model, self.optimizer, self.schedule)
+        self.tracker = self._start_tracking() if self.rank == 0 else None
+
+    def run(self) -> None:
+        """The loop: a step, and an evaluation with a checkpoint wherever one is due."""
+        model = prepare_model(self.model, move_to_device=False) if self.plan.workers > 1 else self.model
+        model.train()
+        every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
+        stream = self._training_batches()
+        since = time.perf_counter()
+        waited, first = 0.0, self.progress.step
+        for step in range(first + 1, self.plan.steps + 1):
+            asked = time.perf_counter()
+            micro_batches = [next(stream).to(self.device) for _ in range(self.settings.train.accumulate)]
+            waited += time.perf_counter() - asked
+            result = train_step(
+                model, micro_batches, self.optimizer, self.schedule, self.settings.optim.clip, self.parts, self.dtype
+            )
+            self.progress = Progress(step, step * self.plan.per_step)
+            self._track_step(result)
+            if step % every == 0 or step == self.plan.steps:
+                spent = time.perf_counter() - since
+                pace = {
+                    "train/samples_per_second": (step - first) * self.plan.per_step / spent,
+                    "train/waiting_for_data": waited / spent,
+                }
+                self._evaluate_and_report(result, pace)
+                since = time.perf_counter()
+                waited, first = 0.0, step
+        if self.tracker:
+            self.tracker.end()
+
+    def _training_batches(self) -> Iterator[Batch]:
+        def make(samples: np.ndarray) -> Batch:
+            examples = [self.renderer.render(from_table(self.train_table, int(i))) for i in samples]
+            return self._collate(examples, self.settings.mask, samples)
+
+        shard = ray.train.get_dataset_shard(f"train-{self.rank}")
+        return batches(shard, self.settings.train.batch_size, self.settings.data.prefetch, make)
+
+    def _collate(self, examples: Sequence[Example], policy: MaskPolicy, samples: Any = None) -> Batch:
+        pad = self.tokenizer.pad_token_id
+        return collate(examples, policy, self.store, self.renderer.image_id, 0 if pad is None else pad, samples)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Score the validation split, each worker its share; the metrics are of the whole on every worker."""
+        self.model.eval()
+        scored: list[Scored] = []
+        shard = ray.train.get_dataset_shard(f"validation-{self.rank}")
+        for conversations in batches(shard, self.settings.train.evaluation_batch_size, 1, self._validation_rows):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                scored += score(
+                    self.model, conversations, self.renderer, self._collate, self.job.candidates, self.device
+                )
+        if distributed.is_initialized():
+            gathered: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(gathered, scored)
+            scored = [one for part in gathered for one in part]
+        self.model.train()
+        return summarise(scored)
+
+    def _validation_rows(self, samples: np.ndarray) -> list[Conversation]:
+        return [from_table(self.validation_table, int(i)) for i in samples]
+
+    def _track_step(self, result: StepResult) -> None:
+        if self.tracker:
+            values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
+            values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
+            values["train/supervised_tokens"] = result.supervised_tokens
+            self.tracker.metrics(values, self.progress.step)
+
+    def _evaluate_and_report(self, result: StepResult, pace: dict[str, float]) -> None:
+        measured = pace | self._evaluate()
+        name = f"step_{self.progress.step:07d}"
+        report: dict[str, Any] = {
+            "step": self.progress.step,
+            "steps": self.plan.steps,
+            "epoch": self.progress.position / self.plan.size,
+            "train/loss": result.loss,
+            "train/lr": result.lr,
+            "checkpoint": f"{self.job.folder}/{name}",
+            **measured,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.tracker:
+                self.tracker.metrics(measured, self.progress.step)
+                self.tracker.flush()
+                yaml = self.settings.to_yaml()
+                save_checkpoint(
+                    folder, self.model, self.tokenizer, self.optimizer, self.schedule, self.progress, yaml
+                )
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                print(progress_line(report), flush=True)
+            ray.train.report(report, checkpoint=checkpoint, checkpoint_dir_name=name)
+
+    def _start_tracking(self) -> Tracker:
+        """Open the run, and say there and in the log what this training is."""
+        conversations = _Lazy(self.train_table.num_rows, lambda i: from_table(self.train_table, i))
+        table = mask_audit(conversations, self.renderer, self.settings.mask)
+        moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
+        text = statement(table, self.settings.mask, moving, self.settings.modalities)
+        tracker = Tracker.start(**self.job.tracking)  # type: ignore[arg-type]
+        settings = {name: value for name, value in self.settings.flat().items() if not name.startswith("tune.")}
+        tracker.params(settings | {"data.fingerprint": self.job.fingerprint})
+        tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
+        tracker.text(self.settings.to_yaml(), "settings.yaml")
+        tracker.text(text, "statement.txt")
+        for row in table:
+            name = f"supervised/{row['role']}/{row['kind']}"
+            tracker.metrics({name: int(row["supervised"])}, self.progress.step)
+        tracker.flush()
+        print(text, flush=True)
+        return tracker
+
+
+class _Lazy(Sequence):
+    """A table's conversations as a sequence that parses only what is asked for."""
+
+    def __init__(self, size: int, get: Callable[[int], Any]) -> None:
+        self.size, self.get = size, get
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        picked = range(self.size)[index]
+        return [self.get(i) for i in picked] if isinstance(picked, range) else self.get(picked)
+
+
+def progress_line(report: dict[str, Any]) -> str:
+    """One line on how far a training is."""
+    wanted = ("train/loss", "train/lr", "train/samples_per_second", "train/waiting_for_data")
+    shown = [name for name in report if name in wanted or name.startswith("validation/")]
+    values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
+    return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"

@@ -1,0 +1,116 @@
+"""The answer of a sweep: trials ranked by the metric, a figure, the best settings and where the checkpoint lies."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from umbrella.tuning.monitor import FAILED, FINISHED, STOPPED
+from umbrella.tuning.space import label
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as it ended. ``metric``, ``loss``, ``step`` and ``checkpoint`` are of its best kept checkpoint."""
+
+    trial_id: str
+    point: dict[str, Any]
+    state: str
+    metric: float | None = None
+    loss: float | None = None
+    step: int | None = None
+    checkpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The trial in words."""
+        return label(self.point)
+
+
+def rank(results: Any, metric: str, mode: str) -> list[Trial]:
+    """Ray Tune's results, best first: by the metric, then by validation loss; failed trials last."""
+    sign = 1 if mode == "max" else -1
+    trials = [_trial(result, metric, sign) for result in results]
+    return sorted(trials, key=lambda t: _order(t.metric, t.loss, sign))
+
+
+def _order(metric: float | None, loss: float | None, sign: int) -> tuple[float, float]:
+    return (float("inf"), 0.0) if metric is None or loss is None else (-sign * metric, loss)
+
+
+def _trial(result: Any, metric: str, sign: int) -> Trial:
+    trial_id = Path(result.path).name.split("_")[1] if not result.metrics else result.metrics["trial_id"]
+    history = result.metrics_dataframe
+    kept = [] if history is None or "checkpoint" not in history else history.to_dict("records")
+    kept = [row for row in kept if Path(row["checkpoint"]).is_dir()]
+    if not kept:
+        return Trial(trial_id, dict(result.config), FAILED)
+    best = min(kept, key=lambda row: _order(row[metric], row["validation/loss"], sign))
+    ended = FINISHED if kept[-1]["step"] >= kept[-1]["steps"] else STOPPED
+    return Trial(
+        trial_id=trial_id,
+        point=dict(result.config),
+        state=FAILED if result.error else ended,
+        metric=best[metric],
+        loss=best["validation/loss"],
+        step=int(best["step"]),
+        checkpoint=best["checkpoint"],
+    )
+
+
+def ranking_table(trials: Sequence[Trial], metric: str) -> Table:
+    """The trials as a table for the terminal."""
+    table = Table(title="trials, best first", title_justify="left")
+    for name in ("trial", "state", "step", "validation/loss", metric):
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+    for t in trials:
+        numbers = ["" if value is None else f"{value:.4g}" for value in (t.step, t.loss, t.metric)]
+        table.add_row(t.name, t.state, *numbers)
+    return table
+
+
+def write_csv(trials: Sequence[Trial], metric: str, file: Path) -> None:
+    """The ranking as CSV: one column per swept setting."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        names = list(trials[0].point) if trials else []
+        writer.writerow(["trial", *names, "state", "step", "validation/loss", metric, "checkpoint"])
+        for t in trials:
+            values = [t.point[name] for name in names]
+            writer.writerow([t.trial_id, *values, t.state, t.step, t.loss, t.metric, t.checkpoint])
+
+
+def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
+    """Draw the metric against the first swept number (learning rate), one line per combination of the other settings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [t for t in trials if t.metric is not None]
+    names = list(trials[0].point)
+    numeric = [n for n in names if all(isinstance(t.point[n], int | float) for t in shown)]
+    x = (numeric or names or ["trial"])[0]
+    groups: dict[str, list[Trial]] = {}
+    for t in shown:
+        groups.setdefault(label({n: v for n, v in t.point.items() if n != x}), []).append(t)
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (name, group), marker in zip(sorted(groups.items()), "os^Dv<>ph*" * len(groups), strict=False):
+        group.sort(key=lambda t: t.point.get(x, 0))
+        xs, ys = [t.point.get(x, t.trial_id) for t in group], [t.metric or 0.0 for t in group]
+        (line,) = axes.plot(xs, ys, "-", alpha=0.6, label=name)
+        for t, px, py in zip(group, xs, ys, strict=True):
+            filled = line.get_color() if t.state == FINISHED else "white"
+            axes.plot(px, py, marker, color=line.get_color(), markerfacecolor=filled, markersize=9)
+    values = [t.point[x] for t in shown] if x in numeric else []
+    if values and min(values) > 0 and max(values) / min(values) >= 10:
+        axes.set_xscale("log")
+    axes.set(xlabel=x, ylabel=metric, title="Each trial's best evaluation (hollow: stopped early)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,130 @@
+"""A sweep: Ray Tune over trainings, from settings to a ranked answer, with one MLflow run per trial under one parent."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from umbrella.base import UserError
+from umbrella.config import Settings
+from umbrella.data.loading import Progress, fill_store, load_splits, open_store
+from umbrella.tracking import Tracker, open_experiment, tracking_uri
+from umbrella.training.run import check, make_job, make_trainer, start_ray, trainings_that_fit
+from umbrella.training.worker import Job
+from umbrella.tuning.monitor import Monitor
+from umbrella.tuning.report import Trial, draw, rank, write_csv
+from umbrella.tuning.space import build_space, count_trials, label, possible_values
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a sweep found. ``trials``: best first. ``folder``: ranking.csv, the figure and the checkpoints."""
+
+    trials: list[Trial]
+    best: Settings
+    folder: Path
+    figure: Path
+    tracking: str
+    dashboard: str
+
+
+def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> Answer:
+    """Run every trial of ``tune.space`` and rank them.
+
+    Args:
+        given: names set on the command line; they are fixed, not swept.
+        progress: draws a bar over slow preparations.
+
+    Raises:
+        UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
+    """
+    space = build_space(settings, given)
+    splits = load_splits(settings, progress)
+    fill_store(splits, open_store(settings), progress)
+    masks = [settings.mask.model_copy(update={"supervise": v}) for v in possible_values(settings, "mask.supervise", given)]
+    check(settings, splits, masks, settings.tune.metric)
+
+    storage = Path(settings.resources.storage).absolute()
+    name = time.strftime("sweep-%Y%m%d-%H%M%S")
+    folder = storage / "sweeps" / name
+    uri = tracking_uri(storage)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    start_ray(settings.resources, log_to_driver=False)
+    at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
+    at_once = min(at_once, settings.tune.concurrent or at_once)
+
+    parent = Tracker.start(uri, experiment, name)
+    parent.params({k: v for k, v in settings.flat().items() if k not in space})
+    parent.text(settings.to_yaml(), "settings.yaml")
+    job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
+    total = count_trials(settings, given)
+    try:
+        with Monitor(uri, experiment, total, settings.tune.metric) as monitor:
+            results = _tuner(job, space, at_once, monitor, storage, name).fit()
+        answer = _answer(settings, rank(results, settings.tune.metric, settings.tune.mode), folder, uri)
+        parent.artifact(answer.figure)
+        parent.artifact(folder / "ranking.csv")
+        parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
+        parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
+        parent.end()
+    except BaseException as error:
+        parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", "failed")
+        raise
+    return answer
+
+
+def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, storage: Path, name: str) -> tune.Tuner:
+    settings = job.settings.tune
+    # Ray Tune's own table would be printed over ours.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    scheduler = ASHAScheduler(
+        time_attr="training_iteration",
+        max_t=10**6,  # beyond any number of evaluations: a trial that is not stopped early ends by itself
+        grace_period=settings.grace,
+        reduction_factor=settings.reduction,
+    )
+    return tune.Tuner(
+        # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
+        tune.with_resources(tune.with_parameters(_trial, job=job), {"node:__internal_head__": 0.001}),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=settings.metric,
+            mode=settings.mode,
+            num_samples=settings.samples,
+            max_concurrent_trials=at_once,
+            scheduler=scheduler,
+        ),
+        run_config=tune.RunConfig(
+            name=name, storage_path=str(storage / "sweeps"), callbacks=[monitor], verbose=0
+        ),
+    )
+
+
+def _trial(config: dict[str, Any], job: Job) -> None:
+    """One trial: a training with the point's values, whose reports Ray Tune sees."""
+    trial_id = tune.get_context().get_trial_id()
+    job = replace(
+        job,
+        settings=job.settings.with_values(config),
+        tracking={**job.tracking, "name": label(config), "trial": trial_id},
+        folder=f"{job.folder}/trials/{trial_id}",
+    )
+    make_trainer(job, [TuneReportCallback()]).fit()
+
+
+def _answer(settings: Settings, trials: Sequence[Trial], folder: Path, uri: str) -> Answer:
+    if not trials or trials[0].metric is None:
+        raise UserError(f"no trial finished an evaluation; what each one raised lies in {folder}/*/error.txt")
+    figure = folder / "metric.png"
+    draw(trials, settings.tune.metric, figure)
+    write_csv(trials, settings.tune.metric, folder / "ranking.csv")
+    dashboard = ray._private.worker.get_dashboard_url()  # there is no public way to ask for it
+    best = settings.with_values(trials[0].point)
+    return Answer(list(trials), best, folder, figure, uri, f"http://{dashboard}" if dashboard else "")
