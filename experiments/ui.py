@@ -19,8 +19,8 @@ def main(request: Request) -> None:
         return
     if uri.startswith("sqlite:"):
         open_experiment(uri, request.settings.experiment, storage)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", PORT, "--backend-store-uri", uri]
-    os.execv(sys.executable, command)
+    server = f"-m mlflow server --host 127.0.0.1 --port {PORT} --backend-store-uri".split()
+    os.execv(sys.executable, [sys.executable, *server, uri])
 
 
 if __name__ == "__main__":

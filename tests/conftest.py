@@ -136,3 +136,39 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from umbrella.volumes.store import VolumeStore
 
     return VolumeStore(tmp_path_factory.mktemp("store"), MODALITIES, max_voxels=10_000)
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The one Ray of the whole test session, started as the scripts start theirs."""
+    import ray
+
+    from umbrella.training.run import start_ray
+    from umbrella.training.settings import ResourceSettings
+
+    start_ray(ResourceSettings(), log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Settings of a training that takes seconds, on one small phantom cohort of the session's; ``**`` adds dotted names."""
+    from umbrella.config import load_settings
+
+    storage = tmp_path_factory.mktemp("runs")
+    small = {
+        "resources.storage": str(storage),
+        "cohort.subjects": 12,
+        "cohort.spacing": 8.0,
+        "cohort.functional_subjects": 3,
+        "cohort.diffusion_subjects": 3,
+        "modalities.sMRI": {"grid": [8, 8, 8], "patch": [4, 4, 4]},
+        "modalities.dMRI": {"grid": [8, 8, 8], "patch": [8, 8, 8]},
+        "modalities.fMRI": {"grid": [4, 4, 4, 4], "patch": [4, 4, 4, 2]},
+        "model.width": 16,
+        "train.epochs": 2,
+        "train.batch_size": 4,
+        "optim.warmup": 2,
+    }
+    return lambda others: load_settings(overrides=small | others)

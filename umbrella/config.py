@@ -111,7 +111,9 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> No
     for key, value in new.items():
         if prefix == SPACE and value is None:
             into.pop(key, None)
-        elif prefix != SPACE and isinstance(value, Mapping) and isinstance(into.get(key), dict):
+        elif prefix != SPACE and isinstance(into.get(key), dict):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{prefix}{key}={value!r}: is a group of settings; give it some, or leave the name out")
             _merge(into[key], value, f"{prefix}{key}.")
         else:
             into[key] = value

@@ -110,7 +110,7 @@ def find_trial(client: MlflowClient, experiment: str, trial: str) -> Run | None:
 
 
 def close_trial(uri: str, experiment: str, trial: str, status: str, outcome: str) -> None:
-    """End a trial's run from the driver, where its worker may have been stopped before it could. Outcome as in ``end``."""
+    """End a trial's run from the driver: its worker may have been stopped before it could. Outcome as in ``end``."""
     client = MlflowClient(uri)
     run = find_trial(client, experiment, trial)
     if run and not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
@@ -125,5 +125,8 @@ def code_version() -> dict[str, str]:
         return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     with suppress(OSError, subprocess.CalledProcessError):
-        return {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain")))}
+        return {
+            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
+            "git.dirty": str(bool(git("status", "--porcelain"))),
+        }
     return {}

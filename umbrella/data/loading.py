@@ -30,15 +30,16 @@ class Splits:
     def fingerprint(self) -> str:
         """Names the data: a hash of every conversation and of each volume's file name and size, not of its folder."""
         digest = hashlib.sha256()
-        for conversation in [*self.train, *self.validation]:
-            content = conversation.model_dump(mode="json")
-            content["images"] = [
-                (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
-            ]
-            for turn in content["conversations"]:
-                for item in turn["content"]:
-                    item.pop("image_path", None)
-            digest.update(json.dumps(content, sort_keys=True).encode())
+        for split, conversations in (("train", self.train), ("validation", self.validation)):
+            for conversation in conversations:
+                content = conversation.model_dump(mode="json") | {"split": split}
+                content["images"] = [
+                    (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
+                ]
+                for turn in content["conversations"]:
+                    for item in turn["content"]:
+                        item.pop("image_path", None)
+                digest.update(json.dumps(content, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
 
@@ -54,12 +55,18 @@ def load_splits(settings: "Settings", progress: Progress) -> Splits:
 
         folder = phantom_folder(settings)
         make_cohort(folder, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort"))
-        train, validation, root = folder / "conversations/train.jsonl", folder / "conversations/validation.jsonl", folder
+        train, validation = (folder / "conversations" / f"{name}.jsonl" for name in ("train", "validation"))
+        root: Path | None = folder
     elif not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
     else:
         train, validation, root = Path(data.train), Path(data.validation), Path(data.root) if data.root else None
-    splits = Splits(*(_read(path, root, settings) for path in (train, validation)))
+    splits = Splits(
+        *(
+            _keep(read_conversations(path, root, settings.modalities), settings, str(path))
+            for path in (train, validation)
+        )
+    )
     shared = {c.subject_id for c in splits.train} & {c.subject_id for c in splits.validation}
     if shared:
         raise UserError(
@@ -70,15 +77,19 @@ def load_splits(settings: "Settings", progress: Progress) -> Splits:
 
 
 def count_samples(settings: "Settings") -> dict[str, int]:
-    """How many conversations each split has, without making anything: a phantom cohort that is not there is only drawn."""
+    """How many conversations each split has. Nothing is made: a phantom cohort that is not there is only drawn."""
     if settings.data.train or (phantom_folder(settings) / "cohort.json").exists():
         splits = load_splits(settings, lambda things, what: things)
         return {"train": len(splits.train), "validation": len(splits.validation)}
     from umbrella.cohort.questions import draw_subjects, split_conversations
 
     subjects = draw_subjects(settings.cohort)
-    splits_of = {name: [s for s in subjects if s.split == name] for name in ("train", "validation")}
-    return {name: len(split_conversations(group, settings.cohort.seed)) for name, group in splits_of.items()}
+    counts = {}
+    for name in ("train", "validation"):
+        drawn = split_conversations([s for s in subjects if s.split == name], settings.cohort.seed)
+        everything = [Conversation.model_validate(sample) for sample in drawn]
+        counts[name] = len(_keep(everything, settings, f"the phantom cohort's {name} split"))
+    return counts
 
 
 def phantom_folder(settings: "Settings") -> Path:
@@ -104,15 +115,15 @@ def fill_store(splits: Splits, store: VolumeStore, progress: Progress) -> int:
     for path, modality in progress(volumes, "reading volumes"):
         try:
             store.get(path, modality)
-        except UserError as error:
+        except UserError as error:  # noqa: PERF203
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
     return len(volumes)
 
 
-def _read(path: Path, root: Path | None, settings: "Settings") -> list[Conversation]:
-    everything = read_conversations(path, root, settings.modalities)
+def _keep(everything: Sequence[Conversation], settings: "Settings", where: str) -> list[Conversation]:
+    """What the filters of ``data`` leave of a split."""
     data = settings.data
     kept = [
         c
@@ -122,5 +133,5 @@ def _read(path: Path, root: Path | None, settings: "Settings") -> list[Conversat
     ]
     if not kept:
         filters = f"data.modality={data.modality!r} and data.task_filter={data.task_filter!r}"
-        raise UserError(f"{path}: none of its {len(everything)} conversations is left after {filters}")
+        raise UserError(f"{where}: none of its {len(everything)} conversations is left after {filters}")
     return kept

@@ -114,7 +114,7 @@ def evaluation_datasets(size: int, workers: int) -> dict[str, Callable[[], "Data
 
 
 def batches(shard: "DataIterator", batch_size: int, prefetch: int, make: Callable[[np.ndarray], Any]) -> Iterator[Any]:
-    """Iterate over a worker's shard; ``make(samples (batch_size,))`` runs ahead of the consumer, in Ray Data's threads."""
+    """Iterate over a worker's shard; ``make(samples (batch_size,))`` runs ahead of its use, in Ray Data's threads."""
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     class Collate(NumpyBatchCollateFn):

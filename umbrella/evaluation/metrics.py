@@ -41,7 +41,9 @@ def summarise(scored: Iterable[Scored], prefix: str = "validation") -> dict[str,
         guesses = [_most_likely(_mean([a.probabilities for a in answers])) for answers in subjects.values()]
         over_subjects.append(balanced_accuracy(truth, guesses))
         metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
-        metrics[f"{prefix}/{target}/accuracy"] = sum(_most_likely(s.probabilities) == s.label for s in group) / len(group)
+        metrics[f"{prefix}/{target}/accuracy"] = sum(_most_likely(s.probabilities) == s.label for s in group) / len(
+            group
+        )
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
     return metrics

@@ -81,7 +81,9 @@ def score(
     softmax. Texts are scored in one forward pass, each as a row of its own.
     """
     texts = [
-        list(dict.fromkeys([c.answer, *candidates.get(c.target, {}).values()])) if isinstance(c.label, str) else [c.answer]
+        list(dict.fromkeys([c.answer, *candidates.get(c.target, {}).values()]))
+        if isinstance(c.label, str)
+        else [c.answer]
         for c in conversations
     ]
     examples = [renderer.render(c, text) for c, row in zip(conversations, texts, strict=True) for text in row]

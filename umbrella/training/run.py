@@ -7,25 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-from ray.data import ExecutionOptions
-from ray.train import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import WorkerGroupError
 
 from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.loading import Splits, fill_store, load_splits, open_store
-from umbrella.data.pipeline import evaluation_datasets, to_table, train_datasets
+from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import load_tokenizer
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.tracking import close_trial, open_experiment, tracking_uri
-from umbrella.training.checkpoint import read_progress
+from umbrella.training.job import Job, make_trainer
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import mask_audit
-from umbrella.training.worker import Job, train_loop
 
 SPARE_CPUS = 1.0
 """What must stay free beside the workers: Ray Train and Ray Data place helpers that ask for one CPU to be placed and
@@ -72,13 +68,14 @@ def trainings_that_fit(resources: ResourceSettings, available: dict[str, float])
     have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
     if cpus + SPARE_CPUS > have_cpus:
         raise UserError(
-            f"resources: {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's helpers"
-            f" need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or .workers"
+            f"resources: {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's"
+            f" helpers need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or"
+            " .workers"
         )
     if gpus > have_gpus:
         raise UserError(
-            f"resources: {resources.workers} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray has"
-            f" {have_gpus:g}; lower resources.gpus_per_worker or .workers"
+            f"resources: {resources.workers} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray"
+            f" has {have_gpus:g}; lower resources.gpus_per_worker or .workers"
         )
     by_cpu = max(1, min(int((have_cpus - SPARE_CPUS) / cpus), int(have_cpus / resources.workers)))
     return min(by_cpu, int(have_gpus / gpus)) if gpus else by_cpu
@@ -121,39 +118,6 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
     )
 
 
-def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
-    """The trainer of a job. A trainer of a job whose folder holds checkpoints continues from the last one."""
-    resources, tune = job.settings.resources, job.settings.tune
-    folder = Path(job.folder)
-
-    def position() -> int:
-        steps = sorted(folder.glob("step_*/progress.json"))
-        return read_progress(steps[-1].parent).position if steps else 0
-
-    per_worker = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
-    return TorchTrainer(
-        train_loop,
-        train_loop_config={"job": job},
-        datasets=train_datasets(job.plan, position) | evaluation_datasets(job.validation_size, job.plan.workers),
-        dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
-        scaling_config=ScalingConfig(
-            num_workers=job.plan.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
-        ),
-        run_config=RunConfig(
-            storage_path=str(folder.parent),
-            name=folder.name,
-            callbacks=list(callbacks),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            # The newest one, to resume from, is kept beside the best.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=tune.metric, checkpoint_score_order=tune.mode
-            ),
-        ),
-    )
-
-
 def run_training(settings: Settings, progress: ProgressBar) -> Path:
     """One training from settings to checkpoints; returns the folder that they lie in.
 
@@ -176,5 +140,8 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         close_trial(uri, experiment, name, "KILLED" if killed else "FAILED", "killed" if killed else "failed")
+        causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+        if causes and isinstance(causes[0], UserError | FloatingPointError):
+            raise UserError(f"the training stopped: {causes[0]}") from None
         raise
     return Path(job.folder)

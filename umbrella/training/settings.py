@@ -25,7 +25,7 @@ class OptimSettings(Section):
 class TrainSettings(Section):
     """One training."""
 
-    epochs: int = Field(12, ge=1)
+    epochs: int = Field(8, ge=1)
     """Passes over the training conversations."""
     batch_size: int = Field(8, ge=1)
     """Conversations per worker and forward pass."""

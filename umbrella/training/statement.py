@@ -37,7 +37,11 @@ def statement(
     lines += [f"  {row['role']:>9} {row['kind']:<6} {row['supervised']:>7} of {row['tokens']}" for row in table]
     lines.append("weights that move: " + (", ".join(f"{part} {n:,}" for part, n in moving.items() if n) or "none"))
     lines += [
-        f"{name}: a volume of {'x'.join(map(str, m.grid))} in patches of {'x'.join(map(str, m.patch))} is {m.num_tokens} tokens"
+        f"{name}: a volume of {_by(m.grid)} in patches of {_by(m.patch)} is {m.num_tokens} tokens"
         for name, m in modalities.items()
     ]
     return "\n".join(lines)
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))

@@ -42,7 +42,7 @@ def train_step(
         dtype: arithmetic of the forward pass.
 
     Raises:
-        FloatingPointError: the loss is not finite; nothing was changed.
+        FloatingPointError: the loss or its gradient is not finite; nothing was changed.
     """
     divisor = total_weight([batch.loss_weights for batch in batches])
     parallel = isinstance(model, DistributedDataParallel)
@@ -66,6 +66,9 @@ def train_step(
     by_part = {name: _norm(weights) for name, weights in parts.items() if any(w.requires_grad for w in weights)}
     trained = [w for group in optimizer.param_groups for w in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
+    if not torch.isfinite(norm):
+        optimizer.zero_grad()
+        raise FloatingPointError(f"the loss is {loss.item()}, and the norm of its gradient {norm.item()}")
     lr = optimizer.param_groups[0]["lr"]
     optimizer.step()
     schedule.step()

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,59 +14,22 @@ import transformers
 from ray.train.torch import get_device, prepare_model
 from torch import distributed
 
-from umbrella.config import Settings
 from umbrella.conversation import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.loading import open_store
-from umbrella.data.pipeline import Plan, batches, from_table
+from umbrella.data.pipeline import batches, from_table
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import load_tokenizer
 from umbrella.evaluation.metrics import summarise
-from umbrella.evaluation.scoring import Candidates, Scored, score
+from umbrella.evaluation.scoring import Scored, score
 from umbrella.model.presets import build_model, parts
 from umbrella.tracking import Tracker
 from umbrella.training.checkpoint import Progress, restore, save_checkpoint
+from umbrella.training.job import Job, progress_line
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.statement import mask_audit, statement
 from umbrella.training.step import StepResult, train_step
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker of one training is told."""
-
-    settings: Settings
-    train: ray.ObjectRef
-    """Table of the training conversations, see ``data.pipeline.to_table``."""
-    validation: ray.ObjectRef
-    train_size: int
-    validation_size: int
-    candidates: Candidates
-    fingerprint: str
-    """Names the data, see ``data.loading.Splits.fingerprint``."""
-    tracking: dict[str, str | None]
-    """Arguments of ``Tracker.start``."""
-    folder: str
-    """Where Ray Train keeps this training's checkpoints."""
-
-    @property
-    def plan(self) -> Plan:
-        """Which sample each worker sees at each step."""
-        train = self.settings.train
-        return Plan(
-            size=self.train_size,
-            seed=self.settings.seed,
-            epochs=train.epochs,
-            workers=self.settings.resources.workers,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-        )
-
-
-def train_loop(config: dict[str, Job]) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the plan."""
-    Worker(config["job"]).run()
 
 
 class Worker:
@@ -185,9 +147,7 @@ class Worker:
                 self.tracker.metrics(measured, self.progress.step)
                 self.tracker.flush()
                 yaml = self.settings.to_yaml()
-                save_checkpoint(
-                    folder, self.model, self.tokenizer, self.optimizer, self.schedule, self.progress, yaml
-                )
+                save_checkpoint(folder, self.model, self.tokenizer, self.optimizer, self.schedule, self.progress, yaml)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
                 print(progress_line(report), flush=True)
             ray.train.report(report, checkpoint=checkpoint, checkpoint_dir_name=name)
@@ -224,11 +184,3 @@ class _Lazy(Sequence):
     def __getitem__(self, index: Any) -> Any:
         picked = range(self.size)[index]
         return [self.get(i) for i in picked] if isinstance(picked, range) else self.get(picked)
-
-
-def progress_line(report: dict[str, Any]) -> str:
-    """One line on how far a training is."""
-    wanted = ("train/loss", "train/lr", "train/samples_per_second", "train/waiting_for_data")
-    shown = [name for name in report if name in wanted or name.startswith("validation/")]
-    values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
-    return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from umbrella.tracking import close_trial
-from umbrella.training.worker import progress_line
+from umbrella.training.job import progress_line
 from umbrella.tuning.space import label
 
 FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"

@@ -1,8 +1,10 @@
 """The answer of a sweep: trials ranked by the metric, a figure, the best settings and where the checkpoint lies."""
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,18 @@ def rank(results: Any, metric: str, mode: str) -> list[Trial]:
     """Ray Tune's results, best first: by the metric, then by validation loss; failed trials last."""
     sign = 1 if mode == "max" else -1
     trials = [_trial(result, metric, sign) for result in results]
-    return sorted(trials, key=lambda t: _order(t.metric, t.loss, sign))
+    return sorted(trials, key=lambda t: (t.state == FAILED, _order(t.metric, t.loss, sign)))
 
 
 def _order(metric: float | None, loss: float | None, sign: int) -> tuple[float, float]:
-    return (float("inf"), 0.0) if metric is None or loss is None else (-sign * metric, loss)
+    metric, loss = (None if value is None or isnan(value) else value for value in (metric, loss))
+    return inf if metric is None else -sign * metric, inf if loss is None else loss
 
 
 def _trial(result: Any, metric: str, sign: int) -> Trial:
-    trial_id = Path(result.path).name.split("_")[1] if not result.metrics else result.metrics["trial_id"]
+    # Ray names a trial's folder <function>_<trial id>_<number>_..., and the id ends with the five-digit number.
+    found = re.search(r"_([^_]+_\d{5})_", Path(result.path).name)
+    trial_id = found[1] if found else Path(result.path).name
     history = result.metrics_dataframe
     kept = [] if history is None or "checkpoint" not in history else history.to_dict("records")
     kept = [row for row in kept if Path(row["checkpoint"]).is_dir()]
@@ -84,7 +89,7 @@ def write_csv(trials: Sequence[Trial], metric: str, file: Path) -> None:
 
 
 def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
-    """Draw the metric against the first swept number (learning rate), one line per combination of the other settings."""
+    """Draw the metric against the first swept number (the learning rate); a line per combination of other settings."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,8 +105,10 @@ def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for (name, group), marker in zip(sorted(groups.items()), "os^Dv<>ph*" * len(groups), strict=False):
-        group.sort(key=lambda t: t.point.get(x, 0))
-        xs, ys = [t.point.get(x, t.trial_id) for t in group], [t.metric or 0.0 for t in group]
+        if x in numeric:
+            group.sort(key=lambda t: t.point[x])
+        xs = [t.point[x] if x in numeric else str(t.point.get(x, "as set")) for t in group]
+        ys = [t.metric for t in group]
         (line,) = axes.plot(xs, ys, "-", alpha=0.6, label=name)
         for t, px, py in zip(group, xs, ys, strict=True):
             filled = line.get_color() if t.state == FINISHED else "white"

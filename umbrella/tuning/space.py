@@ -25,7 +25,8 @@ def possible_values(settings: Settings, name: str, given: frozenset[str] = froze
     """Every value that a setting can take in the sweep, where it is swept by a list; else its one value."""
     for swept, entry in _swept(settings, given):
         if swept == name:
-            return list(entry.get("grid") or entry.get("choice") or [settings.flat()[name]])
+            kind, values = _accepted(name, entry, settings)
+            return values if kind in ("grid", "choice") else [settings.flat()[name]]
     return [settings.flat()[name]]
 
 
@@ -40,7 +41,7 @@ def count_trials(settings: Settings, given: frozenset[str] = frozenset()) -> int
 def grid_points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
     """The points of the grid part of the space; names that are drawn are shown as what they are drawn from."""
     entries = list(_swept(settings, given))
-    axes = [entry["grid"] if "grid" in entry else [str(entry)] for _, entry in entries]
+    axes = [_accepted(name, entry, settings)[1] if "grid" in entry else [str(entry)] for name, entry in entries]
     return [dict(zip([name for name, _ in entries], point, strict=True)) for point in product(*axes)]
 
 
@@ -58,8 +59,26 @@ def _swept(settings: Settings, given: frozenset[str]) -> Iterator[tuple[str, Map
 
 
 def _domain(name: str, entry: Mapping[str, Any], settings: Settings) -> Any:
+    kind, values = _accepted(name, entry, settings)
+    if kind == "grid":
+        return tune.grid_search(values)
+    if kind == "choice":
+        return tune.choice(values)
+    if len(values) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise UserError(f"tune.space.{name}: {kind} takes [low, high], two numbers; a list of values is a grid")
+    low, high = values
+    if not low < high or (kind == "loguniform" and low <= 0):
+        needs = "low < high" + " and low > 0" * (kind == "loguniform")
+        raise UserError(f"tune.space.{name}: {kind} takes [low, high] with {needs}")
+    if isinstance(low, int):  # a setting of whole numbers; Ray's upper end is exclusive
+        return tune.randint(low, high + 1) if kind == "uniform" else tune.lograndint(low, high + 1)
+    return tune.uniform(low, high) if kind == "uniform" else tune.loguniform(low, high)
+
+
+def _accepted(name: str, entry: Mapping[str, Any], settings: Settings) -> tuple[str, list[Any]]:
+    """The kind of an entry, and its values as the setting takes them: YAML reads 1e-4 as a text."""
     where = f"tune.space.{name}"
-    if name.startswith(("tune.", "resources.", "cohort.", "data.")):
+    if name.split(".")[0] in ("experiment", "tune", "resources", "cohort", "data"):
         raise UserError(f"{where}: {name.split('.')[0]} settings are the same for every trial and cannot be swept")
     if len(entry) != 1 or next(iter(entry)) not in KINDS:
         raise UserError(f"{where}: {dict(entry)} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")
@@ -67,13 +86,6 @@ def _domain(name: str, entry: Mapping[str, Any], settings: Settings) -> Any:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise UserError(f"{where}: {kind} takes a list of at least one value, not {values!r}")
     try:
-        accepted = [settings.with_values({name: value}).flat().get(name, value) for value in values]
+        return kind, [settings.with_values({name: value}).flat().get(name, value) for value in values]
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if kind == "grid":
-        return tune.grid_search(accepted)
-    if kind == "choice":
-        return tune.choice(accepted)
-    if len(accepted) != 2 or not accepted[0] < accepted[1] or (kind == "loguniform" and accepted[0] <= 0):
-        raise UserError(f"{where}: {kind} takes [low, high] with low < high{' and low > 0' * (kind == 'loguniform')}")
-    return tune.uniform(*accepted) if kind == "uniform" else tune.loguniform(*accepted)

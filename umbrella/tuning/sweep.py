@@ -1,26 +1,26 @@
-"""A sweep: Ray Tune over trainings, from settings to a ranked answer, with one MLflow run per trial under one parent."""
+"""A sweep: Ray Tune over trainings, from settings to a ranked answer; in MLflow, one run per trial under a parent."""
 
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.data.loading import Progress, fill_store, load_splits, open_store
 from umbrella.tracking import Tracker, open_experiment, tracking_uri
-from umbrella.training.run import check, make_job, make_trainer, start_ray, trainings_that_fit
-from umbrella.training.worker import Job
+from umbrella.training.job import Job
+from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.report import Trial, draw, rank, write_csv
-from umbrella.tuning.space import build_space, count_trials, label, possible_values
+from umbrella.tuning.space import build_space, count_trials, possible_values
+from umbrella.tuning.trial import run_trial
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     space = build_space(settings, given)
     splits = load_splits(settings, progress)
     fill_store(splits, open_store(settings), progress)
-    masks = [settings.mask.model_copy(update={"supervise": v}) for v in possible_values(settings, "mask.supervise", given)]
+    masks = [
+        settings.mask.model_copy(update={"supervise": v}) for v in possible_values(settings, "mask.supervise", given)
+    ]
     check(settings, splits, masks, settings.tune.metric)
 
     storage = Path(settings.resources.storage).absolute()
@@ -92,7 +94,7 @@ def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, stor
     )
     return tune.Tuner(
         # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
-        tune.with_resources(tune.with_parameters(_trial, job=job), {"node:__internal_head__": 0.001}),
+        tune.with_resources(tune.with_parameters(run_trial, job=job), {"node:__internal_head__": 0.001}),
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=settings.metric,
@@ -101,22 +103,8 @@ def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, stor
             max_concurrent_trials=at_once,
             scheduler=scheduler,
         ),
-        run_config=tune.RunConfig(
-            name=name, storage_path=str(storage / "sweeps"), callbacks=[monitor], verbose=0
-        ),
+        run_config=tune.RunConfig(name=name, storage_path=str(storage / "sweeps"), callbacks=[monitor], verbose=0),
     )
-
-
-def _trial(config: dict[str, Any], job: Job) -> None:
-    """One trial: a training with the point's values, whose reports Ray Tune sees."""
-    trial_id = tune.get_context().get_trial_id()
-    job = replace(
-        job,
-        settings=job.settings.with_values(config),
-        tracking={**job.tracking, "name": label(config), "trial": trial_id},
-        folder=f"{job.folder}/trials/{trial_id}",
-    )
-    make_trainer(job, [TuneReportCallback()]).fit()
 
 
 def _answer(settings: Settings, trials: Sequence[Trial], folder: Path, uri: str) -> Answer:

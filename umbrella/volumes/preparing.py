@@ -7,7 +7,7 @@ from torch.nn import functional
 from umbrella.base import UserError
 from umbrella.modality import Modality
 
-RECIPE = "area-or-trilinear, z-score, fp16, v1"
+RECIPE = "area-or-trilinear, z-score, fp16, v2"
 """Names what ``prepare`` does; part of the store's key, so a change here never meets arrays made by the old way."""
 
 
@@ -24,7 +24,7 @@ def prepare(voxels: np.ndarray, modality: Modality) -> np.ndarray:
         float16, of shape ``modality.grid``.
 
     Raises:
-        UserError: a series with fewer frames than the grid has.
+        UserError: a series with fewer frames than the grid has; nothing but one value on the grid.
     """
     if voxels.ndim == 4:
         frames = modality.grid[3]
@@ -37,5 +37,9 @@ def prepare(voxels: np.ndarray, modality: Modality) -> np.ndarray:
     stack = functional.adaptive_avg_pool3d(stack, (smaller[0], smaller[1], smaller[2]))
     stack = functional.interpolate(stack, size=modality.grid[:3], mode="trilinear", align_corners=False)
     resized = stack[0].permute(1, 2, 3, 0).reshape(modality.grid)
-    scaled = (resized - resized.mean()) / resized.std().clamp_min(1e-6)
+    deviation = resized.std()
+    # Relative: a map in small units (m²/s) varies by less than rounding does in one whose values are large.
+    if deviation <= 1e-6 * resized.abs().max():
+        raise UserError(f"every voxel is {resized.flatten()[0]:g} on its modality's grid {modality.grid}")
+    scaled = (resized - resized.mean()) / deviation
     return scaled.clamp(-6e4, 6e4).to(torch.float16).numpy()

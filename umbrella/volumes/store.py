@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -58,6 +58,11 @@ class VolumeStore:
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         # Renamed when whole: a reader in another process finds either nothing or everything.
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
-            np.save(file, array)
-        os.replace(file.name, path)
+        partial = path.with_suffix(f".{uuid4().hex}.partial")
+        try:
+            # Not tempfile, whose files no other user may read: the umask decides.
+            with partial.open("xb") as file:
+                np.save(file, array)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

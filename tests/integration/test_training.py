@@ -1,0 +1,91 @@
+"""One training on Ray Train, as experiments/train.py runs it: what it learns, says, tracks and keeps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from umbrella.base import UserError
+from umbrella.tracking import tracking_uri
+from umbrella.training.run import run_training
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def train(settings: Any) -> tuple[Path, Any, dict[str, list[float]]]:
+    """Run a training; returns its checkpoints' folder, its MLflow run, and every metric's values by step."""
+    folder = run_training(settings, lambda things, what: things)
+    client = MlflowClient(tracking_uri(settings.resources.storage))
+    experiment = client.get_experiment_by_name(settings.experiment)
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`ray.trial_id` = '{folder.name}'")
+    curves = {name: [m.value for m in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics}
+    return folder, run, curves
+
+
+@pytest.fixture(scope="module")
+def one(small_settings: Any, ray_session: Any) -> Any:
+    """A training of four epochs on one worker, in batches of four."""
+    return train(small_settings({"train.epochs": 4, "optim.lr": 3e-3, "experiment": "one"}))
+
+
+def test_training_trains(one: Any) -> None:
+    _, _, curves = one
+    losses, steps_per_epoch = curves["train/loss"], len(curves["train/loss"]) // 4
+    assert sum(losses[-steps_per_epoch:]) < 0.8 * sum(losses[:steps_per_epoch])
+    assert min(curves["train/grad_norm/embedder"]) > 0
+    assert len(curves["validation/loss"]) == 4
+    assert curves["validation/loss"][-1] < curves["validation/loss"][0]
+
+
+def test_a_run_says_its_loss_its_mask_its_tokens_and_what_moves(one: Any, small_settings: Any) -> None:
+    _, run, _ = one
+    client = MlflowClient(tracking_uri(small_settings({}).resources.storage))
+    text = Path(client.download_artifacts(run.info.run_id, "statement.txt")).read_text()
+    for words in ("Σ weight·nll / Σ weight", "supervise=assistant", "assistant text", "weights that move: embedder"):
+        assert words in text
+    assert "sMRI: a volume of 8x8x8 in patches of 4x4x4 is 8 tokens" in text
+    assert "supervise: assistant" in Path(client.download_artifacts(run.info.run_id, "settings.yaml")).read_text()
+
+
+def test_a_run_can_be_told_apart_by_what_mlflow_holds(one: Any) -> None:
+    _, run, curves = one
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["umbrella.outcome"] == "finished"
+    assert run.data.params["optim.lr"] == "0.003"
+    assert run.data.params["seed"] == "0"
+    assert len(run.data.params["data.fingerprint"]) == 16
+    assert {"device", "ray.job"} <= set(run.data.tags)
+    assert max(curves["train/lr"]) == pytest.approx(3e-3), "the rate that acted is the one that was set"
+
+
+def test_a_checkpoint_is_a_model_that_loads(one: Any) -> None:
+    from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+
+    folder, _, curves = one
+    last = sorted(folder.glob("step_*"))[-1]
+    model = UmbrellaForConditionalGeneration.from_pretrained(last)
+    assert set(model.config.modalities) == {"sMRI", "dMRI", "fMRI"}
+    assert last.name == f"step_{len(curves['train/loss']):07d}"
+
+
+def test_one_seed_gives_one_curve_and_two_workers_the_same(one: Any, small_settings: Any) -> None:
+    _, _, curves = one
+    same = {"train.epochs": 4, "optim.lr": 3e-3}
+    _, _, again = train(small_settings(same | {"experiment": "again"}))
+    assert again["train/loss"] == curves["train/loss"]
+    assert again["validation/loss"] == curves["validation/loss"]
+
+    halves = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
+    _, _, both = train(small_settings(same | halves | {"experiment": "two workers"}))
+    assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-4)
+    assert both["validation/loss"] == pytest.approx(curves["validation/loss"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small_settings: Any) -> None:
+    settings = small_settings({"optim.lr": 1e30, "optim.warmup": 0, "experiment": "explodes"})
+    with pytest.raises(UserError, match="the training stopped: the loss is nan"):
+        run_training(settings, lambda things, what: things)
+    client = MlflowClient(tracking_uri(settings.resources.storage))
+    (run,) = client.search_runs([client.get_experiment_by_name("explodes").experiment_id])
+    assert run.info.status == "FAILED"
