@@ -3,18 +3,16 @@
 Without arguments: the defaults on a phantom cohort, which is made when it is not there yet.
 """
 
-from umbrella.cli import Request, progress_bar, run_script
+from umbrella.cli import Request, make_console, progress_bar, run_script
 
 
 def main(request: Request) -> None:
     """Run the training, or say what it would run."""
-    from rich.console import Console
-
     from umbrella.tuning.describe import dry_run
 
     settings = request.settings.with_values({"tune.space": {}})
     if request.dry_run:
-        dry_run(settings, request.given, Console())
+        dry_run(settings, request.given, make_console())
         return
     from umbrella.training.run import run_training
 

@@ -6,9 +6,7 @@ given on the command line is fixed and no longer swept.
 
 from pathlib import Path
 
-from rich.console import Console
-
-from umbrella.cli import Request, progress_bar, run_script
+from umbrella.cli import Request, make_console, progress_bar, run_script
 
 QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
@@ -18,7 +16,7 @@ def main(request: Request) -> None:
     from umbrella.tuning.describe import dry_run, print_answer
     from umbrella.tuning.sweep import run_sweep
 
-    console = Console()
+    console = make_console()
     if request.dry_run:
         dry_run(request.settings, request.given, console)
     else:

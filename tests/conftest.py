@@ -132,6 +132,34 @@ def examples(cohort: dict[str, Conversation], tokenizer: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def batch_of(examples: dict[str, Any], store: Any, tokenizer: Any) -> Callable[..., Any]:
+    """Names of the cohort's conversations to a batch of them."""
+    from umbrella.data.batching import collate
+    from umbrella.data.settings import MaskPolicy
+
+    image_id, pad_id = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
+    return lambda *names: collate([examples[name] for name in names], MaskPolicy(), store, image_id, pad_id)
+
+
+@pytest.fixture(scope="session")
+def build(tokenizer: Any) -> Callable[..., Any]:
+    """A tiny model in training mode, its weights drawn from a seed."""
+    import torch
+
+    from umbrella.model.presets import build_model
+    from umbrella.model.settings import ModelSettings
+
+    torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
+
+    def build(seed: int = 0, **others: Any) -> Any:
+        torch.manual_seed(seed)
+        image_id = tokenizer.convert_tokens_to_ids("<image>")
+        return build_model(ModelSettings(width=16, heads=2, **others), MODALITIES, len(tokenizer), image_id).train()
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from umbrella.volumes.store import VolumeStore
 
@@ -153,7 +181,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Settings of a training that takes seconds, on one small phantom cohort of the session's; ``**`` adds dotted names."""
+    """Settings of a training that takes seconds, on one small cohort; the argument adds dotted names."""
     from umbrella.config import load_settings
 
     storage = tmp_path_factory.mktemp("runs")

@@ -112,6 +112,21 @@ def test_a_file_that_is_no_settings_file_is_named(tmp_path: Path, text: str | No
         load_settings([file])
 
 
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("optim:\n", {"optim.lr": 0.5}, "optim=None: is a group of settings"),
+        ("tune: 3\n", {"tune.space.optim.lr": {"grid": [0.5]}}, "tune=3: is a group of settings"),
+        ("modalities: {sMRI: 96}\n", {}, "modalities.sMRI=96: is a group of settings"),
+    ],
+)
+def test_a_group_of_settings_that_is_given_no_group_is_named(
+    tmp_path: Path, text: str, override: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_settings([write(tmp_path / "a.yaml", text)], override)
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().optim.lr = 1.0

@@ -60,7 +60,7 @@ def test_a_setting_given_on_the_command_line_is_not_swept(run: Callable[..., Don
     ("script", "words", "line"),
     [
         ("tune.py", ["optim.lrr=1"], "error: optim.lrr: there is no such setting; did you mean optim.lr?"),
-        ("tune.py", ["tune.metric=validation/f1", "data.train={t}", "data.validation={t}"], "error: {t}: no such file"),
+        ("tune.py", ["tune.metric=eval/f1", "data.train={t}", "data.validation={t}"], "error: {t}: no such file"),
         ("tune.py", ["tune.space.optim.lrr={{grid: [1]}}"], "error: tune.space.optim.lrr: optim.lrr: there is no such"),
         ("train.py", ["optim.lr=-1"], "error: optim.lr=-1: Input should be greater than 0"),
         ("train.py", ["data.train={t}"], "error: data.validation is not set"),

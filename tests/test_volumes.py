@@ -3,6 +3,7 @@
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -114,6 +115,19 @@ def test_a_series_with_too_few_frames_names_the_file(tmp_path: Path) -> None:
         VolumeStore(tmp_path / "store", {"fMRI": modality}, LIMIT).get(path, "fMRI")
 
 
+def test_a_volume_that_is_constant_on_the_grid_is_refused_and_not_made_zeros(tmp_path: Path) -> None:
+    series = np.random.default_rng(0).normal(size=(3, 3, 3, 5)).astype(np.float32)
+    series[..., :4] = 1000.1  # only the frame that is dropped differs
+    store = VolumeStore(tmp_path / "store", {"fMRI": Modality(grid=(2, 4, 2, 4), patch=(1, 1, 1, 1))}, LIMIT)
+    path = save(tmp_path / "f.nii", series)
+    with pytest.raises(UserError, match=r"f\.nii: every voxel is 1000\.1 on its modality's grid \(2, 4, 2, 4\)"):
+        store.get(path, "fMRI")
+
+
+def test_small_units_do_not_flatten_a_map(brain: np.ndarray) -> None:
+    np.testing.assert_allclose(prepare(1e-10 * brain, SMALL["sMRI"]), prepare(brain, SMALL["sMRI"]), atol=2e-3)
+
+
 def test_the_store_decodes_a_volume_once_and_hands_out_read_only_maps(tmp_path: Path, brain: np.ndarray) -> None:
     path = save(tmp_path / "s.nii", brain)
     first = VolumeStore(tmp_path / "store", SMALL, LIMIT).get(path, "sMRI")
@@ -125,6 +139,29 @@ def test_the_store_decodes_a_volume_once_and_hands_out_read_only_maps(tmp_path: 
     assert not again.flags.writeable
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(again, prepare(brain, SMALL["sMRI"]))
+
+
+def test_the_umask_says_who_may_read_an_array(tmp_path: Path, brain: np.ndarray) -> None:
+    before = os.umask(0o027)
+    try:
+        VolumeStore(tmp_path / "store", SMALL, LIMIT).get(save(tmp_path / "s.nii", brain), "sMRI")
+    finally:
+        os.umask(before)
+    [made] = (tmp_path / "store").iterdir()
+    assert made.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_array_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, brain: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(file: BinaryIO, array: np.ndarray) -> None:
+        file.write(array.tobytes()[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        VolumeStore(tmp_path / "store", SMALL, LIMIT).get(save(tmp_path / "s.nii", brain), "sMRI")
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_a_changed_source_and_another_grid_are_other_arrays(tmp_path: Path, brain: np.ndarray) -> None:

@@ -7,12 +7,15 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from umbrella.base import UserError
 from umbrella.config import Settings, describe, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Flags of the research program that people come from, as other names of settings.
 FLAGS = {
@@ -70,13 +73,20 @@ def run_script(main: Callable[[Request], Any], doc: str, default_file: str | Non
         sys.exit(130)
 
 
+def make_console() -> "Console":
+    """Where scripts print: as wide as the terminal, and wide enough for a table where there is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
     """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console()) as progress:
+    with Progress(*columns, console=make_console()) as progress:
         yield from progress.track(things, description=what)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError
 
@@ -35,7 +36,7 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
         if experiment is None:
             artifacts = (Path(storage).absolute() / "artifacts").as_uri() if uri.startswith("sqlite:") else None
             return client.create_experiment(name, artifact_location=artifacts)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:300]}") from None
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 @pytest.fixture(scope="module")
 def swept(small_settings: Any, ray_session: Any) -> Any:
-    """The answer of a sweep over a good rate and one that explodes, and its runs in MLflow: parent, children by trial."""
+    """The answer of a sweep over a good rate and one that explodes; its run, and its trials' runs by trial."""
     space = {"optim.lr": {"grid": [3e-3, 1e30]}, "mask.supervise": {"grid": ["last_assistant"]}}
     settings = small_settings({"tune.space": space, "optim.warmup": 0, "experiment": "sweep"})
     answer = run_sweep(settings, frozenset(), lambda things, what: things)
@@ -46,7 +46,10 @@ def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
     assert good.data.params["mask.supervise"] == "last_assistant"
     rates = [m.value for m in client.get_metric_history(good.info.run_id, "train/lr")]
     assert max(rates) == pytest.approx(3e-3)
-    assert "mask: supervise=last_assistant" in Path(client.download_artifacts(good.info.run_id, "statement.txt")).read_text()
+    assert (
+        "mask: supervise=last_assistant"
+        in Path(client.download_artifacts(good.info.run_id, "statement.txt")).read_text()
+    )
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:

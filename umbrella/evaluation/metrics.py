@@ -17,7 +17,7 @@ def balanced_accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> 
     return sum(sum(hits) / len(hits) for hits in right.values()) / len(right)
 
 
-def summarise(scored: Iterable[Scored], prefix: str = "validation") -> dict[str, float]:
+def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float]:
     """Metrics of an evaluation.
 
     ``<prefix>/loss``: mean nats per token of the true last answers.

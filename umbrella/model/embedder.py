@@ -50,11 +50,10 @@ class ModalityEmbedder(nn.Module):
 
     def forward(self, voxels: torch.Tensor) -> torch.Tensor:
         tokens = self.projection(patchify(voxels, self.patch).to(self.projection.weight.dtype))
-        axes = len(self.positions)
-        position = sum(
-            table.reshape([-1 if other == axis else 1 for other in range(axes)] + [table.shape[-1]])
-            for axis, table in enumerate(self.positions)
-        )
+        # Looked up, not broadcast: tables of one shape would be handed views of one gradient, and add to each other's.
+        steps = [torch.arange(len(table), device=table.device) for table in self.positions]
+        places = torch.meshgrid(*steps, indexing="ij")
+        position = torch.stack([table[place] for table, place in zip(self.positions, places, strict=True)]).sum(0)
         return tokens + position.reshape(-1, tokens.shape[-1])
 
 

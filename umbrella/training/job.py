@@ -95,6 +95,6 @@ def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
 def progress_line(report: dict[str, Any]) -> str:
     """One line on how far a training is."""
     wanted = ("train/loss", "train/lr", "train/samples_per_second", "train/waiting_for_data")
-    shown = [name for name in report if name in wanted or name.startswith("validation/")]
+    shown = [name for name in report if name in wanted or name.startswith("eval/")]
     values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
     return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"

@@ -44,14 +44,18 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool) -> None:
     if ray.is_initialized():
         return
     address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
-    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"} if address == "local" else {}
+    if address == "local":
+        # A process per training that asks whether this machine is about to be taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
+    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
         ray.init(
             address=address,
             log_to_driver=log_to_driver,
             logging_level="ERROR",
-            runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
-            **own,
+            **(own if address == "local" else joined),
         )
     except ConnectionError as error:
         raise UserError(f"resources.address={address}: {' '.join(str(error).split())[:300]}") from None
@@ -95,10 +99,10 @@ def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], me
     candidates = find_candidates(splits.train)
     check_candidates(splits.validation, candidates)
     targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})
-    known = ["validation/loss"]
+    known = ["eval/loss"]
     if targets:
-        known += ["validation/balanced_accuracy"]
-        known += [f"validation/{t}/{name}" for t in targets for name in ("balanced_accuracy", "accuracy")]
+        known += ["eval/balanced_accuracy"]
+        known += [f"eval/{t}/{name}" for t in targets for name in ("balanced_accuracy", "accuracy")]
     if metric not in known:
         raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss)")
 
@@ -133,7 +137,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     start_ray(settings.resources, log_to_driver=True)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     name = time.strftime("train-%Y%m%d-%H%M%S")
-    tracking = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
+    tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
     try:
         make_trainer(job).fit()

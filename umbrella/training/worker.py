@@ -164,10 +164,8 @@ class Worker:
         tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
         tracker.text(self.settings.to_yaml(), "settings.yaml")
         tracker.text(text, "statement.txt")
-        for row in table:
-            name = f"supervised/{row['role']}/{row['kind']}"
-            tracker.metrics({name: int(row["supervised"])}, self.progress.step)
-        tracker.flush()
+        supervised, tokens = (sum(int(row[name]) for row in table) for name in ("supervised", "tokens"))
+        tracker.tags({"mask.supervised": f"{supervised} of {tokens} tokens audited"})
         print(text, flush=True)
         return tracker
 

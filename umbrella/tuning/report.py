@@ -1,7 +1,7 @@
 """The answer of a sweep: trials ranked by the metric, a figure, the best settings and where the checkpoint lies."""
 
 import csv
-import re
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isnan
@@ -45,22 +45,22 @@ def _order(metric: float | None, loss: float | None, sign: int) -> tuple[float, 
 
 
 def _trial(result: Any, metric: str, sign: int) -> Trial:
-    # Ray names a trial's folder <function>_<trial id>_<number>_..., and the id ends with the five-digit number.
-    found = re.search(r"_([^_]+_\d{5})_", Path(result.path).name)
-    trial_id = found[1] if found else Path(result.path).name
+    trial_id, point = result.metrics["trial_id"], result.config
+    if point is None:  # its process died before it said anything
+        point = json.loads((Path(result.path) / "params.json").read_text(encoding="utf-8"))
     history = result.metrics_dataframe
     kept = [] if history is None or "checkpoint" not in history else history.to_dict("records")
     kept = [row for row in kept if Path(row["checkpoint"]).is_dir()]
     if not kept:
-        return Trial(trial_id, dict(result.config), FAILED)
-    best = min(kept, key=lambda row: _order(row[metric], row["validation/loss"], sign))
+        return Trial(trial_id, dict(point), FAILED)
+    best = min(kept, key=lambda row: _order(row[metric], row["eval/loss"], sign))
     ended = FINISHED if kept[-1]["step"] >= kept[-1]["steps"] else STOPPED
     return Trial(
         trial_id=trial_id,
-        point=dict(result.config),
+        point=dict(point),
         state=FAILED if result.error else ended,
         metric=best[metric],
-        loss=best["validation/loss"],
+        loss=best["eval/loss"],
         step=int(best["step"]),
         checkpoint=best["checkpoint"],
     )
@@ -69,7 +69,7 @@ def _trial(result: Any, metric: str, sign: int) -> Trial:
 def ranking_table(trials: Sequence[Trial], metric: str) -> Table:
     """The trials as a table for the terminal."""
     table = Table(title="trials, best first", title_justify="left")
-    for name in ("trial", "state", "step", "validation/loss", metric):
+    for name in ("trial", "state", "step", "eval/loss", metric):
         table.add_column(name, justify="left" if name in ("trial", "state") else "right")
     for t in trials:
         numbers = ["" if value is None else f"{value:.4g}" for value in (t.step, t.loss, t.metric)]
@@ -82,7 +82,7 @@ def write_csv(trials: Sequence[Trial], metric: str, file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         names = list(trials[0].point) if trials else []
-        writer.writerow(["trial", *names, "state", "step", "validation/loss", metric, "checkpoint"])
+        writer.writerow(["trial", *names, "state", "step", "eval/loss", metric, "checkpoint"])
         for t in trials:
             values = [t.point[name] for name in names]
             writer.writerow([t.trial_id, *values, t.state, t.step, t.loss, t.metric, t.checkpoint])
@@ -108,7 +108,7 @@ def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
         if x in numeric:
             group.sort(key=lambda t: t.point[x])
         xs = [t.point[x] if x in numeric else str(t.point.get(x, "as set")) for t in group]
-        ys = [t.metric for t in group]
+        ys = [float(t.metric) for t in group if t.metric is not None]
         (line,) = axes.plot(xs, ys, "-", alpha=0.6, label=name)
         for t, px, py in zip(group, xs, ys, strict=True):
             filled = line.get_color() if t.state == FINISHED else "white"

@@ -14,8 +14,8 @@ class TuneSettings(Section):
     """What is swept: a setting's name to {grid: [...]}, {choice: [...]}, {uniform: [a, b]} or {loguniform: [a, b]}."""
     samples: int = Field(1, ge=1)
     """Draws from the space; a grid is run once per draw."""
-    metric: str = "validation/balanced_accuracy"
-    """What decides: validation/balanced_accuracy (subjects), validation/<target>/balanced_accuracy, validation/loss."""
+    metric: str = "eval/balanced_accuracy"
+    """What decides: eval/balanced_accuracy (subjects), eval/<target>/balanced_accuracy, eval/loss."""
     mode: Literal["max", "min"] = "max"
     """Whether more of the metric is better, or less."""
     grace: int = Field(2, ge=1)

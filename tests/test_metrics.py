@@ -1,0 +1,76 @@
+"""Metrics over subjects: against scikit-learn, and worked out by hand."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score
+
+from umbrella.evaluation.metrics import balanced_accuracy, summarise
+from umbrella.evaluation.scoring import Scored
+
+
+def scored(
+    subject: str, label: str | float, target: str = "sex", nll: float = 1.0, tokens: int = 1, **p: float
+) -> Scored:
+    return Scored("t", "T1", subject, target, label, p, nll, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_balanced_accuracy_is_scikit_learns() -> None:
+    draw = np.random.default_rng(0)
+    for size in (4, 9, 40):
+        truth, predicted = draw.choice(list("abc"), (2, size), p=[0.7, 0.2, 0.1])
+        assert balanced_accuracy(truth, predicted) == pytest.approx(balanced_accuracy_score(truth, predicted))
+
+
+def test_each_true_class_counts_the_same_and_no_prediction_is_a_wrong_one() -> None:
+    assert balanced_accuracy(["m", "m", "m", "f"], ["m", "m", "m", "m"]) == 0.5
+    assert balanced_accuracy(["m", "m", "m", "f"], ["m", None, "f", "f"]) == pytest.approx((1 / 3 + 1) / 2)
+    # A class that is predicted and never true, and a class that is never mentioned, do not count.
+    assert balanced_accuracy(["m", "m"], ["m", "x"]) == 0.5
+
+
+def test_a_subject_is_predicted_by_the_mean_probability_of_its_conversations() -> None:
+    metrics = summarise(
+        [
+            scored("a", "m", m=0.9, f=0.1),  # one sure conversation outweighs
+            scored("a", "m", m=0.4, f=0.6),  # two that lean to the other side
+            scored("a", "m", m=0.4, f=0.6),
+            scored("b", "f", m=0.7, f=0.3),
+            scored("c", "f", m=0.2, f=0.8),
+        ]
+    )
+    assert metrics["eval/sex/balanced_accuracy"] == (1 + 0.5) / 2
+    assert metrics["eval/sex/accuracy"] == 2 / 5
+    assert metrics["eval/balanced_accuracy"] == 0.75
+
+
+def test_equal_probabilities_predict_nothing() -> None:
+    metrics = summarise(
+        [scored("a", "m", m=0.5, f=0.5), scored("b", "m", m=0.25, f=0.75), scored("b", "m", m=0.75, f=0.25)]
+    )
+    assert metrics["eval/sex/balanced_accuracy"] == 0
+    assert metrics["eval/sex/accuracy"] == 1 / 3
+
+
+def test_targets_are_averaged_and_the_loss_is_per_token() -> None:
+    metrics = summarise(
+        [
+            scored("a", "m", nll=6.0, tokens=3, m=0.9, f=0.1),
+            scored("a", "AD", "diagnosis", nll=1.0, tokens=1, AD=0.1, CN=0.9),
+            scored("b", "CN", "diagnosis", nll=1.0, tokens=1, AD=0.1, CN=0.9),
+            scored("a", 63.5, "age", nll=4.0, tokens=5),
+        ],
+        prefix="test",
+    )
+    assert metrics == {
+        "test/loss": 12 / 10,
+        "test/diagnosis/balanced_accuracy": 0.5,
+        "test/diagnosis/accuracy": 0.5,
+        "test/sex/balanced_accuracy": 1.0,
+        "test/sex/accuracy": 1.0,
+        "test/balanced_accuracy": 0.75,
+    }
+
+
+def test_without_classes_there_is_only_the_loss() -> None:
+    assert summarise([scored("a", 63.5, "age", nll=2.0, tokens=4)]) == {"eval/loss": 0.5}

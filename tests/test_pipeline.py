@@ -1,0 +1,130 @@
+"""The plan of a training: which sample each worker sees at each step, without a sample lost, repeated or re-dealt."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umbrella.conversation import Conversation
+from umbrella.data import pipeline
+from umbrella.data.pipeline import Plan, evaluation_datasets, from_table, sample_order, to_table, train_datasets
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+plans = st.builds(
+    Plan,
+    size=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+    epochs=st.integers(1, 4),
+    workers=st.integers(1, 4),
+    batch_size=st.integers(1, 6),
+    accumulate=st.integers(1, 3),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows() -> Iterator[None]:
+    """Factories give their columns, where Ray would make a data set of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_dataset", lambda **columns: columns)
+        yield
+
+
+def steps_of(plan: Plan) -> np.ndarray:
+    """(steps, workers, samples per worker): the positions of each global batch."""
+    return np.stack([plan.positions(rank).reshape(plan.steps, -1) for rank in range(plan.workers)], axis=1)
+
+
+@few
+@given(plans)
+def test_the_workers_together_see_every_position_once_and_step_by_step(plan: Plan) -> None:
+    taken = steps_of(plan).reshape(plan.steps, -1)
+    assert np.array_equal(np.sort(taken, axis=1), np.arange(plan.steps * plan.per_step).reshape(plan.steps, -1))
+
+
+@few
+@given(plans)
+def test_every_sample_comes_once_per_epoch_and_the_surplus_is_less_than_a_step(plan: Plan) -> None:
+    samples = plan.samples(np.arange(plan.steps * plan.per_step))
+    for epoch in samples[: plan.epochs * plan.size].reshape(plan.epochs, plan.size):
+        assert sorted(epoch) == list(range(plan.size))
+    assert len(samples) == plan.epochs * plan.size + plan.surplus
+    assert 0 <= plan.surplus < plan.per_step
+    assert (plan.steps_per_epoch - 1) * plan.per_step < plan.size <= plan.steps_per_epoch * plan.per_step
+
+
+@few
+@given(st.sampled_from([(1, 12, 1), (1, 4, 3), (2, 6, 1), (2, 3, 2), (3, 4, 1), (4, 3, 1), (4, 1, 3)]), plans)
+def test_a_global_batch_holds_the_same_samples_however_workers_share_it(shares: tuple[int, ...], plan: Plan) -> None:
+    fixed = {"size": plan.size, "seed": plan.seed, "epochs": plan.epochs}
+    alone = Plan(**fixed, workers=1, batch_size=12, accumulate=1)
+    shared = Plan(**fixed, workers=shares[0], batch_size=shares[1], accumulate=shares[2])
+    batches = [np.sort(p.samples(steps_of(p).reshape(p.steps, -1)), axis=1) for p in (alone, shared)]
+    assert np.array_equal(*batches)
+
+
+@few
+@given(plans, st.data())
+def test_a_start_in_the_middle_gives_exactly_the_rest(plan: Plan, data: st.DataObject) -> None:
+    done = data.draw(st.integers(0, plan.steps))
+    for rank in range(plan.workers):
+        whole = plan.positions(rank)
+        assert np.array_equal(plan.positions(rank, done * plan.per_step), whole[done * len(whole) // plan.steps :])
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    one = Plan(size=30, seed=5, epochs=2, workers=1, batch_size=1, accumulate=1)
+    other = Plan(size=30, seed=5, epochs=9, workers=4, batch_size=6, accumulate=3)
+    everything = np.arange(60)
+    first, second = one.samples(everything).reshape(2, 30)
+    assert np.array_equal(one.samples(everything), other.samples(everything))
+    assert np.array_equal(first, sample_order(5, 0, 30))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, sample_order(6, 0, 30))
+
+
+@pytest.mark.parametrize(
+    ("size", "epochs", "workers", "batch_size", "accumulate", "expected"),
+    [  # per step, steps, steps per epoch, surplus
+        (10, 1, 1, 5, 1, (5, 2, 2, 0)),
+        (10, 3, 2, 2, 1, (4, 8, 3, 2)),
+        (10, 2, 2, 3, 2, (12, 2, 1, 4)),
+        (3, 1, 4, 8, 2, (64, 1, 1, 61)),  # one step sees the cohort 21 times over
+    ],
+)
+def test_steps_and_surplus_by_hand(
+    size: int, epochs: int, workers: int, batch_size: int, accumulate: int, expected: tuple
+) -> None:
+    plan = Plan(size, 0, epochs, workers, batch_size, accumulate)
+    assert (plan.per_step, plan.steps, plan.steps_per_epoch, plan.surplus) == expected
+
+
+def test_a_workers_data_set_starts_where_the_checkpoint_says_when_it_is_opened() -> None:
+    plan = Plan(size=10, seed=0, epochs=2, workers=2, batch_size=2, accumulate=1)
+    position = 0
+    datasets: Any = train_datasets(plan, lambda: position)
+    position = 8
+    opened = {name: make() for name, make in datasets.items()}
+    assert opened["train-0"]["position"].tolist() == [8, 9, 12, 13, 16, 17]
+    assert opened["train-1"]["position"].tolist() == [10, 11, 14, 15, 18, 19]
+    for columns in opened.values():
+        assert np.array_equal(columns["sample"], plan.samples(columns["position"]))
+
+
+@few
+@given(st.integers(1, 30), st.integers(1, 8))
+def test_an_evaluation_sees_every_sample_once_over_any_number_of_workers(size: int, workers: int) -> None:
+    opened: Any = {name: make() for name, make in evaluation_datasets(size, workers).items()}
+    assert set(opened) == {f"validation-{rank}" for rank in range(workers)}
+    assert sorted(np.concatenate([columns["sample"] for columns in opened.values()])) == list(range(size))
+
+
+def test_conversations_survive_the_table(cohort: dict[str, Conversation], talk: Callable[..., Conversation]) -> None:
+    conversations = [
+        *cohort.values(),
+        talk(("user", "Größe?\n\U0001f9e0"), ("assistant", ""), extra={"kept": [1, None]}),
+    ]
+    table = to_table(conversations)
+    assert [from_table(table, i) for i in range(table.num_rows)] == conversations

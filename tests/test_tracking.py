@@ -1,0 +1,147 @@
+"""MLflow: what is tracked can be read back, a trial has one run however often it starts, and ended runs stay ended."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from umbrella import tracking
+from umbrella.base import UserError
+from umbrella.tracking import OUTCOME, Tracker, close_trial, code_version, open_experiment, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One real SQLite store: to make its tables takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return tracking_uri(tmp_path_factory.mktemp("mlflow"))
+
+
+@pytest.fixture
+def open_one(uri: str, request: pytest.FixtureRequest) -> Callable[[], str]:
+    """Opens the experiment of this test."""
+    return lambda: open_experiment(uri, request.node.name, Path(uri.removeprefix("sqlite:///")).parent)
+
+
+@pytest.fixture
+def experiment(open_one: Callable[[], str]) -> str:
+    return open_one()
+
+
+@pytest.fixture
+def client(uri: str) -> MlflowClient:
+    return MlflowClient(uri)
+
+
+def test_the_store_lies_in_the_storage_folder_unless_the_environment_names_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    assert tracking_uri("runs") == "http://mlflow.example:5000"
+
+
+def test_what_is_tracked_is_read_back(uri: str, experiment: str, client: MlflowClient, tmp_path: Path) -> None:
+    tracker = Tracker.start(uri, experiment, "a trial", parent="f" * 32, trial="a8_00001")
+    tracker.params({f"group.setting_{i}": i for i in range(230)})  # more than one request may hold
+    tracker.params({"group.setting_0": "changed", "optim.lr": 1e-05})
+    for step in range(1300):
+        tracker.metrics({"train/loss": 1 / (step + 1)}, step)
+    tracker.metrics({"train/grad_norm": float("nan")}, 3)
+    assert client.get_run(tracker.run_id).data.metrics == {}  # gathered, not yet written
+    tracker.text("loss: Σ", "statement.txt")
+    (tmp_path / "ranking.csv").write_text("trial\n", encoding="utf-8")
+    tracker.artifact(tmp_path / "ranking.csv", "tables")
+    tracker.end()
+
+    run = client.get_run(tracker.run_id)
+    assert (run.info.run_name, run.info.status) == ("a trial", "FINISHED")
+    assert run.data.params == {f"group.setting_{i}": str(i) for i in range(230)} | {"optim.lr": "1e-05"}
+    history = client.get_metric_history(tracker.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(step, 1 / (step + 1)) for step in range(1300)]
+    expected = {"mlflow.parentRunId": "f" * 32, "ray.trial_id": "a8_00001", OUTCOME: "finished"}
+    assert run.data.tags.items() >= expected.items()
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / tracker.run_id / "artifacts"
+    assert (folder / "statement.txt").read_text(encoding="utf-8") == "loss: Σ"
+    assert [file.path for file in client.list_artifacts(tracker.run_id, "tables")] == ["tables/ranking.csv"]
+
+
+def test_a_trial_that_starts_again_continues_its_run(uri: str, experiment: str, client: MlflowClient) -> None:
+    first = Tracker.start(uri, experiment, "lr=0.1", trial="one")
+    first.metrics({"train/loss": 3.0}, 1)
+    first.end("FAILED", "failed")
+    again = Tracker.start(uri, experiment, "lr=0.1", trial="one")
+    assert again.run_id == first.run_id
+    assert client.get_run(again.run_id).info.status == "RUNNING"
+    again.metrics({"train/loss": 2.0}, 2)
+    again.end()
+    assert [m.value for m in client.get_metric_history(again.run_id, "train/loss")] == [3.0, 2.0]
+    assert Tracker.start(uri, experiment, "lr=0.1", trial="two").run_id != first.run_id
+    assert len({Tracker.start(uri, experiment, "a sweep").run_id for _ in range(2)}) == 2  # no trial: always new
+    assert len(client.search_runs([experiment])) == 4
+
+
+def test_closing_a_trial_ends_a_running_one_and_leaves_an_ended_one(
+    uri: str, experiment: str, client: MlflowClient
+) -> None:
+    stopped = Tracker.start(uri, experiment, "stopped", trial="stopped")
+    close_trial(uri, experiment, "stopped", "KILLED", "stopped early")
+    run = client.get_run(stopped.run_id)
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("KILLED", "stopped early")
+    close_trial(uri, experiment, "stopped", "FAILED", "failed")
+    run = client.get_run(stopped.run_id)
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("KILLED", "stopped early")
+    close_trial(uri, experiment, "never started", "FAILED", "failed")
+
+
+def test_an_experiment_is_opened_again_by_name_and_a_deleted_one_is_refused(
+    open_one: Callable[[], str], client: MlflowClient
+) -> None:
+    experiment = open_one()
+    assert open_one() == experiment
+    client.delete_experiment(experiment)
+    with pytest.raises(UserError, match=r"was deleted; restore it, or choose another name: experiment=\.\.\."):
+        open_one()
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        "file:{}",  # MLflow has given up its file store
+        "sqlite:///{}/mlflow.db",
+    ],
+)
+def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, store: str) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database at all", encoding="utf-8")
+    with pytest.raises(UserError, match=f"MLflow at {store.format(tmp_path)}: "):
+        open_experiment(store.format(tmp_path), "umbrella", tmp_path)
+
+
+def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "umbrella"
+    package.mkdir()
+    (package / "tracking.py").touch()
+    monkeypatch.setattr(tracking, "__file__", str(package / "tracking.py"))
+    for name, value in {"GIT_CEILING_DIRECTORIES": tmp_path.parent, "GIT_CONFIG_GLOBAL": "/dev/null"}.items():
+        monkeypatch.setenv(name, str(value))
+    assert code_version() == {}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert len(commit) == 40
+    assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "False"}
+    (package / "tracking.py").write_text("changed", encoding="utf-8")
+    assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "True"}
