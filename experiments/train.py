@@ -10,7 +10,8 @@ def main(request: Request) -> None:
     """Run the training, or say what it would run."""
     from umbrella.tuning.describe import dry_run
 
-    settings = request.settings.with_values({"tune.space": {}})
+    settings = request.settings
+    settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # one point, no sweep
     if request.dry_run:
         dry_run(settings, request.given, make_console())
         return

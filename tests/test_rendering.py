@@ -1,6 +1,7 @@
 """Rendering: tokens are what the chat template writes, and spans say, border by border, which part each one is."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -135,3 +136,11 @@ def test_a_template_without_turn_after_turn_is_refused(
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         Renderer(tokenizer, {}).render(talk(("system", "a"), ("assistant", "b")))
+
+
+def test_many_threads_render_what_one_does(renderer: Renderer, talk: Callable[..., Conversation]) -> None:
+    conversations = [talk(("user", f"<|im_end|> {i}"), ("assistant", "<image>" * (i % 5))) for i in range(200)]
+    alone = [renderer.render(c).input_ids.tolist() for c in conversations]
+    with ThreadPoolExecutor(4) as pool:
+        together = [example.input_ids.tolist() for example in pool.map(renderer.render, conversations * 5)]
+    assert together == alone * 5

@@ -41,7 +41,7 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
         result(tmp_path, 2, [(10, 0.9, 0.3, False), (20, 0.7, 0.4, True), (30, 0.7, 0.2, True)]),
         result(tmp_path, 3, [(10, 0.8, 0.9, True), (30, 0.5, 0.1, True)]),
         result(tmp_path, 4, [(10, 0.99, 0.1, True)], error=RuntimeError("later")),
-        result(tmp_path, 5, [(10, 0.6, nan, True), (30, nan, nan, True)]),
+        result(tmp_path, 5, [(10, nan, nan, True), (30, 0.6, nan, True)]),
     ]
     trials = rank(results, METRIC, "max")
     assert [(t.trial_id[-1], t.state, t.step, t.metric, t.loss) for t in trials[:3]] == [
@@ -50,7 +50,7 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
         ("2", FINISHED, 30, 0.7, 0.2),  # its 0.9 has no checkpoint left
     ]
     assert [(t.trial_id[-1], t.state, t.step) for t in trials[3:]] == [
-        ("5", FINISHED, 10),
+        ("5", FINISHED, 30),
         ("4", FAILED, 10),
         ("0", FAILED, None),
     ]

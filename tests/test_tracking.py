@@ -48,7 +48,15 @@ def test_the_store_lies_in_the_storage_folder_unless_the_environment_names_anoth
 
 def test_what_is_tracked_is_read_back(uri: str, experiment: str, client: MlflowClient, tmp_path: Path) -> None:
     tracker = Tracker.start(uri, experiment, "a trial", parent="f" * 32, trial="a8_00001")
-    tracker.params({f"group.setting_{i}": i for i in range(230)})  # more than one request may hold
+    requests = []
+    write = tracker.client.log_batch
+
+    def watch(run_id: str, **entities: list) -> None:
+        requests.append({kind: len(some) for kind, some in entities.items()})
+        write(run_id, **entities)
+
+    tracker.client.log_batch = watch
+    tracker.params({f"group.setting_{i}": i for i in range(230)})
     tracker.params({"group.setting_0": "changed", "optim.lr": 1e-05})
     for step in range(1300):
         tracker.metrics({"train/loss": 1 / (step + 1)}, step)
@@ -59,6 +67,16 @@ def test_what_is_tracked_is_read_back(uri: str, experiment: str, client: MlflowC
     tracker.artifact(tmp_path / "ranking.csv", "tables")
     tracker.end()
 
+    # A server refuses more than 100 parameters or 1000 metrics in a request, which SQLite does not.
+    assert requests == [
+        {"params": 100},
+        {"params": 100},
+        {"params": 30},
+        {"params": 1},
+        {"metrics": 1000},
+        {"metrics": 301},
+        {"tags": 1},
+    ]
     run = client.get_run(tracker.run_id)
     assert (run.info.run_name, run.info.status) == ("a trial", "FINISHED")
     assert run.data.params == {f"group.setting_{i}": str(i) for i in range(230)} | {"optim.lr": "1e-05"}

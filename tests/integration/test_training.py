@@ -1,5 +1,6 @@
 """One training on Ray Train, as experiments/train.py runs it: what it learns, says, tracks and keeps."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.base import UserError
+from umbrella.data.pipeline import Plan, batches, train_datasets
 from umbrella.tracking import tracking_uri
 from umbrella.training.run import run_training
 
 LONGER = {"train.epochs": 12, "train.evaluate_every": 9, "optim.lr": 1e-2}
-"""Long enough to learn something: 36 steps on the small cohort, evaluated four times."""
+"""Long enough to learn something: 39 steps on the small cohort, evaluated five times."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -34,10 +36,10 @@ def one(small_settings: Any, ray_session: Any) -> Any:
 
 def test_training_trains(one: Any) -> None:
     _, _, curves = one
-    assert len(curves["train/loss"]) == 36
+    assert len(curves["train/loss"]) == 39, "13 steps of 4 are 12 epochs of 13 samples"
     assert sum(curves["train/loss"][-3:]) < 0.5 * sum(curves["train/loss"][:3])
     assert min(curves["train/grad_norm/embedder"]) > 0
-    assert len(curves["eval/loss"]) == 4
+    assert len(curves["eval/loss"]) == 5, "every 9 steps and at the end"
     assert curves["eval/loss"][-1] < curves["eval/loss"][0]
 
 
@@ -70,6 +72,19 @@ def test_a_checkpoint_is_a_model_that_loads(one: Any) -> None:
     model = UmbrellaForConditionalGeneration.from_pretrained(last)
     assert set(model.config.modalities) == {"sMRI", "dMRI", "fMRI"}
     assert last.name == f"step_{len(curves['train/loss']):07d}"
+
+
+def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(ray_session: Any) -> None:
+    plan = Plan(size=30, seed=1, epochs=2, workers=2, batch_size=3, accumulate=1)
+
+    def slow(samples: Any) -> list[int]:
+        time.sleep(0.03 * (samples[0] % 3))
+        return samples.tolist()
+
+    for rank in range(2):
+        shard = train_datasets(plan, lambda: 12)[f"train-{rank}"]().iterator()
+        seen = [sample for batch in batches(shard, plan.batch_size, prefetch=4, make=slow) for sample in batch]
+        assert seen == plan.samples(plan.positions(rank, 12)).tolist()
 
 
 def test_one_seed_gives_one_curve_and_two_workers_the_same(one: Any, small_settings: Any) -> None:

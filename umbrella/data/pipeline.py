@@ -121,6 +121,8 @@ def batches(shard: "DataIterator", batch_size: int, prefetch: int, make: Callabl
         def __call__(self, rows: Mapping[str, np.ndarray]) -> Any:
             return make(rows["sample"])
 
+    # Batches are made by several threads; without this they would come in the order in which those finish.
+    shard.get_context().execution_options.preserve_order = True
     yield from shard.iter_torch_batches(
         batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
     )

@@ -5,6 +5,7 @@ what stands between the marks is, letter for letter, what the template writes ar
 tokenized for itself, so a span's borders are token borders.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,9 @@ class Renderer:
         self, tokenizer: PreTrainedTokenizerBase, modalities: Mapping[str, Modality], max_tokens: int = 2**31
     ) -> None:
         self.tokenizer = tokenizer
+        # A tokenizer keeps `split_special_tokens` as a state of its own, and batches are rendered by several threads:
+        # one tokenizer for both uses would now and then write the template's marks as letters.
+        self._plain = copy.deepcopy(tokenizer)
         self.modalities = modalities
         self.max_tokens = max_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -95,7 +99,8 @@ class Renderer:
     def _tokens(self, text: str, special: bool = False) -> list[int]:
         # Only the template's own text may hold special tokens: a person who writes "<image>" or "<|im_end|>" in a
         # question has written words.
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        tokenizer = self.tokenizer if special else self._plain
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
     def _frame(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
         """(header, end) of each turn: what the template writes before and after its content."""

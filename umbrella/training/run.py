@@ -1,6 +1,7 @@
 """One training: what it needs on a cluster, and the TorchTrainer that runs it."""
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,11 @@ def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], me
     candidates = find_candidates(splits.train)
     check_candidates(splits.validation, candidates)
     targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})
+    unnameable = [target for target in targets if not re.fullmatch(r"[\w\-. :/]+", target)]
+    if unnameable:
+        raise UserError(
+            f"target {unnameable[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"
+        )
     known = ["eval/loss"]
     if targets:
         known += ["eval/balanced_accuracy"]

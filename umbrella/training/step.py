@@ -60,15 +60,12 @@ def train_step(
         loss += share.detach()
     if parallel:
         torch.distributed.all_reduce(loss)
-    if not torch.isfinite(loss):
-        optimizer.zero_grad()
-        raise FloatingPointError(f"the loss is {loss.item()}")
     by_part = {name: _norm(weights) for name, weights in parts.items() if any(w.requires_grad for w in weights)}
     trained = [w for group in optimizer.param_groups for w in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip)
-    if not torch.isfinite(norm):
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
         optimizer.zero_grad()
-        raise FloatingPointError(f"the loss is {loss.item()}, and the norm of its gradient {norm.item()}")
+        raise FloatingPointError(f"the loss is {loss.item()} and the norm of its gradient {norm.item()}")
     lr = optimizer.param_groups[0]["lr"]
     optimizer.step()
     schedule.step()
