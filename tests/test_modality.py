@@ -25,7 +25,7 @@ def test_an_anisotropic_patch_keeps_each_axis_apart() -> None:
 
 
 def test_the_default_modalities_are_those_of_the_data_format() -> None:
-    assert {name: m.num_tokens for name, m in DEFAULT_MODALITIES.items()} == {"sMRI": 64, "dMRI": 64, "fMRI": 32}
+    assert {name: m.num_tokens for name, m in DEFAULT_MODALITIES.items()} == {"sMRI": 27, "dMRI": 27, "fMRI": 32}
 
 
 @pytest.mark.parametrize(

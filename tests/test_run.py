@@ -1,9 +1,14 @@
 """What is found out before a training starts: whether it fits the cluster, and whether the data give what decides."""
 
+from collections.abc import Callable
+
 import pytest
 
 from umbrella.base import UserError
-from umbrella.training.run import trainings_that_fit
+from umbrella.config import load_settings
+from umbrella.conversation import Conversation
+from umbrella.data.loading import Splits
+from umbrella.training.run import check, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
 
 
@@ -27,3 +32,36 @@ def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_
         trainings_that_fit(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
     with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
         trainings_that_fit(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
+
+
+def splits(talk: Callable[..., Conversation], target: str) -> Splits:
+    """Two training conversations and one for validation, about the sex of three subjects."""
+    about = {"target": target, "subject_label": "male"}
+    one, two, three = (
+        talk(("user", "?"), ("assistant", answer), task_id=answer, metadata=about | {"subject_label": answer})
+        for answer in ("male", "female", "male")
+    )
+    return Splits([one, two], [three])
+
+
+@pytest.mark.parametrize(
+    ("target", "metric", "message"),
+    [
+        ("sex (binary)?", "eval/loss", "target 'sex \\(binary\\)\\?' becomes part of a metric's name"),
+        ("sex", "eval/f1", "tune.metric=eval/f1: these data give eval/loss, eval/balanced_accuracy, eval/sex/bal"),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_found_before_the_start(
+    talk: Callable[..., Conversation], target: str, metric: str, message: str
+) -> None:
+    settings = load_settings()
+    with pytest.raises(UserError, match=message):
+        check(settings, splits(talk, target), [settings.mask], metric)
+
+
+def test_a_mask_that_supervises_nothing_is_found_before_the_start(talk: Callable[..., Conversation]) -> None:
+    settings = load_settings(overrides={"mask.supervise": "last_assistant"})
+    silent = talk(("user", "?"), ("assistant", ""), task_id="silent")
+    nothing = settings.mask.model_copy(update={"end_of_turn": False})
+    with pytest.raises(UserError, match="supervises none of the"):
+        check(settings, Splits([silent], [silent]), [nothing], "eval/loss")

@@ -74,6 +74,11 @@ def test_a_checkpoint_is_a_model_that_loads(one: Any) -> None:
     assert last.name == f"step_{len(curves['train/loss']):07d}"
 
 
+def test_ray_listens_on_localhost_only(ray_session: Any) -> None:
+    assert [node["NodeManagerAddress"] for node in ray_session.nodes()] == ["127.0.0.1"]
+    assert ray_session._private.worker.get_dashboard_url().startswith("127.0.0.1:")
+
+
 def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(ray_session: Any) -> None:
     plan = Plan(size=30, seed=1, epochs=2, workers=2, batch_size=3, accumulate=1)
 

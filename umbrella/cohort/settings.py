@@ -8,7 +8,7 @@ from umbrella.base import Section
 class CohortSettings(Section):
     """The phantom cohort, used when ``data.train`` is not set."""
 
-    subjects: int = Field(150, ge=12)
+    subjects: int = Field(120, ge=12)
     """How many subjects are made; they are split 60/20/20 into train, validation and test, each at least four."""
     seed: int = Field(0, ge=0)
     """Seed of everything drawn: subjects, deformations, noise, splits and wording. Same seed, same bytes."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 from ray.train import WorkerGroupError
@@ -24,6 +25,7 @@ from umbrella.training.job import Job, make_trainer
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import mask_audit
 
+LOCALHOST = "127.0.0.1"
 SPARE_CPUS = 1.0
 """What must stay free beside the workers: Ray Train and Ray Data place helpers that ask for one CPU to be placed and
 none to run. Where less than one is free they wait for ever, and the trainings with them, without a word."""
@@ -38,28 +40,34 @@ ENVIRONMENT = {
 """Ray's settings for every process of ours; what the person has set stays."""
 
 
-def start_ray(resources: ResourceSettings, log_to_driver: bool) -> None:
-    """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only."""
+def start_ray(resources: ResourceSettings, log_to_driver: bool) -> str:
+    """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
+
+    Returns the dashboard's address; empty where there is none, or Ray was started before.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        return
+        return ""
     address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # A process per training that asks whether this machine is about to be taken away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
-    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
-        ray.init(
-            address=address,
-            log_to_driver=log_to_driver,
-            logging_level="ERROR",
-            **(own if address == "local" else joined),
-        )
+        # Ray puts the machine's outer address in place of 127.0.0.1, and then listens to the whole network.
+        with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host):
+            context = ray.init(
+                address=address,
+                log_to_driver=log_to_driver,
+                logging_level="ERROR",
+                **(own if address == "local" else joined),
+            )
     except ConnectionError as error:
         raise UserError(f"resources.address={address}: {' '.join(str(error).split())[:300]}") from None
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
 def trainings_that_fit(resources: ResourceSettings, available: dict[str, float]) -> int:

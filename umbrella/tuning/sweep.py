@@ -32,7 +32,6 @@ class Answer:
     folder: Path
     figure: Path
     tracking: str
-    dashboard: str
 
 
 def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> Answer:
@@ -58,7 +57,9 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     folder = storage / "sweeps" / name
     uri = tracking_uri(storage)
     experiment = open_experiment(uri, settings.experiment, storage)
-    start_ray(settings.resources, log_to_driver=False)
+    dashboard = start_ray(settings.resources, log_to_driver=False)
+    if dashboard:
+        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
@@ -113,6 +114,5 @@ def _answer(settings: Settings, trials: Sequence[Trial], folder: Path, uri: str)
     figure = folder / "metric.png"
     draw(trials, settings.tune.metric, figure)
     write_csv(trials, settings.tune.metric, folder / "ranking.csv")
-    dashboard = ray._private.worker.get_dashboard_url()  # there is no public way to ask for it
     best = settings.with_values(trials[0].point)
-    return Answer(list(trials), best, folder, figure, uri, f"http://{dashboard}" if dashboard else "")
+    return Answer(list(trials), best, folder, figure, uri)
