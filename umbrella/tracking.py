@@ -85,7 +85,8 @@ class Tracker:
 
     def flush(self) -> None:
         """Write the gathered metrics."""
-        pending, self._pending = self._pending, []
+        # By name: MLflow's compare page opens with the metric that was written first, and eval/... is what decides.
+        pending, self._pending = sorted(self._pending, key=lambda metric: metric.key), []
         for i in range(0, len(pending), MAX_METRICS):
             self.client.log_batch(self.run_id, metrics=pending[i : i + MAX_METRICS])
 
