@@ -167,7 +167,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ray_session() -> Any:
     """The one Ray of the whole test session, started as the scripts start theirs."""
     import ray
 

@@ -82,7 +82,7 @@ class Monitor(Callback):
     def _table(self) -> Table:
         ended = sum(t["state"] != "running" for t in self.trials.values())
         table = Table(title=f"{ended} of {self.total} trials ended, {self._elapsed()}", title_justify="left")
-        for name in ("trial", "state", "step", "epoch", "train/loss", "eval/loss", self.metric):
+        for name in ("trial", "state", "step", *table_columns(self.metric)):
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")
         for trial in self.trials.values():
             result = trial["result"]
