@@ -1,25 +1,18 @@
-"""Every conversation file becomes the one Conversation type, or an error that names file, line and field."""
+"""The type: what a conversation says about itself, and what is refused because it contradicts itself."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from umbrella.base import UserError
-from umbrella.conversation import read_conversations
-
-
-@pytest.fixture(autouse=True)
-def volume(tmp_path: Path) -> None:
-    """An image file beside the conversations; reading them only looks whether it exists."""
-    (tmp_path / "a.nii").touch()
+from umbrella.conversations.checks import explain
+from umbrella.conversations.conversation import Conversation, TextItem
 
 
-def sample(task_id: str = "t", **changes: Any) -> dict[str, Any]:
+def sample(**changes: Any) -> dict[str, Any]:
     image = {"type": "image", "modality": "sMRI", "image_path": "a.nii"}
     return {
-        "task_id": task_id,
+        "task_id": "t",
         "task_type": "T1",
         "images": [{"path": "a.nii", "token": "<image>", "modality": "sMRI"}],
         "conversations": [
@@ -31,141 +24,120 @@ def sample(task_id: str = "t", **changes: Any) -> dict[str, Any]:
     }
 
 
-def write(file: Path, *samples: Any, form: str = "lines") -> Path:
-    text = {
-        "object": lambda: json.dumps(samples[0], indent=1),
-        "list": lambda: json.dumps(samples, indent=1),
-        "lines": lambda: "\n".join(map(json.dumps, samples)),
-    }[form]()
-    file.write_text(text, encoding="utf-8")
-    return file
+def refusals(raw: Any) -> list[tuple[str, str]]:
+    with pytest.raises(ValidationError) as caught:
+        Conversation.model_validate(raw)
+    return explain(caught.value)
 
 
-def problems(path: Path, **options: Any) -> list[str]:
-    with pytest.raises(UserError) as caught:
-        read_conversations(path, **options)
-    return [line.removeprefix(f"{path.parent}/") for line in str(caught.value).split("\n")]
-
-
-def test_objects_lists_lines_and_folders_read_alike(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    (folder / "deeper").mkdir(parents=True)
-    write(folder / "1.json", sample("one"), form="object")
-    write(folder / "2.json", sample("two"), sample("three"), form="list")
-    write(folder / "deeper/3.jsonl", sample("four"), sample("five"))
-    (folder / "notes.txt").write_text("not a conversation")
-    found = read_conversations(folder, root=tmp_path)
-    assert [c.task_id for c in found] == ["one", "two", "three", "four", "five"]
-    assert {c.answer for c in found} == {"male."}
-
-
-def test_relative_paths_start_from_the_files_folder_or_from_the_root(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/a.nii").touch()
-    file = write(tmp_path / "c.jsonl", sample())
-    for root, expected in ((None, tmp_path / "a.nii"), (tmp_path / "sub", tmp_path / "sub/a.nii")):
-        [conversation] = read_conversations(file, root)
-        assert conversation.volumes[0].image_path == conversation.images[0].path == str(expected)
-
-
-def test_plain_strings_extra_keys_and_numbers_are_kept(tmp_path: Path) -> None:
+def test_plain_strings_extra_keys_and_numbers_are_kept() -> None:
     metadata = {"subject_id": "s", "subject_label": 63.5, "target": "age", "site": {"name": "A"}}
-    file = write(tmp_path / "c.jsonl", sample(metadata=metadata, subject_ids=["s"]))
-    [conversation] = read_conversations(file)
-    assert conversation.model_dump()["conversations"][1]["content"] == ({"type": "text", "text": "male."},)
+    conversation = Conversation.model_validate(sample(metadata=metadata, subject_ids=["s"]))
+    assert conversation.conversations[1].content == (TextItem(type="text", text="male."),)
     assert conversation.model_dump()["subject_ids"] == ["s"]
     assert conversation.model_dump()["images"][0]["token"] == "<image>"
     assert (conversation.label, conversation.target, conversation.subject_id) == (63.5, "age", "s")
     assert conversation.metadata["site"] == {"name": "A"}
 
 
-def test_line_numbers_are_those_of_the_editor(tmp_path: Path) -> None:
-    bad = sample("bad", images=[])
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text(f"{json.dumps(sample())}\n\n\n{json.dumps(bad)}\n")
-    assert [p.split(": ")[0] for p in problems(lines)] == ["lines.jsonl:4"]
-    listed = write(tmp_path / "list.json", sample(), bad, form="list")
-    # The first sample of an indented list starts on line 2; the second after the line of its own opening brace.
-    second = [i for i, line in enumerate(listed.read_text().split("\n"), 1) if line == " {"][1]
-    assert [p.split(": ")[0] for p in problems(listed)] == [f"list.json:{second}"]
-    single = tmp_path / "single.json"
-    single.write_text("\n\n" + json.dumps(bad))
-    assert [p.split(": ")[0] for p in problems(single)] == ["single.json:3"]
+def test_everybody_who_is_shown_is_a_subject() -> None:
+    metadata = {"subject_id": "a", "reference_id": "b"}
+    assert Conversation.model_validate(sample(metadata=metadata, subject_ids=["c", 4])).subjects == {"a", "b", "c", "4"}
+    assert Conversation.model_validate(sample(metadata={})).subjects == {"t"}
 
 
-def test_every_problem_is_listed_not_only_the_first(tmp_path: Path) -> None:
-    turns = sample()["conversations"]
-    elsewhere = [{"path": "b.nii", "modality": "sMRI"}]
-    wrong_role = [{"role": "human", "content": "Hi"}, *turns]
-    no_path = [{"role": "user", "content": [{"type": "image", "modality": "sMRI"}]}]
-    file = write(
-        tmp_path / "c.jsonl",
-        sample("good"),
-        sample("two volumes", images=sample()["images"] * 2),
-        sample("other volume", images=elsewhere),
-        sample("no answer", conversations=turns[:1]),
-        sample("two faults", conversations=wrong_role, metadata=3),
-        sample("no path", conversations=no_path),
-        [1, 2],
-        sample("good"),
-    )
-    found = [problem.split(": ", 2)[:2] for problem in problems(file)]
-    assert found == [
-        ["c.jsonl:2", "sample"],
-        ["c.jsonl:3", "sample"],
-        ["c.jsonl:4", "sample"],
-        ["c.jsonl:5", "conversations.0.role"],
-        ["c.jsonl:5", "metadata"],
-        ["c.jsonl:6", "conversations.0.content.0.image.image_path"],
-        ["c.jsonl:7", "sample"],
-        ["c.jsonl:8", "task_id"],
-    ]
+def test_paths_are_rewritten_in_turns_and_images_and_nowhere_else() -> None:
+    conversation = Conversation.model_validate(sample())
+    moved = conversation.with_paths(lambda path: f"/scans/{path}")
+    assert moved.volumes[0].image_path == moved.images[0].path == "/scans/a.nii"
+    assert conversation.volumes[0].image_path == "a.nii"
+    assert moved.with_paths(lambda path: "a.nii") == conversation
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field", "message"),
     [
-        ({"images": []}, "images lists 0 volumes and the turns show 1"),
-        ({"images": [{"path": "a.nii", "modality": "dMRI"}]}, "they differ in path, modality or order"),
-        ({"conversations": [{"role": "user", "content": "Hi"}], "images": []}, "no assistant turn"),
-        ({"conversations": [], "images": []}, "no assistant turn"),
+        ({"images": []}, "images", "the number of entries is 0, that of images in the turns is 1; list each"),
+        (
+            {"images": sample()["images"] * 2},
+            "images",
+            "the number of entries is 2, that of images in the turns is 1; list each",
+        ),
+        (
+            {"images": [{"path": "b.nii", "modality": "sMRI"}]},
+            "images.0.path",
+            "'b.nii', but image 0 of the turns has 'a.nii'; they must be the same",
+        ),
+        (
+            {"images": [{"path": "a.nii", "modality": "dMRI"}]},
+            "images.0.modality",
+            "'dMRI', but image 0 of the turns has 'sMRI'; they must be the same",
+        ),
+        ({"conversations": [{"role": "user", "content": "Hi"}], "images": []}, "conversations", "no assistant turn"),
+        ({"conversations": [], "images": []}, "conversations", "is empty; a sample needs"),
+        (
+            {"conversations": [{"role": "user", "content": []}, sample()["conversations"][1]], "images": []},
+            "conversations.0.content",
+            "is empty; write a text, or leave the turn out",
+        ),
     ],
 )
-def test_a_sample_that_contradicts_itself_says_how(tmp_path: Path, changes: dict, message: str) -> None:
-    [problem] = problems(write(tmp_path / "c.jsonl", sample(**changes)))
-    assert message in problem
+def test_a_sample_that_contradicts_itself_says_where_and_how(changes: dict, field: str, message: str) -> None:
+    [(found, what)] = refusals(sample(**changes))
+    assert found == field
+    assert what.startswith(message)
 
 
-def test_a_missing_volume_and_an_unknown_modality_name_the_setting_to_change(tmp_path: Path) -> None:
-    (tmp_path / "a.nii").unlink()
-    assert problems(write(tmp_path / "c.jsonl", sample()), modalities=["dMRI", "fMRI"]) == [
-        "c.jsonl:1: modality: 'sMRI' is not one of dMRI, fMRI; see `modalities`",
-        f"c.jsonl:1: image_path: {tmp_path}/a.nii does not exist; see `data.root`",
+def test_a_fault_hides_none_of_the_others() -> None:
+    wrong = sample(images=[{"path": "b.nii", "modality": 3}], metadata=3)
+    wrong["conversations"][0]["role"] = "narrator"
+    wrong["conversations"].append({"role": "user", "content": [{"type": "image", "modality": "sMRI"}]})
+    assert [field for field, _ in refusals(wrong)] == [
+        "conversations.0.role",
+        "conversations.2.content.0.image_path",
+        "images.0.modality",
+        "metadata",
+        "images",
     ]
 
 
-def test_a_task_id_used_twice_names_both_places(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    first = write(folder / "1.jsonl", sample("x"), sample("y"))
-    second = write(folder / "2.jsonl", sample("y"))
-    with pytest.raises(UserError, match=f"^{second}:1: task_id: y is already used at {first}:2$"):
-        read_conversations(folder, root=tmp_path)
+def test_an_assistant_need_not_have_the_last_word() -> None:
+    turns = [*sample()["conversations"], {"role": "user", "content": "Thanks."}]
+    assert Conversation.model_validate(sample(conversations=turns)).answer == "male."
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("change", "field", "message"),
     [
-        (b'{"task_id": "t"\n "task_type"}', "c.json:2: not JSON: Expecting ',' delimiter, column 2"),
-        (b"[" + json.dumps(sample()).encode() + b",", "c.json: not JSON: the list is not closed"),
-        (b'{"task_id": "\xff"}', "c.json: cannot be read as UTF-8 text"),
-        (b"[]", "c.json: holds no conversation"),
-        (None, "c.json: no such file or folder"),
+        ({"task_id": 7}, "task_id", "must be a text, not 7"),
+        ({"metadata": [1]}, "metadata", "must be an object {...}, not [1]"),
+        ({"conversations": {"a": {}}}, "conversations", "must be a list, not {'a': {}}"),
+        ({"conversations": ["Hi"]}, "conversations.0", "must be an object {...}, not 'Hi'"),
+        ({"role": "bot"}, "conversations.1.role", "'bot' is not known; use system, user or assistant"),
+        ({"content": None}, "conversations.1.content", "must be a text or a list of items, not None"),
+        ({"content": ["Hi"]}, "conversations.1.content.0", "must be an object {...}, not 'Hi'"),
+        (
+            {"content": [{"text": "Hi"}]},
+            "conversations.1.content.0",
+            'has no `type`; add "type": "text" or "type": "image"',
+        ),
+        (
+            {"content": [{"type": "video"}]},
+            "conversations.1.content.0",
+            "{'type': 'video'} is of no known `type`; use text or image",
+        ),
+        ({"content": [{"type": "text"}]}, "conversations.1.content.0.text", "is missing; add it"),
     ],
 )
-def test_a_file_that_is_damaged_empty_or_missing_is_named(tmp_path: Path, text: bytes | None, message: str) -> None:
-    file = tmp_path / "c.json"
-    if text is not None:
-        file.write_bytes(text)
-    [problem] = problems(file)
-    assert problem.startswith(message)
+def test_wrong_types_are_told_in_plain_words(change: dict, field: str, message: str) -> None:
+    raw = sample()
+    (raw if change.keys() <= raw.keys() else raw["conversations"][1]).update(change)
+    assert (field, message) in refusals(raw)
+
+
+def test_missing_fields_are_told_in_plain_words() -> None:
+    assert refusals({}) == [
+        ("task_id", "is missing; give every sample a name of its own in `task_id` or `id`"),
+        ("task_type", "is missing; add it"),
+        ("conversations", "is missing; add it"),
+    ]

@@ -1,0 +1,391 @@
+"""Conversation files become conversations, or problems that name file, line, field and remedy."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.base import UserError
+from umbrella.conversations.files import Problem, Reading, conversation_files, read_conversations
+
+
+@pytest.fixture(autouse=True)
+def volume(tmp_path: Path) -> None:
+    """An image file beside the conversations; reading them only looks whether it exists."""
+    (tmp_path / "a.nii").touch()
+
+
+def sample(task_id: str = "t", path: str = "a.nii", **changes: Any) -> dict[str, Any]:
+    image = {"type": "image", "modality": "sMRI", "image_path": path}
+    return {
+        "task_id": task_id,
+        "task_type": "T1",
+        "images": [{"path": path, "token": "<image>", "modality": "sMRI"}],
+        "conversations": [
+            {"role": "user", "content": [{"type": "text", "text": "Sex?"}, image]},
+            {"role": "assistant", "content": "male."},
+        ],
+        "metadata": {"subject_id": "sub-1", "subject_label": "male"},
+        **changes,
+    }
+
+
+def with_turns(*turns: tuple[str, Any], task_id: str = "t") -> dict[str, Any]:
+    written = [{"role": role, "content": content} for role, content in turns]
+    return sample(task_id, conversations=written, images=[])
+
+
+def write(file: Path, *samples: Any, form: str = "lines") -> Path:
+    text = {
+        "object": lambda: json.dumps(samples[0], indent=1),
+        "list": lambda: json.dumps(samples, indent=1),
+        "lines": lambda: "\n".join(map(json.dumps, samples)),
+    }[form]()
+    data = text.encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+def ids(reading: Reading) -> list[str]:
+    assert reading.problems == []
+    return [c.task_id for c in reading.conversations]
+
+
+def problems(path: Path, **options: Any) -> list[str]:
+    """The problem lines, without the folder of the file."""
+    return [str(p).removeprefix(f"{path.parent}/") for p in read_conversations(path, **options).problems]
+
+
+def test_objects_lists_lines_and_folders_read_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    write(folder / "1.json", sample("one"), form="object")
+    write(folder / "2.json", sample("two"), sample("three"), form="list")
+    write(folder / "deeper/3.jsonl", sample("four"), sample("five"))
+    write(folder / "deeper/4.ndjson.gz", sample("six"))
+    write(folder / "deeper/5.JSON.gz", sample("seven"), sample("eight"), form="list")
+    (folder / "notes.txt").write_text("not a conversation")
+    write(folder / ".ipynb_checkpoints/1.json", sample("one"))
+    reading = read_conversations(folder, root=tmp_path)
+    assert ids(reading) == ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    assert {c.answer for c in reading.conversations} == {"male."}
+    assert reading.places["five"] == f"{folder}/deeper/3.jsonl:2"
+
+
+def test_files_folders_and_patterns_mix_and_each_file_counts_once(tmp_path: Path) -> None:
+    names = ["a/1.json", "a/b/2.jsonl", "a/b/c/3.ndjson.gz", "d/4.jsonl.gz", "d/[5].json", "e.json"]
+    made = {name: write(tmp_path / name, sample(name)) for name in names}
+    (tmp_path / "link.json").symlink_to(made["e.json"])
+    (tmp_path / "a/b/volume.nii.gz").touch()
+
+    def found(*paths: str) -> list[str]:
+        return [str(file.relative_to(tmp_path)) for file in conversation_files([tmp_path / path for path in paths])]
+
+    assert found("e.json") == ["e.json"]
+    assert found("d", "a/b", "d/4.jsonl.gz") == ["a/b/2.jsonl", "a/b/c/3.ndjson.gz", "d/4.jsonl.gz", "d/[5].json"]
+    assert found("a/*") == ["a/1.json"]
+    assert found("a/**") == found("a") == ["a/1.json", "a/b/2.jsonl", "a/b/c/3.ndjson.gz"]
+    assert found("*/[45]*", "d/[5].json") == ["d/4.jsonl.gz", "d/[5].json"]
+    assert found("e.json", "link.json", "a/../e.json") == ["e.json"]
+    assert conversation_files(str(tmp_path / "e.json")) == [tmp_path / "e.json"]
+
+
+def test_paths_that_give_no_file_are_all_listed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    good = write(tmp_path / "good.json", sample())
+    with pytest.raises(UserError) as caught:
+        read_conversations(
+            [good, tmp_path / "no.json", tmp_path / "empty", f"{tmp_path}/*.jsonl", good.parent / "a.nii"]
+        )
+    remedy = "; name files that end with .json, .json.gz, .jsonl, .jsonl.gz, .ndjson, .ndjson.gz"
+    assert str(caught.value).replace(remedy, "").split("\n") == [
+        f"{tmp_path}/no.json: no such file or folder",
+        f"{tmp_path}/empty: no conversation file in this folder",
+        f"{tmp_path}/*.jsonl: no conversation file fits this pattern",
+        f"{tmp_path}/a.nii: not a conversation file",
+    ]
+    with pytest.raises(UserError, match=r"^no conversation file is named; name at least one$"):
+        conversation_files([])
+    with pytest.raises(UserError, match=r"^'': no such file or folder"):
+        conversation_files("")
+
+
+def test_relative_paths_start_from_the_files_folder_or_from_the_root(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.nii").touch()
+    file = write(tmp_path / "c.jsonl", sample())
+    for root, expected in ((None, tmp_path / "a.nii"), (tmp_path / "sub", tmp_path / "sub/a.nii")):
+        [conversation] = read_conversations(file, root).conversations
+        assert conversation.volumes[0].image_path == conversation.images[0].path == str(expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/data/a.nii", "/scans/a.nii"),
+        ("/data/old/x/a.nii", "/archive/x/a.nii"),  # the longest beginning
+        ("/database/a.nii", "/database/a.nii"),  # whole names only
+        ("/data", "/scans"),
+        ("moved/a.nii", "/root/here/a.nii"),  # before the root
+        ("/gone/a.nii", "/root/a.nii"),
+        ("/x/data/a.nii", "/x/data/a.nii"),  # at the beginning only
+        ("b.nii", "/root/b.nii"),
+    ],
+)
+def test_beginnings_of_paths_are_mapped(tmp_path: Path, path: str, expected: str) -> None:
+    file = write(tmp_path / "c.jsonl", sample(path=path))
+    path_map = {"/data/": "/scans", "/data/old": "/archive/", "moved": "here", "/gone": ""}
+    [conversation] = read_conversations(file, "/root", path_map, check_files=False).conversations
+    assert conversation.volumes[0].image_path == conversation.images[0].path == expected
+
+
+def test_formats_mix_in_one_file_unless_one_is_stated(tmp_path: Path) -> None:
+    llava = {"id": 2, "image": "a.nii", "modality": "sMRI"}
+    llava["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    file = write(tmp_path / "c.jsonl", sample("1"), llava)
+    assert ids(read_conversations(file)) == ["1", "2"]
+    assert [p.split(": ")[0] for p in problems(file, format="v2")] == ["c.jsonl:2"] * 6
+    assert problems(file, format="v3") == ["c.jsonl: format: 'v3' is not known; use auto, v2, v1, llava, chat"]
+
+
+def test_line_numbers_are_those_of_the_editor(tmp_path: Path) -> None:
+    bad = sample("bad", images=[])
+    lines = tmp_path / "lines.jsonl"
+    # U+2028 in a text is no end of a line.
+    first = json.dumps(sample(metadata={"note": "a\u2028b"}), ensure_ascii=False)
+    lines.write_text(f"{first}\n\n\n{json.dumps(bad)}\n", encoding="utf-8")
+    assert [p.split(": ")[0] for p in problems(lines)] == ["lines.jsonl:4"]
+    listed = write(tmp_path / "list.json", sample(), bad, form="list")
+    # The first sample of an indented list starts on line 2; the second after the line of its own opening brace.
+    second = [i for i, line in enumerate(listed.read_text().split("\n"), 1) if line == " {"][1]
+    assert [p.split(": ")[0] for p in problems(listed)] == [f"list.json:{second}"]
+    single = tmp_path / "single.json"
+    single.write_text("\n\n" + json.dumps(bad))
+    assert [p.split(": ")[0] for p in problems(single)] == ["single.json:3"]
+
+
+def test_samples_that_share_a_line_have_different_places(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps([sample("a", images=[]), sample("b"), sample("c", images=[])]))
+    assert [p.where for p in read_conversations(file).problems] == [f"{file}:1", f"{file}:1 (sample 3)"]
+
+
+def test_every_problem_is_listed_not_only_the_first(tmp_path: Path) -> None:
+    turns = sample()["conversations"]
+    elsewhere = [{"path": "b.nii", "modality": "sMRI"}]
+    wrong_role = [{"role": "narrator", "content": "Hi"}, *turns]
+    no_path = [{"role": "user", "content": [{"type": "image", "modality": "sMRI"}]}]
+    samples = [
+        sample("good"),
+        sample("two volumes", images=sample()["images"] * 2),
+        sample("other volume", images=elsewhere),
+        sample("no answer", conversations=turns[:1]),
+        sample("two faults", conversations=wrong_role, metadata=3),
+        sample("no path", conversations=no_path),
+        [1, 2],
+        sample("good"),
+        sample("good", "gone.nii", task_type=1, images=[]),
+    ]
+    reading = read_conversations(write(tmp_path / "c.jsonl", *samples), modalities=["sMRI"])
+    assert [(p.where.split(":")[1], p.field) for p in reading.problems] == [
+        ("2", "images"),
+        ("3", "images.0.path"),
+        ("4", "conversations"),
+        ("5", "conversations.0.role"),
+        ("5", "metadata"),
+        ("6", "conversations.0.content.0.image_path"),
+        ("7", "sample"),
+        ("8", "task_id"),
+        ("9", "task_type"),
+        ("9", "images"),
+        ("9", "image_path"),
+        ("9", "task_id"),
+    ]
+    assert [c.task_id for c in reading.conversations] == ["good"]
+    for problem in reading.problems:
+        assert problem.sample == samples[int(problem.where.split(":")[1]) - 1]
+
+
+def test_conversion_problems_hide_none_of_the_others_and_bear_the_names_of_the_file(tmp_path: Path) -> None:
+    llava = {"image": ["a.nii", "b.nii"], "conversations": [{"from": "bot", "value": "<image>"}, {"from": "gpt"}]}
+    chat = {"id": "c", "messages": [{"role": "user", "content": [{"type": "image", "path": "b.nii"}]}]}
+    assert problems(write(tmp_path / "c.jsonl", llava, chat)) == [
+        "c.jsonl:1: image: the number of files is 2, that of `<image>` placeholders is 1; there must be one for each",
+        "c.jsonl:1: task_id: is missing; give every sample a name of its own in `task_id` or `id`",
+        "c.jsonl:1: conversations.0.from: 'bot' is not known; use system, user or assistant",
+        "c.jsonl:1: conversations.1.value: is missing; add it",
+        "c.jsonl:2: modality: cannot be told from the file name 'b.nii'; add `modality` to the sample",
+        "c.jsonl:2: messages: no assistant turn, so there is nothing to learn from or to score; add the answer",
+        f"c.jsonl:2: image_path: {tmp_path}/b.nii does not exist; see `data.root` and `data.path_map`",
+    ]
+
+
+def test_missing_volumes_folders_and_unknown_modalities_name_the_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").unlink()
+    (tmp_path / "folder.nii").mkdir()
+    file = write(tmp_path / "c.jsonl", sample(), sample("u", "folder.nii"))
+    unknown = "modality: 'sMRI' is not one of dMRI, fMRI; correct it or add it to `modalities`"
+    assert problems(file, modalities=["dMRI", "fMRI"]) == [
+        f"c.jsonl:1: {unknown}",
+        f"c.jsonl:1: image_path: {tmp_path}/a.nii does not exist; see `data.root` and `data.path_map`",
+        f"c.jsonl:2: {unknown}",
+        f"c.jsonl:2: image_path: {tmp_path}/folder.nii is a folder; name the image file",
+    ]
+    assert ids(read_conversations(file, check_files=False)) == ["t", "u"]
+
+
+def test_what_is_wrong_twice_in_a_sample_is_said_once(tmp_path: Path) -> None:
+    scan = {"type": "image", "modality": "sMRI", "image_path": "gone.nii"}
+    raw = with_turns(("user", [scan, scan]), ("assistant", "x"))
+    raw["images"] = [{"path": "gone.nii", "modality": "sMRI"}] * 2
+    assert len(problems(write(tmp_path / "c.jsonl", raw))) == 1
+
+
+def test_each_volume_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr("os.path.isfile", lambda path, real=Path.is_file: looked.append(str(path)) or real(Path(path)))
+    files = [write(tmp_path / f"{i}.jsonl", *(sample(f"{i} {j}") for j in range(3))) for i in range(2)]
+    assert len(ids(read_conversations(files))) == 6
+    assert looked.count(str(tmp_path / "a.nii")) == 1
+
+
+@pytest.mark.parametrize("content", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_a_turn_without_words_or_volumes_is_a_problem(tmp_path: Path, content: Any) -> None:
+    file = write(tmp_path / "c.jsonl", with_turns(("user", content), ("assistant", "x")))
+    assert problems(file) == ["c.jsonl:1: conversations.0.content: is empty; write a text, or leave the turn out"]
+
+
+def test_a_task_id_used_twice_names_both_places(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    first = write(folder / "1.jsonl", sample("x"), sample("y", note=1))
+    second = write(folder / "2.jsonl", sample("y", note=2), sample("z"))
+    reading = read_conversations(folder, root=tmp_path)
+    what = f"y is already used at {first}:2; give each sample a name of its own"
+    assert reading.problems == [Problem(f"{second}:1", "task_id", what, sample("y", note=2))]
+    assert [(c.task_id, c.model_dump().get("note")) for c in reading.conversations] == [
+        ("x", None),
+        ("y", 1),
+        ("z", None),
+    ]
+    assert reading.places == {"x": f"{first}:1", "y": f"{first}:2", "z": f"{second}:2"}
+
+
+def test_turns_in_a_row_are_allowed_and_noticed_once_for_each_file(tmp_path: Path) -> None:
+    twice = [("user", "a"), ("user", "b"), ("assistant", "c")]
+    answers = [("user", "a"), ("assistant", "b"), ("assistant", "c")]
+    even = [("system", "s"), ("system", "s"), ("user", "a"), ("system", "s"), ("user", "b"), ("assistant", "c")]
+    one = write(
+        tmp_path / "1.jsonl", with_turns(*even), with_turns(*twice, task_id="u"), with_turns(*answers, task_id="v")
+    )
+    two = write(tmp_path / "2.jsonl", with_turns(*answers, task_id="w"))
+    reading = read_conversations([one, two, write(tmp_path / "3.jsonl", with_turns(*even, task_id="x"))])
+    assert len(ids(reading)) == 5
+    assert reading.notices == [
+        f"{one}: 2 samples have two user or two assistant turns in a row, first u",
+        f"{two}: 1 sample has two user or two assistant turns in a row, first w",
+    ]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.ndjson", "c.json", "c.jsonl.gz"])
+def test_a_bad_line_is_left_out_and_the_next_one_read(tmp_path: Path, name: str) -> None:
+    good = json.dumps(sample("1"))
+    lines = ['{"task_id": "t", ', good, '{"a": NaN}', good.replace('"1"', '"2"') + "]", good.replace('"1"', '"3"'), "?"]
+    file = tmp_path / name
+    data = "\r\n".join(lines).encode()
+    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    reading = read_conversations(file)
+    assert [c.task_id for c in reading.conversations] == ["1", "3"]
+    assert [(p.where, p.sample) for p in reading.problems] == [(f"{file}:{n}", lines[n - 1]) for n in (1, 3, 4, 6)]
+    assert [p.what for p in reading.problems[1:3]] == [
+        "holds NaN, which is not JSON; write null or a number",
+        f"not JSON: more text after the object, column {len(lines[3])}; write one object per line",
+    ]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.json"])
+def test_indented_objects_one_after_another_are_read(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_text("\n".join(json.dumps(sample(i), indent=1) for i in "ab"))
+    assert ids(read_conversations(file)) == ["a", "b"]
+    file.write_text("\ufeff" + json.dumps([sample(i) for i in "ab"]), encoding="utf-8")
+    assert ids(read_conversations(file)) == ["a", "b"]
+
+
+def test_constants_that_are_not_json_spoil_their_sample_only(tmp_path: Path) -> None:
+    samples = [sample("a", metadata={"subject_label": float("-inf")}), sample("b")]
+    file = write(tmp_path / "c.json", *samples, form="list")
+    reading = read_conversations(file)
+    assert [c.task_id for c in reading.conversations] == ["b"]
+    assert reading.problems == [
+        Problem(f"{file}:2", "", "holds -Infinity, which is not JSON; write null or a number", samples[0])
+    ]
+
+
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_a_sample_nested_beyond_reason_is_a_problem(tmp_path: Path, depth: int) -> None:
+    deep = json.dumps(sample("deep"))[:-1] + ', "more": ' + "[" * depth + "]" * depth + "}"
+    file = tmp_path / "c.jsonl"
+    file.write_text(f"{deep}\n{json.dumps(sample('t'))}")
+    reading = read_conversations(file)
+    assert [c.task_id for c in reading.conversations] == ["t"]
+    [problem] = reading.problems
+    assert problem.where == f"{file}:1"
+    assert "nested too deep" in problem.what
+    assert problem.sample is not None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b'{"task_id": "t"\n "task_type"}',
+            "c.json:2: not JSON: Expecting ',' delimiter, column 2; correct the text there",
+        ),
+        (
+            b"[" + json.dumps(sample()).encode() + b",",
+            "c.json: not JSON: the list is not closed, so the file is probably cut short; copy it again",
+        ),
+        (
+            b"[\n{},\n{]",
+            "c.json:3: not JSON: Expecting property name enclosed in double quotes, column 2; correct the text there",
+        ),
+        (b'["\xff"]', "c.json: is not UTF-8 text: invalid start byte at byte 2; save it as UTF-8"),
+        (b"[" * 100_000 + b"{" + b"]" * 100_000, "c.json:1: not JSON: Expecting property name"),
+        (b'{"a":' + b"[" * 100_000 + b"]", "c.json:1: is nested too deep to be read; flatten it"),
+        (b" \n", "c.json: is empty; write a conversation into it or leave it out"),
+        (b"[]", "c.json: holds no conversation; name files that have some"),
+    ],
+    ids=["syntax", "unclosed list", "syntax in a list", "not UTF-8", "brackets", "deep", "empty", "nothing"],
+)
+def test_a_file_that_is_damaged_or_empty_is_in_doubt_as_a_whole(tmp_path: Path, data: bytes, message: str) -> None:
+    file = tmp_path / "c.json"
+    file.write_bytes(data)
+    found = read_conversations(file).problems
+    assert str(found[-1]).removeprefix(f"{tmp_path}/").startswith(message)
+    assert found[-1].sample is None
+    file.with_name("packed.json.gz").write_bytes(gzip.compress(data))
+    assert [p.what for p in read_conversations(tmp_path / "packed.json.gz").problems] == [p.what for p in found]
+
+
+@pytest.mark.parametrize(
+    "data", [b"not gzip", gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:-8] + b"x" * 8]
+)
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "c.jsonl.gz"
+    file.write_bytes(data)
+    [problem] = read_conversations(file).problems
+    assert (problem.where, problem.sample) == (str(file), None)
+    assert problem.what.startswith("cannot be unpacked: ")
+    assert problem.what.endswith("; copy or compress it again")
+
+
+def test_one_bad_file_does_not_hide_another(tmp_path: Path) -> None:
+    bad = [tmp_path / "1.json", tmp_path / "2.json"]
+    for file in bad:
+        file.write_text("{")
+    good = write(tmp_path / "3.json", sample())
+    reading = read_conversations([*bad, good])
+    assert [p.where for p in reading.problems] == [f"{file}:1" for file in bad]
+    assert [c.task_id for c in reading.conversations] == ["t"]

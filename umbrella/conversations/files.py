@@ -1,0 +1,139 @@
+"""Conversation files to conversations, with every problem that there is beside those that can be used."""
+
+import glob
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from umbrella.base import UserError
+from umbrella.conversations.checks import Checker, PathRewriter
+from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.formats import FORMATS
+from umbrella.conversations.json_files import EXTENSIONS, entries
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: a line for the person who can put it right."""
+
+    where: str
+    """"file:line", or "file"; samples after the first of a line have their number, "file:1 (sample 2)"."""
+    field: str
+    """"" where no field is at fault."""
+    what: str
+    """What is wrong; the remedy."""
+    sample: Any = None
+    """The raw object or text line when just this sample can be left out; None when the file is in doubt."""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.field, self.what) if part)
+
+
+@dataclass
+class Reading:
+    """What a read gave: conversations without any problem, and all problems of the others."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+    """task_id to "file:line"."""
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    """What is allowed and yet worth knowing, a line each."""
+
+
+def conversation_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The conversation files behind files, folders (with all below them) and glob patterns (of files; ``**`` too).
+
+    Sorted, each file once. As in a pattern, names with a leading dot are left out of a folder.
+
+    Raises:
+        UserError: a path that gives no file, a line for each.
+    """
+    found: dict[Path, Path] = {}
+    problems = []
+    several = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    for path in map(os.path.expanduser, map(str, several)):
+        if os.path.isdir(path):
+            files = [p for p in Path(path).rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
+            nothing = "no conversation file in this folder"
+        elif os.path.isfile(path):
+            files, nothing = [Path(path)], "not a conversation file"
+        elif glob.has_magic(path):
+            files, nothing = list(map(Path, glob.glob(path, recursive=True))), "no conversation file fits this pattern"
+        else:
+            files, nothing = [], "no such file or folder"
+        files = [file for file in files if file.name.lower().endswith(EXTENSIONS) and file.is_file()]
+        if not files:
+            problems.append(f"{path or repr(path)}: {nothing}; name files that end with {', '.join(EXTENSIONS)}")
+        for file in sorted(files):
+            found.setdefault(file.resolve(), file)
+    if problems or not several:
+        raise UserError("\n".join(problems) or "no conversation file is named; name at least one")
+    return sorted(found.values())
+
+
+def read_conversations(
+    paths: str | Path | Sequence[str | Path],
+    root: str | Path | None = None,
+    path_map: Mapping[str, str] = {},
+    format: str = "auto",
+    modalities: Collection[str] | None = None,
+    check_files: bool = True,
+) -> Reading:
+    """Read every conversation of some files; problems are collected, not raised. Volume paths become absolute.
+
+    Args:
+        paths: as in ``conversation_files``.
+        root: what relative volume paths are relative to; the conversation file's own folder when None.
+        path_map: old to new beginning of a volume path, in whole names; the longest that fits is used, before ``root``.
+        format: that of every sample, one of ``FORMATS``, or "auto" to tell each by its keys.
+        modalities: the modality names that the settings know; None accepts all.
+        check_files: look whether each volume file exists.
+
+    Raises:
+        UserError: as ``conversation_files``.
+    """
+    reading = Reading()
+    files = conversation_files(paths)
+    named = ", ".join(map(str, [paths] if isinstance(paths, (str, Path)) else paths))
+    if format not in ("auto", *FORMATS):
+        reading.problems.append(Problem(named, "format", f"{format!r} is not known; use auto, {', '.join(FORMATS)}"))
+        return reading
+    checker = Checker(format, modalities, check_files)
+    for file in files:
+        _read_file(file, PathRewriter(Path(root).expanduser() if root else file.parent, path_map), checker, reading)
+    if not reading.conversations and not reading.problems:
+        reading.problems.append(Problem(named, "", "holds no conversation; name files that have some"))
+    return reading
+
+
+def _read_file(file: Path, rewrite: PathRewriter, checker: Checker, reading: Reading) -> None:
+    uneven: list[str] = []
+    last_line = None
+    for number, entry in enumerate(entries(file), start=1):
+        where = str(file) if entry.line is None else f"{file}:{entry.line}"
+        if last_line is not None and entry.line == last_line:
+            where += f" (sample {number})"
+        last_line = entry.line
+        if entry.fault:
+            reading.problems.append(Problem(where, "", entry.fault, entry.raw))
+            continue
+        conversation, task_id, found = checker.check(entry.raw, rewrite)
+        if task_id in reading.places:
+            what = f"{task_id} is already used at {reading.places[task_id]}; give each sample a name of its own"
+            found = [*found, ("task_id", what)]
+        elif task_id is not None:
+            reading.places[task_id] = where
+        reading.problems += [Problem(where, name, what, entry.raw) for name, what in found]
+        if conversation is None or found:
+            continue
+        reading.conversations.append(conversation)
+        roles = [turn.role for turn in conversation.conversations]
+        if any(one == two != "system" for one, two in pairwise(roles)):
+            uneven.append(conversation.task_id)
+    if uneven:
+        samples = "1 sample has" if len(uneven) == 1 else f"{len(uneven)} samples have"
+        reading.notices.append(f"{file}: {samples} two user or two assistant turns in a row, first {uneven[0]}")

@@ -1,0 +1,112 @@
+"""The JSON objects in a conversation file: one object, a list of them, or one per line (JSON Lines), also gzipped."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXTENSIONS = tuple(f".{name}{gz}" for name in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a file as it was read, or what stands in its way."""
+
+    line: int | None
+    """Where it starts, from 1; None for the file as a whole."""
+    raw: Any
+    """The object; the text line where that is not JSON; None where the file from here on cannot be read."""
+    fault: str = ""
+    """What is wrong with it; the remedy."""
+
+
+def entries(file: Path) -> Iterator[Entry]:
+    """Every sample of a file in order. In JSON Lines a bad line is a fault of that line alone, else of the file."""
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.name.lower().endswith(".gz") else file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield Entry(None, None, f"is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        yield Entry(None, None, f"cannot be unpacked: {error}; copy or compress it again")
+    except OSError as error:
+        yield Entry(None, None, f"cannot be read: {error.strerror}; check the file and its permissions")
+    else:
+        # Not splitlines: a text in a sample may hold U+2028 and other breaks that end no line of the file.
+        lines = text.split("\n")
+        first, second = [*(line.strip() for line in lines if line.strip()), "", ""][:2]
+        named_lines = any(end in file.name.lower() for end in (".jsonl", ".ndjson"))
+        if not first:
+            yield Entry(None, None, "is empty; write a conversation into it or leave it out")
+        elif first.startswith("[") and not text.rstrip().endswith("]"):
+            yield Entry(
+                None, None, "not JSON: the list is not closed, so the file is probably cut short; copy it again"
+            )
+        elif first not in ("[", "{") and (second.startswith("{") or (named_lines and not first.startswith("["))):
+            yield from _of_lines(lines)
+        else:
+            yield from _of_stream(text)
+
+
+def _of_lines(lines: list[str]) -> Iterator[Entry]:
+    reader = _Reader()
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            raw, end, fault = reader.read(line, len(line) - len(line.lstrip()))
+            if not fault and line[end:].strip():
+                fault = f"not JSON: more text after the object, column {end + 1}; write one object per line"
+            yield Entry(number, line.rstrip("\r") if fault else raw, fault)
+
+
+def _of_stream(text: str) -> Iterator[Entry]:
+    """The objects of a list, or one object, or several one after another."""
+    reader = _Reader()
+    separators = " \t\r\n,[]" if text.lstrip().startswith("[") else " \t\r\n"
+    position = line = 0
+    while True:
+        start = position
+        while position < len(text) and text[position] in separators:
+            position += 1
+        line += text.count("\n", start, position)
+        if position == len(text):
+            return
+        raw, end, fault = reader.read(text, position)
+        if fault and end == position:
+            yield Entry(reader.line or line + 1, None, fault)
+            return
+        yield Entry(line + 1, raw, fault)
+        line += text.count("\n", position, end)
+        position = end
+
+
+class _Reader:
+    """Reads one JSON value at a time; what is wrong is told, not raised."""
+
+    def __init__(self) -> None:
+        self.line = 0
+        """Of the last error, within the text; 0 where it is not known."""
+        self._constants: list[str] = []
+        self._decoder = json.JSONDecoder(parse_constant=self._constant)
+
+    def read(self, text: str, position: int) -> tuple[Any, int, str]:
+        """(value, where it ends, what is wrong); it ends where it starts when it cannot be read at all."""
+        self.line = 0
+        self._constants.clear()
+        try:
+            raw, end = self._decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            self.line = error.lineno
+            return None, position, f"not JSON: {error.msg}, column {error.colno}; correct the text there"
+        except RecursionError:
+            return None, position, "is nested too deep to be read; flatten it"
+        except ValueError as error:  # a number of thousands of digits
+            return None, position, f"not JSON that can be read: {error}"
+        constant = self._constants[0] if self._constants else ""
+        return raw, end, f"holds {constant}, which is not JSON; write null or a number" if constant else ""
+
+    def _constant(self, name: str) -> float:
+        self._constants.append(name)
+        return float(name)
