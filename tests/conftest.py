@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.modality import Modality
 
 MODALITIES = {

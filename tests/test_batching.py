@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.settings import MaskPolicy
 
@@ -39,8 +40,24 @@ def volumes(batch: Batch) -> dict[int, tuple[str, list]]:
 
 
 def expected_volumes(store: Any, *conversations: Conversation) -> dict[int, tuple[str, list]]:
+    """Straight from the store; of a series of 6 or 8 frames the middle 6, time last."""
     items = [item for conversation in conversations for item in conversation.volumes]
-    return {i: (v.modality, store.get(v.image_path, v.modality).tolist()) for i, v in enumerate(items)}
+    arrays = [store.get(item.image_path, item.modality) for item in items]
+    middle = [a if a.ndim == 3 else np.moveaxis(a[(len(a) - 6) // 2 :][:6], 0, -1) for a in arrays]
+    return {i: (item.modality, array.tolist()) for i, (item, array) in enumerate(zip(items, middle, strict=True))}
+
+
+def test_a_draw_picks_the_window_of_each_series(examples: dict[str, Any], store: Any) -> None:
+    path = examples["three"].conversation.volumes[2].image_path  # 8 frames, windows of 6
+    frames = np.moveaxis(store.get(path, "fMRI"), 0, -1)
+    windows = [frames[..., start : start + 6].tolist() for start in range(3)]
+
+    def seen(*draw: int) -> int:
+        batch = collate([examples["three"]], MaskPolicy(), store, 0, 0, draws=[draw])
+        return windows.index(batch.pixel_values["fMRI"].voxels[0].tolist())
+
+    assert {seen(0, epoch, 7) for epoch in range(20)} == {0, 1, 2}
+    assert [seen(0, epoch, 7) for epoch in range(20)] == [seen(0, epoch, 7) for epoch in range(20)]
 
 
 def test_every_volume_stands_at_its_own_run(batch: Batch, store: Any, cohort: dict[str, Conversation]) -> None:

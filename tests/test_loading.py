@@ -1,4 +1,4 @@
-"""The data of a run: both splits read and checked, filters, the fingerprint, and the filling of the volume store."""
+"""The data of a run: splits read and checked, filters, volumes decoded, bad samples refused or quarantined."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.data.loading import Splits, count_samples, fill_store, load_splits, open_store, phantom_folder
+from umbrella.data.intake import Splits, load_splits, open_store
+from umbrella.data.loading import count_samples, phantom_folder
 
 SAMPLES = {  # split to (task id, task type, subject, modalities)
     "train": [("a_sex", "T1", "a", ["sMRI"]), ("a_all", "T2", "a", ["sMRI", "dMRI"]), ("b_sex", "T1", "b", ["dMRI"])],
@@ -36,7 +37,8 @@ def write(folder: Path, split: str, samples: list[tuple[str, str, str, list[str]
             "metadata": {"subject_id": subject},
         }
         for item in items:
-            voxels = np.random.default_rng(0).normal(size=(5, 4, 4)).astype(np.float32)
+            draw = np.random.default_rng(list(item["image_path"].encode()))
+            voxels = draw.normal(size=(5, 4, 4)).astype(np.float32)
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / item["image_path"])
         lines.append(json.dumps(sample))
     (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -68,6 +70,7 @@ def tasks(splits: Splits) -> list[list[str]]:
         ({"modality": "sMRI"}, [["a_sex"], ["c_sex", "d_age"]]),
         ({"task_filter": "T1"}, [["a_sex", "b_sex"], ["c_sex", "d_age"]]),
         ({"task_filter": "sex", "modality": "sMRI"}, [["a_sex"], ["c_sex"]]),
+        ({"task_filter": "^[ad]_(sex|age)$"}, [["a_sex"], ["d_age"]]),
     ],
 )
 def test_filters_keep_a_modality_a_task_type_or_task_ids(folder: Path, filters: dict, kept: list) -> None:
@@ -76,10 +79,31 @@ def test_filters_keep_a_modality_a_task_type_or_task_ids(folder: Path, filters: 
     assert count_samples(settings) == {"train": len(kept[0]), "validation": len(kept[1])}
 
 
+def test_a_task_type_is_not_also_looked_for_in_task_ids(folder: Path) -> None:
+    write(folder, "train", [*SAMPLES["train"], ("b_T1w_all", "T2", "b", ["sMRI", "dMRI"])])
+    assert tasks(load_splits(settings_of(folder, task_filter="T1"), plain))[0] == ["a_sex", "b_sex"]
+
+
+def test_a_filter_that_is_no_pattern_names_the_setting(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.task_filter='sex\(': .*not a regular expression: missing \)"):
+        settings_of(folder, task_filter="sex(")
+
+
 def test_a_split_that_filters_leave_empty_is_named_with_the_filters(folder: Path) -> None:
-    message = r"validation\.jsonl: none of its 2 conversations is left after data\.modality='dMRI'"
+    message = r"data\.validation: none of its 2 conversations is left after data\.modality='dMRI'"
     with pytest.raises(UserError, match=message):
         load_splits(settings_of(folder, modality="dMRI"), plain)
+
+
+def test_several_files_are_one_split_and_moved_volumes_are_found_by_the_path_map(folder: Path) -> None:
+    text = (folder / "train.jsonl").read_text(encoding="utf-8").replace('"a_sMRI.nii', '"/old/disk/a_sMRI.nii')
+    first, *rest = text.split("\n")
+    (folder / "one.jsonl").write_text(first, encoding="utf-8")
+    (folder / "two.jsonl").write_text("\n".join(rest), encoding="utf-8")
+    files = [str(folder / "one.jsonl"), str(folder / "tw*.jsonl")]
+    splits = load_splits(settings_of(folder, train=files, path_map={"/old/disk": str(folder)}), plain)
+    assert tasks(splits)[0] == ["a_sex", "a_all", "b_sex"]
+    assert splits.train[0].volumes[0].image_path == str(folder / "a_sMRI.nii")
 
 
 def test_training_data_without_validation_data_are_refused(folder: Path) -> None:
@@ -87,9 +111,19 @@ def test_training_data_without_validation_data_are_refused(folder: Path) -> None
         load_splits(settings_of(folder, validation=""), plain)
 
 
-def test_a_subject_in_both_splits_is_refused(folder: Path) -> None:
+def test_a_held_out_subject_must_be_nowhere_in_training_also_not_as_a_reference(folder: Path) -> None:
     write(folder, "validation", [("a_age", "T1", "a", ["sMRI"]), ("c_sex", "T1", "c", ["sMRI"])])
-    with pytest.raises(UserError, match=r"1 subjects are in both data\.train and data\.validation, a among them"):
+    with pytest.raises(
+        UserError, match=r"validation\.jsonl:1: subject_id: 1 subjects are in both data\.train and data"
+    ):
+        load_splits(settings_of(folder), plain)
+    write(folder, "validation", SAMPLES["validation"])
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8")
+    reference = lines.replace('"subject_id": "b"', '"subject_id": "b", "reference_id": "d"')
+    (folder / "train.jsonl").write_text(reference, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"validation\.jsonl:2: subject_id: 1 subjects .*, d among them; split by subject"
+    ):
         load_splits(settings_of(folder), plain)
 
 
@@ -110,24 +144,92 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path) ->
 
     change("train.jsonl", "male.", "female.")
     change("validation.jsonl", "c_sex", "c_sex2")
-    nib.save(nib.Nifti1Image(np.ones((9, 4, 4), np.float32), np.eye(4)), moved / "d_sMRI.nii")
+    nib.save(nib.Nifti1Image(np.eye(4, dtype=np.float32)[None].repeat(9, 0), np.eye(4)), moved / "d_sMRI.nii")
     seen.add(fingerprint(moved))
     splits = load_splits(settings_of(moved), plain)
     seen.add(Splits([*splits.train, splits.validation[0]], splits.validation[1:]).fingerprint)
     assert len(seen) == 5
 
 
-def test_filling_the_store_names_every_bad_volume_and_keeps_the_good_ones(folder: Path) -> None:
-    settings = settings_of(folder)
-    (folder / "a_dMRI.nii").write_bytes(b"no image")
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), folder / "c_sMRI.nii")
-    splits, store = load_splits(settings, plain), open_store(settings)
+def spoil(folder: Path) -> None:
+    """Five bad samples: two about a damaged volume, one about an empty one, one that is not JSON, one without turns."""
+    write(folder, "train", [*SAMPLES["train"], ("e_sex", "T1", "e", ["sMRI"]), ("f_sex", "T1", "f", ["sMRI"])])
+    (folder / "a_sMRI.nii").write_bytes(b"no image")
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), folder / "d_sMRI.nii")
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    lines[3] = lines[3][:40]
+    lines[4] = json.dumps(json.loads(lines[4]) | {"conversations": []})
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_a_run_with_bad_samples_ends_with_every_reason_conversations_before_volumes(folder: Path) -> None:
+    spoil(folder)
     with pytest.raises(UserError) as caught:
-        fill_store(splits, store, plain)
+        load_splits(settings_of(folder), plain)
+    assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == [
+        f"{folder}/train.jsonl:4",
+        f"{folder}/train.jsonl:5",
+        f"{folder}/train.jsonl:5",
+    ]
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").split("\n")[:3]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_splits(settings_of(folder), plain)
     damaged, empty = str(caught.value).split("\n")
-    assert damaged.startswith(f"{folder / 'a_dMRI.nii'}: cannot be read as an image")
-    assert empty == f"{folder / 'c_sMRI.nii'}: every voxel is 0"
-    assert len(list(store.folder.glob("*.npy"))) == 3
+    assert damaged.startswith(f"{folder}/train.jsonl:1: image_path: {folder}/a_sMRI.nii: cannot be read as an image: ")
+    assert damaged.endswith("; copy or convert the file anew (and 1 more conversations)")
+    assert empty.startswith(f"{folder}/validation.jsonl:2: image_path: {folder}/d_sMRI.nii: every voxel is 0; ")
+    assert len(list(open_store(settings_of(folder)).folder.rglob("*.npy"))) == 3  # the good ones are kept
+
+
+def test_quarantine_lists_every_bad_sample_with_its_reasons_and_the_run_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spoil(folder)
+    splits = load_splits(settings_of(folder, on_bad="quarantine", max_bad_fraction=0.9), plain)
+    assert tasks(splits) == [["b_sex"], ["c_sex"]]
+    assert [len(splits.lengths[name]) for name in ("train", "validation")] == [1, 1]
+    assert splits.quarantined == 5
+    entries = [json.loads(line) for line in splits.quarantine.read_text(encoding="utf-8").splitlines()]
+    train, validation = f"{folder}/train.jsonl", f"{folder}/validation.jsonl"
+    assert [e["where"] for e in entries] == [f"{train}:4", f"{train}:5", f"{train}:1", f"{train}:2", f"{validation}:2"]
+    assert [len(e["reasons"]) for e in entries] == [1, 2, 1, 1, 1]
+    assert "cannot be read as an image" in entries[2]["reasons"][0]
+    assert [isinstance(e["sample"], str) or e["sample"]["task_id"] for e in entries] == [
+        True, "f_sex", "a_sex", "a_all", "d_age",
+    ]  # fmt: skip
+    assert f"note: 5 samples cannot be used, see {splits.quarantine}" in capsys.readouterr().err
+
+
+def test_more_bad_samples_than_allowed_end_the_run_with_their_number(folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(UserError, match=r"\n5 of 7 samples cannot be used, more than data\.max_bad_fraction=0\.5$"):
+        load_splits(settings_of(folder, on_bad="quarantine", max_bad_fraction=0.5), plain)
+
+
+def test_a_file_that_is_in_doubt_as_a_whole_is_not_quarantined(folder: Path) -> None:
+    text = "[" + ",\n".join((folder / "train.jsonl").read_text(encoding="utf-8").split("\n"))
+    (folder / "train.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"train\.json: not JSON: the list is not closed"):
+        load_splits(settings_of(folder, train=str(folder / "train.json"), on_bad="quarantine"), plain)
+
+
+def test_a_conversation_with_too_many_tokens_is_found_before_the_start(folder: Path) -> None:
+    message = r"train\.jsonl:2: conversations: becomes 82 tokens, more than data\.max_tokens=80; raise that"
+    with pytest.raises(UserError, match=message):
+        load_splits(settings_of(folder, max_tokens=80), plain)
+
+
+def test_volumes_are_decoded_by_several_processes_with_the_same_outcome(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from umbrella.data import intake
+
+    monkeypatch.setattr(intake, "WORTH_PROCESSES", 0)
+    (folder / "a_sMRI.nii").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"a_sMRI\.nii: cannot be read as an image.* \(and 1 more conversations\)$"):
+        load_splits(settings_of(folder, processes=2), plain)
+    assert len(list(open_store(settings_of(folder)).folder.rglob("*.npy"))) == 4
 
 
 def test_without_data_a_phantom_cohort_is_made_once_and_counted_before(
@@ -147,9 +249,8 @@ def test_without_data_a_phantom_cohort_is_made_once_and_counted_before(
     for settings, drawn in zip(every, before, strict=True):
         splits = load_splits(settings, watch)
         assert drawn == count_samples(settings) == {"train": len(splits.train), "validation": len(splits.validation)}
-    assert made == ["making the phantom cohort"]
-    assert [path.name for path in tmp_path.iterdir()] == [phantom_folder(every[0]).name]
-    assert fill_store(load_splits(every[0], watch), open_store(every[0]), watch) > 8
+    assert made.count("making the phantom cohort") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {phantom_folder(every[0]).name, "volumes"}
 
-    with pytest.raises(UserError, match="the phantom cohort's train split: none of its"):
+    with pytest.raises(UserError, match=r"data\.train: none of its"):
         count_samples(small_settings(base | {"cohort.seed": 1, "data.task_filter": "nothing"}))

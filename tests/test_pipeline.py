@@ -5,22 +5,34 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from umbrella.conversation import Conversation
+from umbrella.cohort.questions import draw_subjects, split_conversations
+from umbrella.config import load_settings
+from umbrella.conversations.conversation import Conversation
 from umbrella.data import pipeline
 from umbrella.data.pipeline import Plan, evaluation_datasets, from_table, sample_order, to_table, train_datasets
+from umbrella.data.rendering import Renderer
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def make_plan(size: int, lengths: bool, **others: int) -> Plan:
+    drawn = np.random.default_rng(size).integers(1, 9, size) if lengths else None
+    return Plan(size=size, lengths=drawn, **others)
+
+
 plans = st.builds(
-    Plan,
+    make_plan,
     size=st.integers(1, 40),
+    lengths=st.booleans(),
     seed=st.integers(0, 2**32),
     epochs=st.integers(1, 4),
     workers=st.integers(1, 4),
     batch_size=st.integers(1, 6),
     accumulate=st.integers(1, 3),
+    window=st.integers(1, 4),
 )
 
 
@@ -58,7 +70,7 @@ def test_every_sample_comes_once_per_epoch_and_the_surplus_is_less_than_a_step(p
 @few
 @given(st.sampled_from([(1, 12, 1), (1, 4, 3), (2, 6, 1), (2, 3, 2), (3, 4, 1), (4, 3, 1), (4, 1, 3)]), plans)
 def test_a_global_batch_holds_the_same_samples_however_workers_share_it(shares: tuple[int, ...], plan: Plan) -> None:
-    fixed = {"size": plan.size, "seed": plan.seed, "epochs": plan.epochs}
+    fixed = {name: getattr(plan, name) for name in ("size", "seed", "epochs", "lengths", "window")}
     alone = Plan(**fixed, workers=1, batch_size=12, accumulate=1)
     shared = Plan(**fixed, workers=shares[0], batch_size=shares[1], accumulate=shares[2])
     batches = [np.sort(p.samples(steps_of(p).reshape(p.steps, -1)), axis=1) for p in (alone, shared)]
@@ -114,11 +126,63 @@ def test_a_workers_data_set_starts_where_the_checkpoint_says_when_it_is_opened()
 
 
 @few
-@given(st.integers(1, 30), st.integers(1, 8))
-def test_an_evaluation_sees_every_sample_once_over_any_number_of_workers(size: int, workers: int) -> None:
-    opened: Any = {name: make() for name, make in evaluation_datasets(size, workers).items()}
+@given(plans)
+def test_samples_of_a_window_are_sorted_into_steps_and_stay_in_their_window(plan: Plan) -> None:
+    assume(plan.lengths is not None)
+    plain = sample_order(plan.seed, 1, plan.size)
+    first = -plan.size % plan.per_step  # where the first whole step of epoch 1 begins
+    order = plan.order(1)
+    assert np.array_equal(order[:first], plain[:first])
+    for start in range(first, plan.size, plan.window * plan.per_step):
+        here = slice(start, start + plan.window * plan.per_step)
+        assert sorted(order[here]) == sorted(plain[here])
+        whole = len(order[here]) // plan.per_step * plan.per_step
+        steps = plan.lengths[order[here][:whole]].reshape(-1, plan.per_step)
+        by_length = steps[np.lexsort((steps[:, -1], steps[:, 0]))].reshape(-1)
+        assert np.array_equal(by_length, np.sort(by_length))
+
+
+def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort(tokenizer: Any) -> None:
+    defaults = load_settings()
+    subjects = [s for s in draw_subjects(defaults.cohort) if s.split == "train"]
+    renderer = Renderer(tokenizer, defaults.modalities)
+    samples = [Conversation.model_validate(s) for s in split_conversations(subjects, defaults.cohort.seed)]
+    examples = [renderer.render(sample) for sample in samples]
+    tokens = np.array([len(example.input_ids) for example in examples])
+    lengths = np.array([example.bucket_length for example in examples])
+
+    def padding(**others: Any) -> float:
+        train = defaults.train
+        plan = Plan(len(samples), 0, train.epochs, 1, train.batch_size, train.accumulate, **others)
+        batches = tokens[plan.samples(plan.positions(0))].reshape(-1, train.batch_size)
+        return 1 - batches.sum() / (batches.max(axis=1) * train.batch_size).sum()
+
+    assert padding(lengths=lengths, window=defaults.data.bucket_batches) < 0.1 < 0.3 < padding()
+
+
+def test_batches_say_nothing_of_the_answer(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
+    renderer = Renderer(tokenizer, {})
+    answers = ("male.", "female.", "a woman, I think.")
+    lengths = {renderer.render(talk(("user", "Sex?"), ("assistant", answer))).bucket_length for answer in answers}
+    assert len(lengths) == 1
+    longer = renderer.render(talk(("user", "Sex?"), ("assistant", "A report. " * 20)))
+    assert longer.bucket_length > max(lengths) + 100
+
+
+def test_the_steps_of_a_window_do_not_come_in_the_order_of_their_length() -> None:
+    plan = Plan(size=64, seed=0, epochs=1, workers=1, batch_size=2, accumulate=1, lengths=np.arange(64), window=32)
+    assert plan.order(0).reshape(-1, 2)[:, 0].tolist() != list(range(0, 64, 2))
+    assert sorted(plan.order(0).reshape(-1, 2)[:, 0]) == list(range(0, 64, 2))
+
+
+@few
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8))
+def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_workers(lengths: list, workers: int) -> None:
+    opened: Any = {name: make() for name, make in evaluation_datasets(np.array(lengths), workers).items()}
     assert set(opened) == {f"validation-{rank}" for rank in range(workers)}
-    assert sorted(np.concatenate([columns["sample"] for columns in opened.values()])) == list(range(size))
+    shares = [columns["sample"] for columns in opened.values()]
+    assert sorted(np.concatenate(shares)) == list(range(len(lengths)))
+    assert all(np.all(np.diff(np.array(lengths)[share]) >= 0) for share in shares)
 
 
 def test_conversations_survive_the_table(cohort: dict[str, Conversation], talk: Callable[..., Conversation]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from umbrella.base import UserError
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
@@ -113,10 +113,10 @@ def test_another_answer_changes_only_the_last_assistant_turn(
     assert replaced.spans == written.spans
 
 
-def test_too_many_tokens_name_the_conversation_and_the_limit(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
+def test_too_many_tokens_name_both_numbers_and_the_remedy(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
     conversation = talk(("user", "abcd"), ("assistant", "efgh"), task_id="long")  # 6 + 4 + 2 + 11 + 4 + 2 tokens
     assert len(Renderer(tokenizer, {}, max_tokens=29).render(conversation).input_ids) == 29
-    with pytest.raises(UserError, match=r"^long: becomes 29 tokens, more than data\.max_tokens=28$"):
+    with pytest.raises(UserError, match=r"^becomes 29 tokens, more than data\.max_tokens=28; raise that"):
         Renderer(tokenizer, {}, max_tokens=28).render(conversation)
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.conversation import Conversation
-from umbrella.data.loading import Splits
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.intake import Splits
 from umbrella.training.run import check, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
 

@@ -82,9 +82,9 @@ def test_ray_listens_on_localhost_only(ray_session: Any) -> None:
 def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(ray_session: Any) -> None:
     plan = Plan(size=30, seed=1, epochs=2, workers=2, batch_size=3, accumulate=1)
 
-    def slow(samples: Any) -> list[int]:
-        time.sleep(0.03 * (samples[0] % 3))
-        return samples.tolist()
+    def slow(rows: Any) -> list[int]:
+        time.sleep(0.03 * (rows["sample"][0] % 3))
+        return rows["sample"].tolist()
 
     for rank in range(2):
         shard = train_datasets(plan, lambda: 12)[f"train-{rank}"]().iterator()

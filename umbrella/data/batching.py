@@ -11,6 +11,7 @@ from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.windows import pick_window
 
 IGNORED = -100
 """The label of a token that is no target, as transformers and torch have it."""
@@ -134,6 +135,7 @@ def collate(
     image_id: int,
     pad_id: int,
     indices: Sequence[int] | None = None,
+    draws: Sequence[tuple[int, ...]] | None = None,
 ) -> Batch:
     """Examples to a batch; volumes come from the store, weights from the policy.
 
@@ -141,6 +143,7 @@ def collate(
         image_id: the placeholder's token id.
         pad_id: the token id that rows are filled up with; padding is never attended to and never a target.
         indices: each example's index in its data set; 0, 1, ... when None.
+        draws: numbers that pick each example's windows of its series, see ``pick_window``; the middle ones when None.
     """
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
@@ -154,8 +157,11 @@ def collate(
         input_ids[row, :size] = torch.from_numpy(example.input_ids)
         attention_mask[row, :size] = 1
         weights[row, :size] = torch.from_numpy(loss_weights(example, policy))
-        for item in example.conversation.volumes:
-            voxels.setdefault(item.modality, []).append(store.get(item.image_path, item.modality))
+        for i, item in enumerate(example.conversation.volumes):
+            array, modality = store.get(item.image_path, item.modality), store.modalities[item.modality]
+            if modality.is_series:
+                array = array[pick_window(len(array), modality, (*draws[row], i) if draws else None)]
+            voxels.setdefault(item.modality, []).append(array)
             runs.setdefault(item.modality, []).append(run)
             run += 1
     return Batch(
@@ -163,13 +169,16 @@ def collate(
         attention_mask=attention_mask,
         loss_weights=weights,
         image_mask=(input_ids == image_id) & attention_mask.bool(),
-        pixel_values={
-            name: VolumeGroup(torch.from_numpy(np.stack(arrays)), torch.tensor(runs[name]))
-            for name, arrays in voxels.items()
-        },
+        pixel_values={name: VolumeGroup(_stack(arrays), torch.tensor(runs[name])) for name, arrays in voxels.items()},
         num_images_per_sample=torch.tensor([len(example.conversation.volumes) for example in examples]),
         task_ids=tuple(example.conversation.task_id for example in examples),
         task_types=tuple(example.conversation.task_type for example in examples),
         sample_indices=torch.tensor(list(indices) if indices is not None else list(range(len(examples)))),
         metadata=tuple(example.conversation.metadata for example in examples),
     )
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """Mapped arrays to one tensor: (n, X, Y, Z), or from (T, X, Y, Z) to (n, X, Y, Z, T). The one copy of voxels."""
+    stack = torch.from_numpy(np.stack(arrays))
+    return stack if stack.ndim == 4 else stack.permute(0, 2, 3, 4, 1)

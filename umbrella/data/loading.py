@@ -1,95 +1,128 @@
-"""The data of a run: conversations of both splits, read and checked, and every volume brought into the store."""
+"""The conversations of a run, split by split: where they come from, what the filters leave, what cannot be used."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbrella.base import UserError
-from umbrella.conversation import Conversation, read_conversations
-from umbrella.volumes.store import VolumeStore
+from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.files import Problem, read_conversations
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
 
 Progress = Callable[[Sequence, str], Iterable]
 """(things, what is done with them) to the same things, drawing a bar as they are taken."""
+SPLITS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Conversations to train on, and conversations that choose the best trial."""
+@dataclass
+class Intake:
+    """What was read: conversations that can be used so far, and every reason why others cannot."""
 
-    train: list[Conversation]
-    validation: list[Conversation]
+    splits: dict[str, list[Conversation]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    places: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(split, task_id) to "file:line"."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Names the data: a hash of every conversation and of each volume's file name and size, not of its folder."""
-        digest = hashlib.sha256()
-        for split, conversations in (("train", self.train), ("validation", self.validation)):
-            for conversation in conversations:
-                content = conversation.model_dump(mode="json") | {"split": split}
-                content["images"] = [
-                    (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
+    def set_aside(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
+        """Take conversations out: (split, task_id) to (field, what is wrong) of each."""
+        for name, conversations in self.splits.items():
+            for c in conversations:
+                self.problems += [
+                    Problem(self.places[name, c.task_id], of, what, c.model_dump(mode="json"))
+                    for of, what in reasons.get((name, c.task_id), ())
                 ]
-                for turn in content["conversations"]:
-                    for item in turn["content"]:
-                        item.pop("image_path", None)
-                digest.update(json.dumps(content, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+            self.splits[name] = [c for c in conversations if (name, c.task_id) not in reasons]
+
+    def lines(self) -> list[str]:
+        """One line per problem; what is wrong with many samples in the same way is said once, with their number."""
+        first: dict[tuple[str, str], Problem] = {}
+        for problem in self.problems:
+            first.setdefault((problem.field, problem.what), problem)
+        counts = Counter((problem.field, problem.what) for problem in self.problems)
+        return [
+            str(problem) + (f" (and {counts[key] - 1} more conversations)" if counts[key] > 1 else "")
+            for key, problem in first.items()
+        ]
 
 
-def load_splits(settings: "Settings", progress: Progress) -> Splits:
-    """Read both splits; without ``data.train``, the phantom cohort's, which is made when it is not there yet.
+def read_splits(settings: "Settings", progress: Progress, names: Sequence[str] = ("train", "validation")) -> Intake:
+    """Read splits; without ``data.train``, the phantom cohort's, which is made when it is not there yet.
 
     Raises:
-        UserError: every problem of the files; a subject in both splits; a split with nothing left after the filters.
+        UserError: a file or folder that does not exist; a split without a path, or with nothing left after the filters.
     """
     data = settings.data
+    sources: dict[str, Sequence[str | Path]] = {name: getattr(data, name) for name in names if getattr(data, name)}
+    root: str | Path | None = data.root or None
     if not data.train:
         from umbrella.cohort.phantom import make_cohort
 
-        folder = phantom_folder(settings)
-        make_cohort(folder, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort"))
-        train, validation = (folder / "conversations" / f"{name}.jsonl" for name in ("train", "validation"))
-        root: Path | None = folder
+        root = phantom_folder(settings)
+        make_cohort(root, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort"))
+        sources = {name: [root / "conversations" / f"{name}.jsonl"] for name in names}
     elif not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
-    else:
-        train, validation, root = Path(data.train), Path(data.validation), Path(data.root) if data.root else None
-    splits = Splits(
-        *(
-            _keep(read_conversations(path, root, settings.modalities), settings, str(path))
-            for path in (train, validation)
-        )
-    )
-    shared = {c.subject_id for c in splits.train} & {c.subject_id for c in splits.validation}
-    if shared:
-        raise UserError(
-            f"{len(shared)} subjects are in both data.train and data.validation, {sorted(shared)[0]} among them:"
-            " split by subject, or the validation score means nothing"
-        )
-    return splits
+    intake = Intake()
+    for name, paths in sources.items():
+        reading = read_conversations(paths, root, data.path_map, data.format, settings.modalities)
+        intake.splits[name] = reading.conversations
+        intake.problems += reading.problems
+        intake.notices += reading.notices
+        intake.places |= {(name, task_id): place for task_id, place in reading.places.items()}
+    if not intake.problems or any(intake.splits.values()):
+        intake.splits = keep(intake.splits, settings)
+    intake.problems += _shared_subjects(intake)
+    return intake
+
+
+def keep(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict[str, list[Conversation]]:
+    """What ``data.modality`` and ``data.task_filter`` leave of each split.
+
+    Raises:
+        UserError: a split of which nothing is left.
+    """
+    data = settings.data
+    by_type = data.task_filter in {c.task_type for conversations in splits.values() for c in conversations}
+
+    def wanted(c: Conversation) -> bool:
+        if data.modality and any(v.modality != data.modality for v in c.volumes):
+            return False
+        return c.task_type == data.task_filter if by_type else bool(re.search(data.task_filter, c.task_id))
+
+    kept = {name: [c for c in conversations if wanted(c)] for name, conversations in splits.items()}
+    for name, conversations in kept.items():
+        if splits[name] and not conversations:
+            filters = f"data.modality={data.modality!r} and data.task_filter={data.task_filter!r}"
+            raise UserError(f"data.{name}: none of its {len(splits[name])} conversations is left after {filters}")
+    return kept
 
 
 def count_samples(settings: "Settings") -> dict[str, int]:
-    """How many conversations each split has. Nothing is made: a phantom cohort that is not there is only drawn."""
+    """How many conversations each split has. Nothing is made: a phantom cohort that is not there is only drawn.
+
+    Raises:
+        UserError: as ``read_splits``; problems that end a run.
+    """
+    from umbrella.data.intake import settle
+
     if settings.data.train or (phantom_folder(settings) / "cohort.json").exists():
-        splits = load_splits(settings, lambda things, what: things)
+        splits = settle(read_splits(settings, lambda things, what: things), settings, write=False)
         return {"train": len(splits.train), "validation": len(splits.validation)}
     from umbrella.cohort.questions import draw_subjects, split_conversations
 
     subjects = draw_subjects(settings.cohort)
-    counts = {}
+    drawn = {}
     for name in ("train", "validation"):
-        drawn = split_conversations([s for s in subjects if s.split == name], settings.cohort.seed)
-        everything = [Conversation.model_validate(sample) for sample in drawn]
-        counts[name] = len(_keep(everything, settings, f"the phantom cohort's {name} split"))
-    return counts
+        samples = split_conversations([s for s in subjects if s.split == name], settings.cohort.seed)
+        drawn[name] = [Conversation.model_validate(sample) for sample in samples]
+    return {name: len(conversations) for name, conversations in keep(drawn, settings).items()}
 
 
 def phantom_folder(settings: "Settings") -> Path:
@@ -98,40 +131,18 @@ def phantom_folder(settings: "Settings") -> Path:
     return Path(settings.resources.storage).absolute() / f"phantom-{key}"
 
 
-def open_store(settings: "Settings") -> VolumeStore:
-    """The volume store of the storage folder."""
-    folder = Path(settings.resources.storage).absolute() / "volumes"
-    return VolumeStore(folder, settings.modalities, settings.data.max_voxels)
-
-
-def fill_store(splits: Splits, store: VolumeStore, progress: Progress) -> int:
-    """Decode every volume that is not in the store yet; returns the number of distinct volumes.
-
-    Raises:
-        UserError: naming every volume that cannot be used.
-    """
-    volumes = sorted({(v.image_path, v.modality) for c in [*splits.train, *splits.validation] for v in c.volumes})
+def _shared_subjects(intake: Intake) -> list[Problem]:
+    """A subject whose answer is asked for in a held-out split must be nowhere in the splits before it."""
     problems = []
-    for path, modality in progress(volumes, "reading volumes"):
-        try:
-            store.get(path, modality)
-        except UserError as error:  # noqa: PERF203
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return len(volumes)
-
-
-def _keep(everything: Sequence[Conversation], settings: "Settings", where: str) -> list[Conversation]:
-    """What the filters of ``data`` leave of a split."""
-    data = settings.data
-    kept = [
-        c
-        for c in everything
-        if (not data.modality or all(v.modality == data.modality for v in c.volumes))
-        and (not data.task_filter or c.task_type == data.task_filter or data.task_filter in c.task_id)
-    ]
-    if not kept:
-        filters = f"data.modality={data.modality!r} and data.task_filter={data.task_filter!r}"
-        raise UserError(f"{where}: none of its {len(everything)} conversations is left after {filters}")
-    return kept
+    for name, conversations in intake.splits.items():
+        asked = {c.subject_id: c.task_id for c in conversations}
+        for other in list(intake.splits)[: list(intake.splits).index(name)]:
+            shared = sorted(asked.keys() & {s for c in intake.splits[other] for s in c.subjects})
+            if shared:
+                place = intake.places[name, asked[shared[0]]]
+                what = (
+                    f"{len(shared)} subjects are in both data.{other} and data.{name}, {shared[0]} among them; split by"
+                    " subject, or the score of a split means nothing"
+                )
+                problems.append(Problem(place, "subject_id", what))
+    return problems

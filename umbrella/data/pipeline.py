@@ -5,14 +5,14 @@ conversations. The table is one Arrow column of JSON in Ray's object store, shar
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -29,9 +29,9 @@ def sample_order(seed: int, epoch: int, size: int) -> np.ndarray:
 class Plan:
     """Which sample each worker sees at each step. Epochs follow each other without a seam.
 
-    Position p is sample ``sample_order(seed, p // size)[p % size]``. A step takes the next
-    ``workers * batch_size * accumulate`` positions. The last step may reach past the last epoch: ``surplus`` positions,
-    taken from the order that a further epoch would have. Nothing is dropped.
+    Position p is sample ``order(p // size)[p % size]``. A step takes the next ``workers * batch_size * accumulate``
+    positions. The last step may reach past the last epoch: ``surplus`` positions, taken from the order that a further
+    epoch would have. Nothing is dropped.
     """
 
     size: int
@@ -40,6 +40,10 @@ class Plan:
     workers: int
     batch_size: int
     accumulate: int
+    lengths: np.ndarray | None = field(default=None, compare=False)
+    """(size,): samples of similar length share a step and lie side by side in it; None leaves them where they fall."""
+    window: int = 16
+    """Steps whose samples are sorted among themselves."""
 
     @property
     def per_step(self) -> int:
@@ -66,13 +70,30 @@ class Plan:
         everything = np.arange(start, self.steps * self.per_step)
         return everything.reshape(-1, self.workers, self.batch_size)[:, rank].reshape(-1)
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch in order: ``sample_order``, and with lengths each window of it sorted into steps.
+
+        The steps of a window come in a drawn order. A step that two epochs share is left unsorted.
+        """
+        order = sample_order(self.seed, epoch, self.size)
+        if self.lengths is None:
+            return order
+        draw = np.random.default_rng((self.seed, epoch, 1))
+        first = -epoch * self.size % self.per_step  # these complete the step that the epoch before has begun
+        last = self.size - (self.size - first) % self.per_step
+        for start in range(first, last, self.window * self.per_step):
+            part = order[start : min(start + self.window * self.per_step, last)]
+            steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.per_step)
+            part[:] = draw.permutation(steps).reshape(-1)
+        return order
+
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """The sample at each position."""
         epochs = positions // self.size
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = sample_order(self.seed, int(epoch), self.size)[positions[here] % self.size]
+            samples[here] = self.order(int(epoch))[positions[here] % self.size]
         return samples
 
 
@@ -103,23 +124,28 @@ def train_datasets(plan: Plan, position: Callable[[], int]) -> dict[str, Callabl
     return {f"train-{rank}": factory(rank) for rank in range(plan.workers)}
 
 
-def evaluation_datasets(size: int, workers: int) -> dict[str, Callable[[], "Dataset"]]:
-    """One data set factory per worker, named ``validation-<rank>``: every sample once, in order, dealt in turn."""
+def evaluation_datasets(lengths: np.ndarray, workers: int) -> dict[str, Callable[[], "Dataset"]]:
+    """One data set factory per worker, named ``validation-<rank>``: every sample once, by length, dealt in turn."""
 
     def factory(rank: int) -> Callable[[], "Dataset"]:
-        samples = np.arange(rank, size, workers)
+        samples = np.argsort(lengths, kind="stable")[rank::workers]
         return lambda: _dataset(position=samples, sample=samples)
 
     return {f"validation-{rank}": factory(rank) for rank in range(workers)}
 
 
-def batches(shard: "DataIterator", batch_size: int, prefetch: int, make: Callable[[np.ndarray], Any]) -> Iterator[Any]:
-    """Iterate over a worker's shard; ``make(samples (batch_size,))`` runs ahead of its use, in Ray Data's threads."""
+def batches(
+    shard: "DataIterator", batch_size: int, prefetch: int, make: Callable[[Mapping[str, np.ndarray]], Any]
+) -> Iterator[Any]:
+    """Iterate over a worker's shard; ``make`` runs ahead of its use, in Ray Data's threads.
+
+    It is given ``position`` and ``sample``, (batch_size,) each.
+    """
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     class Collate(NumpyBatchCollateFn):
         def __call__(self, rows: Mapping[str, np.ndarray]) -> Any:
-            return make(rows["sample"])
+            return make(rows)
 
     # Batches are made by several threads; without this they would come in the order in which those finish.
     shard.get_context().execution_options.preserve_order = True

@@ -15,9 +15,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.base import UserError
-from umbrella.conversation import Conversation, ImageItem, TextItem
+from umbrella.conversations.conversation import Conversation, ImageItem, TextItem
 from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN
 from umbrella.modality import Modality
+
+ANSWER_STEP = 32
+"""Tokens by which the length of an answer is told."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class Example:
     conversation: Conversation
     input_ids: np.ndarray
     spans: tuple[Span, ...]
+
+    @property
+    def bucket_length(self) -> int:
+        """By what conversations are batched with others: the tokens before the last answer, and the answer's roughly.
+
+        The exact length would tell "male" from "female", and batches would be of one label.
+        """
+        answer = next((s.start for s in self.spans if s.turn == self.spans[-1].turn), 0)
+        rest = len(self.input_ids) - answer
+        return answer + -(-rest // ANSWER_STEP) * ANSWER_STEP
 
 
 class Renderer:
@@ -92,7 +105,8 @@ class Renderer:
             add(self._tokens(end, special=True), i, "end")
         if len(ids) > self.max_tokens:
             raise UserError(
-                f"{conversation.task_id}: becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}"
+                f"becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}; raise that, shorten the"
+                " text or take larger patches"
             )
         return Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from umbrella.base import UserError
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -27,12 +28,13 @@ class Job:
     train: ray.ObjectRef
     """Table of the training conversations, see ``data.pipeline.to_table``."""
     validation: ray.ObjectRef
-    train_size: int
-    validation_size: int
+    train_lengths: np.ndarray
+    """See ``data.intake.Splits.lengths``."""
+    validation_lengths: np.ndarray
     candidates: Mapping[str, Mapping[str, str]]
     """See ``evaluation.scoring.Candidates``."""
-    fingerprint: str
-    """Names the data, see ``data.loading.Splits.fingerprint``."""
+    data: Mapping[str, str | int]
+    """What is tracked of the data: their fingerprint, and how many samples are in quarantine."""
     tracking: dict[str, str | None]
     """Arguments of ``Tracker.start``."""
     folder: str
@@ -43,12 +45,14 @@ class Job:
         """Which sample each worker sees at each step."""
         train = self.settings.train
         return Plan(
-            size=self.train_size,
+            size=len(self.train_lengths),
             seed=self.settings.seed,
             epochs=train.epochs,
             workers=self.settings.resources.workers,
             batch_size=train.batch_size,
             accumulate=train.accumulate,
+            lengths=self.train_lengths,
+            window=self.settings.data.bucket_batches,
         )
 
 
@@ -74,7 +78,7 @@ def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        datasets=train_datasets(job.plan, position) | evaluation_datasets(job.validation_size, job.plan.workers),
+        datasets=train_datasets(job.plan, position) | evaluation_datasets(job.validation_lengths, job.plan.workers),
         dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ScalingConfig(
             num_workers=job.plan.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker

@@ -13,8 +13,8 @@ from ray.train import WorkerGroupError
 
 from umbrella.base import UserError
 from umbrella.config import Settings
+from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import Progress as ProgressBar
-from umbrella.data.loading import Splits, fill_store, load_splits, open_store
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
@@ -127,10 +127,10 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         settings=settings,
         train=ray.put(to_table(splits.train)),
         validation=ray.put(to_table(splits.validation)),
-        train_size=len(splits.train),
-        validation_size=len(splits.validation),
+        train_lengths=splits.lengths["train"],
+        validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train),
-        fingerprint=splits.fingerprint,
+        data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,
     )
@@ -143,7 +143,6 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended the training.
     """
     splits = load_splits(settings, progress)
-    fill_store(splits, open_store(settings), progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
     storage = Path(settings.resources.storage).absolute()
     uri = tracking_uri(storage)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.data.masking import audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy

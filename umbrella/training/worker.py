@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import transformers
 from ray.train.torch import get_device, prepare_model
 from torch import distributed
 
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch, collate
-from umbrella.data.loading import open_store
+from umbrella.data.intake import open_store
 from umbrella.data.pipeline import batches, from_table
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -91,16 +91,24 @@ class Worker:
             self.tracker.end()
 
     def _training_batches(self) -> Iterator[Batch]:
-        def make(samples: np.ndarray) -> Batch:
-            examples = [self.renderer.render(from_table(self.train_table, int(i))) for i in samples]
-            return self._collate(examples, self.settings.mask, samples)
+        def make(rows: Mapping[str, np.ndarray]) -> Batch:
+            examples = [self.renderer.render(from_table(self.train_table, int(i))) for i in rows["sample"]]
+            epochs = rows["position"] // self.plan.size
+            draws = [(self.settings.seed, int(e), int(i)) for e, i in zip(epochs, rows["sample"], strict=True)]
+            return self._collate(examples, self.settings.mask, rows["sample"], draws)
 
         shard = ray.train.get_dataset_shard(f"train-{self.rank}")
         return batches(shard, self.settings.train.batch_size, self.settings.data.prefetch, make)
 
-    def _collate(self, examples: Sequence[Example], policy: MaskPolicy, samples: Any = None) -> Batch:
+    def _collate(
+        self,
+        examples: Sequence[Example],
+        policy: MaskPolicy,
+        samples: Any = None,
+        draws: Sequence[tuple[int, ...]] | None = None,
+    ) -> Batch:
         pad = self.tokenizer.pad_token_id
-        return collate(examples, policy, self.store, self.renderer.image_id, 0 if pad is None else pad, samples)
+        return collate(examples, policy, self.store, self.renderer.image_id, 0 if pad is None else pad, samples, draws)
 
     def _evaluate(self) -> dict[str, float]:
         """Score the validation split, each worker its share; the metrics are of the whole on every worker."""
@@ -119,8 +127,8 @@ class Worker:
         self.model.train()
         return summarise(scored)
 
-    def _validation_rows(self, samples: np.ndarray) -> list[Conversation]:
-        return [from_table(self.validation_table, int(i)) for i in samples]
+    def _validation_rows(self, rows: Mapping[str, np.ndarray]) -> list[Conversation]:
+        return [from_table(self.validation_table, int(i)) for i in rows["sample"]]
 
     def _track_step(self, result: StepResult) -> None:
         if self.tracker:
@@ -160,7 +168,7 @@ class Worker:
         text = statement(table, self.settings.mask, moving, self.settings.modalities)
         tracker = Tracker.start(**self.job.tracking)  # type: ignore[arg-type]
         settings = {name: value for name, value in self.settings.flat().items() if not name.startswith("tune.")}
-        tracker.params(settings | {"data.fingerprint": self.job.fingerprint})
+        tracker.params(settings | dict(self.job.data))
         tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
         tracker.text(self.settings.to_yaml(), "settings.yaml")
         tracker.text(text, "statement.txt")

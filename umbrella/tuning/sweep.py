@@ -13,7 +13,8 @@ from ray.tune.schedulers import ASHAScheduler
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.data.loading import Progress, fill_store, load_splits, open_store
+from umbrella.data.intake import load_splits
+from umbrella.data.loading import Progress
 from umbrella.tracking import Tracker, open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
@@ -46,7 +47,6 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     """
     space = build_space(settings, given)
     splits = load_splits(settings, progress)
-    fill_store(splits, open_store(settings), progress)
     masks = [
         settings.mask.model_copy(update={"supervise": v}) for v in possible_values(settings, "mask.supervise", given)
     ]

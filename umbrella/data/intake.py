@@ -1,0 +1,180 @@
+"""From what was read to what is used: every volume tried, bad samples refused or quarantined, the data named."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import joblib
+import numpy as np
+
+from umbrella.base import UserError
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.loading import Intake, Progress, read_splits
+from umbrella.volumes.store import VolumeStore, write_whole
+
+if TYPE_CHECKING:
+    from umbrella.config import Settings
+
+WORTH_PROCESSES = 2**26
+"""Bytes of volumes to decode from which on it pays to start processes for them."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Conversations to train on, conversations that choose the best trial, and those kept for the end."""
+
+    train: list[Conversation]
+    validation: list[Conversation]
+    test: list[Conversation] = field(default_factory=list)
+    quarantined: int = 0
+    """Samples that were left out because they cannot be used."""
+    quarantine: Path | None = None
+    """The JSON Lines file that lists them."""
+    lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Split to its conversations' ``Example.bucket_length``, (size,) each."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data: a hash of every conversation and of each volume's file name and size, not of its folder."""
+        digest = hashlib.sha256()
+        for split, conversations in (("train", self.train), ("validation", self.validation)):
+            for conversation in conversations:
+                content = conversation.model_dump(mode="json") | {"split": split}
+                content["images"] = [
+                    (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
+                ]
+                for turn in content["conversations"]:
+                    for item in turn["content"]:
+                        item.pop("image_path", None)
+                digest.update(json.dumps(content, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+
+def load_splits(settings: "Settings", progress: Progress) -> Splits:
+    """The data of a run, all of it checked: conversations read, every volume decoded into the store.
+
+    Raises:
+        UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
+    """
+    intake = read_splits(settings, progress)
+    # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
+    settle(intake, settings, write=False)
+    check_volumes(intake, open_store(settings), settings.data.processes, progress)
+    lengths = measure(intake, settings, progress)
+    splits = replace(settle(intake, settings), lengths=lengths)
+    for line in intake.notices:
+        print(f"note: {line}", file=sys.stderr)
+    if splits.quarantined:
+        print(f"note: {splits.quarantined} samples cannot be used, see {splits.quarantine}", file=sys.stderr)
+    return splits
+
+
+def open_store(settings: "Settings") -> VolumeStore:
+    """The volume store of the storage folder."""
+    folder = Path(settings.resources.storage).absolute() / "volumes"
+    return VolumeStore(folder, settings.modalities, settings.data.max_voxels)
+
+
+def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
+    """Bring every volume into the store; conversations about a volume that cannot be used are set aside."""
+    everything = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
+    new = sorted(volume for volume in everything if not store.holds(*volume))
+    jobs = (processes or joblib.cpu_count()) if sum(map(_size, new)) > WORTH_PROCESSES else 1
+    # Larger groups would make the bar jump, smaller ones cost more in talk than they do in work.
+    tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=4 if jobs > 1 else 1)
+    outcomes = tasks(joblib.delayed(_reason)(store, *volume) for volume in new)
+    bad = {volume: reason for volume, reason in zip(progress(new, "decoding volumes"), outcomes, strict=True) if reason}
+    intake.set_aside(
+        {
+            (name, c.task_id): reasons
+            for name, conversations in intake.splits.items()
+            for c in conversations
+            if (
+                reasons := [
+                    ("image_path", bad[v.image_path, v.modality])
+                    for v in c.volumes
+                    if (v.image_path, v.modality) in bad
+                ]
+            )
+        }
+    )
+
+
+def measure(intake: Intake, settings: "Settings", progress: Progress) -> dict[str, np.ndarray]:
+    """Render every conversation, set aside what is too long or cannot be rendered, and give ``Splits.lengths``."""
+    from umbrella.data.rendering import Renderer
+    from umbrella.data.tokenizer import load_tokenizer
+
+    renderer = Renderer(load_tokenizer(settings.model.checkpoint), settings.modalities, settings.data.max_tokens)
+    everything = [(name, c) for name, conversations in intake.splits.items() for c in conversations]
+    lengths: dict[str, list[int]] = {name: [] for name in intake.splits}
+    reasons = {}
+    for name, conversation in progress(everything, "rendering conversations"):
+        try:
+            lengths[name].append(renderer.render(conversation).bucket_length)
+        except UserError as error:  # noqa: PERF203
+            reasons[name, conversation.task_id] = [("conversations", str(error))]
+    intake.set_aside(reasons)
+    return {name: np.array(of_split, np.int32) for name, of_split in lengths.items()}
+
+
+def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
+    """Refuse the data, or go on without the bad samples, as ``data.on_bad`` says.
+
+    Args:
+        write: write the quarantine file, ``<storage>/quarantine-<hash of its content>.jsonl``.
+
+    Raises:
+        UserError: a problem with ``on_bad=fail``; one that is not of single samples; more bad samples than
+            ``data.max_bad_fraction``; an empty split.
+    """
+    data, problems = settings.data, intake.problems
+    reasons: dict[str, list[str]] = {}
+    for problem in problems:
+        reasons.setdefault(problem.where, []).append(str(problem).removeprefix(f"{problem.where}: "))
+    usable = sum(map(len, intake.splits.values()))
+    if problems and (data.on_bad == "fail" or any(problem.sample is None for problem in problems)):
+        raise UserError("\n".join(intake.lines()))
+    if len(reasons) > data.max_bad_fraction * (len(reasons) + usable):
+        share = f"{len(reasons)} of {len(reasons) + usable} samples cannot be used, more than data.max_bad_fraction"
+        raise UserError("\n".join([*intake.lines(), f"{share}={data.max_bad_fraction:g}"]))
+    for name, conversations in intake.splits.items():
+        if not conversations:
+            raise UserError(f"data.{name}: holds no conversation that can be used")
+    path = None
+    if problems and write:
+        samples = {problem.where: problem.sample for problem in problems}
+        entries = [{"where": w, "reasons": reasons[w], "sample": samples[w]} for w in reasons]
+        content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        path = (
+            Path(settings.resources.storage).absolute() / f"quarantine-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
+        )
+        write_whole(path, content)
+    return Splits(
+        intake.splits["train"],
+        intake.splits["validation"],
+        intake.splits.get("test", []),
+        quarantined=len(reasons),
+        quarantine=path,
+    )
+
+
+def _reason(store: VolumeStore, path: str, modality: str) -> str:
+    """Why a volume cannot be used; empty where it can, and is in the store now."""
+    try:
+        store.get(path, modality)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _size(volume: tuple[str, str]) -> int:
+    try:
+        return os.path.getsize(volume[0])
+    except OSError:
+        return 0
