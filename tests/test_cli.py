@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from umbrella.base import UserError
-from umbrella.cli import FLAGS, Request, parse, run_script
+from umbrella.cli import FLAGS, Option, Request, parse, progress_bar, run_script
 from umbrella.config import describe
 
 
@@ -26,7 +26,8 @@ def test_every_flag_lands_in_the_setting_that_it_names() -> None:
     argv = [word for flag, value in values.items() for word in (flag, str(value))]
     request = parse(argv, "")
     settings = request.settings.flat()
-    assert {flag: settings[name] for flag, name in FLAGS.items()} == values
+    paths = {"--train-data": ["a.json"], "--eval-data": ["b.json"]}
+    assert {flag: settings[name] for flag, name in FLAGS.items()} == values | paths
     assert request.given == {
         "data.train",
         "data.validation",
@@ -73,6 +74,40 @@ def test_help_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert "What this script does." in printed
     assert [name for name, _, line in describe() if f"  {name} = " not in printed or line not in printed] == []
     assert [flag for flag in FLAGS if flag not in printed] == []
+
+
+OWN = (
+    Option("--task-id", "which one", value="ID"),
+    Option("--sample", "its number", kind=int),
+    Option("--split", "where from", "train", choices=("train", "test")),
+    Option("--prune", "delete", default=False),
+)
+
+
+def test_a_script_may_have_flags_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse([], "").options == {}
+    assert parse([], "", options=OWN).options == {"task_id": None, "sample": None, "split": "train", "prune": False}
+    request = parse(["--sample", "3", "seed=1", "--prune", "--split", "test", "--task-id", "a=b"], "", options=OWN)
+    assert request.options == {"task_id": "a=b", "sample": 3, "split": "test", "prune": True}
+    assert (request.given, request.settings.seed) == ({"seed"}, 1)
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"], "", options=OWN)
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    for words in ("--task-id ID", "--sample VALUE", "--split {train,test}", "--prune  ", "which one", "--dry-run"):
+        assert words in printed
+    for wrong in (["--split", "x"], ["--sample", "x"], ["--prune=1"]):
+        with pytest.raises(SystemExit) as left:
+            parse(wrong, "", options=OWN)
+        assert left.value.code == 2
+
+
+def test_a_bar_gives_the_things_that_it_was_given_and_is_not_drawn_for_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (list(progress_bar([], "nothing")), capsys.readouterr().out) == ([], "")
+    assert list(progress_bar([3, 1, 2], "counting")) == [3, 1, 2]
+    assert "counting" in capsys.readouterr().out
 
 
 @pytest.fixture

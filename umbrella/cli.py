@@ -5,8 +5,8 @@ script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -31,15 +31,52 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
+class Option:
+    """A flag of one script. ``default=False`` makes it a switch; else it takes a value, of one of the ``choices``."""
+
+    flag: str
+    """As it is written: "--task-id"."""
+    help: str
+    default: Any = None
+    kind: Callable[[str], Any] = str
+    """From the word on the command line to the value."""
+    choices: Sequence[str] | None = None
+    value: str = "VALUE"
+    """What the value is called in ``--help``, where there are no choices."""
+
+    @property
+    def name(self) -> str:
+        """Its key in ``Request.options``: "task_id"."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Let the parser know the flag."""
+        if self.default is False:
+            parser.add_argument(self.flag, dest=self.name, action="store_true", help=self.help)
+        else:
+            parser.add_argument(
+                self.flag,
+                dest=self.name,
+                help=self.help,
+                default=self.default,
+                type=self.kind,
+                metavar=None if self.choices else self.value,
+                choices=self.choices,
+            )
+
+
+@dataclass(frozen=True)
 class Request:
     """What a person asked for: resolved settings, the names they set on the command line, and whether to only look."""
 
     settings: Settings
     given: frozenset[str]
     dry_run: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The script's own flags, by ``Option.name``."""
 
 
-def parse(argv: Sequence[str], doc: str, default_file: str | None = None) -> Request:
+def parse(argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = ()) -> Request:
     """Read a command line. ``default_file`` is the YAML file used when none is named."""
     parser = argparse.ArgumentParser(
         description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,6 +84,8 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None) -> Req
     parser.add_argument("words", nargs="*", metavar="file.yaml | name=value", help="settings files and overrides")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    for option in options:
+        option.add_to(parser)
     for flag, name in FLAGS.items():
         parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
     asked = vars(parser.parse_intermixed_args(argv))
@@ -58,13 +97,16 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None) -> Req
     overrides |= {name: asked[name] for name in FLAGS.values() if asked[name] is not None}
     if not files and default_file:
         files = [default_file]
-    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"])
+    own = {option.name: asked[option.name] for option in options}
+    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own)
 
 
-def run_script(main: Callable[[Request], Any], doc: str, default_file: str | None = None) -> None:
+def run_script(
+    main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
+) -> None:
     """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status: 0, or 2 for a user error."""
     try:
-        main(parse(sys.argv[1:], doc, default_file))
+        main(parse(sys.argv[1:], doc, default_file, options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -85,6 +127,8 @@ def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
     """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    if not things:  # the bar would not know how long it is
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=make_console()) as progress:
         yield from progress.track(things, description=what)

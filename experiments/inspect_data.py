@@ -1,0 +1,58 @@
+"""Look at one conversation as the model gets it: its tokens, what the loss sees of them, and its volumes as a picture.
+
+Without arguments: the first conversation of the training split. --dry-run: no volume is decoded and no picture is made.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from umbrella.base import UserError
+from umbrella.cli import Option, Request, make_console, progress_bar, run_script
+
+OPTIONS = (
+    Option("--split", "split to take it from", "train", choices=("train", "validation", "test")),
+    Option("--task-id", "the conversation of this name", value="ID"),
+    Option("--sample", "the N-th conversation of the split, counted from 0", kind=int, value="N"),
+    Option("--picture", "where the picture goes (default: <storage>/inspect/<task_id>.png)", value="FILE"),
+)
+
+
+def main(request: Request) -> None:
+    """Print one conversation and draw its volumes."""
+    from umbrella.data.intake import open_store
+    from umbrella.data.loading import read_splits
+    from umbrella.data.rendering import Renderer
+    from umbrella.data.tokenizer import load_tokenizer
+    from umbrella.inspection.conversation_picture import draw_volumes
+    from umbrella.inspection.conversation_view import find, pieces, summary, turns
+
+    settings, options, console = request.settings, request.options, make_console()
+    split, task_id, sample = options["split"], options["task_id"], options["sample"]
+    if task_id is not None and sample is not None:
+        raise UserError("--task-id and --sample both name a conversation; leave one of them out")
+    intake = read_splits(settings, progress_bar, (split,))
+    if not intake.splits.get(split):
+        raise UserError(f"data.{split}: holds no conversation that can be used; experiments/prepare.py says why")
+    if intake.problems:
+        print(f"note: {split} has {len(intake.problems)} problems; experiments/prepare.py lists them", file=sys.stderr)
+    conversation = find(intake.splits[split], split, task_id, sample or 0)
+    renderer = Renderer(load_tokenizer(settings.model.checkpoint), settings.modalities, settings.data.max_tokens)
+    try:
+        example = renderer.render(conversation)
+    except UserError as error:
+        raise UserError(f"{conversation.task_id}: {error}") from None
+
+    console.print(f"{conversation.task_id} ({conversation.task_type}), {split}\n", markup=False, highlight=False)
+    found = pieces(example, settings.mask, renderer.tokenizer)
+    console.print(turns(found, colours=console.color_system is not None), highlight=False, soft_wrap=True)
+    console.print(summary(example, settings.mask), highlight=False)
+    if not request.dry_run and conversation.volumes:
+        name = re.sub(r"[^\w.-]+", "_", conversation.task_id)[:100]
+        file = options["picture"] or Path(settings.resources.storage).absolute() / "inspect" / f"{name}.png"
+        draw_volumes(conversation, open_store(settings), Path(file))
+        console.print(f"{'picture:':<16}{file}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, options=OPTIONS)

@@ -1,0 +1,52 @@
+"""Check all data before anything learns from it: read every conversation, decode every volume once, write a report.
+
+Without arguments: the phantom cohort, which is made when it is not there yet. The report is written also when there are
+problems, as <storage>/report/index.html. --dry-run reads and checks the conversations only.
+"""
+
+import sys
+from pathlib import Path
+
+from umbrella.cli import Request, make_console, progress_bar, run_script
+
+
+def main(request: Request) -> None:
+    """Read, decode, report, and say what is wrong."""
+    from rich.filesize import decimal
+
+    from umbrella.data.intake import check_volumes, measure, open_store, settle
+    from umbrella.data.loading import SPLITS, count_samples, phantom_folder, read_splits
+    from umbrella.inspection.report import write_report
+    from umbrella.volumes.housekeeping import holdings
+
+    settings, console = request.settings, make_console()
+
+    def say(what: str, value: str) -> None:
+        console.print(f"{what + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
+
+    made = settings.data.train or (phantom_folder(settings) / "cohort.json").exists()
+    if request.dry_run and not made:  # a dry run does not make it
+        say("samples", ", ".join(f"{name} {count}" for name, count in count_samples(settings).items()))
+        return
+    intake = read_splits(settings, progress_bar, SPLITS)
+    if not request.dry_run:
+        store = open_store(settings)
+        check_volumes(intake, store, settings.data.processes, progress_bar)
+        measure(intake, settings, progress_bar)
+        page = write_report(Path(settings.resources.storage).absolute() / "report", intake, store, progress_bar)
+    say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in intake.splits.items()))
+    if not request.dry_run:
+        used = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
+        held = holdings(store.folder, settings.modalities)
+        say("volumes", str(len(used)))
+        say("volume store", f"{decimal(sum(h.size for h in held))} in {sum(h.arrays for h in held)} arrays")
+        say("report", str(page))
+    for line in intake.notices:
+        print(f"note: {line}", file=sys.stderr)
+    splits = settle(intake, settings, write=not request.dry_run)
+    if splits.quarantined:
+        say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

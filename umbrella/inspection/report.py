@@ -1,0 +1,138 @@
+"""The report of a cohort: a folder with a page to look at and tables to compute with."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from umbrella.base import UserError
+from umbrella.data.loading import Intake, Progress
+from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
+from umbrella.inspection.planes import TILE, cut, save_thumbnail
+from umbrella.inspection.volumes import VolumeRow, duplicates, survey
+from umbrella.volumes.store import VolumeStore
+
+SHOWN = 500
+"""Volumes, and problems, that the page shows; the others are in the tables."""
+LISTED = 20
+"""Subjects that two splits share, and files of one content, that the page names."""
+FACTS = ("shape", "spacing", "orientation", "dtype", "minimum", "maximum", "mean", "deviation", "foreground")
+
+
+def write_report(folder: Path, intake: Intake, store: VolumeStore, progress: Progress) -> Path:
+    """Write ``index.html``, ``volumes.csv``, ``conversations.csv``, ``problems.csv`` and ``thumbnails/``.
+
+    What is in ``folder`` from before stays until all is written, and is replaced as a whole.
+
+    Args:
+        folder: made when missing; nothing but the report may be in it.
+        store: holds the volumes of the conversations; one that it lacks has empty cells.
+
+    Returns:
+        The page.
+    """
+    rows = survey(intake, store, progress)
+    fresh = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+    replaced = fresh.with_suffix(".replaced")
+    try:
+        (fresh / "thumbnails").mkdir(parents=True)
+        drawn = _thumbnails(rows[:SHOWN], store, fresh / "thumbnails", progress)
+        (fresh / "index.html").write_text(_page(intake, rows, drawn), encoding="utf-8")
+        _write_tables(fresh, intake, rows)
+        if folder.exists():
+            folder.rename(replaced)
+        fresh.rename(folder)
+    finally:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        for left in (fresh, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder / "index.html"
+
+
+def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, progress: Progress) -> set[str]:
+    """Draw each content once; the names of those that could be."""
+    drawn = set()
+    for row in progress(rows, "drawing thumbnails"):
+        if not row.content or row.content in drawn:
+            continue
+        try:
+            array = store.get(row.path, row.modality)
+        except (UserError, OSError):  # gone since it was checked
+            continue
+        save_thumbnail(cut(array, store.modalities[row.modality], row.facts), folder / f"{row.content}.png")
+        drawn.add(row.content)
+    return drawn
+
+
+def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
+    here = FileSystemLoader(Path(__file__).parent)
+    # For every file, and not by its name: a task_id may hold anything.
+    jinja = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    jinja.filters |= {"number": number, "by": lambda values: " × ".join(map(number, values))}
+    splits = count_splits(intake.splits)
+    return jinja.get_template("report.html").render(
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        splits=splits,
+        task_types=sorted({kind for split in splits for kind in split.task_types}),
+        shared=shared_subjects(splits),
+        targets=count_labels(intake.splits),
+        problems=intake.problems,
+        notices=intake.notices,
+        rows=rows,
+        flagged=sum(bool(row.flags) for row in rows),
+        duplicates=duplicates(rows),
+        drawn=drawn,
+        shown=SHOWN,
+        listed=LISTED,
+        tile=TILE,
+        bins=BINS,
+    )
+
+
+def number(value: float) -> str:
+    """A number for people: four digits that count, and no exponent where five more digits say it."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> None:
+    files = {row.path: row.file for row in rows}
+    _write_csv(
+        folder / "volumes.csv",
+        ["file", "modality", "conversations", "splits", "subjects", *FACTS, "flags", "content", "path"],
+        (
+            [r.file, r.modality, r.conversations, _join(r.splits), _join(r.subjects)]
+            + [_join(v) if isinstance(v := getattr(r.facts, name, None), tuple) else v for name in FACTS]
+            + [_join(r.flags), r.content, r.path]
+            for r in rows
+        ),
+    )
+    _write_csv(
+        folder / "conversations.csv",
+        ["split", "task_id", "task_type", "target", "label", "subject_id", "subjects", "turns", "volumes", "place"],
+        (
+            [
+                *(split, c.task_id, c.task_type, c.target, c.label, c.subject_id, _join(sorted(c.subjects))),
+                *(len(c.conversations), _join(files[v.image_path] for v in c.volumes), intake.places[split, c.task_id]),
+            ]
+            for split, conversations in intake.splits.items()
+            for c in conversations
+        ),
+    )
+    problems = ([p.where, p.field, p.what, json.dumps(p.sample)] for p in intake.problems)
+    _write_csv(folder / "problems.csv", ["place", "field", "reason", "sample"], problems)
+
+
+def _write_csv(file: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        csv.writer(out).writerows([header, *rows])
+
+
+def _join(values: Iterable[Any]) -> str:
+    return "; ".join(map(str, values))
