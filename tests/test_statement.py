@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from umbrella.base import UserError
-from umbrella.conversation import Conversation
+from umbrella.conversations.conversation import Conversation
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality

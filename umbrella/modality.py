@@ -1,6 +1,7 @@
-"""A modality: the grid its volumes are brought to, and how many tokens such a volume becomes. No torch here."""
+"""A modality: what its volumes are brought to, and how many tokens such a volume becomes. No torch here."""
 
 from math import prod
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -11,19 +12,42 @@ class Modality(Section):
     """One kind of volume. Axes are X, Y, Z in RAS+ order (left to right, back to front, bottom to top), then time."""
 
     grid: tuple[int, ...] = Field(min_length=3, max_length=4)
-    """Voxels along X, Y, Z that a volume is resized to, and for a series the number of frames kept."""
+    """Voxels along X, Y, Z that a volume is brought to, and for a series the number of frames in a window."""
     patch: tuple[int, ...] = Field(min_length=3, max_length=4)
     """Voxels along X, Y, Z (and frames) that become one token; it divides the grid."""
+    fit: Literal["resize", "spacing"] = "resize"
+    """How the grid is met: the whole field of view resized, or voxels of ``spacing`` with a centred crop or pad."""
+    spacing: float | None = Field(None, gt=0)
+    """Edge of the voxels in millimetres, for ``fit: spacing``."""
+    intensity: Literal["zscore", "zscore_foreground", "zscore_background_min", "percentiles"] = "zscore"
+    """Z-score of all voxels, of the foreground, that with the background at its minimum; or percentiles to 0..1."""
+    percentiles: tuple[float, float] = (1.0, 99.0)
+    """Percentiles of all voxels that become 0 and 1, for ``intensity: percentiles``; what lies beyond is clipped."""
+    background: float = 0.0
+    """The value outside the head: padding has it, and the foreground is what differs from it."""
+    frame_stride: int = Field(1, ge=1)
+    """Frames from one frame of a window to its next."""
+    window_stride: int = Field(1, ge=1)
+    """Frames from the start of one window to the start of the next."""
 
     @model_validator(mode="after")
-    def _patch_divides_grid(self) -> "Modality":
+    def _consistent(self) -> "Modality":
         if len(self.grid) != len(self.patch):
             raise ValueError(f"grid {self.grid} and patch {self.patch} have different numbers of axes")
         if min(*self.grid, *self.patch) < 1:
             raise ValueError(f"grid {self.grid} and patch {self.patch} must be 1 or more along every axis")
         if any(size % step for size, step in zip(self.grid, self.patch, strict=True)):
             raise ValueError(f"patch {self.patch} does not divide grid {self.grid} along every axis")
+        if (self.fit == "spacing") != (self.spacing is not None):
+            raise ValueError("spacing, in millimetres, belongs to fit: spacing; give both or neither")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles {self.percentiles} are not two rising numbers from 0 to 100")
         return self
+
+    @property
+    def is_series(self) -> bool:
+        """Whether its volumes have a time axis."""
+        return len(self.grid) == 4
 
     @property
     def patch_grid(self) -> tuple[int, ...]:

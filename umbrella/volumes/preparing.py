@@ -1,45 +1,92 @@
-"""Bring a volume to its modality's grid and intensity."""
+"""Bring a volume to its modality's axes, grid and intensity."""
+
+from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
+from nibabel.orientations import apply_orientation, io_orientation
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
+from umbrella.volumes.reading import RawVolume
+from umbrella.volumes.resampling import axis_weights, resample
 
-RECIPE = "area-or-trilinear, z-score, fp16, v2"
-"""Names what ``prepare`` does; part of the store's key, so a change here never meets arrays made by the old way."""
+VERSION = 3
+"""Part of every recipe: raised when ``prepare`` does something else, so that new never meets what the old made."""
 
 
-def prepare(voxels: np.ndarray, modality: Modality) -> np.ndarray:
-    """Resize to the modality's grid and z-score.
+def recipe(modality: Modality) -> dict[str, Any]:
+    """What decides the array that ``prepare`` makes of a volume; windows and patches do not."""
+    decides = {"fit", "spacing", "intensity", "background"} | (
+        {"percentiles"} if modality.intensity == "percentiles" else set()
+    )
+    grid = {"grid": list(modality.grid[:3]), "series": modality.is_series, "version": VERSION}
+    return grid | modality.model_dump(mode="json", include=decides)
 
-    Axes that shrink are averaged over (so that nothing aliases), others interpolated trilinearly. A series keeps its
-    first ``grid[3]`` frames. The mean becomes 0 and the standard deviation 1, over all voxels kept.
 
-    Args:
-        voxels: float32, (X, Y, Z) or (X, Y, Z, T).
+def prepare(raw: RawVolume, modality: Modality) -> np.ndarray:
+    """Turn to RAS+, bring to the grid, scale the intensity.
+
+    Axes that shrink are averaged over, others interpolated linearly; frames are never mixed. Intensities are scaled
+    over the whole series. Turning comes after resampling, with which it commutes: by then there is less to turn.
 
     Returns:
-        float16, of shape ``modality.grid``.
+        float16, (X, Y, Z) of the modality's grid, or (T, X, Y, Z) with every frame of the series.
 
     Raises:
-        UserError: a series with fewer frames than the grid has; nothing but one value on the grid.
+        UserError: nothing but one value, or nothing but background, on the grid.
     """
-    if voxels.ndim == 4:
-        frames = modality.grid[3]
-        if voxels.shape[3] < frames:
-            raise UserError(f"has {voxels.shape[3]} frames, and its modality's grid {modality.grid} needs {frames}")
-        voxels = voxels[..., :frames]
-    # One volume per channel, (1, T or 1, X, Y, Z): frames are resized in space and never mixed.
-    stack = torch.from_numpy(np.ascontiguousarray(voxels)).reshape(*voxels.shape[:3], -1).permute(3, 0, 1, 2)[None]
-    smaller = [min(size, target) for size, target in zip(stack.shape[2:], modality.grid[:3], strict=True)]
-    stack = functional.adaptive_avg_pool3d(stack, (smaller[0], smaller[1], smaller[2]))
-    stack = functional.interpolate(stack, size=modality.grid[:3], mode="trilinear", align_corners=False)
-    resized = stack[0].permute(1, 2, 3, 0).reshape(modality.grid)
-    deviation = resized.std()
+    values, foreground = on_grid(raw, modality)
+    return scale_intensity(values, foreground, modality)
+
+
+def on_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
+    """The volume in RAS+ axes on its modality's grid, in its own units, and where it is not background.
+
+    Returns:
+        float32 and bool, (X, Y, Z) or (T, X, Y, Z).
+    """
+    turn = io_orientation(raw.affine)
+    grid = [modality.grid[int(axis)] for axis in turn[:, 0]]
+    sizes = raw.voxels.shape[:3]
+    if modality.spacing is None:
+        steps = [size / target for size, target in zip(sizes, grid, strict=True)]
+    else:
+        steps = [modality.spacing / edge for edge in raw.spacing]
+    weights = [axis_weights(*of_axis) for of_axis in zip(sizes, grid, steps, strict=True)]
+    background = (modality.background - raw.inter) / raw.slope
+    if raw.voxels.ndim == 3:
+        difference = np.ascontiguousarray(apply_orientation(resample(raw.voxels, weights, background), turn))
+    else:
+        difference = np.empty((raw.voxels.shape[3], *modality.grid[:3]), np.float32)
+        for frame, into in enumerate(difference):
+            into[...] = apply_orientation(resample(raw.voxels[..., frame], weights, background), turn)
+    foreground = difference != 0
+    difference *= np.float32(raw.slope)
+    difference += np.float32(modality.background)
+    return difference, foreground
+
+
+def scale_intensity(values: np.ndarray, foreground: np.ndarray, modality: Modality) -> np.ndarray:
+    """Scale as ``modality.intensity`` says: (X, Y, Z) or (T, X, Y, Z) in its own units to float16 of the same shape."""
+    low, high = values.min(), values.max()
     # Relative: a map in small units (m²/s) varies by less than rounding does in one whose values are large.
-    if deviation <= 1e-6 * resized.abs().max():
-        raise UserError(f"every voxel is {resized.flatten()[0]:g} on its modality's grid {modality.grid}")
-    scaled = (resized - resized.mean()) / deviation
-    return scaled.clamp(-6e4, 6e4).to(torch.float16).numpy()
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        raise UserError(
+            f"every voxel is {low:g} on its modality's grid {modality.grid[:3]}; check fit and spacing, or leave it out"
+        )
+    if modality.intensity == "percentiles":
+        dark, bright = np.percentile(values, modality.percentiles)
+        if dark == bright:
+            raise UserError(
+                f"percentiles {modality.percentiles} are both {dark:g}; widen them, or leave the volume out"
+            )
+        return np.clip((values - dark) / (bright - dark), 0, 1).astype(np.float16)
+    seen = values if modality.intensity == "zscore" else values[foreground]
+    if seen.size == 0 or seen.min() == seen.max():
+        raise UserError(
+            f"holds nothing but its background {modality.background:g} and one other value; check background"
+        )
+    scaled = (values - seen.mean()) / seen.std()
+    if modality.intensity == "zscore_background_min":
+        scaled = np.where(foreground, scaled, scaled[foreground].min())
+    return np.clip(scaled, -6e4, 6e4).astype(np.float16)

@@ -1,68 +1,205 @@
-"""The volume store: one memory-mapped fp16 array per volume and recipe, shared by every epoch, trial and worker."""
+"""The volume store: one memory-mapped fp16 array per volume and recipe, shared by every epoch, trial and worker.
+
+    <folder>/sources/<key of the path>.json    path, size and time of a file, and the name of its content
+    <folder>/<recipe>/recipe.json              what is done to the volumes of this folder
+    <folder>/<recipe>/<content>.npy            the array
+    <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``Facts``
+
+Any number of processes and nodes may share the folder: a file appears whole, by renaming, and never changes.
+"""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.preparing import RECIPE, prepare
-from umbrella.volumes.reading import read_volume
+from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
+from umbrella.volumes.reading import content_id, image_files, read_volume
+from umbrella.volumes.windows import has_window, num_windows
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was seen of a volume when it was prepared. Intensities are its own, on the modality's grid."""
+
+    shape: tuple[int, ...]
+    """Voxels along the axes of the file."""
+    spacing: tuple[float, ...]
+    """Edges of a voxel along the axes of the file, in millimetres."""
+    orientation: str
+    """Where the axes of the file point, such as "LIA"."""
+    dtype: str
+    minimum: float
+    maximum: float
+    mean: float
+    deviation: float
+    foreground: float
+    """The part of the grid that is not background, 0 to 1."""
 
 
 class VolumeStore:
     """Prepared volumes on disk.
 
     Args:
-        folder: where the arrays lie; made when missing. Any number of processes may share it.
-        modalities: name to grid and patch.
+        folder: where the arrays lie; made when missing.
+        modalities: name to what its volumes are brought to.
         max_voxels: see ``read_volume``.
     """
 
     def __init__(self, folder: str | Path, modalities: Mapping[str, Modality], max_voxels: int) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.modalities = modalities
         self.max_voxels = max_voxels
-
-    def path(self, source: str | Path, modality: str) -> Path:
-        """Where the array of a volume lies: a name made of the file's identity (path, size, time) and the recipe."""
-        try:
-            stat = os.stat(source)
-        except OSError as error:
-            raise UserError(f"{source}: {error.strerror}") from None
-        identity = [os.path.abspath(source), stat.st_size, stat.st_mtime_ns, self.modalities[modality].grid, RECIPE]
-        return self.folder / (hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32] + ".npy")
+        self._contents: dict[str, tuple[tuple[int, int], str]] = {}
+        self._recipes: dict[str, Path] = {}
+        (self.folder / "sources").mkdir(parents=True, exist_ok=True)
 
     def get(self, source: str | Path, modality: str) -> np.ndarray:
-        """The prepared volume, float16 of the modality's grid, memory-mapped and read-only; decoded if it is new.
+        """The prepared volume, memory-mapped and read-only; decoded if it is new.
+
+        A source that has changed since is decoded anew, and an array that was cut short is made again.
+
+        Returns:
+            float16, (X, Y, Z), or (T, X, Y, Z) with every frame of the series: a window of frames is contiguous.
 
         Raises:
             UserError: the volume cannot be used; names the file.
         """
-        path = self.path(source, modality)
-        if not path.exists():
-            self._fill(path, source, modality)
-        return np.load(path, mmap_mode="r")
+        array = self._find(source, modality)
+        if array is None:
+            self._fill(source, modality)
+            array = self._find(source, modality)
+        if array is None:
+            raise UserError(
+                f"{self.path(source, modality)}: was deleted as soon as it was made; is the store being pruned?"
+            )
+        return array
 
-    def _fill(self, path: Path, source: str | Path, modality: str) -> None:
-        recipe = self.modalities[modality]
-        voxels = read_volume(source, len(recipe.grid), self.max_voxels)
+    def holds(self, source: str | Path, modality: str) -> bool:
+        """Whether ``get`` would find the array ready; nothing is decoded, and no new file is read."""
+        known = self._known(os.path.abspath(source), _stamp(source)) is not None
+        return known and self._find(source, modality) is not None
+
+    def facts(self, source: str | Path, modality: str) -> Facts:
+        """What was seen of a volume that is in the store."""
+        raw = json.loads(self.path(source, modality).with_suffix(".json").read_text(encoding="utf-8"))
+        return Facts(**raw | {"shape": tuple(raw["shape"]), "spacing": tuple(raw["spacing"])})
+
+    def path(self, source: str | Path, modality: str) -> Path:
+        """Where the array of a volume lies: a name made of the recipe and of the content of the file."""
+        return self._recipe_folder(modality) / f"{self._content(source)}.npy"
+
+    def _find(self, source: str | Path, modality: str) -> np.ndarray | None:
+        """The array, if it is there, whole, and long enough for a window."""
         try:
-            array = prepare(voxels, recipe)
+            array = np.load(self.path(source, modality), mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):  # not there, or cut short
+            return None
+        recipe = self.modalities[modality]
+        return array if not recipe.is_series or has_window(len(array), recipe) else None
+
+    def _recipe_folder(self, modality: str) -> Path:
+        if modality not in self._recipes:
+            text = json.dumps(recipe(self.modalities[modality]), sort_keys=True)
+            folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:12]
+            if not (folder / "recipe.json").exists():
+                folder.mkdir(exist_ok=True)
+                write_whole(folder / "recipe.json", text.encode())
+            self._recipes[modality] = folder
+        return self._recipes[modality]
+
+    def _content(self, source: str | Path) -> str:
+        """The name of a file's content; the file is read for it when it is new, or has another size or time."""
+        source = os.path.abspath(source)
+        stamp = _stamp(source)
+        content = self._known(source, stamp)
+        if content is None:
+            content = content_id(source)
+            record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content}
+            write_whole(self._record(source), json.dumps(record).encode())
+        self._contents[source] = (stamp, content)
+        return content
+
+    def _known(self, source: str, stamp: tuple[int, int]) -> str | None:
+        """The name of a file's content, if the file is still as it was when it was read."""
+        seen = self._contents.get(source)
+        if seen and seen[0] == stamp:
+            return seen[1]
+        record = _read_json(self._record(source))
+        return record["content"] if (record.get("size"), record.get("time")) == stamp else None
+
+    def _record(self, source: str) -> Path:
+        return self.folder / "sources" / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.json"
+
+    def _fill(self, source: str | Path, modality: str) -> None:
+        path, target = self.path(source, modality), self.modalities[modality]
+        raw = read_volume(source, len(target.grid), self.max_voxels)
+        try:
+            if target.is_series:
+                num_windows(raw.voxels.shape[3], target)
+            values, foreground = on_grid(raw, target)
+            array = scale_intensity(values, foreground, target)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
-        # Renamed when whole: a reader in another process finds either nothing or everything.
-        partial = path.with_suffix(f".{uuid4().hex}.partial")
-        try:
-            # Not tempfile, whose files no other user may read: the umask decides.
-            with partial.open("xb") as file:
-                np.save(file, array)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        facts = Facts(
+            shape=tuple(raw.voxels.shape),
+            spacing=raw.spacing,
+            orientation=raw.orientation,
+            dtype=str(raw.voxels.dtype),
+            minimum=float(values.min()),
+            maximum=float(values.max()),
+            mean=float(values.mean(dtype=np.float64)),
+            deviation=float(values.std(dtype=np.float64)),
+            foreground=float(foreground.mean()),
+        )
+        write_whole(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
+        write_whole(path, array)
+
+
+def write_whole(path: Path, content: bytes | np.ndarray) -> None:
+    """Write a file that other processes find either whole or not at all, also after a crash of the machine."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        # Not tempfile, whose files no other user may read: the umask decides.
+        with partial.open("xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.save(file, content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Whether the file of a record in ``sources/`` is still as it was when it was read."""
+    try:
+        return _stamp(record["path"]) == (record["size"], record["time"])
+    except UserError:
+        return False
+
+
+def _stamp(source: str | Path) -> tuple[int, int]:
+    """Size and time of an image's files, which change when the image does."""
+    try:
+        stats = [os.stat(file) for file in image_files(source)]
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}; see data.root and data.path_map") from None
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

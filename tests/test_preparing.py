@@ -1,0 +1,127 @@
+"""Preparing: a volume's grid and intensities are what its modality asks for, whichever way it was stored."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from umbrella.base import UserError
+from umbrella.modality import Modality
+from umbrella.volumes.preparing import on_grid, prepare, recipe
+from umbrella.volumes.reading import RawVolume
+from umbrella.volumes.resampling import axis_weights
+
+
+def raw(voxels: np.ndarray, spacing: tuple[float, ...] = (1, 1, 1), slope: float = 1, inter: float = 0) -> RawVolume:
+    return RawVolume(np.asarray(voxels, np.float32), slope, inter, np.diag([*spacing, 1.0]))
+
+
+def modality(grid: tuple[int, ...], **others: Any) -> Modality:
+    return Modality(grid=grid, patch=(1,) * len(grid), **others)
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (16, 16, 16), (14, 3, 4)])
+def test_preparing_gives_the_grid_in_half_precision_with_mean_0_and_deviation_1(brain: np.ndarray, grid: tuple) -> None:
+    array = prepare(raw(1000 + brain), modality(grid))
+    assert (array.dtype, array.shape) == (np.float16, grid)
+    assert abs(array.mean(dtype=np.float64)) < 1e-3
+    assert abs(array.std(dtype=np.float64) - 1) < 1e-3
+
+
+def test_an_axis_that_shrinks_is_averaged_over_with_the_parts_of_voxels_that_it_covers() -> None:
+    np.testing.assert_allclose(axis_weights(4, 2, 2).toarray(), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+    thirds = [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]]
+    np.testing.assert_allclose(axis_weights(3, 2, 1.5).toarray(), thirds, atol=1e-7)
+
+
+def test_an_axis_that_grows_is_interpolated_between_voxel_centres_and_constant_beyond_the_last() -> None:
+    halves = [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]
+    np.testing.assert_allclose(axis_weights(2, 4, 0.5).toarray(), halves)
+
+
+@pytest.mark.parametrize(("size", "target", "step"), [(5, 9, 1), (9, 4, 1), (6, 12, 0.7), (20, 6, 2.5), (1, 4, 0.25)])
+def test_the_centre_of_an_axis_stays_the_centre(size: int, target: int, step: float) -> None:
+    weights = axis_weights(size, target, step).toarray()
+    np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
+
+
+def test_a_spacing_crops_and_pads_around_the_centre_with_the_background() -> None:
+    voxels = np.full((4, 2, 6), 5.0)
+    voxels[0, 0, 1] = 9
+    same = modality((6, 2, 4), fit="spacing", spacing=2.0, background=-1.0)
+    values, foreground = on_grid(raw(voxels, (2, 2, 2)), same)
+    expected = np.full((6, 2, 4), -1.0)
+    expected[1:5] = 5
+    expected[1, 0, 0] = 9
+    np.testing.assert_allclose(values, expected)
+    np.testing.assert_array_equal(foreground, expected > 0)
+
+
+def test_a_spacing_means_millimetres_along_every_axis() -> None:
+    ramp = np.broadcast_to(np.arange(8.0)[:, None, None], (8, 4, 2))
+    halved = modality((4, 4, 4), fit="spacing", spacing=2.0)
+    values, _ = on_grid(raw(ramp, (1, 2, 4)), halved)  # 8 x 8 x 8 mm
+    np.testing.assert_allclose(values, np.broadcast_to(np.array([0.5, 2.5, 4.5, 6.5])[:, None, None], (4, 4, 4)))
+
+
+def test_scale_factors_count() -> None:
+    values, foreground = on_grid(raw([[[0, 1], [2, 3]]], slope=-2, inter=4), modality((1, 2, 2), background=4.0))
+    np.testing.assert_allclose(values, [[[4, 2], [0, -2]]])
+    np.testing.assert_array_equal(foreground, [[[False, True], [True, True]]])
+
+
+def test_the_foreground_alone_is_scaled_and_the_background_can_be_its_minimum() -> None:
+    voxels = np.array([0, 0, 2, 4, 6, 8], np.float32).reshape(1, 2, 3)
+    deviation = np.std([2, 4, 6, 8])
+    scaled = prepare(raw(voxels), modality((1, 2, 3), intensity="zscore_foreground")).ravel()
+    np.testing.assert_allclose(scaled, (voxels.ravel() - 5) / deviation, atol=2e-3)
+    filled = prepare(raw(voxels), modality((1, 2, 3), intensity="zscore_background_min")).ravel()
+    np.testing.assert_allclose(filled, (np.array([2, 2, 2, 4, 6, 8]) - 5) / deviation, atol=2e-3)
+
+
+def test_percentiles_become_0_and_1_and_clip() -> None:
+    voxels = np.arange(101, dtype=np.float32).reshape(101, 1, 1)
+    array = prepare(raw(voxels), modality((101, 1, 1), intensity="percentiles", percentiles=(10, 60))).ravel()
+    np.testing.assert_allclose(array, np.clip((np.arange(101) - 10) / 50, 0, 1), atol=1e-3)
+
+
+def test_frames_are_kept_unmixed_and_scaled_together() -> None:
+    frames = np.array([5, -3, 2, 11, 100], dtype=np.float32)
+    series = np.broadcast_to(frames, (3, 3, 3, 5)).copy()
+    array = prepare(raw(series), modality((2, 4, 2, 3)))
+    expected = (frames - frames.mean()) / frames.std()
+    np.testing.assert_allclose(array, np.broadcast_to(expected[:, None, None, None], (5, 2, 4, 2)), atol=0.02)
+
+
+def test_a_volume_that_is_constant_on_the_grid_is_refused_and_not_made_zeros() -> None:
+    edge = np.full((4, 4, 4), 1000.1, np.float32)
+    edge[0] = 3  # cropped away
+    cropped = modality((2, 2, 2), fit="spacing", spacing=1.0)
+    with pytest.raises(UserError, match=r"every voxel is 1000\.1 on its modality's grid \(2, 2, 2\); check fit"):
+        prepare(raw(edge), cropped)
+    two_values = np.zeros((4, 4, 4), np.float32)
+    two_values[1] = 7
+    with pytest.raises(UserError, match="nothing but its background 0 and one other value"):
+        prepare(raw(two_values), modality((4, 4, 4), intensity="zscore_foreground"))
+    with pytest.raises(UserError, match="are both 0; widen"):
+        prepare(raw(two_values), modality((4, 4, 4), intensity="percentiles", percentiles=(1, 50)))
+
+
+def test_small_units_do_not_flatten_a_map(brain: np.ndarray) -> None:
+    grid = modality((4, 4, 4))
+    np.testing.assert_allclose(prepare(raw(1e-10 * brain), grid), prepare(raw(brain), grid), atol=2e-3)
+
+
+def test_a_recipe_is_of_what_decides_the_array_and_not_of_windows_or_patches() -> None:
+    base = {"grid": (4, 4, 4, 6), "patch": (2, 2, 2, 2)}
+    same = [{"patch": (4, 4, 4, 3)}, {"window_stride": 5}, {"frame_stride": 2}, {"grid": (4, 4, 4, 4)}]
+    same += [{"percentiles": (2, 98)}]  # which this intensity does not use
+    other = [
+        {"grid": (4, 4, 8, 6)},
+        {"fit": "spacing", "spacing": 2.0},
+        {"intensity": "percentiles"},
+        {"background": 1},
+    ]
+    mine = recipe(Modality(**base))
+    assert all(recipe(Modality(**base | change)) == mine for change in same)
+    assert all(recipe(Modality(**base | change)) != mine for change in other)

@@ -1,0 +1,68 @@
+"""What the volume store holds, and how to make room."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbrella.modality import Modality
+from umbrella.volumes.preparing import recipe
+from umbrella.volumes.store import is_current
+
+ABANDONED = 24 * 3600
+"""Seconds after which a file that nobody finished writing counts as left behind."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The arrays of one recipe: their folder, what it does, how many there are, bytes, and who uses it now."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    arrays: int
+    size: int
+    modalities: tuple[str, ...]
+    """Modalities of the present settings that have this recipe; none when only older settings had it."""
+
+
+def holdings(folder: Path, modalities: Mapping[str, Modality]) -> list[Holding]:
+    """What lies in a store, largest first."""
+    found = []
+    for file in folder.glob("*/recipe.json"):
+        made = json.loads(file.read_text(encoding="utf-8"))
+        sizes = [array.stat().st_size for array in file.parent.glob("*.npy")]
+        users = tuple(name for name, modality in modalities.items() if recipe(modality) == made)
+        found.append(Holding(file.parent, made, len(sizes), sum(sizes), users))
+    return sorted(found, key=lambda holding: -holding.size)
+
+
+def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = False) -> tuple[int, int]:
+    """Delete what nothing can ask for any more: (files deleted, bytes). A dry run only counts them.
+
+    That is: arrays of recipes that no modality of the settings has; arrays whose every source file is gone or has
+    changed; records of such sources; and what a process left half-written more than a day ago. Not for a store that a
+    run is using with other settings: its arrays go too, and are made again.
+    """
+    doomed = [f for f in folder.rglob("*.partial") if time.time() - f.stat().st_mtime > ABANDONED]
+    living = set()
+    for record in (folder / "sources").glob("*.json"):
+        source = json.loads(record.read_text(encoding="utf-8"))
+        if is_current(source):
+            living.add(source["content"])
+        else:
+            doomed.append(record)
+    for holding in holdings(folder, modalities):
+        files = [f for f in holding.folder.iterdir() if f.suffix in (".npy", ".json") and f.name != "recipe.json"]
+        doomed += [f for f in files if not holding.modalities or f.stem not in living]
+        if not holding.modalities:
+            doomed.append(holding.folder / "recipe.json")
+    size = sum(file.stat().st_size for file in doomed)
+    for file in [] if dry_run else doomed:
+        file.unlink()
+        if file.name == "recipe.json":
+            with suppress(OSError):  # another process is writing there
+                file.parent.rmdir()
+    return len(doomed), size

@@ -1,0 +1,40 @@
+"""Windows of a series: which frames of it a sample sees."""
+
+import numpy as np
+
+from umbrella.base import UserError
+from umbrella.modality import Modality
+
+
+def has_window(frames: int, modality: Modality) -> bool:
+    """Whether a series of so many frames is long enough for a window."""
+    return frames >= (modality.grid[3] - 1) * modality.frame_stride + 1
+
+
+def num_windows(frames: int, modality: Modality) -> int:
+    """How many windows a series has: those that start at ``0, window_stride, ...`` and end inside it.
+
+    Raises:
+        UserError: none fits.
+    """
+    span = (modality.grid[3] - 1) * modality.frame_stride + 1
+    if not has_window(frames, modality):
+        raise UserError(
+            f"has {frames} frames, and a window of {modality.grid[3]} frames at frame_stride {modality.frame_stride}"
+            f" needs {span}; give its modality a shorter grid, or leave the series out"
+        )
+    return (frames - span) // modality.window_stride + 1
+
+
+def pick_window(frames: int, modality: Modality, draw: tuple[int, ...] | None) -> slice:
+    """The frames of one window, in order.
+
+    Args:
+        frames: how many the series has.
+        draw: whole numbers that name the draw, such as (seed, epoch, sample); equal numbers pick the same window, and
+            all windows are equally likely. None: the middle window, always the same one.
+    """
+    count = num_windows(frames, modality)
+    index = (count - 1) // 2 if draw is None else int(np.random.default_rng(draw).integers(count))
+    start = index * modality.window_stride
+    return slice(start, start + (modality.grid[3] - 1) * modality.frame_stride + 1, modality.frame_stride)
