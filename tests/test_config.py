@@ -97,7 +97,9 @@ def test_a_refused_value_names_the_key_the_value_and_what_is_allowed() -> None:
 
 
 def test_a_bad_patch_is_named_by_its_modality() -> None:
-    with pytest.raises(UserError, match=r"modalities\.sMRI=.*does not divide grid \(48, 48, 48\)"):
+    with pytest.raises(
+        UserError, match=r"^modalities\.sMRI: patch \(7, 8, 8\) does not divide grid \(48, 48, 48\) along every axis$"
+    ):
         load_settings(overrides={"modalities.sMRI": {"grid": [48, 48, 48], "patch": [7, 8, 8]}})
 
 

@@ -114,7 +114,7 @@ def test_training_data_without_validation_data_are_refused(folder: Path) -> None
 def test_a_held_out_subject_must_be_nowhere_in_training_also_not_as_a_reference(folder: Path) -> None:
     write(folder, "validation", [("a_age", "T1", "a", ["sMRI"]), ("c_sex", "T1", "c", ["sMRI"])])
     with pytest.raises(
-        UserError, match=r"validation\.jsonl:1: subject_id: 1 subjects are in both data\.train and data"
+        UserError, match=r"validation\.jsonl:1: subject_id: a is also in data\.train, at .*train\.jsonl:1; split"
     ):
         load_splits(settings_of(folder), plain)
     write(folder, "validation", SAMPLES["validation"])
@@ -122,7 +122,7 @@ def test_a_held_out_subject_must_be_nowhere_in_training_also_not_as_a_reference(
     reference = lines.replace('"subject_id": "b"', '"subject_id": "b", "reference_id": "d"')
     (folder / "train.jsonl").write_text(reference, encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"validation\.jsonl:2: subject_id: 1 subjects .*, d among them; split by subject"
+        UserError, match=r"validation\.jsonl:2: subject_id: d is also in data\.train, at .*train\.jsonl:3; split"
     ):
         load_splits(settings_of(folder), plain)
 
@@ -177,7 +177,7 @@ def test_a_run_with_bad_samples_ends_with_every_reason_conversations_before_volu
         load_splits(settings_of(folder), plain)
     damaged, empty = str(caught.value).split("\n")
     assert damaged.startswith(f"{folder}/train.jsonl:1: image_path: {folder}/a_sMRI.nii: cannot be read as an image: ")
-    assert damaged.endswith("; copy or convert the file anew (and 1 more conversations)")
+    assert damaged.endswith("; copy or convert the file anew (and 1 more conversation)")
     assert empty.startswith(f"{folder}/validation.jsonl:2: image_path: {folder}/d_sMRI.nii: every voxel is 0; ")
     assert len(list(open_store(settings_of(folder)).folder.rglob("*.npy"))) == 3  # the good ones are kept
 
@@ -203,7 +203,10 @@ def test_quarantine_lists_every_bad_sample_with_its_reasons_and_the_run_goes_on(
 
 def test_more_bad_samples_than_allowed_end_the_run_with_their_number(folder: Path) -> None:
     spoil(folder)
-    with pytest.raises(UserError, match=r"\n5 of 7 samples cannot be used, more than data\.max_bad_fraction=0\.5$"):
+    with pytest.raises(
+        UserError,
+        match=r"\n5 of 7 samples cannot be used, more than data\.max_bad_fraction=0\.5; repair them, or raise that$",
+    ):
         load_splits(settings_of(folder, on_bad="quarantine", max_bad_fraction=0.5), plain)
 
 
@@ -227,7 +230,7 @@ def test_volumes_are_decoded_by_several_processes_with_the_same_outcome(
 
     monkeypatch.setattr(intake, "WORTH_PROCESSES", 0)
     (folder / "a_sMRI.nii").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"a_sMRI\.nii: cannot be read as an image.* \(and 1 more conversations\)$"):
+    with pytest.raises(UserError, match=r"a_sMRI\.nii: cannot be read as an image.* \(and 1 more conversation\)$"):
         load_splits(settings_of(folder, processes=2), plain)
     assert len(list(open_store(settings_of(folder)).folder.rglob("*.npy"))) == 4
 

@@ -111,6 +111,9 @@ def test_steps_and_surplus_by_hand(
 ) -> None:
     plan = Plan(size, 0, epochs, workers, batch_size, accumulate)
     assert (plan.per_step, plan.steps, plan.steps_per_epoch, plan.surplus) == expected
+    once_more = f"; the last step is filled up with {expected[3]} samples once more" if expected[3] else ""
+    said = f"samples: {size} in each of {epochs} epochs, {expected[1]} steps of {expected[0]}{once_more}"
+    assert plan.in_words == said
 
 
 def test_a_workers_data_set_starts_where_the_checkpoint_says_when_it_is_opened() -> None:

@@ -141,8 +141,11 @@ def _validate(raw: dict[str, Any]) -> Settings:
             name = ".".join(str(part) for part in issue["loc"])
             if issue["type"] == "extra_forbidden":
                 problems.append(f"{name}: there is no such setting{_nearest(name)}")
+            elif issue["type"] == "missing":
+                problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
-                problems.append(f"{name}={issue['input']!r}: {issue['msg']}")
+                given = "" if isinstance(issue["input"], dict) else f"={issue['input']!r}"
+                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}")
         raise UserError("\n".join(problems)) from None
 
 

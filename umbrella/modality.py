@@ -68,5 +68,5 @@ class Modality(Section):
 DEFAULT_MODALITIES = {
     "sMRI": Modality(grid=(24, 24, 24), patch=(8, 8, 8)),
     "dMRI": Modality(grid=(24, 24, 24), patch=(8, 8, 8)),
-    "fMRI": Modality(grid=(16, 16, 16, 12), patch=(8, 8, 8, 3)),
+    "fMRI": Modality(grid=(16, 16, 16, 12), patch=(8, 8, 8, 3), intensity="zscore_background_min"),
 }

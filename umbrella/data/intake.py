@@ -14,7 +14,7 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.loading import Intake, Progress, read_splits
+from umbrella.data.loading import Intake, Progress, counted, read_splits
 from umbrella.volumes.store import VolumeStore, write_whole
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def load_splits(settings: "Settings", progress: Progress) -> Splits:
     for line in intake.notices:
         print(f"note: {line}", file=sys.stderr)
     if splits.quarantined:
-        print(f"note: {splits.quarantined} samples cannot be used, see {splits.quarantine}", file=sys.stderr)
+        left_out = counted(splits.quarantined, "sample")
+        print(f"note: {left_out} cannot be used, see {splits.quarantine}", file=sys.stderr)
     return splits
 
 
@@ -83,7 +84,7 @@ def open_store(settings: "Settings") -> VolumeStore:
 def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
     """Bring every volume into the store; conversations about a volume that cannot be used are set aside."""
     everything = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
-    new = sorted(volume for volume in everything if not store.holds(*volume))
+    new = sorted(volume for volume in everything if not _is_ready(store, *volume))
     jobs = (processes or joblib.cpu_count()) if sum(map(_size, new)) > WORTH_PROCESSES else 1
     # Larger groups would make the bar jump, smaller ones cost more in talk than they do in work.
     tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=4 if jobs > 1 else 1)
@@ -142,10 +143,11 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         raise UserError("\n".join(intake.lines()))
     if len(reasons) > data.max_bad_fraction * (len(reasons) + usable):
         share = f"{len(reasons)} of {len(reasons) + usable} samples cannot be used, more than data.max_bad_fraction"
-        raise UserError("\n".join([*intake.lines(), f"{share}={data.max_bad_fraction:g}"]))
-    for name, conversations in intake.splits.items():
-        if not conversations:
-            raise UserError(f"data.{name}: holds no conversation that can be used")
+        last = f"{share}={data.max_bad_fraction:g}; repair them, or raise that"
+        raise UserError("\n".join([*intake.lines(), last]))
+    empty = [f"data.{name}: holds no conversation that can be used" for name, cs in intake.splits.items() if not cs]
+    if empty:
+        raise UserError("\n".join([*intake.lines(), *empty]))
     path = None
     if problems and write:
         samples = {problem.where: problem.sample for problem in problems}
@@ -162,6 +164,13 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         quarantined=len(reasons),
         quarantine=path,
     )
+
+
+def _is_ready(store: VolumeStore, path: str, modality: str) -> bool:
+    try:
+        return store.holds(path, modality)
+    except UserError:  # trying to decode it says what is wrong
+        return False
 
 
 def _reason(store: VolumeStore, path: str, modality: str) -> str:

@@ -47,7 +47,7 @@ class Intake:
             first.setdefault((problem.field, problem.what), problem)
         counts = Counter((problem.field, problem.what) for problem in self.problems)
         return [
-            str(problem) + (f" (and {counts[key] - 1} more conversations)" if counts[key] > 1 else "")
+            str(problem) + (f" (and {counted(counts[key] - 1, 'more conversation')})" if counts[key] > 1 else "")
             for key, problem in first.items()
         ]
 
@@ -89,18 +89,23 @@ def keep(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict
         UserError: a split of which nothing is left.
     """
     data = settings.data
-    by_type = data.task_filter in {c.task_type for conversations in splits.values() for c in conversations}
+    types = {c.task_type for conversations in splits.values() for c in conversations}
+    by_type = bool(data.task_filter) and data.task_filter in types
 
     def wanted(c: Conversation) -> bool:
         if data.modality and any(v.modality != data.modality for v in c.volumes):
             return False
-        return c.task_type == data.task_filter if by_type else bool(re.search(data.task_filter, c.task_id))
+        if by_type:
+            return c.task_type == data.task_filter
+        return not data.task_filter or bool(re.search(data.task_filter, c.task_id))
 
     kept = {name: [c for c in conversations if wanted(c)] for name, conversations in splits.items()}
     for name, conversations in kept.items():
         if splits[name] and not conversations:
-            filters = f"data.modality={data.modality!r} and data.task_filter={data.task_filter!r}"
-            raise UserError(f"data.{name}: none of its {len(splits[name])} conversations is left after {filters}")
+            filters = [f"data.{of}={getattr(data, of)!r}" for of in ("modality", "task_filter") if getattr(data, of)]
+            known = f"there are {', '.join(sorted({v.modality for c in splits[name] for v in c.volumes} | types))}"
+            what = f"none of its {len(splits[name])} conversations is left after {' and '.join(filters)}"
+            raise UserError(f"data.{name}: {what}; {known}")
     return kept
 
 
@@ -131,6 +136,11 @@ def phantom_folder(settings: "Settings") -> Path:
     return Path(settings.resources.storage).absolute() / f"phantom-{key}"
 
 
+def counted(number: int, what: str) -> str:
+    """So many of them, in words: "1 sample", "2 samples"."""
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
 def _shared_subjects(intake: Intake) -> list[Problem]:
     """A subject whose answer is asked for in a held-out split must be nowhere in the splits before it."""
     problems = []
@@ -140,9 +150,11 @@ def _shared_subjects(intake: Intake) -> list[Problem]:
             shared = sorted(asked.keys() & {s for c in intake.splits[other] for s in c.subjects})
             if shared:
                 place = intake.places[name, asked[shared[0]]]
+                theirs = next(c for c in intake.splits[other] if shared[0] in c.subjects)
                 what = (
-                    f"{len(shared)} subjects are in both data.{other} and data.{name}, {shared[0]} among them; split by"
-                    " subject, or the score of a split means nothing"
+                    f"{shared[0]} is also in data.{other}, at {intake.places[other, theirs.task_id]}"
+                    + (f" (and {counted(len(shared) - 1, 'more subject')})" if len(shared) > 1 else "")
+                    + "; split by subject, or the score means nothing"
                 )
                 problems.append(Problem(place, "subject_id", what))
     return problems

@@ -65,6 +65,12 @@ class Plan:
         """Samples of the last step that lie past the last epoch."""
         return self.steps * self.per_step - self.epochs * self.size
 
+    @property
+    def in_words(self) -> str:
+        """One line on what is seen how often, and on what is seen once more than that."""
+        line = f"samples: {self.size} in each of {self.epochs} epochs, {self.steps} steps of {self.per_step}"
+        return line + (f"; the last step is filled up with {self.surplus} samples once more" if self.surplus else "")
+
     def positions(self, rank: int, start: int = 0) -> np.ndarray:
         """The positions that one worker sees, in order, from position ``start`` (a whole number of steps) on."""
         everything = np.arange(start, self.steps * self.per_step)

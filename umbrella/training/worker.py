@@ -165,7 +165,7 @@ class Worker:
         conversations = _Lazy(self.train_table.num_rows, lambda i: from_table(self.train_table, i))
         table = mask_audit(conversations, self.renderer, self.settings.mask)
         moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
-        text = statement(table, self.settings.mask, moving, self.settings.modalities)
+        text = f"{self.plan.in_words}\n{statement(table, self.settings.mask, moving, self.settings.modalities)}"
         tracker = Tracker.start(**self.job.tracking)  # type: ignore[arg-type]
         settings = {name: value for name, value in self.settings.flat().items() if not name.startswith("tune.")}
         tracker.params(settings | dict(self.job.data))

@@ -13,6 +13,9 @@ from umbrella.volumes.resampling import axis_weights, resample
 VERSION = 3
 """Part of every recipe: raised when ``prepare`` does something else, so that new never meets what the old made."""
 
+SMALLEST, LARGEST = 1e-25, 1e25
+"""Values whose squares single precision still holds."""
+
 
 def recipe(modality: Modality) -> dict[str, Any]:
     """What decides the array that ``prepare`` makes of a volume; windows and patches do not."""
@@ -44,6 +47,9 @@ def on_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]
 
     Returns:
         float32 and bool, (X, Y, Z) or (T, X, Y, Z).
+
+    Raises:
+        UserError: values beyond what single precision can compute with.
     """
     turn = io_orientation(raw.affine)
     grid = [modality.grid[int(axis)] for axis in turn[:, 0]]
@@ -54,13 +60,17 @@ def on_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]
         steps = [modality.spacing / edge for edge in raw.spacing]
     weights = [axis_weights(*of_axis) for of_axis in zip(sizes, grid, steps, strict=True)]
     background = (modality.background - raw.inter) / raw.slope
-    if raw.voxels.ndim == 3:
-        difference = np.ascontiguousarray(apply_orientation(resample(raw.voxels, weights, background), turn))
-    else:
-        difference = np.empty((raw.voxels.shape[3], *modality.grid[:3]), np.float32)
+    frames = raw.voxels.reshape(*sizes, -1, order="A")
+    difference = np.empty((frames.shape[3], *modality.grid[:3]), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
         for frame, into in enumerate(difference):
-            into[...] = apply_orientation(resample(raw.voxels[..., frame], weights, background), turn)
+            into[...] = apply_orientation(resample(frames[..., frame], weights, background), turn)
+    if raw.voxels.ndim == 3:
+        difference = difference[0]
     foreground = difference != 0
+    largest = float(np.abs(difference).max()) * abs(raw.slope)
+    if foreground.any() and not SMALLEST < largest < LARGEST:
+        raise UserError(f"its values are up to {largest:g}, too large or too small to compute with; rescale the file")
     difference *= np.float32(raw.slope)
     difference += np.float32(modality.background)
     return difference, foreground

@@ -1,6 +1,7 @@
 """Read one image file, in any format of nibabel's, as it is stored: nothing is turned, scaled or converted here."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
@@ -11,10 +12,12 @@ import nibabel as nib
 import numpy as np
 from deflate import DeflateError, gzip_decompress
 from isal import igzip, isal_zlib
+from nibabel import imageglobals
 from nibabel.affines import voxel_sizes
 
 from umbrella.base import UserError
 
+imageglobals.logger.setLevel(logging.CRITICAL)  # what matters of a damaged header is said here, with the file
 PAIRS = {".hdr", ".img", ".head", ".brik"}
 """Suffixes of images that lie in two files."""
 HEADER_BYTES = 1024

@@ -194,7 +194,8 @@ def _stamp(source: str | Path) -> tuple[int, int]:
     try:
         stats = [os.stat(file) for file in image_files(source)]
     except OSError as error:
-        raise UserError(f"{source}: {error.strerror}; see data.root and data.path_map") from None
+        missing = "" if str(error.filename) == str(source) else f"{error.filename}: "
+        raise UserError(f"{source}: {missing}{error.strerror}; see data.root and data.path_map") from None
     return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
 
