@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from umbrella.conversations.checks import explain
 from umbrella.conversations.conversation import Conversation, TextItem
+from umbrella.conversations.wording import explain, plain, show
 
 
 def sample(**changes: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_an_assistant_need_not_have_the_last_word() -> None:
         ({"conversations": {"a": {}}}, "conversations", "must be a list, not {'a': {}}"),
         ({"conversations": ["Hi"]}, "conversations.0", "must be an object {...}, not 'Hi'"),
         ({"role": "bot"}, "conversations.1.role", "'bot' is not known; use system, user or assistant"),
-        ({"content": None}, "conversations.1.content", "must be a text or a list of items, not None"),
+        ({"content": None}, "conversations.1.content", "must be a text or a list of items, not null"),
         ({"content": ["Hi"]}, "conversations.1.content.0", "must be an object {...}, not 'Hi'"),
         (
             {"content": [{"text": "Hi"}]},
@@ -141,3 +141,39 @@ def test_missing_fields_are_told_in_plain_words() -> None:
         ("task_type", "is missing; add it"),
         ("conversations", "is missing; add it"),
     ]
+
+
+FINITE = "must be a text or a finite number, not"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"task_id": " "}, "task_id", "is empty; give every sample a name of its own"),
+        ({"task_id": "a\nb"}, "task_id", "'a\\nb' holds a line break or another control character; leave it out"),
+        ({"task_type": ""}, "task_type", "is empty; name the task, as in T1"),
+        ({"metadata": {"subject_label": {}}}, "metadata.subject_label", f"{FINITE} {{}}"),
+        ({"metadata": {"subject_label": True}}, "metadata.subject_label", f"{FINITE} true"),
+        ({"metadata": {"subject_label": float("inf")}}, "metadata.subject_label", f"{FINITE} inf"),
+        ({"metadata": {"subject_id": ["a"]}}, "metadata.subject_id", "must be a text or a number, not ['a']"),
+        ({"metadata": {"subject_id": ""}}, "metadata.subject_id", "is empty; name the subject, or leave it out"),
+        ({"metadata": {"reference_id": {}}}, "metadata.reference_id", "must be a text or a number, not {}"),
+        ({"subject_ids": ["a", None]}, "subject_ids.1", "must be a text or a number, not null"),
+        ({"subject_ids": "a"}, "subject_ids", "must be a list, not 'a'"),
+    ],
+)
+def test_names_and_labels_that_cannot_be_used_are_refused(changes: dict, field: str, message: str) -> None:
+    assert refusals(sample(**changes)) == [(field, message)]
+
+
+def test_null_is_a_name_or_label_that_is_not_given() -> None:
+    metadata = {"subject_id": None, "reference_id": None, "subject_label": None}
+    conversation = Conversation.model_validate(sample(metadata=metadata, subject_ids=None))
+    assert (conversation.subject_id, conversation.subjects, conversation.label) == ("t", {"t"}, None)
+
+
+def test_values_are_shown_as_json_has_them_and_short() -> None:
+    assert show([None, True, {"a": False}]) == "[null, true, {'a': false}]"
+    assert (plain("a b"), plain("a\nb"), plain("")) == ("a b", "'a\\nb'", "''")
+    assert len(show("x" * 5000)) == len(plain("x" * 5000)) == 300
+    assert len(show(["x" * 5000, 10**400])) < 100

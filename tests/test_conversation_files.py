@@ -101,7 +101,7 @@ def test_paths_that_give_no_file_are_all_listed(tmp_path: Path) -> None:
         )
     remedy = "; name files that end with .json, .json.gz, .jsonl, .jsonl.gz, .ndjson, .ndjson.gz"
     assert str(caught.value).replace(remedy, "").split("\n") == [
-        f"{tmp_path}/no.json: no such file or folder",
+        f"{tmp_path}/no.json: no such file or folder; check the path",
         f"{tmp_path}/empty: no conversation file in this folder",
         f"{tmp_path}/*.jsonl: no conversation file fits this pattern",
         f"{tmp_path}/a.nii: not a conversation file",
@@ -209,13 +209,13 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path: Path) -> None:
 
 
 def test_conversion_problems_hide_none_of_the_others_and_bear_the_names_of_the_file(tmp_path: Path) -> None:
-    llava = {"image": ["a.nii", "b.nii"], "conversations": [{"from": "bot", "value": "<image>"}, {"from": "gpt"}]}
+    llava = {"image": ["a.nii", "b.nii"], "conversations": [{"from": "bot", "value": "<image>"}, {"value": "x"}]}
     chat = {"id": "c", "messages": [{"role": "user", "content": [{"type": "image", "path": "b.nii"}]}]}
     assert problems(write(tmp_path / "c.jsonl", llava, chat)) == [
         "c.jsonl:1: image: the number of files is 2, that of `<image>` placeholders is 1; there must be one for each",
         "c.jsonl:1: task_id: is missing; give every sample a name of its own in `task_id` or `id`",
         "c.jsonl:1: conversations.0.from: 'bot' is not known; use system, user or assistant",
-        "c.jsonl:1: conversations.1.value: is missing; add it",
+        "c.jsonl:1: conversations.1.from: is missing; add it",
         "c.jsonl:2: modality: cannot be told from the file name 'b.nii'; add `modality` to the sample",
         "c.jsonl:2: messages: no assistant turn, so there is nothing to learn from or to score; add the answer",
         f"c.jsonl:2: image_path: {tmp_path}/b.nii does not exist; see `data.root` and `data.path_map`",
@@ -389,3 +389,77 @@ def test_one_bad_file_does_not_hide_another(tmp_path: Path) -> None:
     reading = read_conversations([*bad, good])
     assert [p.where for p in reading.problems] == [f"{file}:1" for file in bad]
     assert [c.task_id for c in reading.conversations] == ["t"]
+
+
+def test_an_address_is_no_volume_in_any_format_and_may_be_mapped_to_where_it_is_mounted(tmp_path: Path) -> None:
+    address = "s3://scans/a.nii"
+    image = {"type": "image_sMRI", "image_path": address}
+    v1 = {"id": "v1", "conversations": [{"role": "user", "content": [image]}, sample()["conversations"][1]]}
+    llava = {"id": "llava", "image": address, "modality": "sMRI"}
+    llava["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    file = write(tmp_path / "c.jsonl", sample("v2", address), v1, llava)
+    what = f"image_path: '{address}' is not a file; download it and write the file's path"
+    assert problems(file) == [f"c.jsonl:{line}: {what}" for line in (1, 2, 3)]
+    assert ids(read_conversations(file, path_map={"s3://scans": str(tmp_path)})) == ["v2", "v1", "llava"]
+    assert ids(read_conversations(write(tmp_path / "d.jsonl", sample(path=f"file://{tmp_path}/a.nii")))) == ["t"]
+
+
+def test_one_fault_gives_one_line_in_every_format(tmp_path: Path) -> None:
+    answer = {"from": "gpt", "value": "x"}
+    llava = {"id": "t", "image": "a.nii", "modality": "sMRI", "conversations": [answer, answer]}
+    chat = {"id": "t", "images": ["a.nii"], "modalities": ["sMRI"]}
+    v1 = {"id": "t", "conversations": [{"role": "user"}, sample()["conversations"][1]]}
+    item = {"type": "image_sMRI", "image_path": 3}
+    samples = {
+        "conversations.0: must be an object {...}, not 'x'": llava | {"conversations": ["x", answer]},
+        "conversations.0.value: is missing; add it": llava | {"conversations": [{"from": "human"}, answer]},
+        "conversations: is empty; a sample needs a user turn and an assistant turn": llava | {"conversations": []},
+        "image: must be a text, not 3": llava | {"image": 3, "conversations": [answer | {"value": "<image>"}]},
+        "image: names no file; write the file's path": llava
+        | {"image": [{}], "conversations": [{**answer, "value": "<image>"}]},
+        "messages: must be a list, not null": chat | {"messages": None},
+        "messages: is missing; add it": chat,
+        "conversations: is missing; add it": {"id": "t", "metadata": {}},
+        "conversations.0.content.0.image_path: must be a text, not 3": v1
+        | {"conversations": [{"role": "user", "content": [item]}, v1["conversations"][1]]},
+        "modality: must be a text, not 3": llava | {"modality": 3, "conversations": [answer | {"value": "<image>"}]},
+    }
+    for number, (what, raw) in enumerate(samples.items()):
+        assert problems(write(tmp_path / f"{number}.jsonl", raw)) == [f"{number}.jsonl:1: {what}"]
+
+
+def test_a_llava_sample_without_an_image_may_say_so(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "x"}]
+    assert ids(read_conversations(write(tmp_path / "c.jsonl", {"id": "t", "image": None, "conversations": talk}))) == [
+        "t"
+    ]
+
+
+def test_every_problem_stays_on_its_line_and_is_short(tmp_path: Path) -> None:
+    broken = "a\nb\u2028"
+    samples = [
+        sample(broken),
+        sample("path", broken),
+        sample("long", "x" * 5000),
+        sample("key", **{broken: "\ud800"}),
+        {broken: 1},
+        sample("role", conversations=[{"role": "x" * 5000, "content": "x"}], images=[]),
+    ]
+    lines = problems(write(tmp_path / "c.jsonl", *samples))
+    assert [line.split(": ")[0] for line in lines] == [f"c.jsonl:{n}" for n in range(1, 7)]
+    assert all(line.isprintable() and len(line) < 600 for line in lines)
+
+
+def test_a_path_of_ordinary_length_is_written_whole(tmp_path: Path) -> None:
+    name = "/".join(["folder"] * 20)
+    assert problems(write(tmp_path / "c.jsonl", sample(path=name))) == [
+        f"c.jsonl:1: image_path: {tmp_path}/{name} does not exist; see `data.root` and `data.path_map`"
+    ]
+
+
+def test_a_number_of_thousands_of_digits_spoils_its_sample_only(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps([sample("a", n=17), sample("b")]).replace("17", "7" * 5000))
+    reading = read_conversations(file)
+    assert [c.task_id for c in reading.conversations] == ["b"]
+    assert [p.what for p in reading.problems] == ["holds a number of 5000 digits; shorten the number"]

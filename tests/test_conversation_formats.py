@@ -208,12 +208,6 @@ def test_a_file_address_is_a_path() -> None:
     assert volume.image_path == "/my scans/a_T1w.nii"
 
 
-def test_a_web_address_is_no_volume() -> None:
-    raw = LLAVA | {"image": "https://example.org/a_T1w.nii", "modality": "sMRI"}
-    what = "'https://example.org/a_T1w.nii' is not a file; download it and write the file's path"
-    assert refusals(raw) == [("image_path", what)]
-
-
 @pytest.mark.parametrize(
     ("name", "modality"),
     [
@@ -255,6 +249,9 @@ def test_a_stated_format_wins_over_the_keys() -> None:
         ({"task_id": "t", "conversations": [{"from": "human"}]}, "llava"),
         ({"task_id": "t", "conversations": 3}, "v2"),
         ({"messages": None}, "chat"),
+        ({"task_id": "t"}, "v2"),
+        ({"id": "t", "image": "a.nii"}, "v1"),
+        ({"id": "t", "images": ["a.nii"]}, "chat"),
     ],
 )
 def test_unfinished_samples_are_recognised_too(raw: dict, expected: str) -> None:
@@ -267,7 +264,7 @@ def test_a_sample_of_no_format_is_told_what_it_has_and_what_is_accepted() -> Non
         ("sample", f"has the keys question, answer, which is no known format; accepted are {accepted}")
     ]
     for format in ("auto", *FORMATS):
-        assert refusals([1], format=format) == [("sample", "must be an object {...}, not a list")]
+        assert refusals([1], format=format) == [("sample", "must be an object {...}, not [1]")]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -130,7 +130,7 @@ def test_labels_are_counted_by_target_and_split_and_rare_classes_marked(talk: Ta
         ]
 
     splits = {
-        "train": some(*["f"] * 19, "m", None, target="sex") + some(20, 40.0, float("nan"), target="age"),
+        "train": some(*["f"] * 19, "m", None, target="sex") + some(20, 40.0, target="age"),
         "test": some("f", "m", target="sex") + some(60, target="age"),
     }
     age, sex = count_labels(splits)
@@ -144,6 +144,27 @@ def test_labels_are_counted_by_target_and_split_and_rare_classes_marked(talk: Ta
     assert (train.n, train.mean, train.deviation, train.minimum, train.maximum) == (2, 30, 10, 20, 40)
     assert [i for i, n in enumerate(train.histogram) if n] == [0, 10]  # bins from 20 to 60, for every split
     assert [split.labelled for split in count_splits(splits)] == [22, 3]
+
+
+@pytest.mark.parametrize(
+    ("labels", "mean", "deviation", "places"),
+    [
+        ([1e308, 1e308], 1e308, 0, [10]),
+        ([-1.7e308, 1.7e308], 0, 1.7e308, [0, 19]),
+        ([1, 1 + 2**-51], 1 + 2**-52, 2**-52, [0, 19]),
+        ([5e-324, 5e-324], 5e-324, 0, [10]),
+        ([float("nan"), float("inf"), 10**400, 7], 7, 0, [10]),  # what is no finite number is no label
+    ],
+)
+def test_labels_may_be_any_numbers(
+    talk: Talk, labels: list, mean: float, deviation: float, places: list[int], recwarn: pytest.WarningsRecorder
+) -> None:
+    one = talk(("user", "?"), ("assistant", "!"))
+    [target] = count_labels({"train": [one.model_copy(update={"metadata": {"subject_label": x}}) for x in labels]})
+    found = target.numbers["train"]
+    assert (found.mean, found.deviation) == pytest.approx((mean, deviation), rel=1e-15, abs=0)
+    assert [i for i, n in enumerate(found.histogram) if n] == places
+    assert not recwarn.list
 
 
 def test_subjects_in_two_splits_are_named_by_the_part_that_they_play(talk: Talk) -> None:

@@ -152,13 +152,13 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path) ->
 
 
 def spoil(folder: Path) -> None:
-    """Five bad samples: two about a damaged volume, one about an empty one, one that is not JSON, one without turns."""
+    """Five bad samples: two about a damaged volume, one about an empty one, one cut short, one with two faults."""
     write(folder, "train", [*SAMPLES["train"], ("e_sex", "T1", "e", ["sMRI"]), ("f_sex", "T1", "f", ["sMRI"])])
     (folder / "a_sMRI.nii").write_bytes(b"no image")
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), folder / "d_sMRI.nii")
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").split("\n")
     lines[3] = lines[3][:40]
-    lines[4] = json.dumps(json.loads(lines[4]) | {"conversations": []})
+    lines[4] = json.dumps(json.loads(lines[4]) | {"conversations": [], "metadata": 3})
     (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes.preparing import on_grid, prepare, recipe
 from umbrella.volumes.reading import RawVolume
-from umbrella.volumes.resampling import axis_weights
+from umbrella.volumes.resampling import Axis
 
 
 def raw(voxels: np.ndarray, spacing: tuple[float, ...] = (1, 1, 1), slope: float = 1, inter: float = 0) -> RawVolume:
@@ -29,19 +29,19 @@ def test_preparing_gives_the_grid_in_half_precision_with_mean_0_and_deviation_1(
 
 
 def test_an_axis_that_shrinks_is_averaged_over_with_the_parts_of_voxels_that_it_covers() -> None:
-    np.testing.assert_allclose(axis_weights(4, 2, 2).toarray(), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(Axis(4, 2, 2).weights, [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
     thirds = [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]]
-    np.testing.assert_allclose(axis_weights(3, 2, 1.5).toarray(), thirds, atol=1e-7)
+    np.testing.assert_allclose(Axis(3, 2, 1.5).weights, thirds, atol=1e-7)
 
 
 def test_an_axis_that_grows_is_interpolated_between_voxel_centres_and_constant_beyond_the_last() -> None:
     halves = [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]
-    np.testing.assert_allclose(axis_weights(2, 4, 0.5).toarray(), halves)
+    np.testing.assert_allclose(Axis(2, 4, 0.5).weights, halves)
 
 
 @pytest.mark.parametrize(("size", "target", "step"), [(5, 9, 1), (9, 4, 1), (6, 12, 0.7), (20, 6, 2.5), (1, 4, 0.25)])
 def test_the_centre_of_an_axis_stays_the_centre(size: int, target: int, step: float) -> None:
-    weights = axis_weights(size, target, step).toarray()
+    weights = Axis(size, target, step).weights
     np.testing.assert_allclose(weights, weights[::-1, ::-1], atol=1e-6)
 
 

@@ -57,6 +57,35 @@ def test_a_volume_is_decoded_once_and_handed_out_as_a_read_only_map(tmp_path: Pa
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_reading_gives_what_the_map_has_and_of_a_series_one_window(tmp_path: Path, brain: np.ndarray) -> None:
+    path, long = save(tmp_path / "s.nii", brain), tmp_path / "f.nii"
+    save(long, np.random.default_rng(0).normal(size=(3, 3, 3, 9)))
+    skipping = Modality(grid=(2, 2, 2, 3), patch=(1, 1, 1, 1), frame_stride=2)  # spans 5 of 9 frames, from 0 to 4
+    store = open_store(tmp_path, fMRI=skipping)
+    into = np.empty((4, 4, 4), np.float16)
+    store.read(path, "sMRI", into)
+    np.testing.assert_array_equal(into, store.get(path, "sMRI"))
+    frames = np.empty((3, 2, 2, 2), np.float16)
+    store.read(long, "fMRI", frames)
+    np.testing.assert_array_equal(frames, store.get(long, "fMRI")[2:7:2])
+    seen = set()
+    for epoch in range(40):
+        store.read(long, "fMRI", frames, (0, epoch))
+        [start] = [s for s in range(5) if np.array_equal(frames, store.get(long, "fMRI")[s : s + 5 : 2])]
+        seen.add(start)
+    assert seen == set(range(5))
+
+
+@pytest.mark.parametrize("size", [0, 50, 200])
+def test_reading_an_array_that_was_cut_short_makes_it_again(tmp_path: Path, brain: np.ndarray, size: int) -> None:
+    path = save(tmp_path / "s.nii", brain)
+    whole = np.array(open_store(tmp_path).get(path, "sMRI"))
+    os.truncate(arrays(tmp_path)[0], size)
+    into = np.empty((4, 4, 4), np.float16)
+    open_store(tmp_path).read(path, "sMRI", into)
+    np.testing.assert_array_equal(into, whole)
+
+
 def test_equal_content_under_two_names_is_one_array(
     tmp_path: Path, brain: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from umbrella.conversations.items import disagreements, image_items, objects_in
+from umbrella.conversations.images import disagreements
+from umbrella.conversations.items import image_items, images_can_be_counted, objects_in
+from umbrella.conversations.values import faulty_values
 
 
 class _Part(BaseModel):
@@ -74,11 +76,11 @@ class Conversation(_Part):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _images_agree(cls, raw: Any, handler: Callable[[Any], "Conversation"]) -> "Conversation":
+    def _agrees(cls, raw: Any, handler: Callable[[Any], "Conversation"]) -> "Conversation":
         # Around the other checks and not after them: a sample with a wrong role still gets its images looked at.
         shown: list[tuple[Any, Any]]
         listed: list[tuple[Any, Any]]
-        made = None
+        made, comparable = None, True
         errors: list[InitErrorDetails] = []
         try:
             made = handler(raw)
@@ -91,7 +93,10 @@ class Conversation(_Part):
             ]
             shown = [(item.get("image_path"), item.get("modality")) for item in image_items(raw)]
             listed = [(image.get("path"), image.get("modality")) for image in objects_in(raw, "images")]
-        for location, what in disagreements(shown, listed):
+            # One fault gives one line: what is of another shape may well hold the images that are not found.
+            comparable = images_can_be_counted(raw)
+        wrong = [*faulty_values(raw), *(disagreements(shown, listed) if comparable else ())]
+        for location, what in wrong:
             errors.append(InitErrorDetails(type=_wrong(what), loc=location, input=raw))
         if made is None or errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
@@ -105,14 +110,14 @@ class Conversation(_Part):
     @property
     def subject_id(self) -> str:
         """Whom the last answer is about; predictions are combined over this."""
-        return str(self.metadata.get("subject_id", self.task_id))
+        subject = self.metadata.get("subject_id")
+        return self.task_id if subject is None else str(subject)
 
     @property
     def subjects(self) -> set[str]:
         """Everybody who is shown, as far as the sample says: ``subject_ids``, the subject and the reference."""
-        people = (self.model_extra or {}).get("subject_ids")
-        reference = self.metadata.get("reference_id", self.subject_id)
-        return {self.subject_id, str(reference), *map(str, people if isinstance(people, list) else [])}
+        others = [self.metadata.get("reference_id"), *((self.model_extra or {}).get("subject_ids") or [])]
+        return {self.subject_id, *(str(other) for other in others if other is not None)}
 
     @property
     def label(self) -> str | float | None:

@@ -13,6 +13,9 @@ from umbrella.conversations.checks import Checker, PathRewriter
 from umbrella.conversations.conversation import Conversation
 from umbrella.conversations.formats import FORMATS
 from umbrella.conversations.json_files import EXTENSIONS, entries
+from umbrella.conversations.wording import plain, show
+
+NAMES = f"name files that end with {', '.join(EXTENSIONS)}"
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,17 @@ def conversation_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     for path in map(os.path.expanduser, map(str, several)):
         if os.path.isdir(path):
             files = [p for p in Path(path).rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
-            nothing = "no conversation file in this folder"
+            nothing = f"no conversation file in this folder; {NAMES}"
         elif os.path.isfile(path):
-            files, nothing = [Path(path)], "not a conversation file"
+            files, nothing = [Path(path)], f"not a conversation file; {NAMES}"
         elif glob.has_magic(path):
-            files, nothing = list(map(Path, glob.glob(path, recursive=True))), "no conversation file fits this pattern"
+            files = list(map(Path, glob.glob(path, recursive=True)))
+            nothing = f"no conversation file fits this pattern; {NAMES}"
         else:
-            files, nothing = [], "no such file or folder"
+            files, nothing = [], "no such file or folder; check the path"
         files = [file for file in files if file.name.lower().endswith(EXTENSIONS) and file.is_file()]
         if not files:
-            problems.append(f"{path or repr(path)}: {nothing}; name files that end with {', '.join(EXTENSIONS)}")
+            problems.append(f"{plain(path)}: {nothing}")
         for file in sorted(files):
             found.setdefault(file.resolve(), file)
     if problems or not several:
@@ -100,7 +104,8 @@ def read_conversations(
     files = conversation_files(paths)
     named = ", ".join(map(str, [paths] if isinstance(paths, (str, Path)) else paths))
     if format not in ("auto", *FORMATS):
-        reading.problems.append(Problem(named, "format", f"{format!r} is not known; use auto, {', '.join(FORMATS)}"))
+        what = f"{show(format)} is not known; use auto, {', '.join(FORMATS)}"
+        reading.problems.append(Problem(named, "format", what))
         return reading
     checker = Checker(format, modalities, check_files)
     for file in files:
@@ -123,7 +128,7 @@ def _read_file(file: Path, rewrite: PathRewriter, checker: Checker, reading: Rea
             continue
         conversation, task_id, found = checker.check(entry.raw, rewrite)
         if task_id in reading.places:
-            what = f"{task_id} is already used at {reading.places[task_id]}; give each sample a name of its own"
+            what = f"{plain(task_id)} is already used at {reading.places[task_id]}; give each sample a name of its own"
             found = [*found, ("task_id", what)]
         elif task_id is not None:
             reading.places[task_id] = where

@@ -7,19 +7,13 @@ and ``value``, with ``<image>`` in the text. chat: ``messages`` of ``role`` and 
 import re
 from typing import Any
 
-from umbrella.conversations.items import (
-    TOKEN,
-    UNKNOWN,
-    Problems,
-    image_items,
-    name_files,
-    objects_in,
-    path_in,
-    tell_modalities,
-    v2_turn,
-)
+from umbrella.conversations.images import Problems, name_files, path_in, tell_modalities, text_or_unknown
+from umbrella.conversations.items import TOKEN, image_items, images_can_be_counted, objects_in, v2_turn
+from umbrella.conversations.wording import plain, show
 
 FORMATS = ("v2", "v1", "llava", "chat")
+TELLING = ("task_id", "task_type", "image", "images", "metadata", "subject_ids")
+"""Keys that tell a sample of ours, though its turns are missing."""
 
 
 class FormatError(ValueError):
@@ -37,7 +31,7 @@ def recognise(raw: Any) -> str:
         FormatError: it has the keys of none.
     """
     if not isinstance(raw, dict):
-        raise FormatError([("sample", f"must be an object {{...}}, not a {type(raw).__name__}")])
+        raise FormatError([("sample", f"must be an object {{...}}, not {show(raw)}")])
     turns = objects_in(raw, "conversations")
     if "conversations" in raw:
         if any("from" in turn or "value" in turn for turn in turns) or (not turns and "image" in raw):
@@ -47,7 +41,10 @@ def recognise(raw: Any) -> str:
         return "v1" if old or any(kind.startswith("image_") for kind in types) else "v2"
     if "messages" in raw:
         return "chat"
-    keys = f"the keys {', '.join(list(raw)[:12])}" if raw else "no keys"
+    if any(key in raw for key in TELLING):
+        old_or_chat = "chat" if "images" in raw else "v1"
+        return old_or_chat if "id" in raw and "task_id" not in raw else "v2"
+    keys = f"the keys {', '.join(map(plain, list(raw)[:12]))}" if raw else "no keys"
     known = "v2 and v1 (`conversations` with `role`), llava (`conversations` with `from`), chat (`messages`)"
     raise FormatError([("sample", f"has {keys}, which is no known format; accepted are {known}")])
 
@@ -77,25 +74,27 @@ def convert(raw: Any, format: str, modality: str = "") -> tuple[dict[str, Any], 
     sample = dict(raw)
     outside = format in ("llava", "chat")
     files_key = "image" if "image" in raw else "images"
-    files = sample.pop(files_key, []) if outside else []
-    files = [path_in(file) for file in (files if isinstance(files, list) else [files])]
+    files = sample.pop(files_key, None) if outside else None
+    files = [] if files is None else [path_in(file) for file in (files if isinstance(files, list) else [files])]
     key = "messages" if format == "chat" else "conversations"
     if key in sample:
         turns = sample.pop(key)
         if isinstance(turns, list):
             turns = [v2_turn(turn, format, cut=format == "llava" or bool(files)) for turn in turns]
         sample["conversations"] = turns
-    shown = image_items(sample)
+    shown, whole = image_items(sample), images_can_be_counted(sample)
     problems: Problems = []
     if outside:
         places = f"`{TOKEN}` placeholders" if format == "llava" else f"image items and `{TOKEN}` placeholders"
-        problems += name_files(shown, files, files_key, places)
-        problems += tell_modalities(shown, sample, modality)
+        problems += name_files(shown, files, files_key, places, whole)
+        problems += tell_modalities(shown, sample, modality, whole)
     if format != "v2":
         _complete(sample, shown, files if len(files) == len(shown) else [])
     if format == "v1":
         _rename_labels(sample)
-    return sample, problems + _count_tokens(sample, len(shown), format)
+    if whole:
+        problems += _count_tokens(sample, len(shown), format)
+    return sample, problems
 
 
 def field_in_file(field: str, format: str) -> str:
@@ -112,14 +111,17 @@ def _complete(sample: dict[str, Any], shown: list[dict[str, Any]], files: list[A
     if "task_id" not in sample and "id" in sample:
         name = sample.pop("id")
         sample["task_id"] = str(name) if isinstance(name, int) else name
-    paths = files or [item.get("image_path", UNKNOWN) for item in shown]
-    images = [{"path": p, "modality": item.get("modality", UNKNOWN)} for p, item in zip(paths, shown, strict=True)]
+    paths = files or [item.get("image_path") for item in shown]
+    images = [
+        {"path": text_or_unknown(path), "modality": text_or_unknown(item.get("modality"))}
+        for path, item in zip(paths, shown, strict=True)
+    ]
     sample.setdefault("images", images)
     metadata = sample.get("metadata")
     people = sample.get("subject_ids")
     people = set(map(str, people if isinstance(people, list) else []))
     if isinstance(metadata, dict):
-        people |= {str(metadata[key]) for key in ("subject_id", "reference_id") if key in metadata}
+        people |= {str(metadata[key]) for key in ("subject_id", "reference_id") if metadata.get(key) is not None}
     turns = [turn for turn in objects_in(sample, "conversations") if turn.get("role") != "system"]
     several = "T3" if len(people) > 1 or len(turns) > 2 else "T2"
     sample.setdefault("task_type", several if len(shown) > 1 else "T1")

@@ -88,13 +88,13 @@ class _Reader:
     def __init__(self) -> None:
         self.line = 0
         """Of the last error, within the text; 0 where it is not known."""
-        self._constants: list[str] = []
-        self._decoder = json.JSONDecoder(parse_constant=self._constant)
+        self._faults: list[str] = []
+        self._decoder = json.JSONDecoder(parse_constant=self._constant, parse_int=self._integer)
 
     def read(self, text: str, position: int) -> tuple[Any, int, str]:
         """(value, where it ends, what is wrong); it ends where it starts when it cannot be read at all."""
         self.line = 0
-        self._constants.clear()
+        self._faults.clear()
         try:
             raw, end = self._decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -102,11 +102,15 @@ class _Reader:
             return None, position, f"not JSON: {error.msg}, column {error.colno}; correct the text there"
         except RecursionError:
             return None, position, "is nested too deep to be read; flatten it"
-        except ValueError as error:  # a number of thousands of digits
-            return None, position, f"not JSON that can be read: {error}"
-        constant = self._constants[0] if self._constants else ""
-        return raw, end, f"holds {constant}, which is not JSON; write null or a number" if constant else ""
+        return raw, end, self._faults[0] if self._faults else ""
 
     def _constant(self, name: str) -> float:
-        self._constants.append(name)
+        self._faults.append(f"holds {name}, which is not JSON; write null or a number")
         return float(name)
+
+    def _integer(self, digits: str) -> int | str:
+        try:
+            return int(digits)
+        except ValueError:  # Python reads no more than some thousand digits
+            self._faults.append(f"holds a number of {len(digits)} digits; shorten the number")
+            return digits

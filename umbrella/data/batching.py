@@ -11,7 +11,6 @@ from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.windows import pick_window
 
 IGNORED = -100
 """The label of a token that is no target, as transformers and torch have it."""
@@ -149,8 +148,7 @@ def collate(
     input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
     attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
     weights = torch.zeros(len(examples), length)
-    voxels: dict[str, list[np.ndarray]] = {}
-    runs: dict[str, list[int]] = {}
+    volumes: dict[str, list[tuple[int, str, tuple[int, ...] | None]]] = {}
     run = 0
     for row, example in enumerate(examples):
         size = len(example.input_ids)
@@ -158,18 +156,15 @@ def collate(
         attention_mask[row, :size] = 1
         weights[row, :size] = torch.from_numpy(loss_weights(example, policy))
         for i, item in enumerate(example.conversation.volumes):
-            array, modality = store.get(item.image_path, item.modality), store.modalities[item.modality]
-            if modality.is_series:
-                array = array[pick_window(len(array), modality, (*draws[row], i) if draws else None)]
-            voxels.setdefault(item.modality, []).append(array)
-            runs.setdefault(item.modality, []).append(run)
+            draw = (*draws[row], i) if draws else None
+            volumes.setdefault(item.modality, []).append((run, item.image_path, draw))
             run += 1
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         loss_weights=weights,
         image_mask=(input_ids == image_id) & attention_mask.bool(),
-        pixel_values={name: VolumeGroup(_stack(arrays), torch.tensor(runs[name])) for name, arrays in voxels.items()},
+        pixel_values={name: _gather(of_modality, name, store) for name, of_modality in volumes.items()},
         num_images_per_sample=torch.tensor([len(example.conversation.volumes) for example in examples]),
         task_ids=tuple(example.conversation.task_id for example in examples),
         task_types=tuple(example.conversation.task_type for example in examples),
@@ -178,7 +173,14 @@ def collate(
     )
 
 
-def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Mapped arrays to one tensor: (n, X, Y, Z), or from (T, X, Y, Z) to (n, X, Y, Z, T). The one copy of voxels."""
-    stack = torch.from_numpy(np.stack(arrays))
-    return stack if stack.ndim == 4 else stack.permute(0, 2, 3, 4, 1)
+def _gather(volumes: Sequence[tuple[int, str, tuple[int, ...] | None]], name: str, store: VolumeStore) -> VolumeGroup:
+    """Volumes of one modality, (run, path, draw) each, read side by side into one tensor: the one copy of voxels."""
+    modality = store.modalities[name]
+    # Frames first, as the store has them: so each is read in one go.
+    shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
+    voxels = np.empty((len(volumes), *shape), np.float16)
+    for into, (_, path, draw) in zip(voxels, volumes, strict=True):
+        store.read(path, name, into, draw)
+    stack = torch.from_numpy(voxels)
+    runs = torch.tensor([run for run, _, _ in volumes])
+    return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs)

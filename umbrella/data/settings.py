@@ -45,8 +45,8 @@ class DataSettings(Section):
     """A volume whose header claims more voxels than this is refused before it is decoded."""
     processes: int = Field(0, ge=0)
     """Processes that decode volumes which are not in the store yet. 0: one per CPU."""
-    bucket_batches: int = Field(16, ge=1)
-    """Global batches in the window within which conversations of similar length are batched together. 1: no sorting."""
+    bucket_batches: int = Field(3, ge=1)
+    """Steps whose conversations are sorted by length among themselves. More: less padding, and steps less mixed."""
     prefetch: int = Field(2, ge=0)
     """Batches made ahead of the training step."""
 

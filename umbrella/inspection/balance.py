@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import isfinite
+from math import frexp, isfinite
 
 import numpy as np
 
@@ -127,8 +127,14 @@ def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[Target]:
 
 
 def _summary(values: list[float], low: float, high: float) -> Numbers:
-    counts, _ = np.histogram(values, bins=BINS, range=(low, high))
-    mean, deviation = float(np.mean(values)), float(np.std(values))
+    # Halved, because the difference of two numbers may be more than a float can hold.
+    half = high / 2 - low / 2
+    places = [(x / 2 - low / 2) / half if half else 0.5 for x in values]
+    counts, _ = np.histogram(places, bins=BINS, range=(0, 1))
+    # Brought below 1 by a power of two, which changes no digit, because so may their sum and their squares.
+    exponent = frexp(max(map(abs, values)))[1]
+    small = np.ldexp(values, -exponent)
+    mean, deviation = (float(np.ldexp(of(small), exponent)) for of in (np.mean, np.std))
     return Numbers(len(values), mean, deviation, min(values), max(values), tuple(int(n) for n in counts))
 
 
@@ -136,5 +142,8 @@ def _label(conversation: Conversation) -> str | float | None:
     """A class as text, a number as float; None for no label, and for a number that is none."""
     label = conversation.label
     if isinstance(label, int | float) and not isinstance(label, bool):
-        return float(label) if isfinite(label) else None
+        try:
+            return float(label) if isfinite(label) else None
+        except OverflowError:  # an integer beyond what a float can hold
+            return None
     return None if label is None else str(label)

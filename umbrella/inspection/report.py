@@ -43,7 +43,9 @@ def write_report(folder: Path, intake: Intake, store: VolumeStore, progress: Pro
     try:
         (fresh / "thumbnails").mkdir(parents=True)
         drawn = _thumbnails(rows[:SHOWN], store, fresh / "thumbnails", progress)
-        (fresh / "index.html").write_text(_page(intake, rows, drawn), encoding="utf-8")
+        page = _page(intake, rows, drawn)
+        # A name of a file may hold bytes that are no UTF-8, and the page must be.
+        (fresh / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
         _write_tables(fresh, intake, rows)
         if folder.exists():
             folder.rename(replaced)

@@ -27,9 +27,9 @@ class TrainSettings(Section):
 
     epochs: int = Field(8, ge=1)
     """Passes over the training conversations."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     """Conversations per worker and forward pass."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(2, ge=1)
     """Forward passes per optimizer step."""
     evaluate_every: int = Field(0, ge=0)
     """Steps between evaluations. 0: after each epoch."""

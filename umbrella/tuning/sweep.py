@@ -67,6 +67,7 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     parent.params({k: v for k, v in settings.flat().items() if k not in space})
     parent.text(settings.to_yaml(), "settings.yaml")
     job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
+    parent.params(job.data)
     total = count_trials(settings, given)
     try:
         with Monitor(uri, experiment, total, settings.tune.metric) as monitor:

@@ -1,14 +1,16 @@
 """Bring a volume to its modality's axes, grid and intensity."""
 
+from math import inf, isnan
 from typing import Any
 
 import numpy as np
+import torch
 from nibabel.orientations import apply_orientation, io_orientation
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes.reading import RawVolume
-from umbrella.volumes.resampling import axis_weights, resample
+from umbrella.volumes.resampling import axis, resample
 
 VERSION = 3
 """Part of every recipe: raised when ``prepare`` does something else, so that new never meets what the old made."""
@@ -58,17 +60,18 @@ def on_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]
         steps = [size / target for size, target in zip(sizes, grid, strict=True)]
     else:
         steps = [modality.spacing / edge for edge in raw.spacing]
-    weights = [axis_weights(*of_axis) for of_axis in zip(sizes, grid, steps, strict=True)]
+    axes = [axis(*of_axis) for of_axis in zip(sizes, grid, steps, strict=True)]
     background = (modality.background - raw.inter) / raw.slope
     frames = raw.voxels.reshape(*sizes, -1, order="A")
     difference = np.empty((frames.shape[3], *modality.grid[:3]), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
         for frame, into in enumerate(difference):
-            into[...] = apply_orientation(resample(frames[..., frame], weights, background), turn)
+            into[...] = apply_orientation(resample(frames[..., frame], axes, background), turn)
     if raw.voxels.ndim == 3:
         difference = difference[0]
     foreground = difference != 0
-    largest = float(np.abs(difference).max()) * abs(raw.slope)
+    largest = max(float(difference.max()), -float(difference.min())) * abs(raw.slope)
+    largest = inf if isnan(largest) else largest  # infinities met
     if foreground.any() and not SMALLEST < largest < LARGEST:
         raise UserError(f"its values are up to {largest:g}, too large or too small to compute with; rescale the file")
     difference *= np.float32(raw.slope)
@@ -90,13 +93,20 @@ def scale_intensity(values: np.ndarray, foreground: np.ndarray, modality: Modali
             raise UserError(
                 f"percentiles {modality.percentiles} are both {dark:g}; widen them, or leave the volume out"
             )
-        return np.clip((values - dark) / (bright - dark), 0, 1).astype(np.float16)
+        return _half(np.clip((values - dark) / (bright - dark), 0, 1))
     seen = values if modality.intensity == "zscore" else values[foreground]
     if seen.size == 0 or seen.min() == seen.max():
         raise UserError(
             f"holds nothing but its background {modality.background:g} and one other value; check background"
         )
-    scaled = (values - seen.mean()) / seen.std()
+    mean, deviation = seen.mean(), seen.std()
+    scaled = values - mean
+    scaled /= deviation
     if modality.intensity == "zscore_background_min":
         scaled = np.where(foreground, scaled, scaled[foreground].min())
-    return np.clip(scaled, -6e4, 6e4).astype(np.float16)
+    return _half(np.clip(scaled, -6e4, 6e4, out=scaled))
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    # numpy converts one number at a time.
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).half().numpy()

@@ -1,75 +1,106 @@
 """Resample a volume axis by axis: each axis is one small matrix, so resizing, cropping and padding are the same sum."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
+import torch
 from scipy import sparse
 
-PLANES = 4
+PLANES = 6
 """Target planes made at a time."""
 
 
-@lru_cache(maxsize=256)
-def axis_weights(size: int, target: int, step: float) -> sparse.csr_array:
-    """How the voxels of one axis make those of another with the same centre: (target, size), float32.
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a resampling: ``size`` voxels become ``target`` voxels with the same centre.
 
-    Where an axis shrinks (``step`` > 1) a target voxel is the mean over its extent, so that nothing aliases; where it
+    Where the axis shrinks (``step`` > 1) a target voxel is the mean over its extent, so that nothing aliases; where it
     grows, it is interpolated linearly between voxel centres. What lies outside the source has no weight.
-
-    Args:
-        step: edge of a target voxel, in source voxels.
     """
-    centres = (size - 1) / 2 + (np.arange(target) - (target - 1) / 2) * step
-    rows, columns, weights = [], [], []
-    for row, centre in enumerate(centres):
-        if step > 1:
-            low, high = centre + 0.5 - step / 2, centre + 0.5 + step / 2
-            touched = np.arange(max(0, int(np.floor(low + 1e-9))), min(size, int(np.ceil(high - 1e-9))))
-            shares = (np.minimum(high, touched + 1) - np.maximum(low, touched)) / step
-        elif -0.5 <= centre <= size - 0.5:
-            inside = min(max(centre, 0.0), size - 1.0)
-            left = min(int(inside), max(size - 2, 0))
-            touched = np.arange(left, min(left + 2, size))
-            shares = 1 - np.abs(inside - touched)
-        else:
-            continue
-        rows += [row] * len(touched)
-        columns += touched.tolist()
-        weights += shares.tolist()
-    return sparse.csr_array((np.array(weights, np.float32), (rows, columns)), shape=(target, size))
+
+    size: int
+    target: int
+    step: float
+    """Edge of a target voxel, in source voxels."""
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(target, size), float32: the share of each source voxel in each target voxel."""
+        centres = (self.size - 1) / 2 + (np.arange(self.target) - (self.target - 1) / 2) * self.step
+        source = np.arange(self.size)
+        if self.step > 1:
+            low, high = (centres[:, None] + 0.5 + half * self.step for half in (-0.5, 0.5))
+            shares = np.clip(np.minimum(high, source + 1) - np.maximum(low, source), 0, None) / self.step
+            return np.where(shares > 1e-7, shares, 0).astype(np.float32)
+        inside = np.clip(centres, 0, self.size - 1)[:, None]
+        shares = np.clip(1 - np.abs(inside - source), 0, None)
+        outside = (centres < -0.5 - 1e-9) | (centres > self.size - 0.5 + 1e-9)
+        return np.where(outside[:, None], 0, shares).astype(np.float32)
+
+    @cached_property
+    def slabs(self) -> list[tuple[int, int, torch.Tensor]]:
+        """The weights ``PLANES`` target planes at a time: first and last source plane that count, and their weights."""
+        found = []
+        for first in range(0, self.target, PLANES):
+            some = self.weights[first : first + PLANES]
+            used = np.flatnonzero(some.any(axis=0))
+            begin, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+            found.append((begin, end, torch.from_numpy(np.ascontiguousarray(some[:, begin:end]))))
+        return found
+
+    @cached_property
+    def per_plane(self) -> list[sparse.csr_array]:
+        """The weights along the rows of 0, 1, ... ``PLANES`` planes that lie one after another."""
+        blocks = [sparse.csr_array(self.weights)]
+        return [sparse.block_diag(blocks * planes, format="csr") for planes in range(1, PLANES + 1)]
 
 
-def resample(voxels: np.ndarray, weights: Sequence[sparse.csr_array], background: float) -> np.ndarray:
-    """A volume with ``weights`` applied along its axes, as the difference from the background.
+@lru_cache(maxsize=256)
+def axis(size: int, target: int, step: float) -> Axis:
+    """The same ``Axis`` for the same numbers: volumes of a cohort share their matrices."""
+    return Axis(size, target, step)
+
+
+def resample(voxels: np.ndarray, axes: Sequence[Axis], background: float) -> np.ndarray:
+    """A volume brought to other voxels along its axes, as the difference from the background.
 
     Args:
         voxels: (I, J, K), any real type and memory order.
-        weights: one matrix per axis, (target, size).
+        axes: what becomes of I, J and K.
         background: in the units of the voxels; what lies outside the source counts as this.
 
     Returns:
         float32, (targets of I, J, K), exactly 0 where only background was seen.
     """
     # Slowest axis in memory first, a few planes at a time: they stay in the processor's cache from the conversion to
-    # float32 to the last product, which is most of the speed.
+    # float32 to the last product, which is most of the speed. For each product the library that was fastest: torch's
+    # for small dense matrices, scipy's where all but a few weights of a row are zero (docs/decisions.md).
     order = np.argsort([-abs(stride) for stride in voxels.strides], kind="stable")
     source = voxels.transpose(order)
-    slow, middle, fast = (weights[axis] for axis in order)
-    to_fast = fast.toarray().T
-    every_plane = sparse.kron(sparse.eye_array(PLANES, dtype=np.float32), middle, format="csr")
-    result = np.empty((slow.shape[0], middle.shape[0], fast.shape[0]), np.float32)
-    room = np.empty((0, *source.shape[1:]), np.float32)  # memory that is new each time costs more than the sums
-    for first in range(0, len(result), PLANES):
-        some = slow[first : first + PLANES]
-        begin, end = (int(some.indices.min()), int(some.indices.max()) + 1) if some.nnz else (0, 1)
-        if len(room) < end - begin:
-            room = np.empty((end - begin, *source.shape[1:]), np.float32)
+    slow, middle, fast = (axes[i] for i in order)
+    result = torch.empty(slow.target, middle.target * fast.target)
+    to_fast = torch.from_numpy(fast.weights).T
+    most = max(end - begin for begin, end, _ in slow.slabs)
+    room = torch.empty(most, source.shape[1] * source.shape[2])  # memory that is new each time costs more than the sums
+    first = 0
+    for begin, end, weights in slow.slabs:
         planes = room[: end - begin]
-        np.copyto(planes, source[begin:end])
+        _convert(source[begin:end], planes.view(end - begin, *source.shape[1:]))
         if background:
-            planes -= np.float32(background)
-        stack = (some[:, begin:end] @ planes.reshape(end - begin, -1)).reshape(-1, source.shape[2])
-        stack = every_plane[: some.shape[0] * middle.shape[0], : len(stack)] @ stack
-        result[first : first + PLANES] = (stack @ to_fast).reshape(-1, *result.shape[1:])
-    return result.transpose(np.argsort(order))
+            planes -= float(background)
+        stack = torch.mm(weights, planes).numpy()
+        stack = middle.per_plane[len(weights) - 1] @ stack.reshape(-1, fast.size)
+        done = result[first : first + len(weights)]
+        torch.mm(torch.from_numpy(stack), to_fast, out=done.view(-1, fast.target))
+        first += len(weights)
+    return result.numpy().reshape(slow.target, middle.target, fast.target).transpose(np.argsort(order))
+
+
+def _convert(source: np.ndarray, into: torch.Tensor) -> None:
+    if source.dtype == np.uint8 and source.flags.c_contiguous and source.flags.writeable:
+        # What conforming software writes; torch converts it twice as fast.
+        into.copy_(torch.from_numpy(source))
+    else:
+        np.copyto(into.numpy(), source)

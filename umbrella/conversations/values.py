@@ -1,0 +1,76 @@
+"""Values that have the type they should have, and can still not be used: empty names, labels that are none."""
+
+import json
+import re
+from collections.abc import Iterator
+from math import isfinite
+from typing import Any
+
+from umbrella.conversations.wording import plain, show
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Characters that break a line, or worse, where a name is printed."""
+HALF = re.compile("[\ud800-\udfff]")
+"""Halves of a character, which JSON can write (``\\ud800``) and no Unicode text can hold."""
+
+Finding = tuple[tuple[str | int, ...], str]
+"""(location, what is wrong; the remedy)."""
+
+
+def faulty_values(raw: Any) -> Iterator[Finding]:
+    """What is wrong with the names and the label of a raw v2 sample; what is of another shape is passed over."""
+    if not isinstance(raw, dict):
+        return
+    for key, remedy in (("task_id", "give every sample a name of its own"), ("task_type", "name the task, as in T1")):
+        if isinstance(raw.get(key), str):
+            yield from _faulty_name((key,), raw[key], remedy)
+    people = raw.get("subject_ids")
+    if isinstance(people, list):
+        for i, person in enumerate(people):
+            yield from _faulty_name(("subject_ids", i), person, "name a subject, or leave it out")
+    elif people is not None:
+        yield ("subject_ids",), f"must be a list, not {show(people)}"
+    metadata = raw.get("metadata")
+    if isinstance(metadata, dict):
+        for key in ("subject_id", "reference_id"):
+            if metadata.get(key) is not None:
+                yield from _faulty_name(("metadata", key), metadata[key], "name the subject, or leave it out")
+        label = metadata.get("subject_label")
+        if not (label is None or isinstance(label, str) or _is_number(label)):
+            yield ("metadata", "subject_label"), f"must be a text or a finite number, not {show(label)}"
+
+
+def _faulty_name(location: tuple[str | int, ...], name: Any, remedy: str) -> Iterator[Finding]:
+    if not (isinstance(name, str) or _is_number(name)):
+        yield location, f"must be a text or a number, not {show(name)}"
+    elif not str(name).strip():
+        yield location, f"is empty; {remedy}"
+    elif CONTROL.search(str(name)):
+        yield location, f"{show(name)} holds a line break or another control character; leave it out"
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # an integer beyond what a float can hold
+        return False
+
+
+def half_characters(raw: Any) -> tuple[str, str] | None:
+    """(field, what is wrong; the remedy) of the first text or key with half a character; None without one."""
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return _first_half(raw, "")
+    return None
+
+
+def _first_half(raw: Any, place: str) -> tuple[str, str] | None:
+    if isinstance(raw, str) and HALF.search(raw):
+        what = f"{show(raw)} is not Unicode text: half of a character is missing; write it anew"
+        return plain(place or "sample"), what
+    if isinstance(raw, dict):
+        parts = [(place, key) for key in raw] + [(f"{place}.{key}".lstrip("."), raw[key]) for key in raw]
+    else:
+        parts = [(f"{place}.{i}", value) for i, value in enumerate(raw)] if isinstance(raw, list) else []
+    return next((found for where, part in parts if (found := _first_half(part, where))), None)
