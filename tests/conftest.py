@@ -197,6 +197,7 @@ def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
         "model.width": 16,
         "train.epochs": 2,
         "train.batch_size": 4,
+        "train.accumulate": 1,
         "optim.warmup": 2,
     }
     return lambda others: load_settings(overrides=small | others)
