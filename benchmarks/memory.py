@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/memory.py
 
 Proportional set size: memory that processes share counts once. Each training is experiments/train.py, from volumes that
-were never decoded before.
+were never decoded before; their files are small, so one process decodes them.
 """
 
 import json

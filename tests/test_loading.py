@@ -106,6 +106,11 @@ def test_several_files_are_one_split_and_moved_volumes_are_found_by_the_path_map
     assert splits.train[0].volumes[0].image_path == str(folder / "a_sMRI.nii")
 
 
+def test_held_out_data_without_training_data_do_not_bring_the_phantom_cohort(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train is not set, and data\.validation or data\.test is"):
+        load_splits(settings_of(folder, train=""), plain)
+
+
 def test_training_data_without_validation_data_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.validation is not set"):
         load_splits(settings_of(folder, validation=""), plain)

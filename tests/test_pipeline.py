@@ -165,8 +165,11 @@ def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort(tokeniz
 
 def test_batches_say_nothing_of_the_answer(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
     renderer = Renderer(tokenizer, {})
-    answers = ("male.", "female.", "a woman, I think.")
-    lengths = {renderer.render(talk(("user", "Sex?"), ("assistant", answer))).bucket_length for answer in answers}
+    answers = ("male.", "cognitively normal.", "Alzheimer's disease, I think.")
+    lengths = {
+        renderer.render(talk(("user", "?"), ("assistant", a), metadata={"subject_label": a})).bucket_length
+        for a in answers
+    }
     assert len(lengths) == 1
     longer = renderer.render(talk(("user", "Sex?"), ("assistant", "A report. " * 20)))
     assert longer.bucket_length > max(lengths) + 100

@@ -107,6 +107,14 @@ def test_a_volume_that_is_constant_on_the_grid_is_refused_and_not_made_zeros() -
         prepare(raw(two_values), modality((4, 4, 4), intensity="percentiles", percentiles=(1, 50)))
 
 
+@pytest.mark.parametrize("largest", [1e20, 1e30, 1e-20])
+def test_a_volume_that_single_precision_cannot_scale_is_refused_and_not_made_zeros(
+    brain: np.ndarray, largest: float
+) -> None:
+    with pytest.raises(UserError, match="too large or too small to compute with; rescale the file"):
+        prepare(raw(brain / brain.max() * largest), modality((4, 4, 4)))
+
+
 def test_small_units_do_not_flatten_a_map(brain: np.ndarray) -> None:
     grid = modality((4, 4, 4))
     np.testing.assert_allclose(prepare(raw(1e-10 * brain), grid), prepare(raw(brain), grid), atol=2e-3)

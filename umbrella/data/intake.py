@@ -15,6 +15,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.loading import Intake, Progress, counted, read_splits
+from umbrella.volumes.reading import image_files
 from umbrella.volumes.store import VolumeStore, write_whole
 
 if TYPE_CHECKING:
@@ -89,7 +90,11 @@ def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: 
     # Larger groups would make the bar jump, smaller ones cost more in talk than they do in work.
     tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=4 if jobs > 1 else 1)
     outcomes = tasks(joblib.delayed(_reason)(store, *volume) for volume in new)
-    bad = {volume: reason for volume, reason in zip(progress(new, "decoding volumes"), outcomes, strict=True) if reason}
+    try:
+        done = zip(progress(new, "decoding volumes"), outcomes, strict=True)
+        bad = {volume: reason for volume, reason in done if reason}
+    except OSError as error:
+        raise UserError(f"{store.folder}: {error.strerror or error}; make room, or set resources.storage") from None
     intake.set_aside(
         {
             (name, c.task_id): reasons
@@ -184,6 +189,6 @@ def _reason(store: VolumeStore, path: str, modality: str) -> str:
 
 def _size(volume: tuple[str, str]) -> int:
     try:
-        return os.path.getsize(volume[0])
+        return sum(file.stat().st_size for file in image_files(volume[0]))
     except OSError:
         return 0

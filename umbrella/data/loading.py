@@ -61,6 +61,8 @@ def read_splits(settings: "Settings", progress: Progress, names: Sequence[str] =
     data = settings.data
     sources: dict[str, Sequence[str | Path]] = {name: getattr(data, name) for name in names if getattr(data, name)}
     root: str | Path | None = data.root or None
+    if not data.train and (data.validation or data.test):
+        raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
     if not data.train:
         from umbrella.cohort.phantom import make_cohort
 

@@ -20,7 +20,7 @@ from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN
 from umbrella.modality import Modality
 
 ANSWER_STEP = 32
-"""Tokens by which the length of an answer is told."""
+"""Tokens by which the length of an answer in free text is told."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class Example:
 
     @property
     def bucket_length(self) -> int:
-        """By what conversations are batched with others: the tokens before the last answer, and the answer's roughly.
+        """By what conversations are batched with others: the tokens before the last turn, and a free text's roughly.
 
-        The exact length would tell "male" from "female", and batches would be of one label.
+        The length of an answer with a label would tell "male" from "female", and batches would be of one label.
         """
         answer = next((s.start for s in self.spans if s.turn == self.spans[-1].turn), 0)
+        if self.conversation.label is not None:
+            return answer
         rest = len(self.input_ids) - answer
         return answer + -(-rest // ANSWER_STEP) * ANSWER_STEP
 

@@ -15,8 +15,8 @@ from umbrella.volumes.resampling import axis, resample
 VERSION = 3
 """Part of every recipe: raised when ``prepare`` does something else, so that new never meets what the old made."""
 
-SMALLEST, LARGEST = 1e-25, 1e25
-"""Values whose squares single precision still holds."""
+SMALLEST, LARGEST = 1e-14, 1e14
+"""Largest values of volumes whose squares, all summed, single precision still holds well."""
 
 
 def recipe(modality: Modality) -> dict[str, Any]:

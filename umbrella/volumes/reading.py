@@ -59,7 +59,9 @@ def image_files(path: str | Path) -> list[Path]:
     if PAIRS.isdisjoint(suffix.lower() for suffix in path.suffixes[-2:]):
         return [path]
     try:
-        return sorted({Path(holder.filename) for holder in nib.load(path).file_map.values() if holder.filename})
+        parts = {part: Path(holder.filename) for part, holder in nib.load(path).file_map.items() if holder.filename}
+        # Beside an Analyze pair there may be an affine, and mostly there is none.
+        return sorted({file for part, file in parts.items() if part != "mat" or file.exists()})
     except Exception:  # reading it will say what is wrong
         return [path]
 
@@ -74,7 +76,9 @@ def content_id(path: str | Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in image_files(path):
-            digest.update(file.read_bytes())
+            with file.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     return digest.hexdigest()

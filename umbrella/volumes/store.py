@@ -1,4 +1,4 @@
-"""The volume store: one memory-mapped fp16 array per volume and recipe, shared by every epoch, trial and worker.
+"""The volume store: one fp16 array per volume and recipe, mapped or read, shared by every epoch, trial and worker.
 
     <folder>/sources/<key of the path>.json    path, size and time of a file, and the name of its content
     <folder>/<recipe>/recipe.json              what is done to the volumes of this folder
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -141,7 +141,8 @@ class VolumeStore:
                     return False
                 for frame, place in enumerate(range(shape[0])[pick_window(shape[0], target, draw)]):
                     file.seek(start + place * into[frame].nbytes)
-                    file.readinto(into[frame].data)
+                    if file.readinto(into[frame].data) != into[frame].nbytes:
+                        return False
                 return True
         except (FileNotFoundError, ValueError, EOFError):
             return False
@@ -150,7 +151,7 @@ class VolumeStore:
         if modality not in self._recipes:
             text = json.dumps(recipe(self.modalities[modality]), sort_keys=True)
             folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-            if not (folder / "recipe.json").exists():
+            if read_json(folder / "recipe.json") != json.loads(text):
                 folder.mkdir(exist_ok=True)
                 write_whole(folder / "recipe.json", text.encode())
             self._recipes[modality] = folder
@@ -173,15 +174,19 @@ class VolumeStore:
         seen = self._contents.get(source)
         if seen and seen[0] == stamp:
             return seen[1]
-        record = _read_json(self._record(source))
+        record = read_json(self._record(source))
         return record["content"] if (record.get("size"), record.get("time")) == stamp else None
 
     def _record(self, source: str) -> Path:
         return self.folder / "sources" / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.json"
 
     def _fill(self, source: str | Path, modality: str) -> None:
+        self._recipes.pop(modality, None)  # somebody may have pruned its folder away
+        stamp = _stamp(source)
         path, target = self.path(source, modality), self.modalities[modality]
         raw = read_volume(source, len(target.grid), self.max_voxels)
+        if _stamp(source) != stamp:
+            raise UserError(f"{source}: was changed while it was read; start again when it is whole")
         try:
             if target.is_series:
                 num_windows(raw.voxels.shape[3], target)
@@ -189,6 +194,7 @@ class VolumeStore:
             array = scale_intensity(values, foreground, target)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
+        mean = float(values.mean(dtype=np.float64))
         facts = Facts(
             shape=tuple(raw.voxels.shape),
             spacing=raw.spacing,
@@ -196,8 +202,8 @@ class VolumeStore:
             dtype=str(raw.voxels.dtype),
             minimum=float(values.min()),
             maximum=float(values.max()),
-            mean=float(values.mean(dtype=np.float64)),
-            deviation=float(values.std(dtype=np.float64)),
+            mean=mean,
+            deviation=sqrt(sum(float(np.square(part - mean).sum(dtype=np.float64)) for part in values) / values.size),
             foreground=float(foreground.mean()),
         )
         write_whole(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
@@ -205,7 +211,11 @@ class VolumeStore:
 
 
 def write_whole(path: Path, content: bytes | np.ndarray) -> None:
-    """Write a file that other processes find either whole or not at all, also after a crash of the machine."""
+    """Write a file that other processes find either whole or not at all.
+
+    Only a crash of the machine may leave it cut short, which whoever reads the store notices: waiting for the disk
+    would take three times as long as preparing a small volume.
+    """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         # Not tempfile, whose files no other user may read: the umask decides.
@@ -214,8 +224,6 @@ def write_whole(path: Path, content: bytes | np.ndarray) -> None:
                 file.write(content)
             else:
                 np.save(file, content)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -225,7 +233,7 @@ def is_current(record: Mapping[str, Any]) -> bool:
     """Whether the file of a record in ``sources/`` is still as it was when it was read."""
     try:
         return _stamp(record["path"]) == (record["size"], record["time"])
-    except UserError:
+    except (UserError, KeyError):
         return False
 
 
@@ -236,10 +244,11 @@ def _stamp(source: str | Path) -> tuple[int, int]:
     except OSError as error:
         missing = "" if str(error.filename) == str(source) else f"{error.filename}: "
         raise UserError(f"{source}: {missing}{error.strerror}; see data.root and data.path_map") from None
-    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+    return sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file of the store; nothing where it is missing or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
