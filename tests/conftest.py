@@ -3,9 +3,11 @@
 Imports that cost seconds (torch, transformers) stay inside the fixtures, so that the tests without them start at once.
 """
 
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +21,7 @@ MODALITIES = {
     "dMRI": Modality(grid=(4, 4, 4), patch=(4, 4, 4)),
     "fMRI": Modality(grid=(4, 4, 4, 6), patch=(4, 4, 4, 2)),
 }
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 AFFINE = np.array([[1, 0, 0, -3], [0, 2, 0, -5], [0, 0, 3.5, 7], [0, 0, 0, 1]])
 
 
@@ -201,3 +204,28 @@ def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
         "optim.warmup": 2,
     }
     return lambda others: load_settings(overrides=small | others)
+
+
+class Done(NamedTuple):
+    """How a script ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Done]:
+    """Runs a script with words of a command line, in this process: a new one would spend ten seconds on imports."""
+
+    def call(script: str, *words: str) -> Done:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Done(status, *capsys.readouterr())
+
+    return call

@@ -7,7 +7,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from bad_input.dataset import SERIES, Break, packed, sample, write_good
@@ -15,6 +14,7 @@ from bad_input.files import FILES
 from bad_input.samples import SAMPLES
 from bad_input.splits import SETTINGS, SPLITS
 from bad_input.volumes import VOLUMES
+from conftest import Done
 
 from umbrella.cli import run_script
 
@@ -24,14 +24,6 @@ SMALL = [
     "modalities.fMRI={grid: [4, 4, 4, 6], patch: [4, 4, 4, 2]}",
     "data.processes=1",
 ]
-
-
-class Done(NamedTuple):
-    """How the script ended; the folder of the data is left out of the errors."""
-
-    status: int
-    stdout: str
-    stderr: str
 
 
 Run = Callable[..., Done]

@@ -1,38 +1,10 @@
 """The scripts as a person starts them, as far as they go without starting Ray."""
 
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-
-
-class Done(NamedTuple):
-    """How a script ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Done]:
-    """Runs a script with words of a command line, in this process: a new one would spend ten seconds on imports."""
-
-    def call(script: str, *words: str) -> Done:
-        monkeypatch.setattr(sys, "argv", [script, *words])
-        status = 0
-        try:
-            runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Done(status, *capsys.readouterr())
-
-    return call
+from conftest import Done
 
 
 def test_a_dry_run_of_the_default_sweep_says_all_and_makes_nothing(run: Callable[..., Done], tmp_path: Path) -> None:

@@ -1,51 +1,28 @@
 """The scripts that look: prepare, inspect_data and store, as a person starts them."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import Done
 
 from umbrella.modality import Modality
 from umbrella.volumes.housekeeping import holdings
 from umbrella.volumes.store import VolumeStore
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+Run = Callable[..., Done]
 GRID = "modalities.sMRI={grid: [8, 8, 8], patch: [4, 4, 4]}"
 
 
-class Done(NamedTuple):
-    """How a script ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Run:
-    """Runs a script in this process on the cohort of ``data``, with the storage folder ``runs`` and more words."""
-
-    def call(script: str, *words: str) -> Done:
-        data = [f"data.{name}={tmp_path}/data/{name}.jsonl" for name in ("train", "validation", "test")]
-        monkeypatch.setattr(sys, "argv", [script, f"resources.storage={tmp_path}/runs", GRID, *data, *words])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(EXPERIMENTS / script), run_name="__main__")
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Done(status, *capsys.readouterr())
-
-    return call
+def run(run: Run, tmp_path: Path) -> Run:
+    """Runs a script on the cohort of ``data``, with the storage folder ``runs`` and more words."""
+    data = [f"data.{name}={tmp_path}/data/{name}.jsonl" for name in ("train", "validation", "test")]
+    return lambda script, *words: run(script, f"resources.storage={tmp_path}/runs", GRID, *data, *words)
 
 
 @pytest.fixture(autouse=True)
