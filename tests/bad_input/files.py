@@ -39,7 +39,7 @@ FILES = [
     case(
         "gzip with a wrong checksum",
         file("train.jsonl.gz", RUBBISH[:-8] + bytes(8)),
-        "train.jsonl.gz: cannot be unpacked: CRC check failed; copy or compress it again",
+        "train.jsonl.gz: cannot be unpacked: CRC check failed...; copy or compress it again",
         GZ,
     ),
     case(

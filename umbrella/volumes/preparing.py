@@ -54,7 +54,7 @@ def on_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]
         UserError: values beyond what single precision can compute with.
     """
     turn = io_orientation(raw.affine)
-    grid = [modality.grid[int(axis)] for axis in turn[:, 0]]
+    grid = [modality.grid[int(i)] for i in turn[:, 0]]
     sizes = raw.voxels.shape[:3]
     if modality.spacing is None:
         steps = [size / target for size, target in zip(sizes, grid, strict=True)]
