@@ -122,8 +122,8 @@ class VolumeStore:
             array = np.load(self.path(source, modality), mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):  # not there, or cut short
             return None
-        recipe = self.modalities[modality]
-        return array if not recipe.is_series or has_window(len(array), recipe) else None
+        target = self.modalities[modality]
+        return array if not target.is_series or has_window(len(array), target) else None
 
     def _read(self, source: str | Path, modality: str, into: np.ndarray, draw: tuple[int, ...] | None) -> bool:
         """``read``, or False where the array is not there, cut short, or shorter than a window."""

@@ -6,9 +6,14 @@ from umbrella.base import UserError
 from umbrella.modality import Modality
 
 
+def _span(modality: Modality) -> int:
+    """Frames from the first to the last of a window, both counted."""
+    return (modality.grid[3] - 1) * modality.frame_stride + 1
+
+
 def has_window(frames: int, modality: Modality) -> bool:
     """Whether a series of so many frames is long enough for a window."""
-    return frames >= (modality.grid[3] - 1) * modality.frame_stride + 1
+    return frames >= _span(modality)
 
 
 def num_windows(frames: int, modality: Modality) -> int:
@@ -17,7 +22,7 @@ def num_windows(frames: int, modality: Modality) -> int:
     Raises:
         UserError: none fits.
     """
-    span = (modality.grid[3] - 1) * modality.frame_stride + 1
+    span = _span(modality)
     if not has_window(frames, modality):
         raise UserError(
             f"has {frames} frames, and a window of {modality.grid[3]} frames at frame_stride {modality.frame_stride}"
@@ -37,4 +42,4 @@ def pick_window(frames: int, modality: Modality, draw: tuple[int, ...] | None) -
     count = num_windows(frames, modality)
     index = (count - 1) // 2 if draw is None else int(np.random.default_rng(draw).integers(count))
     start = index * modality.window_stride
-    return slice(start, start + (modality.grid[3] - 1) * modality.frame_stride + 1, modality.frame_stride)
+    return slice(start, start + _span(modality), modality.frame_stride)
