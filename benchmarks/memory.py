@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import psutil
 
-RUNS = ((200, 1), (2000, 1), (200, 10))
+RUNS = ((200, 1), (2000, 1), (200, 10), (200, 40))
 """(volumes, epochs); the first is what the others are compared with."""
 TRAIN = Path(__file__).resolve().parent.parent / "experiments" / "train.py"
 
