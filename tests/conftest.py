@@ -141,7 +141,9 @@ def batch_of(examples: dict[str, Any], store: Any, tokenizer: Any) -> Callable[.
     from umbrella.data.settings import MaskPolicy
 
     image_id, pad_id = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
-    return lambda *names: collate([examples[name] for name in names], MaskPolicy(), store, image_id, pad_id)
+    return lambda *names, **options: collate(
+        [examples[name] for name in names], MaskPolicy(), store, image_id, pad_id, **options
+    )
 
 
 @pytest.fixture(scope="session")
@@ -157,9 +159,44 @@ def build(tokenizer: Any) -> Callable[..., Any]:
     def build(seed: int = 0, **others: Any) -> Any:
         torch.manual_seed(seed)
         image_id = tokenizer.convert_tokens_to_ids("<image>")
-        return build_model(ModelSettings(width=16, heads=2, **others), MODALITIES, len(tokenizer), image_id).train()
+        settings = ModelSettings(**{"width": 16, "heads": 2, **others})
+        return build_model(settings, MODALITIES, len(tokenizer), image_id).train()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def save_llava() -> Callable[..., Any]:
+    """Saves a small plain LLaVA of random weights, as a published one lies in its folder, and returns it."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    layer = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    flat = {**layer, "image_size": 8, "patch_size": 4}
+    towers = {"siglip": SiglipVisionConfig(**flat, vision_use_head=False), "clip": CLIPVisionConfig(**flat)}
+    words = {"num_key_value_heads": 1, "vocab_size": 264}  # a checkpoint may have more than its tokenizer
+    languages = {"qwen2": Qwen2Config(**layer, **words), "llama": LlamaConfig(**layer, **words)}
+
+    def save(folder: Path, tower: str = "siglip", language: str = "qwen2", **options: Any) -> Any:
+        config = LlavaConfig(
+            vision_config=towers[tower], text_config=languages[language], **{"vision_feature_layer": -1, **options}
+        )
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for weight in model.parameters():  # no weight keeps a value that a fresh model would have too
+                weight.normal_(std=0.1)
+        model.save_pretrained(folder)
+        return model
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from umbrella.data.batching import Batch
-from umbrella.model.presets import parts
+from umbrella.model.selection import parts
 from umbrella.training.checkpoint import Progress, read_progress, restore, save_checkpoint
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings

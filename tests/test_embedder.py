@@ -61,3 +61,22 @@ def test_a_z_scored_patch_becomes_a_vector_of_about_unit_variance() -> None:
     torch.manual_seed(0)
     embedder = ModalityEmbedder(Modality(grid=(32, 32, 32), patch=(8, 8, 8)), width=64)
     assert abs(embedder(torch.randn(4, 32, 32, 32)).std().item() - 1) < 0.1
+
+
+def test_a_volume_of_another_grid_has_positions_between_the_trained_ones() -> None:
+    torch.manual_seed(0)
+    embedder = ModalityEmbedder(Modality(grid=(2, 3, 1, 4), patch=(1, 1, 1, 2)), width=5)
+    x, y, z, t = (table.detach() for table in embedder.positions)
+    tokens = embedder(torch.zeros(1, 4, 3, 2, 2)).reshape(4, 3, 2, 1, 5)
+    wider = torch.stack([x[0], 0.75 * x[0] + 0.25 * x[1], 0.25 * x[0] + 0.75 * x[1], x[1]])
+    expected = wider[:, None, None, None] + y[:, None, None] + z.expand(2, 5)[:, None] + t.mean(0)
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_the_class_token_stands_before_the_patches_of_every_volume() -> None:
+    embedder = VolumeEmbedder(MODALITIES, width=8, class_token=True)
+    voxels = torch.randn(3, *MODALITIES["sMRI"].grid)
+    tokens = embedder(("sMRI", voxels))
+    assert tokens.shape == (3, 1 + MODALITIES["sMRI"].num_tokens, 8)
+    assert all(torch.equal(one, embedder.class_embedding) for one in tokens[:, 0])
+    assert torch.equal(tokens[:, 1:], embedder.by_modality["sMRI"](voxels))

@@ -1,9 +1,9 @@
 """The loss of a global batch: the same number and gradients however the batch is split, over steps or over workers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch
-from umbrella.model.presets import build_model, parts
+from umbrella.model.presets import build_model
+from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
 from umbrella.training.step import train_step
 
 Measured = tuple[float, float, dict[str, torch.Tensor]]
 """Loss, supervised tokens, and the gradient by weight."""
 
-NAMES = ("two", "none", "three", "two")
+NAMES = ("two", "none", "three", "two", "none", "none", "three", "two", "two", "three", "none", "two")
 
 
 def measure(model: nn.Module, batches: Sequence[Batch]) -> Measured:
@@ -46,26 +47,62 @@ def assert_same(one: Measured, other: Measured) -> None:
     torch.testing.assert_close(one[2], other[2], rtol=0, atol=1e-5)
 
 
+def layouts(names: Sequence[str]) -> Iterator[tuple[int, int, list[list[list[str]]]]]:
+    """(workers, accumulated, names of the samples by worker and micro-batch) of every even way to deal out a batch."""
+    for workers in (1, 2, 3, 4):
+        for accumulated in (1, 2, 3, 4):
+            parts = workers * accumulated
+            if len(names) % parts == 0:
+                dealt = [list(part) for part in zip(*[iter(names)] * (len(names) // parts), strict=True)]
+                yield workers, accumulated, [dealt[w::workers] for w in range(workers)]
+
+
 @pytest.fixture
-def weighted(batch_of: Callable[..., Batch]) -> Batch:
-    """Four rows whose targets weigh differently; the second has none."""
-    batch = batch_of(*NAMES)
-    weights = batch.loss_weights * torch.rand(batch.loss_weights.shape, generator=torch.Generator().manual_seed(0))
-    weights[1] = 0
-    return replace(batch, loss_weights=weights)
+def weighted(batch_of: Callable[..., Batch]) -> Callable[..., Batch]:
+    """A batch whose targets weigh differently, each token the same wherever its sample lies."""
+
+    def make(names: Sequence[str], pack: int = 0) -> Batch:
+        batch = batch_of(*names, pack=pack)
+        return replace(batch, loss_weights=batch.loss_weights * (1 + batch.input_ids % 7) / 7)
+
+    return make
 
 
-def test_every_split_into_micro_batches_has_the_same_loss_and_gradients(
-    build: Callable[..., Any], weighted: Batch
+@pytest.fixture
+def whole(build: Callable[..., Any], weighted: Callable[..., Batch]) -> Measured:
+    """One batch on one worker: what everything else is compared with."""
+    return measure(build(), [weighted(NAMES)])
+
+
+@pytest.mark.parametrize("pack", [0, 200, 10_000])
+def test_every_split_into_micro_batches_packed_or_padded_has_the_same_loss_and_gradients(
+    build: Callable[..., Any], weighted: Callable[..., Batch], whole: Measured, pack: int
 ) -> None:
     model = build()
-    whole = measure(model, [weighted])
-    for cuts in (cut for count in (1, 2, 3) for cut in combinations(range(1, 4), count)):
-        assert_same(measure(model, [weighted[i:j] for i, j in pairwise((0, *cuts, 4))]), whole)
+    for cuts in ([], [1], [5, 6], [2, 3, 9]):  # uneven ones too
+        parts = [weighted(NAMES[i:j], pack) for i, j in pairwise((0, *cuts, len(NAMES)))]
+        assert (pack < 10_000) or all(len(part.input_ids) == 1 for part in parts)
+        assert_same(measure(model, parts), whole)
+
+
+@pytest.mark.parametrize("pack", [0, 200])
+def test_the_order_of_the_samples_does_not_matter(
+    build: Callable[..., Any], weighted: Callable[..., Batch], whole: Measured, pack: int
+) -> None:
+    for order in (NAMES[::-1], sorted(NAMES)):
+        assert_same(measure(build(), [weighted(order, pack)]), whole)
+
+
+def test_a_slice_of_a_packed_batch_has_the_loss_of_its_samples(
+    build: Callable[..., Any], weighted: Callable[..., Batch]
+) -> None:
+    packed = weighted(NAMES, 200)
+    assert len(packed.input_ids) < len(packed) == len(NAMES)
+    assert_same(measure(build(), [packed[2:5], packed[0]]), measure(build(), [weighted((*NAMES[2:5], NAMES[0]))]))
 
 
 def test_the_loss_is_the_cross_entropy_of_the_labels(build: Callable[..., Any], batch_of: Callable[..., Batch]) -> None:
-    model, batch = build(), batch_of(*NAMES)
+    model, batch = build(), batch_of("two", "none", "three", "two")
     logits = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits
     plain = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())  # -100 is left out
     names, weights = zip(*((n, w) for n, w in model.named_parameters() if w.requires_grad), strict=True)
@@ -76,29 +113,44 @@ def test_the_loss_is_the_cross_entropy_of_the_labels(build: Callable[..., Any], 
 
 def work(rank: int, folder: Path, made_of: tuple, cases: dict[str, list[list[Batch]]]) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    address = f"file://{folder / 'meeting'}"
-    # A worker that lacks a gradient leaves the other waiting.
-    distributed.init_process_group("gloo", address, timeout=timedelta(minutes=2), rank=rank, world_size=2)
-    parallel = DistributedDataParallel(build_model(*made_of).train())
-    measured = {name: measure(parallel, batches[rank]) for name, batches in cases.items()}
+    measured = {}
+    for workers in (2, 3, 4):
+        mine = {name: batches[rank] for name, batches in cases.items() if len(batches) == workers and rank < workers}
+        if not mine:
+            continue
+        address = f"file://{folder / f'meeting of {workers}'}"
+        # A worker that lacks a gradient leaves the others waiting.
+        distributed.init_process_group("gloo", address, timeout=timedelta(minutes=2), rank=rank, world_size=workers)
+        torch.manual_seed(0)
+        parallel = DistributedDataParallel(build_model(*made_of).train())
+        measured |= {name: measure(parallel, batches) for name, batches in mine.items()}
+        distributed.destroy_process_group()
     torch.save(measured, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
-def test_two_workers_have_the_loss_and_gradients_of_one(
-    build: Callable[..., Any], batch_of: Callable[..., Batch], weighted: Batch, tokenizer: Any, tmp_path: Path
+def test_two_to_four_workers_have_the_loss_and_gradients_of_one(
+    build: Callable[..., Any], weighted: Callable[..., Batch], whole: Measured, tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = build(seed=0)
+    model = build()
     made_of = (ModelSettings(width=16, heads=2), model.config.modalities, len(tokenizer), model.config.image_token_id)
-    lopsided = batch_of("two", "none")
-    assert set(lopsided[0].pixel_values) == {"fMRI", "sMRI"}
-    cases = {  # each worker's micro-batches
-        "accumulated": [[weighted[0:1], weighted[1:2]], [weighted[2:3], weighted[3:4]]],
-        "volumes only on the first worker": [[lopsided[0:1]], [lopsided[1:2]]],
+    cases = {
+        f"{workers} workers, {accumulated} accumulated, packed to {pack}": [
+            [weighted(names, pack) for names in micro] for micro in dealt
+        ]
+        for workers, accumulated, dealt in layouts(NAMES)
+        for pack in (0, 200)
+        if workers > 1
     }
-    multiprocessing.spawn(work, (tmp_path, made_of, cases), nprocs=2)
-    for rank in range(2):
+    assert len(cases) == 2 * (3 + 3 + 2)  # 2 workers with 1 to 3, 3 with 1, 2 and 4, 4 with 1 and 3
+    lopsided = [[weighted(["two"])], [weighted(["none"])]]
+    assert [set(batches[0].pixel_values) for batches in lopsided] == [{"fMRI", "sMRI"}, set()]
+    multiprocessing.spawn(work, (tmp_path, made_of, cases | {"volumes only on the first worker": lopsided}), nprocs=4)
+    expected = dict.fromkeys(cases, whole)
+    expected["volumes only on the first worker"] = measure(model, [weighted(["two", "none"])])
+    seen = set()
+    for rank in range(4):
         measured = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert_same(measured["accumulated"], measure(model, [weighted]))
-        assert_same(measured["volumes only on the first worker"], measure(model, [lopsided]))
+        seen |= set(measured)
+        for name, one in measured.items():
+            assert_same(one, expected[name])
+    assert seen == set(expected)

@@ -13,7 +13,9 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
 from umbrella.model.settings import ModelSettings
+from umbrella.model.token_nll import token_nll
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
+from umbrella.model.umbrella_llava import restarted
 
 MakeBatch = Callable[..., Batch]
 
@@ -27,10 +29,10 @@ def model(tokenizer: Any, modalities: dict[str, Modality]) -> Umbrella:
 
 @pytest.fixture
 def make(examples: dict[str, Any], store: Any, tokenizer: Any) -> MakeBatch:
-    def make(*names: str, supervise: Any = "assistant") -> Batch:
+    def make(*names: str, supervise: Any = "assistant", **options: Any) -> Batch:
         rows = [examples[name] for name in names]
-        policy = MaskPolicy(supervise=supervise)
-        return collate(rows, policy, store, tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id)
+        policy, image_id = MaskPolicy(supervise=supervise), tokenizer.convert_tokens_to_ids("<image>")
+        return collate(rows, policy, store, image_id, tokenizer.pad_token_id, **options)
 
     return make
 
@@ -49,6 +51,46 @@ def test_token_nll_is_the_cross_entropy_of_the_full_logits(model: Umbrella, make
     torch.testing.assert_close(nll(model, batch)[:, 1:], plain, rtol=1e-5, atol=1e-5)
     assert (nll(model, batch)[batch.loss_weights == 0] == 0).all()
     assert (nll(model, batch)[batch.loss_weights != 0] > 0).all()
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 260 * 5, 260 * 1000])
+def test_logits_a_few_at_a_time_give_the_same_likelihoods_and_gradients(logits_at_once: int) -> None:
+    torch.manual_seed(0)
+    hidden, words = torch.randn(2, 9, 8, requires_grad=True), torch.randn(260, 8, requires_grad=True)
+    ids, weights = torch.randint(260, (2, 9)), torch.randint(2, (2, 9)) * torch.rand(2, 9)
+    plain = functional.cross_entropy((hidden @ words.T)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    found = token_nll(hidden, words, ids, weights, logits_at_once)
+    torch.testing.assert_close(found[:, 1:], plain * (weights[:, 1:] != 0), rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad((plain * weights[:, 1:]).sum(), (hidden, words))
+    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), (hidden, words)), expected)
+
+
+def test_likelihoods_are_float32_whatever_the_rest_is_computed_in() -> None:
+    torch.manual_seed(0)
+    hidden, words, ids = torch.randn(1, 5, 8).bfloat16(), torch.randn(260, 8), torch.randint(260, (1, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_nll(hidden, words, ids, torch.ones(1, 5))
+    exact = functional.cross_entropy((hidden.float() @ words.T)[0, :-1], ids[0, 1:], reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[0, 1:], exact)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_sample_in_a_shared_row_is_as_likely_as_alone(model: Umbrella, make: MakeBatch, attention: str) -> None:
+    model.set_attn_implementation({"text_config": attention})
+    names = ("two", "none", "three", "none")
+    shared = make(*names, pack=130)
+    assert [row.unique().tolist() for row in shared.attention_mask] == [[0, 1, 2], [1, 2]]
+    rows = nll(model, shared)
+    places = [(row, number) for row in range(2) for number in (1, 2)]
+    for name, (row, number) in zip(names, places, strict=True):
+        alone = nll(model, make(name))[0]
+        torch.testing.assert_close(rows[row][shared.attention_mask[row] == number], alone, rtol=0, atol=1e-5)
+
+
+def test_positions_start_anew_with_each_sample_of_a_row() -> None:
+    mask = torch.tensor([[1, 1, 1, 2, 3, 3], [1, 2, 2, 0, 0, 0]])
+    assert restarted(mask).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 0, 1, 2]]
 
 
 def test_a_row_in_a_mixed_batch_is_as_likely_as_alone(model: Umbrella, make: MakeBatch) -> None:
@@ -142,3 +184,38 @@ def test_generation_reads_the_volumes_and_is_the_same_each_time(model: Umbrella,
     torch.testing.assert_close(torch.stack(first.logits, 1), whole[:, length - 1 : -1], rtol=0, atol=1e-5)
     other = {name: replace(group, voxels=-group.voxels) for name, group in batch.pixel_values.items()}
     assert not torch.allclose(generate(other).logits[0], first.logits[0], atol=1e-5)
+
+
+def test_prompts_of_unequal_lengths_padded_on_the_left_are_answered_as_one_by_one(
+    model: Umbrella, make: MakeBatch
+) -> None:
+    names, new = ("none", "two", "three"), 5
+    batch = make(*names)
+    length = batch.input_ids.shape[1]
+    missing = (length - batch.attention_mask.sum(1)).tolist()
+    assert sorted(missing) == [0, 29, 35]
+    left = {
+        name: torch.stack([row.roll(n) for row, n in zip(batch[name], missing, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+    options = {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 256}
+    together = model.generate(**left, pixel_values=batch.pixel_values, **options)[:, length:]
+    for answer, name in zip(together, names, strict=True):
+        one = make(name)
+        prompt = {"input_ids": one.input_ids, "attention_mask": one.attention_mask}
+        alone = model.generate(**prompt, pixel_values=one.pixel_values, **options)
+        assert answer.tolist() == alone[0, -new:].tolist()
+
+
+def test_generation_is_greedy_unless_told_otherwise_and_gives_one_answer_a_row(
+    model: Umbrella, make: MakeBatch
+) -> None:
+    batch = make("two")
+    prompt = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values, "max_new_tokens": 3}
+    with torch.no_grad():
+        likeliest = model(batch.input_ids, None, batch.pixel_values).logits[0, -1].argmax()
+    assert model.generate(**prompt, eos_token_id=None)[0, -3] == likeliest
+    drawn = {tuple(model.generate(**prompt, do_sample=True, eos_token_id=None)[0, -3:].tolist()) for _ in range(4)}
+    assert len(drawn) > 1
+    with pytest.raises(ValueError, match="num_beams and num_return_sequences stay at 1"):
+        model.generate(**prompt, num_beams=2)

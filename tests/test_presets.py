@@ -6,26 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PretrainedConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from safetensors.torch import save_file
+from transformers import DINOv3ViTConfig, LlavaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 
 from umbrella.base import UserError
 from umbrella.data.batching import Batch, collate
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.model.presets import build_model, parts
+from umbrella.model.presets import build_model
+from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
-
-LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-SIGLIP = SiglipVisionConfig(**LAYER, image_size=8, patch_size=4, vision_use_head=False)
-VOCABULARY = 264  # a checkpoint may have more words than its tokenizer
 
 
 @pytest.fixture
@@ -49,23 +40,14 @@ def nll(model: Umbrella, batch: Batch) -> torch.Tensor:
         return model(**batch.model_inputs()).token_nll
 
 
-def save_llava(folder: Path, tower: PretrainedConfig = SIGLIP, **options: Any) -> LlavaForConditionalGeneration:
-    """A small plain LLaVA, with the class-token strategy that is transformers' default."""
-    language = Qwen2Config(**LAYER, num_key_value_heads=1, vocab_size=VOCABULARY)
-    config = LlavaConfig(vision_config=tower, text_config=language, **{"vision_feature_layer": -1, **options})
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for weight in model.parameters():  # no weight keeps a value that a fresh model would have too
-            weight.normal_(std=0.1)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize(
     ("train", "moving"),
     [
         ("embedder", {"embedder"}),
         ("embedder+projector", {"embedder", "projector"}),
+        ("embedder+projector+tower", {"embedder", "projector", "tower"}),
+        ("embedder+lora", {"embedder", "lora"}),
+        ("lora", {"lora"}),
         ("all", {"embedder", "tower", "projector", "language_model"}),
     ],
 )
@@ -87,28 +69,44 @@ def test_the_norm_that_never_moves_has_no_effect(build: Callable[..., Umbrella],
     assert torch.equal(nll(model, batch), before)
 
 
+@pytest.mark.parametrize("language", ["qwen2", "llama"])
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
 def test_a_plain_llava_keeps_every_weight_and_gets_a_fresh_embedder(
-    build: Callable[..., Umbrella], batch: Batch, tmp_path: Path
+    build: Callable[..., Umbrella],
+    save_llava: Callable[..., Any],
+    batch: Batch,
+    tmp_path: Path,
+    tower: str,
+    language: str,
 ) -> None:
-    plain = save_llava(tmp_path / "llava").state_dict()
+    plain = save_llava(tmp_path / "llava", tower, language).state_dict()
     model = build(checkpoint=str(tmp_path / "llava"))
     loaded = model.state_dict()
-    both = plain.keys() & loaded.keys()
-    assert [name for name in both if not torch.equal(plain[name], loaded[name])] == []
     flat = "model.vision_tower.embeddings."  # 2D patches and positions have no place in a volume
-    assert {name for name in plain if name not in both} == {name for name in plain if name.startswith(flat)}
-    assert {name for name in loaded if name not in both} == {n for n in loaded if n.startswith(f"{flat}by_modality.")}
+    kept = {name for name in plain if not name.startswith(flat)}
+    assert [name for name in kept if not torch.equal(plain[name], loaded[name])] == []
+    fresh = {name for name in loaded if name not in kept}
+    assert all(n.startswith(f"{flat}by_modality.") or n == f"{flat}class_embedding" for n in fresh)
     for embedder in model.embedder.by_modality.values():
         assert 0.5 < embedder.projection.weight.std() * embedder.projection.in_features**0.5 < 2
         assert all(0.005 < table.std() < 0.06 for table in embedder.positions)
+    if tower == "clip":
+        whole = plain[f"{flat}class_embedding"] + plain[f"{flat}position_embedding.weight"][0]
+        assert torch.equal(model.embedder.class_embedding, whole)
     assert (nll(model, batch)[batch.loss_weights != 0] > 0).all()
 
 
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
 @pytest.mark.parametrize("layer", [-1, -2, [0, 1]])
 def test_every_weight_that_may_move_has_a_gradient_whichever_layer_is_read(
-    build: Callable[..., Umbrella], batch: Batch, tmp_path: Path, layer: Any
+    build: Callable[..., Umbrella],
+    save_llava: Callable[..., Any],
+    batch: Batch,
+    tmp_path: Path,
+    layer: Any,
+    tower: str,
 ) -> None:
-    save_llava(tmp_path / "llava", vision_feature_layer=layer)
+    save_llava(tmp_path / "llava", tower, vision_feature_layer=layer)
     model = build(checkpoint=str(tmp_path / "llava")).train()
     model(**batch.model_inputs()).token_nll.sum().backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -134,21 +132,59 @@ def test_a_modality_new_to_a_saved_model_starts_fresh_beside_the_others(
     assert all(0.005 < table.std() < 0.06 for table in more.embedder.by_modality["fMRI"].positions)
 
 
-def test_a_saved_model_of_another_grid_names_the_weight_that_differs(
+def test_a_saved_model_read_on_another_grid_has_its_positions_interpolated(
     build: Callable[..., Umbrella], tmp_path: Path
 ) -> None:
+    model = build()
+    model.save_pretrained(tmp_path / "saved")
+    wider = {"sMRI": Modality(grid=(8, 8, 4), patch=(2, 4, 4))}
+    again = build(wider, checkpoint=str(tmp_path / "saved"))
+    before, after = (m.embedder.by_modality["sMRI"] for m in (model, again))
+    assert torch.equal(before.projection.weight, after.projection.weight)
+    two, four = before.positions[0], after.positions[0]
+    expected = torch.stack([two[0], 0.75 * two[0] + 0.25 * two[1], 0.25 * two[0] + 0.75 * two[1], two[1]])
+    torch.testing.assert_close(four, expected)
+    assert [len(table) for table in after.positions] == [4, 2, 1]
+    assert (again.config.modalities, list(again.embedder.by_modality)) == (wider, ["sMRI"])
+
+
+def test_a_saved_model_of_other_patches_says_what_differs(build: Callable[..., Umbrella], tmp_path: Path) -> None:
     build().save_pretrained(tmp_path / "saved")
-    other = {"sMRI": Modality(grid=(8, 4, 4), patch=(2, 4, 4))}
-    with pytest.raises(UserError, match=r"sMRI\.positions\.0 is \(2, 16\) there and \(4, 16\) here"):
+    other = {"sMRI": Modality(grid=(4, 4, 4), patch=(2, 2, 2))}
+    with pytest.raises(UserError, match=r"reads sMRI in patches of 2x4x4, and modalities\.sMRI\.patch is 2x2x2; take"):
         build(other, checkpoint=str(tmp_path / "saved"))
+    pet = {"PET": Modality(grid=(4, 4, 4), patch=(2, 2, 2))}
+    with pytest.raises(UserError, match="has no embedder for PET, and no 2D weights to inflate one from"):
+        build(pet, checkpoint=str(tmp_path / "saved"), embedder_init="inflated")
 
 
-def test_a_checkpoint_that_cannot_be_used_says_why(build: Callable[..., Umbrella], tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_used_says_why(
+    build: Callable[..., Umbrella], save_llava: Callable[..., Any], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"^model\.checkpoint=/no/such/folder: cannot be loaded: "):
         build(checkpoint="/no/such/folder")
-    Qwen2Config(**LAYER).save_pretrained(tmp_path / "qwen")
+    layer = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    Qwen2Config(**layer).save_pretrained(tmp_path / "qwen")
     with pytest.raises(UserError, match="is a qwen2, not a LLaVA"):
         build(checkpoint=str(tmp_path / "qwen"))
-    save_llava(tmp_path / "clip", CLIPVisionConfig(**LAYER, image_size=8, patch_size=4))
-    with pytest.raises(UserError, match="its tower is clip_vision_model; siglip_vision_model works"):
-        build(checkpoint=str(tmp_path / "clip"))
+    siglip, qwen = SiglipVisionConfig(**layer), Qwen2Config(**layer)
+    LlavaConfig(vision_config=siglip, text_config=MistralConfig(**layer)).save_pretrained(tmp_path / "mistral")
+    with pytest.raises(UserError, match="its language model is mistral; qwen2 and llama work"):
+        build(checkpoint=str(tmp_path / "mistral"))
+    LlavaConfig(vision_config=DINOv3ViTConfig(**layer), text_config=qwen).save_pretrained(tmp_path / "dino")
+    with pytest.raises(UserError, match="its tower is dinov3_vit; siglip_vision_model and clip_vision_model work"):
+        build(checkpoint=str(tmp_path / "dino"))
+    weights = save_llava(tmp_path / "half").state_dict()
+    save_file({n: w for n, w in weights.items() if "projector" not in n}, tmp_path / "half" / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 4 weights, model\.multi_modal_projector\.linear_1\.bias among them"):
+        build(checkpoint=str(tmp_path / "half"))
+
+
+def test_a_checkpoint_of_pickles_is_not_read(
+    build: Callable[..., Umbrella], save_llava: Callable[..., Any], tmp_path: Path
+) -> None:
+    weights = save_llava(tmp_path).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*model\.safetensors"):
+        build(checkpoint=str(tmp_path))

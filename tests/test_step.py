@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.model.presets import parts
+from umbrella.model.selection import parts
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step

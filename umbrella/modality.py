@@ -65,6 +65,14 @@ class Modality(Section):
         return prod(self.patch)
 
 
+def class_tokens(tower: str, strategy: str) -> int:
+    """Tokens that a vision tower puts before a volume's patches and the model keeps, beside ``num_tokens``.
+
+    CLIP has a class token, which the strategy drops ("default") or keeps ("full"). SigLIP has none.
+    """
+    return int(tower == "clip_vision_model" and strategy == "full")
+
+
 DEFAULT_MODALITIES = {
     "sMRI": Modality(grid=(24, 24, 24), patch=(8, 8, 8)),
     "dMRI": Modality(grid=(24, 24, 24), patch=(8, 8, 8)),

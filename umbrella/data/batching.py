@@ -30,15 +30,15 @@ class VolumeGroup:
 
 @dataclass(frozen=True)
 class Batch(Mapping[str, Any]):
-    """What a training step works on. B samples, L tokens in the longest, V volumes in all.
+    """What a training step works on. B rows, L tokens in the longest, N samples: one in each row, or several (packed).
 
-    input_ids (B, L) int64, padded on the right; attention_mask (B, L) int64; loss_weights (B, L) float32, the weight of
-    each token as a target; image_mask (B, L) bool, True at placeholders; pixel_values: modality to its volumes;
-    num_images_per_sample (B,) int64. task_ids, task_types, sample_indices and metadata have one entry per sample and
-    never reach the model.
+    input_ids (B, L) int64, padded on the right; attention_mask (B, L) int64, 0 at padding, 1 at a row's first sample, 2
+    at its second, and so on; loss_weights (B, L) float32, the weight of each token as a target; image_mask (B, L) bool,
+    True at placeholders; pixel_values: modality to its volumes; num_images_per_sample (N,) int64. task_ids, task_types,
+    sample_indices and metadata have one entry per sample and never reach the model.
 
-    ``len`` counts samples, ``batch[i]`` and ``batch[i:j]`` are batches of those samples, iteration gives batches of
-    one, and ``batch["input_ids"]``, ``keys()`` and ``**batch`` read fields by name.
+    ``len`` counts samples, ``batch[i]`` and ``batch[i:j]`` are batches of those samples, a row each; iteration gives
+    batches of one, and ``batch["input_ids"]``, ``keys()`` and ``**batch`` read fields by name.
     """
 
     input_ids: torch.Tensor
@@ -96,7 +96,29 @@ class Batch(Mapping[str, Any]):
         rows = range(len(self))[key]
         return self._rows(rows if isinstance(rows, range) else range(rows, rows + 1))
 
+    def _unpacked(self) -> "Batch":
+        """The batch with a row for each sample."""
+        mask = self.attention_mask
+        if len(mask) == len(self):
+            return self
+        sizes = torch.stack([torch.bincount(row, minlength=int(mask.max()) + 1)[1:] for row in mask]).flatten()
+        sizes = sizes[sizes > 0]
+        place = torch.arange(int(sizes.max()), device=mask.device) < sizes[:, None]
+
+        def spread(tokens: torch.Tensor) -> torch.Tensor:
+            # The samples follow each other row by row: so do the tokens that are no padding.
+            return tokens.new_zeros(place.shape).masked_scatter(place, tokens[mask > 0])
+
+        return replace(
+            self,
+            input_ids=spread(self.input_ids),
+            attention_mask=place.long(),
+            loss_weights=spread(self.loss_weights),
+            image_mask=spread(self.image_mask),
+        )
+
     def _rows(self, rows: range) -> "Batch":
+        self = self._unpacked()
         index = torch.tensor(rows, dtype=torch.long, device=self.input_ids.device)
         counts = self.num_images_per_sample
         first = torch.cumsum(counts, 0) - counts
@@ -135,6 +157,7 @@ def collate(
     pad_id: int,
     indices: Sequence[int] | None = None,
     draws: Sequence[tuple[int, ...]] | None = None,
+    pack: int = 0,
 ) -> Batch:
     """Examples to a batch; volumes come from the store, weights from the policy.
 
@@ -143,22 +166,26 @@ def collate(
         pad_id: the token id that rows are filled up with; padding is never attended to and never a target.
         indices: each example's index in its data set; 0, 1, ... when None.
         draws: numbers that pick each example's windows of its series, see ``pick_window``; the middle ones when None.
+        pack: tokens in a row that examples share, in their order; 0 gives each a row of its own.
     """
-    length = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
-    weights = torch.zeros(len(examples), length)
+    rows = packed_rows([len(example.input_ids) for example in examples], pack)
+    length = max(sum(len(examples[i].input_ids) for i in row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    weights = torch.zeros(len(rows), length)
+    for row, members in enumerate(rows):
+        start = 0
+        for number, i in enumerate(members, 1):
+            here = slice(start, start + len(examples[i].input_ids))
+            input_ids[row, here] = torch.from_numpy(examples[i].input_ids)
+            attention_mask[row, here] = number
+            weights[row, here] = torch.from_numpy(loss_weights(examples[i], policy))
+            start = here.stop
     volumes: dict[str, list[tuple[int, str, tuple[int, ...] | None]]] = {}
-    run = 0
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        input_ids[row, :size] = torch.from_numpy(example.input_ids)
-        attention_mask[row, :size] = 1
-        weights[row, :size] = torch.from_numpy(loss_weights(example, policy))
-        for i, item in enumerate(example.conversation.volumes):
-            draw = (*draws[row], i) if draws else None
-            volumes.setdefault(item.modality, []).append((run, item.image_path, draw))
-            run += 1
+    everything = [(i, k, item) for i, e in enumerate(examples) for k, item in enumerate(e.conversation.volumes)]
+    for run, (i, k, item) in enumerate(everything):
+        draw = (*draws[i], k) if draws else None
+        volumes.setdefault(item.modality, []).append((run, item.image_path, draw))
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -171,6 +198,19 @@ def collate(
         sample_indices=torch.tensor(list(indices) if indices is not None else list(range(len(examples)))),
         metadata=tuple(example.conversation.metadata for example in examples),
     )
+
+
+def packed_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
+    """Which samples share a row of at most ``pack`` tokens, in their order; one that is longer has its own."""
+    rows: list[list[int]] = []
+    room = -1
+    for i, length in enumerate(lengths):
+        if length > room:
+            rows.append([])
+            room = pack
+        rows[-1].append(i)
+        room -= length
+    return rows
 
 
 def _gather(volumes: Sequence[tuple[int, str, tuple[int, ...] | None]], name: str, store: VolumeStore) -> VolumeGroup:

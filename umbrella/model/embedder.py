@@ -1,9 +1,10 @@
 """Volumes to vectors: each modality's patches as one matrix product, plus learned positions per axis."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from umbrella.modality import Modality
 
@@ -28,10 +29,18 @@ def patchify(voxels: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
     return patches.flatten(1 + axes).flatten(1, axes)
 
 
-class ModalityEmbedder(nn.Module):
-    """One modality's patches to vectors: (n, *grid) to (n, num_tokens, width).
+def resize_table(table: torch.Tensor, size: int) -> torch.Tensor:
+    """Positions (n, width) along an axis of another number of patches: (size, width), linear between the old ones."""
+    if len(table) == size:
+        return table
+    return functional.interpolate(table.T[None], size=size, mode="linear", align_corners=False)[0].T
 
-    Positions are a sum over axes of one learned table per axis, so that they carry over to other grids.
+
+class ModalityEmbedder(nn.Module):
+    """One modality's patches to vectors: (n, *grid) to (n, patches, width).
+
+    Positions are a sum over axes of one learned table per axis. A volume of another grid than the one trained has them
+    interpolated along each axis.
     """
 
     def __init__(self, modality: Modality, width: int) -> None:
@@ -48,30 +57,38 @@ class ModalityEmbedder(nn.Module):
         for table in self.positions:
             nn.init.normal_(table, std=0.02)
 
+    def fit_grid(self, patch_grid: tuple[int, ...]) -> None:
+        """Keep positions for another grid from now on: patches along each axis, interpolated from those there are."""
+        self.positions = nn.ParameterList(
+            nn.Parameter(resize_table(table.detach(), size).clone(), table.requires_grad)
+            for table, size in zip(self.positions, patch_grid, strict=True)
+        )
+
     def forward(self, voxels: torch.Tensor) -> torch.Tensor:
         tokens = self.projection(patchify(voxels, self.patch).to(self.projection.weight.dtype))
+        sizes = [size // step for size, step in zip(voxels.shape[1:], self.patch, strict=True)]
+        tables = [resize_table(table, size) for table, size in zip(self.positions, sizes, strict=True)]
         # Looked up, not broadcast: tables of one shape would be handed views of one gradient, and add to each other's.
-        steps = [torch.arange(len(table), device=table.device) for table in self.positions]
-        places = torch.meshgrid(*steps, indexing="ij")
-        position = torch.stack([table[place] for table, place in zip(self.positions, places, strict=True)]).sum(0)
+        places = torch.meshgrid(*(torch.arange(size, device=tokens.device) for size in sizes), indexing="ij")
+        position = torch.stack([table[place] for table, place in zip(tables, places, strict=True)]).sum(0)
         return tokens + position.reshape(-1, tokens.shape[-1])
 
 
 class VolumeEmbedder(nn.Module):
-    """Stands where a vision tower has its 2D embeddings. One ``ModalityEmbedder`` per modality, by name."""
+    """Stands where a vision tower has its 2D embeddings. One ``ModalityEmbedder`` per modality, by name.
 
-    def __init__(self, modalities: Mapping[str, Modality], width: int) -> None:
+    A tower with a class token (CLIP) has it here too, its position added in; it stands before the patches.
+    """
+
+    def __init__(self, modalities: Mapping[str, Modality], width: int, class_token: bool = False) -> None:
         super().__init__()
         self.by_modality = nn.ModuleDict({name: ModalityEmbedder(m, width) for name, m in modalities.items()})
-
-    def reset_parameters(self, names: Collection[str]) -> None:
-        """Random weights for these modalities."""
-        for name in names:
-            embedder = self.by_modality[name]
-            assert isinstance(embedder, ModalityEmbedder)
-            embedder.reset_parameters()
+        self.class_embedding = nn.Parameter(torch.randn(width)) if class_token else None
 
     def forward(self, pixel_values: tuple[str, torch.Tensor], **unused: object) -> torch.Tensor:
-        """``(modality, voxels (n, *grid))`` to (n, num_tokens, width). The tower passes its 2D options along."""
+        """``(modality, voxels (n, *grid))`` to (n, tokens, width). The tower passes its 2D options along."""
         name, voxels = pixel_values
-        return self.by_modality[name](voxels)
+        tokens = self.by_modality[name](voxels)
+        if self.class_embedding is None:
+            return tokens
+        return torch.cat([self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], 1)

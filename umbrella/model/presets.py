@@ -1,15 +1,28 @@
-"""Where a model comes from: made tiny in code, or loaded from a LLaVA checkpoint."""
+"""Where a model comes from: made tiny in code, from a plain LLaVA checkpoint, or from a saved model of ours."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlavaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
+from umbrella.model.embedder import ModalityEmbedder
+from umbrella.model.inflation import inflate
+from umbrella.model.selection import add_lora, select_trainable
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+
+TOWERS = ("siglip_vision_model", "clip_vision_model")
+LANGUAGE_MODELS = ("qwen2", "llama")
 
 
 def build_model(
@@ -22,51 +35,19 @@ def build_model(
         image_id: the placeholder's token id.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded, or is no LLaVA with a SigLIP tower.
+        UserError: a checkpoint that cannot be loaded, that is no LLaVA of a known kind, or that does not fit.
     """
     kinds = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
     if settings.checkpoint:
-        model = _from_checkpoint(settings.checkpoint, kinds, image_id)
+        model = _from_checkpoint(settings, modalities, kinds, image_id)
     else:
         model = UmbrellaForConditionalGeneration(_tiny_config(settings, kinds, vocabulary, image_id))
+    # A checkpoint's own generation settings may draw words at random.
+    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+    if "lora" in settings.train.split("+"):
+        add_lora(model, settings)
     select_trainable(model, settings.train)
     return model
-
-
-def parts(model: UmbrellaForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
-    """The model's weights by part, each weight in one: embedder, tower, projector, language_model."""
-    named = {
-        "embedder": model.embedder,
-        "tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language_model": model,
-    }
-    seen: set[nn.Parameter] = set()
-    result: dict[str, list[nn.Parameter]] = {}
-    for name, module in named.items():
-        result[name] = [p for p in module.parameters() if p not in seen]
-        seen.update(result[name])
-    return result
-
-
-def select_trainable(model: UmbrellaForConditionalGeneration, what: str) -> None:
-    """Freeze every part that ``what`` does not name: "embedder", "embedder+projector" or "all".
-
-    Raises:
-        ValueError: a part of that name does not exist.
-    """
-    names = list(parts(model)) if what == "all" else what.split("+")
-    for name in names:
-        if name not in parts(model):
-            raise ValueError(f"{name} is not a part of the model")
-    for name, weights in parts(model).items():
-        for weight in weights:
-            weight.requires_grad_(name in names)
-    # The features are the output of a layer: the layers behind it and the last norm never have a gradient.
-    tower, read = model.model.vision_tower, model.config.vision_feature_layer
-    deepest = max(layer % (len(tower.encoder.layers) + 1) for layer in ([read] if isinstance(read, int) else read))
-    for unused in (*tower.encoder.layers[deepest:], tower.post_layernorm):
-        unused.requires_grad_(False)
 
 
 def _tiny_config(settings: ModelSettings, kinds: dict, vocabulary: int, image_id: int) -> UmbrellaConfig:
@@ -91,35 +72,97 @@ def _tiny_config(settings: ModelSettings, kinds: dict, vocabulary: int, image_id
     )
 
 
-def _from_checkpoint(checkpoint: str, kinds: dict, image_id: int) -> UmbrellaForConditionalGeneration:
+def _from_checkpoint(
+    settings: ModelSettings, modalities: Mapping[str, Modality], kinds: dict, image_id: int
+) -> UmbrellaForConditionalGeneration:
+    where = f"model.checkpoint={settings.checkpoint}"
     try:
-        llava = AutoConfig.from_pretrained(checkpoint)
-        if not isinstance(llava, LlavaConfig):
-            raise UserError(f"model.checkpoint={checkpoint}: is a {llava.model_type}, not a LLaVA")
-        if llava.vision_config.model_type != "siglip_vision_model":
-            raise UserError(
-                f"model.checkpoint={checkpoint}: its tower is {llava.vision_config.model_type};"
-                " siglip_vision_model works"
-            )
-        own = {
-            "model_type": UmbrellaConfig.model_type,
-            "umbrella_modalities": kinds,
-            "image_token_index": image_id,
-            "vision_feature_select_strategy": "full",  # "default" drops a class token, and SigLIP has none
-        }
-        config = UmbrellaConfig(**{**llava.to_dict(), **own})
-        model, report = UmbrellaForConditionalGeneration.from_pretrained(
-            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        config = AutoConfig.from_pretrained(settings.checkpoint)
+        _check_kind(config, where)
+        ours = isinstance(config, UmbrellaConfig)
+        model, report = (UmbrellaForConditionalGeneration if ours else LlavaForConditionalGeneration).from_pretrained(
+            settings.checkpoint,
+            dtype=torch.float32,
+            attn_implementation={"text_config": settings.attention},
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.checkpoint={checkpoint}: cannot be loaded: {reason}") from None
-    if report["mismatched_keys"]:
-        wrong = "; ".join(
-            f"{key} is {tuple(has)} there and {tuple(needs)} here" for key, has, needs in report["mismatched_keys"]
-        )
-        raise UserError(f"model.checkpoint={checkpoint}: does not fit these modalities: {wrong}")
-    # A plain LLaVA has no volume embedder to load, and a checkpoint of ours none for a modality that is new to it.
-    missing = report["missing_keys"]
-    model.embedder.reset_parameters([n for n in kinds if any(f".by_modality.{n}." in key for key in missing)])
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
+    if ours:
+        _fit(model, modalities, settings, where)
+    else:
+        model = from_llava(model, kinds, settings.embedder_init)
+    model.config.umbrella_modalities = kinds
+    model.config.image_token_index = image_id
     return model
+
+
+def _check_kind(config: PretrainedConfig, where: str) -> None:
+    if not isinstance(config, LlavaConfig):
+        raise UserError(f"{where}: is a {config.model_type}, not a LLaVA")
+    tower, language = config.vision_config.model_type, config.text_config.model_type
+    if tower not in TOWERS:
+        raise UserError(f"{where}: its tower is {tower}; {' and '.join(TOWERS)} work")
+    if language not in LANGUAGE_MODELS:
+        raise UserError(f"{where}: its language model is {language}; {' and '.join(LANGUAGE_MODELS)} work")
+
+
+@torch.no_grad()
+def from_llava(
+    llava: LlavaForConditionalGeneration, kinds: dict, init: str = "random"
+) -> UmbrellaForConditionalGeneration:
+    """A plain LLaVA with volume embedders, random or inflated, in place of its 2D one; all else is taken over."""
+    config = UmbrellaConfig(
+        **{**llava.config.to_dict(), "model_type": UmbrellaConfig.model_type, "umbrella_modalities": kinds}
+    )
+    # The parts keep their configurations, which say how each attends.
+    config.vision_config, config.text_config = llava.config.vision_config, llava.config.text_config
+    if config.vision_config.model_type == "siglip_vision_model":
+        config.vision_feature_select_strategy = "full"  # "default" drops a class token, and SigLIP has none
+    flat = llava.model.vision_tower.embeddings
+    with torch.device("meta"):  # every weight but the embedder's is taken over
+        model = UmbrellaForConditionalGeneration(config)
+    embedder = model.embedder.to_empty(device=flat.position_embedding.weight.device)
+    for modality in embedder.by_modality.values():
+        assert isinstance(modality, ModalityEmbedder)
+        modality.reset_parameters()
+    if embedder.class_embedding is not None:
+        embedder.class_embedding.copy_(flat.class_embedding + flat.position_embedding.weight[0])
+    if init == "inflated":
+        inflate(embedder, flat)
+    llava.model.vision_tower.embeddings = embedder
+    llava.model.config = config
+    model.model, model.lm_head, model.generation_config = llava.model, llava.lm_head, llava.generation_config
+    return model.train(llava.training)
+
+
+def _fit(
+    model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality], settings: ModelSettings, where: str
+) -> None:
+    """Give a saved model embedders for these modalities: its own, on another grid if need be, and new ones."""
+    known, own, width = model.embedder.by_modality, model.config.modalities, model.config.vision_config.hidden_size
+    embedders = {}
+    for name, modality in modalities.items():
+        if name in own and own[name].patch != modality.patch:
+            raise UserError(
+                f"{where}: reads {name} in patches of {_by(own[name].patch)}, and modalities.{name}.patch is"
+                f" {_by(modality.patch)}; take the same, or give the modality another name"
+            )
+        if name not in own and settings.embedder_init == "inflated":
+            raise UserError(
+                f"{where}: has no embedder for {name}, and no 2D weights to inflate one from; take"
+                " model.embedder_init=random"
+            )
+        embedder = known[name] if name in own else ModalityEmbedder(modality, width)
+        assert isinstance(embedder, ModalityEmbedder)
+        embedder.fit_grid(modality.patch_grid)
+        embedders[name] = embedder
+    model.embedder.by_modality = nn.ModuleDict(embedders)
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))

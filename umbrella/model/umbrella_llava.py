@@ -1,20 +1,20 @@
 """The model: transformers' LLaVA, reading volumes through a 3D/4D embedder in place of the tower's 2D one."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality
 from umbrella.model.embedder import VolumeEmbedder
+from umbrella.model.token_nll import token_nll
+
+ADAPTER = "adapter"
+"""The folder beside a saved model's weights that holds its adapters, as PEFT saves them."""
 
 
 class UmbrellaConfig(LlavaConfig):
@@ -30,11 +30,6 @@ class UmbrellaConfig(LlavaConfig):
         return {name: Modality.model_validate(raw) for name, raw in (self.umbrella_modalities or {}).items()}
 
 
-# Published LLaVA checkpoints name their weights in an older way; transformers keeps the translation by model type.
-AutoConfig.register(UmbrellaConfig.model_type, UmbrellaConfig)
-register_checkpoint_conversion_mapping(UmbrellaConfig.model_type, get_checkpoint_conversion_mapping("llava"))
-
-
 @dataclass
 class UmbrellaOutput(ModelOutput):
     """token_nll (B, L), float32: the negative log likelihood of each token that has a loss weight, 0 elsewhere."""
@@ -46,19 +41,22 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     """Reads volumes and text, and says how likely each supervised token is.
 
     1. input_ids (B, L)                                → word vectors (B, L, d)
-    2. each modality's voxels (n, *grid)               → embedder (n, num_tokens, w) → tower → projector (…, d)
+    2. each modality's voxels (n, *grid)               → embedder (n, tokens, w) → tower → projector (n, tokens, d)
     3. features of all modalities, in the order of the placeholder runs they stand at, are put there
     4. language model                                  → hidden states (B, L, d)
-    5. hidden states before supervised tokens (S, d)   → logits (S, words), float32 → token_nll (B, L)
+    5. hidden states before supervised tokens (S, d)   → logits, float32, a chunk of S at a time → token_nll (B, L)
 
-    Without loss weights, step 5 is transformers' own: logits for ``generate``.
+    Without loss weights, step 5 is transformers' own: logits for ``generate``, which is greedy unless told otherwise.
     """
 
     config_class = UmbrellaConfig
 
     def __init__(self, config: UmbrellaConfig) -> None:
         super().__init__(config)
-        self.model.vision_tower.embeddings = VolumeEmbedder(config.modalities, config.vision_config.hidden_size)
+        vision = config.vision_config
+        self.model.vision_tower.embeddings = VolumeEmbedder(
+            config.modalities, vision.hidden_size, class_token=vision.model_type == "clip_vision_model"
+        )
 
     @property
     def embedder(self) -> VolumeEmbedder:
@@ -73,40 +71,61 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         loss_weights: torch.Tensor | None = None,
         **generation: Any,
     ) -> Any:
-        """See the class. ``pixel_values``: modality to its ``VolumeGroup``.
+        """See the class.
+
+        Args:
+            attention_mask: (B, L), 0 at padding. Rows that several samples share have 1 at the first one's tokens, 2 at
+                the second one's, and so on: each attends to itself only, and its positions start at 0.
+            pixel_values: modality to its ``VolumeGroup``.
 
         Raises:
             ValueError: a run of placeholders and the volume that stands there disagree in number of tokens.
         """
-        features = None
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if pixel_values and input_ids is not None:
-            features = {"image": BaseModelOutputWithPooling(pooler_output=[self.features(input_ids, pixel_values)])}
+            inputs |= {"input_ids": None, "inputs_embeds": self._with_volumes(input_ids, pixel_values)}
+        if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask > 1).any():
+            # transformers tells the samples of a row apart by where positions start anew, if it is given no mask.
+            inputs |= {"attention_mask": None, "position_ids": restarted(attention_mask), "use_cache": False}
         if loss_weights is None:
-            return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs=features, **generation
-            )
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, mm_encoder_outputs=features)[0]
+            return super().forward(**generation | inputs)
+        assert input_ids is not None
+        hidden = self.model(**inputs | {"use_cache": False})[0]
         if self.training:
             hidden = hidden + self._anchor(pixel_values or {})
-        return UmbrellaOutput(token_nll=self._token_nll(hidden, input_ids, loss_weights))
+        return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights))
+
+    def _with_volumes(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
+        words = self.get_input_embeddings()(input_ids)
+        here = (input_ids == self.config.image_token_id)[..., None]
+        return words.masked_scatter(here, self.features(input_ids, pixel_values).to(words.dtype))
 
     def features(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
         """Projected features of all volumes (tokens, d), in the order of the placeholders of ``input_ids``."""
-        parts, runs, sizes = [], [], []
-        for name, group in pixel_values.items():
-            part = self.model.get_image_features((name, group.voxels)).pooler_output
-            parts += part
-            runs.append(group.run)
-            sizes += [len(tokens) for tokens in part]
-        run = torch.cat(runs)
-        size = torch.tensor(sizes, device=run.device)
+        parts = {name: self.volume_features(name, group.voxels) for name, group in pixel_values.items()}
+        run = torch.cat([group.run for group in pixel_values.values()])
+        size = torch.cat([run.new_full(part.shape[:1], part.shape[1]) for part in parts.values()])
         order = torch.argsort(run)
         self._check_runs(input_ids, size[order])
         # Where each volume's tokens start in `parts`, gathered in the order of the runs, then counted on from there.
         start = (torch.cumsum(size, 0) - size)[order]
         placed = torch.cumsum(size[order], 0) - size[order]
         index = torch.repeat_interleave(start - placed, size[order])
-        return torch.cat(parts)[index + torch.arange(len(index), device=run.device)]
+        tokens = torch.cat([part.flatten(0, 1) for part in parts.values()])
+        return tokens[index + torch.arange(len(index), device=run.device)]
+
+    def volume_features(self, name: str, voxels: torch.Tensor) -> torch.Tensor:
+        """One modality's volumes (n, *grid) through tower and projector: (n, tokens, d).
+
+        Which layer of the tower is read, and whether its class token stays, is the configuration's
+        ``vision_feature_layer`` and ``vision_feature_select_strategy``.
+        """
+        states = self.model.vision_tower(pixel_values=(name, voxels), output_hidden_states=True).hidden_states
+        read = self.config.vision_feature_layer
+        selected = torch.cat([states[layer] for layer in ([read] if isinstance(read, int) else read)], -1)
+        if self.config.vision_feature_select_strategy == "default":
+            selected = selected[:, 1:]
+        return self.model.multi_modal_projector(selected)
 
     def _check_runs(self, input_ids: torch.Tensor, sizes: torch.Tensor) -> None:
         mask = functional.pad(input_ids == self.config.image_token_id, (1, 1))
@@ -126,13 +145,49 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         """Zero, made of the weights that this batch leaves out: data-parallel workers see the same weights."""
         absent = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
         if not pixel_values:
-            absent += [self.model.vision_tower.encoder, self.model.multi_modal_projector]
+            absent = [self.model.vision_tower, self.model.multi_modal_projector]
         weights = [p for module in absent for p in module.parameters() if p.requires_grad]
         return 0.0 * sum(p.sum() for p in weights) if weights else 0.0
 
-    def _token_nll(self, hidden: torch.Tensor, input_ids: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor:
-        assert input_ids is not None
-        row, column = (weights[:, 1:] != 0).nonzero(as_tuple=True)
-        logits = self.lm_head(hidden[row, column]).float()
-        nll = functional.cross_entropy(logits, input_ids[row, column + 1], reduction="none")
-        return nll.new_zeros(weights.shape).index_put((row, column + 1), nll)
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> Any:
+        if expand_size > 1:
+            raise ValueError("num_beams and num_return_sequences stay at 1: repeat the rows for several answers")
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Write weights and configuration as safetensors and JSON; adapters apart, in ``adapter/``, as PEFT does."""
+        options = {"save_original_format": False} | options  # weights by their names here, not by LLaVA's older ones
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, **options)
+        super().save_pretrained(Path(save_directory) / ADAPTER, **options)
+        own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
+        self._hf_peft_config_loaded = False  # with it, only adapters would be saved
+        try:
+            return super().save_pretrained(save_directory, **options | {"state_dict": own})
+        finally:
+            self._hf_peft_config_loaded = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """A saved model with its adapters. Only safetensors are read: nothing is unpickled."""
+        name = str(pretrained_model_name_or_path)
+        loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True})
+        files = [
+            cached_file(name, file, subfolder=ADAPTER, _raise_exceptions_for_missing_entries=False)
+            for file in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+        if all(files):
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.load_adapter(str(Path(files[0]).parent))
+        return loaded
+
+
+def restarted(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, L) that start at 0 with each sample of a row, for a mask (B, L) that numbers the samples."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
+    begins = functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
+AutoConfig.register(UmbrellaConfig.model_type, UmbrellaConfig)
+AutoModelForImageTextToText.register(UmbrellaConfig, UmbrellaForConditionalGeneration)

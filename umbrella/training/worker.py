@@ -23,7 +23,8 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import load_tokenizer
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.scoring import Scored, score
-from umbrella.model.presets import build_model, parts
+from umbrella.model.presets import build_model
+from umbrella.model.selection import parts
 from umbrella.tracking import Tracker
 from umbrella.training.checkpoint import Progress, restore, save_checkpoint
 from umbrella.training.job import Job, progress_line
@@ -95,7 +96,7 @@ class Worker:
             examples = [self.renderer.render(from_table(self.train_table, int(i))) for i in rows["sample"]]
             epochs = rows["position"] // self.plan.size
             draws = [(self.settings.seed, int(e), int(i)) for e, i in zip(epochs, rows["sample"], strict=True)]
-            return self._collate(examples, self.settings.mask, rows["sample"], draws)
+            return self._collate(examples, self.settings.mask, rows["sample"], draws, self.settings.data.pack)
 
         shard = ray.train.get_dataset_shard(f"train-{self.rank}")
         return batches(shard, self.settings.train.batch_size, self.settings.data.prefetch, make)
@@ -106,9 +107,10 @@ class Worker:
         policy: MaskPolicy,
         samples: Any = None,
         draws: Sequence[tuple[int, ...]] | None = None,
+        pack: int = 0,
     ) -> Batch:
-        pad = self.tokenizer.pad_token_id
-        return collate(examples, policy, self.store, self.renderer.image_id, 0 if pad is None else pad, samples, draws)
+        image, pad = self.renderer.image_id, self.tokenizer.pad_token_id or 0
+        return collate(examples, policy, self.store, image, pad, samples, draws, pack)
 
     def _evaluate(self) -> dict[str, float]:
         """Score the validation split, each worker its share; the metrics are of the whole on every worker."""

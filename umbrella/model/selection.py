@@ -1,0 +1,63 @@
+"""Which weights move: the model's parts by name, and adapters for the language model."""
+
+from torch import nn
+
+from umbrella.model.settings import ModelSettings
+from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+
+LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Every matrix of the language model's layers, by Qwen2's and Llama's names."""
+
+
+def parts(model: UmbrellaForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """The model's weights by part, each weight in one: embedder, tower, projector, lora (if any), language_model."""
+    named = {
+        "embedder": model.embedder.named_parameters(),
+        "tower": model.model.vision_tower.named_parameters(),
+        "projector": model.model.multi_modal_projector.named_parameters(),
+        "lora": ((name, weight) for name, weight in model.named_parameters() if ".lora_" in name),
+        "language_model": model.named_parameters(),
+    }
+    seen: set[nn.Parameter] = set()
+    result: dict[str, list[nn.Parameter]] = {}
+    for name, weights in named.items():
+        result[name] = [weight for _, weight in weights if weight not in seen]
+        seen.update(result[name])
+    return {name: weights for name, weights in result.items() if weights}
+
+
+def add_lora(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -> None:
+    """Adapters (LoRA, Hu et al. 2021) on the language model, unless a checkpoint has brought its own."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        from peft import LoraConfig  # seconds, which trainings without adapters need not spend
+
+        model.add_adapter(
+            LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=LORA_TARGETS,
+            )
+        )
+
+
+def select_trainable(model: UmbrellaForConditionalGeneration, what: str) -> None:
+    """Freeze every part that ``what`` does not name: "all", or parts joined by +, as in "embedder+lora".
+
+    Raises:
+        ValueError: a part of that name does not exist.
+    """
+    names = list(parts(model)) if what == "all" else what.split("+")
+    for name in names:
+        if name not in parts(model):
+            raise ValueError(f"{name} is not a part of the model")
+    for name, weights in parts(model).items():
+        for weight in weights:
+            weight.requires_grad_(name in names)
+    # The features are the output of a layer: the layers behind it, the last norm and SigLIP's head have no gradient.
+    tower, read = model.model.vision_tower, model.config.vision_feature_layer
+    deepest = max(layer % (len(tower.encoder.layers) + 1) for layer in ([read] if isinstance(read, int) else read))
+    unused = [*tower.encoder.layers[deepest:], tower.post_layernorm, getattr(tower, "head", None)]
+    for module in unused:
+        if module is not None:
+            module.requires_grad_(False)
