@@ -20,12 +20,12 @@ OPTIONS = (
 
 def main(request: Request) -> None:
     """Print one conversation and draw its volumes."""
+    from umbrella.data.audit import pieces
     from umbrella.data.intake import open_store
     from umbrella.data.loading import read_splits
-    from umbrella.data.rendering import Renderer
-    from umbrella.data.tokenizer import load_tokenizer
+    from umbrella.data.rendering import load_renderer
     from umbrella.inspection.conversation_picture import draw_volumes
-    from umbrella.inspection.conversation_view import find, pieces, summary, turns
+    from umbrella.inspection.conversation_view import find, summary, turns
 
     settings, options, console = request.settings, request.options, make_console()
     split, task_id, sample = options["split"], options["task_id"], options["sample"]
@@ -37,7 +37,7 @@ def main(request: Request) -> None:
     if intake.problems:
         print(f"note: {split} has {len(intake.problems)} problems; experiments/prepare.py lists them", file=sys.stderr)
     conversation = find(intake.splits[split], split, task_id, sample or 0)
-    renderer = Renderer(load_tokenizer(settings.model.checkpoint), settings.modalities, settings.data.max_tokens)
+    renderer = load_renderer(settings)
     try:
         example = renderer.render(conversation)
     except UserError as error:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.batching import Batch, collate
+from umbrella.data.batching import Batch, collate, packed_rows
 from umbrella.data.settings import MaskPolicy
 
 NAMES = ("two", "none", "three")
@@ -143,6 +143,32 @@ def test_what_is_known_of_a_sample_survives_slicing_and_moving(batch: Batch) -> 
         assert (one.task_ids, one.task_types) == (("three",), ("T3",))
         assert one.metadata == ({"subject_id": "b", "subject_label": 63.5},)
     assert batch[2].sample_indices.tolist() == [5]
+
+
+def test_examples_share_rows_in_their_order(examples: dict[str, Any], store: Any, tokenizer: Any) -> None:
+    names = ("two", "none", "three", "none", "two")
+    sizes = [len(examples[name].input_ids) for name in names]
+    packed, padded = (make(examples, store, tokenizer, *names, pack=pack) for pack in (sizes[0] + sizes[1], 0))
+    assert [row.unique().tolist() for row in packed.attention_mask] == [[1, 2], [0, 1], [1, 2]]
+    assert packed.input_ids[0].tolist() == [*examples["two"].input_ids, *examples["none"].input_ids]
+    assert volumes(packed) == volumes(padded)
+    assert (packed.loss_weights.sum(), packed.image_mask.sum()) == (padded.loss_weights.sum(), padded.image_mask.sum())
+    assert packed_rows([3, 9, 2, 2, 1], 5) == [[0], [1], [2, 3, 4]]
+    assert packed_rows([3, 9, 2], 0) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(1, 4), slice(4, None), slice(None, None, -1)])
+def test_a_slice_of_shared_rows_has_a_row_for_each_sample(
+    examples: dict[str, Any], store: Any, tokenizer: Any, rows: slice
+) -> None:
+    names = ("two", "none", "three", "none", "two")
+    part, expected = (make(examples, store, tokenizer, *names, pack=pack)[rows] for pack in (120, 0))
+    length = part.input_ids.shape[1]
+    assert torch.equal(part.attention_mask, expected.attention_mask[:, :length])
+    kept = part.attention_mask > 0
+    for name in ("input_ids", "loss_weights", "image_mask"):
+        assert torch.equal(part[name][kept], expected[name][:, :length][kept])
+    assert volumes(part) == volumes(expected)
 
 
 @pytest.mark.gpu

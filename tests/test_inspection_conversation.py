@@ -15,11 +15,12 @@ from rich.console import Console
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
+from umbrella.data.audit import pieces
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.inspection.conversation_picture import caption, draw_volumes
-from umbrella.inspection.conversation_view import find, pieces, summary, turns
+from umbrella.inspection.conversation_view import find, summary, turns
 from umbrella.modality import Modality
 from umbrella.volumes.store import VolumeStore
 
@@ -108,6 +109,28 @@ def test_the_summary_counts_tokens_and_names_policy_and_truth(example: Example) 
     assert "user image 2 0" in printed
     assert "mask policy: supervise=last_assistant, end_of_turn=True, turn_header=False" in printed
     assert "label: age = 63.5, subject s1" in printed
+    assert "weight" not in printed
+
+
+def test_weights_are_told_where_they_are_not_1(example: Example, tokenizer: Any) -> None:
+    policy = MaskPolicy(normalize="turn", task_weights={"T1": 3})  # 7 tokens of text and end ("é" is two), then 6
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    console.print(turns(pieces(example, policy, tokenizer), colours=False))
+    console.print(summary(example, policy))
+    heads = [line for line in out.getvalue().splitlines() if line.startswith("turn ")]
+    assert heads == [
+        "turn 1, user",
+        "turn 2, assistant, 0.4286 per target",
+        "turn 3, user",
+        "turn 4, assistant, 0.5 per target",
+    ]
+    printed = " ".join(re.sub("[│┃]", " ", out.getvalue()).split())
+    assert "role part tokens supervised weight" in printed
+    assert "assistant end 4 4 1.8571 assistant header 22 0 0 assistant text 9 9 4.1429" in printed
+    assert f"all {len(example.input_ids)} 13 6 " in printed
+    plain = turns(pieces(example, MaskPolicy(), tokenizer), colours=False)
+    assert "per target" not in plain.plain
 
 
 def test_a_conversation_is_found_by_name_or_number_and_a_wrong_name_gets_near_ones(

@@ -9,11 +9,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.intake import Splits, load_splits, open_store
 from umbrella.data.loading import count_samples, phantom_folder
+from umbrella.data.settings import MaskPolicy
+from umbrella.data.tokenizer import byte_tokenizer
 
 SAMPLES = {  # split to (task id, task type, subject, modalities)
     "train": [("a_sex", "T1", "a", ["sMRI"]), ("a_all", "T2", "a", ["sMRI", "dMRI"]), ("b_sex", "T1", "b", ["dMRI"])],
@@ -226,6 +229,56 @@ def test_a_conversation_with_too_many_tokens_is_found_before_the_start(folder: P
     message = r"train\.jsonl:2: conversations: becomes 82 tokens, more than data\.max_tokens=80; raise that"
     with pytest.raises(UserError, match=message):
         load_splits(settings_of(folder, max_tokens=80), plain)
+
+
+def silence(folder: Path, split: str, *lines: int) -> None:
+    """Take the answers' words away. What is left has no token for a tokenizer that drops what nobody can see."""
+    samples = (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
+    for line in lines:
+        samples[line - 1] = samples[line - 1].replace("male.", "\u200b")
+    (folder / f"{split}.jsonl").write_text("\n".join(samples), encoding="utf-8")
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "config.json").write_text("{}", encoding="utf-8")
+
+
+def test_a_training_sample_that_the_mask_leaves_without_a_target_is_an_error_or_a_counted_drop(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    silence(folder, "validation", 1)  # scored by the answer's end too, whatever the mask
+    silence(folder, "train", 1, 3)
+
+    def loaded(end_of_turn: bool, **data: Any) -> Splits:
+        values = {"model.checkpoint": str(folder / "tokenizer"), "mask.end_of_turn": end_of_turn}
+        return load_splits(settings_of(folder, **data).with_values(values), plain)
+
+    assert tasks(loaded(True)) == [["a_sex", "a_all", "b_sex"], ["c_sex", "d_age"]]
+    with pytest.raises(UserError) as caught:
+        loaded(False)
+    policy = "supervise=assistant, end_of_turn=False, turn_header=False, normalize=token"
+    assert str(caught.value) == (
+        f"{folder}/train.jsonl:1: conversations: the mask policy ({policy}) supervises none of its tokens; choose"
+        " another mask, or leave it out with data.on_bad=quarantine (and 1 more conversation)"
+    )
+    splits = loaded(False, on_bad="quarantine", max_bad_fraction=0.5)
+    assert tasks(splits) == [["a_all"], ["c_sex", "d_age"]]
+    assert [len(splits.lengths[name]) for name in ("train", "validation")] == [1, 2]
+    assert splits.quarantined == 2
+    assert "note: 2 samples cannot be used" in capsys.readouterr().err
+
+
+def test_a_sample_without_a_target_under_any_mask_of_a_sweep_is_found(folder: Path) -> None:
+    silence(folder, "train", 2)
+    settings = settings_of(folder).with_values({"model.checkpoint": str(folder / "tokenizer")})
+    masks = [MaskPolicy(), MaskPolicy(normalize="turn"), MaskPolicy(turn_header=True, end_of_turn=False)]
+    assert tasks(load_splits(settings, plain, masks))[0] == ["a_sex", "a_all", "b_sex"]
+    blind = [MaskPolicy(end_of_turn=False), MaskPolicy(end_of_turn=False, normalize="turn")]
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:2: conversations: the mask policy .*end_of_turn=False"
+    ) as caught:
+        load_splits(settings, plain, masks + blind)
+    assert len(str(caught.value).splitlines()) == 1  # how much a target weighs is no reason of its own
 
 
 def test_volumes_are_decoded_by_several_processes_with_the_same_outcome(

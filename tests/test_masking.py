@@ -1,16 +1,22 @@
-"""Mask policies: for each one, the supervised text is written out by hand."""
+"""Mask policies: for each one, the supervised text and its weights are written out by hand."""
 
 from collections.abc import Callable
-from typing import Any
+from itertools import groupby, product
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from umbrella.base import UserError
+from umbrella.cli import parse
+from umbrella.config import Settings, load_settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.masking import audit, loss_weights
+from umbrella.data.batching import collate
+from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
-from umbrella.data.settings import MaskPolicy
+from umbrella.data.settings import PRESETS, MaskPolicy
 from umbrella.modality import Modality
+from umbrella.volumes.store import VolumeStore
 
 END = "<|im_end|>\n"
 USER = "<|im_start|>user\n"
@@ -51,6 +57,67 @@ def test_the_loss_sees_exactly_this_text(
     assert tokenizer.decode(example.input_ids[weights == 1]) == text
 
 
+@pytest.mark.parametrize(
+    ("policy", "weighted"),
+    [
+        ({}, [("no", 1), (END, 1), ("rather", 1), (END, 1)]),
+        # One token for each letter, and two for an end: 4 and 8 of them in the two turns.
+        ({"normalize": "turn"}, [("no", 1 / 4), (END, 1 / 4), ("rather", 1 / 8), (END, 1 / 8)]),
+        ({"normalize": "sample"}, [("no", 1 / 12), (END, 1 / 12), ("rather", 1 / 12), (END, 1 / 12)]),
+        ({"normalize": "turn", "end_of_turn": False}, [("no", 1 / 2), ("rather", 1 / 6)]),
+        ({"normalize": "sample", "supervise": "last_assistant"}, [("rather", 1 / 8), (END, 1 / 8)]),
+        # 5 tokens of the first header have one before them; 11 are an assistant's.
+        (
+            {"normalize": "turn", "supervise": "all", "turn_header": True, "end_of_turn": False},
+            [
+                *[("user\n", 1 / 7), ("Q1", 1 / 7), (ASSISTANT, 1 / 13), ("no", 1 / 13)],
+                *[(USER, 1 / 8), ("Q2", 1 / 8), (ASSISTANT, 1 / 17), ("rather", 1 / 17)],
+            ],
+        ),
+        ({"task_weights": {"T3": 2.5, "T1": 9}}, [("no", 2.5), (END, 2.5), ("rather", 2.5), (END, 2.5)]),
+        ({"task_weights": {"T1": 9}}, [("no", 1), (END, 1), ("rather", 1), (END, 1)]),
+        (
+            {"task_weights": {"T3": 3}, "normalize": "turn"},
+            [("no", 3 / 4), (END, 3 / 4), ("rather", 3 / 8), (END, 3 / 8)],
+        ),
+        ({"task_weights": {"T3": 3}, "normalize": "sample", "end_of_turn": False}, [("no", 3 / 8), ("rather", 3 / 8)]),
+        (
+            {"preset": "upstream"},
+            [(ASSISTANT, 1), ("no", 1), (END, 1), (ASSISTANT, 1), ("rather", 1), (END, 1)],
+        ),
+    ],
+    ids=str,
+)
+def test_every_target_has_exactly_this_weight(
+    tokenizer: Any, talk: Callable[..., Conversation], policy: dict, weighted: list
+) -> None:
+    turns = [("user", "Q1"), ("assistant", "no"), ("user", "Q2"), ("assistant", "rather")]
+    example = Renderer(tokenizer, {}).render(talk(*turns, task_type="T3"))
+    weights = loss_weights(example, MaskPolicy(**policy))
+    assert weights.dtype == np.float32
+    seen = []
+    for span in example.spans:
+        for weight, of_weight in groupby(range(span.start, span.stop), key=lambda i: weights[i]):
+            if weight:
+                seen.append((tokenizer.decode(example.input_ids[list(of_weight)]), weight))
+    assert seen == [(text, np.float32(weight)) for text, weight in weighted]
+
+
+def test_no_policy_makes_targets_of_placeholders_or_of_the_first_token(examples: dict[str, Example]) -> None:
+    choices = {
+        name: get_args(MaskPolicy.model_fields[name].annotation) or (False, True)
+        for name in ("supervise", "end_of_turn", "turn_header", "normalize")
+    }
+    policies = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    assert len(policies) == 3 * 2 * 2 * 3
+    for policy, example in product(policies, examples.values()):
+        weights = loss_weights(example, MaskPolicy(**policy, task_weights={"T1": 2}))
+        assert len(weights) == len(example.input_ids)
+        assert weights.any()
+        assert weights[0] == 0
+        assert not any(weights[span.start : span.stop].any() for span in example.spans if span.kind == "image")
+
+
 def test_a_user_who_speaks_last_is_not_the_last_assistant_turn(
     tokenizer: Any, talk: Callable[..., Conversation]
 ) -> None:
@@ -59,19 +126,79 @@ def test_a_user_who_speaks_last_is_not_the_last_assistant_turn(
     assert tokenizer.decode(example.input_ids[weights == 1]) == "A"
 
 
-def test_the_audit_counts_tokens_by_role_and_kind(example: Example) -> None:
-    assert audit([example, example], MaskPolicy()) == [
-        {"role": "assistant", "kind": "end", "tokens": 8, "supervised": 8},
-        {"role": "assistant", "kind": "header", "tokens": 44, "supervised": 0},
-        {"role": "assistant", "kind": "text", "tokens": 8, "supervised": 8},
-        {"role": "user", "kind": "end", "tokens": 8, "supervised": 0},
-        {"role": "user", "kind": "header", "tokens": 24, "supervised": 0},
-        {"role": "user", "kind": "image", "tokens": 4, "supervised": 0},
-        {"role": "user", "kind": "text", "tokens": 10, "supervised": 0},
-    ]
+def test_what_has_no_target_weighs_nothing_by_any_measure(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
+    example = Renderer(tokenizer, {}).render(talk(("user", "Q"), ("assistant", "")))
+    for normalize in ("token", "turn", "sample"):
+        assert not loss_weights(example, MaskPolicy(end_of_turn=False, normalize=normalize)).any()
 
 
-def test_a_policy_that_supervises_nothing_is_refused(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
-    silent = Renderer(tokenizer, {}).render(talk(("user", "Q"), ("assistant", "")))
-    with pytest.raises(UserError, match="supervises none of the 22 tokens"):
-        audit([silent], MaskPolicy(end_of_turn=False))
+def test_a_pad_token_that_is_the_end_token_does_not_unteach_stopping(
+    tokenizer: Any, talk: Callable[..., Conversation], store: VolumeStore
+) -> None:
+    renderer = Renderer(tokenizer, {})
+    long, short = (renderer.render(talk(("user", "Q"), ("assistant", text))) for text in ("abcdef", "a"))
+    batch = collate([long, short], MaskPolicy(), store, renderer.image_id, pad_id=tokenizer.eos_token_id)
+    assert batch.input_ids[1, -5:].tolist() == [tokenizer.eos_token_id] * 5
+    assert [tokenizer.decode(row[row != -100]) for row in batch.labels] == [f"abcdef{END}", f"a{END}"]
+    assert batch.loss_weights.sum(1).tolist() == [8, 3]
+
+
+def test_the_preset_says_in_the_settings_what_it_does_and_stays_when_they_are_read_again() -> None:
+    settings = load_settings(overrides={"mask.preset": "upstream"})
+    assert settings.mask.model_dump() == {"preset": "upstream"} | PRESETS["upstream"]
+    assert settings.mask.model_dump() == {
+        "preset": "upstream",
+        "supervise": "assistant",
+        "end_of_turn": True,
+        "turn_header": True,
+        "task_weights": {},
+        "normalize": "token",
+    }
+    assert settings.with_values({"seed": 3}).mask == settings.mask
+    assert Settings().with_values({"mask.preset": "upstream"}).mask == settings.mask == MaskPolicy(preset="upstream")
+    assert load_settings(overrides={"mask.preset": "upstream", "mask.turn_header": True}).mask == settings.mask
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"mask.supervise": "all"}, "mask.supervise='all': mask.preset=upstream means supervise=assistant; leave one"),
+        ({"mask.end_of_turn": False}, "mask.end_of_turn=False: mask.preset=upstream means end_of_turn=True; leave one"),
+        ({"mask.normalize": "turn"}, "mask.normalize='turn': mask.preset=upstream means normalize=token; leave one of"),
+        ({"mask.task_weights": {"T1": 2}}, "mask.task_weights: mask.preset=upstream means task_weights={}; leave one"),
+        ({"mask.preset": "upstram"}, "mask.preset='upstram': Input should be '' or 'upstream'"),
+    ],
+)
+def test_a_policy_that_contradicts_its_preset_is_refused(value: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_settings(overrides={"mask.preset": "upstream"} | value)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (0, "mask.task_weights: T1: 0 is not above 0; leave a task out with data.task_filter"),
+        (-1.5, "mask.task_weights: T1: -1.5 is not above 0; leave a task out with data.task_filter"),
+        (float("inf"), "mask.task_weights.T1=inf: Input should be a finite number"),
+    ],
+)
+def test_a_weight_that_is_none_is_refused(weight: float, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_settings(overrides={"mask.task_weights": {"T1": weight, "T3": 2}})
+    assert str(caught.value) == message
+
+
+def test_task_weights_are_settings_of_their_own() -> None:
+    settings = parse(["mask.task_weights={T1: 1, T3: 2}"], "").settings
+    weights = {name: value for name, value in settings.flat().items() if name.startswith("mask.task_weights")}
+    assert weights == {"mask.task_weights.T1": 1, "mask.task_weights.T3": 2}
+    assert settings.with_values({"mask.task_weights.T3": 4}).mask.task_weights == {"T1": 1, "T3": 4}
+
+
+def test_a_policy_in_words_has_what_acts_and_leaves_out_what_is_empty() -> None:
+    assert MaskPolicy().in_words == "supervise=assistant, end_of_turn=True, turn_header=False, normalize=token"
+    assert MaskPolicy(preset="upstream").in_words.startswith("preset=upstream, supervise=assistant, end_of_turn=True")
+    assert "turn_header=False, task_weights={T1: 1, T3: 2.5}, normalize=turn" in (
+        MaskPolicy(task_weights={"T1": 1, "T3": 2.5}, normalize="turn").in_words
+    )

@@ -188,3 +188,5 @@ def test_a_checkpoint_of_pickles_is_not_read(
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"cannot be loaded: .*model\.safetensors"):
         build(checkpoint=str(tmp_path))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        Umbrella.from_pretrained(tmp_path)

@@ -1,15 +1,20 @@
 """Rendering: tokens are what the chat template writes, and spans say, border by border, which part each one is."""
 
+import json
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.rendering import Example, Renderer
+from umbrella.data.parts import MARK
+from umbrella.data.rendering import Example, Renderer, load_renderer
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
 
@@ -127,6 +132,11 @@ def test_too_many_tokens_name_both_numbers_and_the_remedy(tokenizer: Any, talk: 
         ("{% for m in messages | reverse %}[{{ m.content }}]{% endfor %}", "does not write each turn after the ones"),
         ("{% for m in messages %}{{ m.role }} {% endfor %}", "does not write each turn after the ones before it"),
         ("{{ raise_exception('no system turn') }}", "refuses turns of system, assistant: no system turn"),
+        (
+            "{% for m in messages %}{{ m.content }} {{ m.content | trim }}{% endfor %}",
+            "changes what turns say, or says it twice; ",
+        ),
+        ("{% for m in messages %}{{ m.content.lstrip() }}</s>{% endfor %}", "changes what turns say, or says"),
     ],
 )
 def test_a_template_without_turn_after_turn_is_refused(
@@ -144,3 +154,91 @@ def test_many_threads_render_what_one_does(renderer: Renderer, talk: Callable[..
     with ThreadPoolExecutor(4) as pool:
         together = [example.input_ids.tolist() for example in pool.map(renderer.render, conversations * 5)]
     assert together == alone * 5
+
+
+def test_a_template_that_strips_contents_strips_each_turn_as_a_whole(
+    modalities: dict[str, Modality], talk: Callable[..., Conversation]
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content | trim if m.role == 'user' else m.content }}<|im_end|>{% endfor %}"
+    )
+    asked = [" \n", "  Sex ", ("dMRI", "d"), " of ", ("sMRI", "s"), "\n"]
+    example = Renderer(tokenizer, modalities).render(talk(("user", asked), ("assistant", " male ")))
+    assert_covered(example)
+    assert [(kind, text) for _, _, kind, text in parts(example, tokenizer)] == [
+        ("text", "Sex "),
+        ("image", "<image>"),
+        ("text", "\n"),
+        ("text", " of "),
+        ("image", "<image><image>"),
+        ("end", "<|im_end|>"),
+        ("text", " male "),
+        ("end", "<|im_end|>"),
+    ]
+
+
+def test_a_template_may_take_lists_of_items(talk: Callable[..., Conversation], renderer: Renderer) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% for item in m.content | selectattr('type', 'equalto', 'text') %}{{ item.text }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    conversation = talk(("user", ["See", ("fMRI", "f.nii"), "ok?"]), ("assistant", "né."))
+    example = Renderer(tokenizer, renderer.modalities).render(conversation)
+    assert example.input_ids.tolist() == renderer.render(conversation).input_ids.tolist()
+    assert example.spans == renderer.render(conversation).spans
+
+
+def test_characters_for_private_use_are_words_too(renderer: Renderer, talk: Callable[..., Conversation]) -> None:
+    letters = [chr(0xF0000 + i) for i in range(8)]
+    text = "a" + MARK.join([MARK, "<|im_end|>", *letters, MARK, ""])
+    example = renderer.render(talk(("user", [text, letters[1]]), ("assistant", MARK)))
+    said = [text for *_, kind, text in parts(example, renderer.tokenizer) if kind == "text"]
+    assert said == [text, letters[1], MARK]
+    assert [i for i in example.input_ids if i in renderer.tokenizer.all_special_ids] == [
+        renderer.tokenizer.convert_tokens_to_ids(token) for token in ["<|im_start|>", "<|im_end|>"] * 2
+    ]
+
+
+def test_a_renderer_that_was_sent_to_another_process_renders_the_same(
+    renderer: Renderer, talk: Callable[..., Conversation]
+) -> None:
+    conversation = talk(("user", ["<|im_end|>", ("dMRI", "d")]), ("assistant", "<image>"))
+    sent = pickle.loads(pickle.dumps(renderer))
+    assert sent.render(conversation).input_ids.tolist() == renderer.render(conversation).input_ids.tolist()
+
+
+def test_rendering_leaves_the_tokenizer_as_it_is(talk: Callable[..., Conversation]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer("a", truncation=True, max_length=50, padding="max_length")  # it remembers both until it is called again
+    before = tokenizer.backend_tokenizer.to_str()
+    renderer = Renderer(tokenizer, {})
+    for count in (1, 99):  # tokens beside those of the frame, 21
+        assert len(renderer.render(talk(("user", "a"), ("assistant", "b" * count))).input_ids) == 22 + count
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_settings_say_template_modalities_limit_and_class_tokens(
+    tmp_path: Path, tokenizer: Any, save_llava: Callable[..., Any], talk: Callable[..., Conversation]
+) -> None:
+    conversation = talk(("user", [("dMRI", "d")]), ("assistant", "b"))
+    small = {"modalities": {"dMRI": {"grid": [4, 4, 4], "patch": [4, 4, 2]}}, "model.chat_template": "vicuna"}
+
+    def rendered(**others: Any) -> str:
+        renderer = load_renderer(load_settings(overrides=small | others))
+        return tokenizer.decode(renderer.render(conversation).input_ids)
+
+    assert rendered() == "USER: <image><image>\n ASSISTANT: b<|im_end|>"
+    for tower, strategy, count in [("clip", "full", 3), ("clip", "default", 2), ("siglip", "full", 2)]:
+        folder = tmp_path / f"{tower} {strategy}"
+        save_llava(folder, tower, vision_feature_select_strategy=strategy)
+        tokenizer.save_pretrained(folder)
+        if strategy == "default":  # as a checkpoint may leave it unsaid
+            config = json.loads((folder / "config.json").read_text())
+            del config["vision_feature_select_strategy"]
+            (folder / "config.json").write_text(json.dumps(config))
+        assert rendered(**{"model.checkpoint": str(folder)}).count("<image>") == count
+    with pytest.raises(UserError, match=r"more than data\.max_tokens=19; raise that"):
+        rendered(**{"data.max_tokens": 19})

@@ -10,6 +10,7 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.run import check, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
+from umbrella.tuning.sweep import possible_masks
 
 
 @pytest.mark.parametrize(
@@ -65,3 +66,42 @@ def test_a_mask_that_supervises_nothing_is_found_before_the_start(talk: Callable
     nothing = settings.mask.model_copy(update={"end_of_turn": False})
     with pytest.raises(UserError, match="supervises none of the"):
         check(settings, Splits([silent], [silent]), [nothing], "eval/loss")
+
+
+def test_a_weight_for_a_task_that_the_data_do_not_have_is_found_before_the_start(
+    talk: Callable[..., Conversation],
+) -> None:
+    settings = load_settings(overrides={"mask.task_weights": {"T1": 2, "T9": 3}})
+    with pytest.raises(UserError, match=r"mask\.task_weights: T9: not a task_type of data\.train, which has T1; name"):
+        check(settings, splits(talk, "sex"), [settings.mask], "eval/loss")
+
+
+def test_the_masks_of_a_sweep_are_all_that_its_trials_can_have() -> None:
+    space: dict[str, dict] = {
+        "mask.supervise": {"grid": ["all", "assistant"]},
+        "mask.normalize": {"choice": ["token", "turn"]},
+        "mask.task_weights.T1": {"uniform": [1.0, 2.0]},
+        "optim.lr": {"grid": [0.1, 0.2]},
+    }
+    settings = load_settings(overrides={f"tune.space.{name}": entry for name, entry in space.items()})
+    masks = possible_masks(settings)
+    assert [(mask.supervise, mask.normalize) for mask in masks] == [
+        ("all", "token"), ("all", "turn"), ("assistant", "token"), ("assistant", "turn"),
+    ]  # fmt: skip
+    assert [mask.normalize for mask in possible_masks(settings, frozenset({"mask.supervise"}))] == ["token", "turn"]
+    assert possible_masks(load_settings()) == [load_settings().mask]
+
+
+def test_a_sweep_compares_presets_and_weights_and_refuses_what_does_not_go_together() -> None:
+    def swept(**space: dict) -> list:
+        entries = {f"tune.space.mask.{name}": entry for name, entry in space.items()}
+        return possible_masks(load_settings(overrides=entries))
+
+    plain, upstream = swept(preset={"grid": ["", "upstream"]})
+    assert (plain.turn_header, upstream.turn_header) == (False, True)
+    weights = [{"T1": 2.0}, {"T1": 3.0, "T3": 4.0}]
+    assert [mask.task_weights for mask in swept(task_weights={"grid": weights})] == weights
+    given = load_settings(overrides={"tune.space.mask.task_weights": {"grid": weights}, "mask.task_weights.T1": 5})
+    assert possible_masks(given, frozenset({"mask.task_weights"})) == [given.mask]
+    with pytest.raises(UserError, match=r"^tune\.space: mask\.supervise='all': mask\.preset=upstream means supervise="):
+        swept(preset={"grid": ["", "upstream"]}, supervise={"grid": ["all"]})

@@ -1,5 +1,6 @@
 """What a training says at its start, and how much of the data it reads to say it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,22 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
+from umbrella.data.audit import Row, audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.training.statement import mask_audit, statement
+from umbrella.training.statement import audited, mask_page, statement
+
+STOPS = "note: the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
+
+
+def audit_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> list[Row]:
+    return audit(audited(split, renderer), policy)
+
+
+def page_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> str:
+    examples = audited(split, renderer)
+    return mask_page(audit(examples, policy), examples, renderer, policy)
 
 
 def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
@@ -18,11 +31,11 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
 ) -> None:
     conversation = talk(("user", [("sMRI", "s.nii"), "Sex?"]), ("assistant", "male."))
     policy = MaskPolicy(supervise="last_assistant")
-    table = mask_audit([conversation], Renderer(tokenizer, modalities), policy)
+    table = audit_of([conversation], Renderer(tokenizer, modalities), policy)
     moving = {"embedder": 1234, "projector": 0, "language_model": 5}
-    assert statement(table, policy, moving, {"fMRI": modalities["fMRI"]}).splitlines() == [
+    assert statement(table, policy, moving, {"fMRI": modalities["fMRI"]}, stops=True).splitlines() == [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
-        "mask: supervise=last_assistant, end_of_turn=True, turn_header=False",
+        "mask: supervise=last_assistant, end_of_turn=True, turn_header=False, normalize=token",
         "supervised: 7 of 33 tokens (21.2%)",
         "  assistant end          2 of 2",
         "  assistant header       0 of 11",
@@ -36,10 +49,43 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
     ]
 
 
+def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_cannot_be_learnt(
+    tokenizer: Any, talk: Callable[..., Conversation]
+) -> None:
+    conversation = talk(("user", "Sex?"), ("assistant", "male."))
+    policy = MaskPolicy(normalize="turn", task_weights={"T1": 2})
+    table = audit_of([conversation], Renderer(tokenizer, {}), policy)
+    lines = statement(table, policy, {}, {}, stops=False).splitlines()
+    assert lines[1:6] == [
+        "mask: supervise=assistant, end_of_turn=True, turn_header=False, task_weights={T1: 2}, normalize=turn",
+        "supervised: 7 of 30 tokens (23.3%)",
+        "  assistant end          2 of 2, weight 0.5714",
+        "  assistant header       0 of 11",
+        "  assistant text         5 of 5, weight 1.4286",
+    ]
+    assert lines[9:] == [f"{STOPS} model.chat_template=vicuna writes one", "weights that move: none"]
+
+
+def test_the_page_has_samples_of_every_task_and_the_same_note(
+    tokenizer: Any, talk: Callable[..., Conversation]
+) -> None:
+    kinds = ["T1"] * 30 + ["T2"] + ["T1"] * 30
+    split = [talk(("user", "Q"), ("assistant", "A"), task_id=f"{k}_{i}", task_type=k) for i, k in enumerate(kinds)]
+    renderer = Renderer(tokenizer, {})
+    page = page_of(split, renderer, MaskPolicy())
+    assert [f"{k}_{i}" for i, k in enumerate(kinds) if f">{k}_{i}<" in page] == [
+        "T1_0", "T1_12", "T1_24", "T2_30", "T1_37", "T1_49",
+    ]  # fmt: skip
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    pages = [page, page_of(split, Renderer(endless, {}), MaskPolicy())]
+    assert [STOPS.removeprefix("note: ") in page for page in pages] == [False, True]
+
+
 def test_a_large_split_is_read_evenly_and_in_part(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
     # Longer and longer answers: 1000 conversations, of which every fourth is read, 250 in all.
     split = [talk(("user", ""), ("assistant", "a" * (i // 100))) for i in range(1000)]
-    rows = mask_audit(split, Renderer(tokenizer, {}), MaskPolicy())
+    rows = audit_of(split, Renderer(tokenizer, {}), MaskPolicy())
     counts = {(row["role"], row["kind"]): row["tokens"] for row in rows}
     assert counts["assistant", "end"] == 250 * 2
     assert counts["assistant", "text"] == 25 * sum(range(10))
@@ -48,4 +94,4 @@ def test_a_large_split_is_read_evenly_and_in_part(tokenizer: Any, talk: Callable
 def test_a_policy_without_a_target_is_refused(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
     silent = talk(("user", "Q"), ("assistant", ""))
     with pytest.raises(UserError, match="the loss would see nothing"):
-        mask_audit([silent], Renderer(tokenizer, {}), MaskPolicy(end_of_turn=False))
+        audit_of([silent], Renderer(tokenizer, {}), MaskPolicy(end_of_turn=False))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.loading import Intake, Progress, counted, read_splits
+from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.reading import image_files
 from umbrella.volumes.store import VolumeStore, write_whole
 
@@ -56,8 +57,11 @@ class Splits:
         return digest.hexdigest()[:16]
 
 
-def load_splits(settings: "Settings", progress: Progress) -> Splits:
+def load_splits(settings: "Settings", progress: Progress, masks: Sequence[MaskPolicy] | None = None) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
+
+    Args:
+        masks: every mask policy that the run trains with; the settings' own when None.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
@@ -66,7 +70,7 @@ def load_splits(settings: "Settings", progress: Progress) -> Splits:
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     check_volumes(intake, open_store(settings), settings.data.processes, progress)
-    lengths = measure(intake, settings, progress)
+    lengths = measure(intake, settings, progress, masks)
     splits = replace(settle(intake, settings), lengths=lengths)
     for line in intake.notices:
         print(f"note: {line}", file=sys.stderr)
@@ -111,22 +115,42 @@ def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: 
     )
 
 
-def measure(intake: Intake, settings: "Settings", progress: Progress) -> dict[str, np.ndarray]:
-    """Render every conversation, set aside what is too long or cannot be rendered, and give ``Splits.lengths``."""
-    from umbrella.data.rendering import Renderer
-    from umbrella.data.tokenizer import load_tokenizer
+def measure(
+    intake: Intake, settings: "Settings", progress: Progress, masks: Sequence[MaskPolicy] | None = None
+) -> dict[str, np.ndarray]:
+    """Render every conversation, set aside what cannot be used, and give ``Splits.lengths``.
 
-    renderer = Renderer(load_tokenizer(settings.model.checkpoint), settings.modalities, settings.data.max_tokens)
+    Set aside is what is too long or cannot be rendered, and in the training split what one of the masks, as in
+    ``load_splits``, leaves without a target: it would cost a place in every epoch and teach nothing.
+    """
+    from umbrella.data.masking import loss_weights
+    from umbrella.data.rendering import load_renderer
+
+    renderer = load_renderer(settings)
+    used = (settings.mask,) if masks is None else masks
+    # What else a policy says makes targets heavier or lighter, and no target of what is none.
+    policies = {"train": {(mask.supervise, mask.end_of_turn, mask.turn_header): mask for mask in used}.values()}
     everything = [(name, c) for name, conversations in intake.splits.items() for c in conversations]
     lengths: dict[str, list[int]] = {name: [] for name in intake.splits}
     reasons = {}
     for name, conversation in progress(everything, "rendering conversations"):
         try:
-            lengths[name].append(renderer.render(conversation).bucket_length)
-        except UserError as error:  # noqa: PERF203
+            example = renderer.render(conversation)
+        except UserError as error:
             reasons[name, conversation.task_id] = [("conversations", str(error))]
+            continue
+        blind = [policy for policy in policies.get(name, ()) if not loss_weights(example, policy).any()]
+        if blind:
+            reasons[name, conversation.task_id] = [("conversations", _no_target(policy)) for policy in blind]
+        else:
+            lengths[name].append(example.bucket_length)
     intake.set_aside(reasons)
     return {name: np.array(of_split, np.int32) for name, of_split in lengths.items()}
+
+
+def _no_target(policy: MaskPolicy) -> str:
+    remedy = "choose another mask, or leave it out with data.on_bad=quarantine"
+    return f"the mask policy ({policy.in_words}) supervises none of its tokens; {remedy}"
 
 
 def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:

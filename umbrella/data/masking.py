@@ -1,24 +1,24 @@
-"""Mask policies: spans and a policy become loss weights, and an audit says what the loss sees."""
-
-from collections import Counter
-from collections.abc import Iterable
+"""Mask policies: spans and a policy become loss weights."""
 
 import numpy as np
 
-from umbrella.base import UserError
 from umbrella.data.rendering import Example, Span
 from umbrella.data.settings import MaskPolicy
 
 
 def loss_weights(example: Example, policy: MaskPolicy) -> np.ndarray:
-    """The weight of each token as a target of the loss: float32, (L,). Placeholders always weigh 0."""
-    weights = np.zeros(len(example.input_ids), dtype=np.float32)
+    """The weight of each token as a target of the loss: float32, (L,). Placeholders and the first token weigh 0."""
     last = max((span.turn for span in example.spans if span.role == "assistant"), default=-1)
-    for span in example.spans:
-        if is_supervised(span, policy, last):
-            weights[span.start : span.stop] = 1
+    sizes = [span.stop - span.start for span in example.spans]
+    weights = np.repeat([float(is_supervised(span, policy, last)) for span in example.spans], sizes)
     weights[:1] = 0  # nothing stands before the first token that could predict it
-    return weights
+    if policy.normalize != "token":
+        turns = np.repeat([span.turn for span in example.spans], sizes)
+        shared = turns if policy.normalize == "turn" else np.zeros_like(turns)
+        # A turn without a target has none to divide.
+        weights /= np.maximum(np.bincount(shared, weights), 1)[shared]
+    weights *= policy.task_weights.get(example.conversation.task_type, 1)
+    return weights.astype(np.float32)
 
 
 def is_supervised(span: Span, policy: MaskPolicy, last_assistant_turn: int) -> bool:
@@ -30,27 +30,3 @@ def is_supervised(span: Span, policy: MaskPolicy, last_assistant_turn: int) -> b
     }[policy.supervise]
     kind = {"header": policy.turn_header, "text": True, "image": False, "end": policy.end_of_turn}[span.kind]
     return turn and kind
-
-
-def audit(examples: Iterable[Example], policy: MaskPolicy) -> list[dict[str, str | int]]:
-    """Tokens by role and kind, and how many of them are supervised: one row each, ordered by role and kind.
-
-    Raises:
-        UserError: no token at all is supervised, so there is nothing to learn.
-    """
-    tokens: Counter[tuple[str, str]] = Counter()
-    supervised: Counter[tuple[str, str]] = Counter()
-    for example in examples:
-        weights = loss_weights(example, policy)
-        for span in example.spans:
-            tokens[span.role, span.kind] += span.stop - span.start
-            supervised[span.role, span.kind] += int(np.count_nonzero(weights[span.start : span.stop]))
-    if not supervised.total():
-        raise UserError(
-            f"the mask policy ({', '.join(f'{k}={v}' for k, v in policy)}) supervises none of the"
-            f" {tokens.total()} tokens: the loss would see nothing; choose another mask.supervise"
-        )
-    return [
-        {"role": role, "kind": kind, "tokens": count, "supervised": supervised[role, kind]}
-        for (role, kind), count in sorted(tokens.items())
-    ]

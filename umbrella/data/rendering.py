@@ -1,24 +1,28 @@
 """Text to tokens: a conversation through the tokenizer's chat template, with one span per part of a turn.
 
-Spans are found by construction. The template is rendered once with a private mark in place of each turn's content;
-what stands between the marks is, letter for letter, what the template writes around the contents. Each part is then
-tokenized for itself, so a span's borders are token borders.
+Spans are found by construction: the frame that the template writes around the contents is known, so all parts are. They
+are tokenized together, as a pretrained model has seen them: a token may begin in one part and end in the next, as
+"▁male" does after "ASSISTANT: ", and belongs to the part that it ends in.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem
-from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN
-from umbrella.modality import Modality
+from umbrella.data.chat_template import Frame, make_frame
+from umbrella.data.parts import MARK, PartTokenizer
+from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN, load_tokenizer
+from umbrella.modality import Modality, class_tokens
 
+if TYPE_CHECKING:
+    from umbrella.config import Settings
+
+Kind = Literal["header", "text", "image", "end"]
 ANSWER_STEP = 32
 """Tokens by which the length of an answer in free text is told."""
 
@@ -31,7 +35,7 @@ class Span:
     stop: int
     turn: int
     role: str
-    kind: Literal["header", "text", "image", "end"]
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -55,56 +59,77 @@ class Example:
         return answer + -(-rest // ANSWER_STEP) * ANSWER_STEP
 
 
+class Part(NamedTuple):
+    """A part of a turn as text; its tokens are repeated ``times``."""
+
+    turn: int
+    kind: Kind
+    text: str
+    times: int = 1
+
+
 class Renderer:
-    """Turns conversations into examples.
+    """Turns conversations into examples. Threads may share one.
 
     Args:
         tokenizer: its own chat template is used; ChatML where it has none. It knows the ``<image>`` token.
         modalities: name to grid and patch, for the number of placeholders per volume.
         max_tokens: a conversation longer than this is an error.
+        class_tokens: placeholders per volume beside those of its patches; see ``umbrella.modality.class_tokens``.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, modalities: Mapping[str, Modality], max_tokens: int = 2**31
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        modalities: Mapping[str, Modality],
+        max_tokens: int = 2**31,
+        class_tokens: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
-        # A tokenizer keeps `split_special_tokens` as a state of its own, and batches are rendered by several threads:
-        # one tokenizer for both uses would now and then write the template's marks as letters.
-        self._plain = copy.deepcopy(tokenizer)
         self.modalities = modalities
         self.max_tokens = max_tokens
+        self.class_tokens = class_tokens
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.template = tokenizer.chat_template or CHATML
-        self._frames: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+        self._parts = PartTokenizer(tokenizer)
+        self._image = self._parts.by_template(IMAGE_TOKEN)
+        self._frames: dict[tuple[str, ...], list[Frame]] = {}
+
+    @property
+    def stops(self) -> bool:
+        """Whether the template ends an answer with a special token, so that a model can learn to stop there.
+
+        Raises:
+            UserError: the template does not write a question and its answer one after another.
+        """
+        return MARK in self._frame(("user", "assistant"))[-1].end
 
     def render(self, conversation: Conversation, answer: str | None = None) -> Example:
         """Render a conversation, with another text as the last assistant turn when ``answer`` is given.
 
         Raises:
             UserError: more tokens than ``max_tokens``; a template that does not write turns one after another, or
-                refuses these roles.
+                refuses these roles, or changes what is said; words that the tokenizer makes a special token of.
         """
         turns = conversation.conversations
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
-        ids: list[int] = []
-        spans: list[Span] = []
-
-        def add(tokens: list[int], turn: int, kind: Literal["header", "text", "image", "end"]) -> None:
-            if tokens:
-                spans.append(Span(len(ids), len(ids) + len(tokens), turn, turns[turn].role, kind))
-                ids.extend(tokens)
-
-        for i, (header, end) in enumerate(self._frame(tuple(turn.role for turn in turns))):
-            add(self._tokens(header, special=True), i, "header")
+        parts: list[Part] = []
+        for i, frame in enumerate(self._frame(tuple(turn.role for turn in turns))):
             replaced = answer is not None and i == last
             items = (TextItem(type="text", text=answer or ""),) if replaced else turns[i].content
-            for item in items:
-                if isinstance(item, ImageItem):
-                    add([self.image_id] * self.modalities[item.modality].num_tokens, i, "image")
-                    add(self._tokens("\n"), i, "text")  # keeps two volumes in a row apart
-                else:
-                    add(self._tokens(item.text), i, "text")
-            add(self._tokens(end, special=True), i, "end")
+            content = list(self._content(i, items))
+            parts += [
+                Part(i, "header", frame.header),
+                *(_stripped(content) if frame.strips else content),
+                Part(i, "end", frame.end),
+            ]
+        ids: list[int] = []
+        spans: list[Span] = []
+        for part, tokens in zip(parts, self._parts.encode([part.text for part in parts]), strict=True):
+            if tokens:
+                start = len(ids)
+                ids += tokens * part.times
+                spans.append(Span(start, len(ids), part.turn, turns[part.turn].role, part.kind))
         if len(ids) > self.max_tokens:
             raise UserError(
                 f"becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}; raise that, shorten the"
@@ -112,33 +137,53 @@ class Renderer:
             )
         return Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
 
-    def _tokens(self, text: str, special: bool = False) -> list[int]:
-        # Only the template's own text may hold special tokens: a person who writes "<image>" or "<|im_end|>" in a
-        # question has written words.
-        tokenizer = self.tokenizer if special else self._plain
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+    def _content(self, turn: int, items: Sequence[TextItem | ImageItem]) -> Iterator[Part]:
+        for item in items:
+            if isinstance(item, ImageItem):
+                tokens = self.class_tokens + self.modalities[item.modality].num_tokens
+                yield Part(turn, "image", self._image, tokens)
+                yield Part(turn, "text", "\n")  # keeps two volumes in a row apart
+            else:
+                yield Part(turn, "text", self._parts.by_person(item.text))
 
-    def _frame(self, roles: tuple[str, ...]) -> list[tuple[str, str]]:
-        """(header, end) of each turn: what the template writes before and after its content."""
+    def _frame(self, roles: tuple[str, ...]) -> list[Frame]:
         if roles not in self._frames:
-            self._frames[roles] = self._make_frame(roles)
+            by_template = self._parts.by_template
+            self._frames[roles] = [
+                Frame(by_template(header), by_template(end), strips)
+                for header, end, strips in make_frame(self.tokenizer, self.template, roles)
+            ]
         return self._frames[roles]
 
-    def _make_frame(self, roles: Sequence[str]) -> list[tuple[str, str]]:
-        marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        frame = []
-        before = ""
-        for i, mark in enumerate(marks):
-            try:
-                rendered = self.tokenizer.apply_chat_template(
-                    messages[: i + 1], chat_template=self.template, tokenize=False
-                )
-            except TemplateError as error:
-                raise UserError(f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {error}") from None
-            header, found, end = rendered.removeprefix(before).partition(mark)
-            if not rendered.startswith(before) or not found:
-                raise UserError("the tokenizer's chat template does not write each turn after the ones before it")
-            frame.append((header, end))
-            before = rendered
-        return frame
+
+def _stripped(parts: list[Part]) -> list[Part]:
+    """The parts without the blanks that they begin and end with, taken together."""
+    for strip, order in ((str.lstrip, range(len(parts))), (str.rstrip, reversed(range(len(parts))))):
+        for i in order:
+            parts[i] = parts[i]._replace(text=strip(parts[i].text))
+            if parts[i].text:
+                break
+    return parts
+
+
+def load_renderer(settings: "Settings") -> Renderer:
+    """The renderer of these settings: tokenizer and chat template of the checkpoint, modalities, ``data.max_tokens``.
+
+    Raises:
+        UserError: the checkpoint's tokenizer or configuration cannot be loaded; no such chat template.
+    """
+    model = settings.model
+    tokenizer = load_tokenizer(model.checkpoint, model.chat_template)
+    kept = _class_tokens(model.checkpoint) if model.checkpoint else 0
+    return Renderer(tokenizer, settings.modalities, settings.data.max_tokens, kept)
+
+
+def _class_tokens(checkpoint: str) -> int:
+    # As a file and not as a class: the class of our own models lies in a room that this one does not know.
+    try:
+        config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.checkpoint={checkpoint}: its configuration cannot be loaded: {reason}") from None
+    tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    return class_tokens(tower, config.get("vision_feature_select_strategy", "default"))

@@ -72,14 +72,46 @@ def _tiny_config(settings: ModelSettings, kinds: dict, vocabulary: int, image_id
     )
 
 
+def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]) -> PretrainedConfig:
+    """The configuration of ``settings.checkpoint``, if a model for these modalities can be made of it.
+
+    Raises:
+        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities.
+    """
+    where = f"model.checkpoint={settings.checkpoint}"
+    try:
+        config = AutoConfig.from_pretrained(settings.checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(config, LlavaConfig):
+        raise UserError(f"{where}: is a {config.model_type}, not a LLaVA")
+    tower, language = config.vision_config.model_type, config.text_config.model_type
+    if tower not in TOWERS:
+        raise UserError(f"{where}: its tower is {tower}; {' and '.join(TOWERS)} work")
+    if language not in LANGUAGE_MODELS:
+        raise UserError(f"{where}: its language model is {language}; {' and '.join(LANGUAGE_MODELS)} work")
+    if isinstance(config, UmbrellaConfig):
+        own = config.modalities
+        for name, modality in modalities.items():
+            if name in own and own[name].patch != modality.patch:
+                raise UserError(
+                    f"{where}: reads {name} in patches of {_by(own[name].patch)}, and modalities.{name}.patch is"
+                    f" {_by(modality.patch)}; take the same, or give the modality another name"
+                )
+            if name not in own and settings.embedder_init == "inflated":
+                raise UserError(
+                    f"{where}: has no embedder for {name}, and no 2D weights to inflate one from; take"
+                    " model.embedder_init=random"
+                )
+    return config
+
+
 def _from_checkpoint(
     settings: ModelSettings, modalities: Mapping[str, Modality], kinds: dict, image_id: int
 ) -> UmbrellaForConditionalGeneration:
     where = f"model.checkpoint={settings.checkpoint}"
+    ours = isinstance(check_checkpoint(settings, modalities), UmbrellaConfig)
     try:
-        config = AutoConfig.from_pretrained(settings.checkpoint)
-        _check_kind(config, where)
-        ours = isinstance(config, UmbrellaConfig)
         model, report = (UmbrellaForConditionalGeneration if ours else LlavaForConditionalGeneration).from_pretrained(
             settings.checkpoint,
             dtype=torch.float32,
@@ -93,22 +125,12 @@ def _from_checkpoint(
         missing = sorted(report["missing_keys"])
         raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
     if ours:
-        _fit(model, modalities, settings, where)
+        _fit(model, modalities)
     else:
         model = from_llava(model, kinds, settings.embedder_init)
     model.config.umbrella_modalities = kinds
     model.config.image_token_index = image_id
     return model
-
-
-def _check_kind(config: PretrainedConfig, where: str) -> None:
-    if not isinstance(config, LlavaConfig):
-        raise UserError(f"{where}: is a {config.model_type}, not a LLaVA")
-    tower, language = config.vision_config.model_type, config.text_config.model_type
-    if tower not in TOWERS:
-        raise UserError(f"{where}: its tower is {tower}; {' and '.join(TOWERS)} work")
-    if language not in LANGUAGE_MODELS:
-        raise UserError(f"{where}: its language model is {language}; {' and '.join(LANGUAGE_MODELS)} work")
 
 
 @torch.no_grad()
@@ -140,24 +162,12 @@ def from_llava(
     return model.train(llava.training)
 
 
-def _fit(
-    model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality], settings: ModelSettings, where: str
-) -> None:
+def _fit(model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality]) -> None:
     """Give a saved model embedders for these modalities: its own, on another grid if need be, and new ones."""
-    known, own, width = model.embedder.by_modality, model.config.modalities, model.config.vision_config.hidden_size
+    known, width = model.embedder.by_modality, model.config.vision_config.hidden_size
     embedders = {}
     for name, modality in modalities.items():
-        if name in own and own[name].patch != modality.patch:
-            raise UserError(
-                f"{where}: reads {name} in patches of {_by(own[name].patch)}, and modalities.{name}.patch is"
-                f" {_by(modality.patch)}; take the same, or give the modality another name"
-            )
-        if name not in own and settings.embedder_init == "inflated":
-            raise UserError(
-                f"{where}: has no embedder for {name}, and no 2D weights to inflate one from; take"
-                " model.embedder_init=random"
-            )
-        embedder = known[name] if name in own else ModalityEmbedder(modality, width)
+        embedder = known[name] if name in known else ModalityEmbedder(modality, width)
         assert isinstance(embedder, ModalityEmbedder)
         embedder.fit_grid(modality.patch_grid)
         embedders[name] = embedder

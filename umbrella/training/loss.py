@@ -9,12 +9,13 @@ def weighted_nll(token_nll: torch.Tensor, loss_weights: torch.Tensor) -> torch.T
     return (token_nll * loss_weights).sum()
 
 
-def total_weight(loss_weights: list[torch.Tensor]) -> torch.Tensor:
-    """Σ weight over every micro-batch of every worker: the divisor of the global batch's loss, one number.
+def totals(loss_weights: list[torch.Tensor]) -> torch.Tensor:
+    """Σ weight, the divisor of the global batch's loss, and the number of its targets: (2,), float64.
 
-    A row's first token is never a target: nothing stands before it.
+    Over every micro-batch of every worker. A row's first token is never a target: nothing stands before it.
     """
-    total = torch.stack([weights[:, 1:].sum() for weights in loss_weights]).sum()
+    targets = [weights[:, 1:].double() for weights in loss_weights]
+    total = torch.stack([torch.stack([weights.sum(), (weights != 0).sum()]) for weights in targets]).sum(0)
     if distributed.is_initialized():
         distributed.all_reduce(total)
     return total

@@ -13,17 +13,17 @@ from ray.train import WorkerGroupError
 
 from umbrella.base import UserError
 from umbrella.config import Settings
+from umbrella.data.audit import audit
 from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.pipeline import to_table
-from umbrella.data.rendering import Renderer
+from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.tokenizer import load_tokenizer
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.tracking import close_trial, open_experiment, tracking_uri
 from umbrella.training.job import Job, make_trainer
 from umbrella.training.settings import ResourceSettings
-from umbrella.training.statement import mask_audit
+from umbrella.training.statement import audited
 
 LOCALHOST = "127.0.0.1"
 SPARE_CPUS = 1.0
@@ -98,13 +98,24 @@ def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], me
     """Find what would end a training at its start, or leave it without the metric that decides, before anything starts.
 
     Raises:
-        UserError: a policy that supervises no token; a label without a candidate answer; a metric that these data do
-            not give.
+        UserError: a checkpoint that does not fit; a policy that supervises no token, or weighs a task that the data do
+            not have; a label without a candidate answer; a metric that these data do not give.
     """
-    tokenizer = load_tokenizer(settings.model.checkpoint)
-    renderer = Renderer(tokenizer, settings.modalities, settings.data.max_tokens)
+    renderer = load_renderer(settings)
+    if settings.model.checkpoint:
+        from umbrella.model.presets import check_checkpoint  # seconds, which the tiny model does not need here
+
+        check_checkpoint(settings.model, settings.modalities)
+    examples = audited(splits.train, renderer)
+    task_types = sorted({c.task_type for c in splits.train})
     for policy in policies:
-        mask_audit(splits.train, renderer, policy)
+        unknown = sorted(policy.task_weights.keys() - set(task_types))
+        if unknown:
+            raise UserError(
+                f"mask.task_weights: {', '.join(unknown)}: not a task_type of data.train, which has"
+                f" {', '.join(task_types)}; name one of those, or leave it out"
+            )
+        audit(examples, policy)
     candidates = find_candidates(splits.train)
     check_candidates(splits.validation, candidates)
     targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})

@@ -3,38 +3,58 @@
 from collections.abc import Mapping, Sequence
 
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.masking import audit
-from umbrella.data.rendering import Renderer
+from umbrella.data.audit import Row, audit_html, is_weighted, pick, shown
+from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 
 AUDITED = 256
 """The audit reads this many conversations at most, evenly over the split."""
 
+NEVER_STOPS = (
+    "the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
+    " model.chat_template=vicuna writes one"
+)
 
-def mask_audit(
-    conversations: Sequence[Conversation], renderer: Renderer, policy: MaskPolicy
-) -> list[dict[str, str | int]]:
-    """Tokens by role and kind over an even sample of conversations; see ``audit``. Raises UserError as it does."""
+
+def audited(conversations: Sequence[Conversation], renderer: Renderer) -> list[Example]:
+    """An even sample of conversations, rendered: what a run's audit reads."""
     stride = -(-len(conversations) // AUDITED)
-    return audit((renderer.render(c) for c in conversations[::stride]), policy)
+    return [renderer.render(conversation) for conversation in conversations[::stride]]
+
+
+def mask_page(table: Sequence[Row], examples: Sequence[Example], renderer: Renderer, policy: MaskPolicy) -> str:
+    """The audit of these examples as a page of HTML, with a few of them in full; see ``audit_html``."""
+    notes = [] if renderer.stops else [f"Note: {NEVER_STOPS}."]
+    return audit_html(table, pick(examples), policy, renderer.tokenizer, notes)
 
 
 def statement(
-    table: Sequence[Mapping[str, str | int]],
+    table: Sequence[Row],
     policy: MaskPolicy,
     moving: Mapping[str, int],
     modalities: Mapping[str, Modality],
+    stops: bool,
 ) -> str:
-    """The start of a training in words. ``table``: the audit; ``moving``: part of the model to weights that move."""
+    """The start of a training in words.
+
+    Args:
+        table: the audit.
+        moving: part of the model to weights that move.
+        stops: whether the chat template gives the model something to stop with, as ``Renderer.stops`` has it.
+    """
     tokens = sum(int(row["tokens"]) for row in table)
     supervised = sum(int(row["supervised"]) for row in table)
     lines = [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
-        "mask: " + ", ".join(f"{name}={value}" for name, value in policy),
+        f"mask: {policy.in_words}",
         f"supervised: {supervised} of {tokens} tokens ({100 * supervised / tokens:.1f}%)",
     ]
-    lines += [f"  {row['role']:>9} {row['kind']:<6} {row['supervised']:>7} of {row['tokens']}" for row in table]
+    for row in table:
+        weight = f", weight {shown(row['weight'])}" if is_weighted(table) and row["supervised"] else ""
+        lines.append(f"  {row['role']:>9} {row['kind']:<6} {row['supervised']:>7} of {row['tokens']}{weight}")
+    if not stops:
+        lines.append(f"note: {NEVER_STOPS}")
     lines.append("weights that move: " + (", ".join(f"{part} {n:,}" for part, n in moving.items() if n) or "none"))
     lines += [
         f"{name}: a volume of {_by(m.grid)} in patches of {_by(m.patch)} is {m.num_tokens} tokens"

@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch
-from umbrella.training.loss import total_weight, weighted_nll
+from umbrella.training.loss import totals, weighted_nll
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: the global batch's loss (nats per supervised token), norms of the gradient, counts."""
+    """What a step did: the loss (nats, a weighted mean over the global batch's targets), gradient norms, counts."""
 
     loss: float
-    supervised_tokens: float
+    supervised_tokens: int
     grad_norm: float
     grad_norm_by_part: dict[str, float]
     lr: float
@@ -44,7 +44,7 @@ def train_step(
     Raises:
         FloatingPointError: the loss or its gradient is not finite; nothing was changed.
     """
-    divisor = total_weight([batch.loss_weights for batch in batches])
+    divisor, targets = totals([batch.loss_weights for batch in batches])
     parallel = isinstance(model, DistributedDataParallel)
     # DistributedDataParallel averages gradients over workers; the quotient wants their sum.
     workers = torch.distributed.get_world_size() if parallel else 1
@@ -70,7 +70,7 @@ def train_step(
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return StepResult(loss.item(), divisor.item(), norm.item(), by_part, lr)
+    return StepResult(loss.item(), int(targets), norm.item(), by_part, lr)
 
 
 def _norm(weights: Sequence[nn.Parameter]) -> float:

@@ -15,12 +15,12 @@ from ray.train.torch import get_device, prepare_model
 from torch import distributed
 
 from umbrella.conversations.conversation import Conversation
+from umbrella.data.audit import audit
 from umbrella.data.batching import Batch, collate
 from umbrella.data.intake import open_store
 from umbrella.data.pipeline import batches, from_table
-from umbrella.data.rendering import Example, Renderer
+from umbrella.data.rendering import Example, load_renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.tokenizer import load_tokenizer
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.scoring import Scored, score
 from umbrella.model.presets import build_model
@@ -29,7 +29,7 @@ from umbrella.tracking import Tracker
 from umbrella.training.checkpoint import Progress, restore, save_checkpoint
 from umbrella.training.job import Job, progress_line
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.statement import mask_audit, statement
+from umbrella.training.statement import audited, mask_page, statement
 from umbrella.training.step import StepResult, train_step
 
 
@@ -44,8 +44,8 @@ class Worker:
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.train_table: pa.Table = ray.get(job.train)
         self.validation_table: pa.Table = ray.get(job.validation)
-        self.tokenizer = load_tokenizer(self.settings.model.checkpoint)
-        self.renderer = Renderer(self.tokenizer, self.settings.modalities, self.settings.data.max_tokens)
+        self.renderer = load_renderer(self.settings)
+        self.tokenizer = self.renderer.tokenizer
         self.store = open_store(self.settings)
 
         torch.manual_seed(self.settings.seed)
@@ -165,15 +165,18 @@ class Worker:
     def _start_tracking(self) -> Tracker:
         """Open the run, and say there and in the log what this training is."""
         conversations = _Lazy(self.train_table.num_rows, lambda i: from_table(self.train_table, i))
-        table = mask_audit(conversations, self.renderer, self.settings.mask)
+        examples = audited(conversations, self.renderer)
+        table = audit(examples, self.settings.mask)
         moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
-        text = f"{self.plan.in_words}\n{statement(table, self.settings.mask, moving, self.settings.modalities)}"
+        told = statement(table, self.settings.mask, moving, self.settings.modalities, self.renderer.stops)
+        text = f"{self.plan.in_words}\n{told}"
         tracker = Tracker.start(**self.job.tracking)  # type: ignore[arg-type]
         settings = {name: value for name, value in self.settings.flat().items() if not name.startswith("tune.")}
         tracker.params(settings | dict(self.job.data))
         tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
         tracker.text(self.settings.to_yaml(), "settings.yaml")
         tracker.text(text, "statement.txt")
+        tracker.text(mask_page(table, examples, self.renderer, self.settings.mask), "mask_audit.html")
         supervised, tokens = (sum(int(row[name]) for row in table) for name in ("supervised", "tokens"))
         tracker.tags({"mask.supervised": f"{supervised} of {tokens} tokens audited"})
         print(text, flush=True)

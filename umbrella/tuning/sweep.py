@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
+from umbrella.data.settings import MaskPolicy
 from umbrella.tracking import Tracker, open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
@@ -46,10 +48,8 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
     """
     space = build_space(settings, given)
-    splits = load_splits(settings, progress)
-    masks = [
-        settings.mask.model_copy(update={"supervise": v}) for v in possible_values(settings, "mask.supervise", given)
-    ]
+    masks = possible_masks(settings, given)
+    splits = load_splits(settings, progress, masks)
     check(settings, splits, masks, settings.tune.metric)
 
     storage = Path(settings.resources.storage).absolute()
@@ -82,6 +82,24 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
         parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", "failed")
         raise
     return answer
+
+
+def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> list[MaskPolicy]:
+    """Every mask policy that a trial can have. What is drawn from a range of numbers keeps the settings' value.
+
+    Raises:
+        UserError: swept values that do not go together.
+    """
+    listed = [
+        name
+        for name, entry in settings.tune.space.items()
+        if name.startswith("mask.") and name not in given and entry.keys() & {"grid", "choice"}
+    ]
+    points = product(*(possible_values(settings, name, given) for name in listed))
+    try:
+        return [settings.with_values(dict(zip(listed, point, strict=True))).mask for point in points]
+    except UserError as error:
+        raise UserError(f"tune.space: {error}") from None
 
 
 def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, storage: Path, name: str) -> tune.Tuner:

@@ -1,0 +1,352 @@
+"""Rendering with tokenizers of the kinds that published LLaVAs have: tokens are those that the model has seen."""
+
+import copy
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from umbrella.base import UserError
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.parts import MARK
+from umbrella.data.rendering import Example, Renderer
+from umbrella.data.tokenizer import CHATML, TEMPLATES, load_tokenizer
+
+# Processors of LLaVAs want lists of items: images are written first, then texts.
+WITH_ITEMS = {
+    "llava 1.5": "{% for m in messages %}{% if m.role != 'system' %}{{ m.role | upper }}: {% endif %}"
+    "{% for item in m.content if item.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for item in m.content if item.type == 'text' %}{% generation %}{{ item.text }} {% endgeneration %}{% endfor %}"
+    "{% endfor %}",
+    "interleave": "{% for m in messages %}<|im_start|>{{ m.role }} "
+    "{% for item in m.content if item.type == 'image' %}<image>{% endfor %}"
+    "{% for item in m.content if item.type == 'text' %}{{ '\n' ~ item.text }}{% endfor %}<|im_end|>{% endfor %}",
+    "trimmed items": "{% for m in messages %}{{ m.role }}: {{ m.content[0]['text'] | trim }}"
+    "{{ '\n' if m.role == 'user' else eos_token }}{% endfor %}",
+}
+WITH_TEXT = {
+    "qwen": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}" + CHATML,
+    "llama 3": "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}"
+    "{{ eos_token }}{% endfor %}",
+    **TEMPLATES,
+}
+REAL = WITH_TEXT | WITH_ITEMS
+KINDS = ["qwen", "llama", "older llama"]
+SPEECH = [
+    "USER: Is this person male or female? ASSISTANT: male. USER: And how old? ASSISTANT: 63.5 years",
+    "user\nIs this the brain of a male person, or female?\nassistant\n\nmale.\n",
+    "system You see volumes. She is  (female)\n\n (male), né 1961 in Zürich",
+]
+
+
+def trained(pre_tokenizer: Any, texts: list[str], special: list[str], **options: Any) -> tuple[dict, list]:
+    """Vocabulary and merges of a small byte pair encoding."""
+    tokenizer = Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    letters = [] if special else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=560, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    tokenizer.train_from_iterator(texts * 3, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A tokenizer of that kind, trained small, saved and loaded as a checkpoint's is, with that template."""
+    vocabulary, merges = trained(Qwen2Tokenizer().backend_tokenizer.pre_tokenizer, SPEECH, [])
+    chatml = ["<|im_start|>", "<|im_end|>", "<image>"]
+    qwen = Qwen2Tokenizer(vocabulary, merges, eos_token="<|im_end|>", additional_special_tokens=chatml)
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    options = {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}
+    words = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    lines = [line for text in SPEECH for line in text.split("\n")]  # Llama's vocabulary has no line breaks
+    vocabulary, merges = trained(words, lines, special, **options)
+    names = {"additional_special_tokens": ["<image>"], "pad_token": "<pad>", "add_bos_token": True}
+    llama = LlamaTokenizer(vocabulary, merges, **names)
+    # As older files have it: after every special token it begins anew, with a blank.
+    backend = Tokenizer(models.BPE(vocabulary, merges, **options))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = llama.backend_tokenizer.decoder
+    older = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **names)
+
+    loaded = {}
+    for kind, tokenizer in zip(KINDS, (qwen, llama, older), strict=True):
+        folder: Path = tmp_path_factory.mktemp(kind)
+        tokenizer.save_pretrained(folder)
+        loaded[kind] = load_tokenizer(str(folder))
+        assert type(loaded[kind]) is type(tokenizer)
+
+    def get(kind: str, template: str = "chatml") -> Any:
+        tokenizer = copy.copy(loaded[kind])
+        tokenizer.chat_template = REAL[template]
+        return tokenizer
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def renderers(real: Callable[..., Any], modalities: Any) -> dict[tuple[str, str], Renderer]:
+    """One of every kind and template; volumes have a class token."""
+    return {(k, t): Renderer(real(k, t), modalities, class_tokens=1) for k in KINDS for t in REAL}
+
+
+def rendering(tokenizer: Any, conversation: Conversation) -> str:
+    """What the template writes, with each volume as its modality in angle brackets."""
+    messages = []
+    for turn in conversation.conversations:
+        text = "".join(item.text if item.type == "text" else f"<{item.modality}>\n" for item in turn.content)
+        with_items = tokenizer.chat_template in WITH_ITEMS.values()
+        messages.append({"role": turn.role, "content": [{"type": "text", "text": text}] if with_items else text})
+    return tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def expected(renderer: Renderer, conversation: Conversation) -> list[int]:
+    """What transformers' LLaVA processor makes of it: placeholders repeated in the text, bos where it has none."""
+    tokenizer = renderer.tokenizer
+    text = rendering(tokenizer, conversation)
+    for name, modality in renderer.modalities.items():
+        text = text.replace(f"<{name}>", "<image>" * (modality.num_tokens + 1))
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not begun).input_ids
+
+
+def assert_covered(example: Example) -> None:
+    assert (example.spans[0].start, example.spans[-1].stop) == (0, len(example.input_ids))
+    assert all(one.stop == next.start and one.start < one.stop for one, next in pairwise(example.spans))
+
+
+def tokens_of(example: Example, tokenizer: Any) -> list[tuple[str, str, str]]:
+    """(role, kind, tokens) of every span; placeholders once."""
+    ids = [example.input_ids[s.start : s.stop].tolist() for s in example.spans]
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in ids]
+    texts = ["<image>" if s.kind == "image" else " ".join(t) for s, t in zip(example.spans, tokens, strict=True)]
+    return [(s.role, s.kind, text) for s, text in zip(example.spans, texts, strict=True)]
+
+
+TALKS = [
+    [("user", [("sMRI", "a"), "Is this person male or female?"]), ("assistant", "male")],
+    [("system", " You see\n"), ("user", ["\n", ("fMRI", "b"), ("sMRI", "a")]), ("assistant", "  né 1961 \n")],
+    [
+        ("user", ["First ", ("dMRI", "d"), "then", ("sMRI", "a")]),
+        ("assistant", "\n\nmale"),
+        ("user", ["Zürich?", " "]),
+        ("assistant", "e\u0301, 🧠"),
+        ("user", [" ", "\n"]),
+        ("assistant", ""),
+    ],
+]
+
+
+@pytest.mark.parametrize("template", REAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokens_are_those_that_the_processor_gives_the_pretrained_model(
+    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
+) -> None:
+    renderer = renderers[kind, template]
+    for turns in TALKS:
+        conversation = talk(*turns)
+        example = renderer.render(conversation)
+        assert_covered(example)
+        assert example.input_ids.tolist() == expected(renderer, conversation)
+        runs = [s.stop - s.start for s in example.spans if s.kind == "image"]
+        assert runs == [renderer.modalities[v.modality].num_tokens + 1 for v in conversation.volumes]
+
+
+@pytest.mark.parametrize("template", ["qwen", "llama 3", "vicuna", "llava 1.5"])
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_the_spans_joined_are_the_templates_rendering(
+    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
+) -> None:
+    renderer = renderers[kind, template]
+    tokenizer = renderer.tokenizer
+    talked = talk(("system", "See"), ("user", " Male? "), ("assistant", "né, 🧠"), ("user", "a"), ("assistant", "b"))
+    example = renderer.render(talked)
+    through = [tokenizer.decode(example.input_ids[: span.stop]) for span in example.spans]
+    texts = [one.removeprefix(before) for before, one in pairwise(["", *through])]
+    text = rendering(tokenizer, talked)
+    begin = "<s> " if kind == "llama" and not text.startswith("<s>") else ""  # the first word has a blank too
+    assert "".join(texts) == begin + text
+    said = [text.strip() for text, span in zip(texts, example.spans, strict=True) if span.kind == "text"]
+    assert said == ["See", "Male?", "né, 🧠", "a", "b"]
+
+
+def test_a_word_belongs_to_the_turn_that_says_it_with_the_blank_before_it(
+    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation]
+) -> None:
+    asked = [("system", "You see volumes"), ("user", [("fMRI", "f"), "Is this person male?"]), ("assistant", "male")]
+    again = [("user", "And how old?"), ("assistant", "63.5 years")]
+    renderer = renderers["llama", "vicuna"]
+    assert tokens_of(renderer.render(talk(*asked, *again)), renderer.tokenizer) == [
+        ("system", "header", "<s>"),
+        ("system", "text", "▁You ▁see ▁volumes"),
+        ("user", "header", "▁USER : ▁"),  # and the blank that ends the system's turn is the word's
+        ("user", "image", "<image>"),
+        ("user", "text", "<0x0A>"),
+        ("user", "text", "Is ▁this ▁person ▁male ?"),
+        ("assistant", "header", "▁ASSISTANT :"),
+        ("assistant", "text", "▁male"),
+        ("assistant", "end", "</s>"),
+        ("user", "header", "USER :"),
+        ("user", "text", "▁And ▁how ▁old ?"),
+        ("assistant", "header", "▁ASSISTANT :"),
+        ("assistant", "text", "▁63 . 5 ▁years"),
+        ("assistant", "end", "</s>"),
+    ]
+    renderer = renderers["llama", "llava 1.5"]
+    assert tokens_of(renderer.render(talk(asked[-1], *again)), renderer.tokenizer) == [
+        ("assistant", "header", "<s> ▁ASSISTANT :"),
+        ("assistant", "text", "▁male"),
+        ("user", "header", "▁USER :"),
+        ("user", "text", "▁And ▁how ▁old ?"),
+        ("assistant", "header", "▁ASSISTANT :"),
+        ("assistant", "text", "▁63 . 5 ▁years"),
+        ("assistant", "end", "▁"),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_that_a_person_writes_are_words_like_others(
+    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str
+) -> None:
+    renderer = renderers[kind, "chatml"]
+    special = renderer.tokenizer.all_special_tokens
+    text = "Is " + " a ".join(special) + " and " + "".join(special)
+    plain = talk(("user", [("sMRI", "a"), "x"]), ("assistant", "x"))
+    typed = talk(("user", [("sMRI", "a"), text, "<ima", "ge>"]), ("assistant", special[0] + MARK))  # and in two halves
+    shown = renderer.render(typed)
+    kept = [id for id in shown.input_ids.tolist() if id in renderer.tokenizer.all_special_ids]
+    assert kept == [id for id in renderer.render(plain).input_ids.tolist() if id in renderer.tokenizer.all_special_ids]
+    decoded = renderer.tokenizer.decode(shown.input_ids)
+    assert text + "<image>" in decoded
+    assert f"{special[0]}{MARK}<|im_end|>" in decoded.replace(" ", "")
+    if kind == "qwen":
+        span = [s for s in shown.spans if s.kind == "text"][1]
+        words = copy.deepcopy(renderer.tokenizer)(text, split_special_tokens=True).input_ids
+        assert shown.input_ids[span.start : span.stop].tolist() == words
+
+
+def test_bos_stands_once_where_the_tokenizer_writes_one_and_eos_nowhere(
+    real: Callable[..., Any], renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation]
+) -> None:
+    conversation = talk(("user", "<s>"), ("assistant", "a"))
+    for template in ("vicuna", "llama 3", "llava 1.5"):
+        ids = renderers["llama", template].render(conversation).input_ids.tolist()
+        assert ids[0] == 1
+        assert ids.count(1) == 1
+    ended = copy.deepcopy(real("llama", "llava 1.5"))
+    ended.add_bos_token = ended.add_eos_token = True
+    assert ended("").input_ids == [1, 2]
+    assert Renderer(ended, {}).render(conversation).input_ids.tolist() == ids
+    ended.add_bos_token = False
+    assert 1 not in Renderer(ended, {}).render(conversation).input_ids
+
+
+def test_whether_an_answer_ends_with_a_special_token_is_told(renderers: dict[tuple[str, str], Renderer]) -> None:
+    assert [template for template in REAL if renderers["llama", template].stops] == [
+        "llama 3",
+        "vicuna",
+        "trimmed items",
+    ]
+    assert [t for t in REAL if not renderers["qwen", t].stops] == ["llava 1.5"]
+
+
+def spelled() -> Any:
+    """A tokenizer of a few letters, which merges those of "</s>" to the very token."""
+    letters = ["<", "/", "s", ">", "</", "s>", "</s>", "<image>", "a", "Ġ", "aĠ", "Ċ", "<unk>"]
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("a", "Ġ")]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    return tokenizer
+
+
+def test_words_that_the_tokenizer_makes_a_special_token_of_are_refused(talk: Callable[..., Conversation]) -> None:
+    renderer = Renderer(spelled(), {})
+    assert renderer.render(talk(("assistant", "<s>/"))).input_ids.tolist() == [0, 5, 1, 6]
+    with pytest.raises(UserError, match=r"^says </s> in words, and the tokenizer makes a special token of them; ch"):
+        renderer.render(talk(("assistant", "a</s>")))
+
+
+def test_a_placeholder_that_the_tokenizer_has_as_a_word_is_none_where_a_person_writes_it(
+    talk: Callable[..., Conversation], modalities: Any
+) -> None:
+    tokenizer = spelled()
+    tokenizer.add_tokens("<image>")
+    assert tokenizer("<image>").input_ids == [7]
+    example = Renderer(tokenizer, modalities).render(talk(("user", [("dMRI", "d"), "<image>"]), ("assistant", "a")))
+    assert example.input_ids.tolist() == [7, 11, 0, 12, 12, 8, 12, 12, 3, 6, 8, 6]  # 12: a letter without a token
+    assert tokenizer("<image>").input_ids == [7]
+
+
+def test_special_tokens_that_take_in_blanks_or_begin_like_others_stay_in_their_part(
+    talk: Callable[..., Conversation], modalities: Any
+) -> None:
+    tokenizer = spelled()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<image>", lstrip=True, rstrip=True), "</s>s"]}
+    )
+    tokenizer.chat_template = "{% for m in messages %}</s>{{ m.content }}</s>s{% endfor %}"
+    conversation = talk(("user", ["a ", ("sMRI", "s"), "\n a", " ", ("dMRI", "d")]), ("assistant", " a"))
+    assert tokens_of(Renderer(tokenizer, modalities).render(conversation), tokenizer) == [
+        ("user", "header", "</s>"),
+        ("user", "text", "a"),
+        ("user", "image", "<image>"),
+        ("user", "text", "a"),
+        ("user", "image", "<image>"),
+        ("user", "end", "</s>s"),
+        ("assistant", "header", "</s>"),
+        ("assistant", "text", "Ġ a"),
+        ("assistant", "end", "</s>s"),
+    ]
+
+
+def test_a_blank_counts_as_a_tokens_last_character_even_if_the_tokenizer_does_not_count_it(
+    talk: Callable[..., Conversation],
+) -> None:
+    tokenizer = spelled()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert tokenizer("aa ", return_offsets_mapping=True).offset_mapping == [(0, 1), (1, 2)]
+    example = Renderer(tokenizer, {}).render(talk(("assistant", "aa")))
+    assert tokens_of(example, tokenizer) == [("assistant", "text", "a"), ("assistant", "end", "aĠ")]
+
+
+TEXTS = st.lists(
+    st.sampled_from(["male", "USER:", " ", "\n", "  ", "<", "</s>", "<s>", "<|im_end|>", "<image>", "e\u0301", "🧠"])
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters=MARK), max_size=4),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(KINDS), st.sampled_from(sorted(REAL)), st.lists(TEXTS | st.just(("dMRI", "d")), min_size=1), TEXTS
+)
+def test_any_texts_are_covered_by_spans_and_tokenized_as_the_tokenizer_does(
+    renderers: dict[tuple[str, str], Renderer],
+    talk: Callable[..., Conversation],
+    kind: str,
+    template: str,
+    asked: list,
+    answer: str,
+) -> None:
+    renderer = renderers[kind, template]
+    special = renderer.tokenizer.all_special_tokens
+    conversation = talk(("user", asked), ("assistant", answer))
+    example = renderer.render(conversation)
+    assert_covered(example)
+    ids = renderer.tokenizer.all_special_ids
+    bare = renderer.render(talk(("user", [x if isinstance(x, tuple) else "x" for x in asked]), ("assistant", "x")))
+    assert [i for i in example.input_ids if i in ids] == [i for i in bare.input_ids if i in ids]
+    said = ["".join(x if isinstance(x, str) else "\n" for x in asked), answer]
+    if not any(token in text for token in special for text in said):
+        assert example.input_ids.tolist() == expected(renderer, conversation)
