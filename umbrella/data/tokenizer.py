@@ -71,7 +71,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     where = f"model.checkpoint={checkpoint}"
-    # It reads the configuration too, and warns of our own models' kind, which lies in a room that this one does not know.
+    # It reads the configuration too, and warns of the kind of our own models, which lies in a room unknown to this one.
     log = logging.getLogger("transformers.configuration_utils")
     level = log.level
     log.setLevel(logging.ERROR)
