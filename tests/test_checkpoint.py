@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from umbrella.data.batching import Batch
 from umbrella.model.selection import parts
-from umbrella.training.checkpoint import Progress, read_progress, restore, save_checkpoint
+from umbrella.training.checkpoint import restore, rng_state, save_checkpoint
 from umbrella.training.optimizer import build_optimizer, build_schedule
+from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
 
@@ -67,3 +68,43 @@ def test_every_file_is_text_or_holds_nothing_but_tensors_and_numbers(
             file.read_text(encoding="utf-8")
     assert (tmp_path / "settings.yaml").read_text(encoding="utf-8") == "seed: 7\n"
     assert read_progress(tmp_path) == progress
+
+
+def test_random_numbers_go_on_for_each_worker_that_was_there(
+    build: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    one, states, following = Training(build()), [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.rand(3)
+        states.append(rng_state())
+        following.append(torch.rand(3))
+    arguments = (one.model, tokenizer, one.optimizer, one.schedule, Progress(3, 12), "")
+    save_checkpoint(tmp_path / "step", *arguments, rng=states)
+    for rank in (0, 1):
+        torch.manual_seed(0)
+        restore(tmp_path / "step", one.model, one.optimizer, one.schedule, rank)
+        assert torch.equal(torch.rand(3), following[rank])
+    torch.manual_seed(7)
+    restore(tmp_path / "step", one.model, one.optimizer, one.schedule, 2)
+    assert torch.equal(torch.rand(3), torch.manual_seed(7) and torch.rand(3))
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all(
+    build: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Training(build())
+    arguments = (one.model, tokenizer, one.optimizer, one.schedule, Progress(3, 12), "")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tmp_path / "step_0000003", *arguments)
+    assert latest_checkpoint(tmp_path) is None
+    assert not (tmp_path / "step_0000003").exists()
+    save_checkpoint(tmp_path / "step_0000003", *arguments)  # the rest of the first attempt is in nobody's way
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_0000003"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000003"]

@@ -1,6 +1,7 @@
 """The plan of a training: which sample each worker sees at each step, without a sample lost, repeated or re-dealt."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,24 @@ def test_a_start_in_the_middle_gives_exactly_the_rest(plan: Plan, data: st.DataO
     for rank in range(plan.workers):
         whole = plan.positions(rank)
         assert np.array_equal(plan.positions(rank, done * plan.per_step), whole[done * len(whole) // plan.steps :])
+
+
+@few
+@given(plans, plans, st.data())
+def test_other_workers_that_go_on_from_any_step_see_every_sample_once_per_epoch(
+    plan: Plan, other: Plan, data: st.DataObject
+) -> None:
+    done = data.draw(st.integers(0, plan.steps)) * plan.per_step
+    shape = {name: getattr(other, name) for name in ("workers", "batch_size", "accumulate")}
+    rest = replace(plan, **shape, sorted_by=plan.per_step)
+    before = plan.samples(np.arange(done))
+    positions = [rest.positions(rank, done) for rank in range(rest.workers)]
+    after = np.sort(np.concatenate(positions)).astype(int)
+    assert np.array_equal(after, np.arange(done, done + len(after)))
+    seen = np.concatenate([before, rest.samples(after)])
+    assert len(seen) >= plan.epochs * plan.size
+    for epoch in seen[: plan.epochs * plan.size].reshape(plan.epochs, plan.size):
+        assert sorted(epoch) == list(range(plan.size))
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:

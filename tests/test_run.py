@@ -1,14 +1,18 @@
 """What is found out before a training starts: whether it fits the cluster, and whether the data give what decides."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
-from umbrella.training.run import check, trainings_that_fit
+from umbrella.training.job import Job
+from umbrella.training.run import check, check_same, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.sweep import possible_masks
 
@@ -105,3 +109,20 @@ def test_a_sweep_compares_presets_and_weights_and_refuses_what_does_not_go_toget
     assert possible_masks(given, frozenset({"mask.task_weights"})) == [given.mask]
     with pytest.raises(UserError, match=r"^tune\.space: mask\.supervise='all': mask\.preset=upstream means supervise="):
         swept(preset={"grid": ["", "upstream"]}, supervise={"grid": ["all"]})
+
+
+def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: Path) -> None:
+    def begin(fingerprint: str = "abc", **values: Any) -> None:
+        settings = load_settings(overrides={"name": "mine", **{k.replace("__", "."): v for k, v in values.items()}})
+        nothing = np.zeros(0)
+        data = {"data.fingerprint": fingerprint}
+        check_same(Job(settings, None, None, nothing, nothing, {}, data, {}, str(tmp_path / "mine")))
+
+    begin()
+    begin(resources__workers=2, tune__grace=5)
+    with pytest.raises(UserError, match=r"^name=mine: was begun with other settings: optim\.lr was 0\.001 and is 0"):
+        begin(optim__lr=0.5)
+    with pytest.raises(UserError, match=r"data\.fingerprint was abc and is xyz"):
+        begin("xyz")
+    with pytest.raises(UserError, match=r"modalities\.PET\.patch was None and is \[2, 2, 2\]"):
+        begin(modalities__PET={"grid": [4, 4, 4], "patch": [2, 2, 2]})

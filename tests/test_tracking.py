@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from umbrella import tracking
 from umbrella.base import UserError
-from umbrella.tracking import OUTCOME, Tracker, close_trial, code_version, open_experiment, tracking_uri
+from umbrella.tracking import LAST_WRITTEN, OUTCOME, Tracker, close_trial, code_version, open_experiment, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,26 @@ def test_a_trial_that_starts_again_continues_its_run(uri: str, experiment: str, 
     assert Tracker.start(uri, experiment, "lr=0.1", trial="two").run_id != first.run_id
     assert len({Tracker.start(uri, experiment, "a sweep").run_id for _ in range(2)}) == 2  # no trial: always new
     assert len(client.search_runs([experiment])) == 4
+
+
+def test_a_run_that_goes_on_from_before_its_last_metrics_has_each_step_once(
+    uri: str, experiment: str, client: MlflowClient
+) -> None:
+    def train(tracker: Tracker, steps: range) -> None:
+        for step in steps:
+            tracker.metrics({"train/loss": float(step)}, step)
+            if step % 2 == 0:
+                tracker.metrics({"eval/loss": step / 2, LAST_WRITTEN: 0.1}, step)
+                tracker.flush()
+
+    first = Tracker.start(uri, experiment, "x", trial="killed")
+    train(first, range(1, 6))  # killed: what came after step 4 was never written
+    again = Tracker.start(uri, experiment, "x", trial="killed")
+    train(again, range(3, 9))  # its checkpoint was of step 2
+    again.end()
+    history = client.get_metric_history(again.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(step, float(step)) for step in range(1, 9)]
+    assert [m.step for m in client.get_metric_history(again.run_id, "eval/loss")] == [2, 4, 6, 8]
 
 
 def test_closing_a_trial_ends_a_running_one_and_leaves_an_ended_one(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from umbrella.base import Section, UserError
@@ -28,6 +28,8 @@ class Settings(Section):
 
     experiment: str = "umbrella"
     """Name of the experiment in MLflow."""
+    name: str = Field("", pattern=r"^[\w.-]*$")
+    """Name of a training: the same name goes on where it stopped. Empty: a new one, named by the time."""
     seed: int = 0
     """Seed of initial weights and of the order of samples."""
     cohort: CohortSettings = CohortSettings()

@@ -16,6 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbrella.base import UserError
 
 TRIAL, PARENT, OUTCOME = "ray.trial_id", "mlflow.parentRunId", "umbrella.outcome"
+LAST_WRITTEN = "train/waiting_for_data"
+"""The metric of an evaluation whose name sorts behind all others."""
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
 
 
@@ -50,6 +52,9 @@ class Tracker:
         self.client = MlflowClient(uri)
         self.run_id = run.info.run_id
         self._pending: list[Metric] = []
+        # Of a run that goes on: up to this step everything is there. Metrics are written by name, and this one is last.
+        known = self.client.get_metric_history(self.run_id, LAST_WRITTEN) if LAST_WRITTEN in run.data.metrics else []
+        self._known_until = max((metric.step for metric in known), default=-1)
 
     @classmethod
     def start(
@@ -79,7 +84,9 @@ class Tracker:
         self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in values.items()])
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Gather metrics of a step."""
+        """Gather metrics of a step, unless the run has them from before it was interrupted."""
+        if step <= self._known_until:
+            return
         now = int(time.time() * 1000)
         self._pending += [Metric(name, float(value), now, step) for name, value in values.items()]
 

@@ -53,7 +53,7 @@ def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:
-    from umbrella.training.checkpoint import read_progress
+    from umbrella.training.progress import read_progress
 
     answer, client, parent, _ = swept
     assert answer.best.optim.lr == 3e-3

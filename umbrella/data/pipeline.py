@@ -44,6 +44,9 @@ class Plan:
     """(size,): samples of similar length share a step and lie side by side in it; None leaves them where they fall."""
     window: int = 16
     """Steps whose samples are sorted among themselves."""
+    sorted_by: int = 0
+    """Samples in a step as sorting has them; 0: ``per_step``. A training that goes on with other workers keeps what it
+    began with, or the order, and with it what was seen already, would change."""
 
     @property
     def per_step(self) -> int:
@@ -53,7 +56,11 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
-        return ceil(self.epochs * self.size / self.per_step)
+        return self.steps_from(0)
+
+    def steps_from(self, start: int) -> int:
+        """Optimizer steps from a position to the end."""
+        return max(0, ceil((self.epochs * self.size - start) / self.per_step))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,8 +79,8 @@ class Plan:
         return line + (f"; the last step is filled up with {self.surplus} samples once more" if self.surplus else "")
 
     def positions(self, rank: int, start: int = 0) -> np.ndarray:
-        """The positions that one worker sees, in order, from position ``start`` (a whole number of steps) on."""
-        everything = np.arange(start, self.steps * self.per_step)
+        """The positions that one worker sees, in order, from position ``start`` on."""
+        everything = np.arange(start, start + self.steps_from(start) * self.per_step)
         return everything.reshape(-1, self.workers, self.batch_size)[:, rank].reshape(-1)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -85,11 +92,12 @@ class Plan:
         if self.lengths is None:
             return order
         draw = np.random.default_rng((self.seed, epoch, 1))
-        first = -epoch * self.size % self.per_step  # these complete the step that the epoch before has begun
-        last = self.size - (self.size - first) % self.per_step
-        for start in range(first, last, self.window * self.per_step):
-            part = order[start : min(start + self.window * self.per_step, last)]
-            steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, self.per_step)
+        step = self.sorted_by or self.per_step
+        first = -epoch * self.size % step  # these complete the step that the epoch before has begun
+        last = self.size - (self.size - first) % step
+        for start in range(first, last, self.window * step):
+            part = order[start : min(start + self.window * step, last)]
+            steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, step)
             part[:] = draw.permutation(steps).reshape(-1)
         return order
 

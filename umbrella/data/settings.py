@@ -51,6 +51,8 @@ class DataSettings(Section):
     """Tokens in a row that conversations share without padding, each attending to itself only. 0: a row each."""
     prefetch: int = Field(2, ge=0)
     """Batches made ahead of the training step."""
+    log_samples: bool = False
+    """Write which conversations each step sees, <training>/samples_<rank>.jsonl."""
 
     @field_validator("task_filter")
     @classmethod

@@ -1,21 +1,18 @@
-"""A checkpoint folder: the model as transformers saves it, the optimizer's state, and how far the training is."""
+"""A checkpoint folder: the model as transformers saves it, the training's state, and how far it is."""
 
 import json
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROGRESS, OPTIMIZER, SETTINGS = "progress.json", "optimizer.pt", "settings.yaml"
+from umbrella.training.progress import METRICS, PROGRESS, Progress, read_progress, write_files
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a training is: optimizer steps done, and the position of the next sample (see ``data.pipeline.Plan``)."""
-
-    step: int = 0
-    position: int = 0
+STATE, SETTINGS = "state.pt", "settings.yaml"
 
 
 def save_checkpoint(
@@ -26,19 +23,31 @@ def save_checkpoint(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
     settings_yaml: str,
+    rng: Sequence[torch.Tensor] = (),
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write everything that resuming, scoring and generating need."""
+    """Write everything that resuming, scoring and generating need. The folder appears whole, or not at all.
+
+    Args:
+        rng: the state of each worker's random numbers, by rank; see ``rng_state``.
+        metrics: of the evaluation at this step.
+    """
     folder = Path(folder)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, folder / OPTIMIZER)
-    (folder / SETTINGS).write_text(settings_yaml, encoding="utf-8")
-    (folder / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-
-
-def read_progress(folder: str | Path) -> Progress:
-    """How far the training of a checkpoint is."""
-    return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+    # Beside it, so that giving it its name is one step of one file system.
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": list(rng)}
+    torch.save(state, partial / STATE)
+    (partial / SETTINGS).write_text(settings_yaml, encoding="utf-8")
+    (partial / METRICS).write_text(json.dumps(dict(metrics or {})), encoding="utf-8")
+    (partial / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    write_files(partial)
+    if folder.exists():  # one that was found broken
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
 
 
 def restore(
@@ -46,12 +55,32 @@ def restore(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    rank: int = 0,
 ) -> Progress:
-    """Put a checkpoint's weights and states in place."""
+    """Put a checkpoint's weights and states in place, and this worker's random numbers where they were.
+
+    A worker that the checkpoint has no random numbers of keeps its own.
+    """
     folder = Path(folder)
     loaded = type(model).from_pretrained(folder, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    state = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+    state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
+    if rank < len(state["rng"]):
+        set_rng_state(state["rng"][rank])
     return read_progress(folder)
+
+
+def rng_state() -> torch.Tensor:
+    """The state of this process's random numbers in training: torch's on the CPU, and on the GPU if there is one."""
+    states = [torch.get_rng_state()]
+    return torch.cat([*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states)
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    """Put ``rng_state`` back."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if len(state) > size and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[size:])

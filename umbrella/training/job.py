@@ -4,7 +4,6 @@ Three processes of each training unpickle this file: the trial, Ray Train's cont
 needs the model, so only the worker imports it: seconds per trial.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 import numpy as np
 import ray
 from ray.data import ExecutionOptions
-from ray.train import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
+from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.data.pipeline import Plan, evaluation_datasets, train_datasets
+from umbrella.training.progress import latest_checkpoint, progress_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Job:
         """Which sample each worker sees at each step."""
         train = self.settings.train
         return Plan(
+            sorted_by=progress_of(self.folder).sorted_by,
             size=len(self.train_lengths),
             seed=self.settings.seed,
             epochs=train.epochs,
@@ -60,17 +62,49 @@ def train_loop(config: dict[str, Job]) -> None:
     """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs."""
     from umbrella.training.worker import Worker
 
-    Worker(config["job"]).run()
+    job = config["job"]
+    try:
+        Worker(job).run()
+    except (UserError, FloatingPointError) as error:
+        # Every worker meets it at the same place, and would again: nothing that a restart could mend.
+        stopped_file(job).write_text(str(error), encoding="utf-8")
+
+
+def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
+    """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
+
+    Raises:
+        UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
+            from which it could go on.
+    """
+    stopped_file(job).unlink(missing_ok=True)
+    reason = ""
+    try:
+        make_trainer(job, callbacks).fit()
+    except WorkerGroupError as error:
+        cause = next(iter(error.worker_failures.values()), error)
+        tries = job.settings.resources.max_failures + 1
+        reason = f"in {tries} attempts (resources.max_failures) a worker died: {' '.join(str(cause).split())[:300]}"
+    if stopped_file(job).exists():
+        reason = stopped_file(job).read_text(encoding="utf-8")
+    if reason:
+        latest = latest_checkpoint(job.folder)
+        kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
+        raise UserError(f"the training stopped: {reason}; {kept}")
+
+
+def stopped_file(job: Job) -> Path:
+    """Where a worker says what stopped a training, when a restart would not help."""
+    return Path(job.folder) / "stopped.txt"
 
 
 def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
-    """The trainer of a job. A trainer of a job whose folder holds checkpoints continues from the last one."""
-    resources, tune = job.settings.resources, job.settings.tune
+    """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
+    resources = job.settings.resources
     folder = Path(job.folder)
 
     def position() -> int:
-        steps = sorted(folder.glob("step_*/progress.json"))
-        return json.loads(steps[-1].read_text(encoding="utf-8"))["position"] if steps else 0
+        return progress_of(folder).position
 
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -88,10 +122,7 @@ def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
             name=folder.name,
             callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="WARNING"),
-            # The newest one, to resume from, is kept beside the best.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=tune.metric, checkpoint_score_order=tune.mode
-            ),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
 

@@ -1,5 +1,6 @@
 """One training: what it needs on a cluster, and the TorchTrainer that runs it."""
 
+import json
 import os
 import re
 import time
@@ -9,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import ray
-from ray.train import WorkerGroupError
 
 from umbrella.base import UserError
 from umbrella.config import Settings
@@ -21,7 +21,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.tracking import close_trial, open_experiment, tracking_uri
-from umbrella.training.job import Job, make_trainer
+from umbrella.training.job import Job, run_job
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
 
@@ -160,16 +160,35 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     experiment = open_experiment(uri, settings.experiment, storage)
     start_ray(settings.resources, log_to_driver=True)
     trainings_that_fit(settings.resources, ray.cluster_resources())
-    name = time.strftime("train-%Y%m%d-%H%M%S")
+    name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
+    check_same(job)
     try:
-        make_trainer(job).fit()
+        run_job(job)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         close_trial(uri, experiment, name, "KILLED" if killed else "FAILED", "killed" if killed else "failed")
-        causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-        if causes and isinstance(causes[0], UserError | FloatingPointError):
-            raise UserError(f"the training stopped: {causes[0]}") from None
         raise
     return Path(job.folder)
+
+
+def check_same(job: Job) -> None:
+    """Keep what a training was begun with, and refuse to go on with something else under its name.
+
+    Raises:
+        UserError: names what differs: a setting (other than of ``resources`` and ``tune``), or the data.
+    """
+    file = Path(job.folder) / "begun_with.json"
+    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in ("resources", "tune")}
+    now = json.loads(json.dumps(now | {"data.fingerprint": job.data["data.fingerprint"]}))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now, indent=1), encoding="utf-8")
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))
+    differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if differs:
+        raise UserError(
+            f"name={job.settings.name}: was begun with other settings: {'; '.join(differs)}; take a new name"
+        )

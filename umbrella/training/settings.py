@@ -22,6 +22,27 @@ class OptimSettings(Section):
     """Largest norm of the gradient; a larger one is scaled down to this."""
 
 
+class AugmentSettings(Section):
+    """Random changes of the volumes in training, each off at 0; evaluation sees the volumes as they are."""
+
+    flip_left_right: float = Field(0, ge=0, le=1)
+    """Probability that a sample is mirrored left to right. Only where no answer depends on the side."""
+    flip_other: float = Field(0, ge=0, le=1)
+    """Probability that a sample is mirrored back to front, and the same again for bottom to top."""
+    rotate: float = Field(0, ge=0, le=180)
+    """Largest angle of a turn around each of the three axes, in degrees."""
+    scale: float = Field(0, ge=0, lt=1)
+    """Largest relative change of size: 0.1 makes the content 0.9 to 1.1 times as large."""
+    shift: float = Field(0, ge=0, le=1)
+    """Largest shift along each axis, as a share of the axis."""
+    contrast: float = Field(0, ge=0, lt=1)
+    """Largest relative change of each volume's contrast: 0.2 stretches it around its mean by 0.8 to 1.2."""
+    brightness: float = Field(0, ge=0)
+    """Largest value added to each volume or taken from it, in its standard deviations."""
+    noise: float = Field(0, ge=0)
+    """Standard deviation of the Gaussian noise added to each voxel, in standard deviations of its volume."""
+
+
 class TrainSettings(Section):
     """One training."""
 
@@ -48,5 +69,9 @@ class ResourceSettings(Section):
     """CPUs reserved for each worker. Ray's own helpers need one whole CPU beside all workers."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs reserved for each worker; a fraction lets trials share a card."""
+    max_failures: int = Field(3, ge=0)
+    """How often a training starts again from its last checkpoint after a worker died."""
+    keep_checkpoints: int = Field(1, ge=1)
+    """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
     storage: str = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""

@@ -1,8 +1,10 @@
 """The Ray Train worker loop: what runs in each worker process of one training."""
 
-import tempfile
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,10 @@ from umbrella.evaluation.scoring import Scored, score
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.tracking import Tracker
-from umbrella.training.checkpoint import Progress, restore, save_checkpoint
+from umbrella.training.checkpoint import restore, rng_state, save_checkpoint
 from umbrella.training.job import Job, progress_line
 from umbrella.training.optimizer import build_optimizer, build_schedule
+from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
 from umbrella.training.statement import audited, mask_page, statement
 from umbrella.training.step import StepResult, train_step
 
@@ -53,13 +56,17 @@ class Worker:
             self.settings.model, self.settings.modalities, len(self.tokenizer), self.renderer.image_id
         ).to(self.device)
         self.parts = parts(self.model)
+        # From here on each worker has random numbers of its own.
+        torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.rank)).generate_state(1)[0]))
         self.optimizer = build_optimizer(self.model, self.settings.optim)
-        self.schedule = build_schedule(self.optimizer, self.settings.optim, self.plan.steps)
-        self.progress = Progress()
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint:
-            with checkpoint.as_directory() as folder:
-                self.progress = restore(folder, self.model, self.optimizer, self.schedule)
+        latest = latest_checkpoint(job.folder)
+        self.progress = read_progress(latest) if latest else Progress()
+        self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
+        self.schedule = build_schedule(self.optimizer, self.settings.optim, self.steps)
+        if latest:
+            restore(latest, self.model, self.optimizer, self.schedule, self.rank)
+        log = Path(job.folder) / f"samples_{self.rank}.jsonl"
+        self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.tracker = self._start_tracking() if self.rank == 0 else None
 
     def run(self) -> None:
@@ -68,18 +75,21 @@ class Worker:
         model.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         stream = self._training_batches()
+        expected = map(int, self.plan.samples(self.plan.positions(self.rank, self.progress.position)))
         since = time.perf_counter()
         waited, first = 0.0, self.progress.step
-        for step in range(first + 1, self.plan.steps + 1):
+        for step in range(first + 1, self.steps + 1):
             asked = time.perf_counter()
             micro_batches = [next(stream).to(self.device) for _ in range(self.settings.train.accumulate)]
+            self._check_samples(micro_batches, step, expected)
             waited += time.perf_counter() - asked
             result = train_step(
                 model, micro_batches, self.optimizer, self.schedule, self.settings.optim.clip, self.parts, self.dtype
             )
-            self.progress = Progress(step, step * self.plan.per_step)
+            position = self.progress.position + self.plan.per_step
+            self.progress = Progress(step, position, self.plan.sorted_by or self.plan.per_step)
             self._track_step(result)
-            if step % every == 0 or step == self.plan.steps:
+            if step % every == 0 or step == self.steps:
                 spent = time.perf_counter() - since
                 pace = {
                     "train/samples_per_second": (step - first) * self.plan.per_step / spent,
@@ -90,6 +100,15 @@ class Worker:
                 waited, first = 0.0, step
         if self.tracker:
             self.tracker.end()
+
+    def _check_samples(self, batches: Sequence[Batch], step: int, expected: Iterator[int]) -> None:
+        """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
+        seen = [sample for batch in batches for sample in batch.sample_indices.tolist()]
+        if seen != list(islice(expected, len(seen))):
+            raise RuntimeError(f"step {step} got other samples than position {self.progress.position} has")
+        if self.samples_log:
+            task_ids = [task_id for batch in batches for task_id in batch.task_ids]
+            print(json.dumps({"step": step, "task_ids": task_ids}), file=self.samples_log, flush=True)
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -140,27 +159,37 @@ class Worker:
             self.tracker.metrics(values, self.progress.step)
 
     def _evaluate_and_report(self, result: StepResult, pace: dict[str, float]) -> None:
-        measured = pace | self._evaluate()
-        name = f"step_{self.progress.step:07d}"
+        measured, tune = pace | self._evaluate(), self.settings.tune
         report: dict[str, Any] = {
             "step": self.progress.step,
-            "steps": self.plan.steps,
+            "steps": self.steps,
             "epoch": self.progress.position / self.plan.size,
             "train/loss": result.loss,
             "train/lr": result.lr,
-            "checkpoint": f"{self.job.folder}/{name}",
+            "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",
             **measured,
         }
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self.tracker:
-                self.tracker.metrics(measured, self.progress.step)
-                self.tracker.flush()
-                yaml = self.settings.to_yaml()
-                save_checkpoint(folder, self.model, self.tokenizer, self.optimizer, self.schedule, self.progress, yaml)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-                print(progress_line(report), flush=True)
-            ray.train.report(report, checkpoint=checkpoint, checkpoint_dir_name=name)
+        rng = [rng_state()]
+        if distributed.is_initialized():
+            rng = [torch.empty(0)] * distributed.get_world_size()
+            distributed.all_gather_object(rng, rng_state())
+        if self.tracker:
+            self.tracker.metrics(measured, self.progress.step)
+            self.tracker.flush()
+            save_checkpoint(
+                report["checkpoint"],
+                self.model,
+                self.tokenizer,
+                self.optimizer,
+                self.schedule,
+                self.progress,
+                self.settings.to_yaml(),
+                rng,
+                measured,
+            )
+            prune(self.job.folder, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
+            print(progress_line(report), flush=True)
+        ray.train.report(report)
 
     def _start_tracking(self) -> Tracker:
         """Open the run, and say there and in the log what this training is."""

@@ -6,7 +6,7 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from umbrella.training.job import Job, make_trainer
+from umbrella.training.job import Job, run_job
 from umbrella.tuning.space import label
 
 
@@ -19,4 +19,4 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
         tracking={**job.tracking, "name": label(config), "trial": trial_id},
         folder=f"{job.folder}/trials/{trial_id}",
     )
-    make_trainer(job, [TuneReportCallback()]).fit()
+    run_job(job, [TuneReportCallback()])

@@ -1,0 +1,80 @@
+"""Which checkpoint a training goes on from, and which ones are kept."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from umbrella.training.progress import Progress, latest_checkpoint, progress_of, prune, read_progress, write_files
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A whole checkpoint of a step, with files of a few bytes."""
+
+    def make(step: int, **metrics: float) -> Path:
+        folder = tmp_path / f"step_{step:07d}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"0123456789")
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"01234")
+        (folder / "progress.json").write_text(f'{{"step": {step}, "position": {8 * step}, "sorted_by": 8}}')
+        (folder / "metrics.json").write_text(json.dumps({f"eval/{name}": value for name, value in metrics.items()}))
+        write_files(folder)
+        return folder
+
+    return make
+
+
+def test_a_training_goes_on_from_its_newest_checkpoint(make: Make, tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "nothing yet") is None
+    assert progress_of(tmp_path) == Progress(0, 0, 0)
+    make(20)
+    make(5)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_0000020"
+    assert progress_of(tmp_path) == read_progress(tmp_path / "step_0000020") == Progress(20, 160, 8)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("model.safetensors", "model.safetensors has 9 bytes instead of 10"),
+        ("adapter/adapter_model.safetensors", "adapter_model.safetensors has 4 bytes instead of 5"),
+        ("files.json", "files.json cannot be read: "),
+    ],
+)
+def test_one_that_was_cut_short_is_named_and_the_one_before_is_taken(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture, broken: str, message: str
+) -> None:
+    make(5)
+    newer = make(10)
+    (newer / broken).write_bytes((newer / broken).read_bytes()[:-1])
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_0000005"
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {newer} cannot be used: ")
+    assert message in said
+
+
+def test_one_without_a_file_or_a_list_of_them_is_not_taken(make: Make, tmp_path: Path) -> None:
+    (make(10) / "adapter" / "adapter_model.safetensors").unlink()
+    (make(11) / "files.json").unlink()
+    (tmp_path / ".step_0000012.partial").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_the_newest_and_the_best_are_kept(make: Make, tmp_path: Path) -> None:
+    nan = float("nan")
+    scores = {1: (0.5, 2.0), 2: (0.9, 1.5), 3: (0.9, 1.0), 4: (nan, 0.1), 5: (0.7, 1.0), 6: (0.6, 1.0)}
+    for step, (accuracy, loss) in scores.items():
+        make(step, accuracy=accuracy, loss=loss)
+    (make(7) / "model.safetensors").unlink()  # what is broken is not touched: somebody may want to look at it
+
+    def kept() -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in tmp_path.glob("step_*"))
+
+    prune(tmp_path, 2, "eval/accuracy", "max")
+    assert kept() == [3, 5, 6, 7]
+    prune(tmp_path, 1, "eval/accuracy", "min")
+    assert kept() == [6, 7]

@@ -1,0 +1,78 @@
+"""How far a training is, read from its checkpoint folders. Imports little: every process of a training asks here."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from math import inf, isnan, nan
+from pathlib import Path
+
+PROGRESS, METRICS, FILES = "progress.json", "metrics.json", "files.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``."""
+
+    step: int = 0
+    position: int = 0
+    sorted_by: int = 0
+
+
+def read_progress(folder: str | Path) -> Progress:
+    """How far the training of a checkpoint is."""
+    return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+
+
+def write_files(folder: Path) -> None:
+    """List a checkpoint's files with their sizes in bytes; what makes it whole."""
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    (folder / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def what_is_wrong(folder: str | Path) -> str:
+    """Why a checkpoint cannot be used: a file is gone or has another size than it was written with. Empty: nothing."""
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{FILES} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is gone"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return ""
+
+
+def progress_of(folder: str | Path) -> Progress:
+    """How far a training is whose checkpoints lie in this folder."""
+    latest = latest_checkpoint(folder)
+    return read_progress(latest) if latest else Progress()
+
+
+def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
+    """Delete a training's whole checkpoints but the newest ``keep`` and the best, by the metric and then the loss."""
+    whole = [path for path in sorted(Path(folder).glob("step_*")) if not what_is_wrong(path)]
+    sign = 1 if mode == "max" else -1
+
+    def goodness(path: Path) -> tuple[float, float]:
+        metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
+        values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
+        return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
+
+    best = max(whole, key=goodness, default=None)
+    for path in whole[:-keep]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a training; newer ones that are not whole are named on standard error."""
+    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+        problem = what_is_wrong(path)
+        if not problem:
+            return path
+        print(f"note: {path} cannot be used: {problem}; the training goes on from the one before", file=sys.stderr)
+    return None
