@@ -9,7 +9,7 @@ from test_real_shapes import CHECKPOINTS, MODALITIES
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.model.presets import from_llava
+from umbrella.model.loading import from_llava
 from umbrella.model.selection import parts, select_trainable
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from umbrella.base import UserError
 from umbrella.data.batching import Batch
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
@@ -60,7 +61,7 @@ def test_a_saved_model_with_adapters_gives_the_same_outputs(trained: Any, batch:
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in trained.state_dict().items())
     # To the last bit only where the weights lie alike in memory.
     torch.testing.assert_close(nll(again, batch), nll(trained, batch), rtol=0, atol=1e-5)
-    settings = ModelSettings(checkpoint=str(tmp_path), train="embedder+lora")
+    settings = ModelSettings(checkpoint=str(tmp_path), train="embedder+lora", lora_rank=2)
     continued = build_model(settings, trained.config.modalities, 260, trained.config.image_token_id)
     torch.testing.assert_close(nll(continued, batch), nll(trained, batch), rtol=0, atol=1e-5)
     assert all(w.requires_grad for w in parts(continued)["lora"])
@@ -79,3 +80,24 @@ def test_adapters_are_saved_as_peft_saves_them_and_the_rest_without_them(
     assert not torch.allclose(nll(base, batch), with_adapters, atol=1e-4)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "moved"))
     torch.testing.assert_close(nll(adapted, batch), with_adapters, rtol=0, atol=1e-5)
+
+
+def test_adapters_of_a_checkpoint_are_not_taken_for_others(trained: Any, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path)
+    settings = ModelSettings(checkpoint=str(tmp_path), train="lora", lora_rank=8)
+    with pytest.raises(UserError, match="has adapters already, made with r=2, lora_alpha=32, lora_dropout=0; set"):
+        build_model(settings, trained.config.modalities, 260, trained.config.image_token_id)
+
+
+def test_adapters_are_neither_left_behind_nor_cut_in_pieces(
+    build: Callable[..., Any], trained: Any, batch: Batch, tmp_path: Path
+) -> None:
+    trained.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    torch.testing.assert_close(nll(Umbrella.from_pretrained(tmp_path), batch), nll(trained, batch), rtol=0, atol=1e-5)
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+        Umbrella.from_pretrained(tmp_path)
+    plain = build()
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(nll(Umbrella.from_pretrained(tmp_path), batch), nll(plain, batch))

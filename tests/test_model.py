@@ -146,8 +146,15 @@ def test_volumes_that_do_not_fit_the_placeholders_name_both_counts(model: Umbrel
     batch = make("two", "three")
     groups = batch.pixel_values
     lacking = {name: group for name, group in groups.items() if name != "dMRI"}
-    with pytest.raises(ValueError, match="4 volumes for 5 runs of placeholders"):
+    with pytest.raises(ValueError, match="4 volumes for 5 runs of placeholders in the batch; row 1, run 3 of the"):
         nll(model, replace(batch, pixel_values=lacking))
+    with pytest.raises(ValueError, match="0 volumes for 5 runs of placeholders in the batch; row 0, run 0 of the"):
+        nll(model, replace(batch, pixel_values={}))
+    with pytest.raises(ValueError, match="0 volumes for 5 runs"):
+        model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=2)
+    shifted = groups | {"dMRI": replace(groups["dMRI"], run=torch.tensor([7]))}
+    with pytest.raises(ValueError, match="5 volumes for 5 runs of placeholders in the batch; row 1, run 3"):
+        nll(model, replace(batch, pixel_values=shifted))
     # Both totals still agree: opposite errors in two rows must not cancel.
     exchanged = groups | {"fMRI": replace(groups["fMRI"], run=torch.tensor([1, 4]))}
     exchanged["sMRI"] = replace(groups["sMRI"], run=torch.tensor([0, 2]))
@@ -219,3 +226,28 @@ def test_generation_is_greedy_unless_told_otherwise_and_gives_one_answer_a_row(
     assert len(drawn) > 1
     with pytest.raises(ValueError, match="num_beams and num_return_sequences stay at 1"):
         model.generate(**prompt, num_beams=2)
+
+
+@pytest.mark.parametrize(("tower", "language"), [("clip", "llama"), ("siglip", "qwen2")])
+def test_packing_and_batched_generation_hold_for_every_tower_and_language_model(
+    make: MakeBatch,
+    save_llava: Callable[..., Any],
+    modalities: dict[str, Modality],
+    tmp_path: Any,
+    tower: str,
+    language: str,
+) -> None:
+    save_llava(tmp_path, tower, language, vision_feature_select_strategy="default" if tower == "clip" else "full")
+    image_id = make("two").input_ids[make("two").image_mask][0].item()
+    model = build_model(ModelSettings(checkpoint=str(tmp_path)), modalities, 260, image_id).eval()
+    shared, padded = make("two", "none", "three", pack=10_000), make("two", "none", "three")
+    alone = nll(model, padded)[padded.attention_mask > 0]
+    torch.testing.assert_close(nll(model, shared)[0], alone, rtol=0, atol=1e-5)
+    for cache in ("dynamic", "static"):
+        options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 256, "cache_implementation": cache}
+        one = make("three")
+        answer = model.generate(input_ids=one.input_ids, pixel_values=one.pixel_values, **options)[0, -4:]
+        with torch.no_grad():
+            again = torch.cat([one.input_ids, answer[None, :-1]], 1)
+            likeliest = model(again, torch.ones_like(again), one.pixel_values).logits[0, -4:].argmax(-1)
+        assert answer.tolist() == likeliest.tolist()

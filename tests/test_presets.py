@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DINOv3ViTConfig, LlavaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DINOv3ViTConfig,
+    GenerationConfig,
+    LlavaConfig,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from umbrella.base import UserError
 from umbrella.data.batching import Batch, collate
@@ -165,7 +174,7 @@ def test_a_checkpoint_that_cannot_be_used_says_why(
         build(checkpoint="/no/such/folder")
     layer = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     Qwen2Config(**layer).save_pretrained(tmp_path / "qwen")
-    with pytest.raises(UserError, match="is a qwen2, not a LLaVA"):
+    with pytest.raises(UserError, match="is a qwen2; llava, llava_next, llava_onevision, umbrella_llava work"):
         build(checkpoint=str(tmp_path / "qwen"))
     siglip, qwen = SiglipVisionConfig(**layer), Qwen2Config(**layer)
     LlavaConfig(vision_config=siglip, text_config=MistralConfig(**layer)).save_pretrained(tmp_path / "mistral")
@@ -188,5 +197,73 @@ def test_a_checkpoint_of_pickles_is_not_read(
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"cannot be loaded: .*model\.safetensors"):
         build(checkpoint=str(tmp_path))
+    build().save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "model.safetensors").rename(tmp_path / "ours" / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"model\.safetensors"):
+        Umbrella.from_pretrained(tmp_path / "ours")
+
+
+def test_a_checkpoint_that_was_cut_short_says_so(
+    build: Callable[..., Umbrella], save_llava: Callable[..., Any], tmp_path: Path
+) -> None:
+    save_llava(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"^model\.checkpoint=.*: cannot be loaded: "):
+        build(checkpoint=str(tmp_path))
+
+
+def test_a_plain_llava_is_not_taken_for_a_saved_model(save_llava: Callable[..., Any], tmp_path: Path) -> None:
+    save_llava(tmp_path)
+    with pytest.raises(ValueError, match=r"is a llava without volume embedders; presets\.build_model gives it some"):
         Umbrella.from_pretrained(tmp_path)
+
+
+def test_a_placeholder_that_the_model_has_no_word_for_is_refused(
+    save_llava: Callable[..., Any], modalities: dict[str, Modality], tmp_path: Path
+) -> None:
+    save_llava(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer's placeholder is token 350, and its model knows 264 words"):
+        build_model(ModelSettings(checkpoint=str(tmp_path)), modalities, 351, 350)
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_relatives_of_llava_are_taken_over_as_well(
+    build: Callable[..., Umbrella], batch: Batch, tmp_path: Path, kind: str
+) -> None:
+    layer = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    parts_of = {
+        "vision_config": SiglipVisionConfig(**layer, image_size=8, patch_size=4, vision_use_head=False),
+        "text_config": Qwen2Config(**layer, num_key_value_heads=1, vocab_size=264),
+        "vision_feature_layer": -1,
+    }
+    plain = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **parts_of))
+    plain.save_pretrained(tmp_path / kind)
+    model = build(checkpoint=str(tmp_path / kind), embedder_init="inflated")
+    for part in ("vision_tower.encoder", "multi_modal_projector", "language_model"):
+        theirs, ours = (m.model.get_submodule(part).state_dict() for m in (plain, model))
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(nll(build(checkpoint=str(tmp_path / "saved")), batch), nll(model, batch))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_language_model_attends_as_the_settings_say(
+    build: Callable[..., Umbrella], save_llava: Callable[..., Any], tmp_path: Path, checkpoint: bool
+) -> None:
+    save_llava(tmp_path)
+    model = build(attention="eager", checkpoint=str(tmp_path) if checkpoint else "")
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+def test_a_checkpoints_own_way_of_generating_does_not_act(
+    build: Callable[..., Umbrella], save_llava: Callable[..., Any], tmp_path: Path
+) -> None:
+    save_llava(tmp_path)
+    way = GenerationConfig(do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=1.5, eos_token_id=7)
+    way.save_pretrained(tmp_path)
+    own = build(checkpoint=str(tmp_path)).generation_config
+    assert (own.do_sample, own.num_beams, own.repetition_penalty, own.temperature) == (None, None, None, None)
+    assert own.eos_token_id == 7

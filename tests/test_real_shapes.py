@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers import SiglipVisionConfig as Siglip
 
 from umbrella.modality import Modality
-from umbrella.model.presets import from_llava
+from umbrella.model.loading import from_llava
 from umbrella.model.selection import parts
 
 SO400M = Siglip(

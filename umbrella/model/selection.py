@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from umbrella.base import UserError
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 
@@ -27,17 +28,24 @@ def parts(model: UmbrellaForConditionalGeneration) -> dict[str, list[nn.Paramete
 
 
 def add_lora(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -> None:
-    """Adapters (LoRA, Hu et al. 2021) on the language model, unless a checkpoint has brought its own."""
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        from peft import LoraConfig  # seconds, which trainings without adapters need not spend
+    """Adapters (LoRA, Hu et al. 2021) on the language model, unless a checkpoint has brought its own.
 
-        model.add_adapter(
-            LoraConfig(
-                r=settings.lora_rank,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=LORA_TARGETS,
-            )
+    Raises:
+        UserError: those that it brought are made otherwise than the settings say.
+    """
+    from peft import LoraConfig  # seconds, which trainings without adapters need not spend
+
+    asked = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        model.add_adapter(LoraConfig(**asked, target_modules=LORA_TARGETS))
+        return
+    (own,) = model.peft_config.values()
+    there = {name: getattr(own, name) for name in asked}
+    if there != asked:
+        has = ", ".join(f"{name}={value:g}" for name, value in there.items())
+        raise UserError(
+            f"model.checkpoint={settings.checkpoint}: has adapters already, made with {has}; set model.lora_rank,"
+            " .lora_alpha and .lora_dropout to that"
         )
 
 

@@ -27,8 +27,8 @@ class ModelSettings(Section):
     """Scale of the adapters: their product is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters, in training."""
-    attention: Literal["sdpa", "flex_attention", "flash_attention_2", "eager"] = "sdpa"
-    """How the language model attends. flex_attention and flash_attention_2 need a GPU, and pay with data.pack."""
+    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
+    """How the language model attends. flex_attention needs a GPU, and skips what data.pack keeps apart."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass; what is trained stays in float32."""
     width: int = Field(64, ge=8)

@@ -1,12 +1,19 @@
 """The model: transformers' LLaVA, reading volumes through a 3D/4D embedder in place of the tower's 2D one."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+)
 from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality
@@ -82,11 +89,12 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             ValueError: a run of placeholders and the volume that stands there disagree in number of tokens.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if pixel_values and input_ids is not None:
-            inputs |= {"input_ids": None, "inputs_embeds": self._with_volumes(input_ids, pixel_values)}
-        if attention_mask is not None and attention_mask.ndim == 2 and (attention_mask > 1).any():
-            # transformers tells the samples of a row apart by where positions start anew, if it is given no mask.
-            inputs |= {"attention_mask": None, "position_ids": restarted(attention_mask), "use_cache": False}
+        cache = generation.get("past_key_values")
+        if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not the next word of an answer
+            inputs |= self._with_volumes(input_ids, pixel_values or {})
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and (attention_mask > 1).any():
+                # transformers tells the samples of a row apart by where positions start anew, if it gets no mask.
+                inputs |= {"attention_mask": None, "position_ids": restarted(attention_mask), "use_cache": False}
         if loss_weights is None:
             return super().forward(**generation | inputs)
         assert input_ids is not None
@@ -95,10 +103,14 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             hidden = hidden + self._anchor(pixel_values or {})
         return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights))
 
-    def _with_volumes(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
+    def _with_volumes(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> dict[str, Any]:
+        if not pixel_values:
+            self._check_runs(input_ids, input_ids.new_empty(0), input_ids.new_empty(0))
+            return {}
         words = self.get_input_embeddings()(input_ids)
         here = (input_ids == self.config.image_token_id)[..., None]
-        return words.masked_scatter(here, self.features(input_ids, pixel_values).to(words.dtype))
+        placed = words.masked_scatter(here, self.features(input_ids, pixel_values).to(words.dtype))
+        return {"input_ids": None, "inputs_embeds": placed}
 
     def features(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
         """Projected features of all volumes (tokens, d), in the order of the placeholders of ``input_ids``."""
@@ -106,7 +118,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         run = torch.cat([group.run for group in pixel_values.values()])
         size = torch.cat([run.new_full(part.shape[:1], part.shape[1]) for part in parts.values()])
         order = torch.argsort(run)
-        self._check_runs(input_ids, size[order])
+        self._check_runs(input_ids, run[order], size[order])
         # Where each volume's tokens start in `parts`, gathered in the order of the runs, then counted on from there.
         start = (torch.cumsum(size, 0) - size)[order]
         placed = torch.cumsum(size[order], 0) - size[order]
@@ -127,13 +139,16 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             selected = selected[:, 1:]
         return self.model.multi_modal_projector(selected)
 
-    def _check_runs(self, input_ids: torch.Tensor, sizes: torch.Tensor) -> None:
+    def _check_runs(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> None:
+        """``runs`` (V,), rising, and ``sizes`` (V,): where the volumes stand, and how many tokens they are."""
         mask = functional.pad(input_ids == self.config.image_token_id, (1, 1))
         edges = mask[:, 1:].int() - mask[:, :-1].int()
         starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
         lengths = stops[:, 1] - starts[:, 1]
-        if len(lengths) != len(sizes):
-            raise ValueError(f"{len(sizes)} volumes for {len(lengths)} runs of placeholders in the batch")
+        if len(lengths) != len(sizes) or (runs != torch.arange(len(lengths), device=runs.device)).any():
+            alone = sorted(set(range(len(lengths))) - set(runs.tolist()))
+            where = f"; row {int(starts[alone[0], 0])}, run {alone[0]} of the batch has none" if alone else ""
+            raise ValueError(f"{len(sizes)} volumes for {len(lengths)} runs of placeholders in the batch{where}")
         if (lengths != sizes).any():
             wrong = int((lengths != sizes).nonzero()[0])
             raise ValueError(
@@ -157,9 +172,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Write weights and configuration as safetensors and JSON; adapters apart, in ``adapter/``, as PEFT does."""
         options = {"save_original_format": False} | options  # weights by their names here, not by LLaVA's older ones
+        adapter = Path(save_directory) / ADAPTER
+        shutil.rmtree(adapter, ignore_errors=True)  # what another model has left there is not this one's
         if not getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, **options)
-        super().save_pretrained(Path(save_directory) / ADAPTER, **options)
+        super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # PEFT reads one file
         own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
         self._hf_peft_config_loaded = False  # with it, only adapters would be saved
         try:
@@ -169,16 +186,26 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
-        """A saved model with its adapters. Only safetensors are read: nothing is unpickled."""
+        """A model that ``save_pretrained`` wrote, with its adapters. With adapters, no weight moves until told to.
+
+        Only safetensors are read: nothing is unpickled.
+
+        Raises:
+            ValueError: a plain LLaVA, which ``presets.build_model`` makes a model of.
+        """
         name = str(pretrained_model_name_or_path)
+        hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
+        kind = PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        if kind != UmbrellaConfig.model_type:
+            raise ValueError(f"{name} is a {kind} without volume embedders; presets.build_model gives it some")
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True})
-        files = [
-            cached_file(name, file, subfolder=ADAPTER, _raise_exceptions_for_missing_entries=False)
-            for file in ("adapter_config.json", "adapter_model.safetensors")
-        ]
-        if all(files):
+        config = cached_file(
+            name, "adapter_config.json", subfolder=ADAPTER, _raise_exceptions_for_missing_entries=False, **hub
+        )
+        if config:
+            cached_file(name, "adapter_model.safetensors", subfolder=ADAPTER, **hub)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.load_adapter(str(Path(files[0]).parent))
+            model.load_adapter(str(Path(config).parent))
         return loaded
 
 

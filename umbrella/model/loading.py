@@ -1,0 +1,148 @@
+"""A checkpoint to a model: a plain LLaVA, whose parts are taken over, or a saved model of ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+
+from umbrella.base import UserError
+from umbrella.modality import Modality
+from umbrella.model.embedder import ModalityEmbedder
+from umbrella.model.inflation import inflate
+from umbrella.model.settings import ModelSettings
+from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+
+FAMILY = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)
+"""Kinds of checkpoints with a tower, a projector of two layers and a language model, which can be taken over."""
+TOWERS = ("siglip_vision_model", "clip_vision_model")
+LANGUAGE_MODELS = ("qwen2", "llama")
+TAKEN_OVER = (
+    "image_token_index",
+    "projector_hidden_act",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+    "multimodal_projector_bias",
+    "tie_word_embeddings",
+)
+"""What of a plain LLaVA's configuration is ours too."""
+
+
+def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]) -> PretrainedConfig:
+    """The configuration of ``settings.checkpoint``, if a model for these modalities can be made of it.
+
+    Raises:
+        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities.
+    """
+    where = f"model.checkpoint={settings.checkpoint}"
+    try:
+        config = AutoConfig.from_pretrained(settings.checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if config.model_type not in FAMILY:
+        raise UserError(f"{where}: is a {config.model_type}; {', '.join(FAMILY)} work")
+    tower, language = config.vision_config.model_type, config.text_config.model_type
+    if tower not in TOWERS:
+        raise UserError(f"{where}: its tower is {tower}; {' and '.join(TOWERS)} work")
+    if language not in LANGUAGE_MODELS:
+        raise UserError(f"{where}: its language model is {language}; {' and '.join(LANGUAGE_MODELS)} work")
+    if isinstance(config, UmbrellaConfig):
+        own = config.modalities
+        for name, modality in modalities.items():
+            if name in own and own[name].patch != modality.patch:
+                raise UserError(
+                    f"{where}: reads {name} in patches of {_by(own[name].patch)}, and modalities.{name}.patch is"
+                    f" {_by(modality.patch)}; take the same, or give the modality another name"
+                )
+            if name not in own and settings.embedder_init == "inflated":
+                raise UserError(
+                    f"{where}: has no embedder for {name}, and no 2D weights to inflate one from; take"
+                    " model.embedder_init=random"
+                )
+    return config
+
+
+def load_model(
+    settings: ModelSettings, modalities: Mapping[str, Modality], image_id: int
+) -> UmbrellaForConditionalGeneration:
+    """The model of ``settings.checkpoint``, in float32, with an embedder for each of these modalities.
+
+    Raises:
+        UserError: see ``check_checkpoint``; weights that are missing, cut short, or not safetensors.
+    """
+    where = f"model.checkpoint={settings.checkpoint}"
+    config = check_checkpoint(settings, modalities)
+    words = config.text_config.vocab_size
+    if image_id >= words:
+        raise UserError(f"{where}: its tokenizer's placeholder is token {image_id}, and its model knows {words} words")
+    ours = isinstance(config, UmbrellaConfig)
+    try:
+        model, report = (UmbrellaForConditionalGeneration if ours else AutoModelForImageTextToText).from_pretrained(
+            settings.checkpoint,
+            # What a run of ours trained is float32, and stays so; others are cast below, part by part.
+            dtype=torch.float32 if ours or settings.dtype == "float32" else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
+    kinds = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
+    if ours:
+        _fit(model, modalities)
+    else:
+        model = from_llava(model, kinds, settings.embedder_init)
+    model.config.umbrella_modalities = kinds
+    model.config.image_token_index = image_id
+    return model
+
+
+@torch.no_grad()
+def from_llava(llava: Any, kinds: dict, init: str = "random") -> UmbrellaForConditionalGeneration:
+    """A plain LLaVA with volume embedders, random or inflated, in place of its 2D one; all else is taken over."""
+    config = UmbrellaConfig(
+        **{name: getattr(llava.config, name) for name in TAKEN_OVER if hasattr(llava.config, name)},
+        # The parts keep their configurations, which say how each attends.
+        vision_config=llava.config.vision_config,
+        text_config=llava.config.text_config,
+        umbrella_modalities=kinds,
+    )
+    if config.vision_config.model_type == "siglip_vision_model":
+        config.vision_feature_select_strategy = "full"  # "default" drops a class token, and SigLIP has none
+    flat = llava.model.vision_tower.embeddings
+    with torch.device("meta"):  # every weight but the embedder's is taken over
+        model = UmbrellaForConditionalGeneration(config)
+    like = flat.position_embedding.weight
+    embedder = model.embedder.to_empty(device=like.device).to(like.dtype)
+    for modality in embedder.by_modality.values():
+        assert isinstance(modality, ModalityEmbedder)
+        modality.reset_parameters()
+    if embedder.class_embedding is not None:
+        embedder.class_embedding.copy_(flat.class_embedding.float() + flat.position_embedding.weight[0].float())
+    if init == "inflated":
+        inflate(embedder, flat)
+    llava.model.vision_tower.embeddings = embedder
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(model.model, part, getattr(llava.model, part))
+    model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
+    return model.train(llava.training)
+
+
+def _fit(model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality]) -> None:
+    """Give a saved model embedders for these modalities: its own, on another grid if need be, and new ones."""
+    known, width = model.embedder.by_modality, model.config.vision_config.hidden_size
+    embedders = {}
+    for name, modality in modalities.items():
+        embedder = known[name] if name in known else ModalityEmbedder(modality, width)
+        assert isinstance(embedder, ModalityEmbedder)
+        embedder.fit_grid(modality.patch_grid)
+        embedders[name] = embedder
+    model.embedder.by_modality = nn.ModuleDict(embedders)
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
