@@ -1,6 +1,7 @@
 """What a training says at its start, and how much of the data it reads to say it."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from umbrella.data.audit import Row, audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.training.statement import audited, mask_page, statement
+from umbrella.training.statement import audited, mask_page, share, statement
 
 STOPS = "note: the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
 
@@ -23,7 +24,7 @@ def audit_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) 
 
 def page_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> str:
     examples = audited(split, renderer)
-    return mask_page(audit(examples, policy), examples, renderer, policy)
+    return mask_page(audit(examples, policy), examples, renderer, policy, share(examples, split))
 
 
 def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
@@ -33,10 +34,12 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
     policy = MaskPolicy(supervise="last_assistant")
     table = audit_of([conversation], Renderer(tokenizer, modalities), policy)
     moving = {"embedder": 1234, "projector": 0, "language_model": 5}
-    assert statement(table, policy, moving, {"fMRI": modalities["fMRI"]}, stops=True).splitlines() == [
+    assert statement(
+        table, policy, moving, {"fMRI": modalities["fMRI"]}, stops=True, read="1 of 1 conversations"
+    ).splitlines() == [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
         "mask: supervise=last_assistant, end_of_turn=True, turn_header=False, normalize=token",
-        "supervised: 7 of 33 tokens (21.2%)",
+        "supervised: 7 of 33 tokens (21.2%), in 1 of 1 conversations",
         "  assistant end          2 of 2",
         "  assistant header       0 of 11",
         "  assistant text         5 of 5",
@@ -55,10 +58,10 @@ def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_c
     conversation = talk(("user", "Sex?"), ("assistant", "male."))
     policy = MaskPolicy(normalize="turn", task_weights={"T1": 2})
     table = audit_of([conversation], Renderer(tokenizer, {}), policy)
-    lines = statement(table, policy, {}, {}, stops=False).splitlines()
+    lines = statement(table, policy, {}, {}, stops=False, read="1 of 9 conversations").splitlines()
     assert lines[1:6] == [
         "mask: supervise=assistant, end_of_turn=True, turn_header=False, task_weights={T1: 2}, normalize=turn",
-        "supervised: 7 of 30 tokens (23.3%)",
+        "supervised: 7 of 30 tokens (23.3%), in 1 of 9 conversations",
         "  assistant end          2 of 2, weight 0.5714",
         "  assistant header       0 of 11",
         "  assistant text         5 of 5, weight 1.4286",
@@ -80,15 +83,21 @@ def test_the_page_has_samples_of_every_task_and_the_same_note(
     endless.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
     pages = [page, page_of(split, Renderer(endless, {}), MaskPolicy())]
     assert [STOPS.removeprefix("note: ") in page for page in pages] == [False, True]
+    assert "Read from 61 of 61 conversations." in page
 
 
-def test_a_large_split_is_read_evenly_and_in_part(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
-    # Longer and longer answers: 1000 conversations, of which every fourth is read, 250 in all.
-    split = [talk(("user", ""), ("assistant", "a" * (i // 100))) for i in range(1000)]
-    rows = audit_of(split, Renderer(tokenizer, {}), MaskPolicy())
-    counts = {(row["role"], row["kind"]): row["tokens"] for row in rows}
-    assert counts["assistant", "end"] == 250 * 2
-    assert counts["assistant", "text"] == 25 * sum(range(10))
+def test_a_large_split_is_read_in_part_whatever_repeats_in_its_order(
+    tokenizer: Any, talk: Callable[..., Conversation]
+) -> None:
+    # Four questions in turn, 1000 conversations, of which 256 are read.
+    split = [talk(("user", ""), ("assistant", "a"), task_id=str(i), task_type="ABCD"[i % 4]) for i in range(1000)]
+    read = [example.conversation for example in audited(split, Renderer(tokenizer, {}))]
+    numbers = [int(conversation.task_id) for conversation in read]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 256
+    assert all(45 < kind < 85 for kind in Counter(c.task_type for c in read).values())
+    assert all(45 < quarter < 85 for quarter in Counter(number // 250 for number in numbers).values())
+    assert share(audited(split, Renderer(tokenizer, {})), split) == "256 of 1000 conversations"
 
 
 def test_a_policy_without_a_target_is_refused(tokenizer: Any, talk: Callable[..., Conversation]) -> None:

@@ -34,11 +34,11 @@ def go_on(settings: Any) -> Path:
 
 
 def samples(folder: Path) -> list[list[str]]:
-    """The conversations of each step; of a step that was taken twice, the last time."""
+    """The conversations of each step, of four; of a step that was taken twice, the last time."""
     lines = (folder / "samples_0.jsonl").read_text(encoding="utf-8").splitlines()
-    by_step = {entry["step"]: entry["task_ids"] for entry in map(json.loads, lines)}
-    assert sorted(by_step) == list(range(1, STEPS + 1))
-    return [by_step[step] for step in sorted(by_step)]
+    by_position = {entry["position"]: entry["task_ids"] for entry in map(json.loads, lines)}
+    assert sorted(by_position) == list(range(0, 4 * STEPS, 4))
+    return [by_position[position] for position in sorted(by_position)]
 
 
 def losses(settings: Any, folder: Path) -> list[tuple[int, float]]:

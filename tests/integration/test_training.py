@@ -106,7 +106,10 @@ def test_one_seed_gives_one_curve_and_two_workers_the_same(one: Any, small_setti
 
 def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small_settings: Any) -> None:
     settings = small_settings({"optim.lr": 1e30, "optim.warmup": 0, "experiment": "explodes"})
-    with pytest.raises(UserError, match="the training stopped: the loss is nan"):
+    with pytest.raises(
+        UserError,
+        match=r"the training stopped: at step \d+ the loss is nan.*; samples concerned: .*; there is no checkpoint yet",
+    ):
         run_training(settings, lambda things, what: things)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     (run,) = client.search_runs([client.get_experiment_by_name("explodes").experiment_id])

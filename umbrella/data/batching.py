@@ -35,7 +35,8 @@ class Batch(Mapping[str, Any]):
     input_ids (B, L) int64, padded on the right; attention_mask (B, L) int64, 0 at padding, 1 at a row's first sample, 2
     at its second, and so on; loss_weights (B, L) float32, the weight of each token as a target; image_mask (B, L) bool,
     True at placeholders; pixel_values: modality to its volumes; num_images_per_sample (N,) int64. task_ids, task_types,
-    sample_indices and metadata have one entry per sample and never reach the model.
+    sample_indices, metadata and draws have one entry per sample and never reach the model. draws: the numbers that
+    name each sample's random choices, such as (seed, epoch, sample); empty where nothing is random, as in evaluation.
 
     ``len`` counts samples, ``batch[i]`` and ``batch[i:j]`` are batches of those samples, a row each; iteration gives
     batches of one, and ``batch["input_ids"]``, ``keys()`` and ``**batch`` read fields by name.
@@ -51,6 +52,7 @@ class Batch(Mapping[str, Any]):
     task_types: tuple[str, ...]
     sample_indices: torch.Tensor
     metadata: tuple[dict[str, Any], ...]
+    draws: tuple[tuple[int, ...], ...] = ()
 
     @property
     def labels(self) -> torch.Tensor:
@@ -141,6 +143,7 @@ class Batch(Mapping[str, Any]):
             task_types=tuple(self.task_types[row] for row in rows),
             sample_indices=self.sample_indices[index],
             metadata=tuple(self.metadata[row] for row in rows),
+            draws=tuple(self.draws[row] for row in rows) if self.draws else (),
         )
 
     def _map(self, change: Any) -> "Batch":
@@ -165,7 +168,8 @@ def collate(
         image_id: the placeholder's token id.
         pad_id: the token id that rows are filled up with; padding is never attended to and never a target.
         indices: each example's index in its data set; 0, 1, ... when None.
-        draws: numbers that pick each example's windows of its series, see ``pick_window``; the middle ones when None.
+        draws: numbers that pick each example's windows of its series, see ``pick_window``, and that the batch keeps for
+            its augmentation; when None the windows are the middle ones and nothing is augmented.
         pack: tokens in a row that examples share, in their order; 0 gives each a row of its own.
     """
     rows = packed_rows([len(example.input_ids) for example in examples], pack)
@@ -197,6 +201,7 @@ def collate(
         task_types=tuple(example.conversation.task_type for example in examples),
         sample_indices=torch.tensor(list(indices) if indices is not None else list(range(len(examples)))),
         metadata=tuple(example.conversation.metadata for example in examples),
+        draws=tuple(draws or ()),
     )
 
 

@@ -103,7 +103,7 @@ def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], me
     """
     renderer = load_renderer(settings)
     if settings.model.checkpoint:
-        from umbrella.model.presets import check_checkpoint  # seconds, which the tiny model does not need here
+        from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
 
         check_checkpoint(settings.model, settings.modalities)
     examples = audited(splits.train, renderer)

@@ -12,8 +12,10 @@ class OptimSettings(Section):
 
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
+    embedder_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the volume embedder. null: the same as lr."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decay of matrices; norms, biases and positions have none."""
+    """Decay of matrices; norms, biases, positions and the class token have none."""
     warmup: int = Field(20, ge=0)
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -46,12 +48,19 @@ class AugmentSettings(Section):
 class TrainSettings(Section):
     """One training."""
 
+    augment: AugmentSettings = AugmentSettings()
     epochs: int = Field(8, ge=1)
     """Passes over the training conversations."""
     batch_size: int = Field(4, ge=1)
     """Conversations per worker and forward pass."""
     accumulate: int = Field(2, ge=1)
     """Forward passes per optimizer step."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each layer, and compute the rest again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the layers of tower and language model (torch.compile): a slow start, then faster steps."""
+    max_loss_ratio: float = Field(10.0, ge=0)
+    """A loss over this many times the median of the last 50, and over as many nats, ends the run. 0: only NaN does."""
     evaluate_every: int = Field(0, ge=0)
     """Steps between evaluations. 0: after each epoch."""
     evaluation_batch_size: int = Field(32, ge=1)

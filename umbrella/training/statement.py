@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.audit import Row, audit_html, is_weighted, pick, shown
 from umbrella.data.rendering import Example, Renderer
@@ -9,7 +11,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 
 AUDITED = 256
-"""The audit reads this many conversations at most, evenly over the split."""
+"""The audit reads this many conversations at most, drawn over the split."""
 
 NEVER_STOPS = (
     "the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
@@ -18,14 +20,22 @@ NEVER_STOPS = (
 
 
 def audited(conversations: Sequence[Conversation], renderer: Renderer) -> list[Example]:
-    """An even sample of conversations, rendered: what a run's audit reads."""
-    stride = -(-len(conversations) // AUDITED)
-    return [renderer.render(conversation) for conversation in conversations[::stride]]
+    """A sample of conversations, rendered, in their order: what a run's audit reads. The same in every run."""
+    # Drawn: every fourth one of a file that repeats four questions would be always the same question.
+    drawn = np.random.default_rng(0).permutation(len(conversations))[:AUDITED]
+    return [renderer.render(conversations[int(i)]) for i in sorted(drawn)]
 
 
-def mask_page(table: Sequence[Row], examples: Sequence[Example], renderer: Renderer, policy: MaskPolicy) -> str:
+def share(examples: Sequence[Example], conversations: Sequence[Conversation]) -> str:
+    """What an audit of these examples was read from."""
+    return f"{len(examples)} of {len(conversations)} conversations"
+
+
+def mask_page(
+    table: Sequence[Row], examples: Sequence[Example], renderer: Renderer, policy: MaskPolicy, read: str
+) -> str:
     """The audit of these examples as a page of HTML, with a few of them in full; see ``audit_html``."""
-    notes = [] if renderer.stops else [f"Note: {NEVER_STOPS}."]
+    notes = [f"Read from {read}."] + ([] if renderer.stops else [f"Note: {NEVER_STOPS}."])
     return audit_html(table, pick(examples), policy, renderer.tokenizer, notes)
 
 
@@ -35,12 +45,14 @@ def statement(
     moving: Mapping[str, int],
     modalities: Mapping[str, Modality],
     stops: bool,
+    read: str,
 ) -> str:
     """The start of a training in words.
 
     Args:
         table: the audit.
         moving: part of the model to weights that move.
+        read: what the audit was read from, see ``share``.
         stops: whether the chat template gives the model something to stop with, as ``Renderer.stops`` has it.
     """
     tokens = sum(int(row["tokens"]) for row in table)
@@ -48,7 +60,7 @@ def statement(
     lines = [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
         f"mask: {policy.in_words}",
-        f"supervised: {supervised} of {tokens} tokens ({100 * supervised / tokens:.1f}%)",
+        f"supervised: {supervised} of {tokens} tokens ({100 * supervised / tokens:.1f}%), in {read}",
     ]
     for row in table:
         weight = f", weight {shown(row['weight'])}" if is_weighted(table) and row["supervised"] else ""

@@ -1,8 +1,11 @@
 """One optimizer step. No Ray here: it runs alone in a test or a notebook."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf, isfinite
+from statistics import median
 
 import torch
 from torch import nn
@@ -10,17 +13,60 @@ from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch
 from umbrella.training.loss import totals, weighted_nll
+from umbrella.training.optimizer import main_rate, rates
+
+NAMED = 10
+"""Samples that a message names; more are counted."""
+
+
+class Diverged(FloatingPointError):
+    """The loss or its gradient is not finite, or the loss is over its limit. ``samples``: the task ids concerned."""
+
+    def __init__(self, what: str, samples: Sequence[str] = ()) -> None:
+        super().__init__(what, samples)
+        self.what, self.samples = what, tuple(samples)
+
+    def __str__(self) -> str:
+        more = f" and {len(self.samples) - NAMED} more" if len(self.samples) > NAMED else ""
+        return f"{self.what}; samples concerned: {', '.join(self.samples[:NAMED]) or 'none of this worker'}{more}"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: the loss (nats, a weighted mean over the global batch's targets), gradient norms, counts."""
+    """What a step did: the loss (nats, a weighted mean over the global batch's targets), gradient norms, counts.
+
+    lr: the rate that ``optim.lr`` sets. lr_by_group: every group's own, see ``optimizer.build_optimizer``.
+    """
 
     loss: float
     supervised_tokens: int
     grad_norm: float
     grad_norm_by_part: dict[str, float]
     lr: float
+    lr_by_group: dict[str, float]
+
+
+class LossWatch:
+    """What loss a step may have: ``ratio`` times the median of the last ones, and ``ratio`` nats in any case.
+
+    The first steps, and all of them with a ratio of 0, may have any.
+    """
+
+    def __init__(self, ratio: float, window: int = 50, first: int = 10) -> None:
+        self.ratio, self.first = ratio, first
+        self._losses: deque[float] = deque(maxlen=window)
+
+    @property
+    def limit(self) -> float:
+        """The largest loss, in nats, of the next step."""
+        if not self.ratio or len(self._losses) < self.first:
+            return inf
+        # One answer that a nearly perfect model gets wrong is many times its usual loss, and nothing to stop for.
+        return self.ratio * max(1.0, median(self._losses))
+
+    def add(self, loss: float) -> None:
+        """Take note of a step's loss."""
+        self._losses.append(loss)
 
 
 def train_step(
@@ -31,6 +77,7 @@ def train_step(
     clip: float,
     parts: Mapping[str, Sequence[nn.Parameter]],
     dtype: torch.dtype = torch.float32,
+    limit: float = inf,
 ) -> StepResult:
     """Accumulate the gradient of Σ weight·nll / Σ weight over all batches of all workers, clip it, and step.
 
@@ -40,39 +87,72 @@ def train_step(
         clip: largest norm of the whole gradient.
         parts: names of parts of the model to their weights, whose gradient norms are wanted.
         dtype: arithmetic of the forward pass.
+        limit: largest loss, in nats; see ``LossWatch``.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not finite; nothing was changed.
+        Diverged: the loss or its gradient is not finite, or the loss is over the limit, on every worker alike; each
+            names those of its own samples that are so alone. Nothing was changed.
     """
     divisor, targets = totals([batch.loss_weights for batch in batches])
     parallel = isinstance(model, DistributedDataParallel)
     # DistributedDataParallel averages gradients over workers; the quotient wants their sum.
     workers = torch.distributed.get_world_size() if parallel else 1
-    device = batches[0].input_ids.device
-    loss = torch.zeros((), device=device)
+    total = torch.zeros((), device=batches[0].input_ids.device)
     for i, batch in enumerate(batches):
         synchronise = nullcontext() if not parallel or i == len(batches) - 1 else model.no_sync()  # type: ignore[operator]
         with synchronise:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                token_nll = model(**batch.model_inputs()).token_nll
-            share = weighted_nll(token_nll, batch.loss_weights) / divisor
+            share = _weighted_nll(model, batch, dtype) / divisor
             (share * workers).backward()
-        loss += share.detach()
+        total += share.detach()
     if parallel:
-        torch.distributed.all_reduce(loss)
-    by_part = {name: _norm(weights) for name, weights in parts.items() if any(w.requires_grad for w in weights)}
+        torch.distributed.all_reduce(total)
+    moving = {name: weights for name, weights in parts.items() if any(w.requires_grad for w in weights)}
+    by_part = [_norm([w.grad for w in weights if w.grad is not None], total) for weights in moving.values()]
     trained = [w for group in optimizer.param_groups for w in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, clip)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+    # Read in one go: each reading waits for the GPU.
+    loss, norm, *norms = torch.stack([total, nn.utils.clip_grad_norm_(trained, clip), *by_part]).tolist()
+    if not (isfinite(loss) and isfinite(norm) and loss <= limit):
         optimizer.zero_grad()
-        raise FloatingPointError(f"the loss is {loss.item()} and the norm of its gradient {norm.item()}")
-    lr = optimizer.param_groups[0]["lr"]
+        samples = _to_blame(model, batches, trained, divisor, dtype, limit)
+        over = f", over the {limit:.4g} that train.max_loss_ratio allows," if loss > limit else ""
+        raise Diverged(f"the loss is {loss:.4g}{over} and the norm of its gradient {norm:.4g}", samples)
+    lr, by_group = main_rate(optimizer), rates(optimizer)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return StepResult(loss.item(), int(targets), norm.item(), by_part, lr)
+    return StepResult(loss, int(targets), norm, dict(zip(moving, norms, strict=True)), lr, by_group)
 
 
-def _norm(weights: Sequence[nn.Parameter]) -> float:
-    grads = [weight.grad for weight in weights if weight.grad is not None]
-    return torch.nn.utils.get_total_norm(grads).item() if grads else 0.0
+def _weighted_nll(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        token_nll = model(**batch.model_inputs()).token_nll
+    return weighted_nll(token_nll, batch.loss_weights)
+
+
+def _norm(gradients: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(like)
+
+
+def _to_blame(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    trained: Sequence[nn.Parameter],
+    divisor: torch.Tensor,
+    dtype: torch.dtype,
+    limit: float,
+) -> list[str]:
+    """Task ids of the samples that are not finite, or over the limit, when each is alone in its batch.
+
+    In a shared row one sample's NaN is everyone's, so each has a pass of its own.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    blamed: list[str] = []
+    for sample in (sample for batch in batches for sample in batch):
+        nll = _weighted_nll(inner, sample, dtype)
+        # Not backward(), with which a worker would wait for the gradients of the others.
+        gradients = torch.autograd.grad(nll / divisor, trained, allow_unused=True)
+        norm = _norm([gradient for gradient in gradients if gradient is not None], nll)
+        mean = nll / sample.loss_weights[:, 1:].sum()
+        if not (torch.isfinite(norm) and torch.isfinite(mean) and mean <= limit):
+            blamed += sample.task_ids
+    return list(dict.fromkeys(blamed))

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,15 @@ from umbrella.evaluation.scoring import Scored, score
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.tracking import Tracker
+from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import restore, rng_state, save_checkpoint
 from umbrella.training.job import Job, progress_line
+from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
-from umbrella.training.statement import audited, mask_page, statement
-from umbrella.training.step import StepResult, train_step
+from umbrella.training.statement import audited, mask_page, share, statement
+from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
+from umbrella.training.transfer import to_device
 
 
 class Worker:
@@ -55,6 +57,7 @@ class Worker:
         self.model = build_model(
             self.settings.model, self.settings.modalities, len(self.tokenizer), self.renderer.image_id
         ).to(self.device)
+        apply_options(self.model, self.settings.train)
         self.parts = parts(self.model)
         # From here on each worker has random numbers of its own.
         torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.rank)).generate_state(1)[0]))
@@ -74,18 +77,24 @@ class Worker:
         model = prepare_model(self.model, move_to_device=False) if self.plan.workers > 1 else self.model
         model.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
-        stream = self._training_batches()
-        expected = map(int, self.plan.samples(self.plan.positions(self.rank, self.progress.position)))
+        stream = to_device(self._checked(self._training_batches()), self.device)
+        watch = LossWatch(self.settings.train.max_loss_ratio)
         since = time.perf_counter()
         waited, first = 0.0, self.progress.step
         for step in range(first + 1, self.steps + 1):
             asked = time.perf_counter()
-            micro_batches = [next(stream).to(self.device) for _ in range(self.settings.train.accumulate)]
-            self._check_samples(micro_batches, step, expected)
+            micro_batches = [next(stream) for _ in range(self.settings.train.accumulate)]
             waited += time.perf_counter() - asked
-            result = train_step(
-                model, micro_batches, self.optimizer, self.schedule, self.settings.optim.clip, self.parts, self.dtype
-            )
+            micro_batches = [augment(batch, self.settings.train.augment) for batch in micro_batches]
+            clip = self.settings.optim.clip
+            try:
+                result = train_step(
+                    model, micro_batches, self.optimizer, self.schedule, clip, self.parts, self.dtype, watch.limit
+                )
+            except Diverged as error:  # on every worker at once
+                samples = [task_id for own in self._gathered(error.samples) for task_id in own]
+                raise Diverged(f"at step {step} {error.what}", samples) from None
+            watch.add(result.loss)
             position = self.progress.position + self.plan.per_step
             self.progress = Progress(step, position, self.plan.sorted_by or self.plan.per_step)
             self._track_step(result)
@@ -101,14 +110,27 @@ class Worker:
         if self.tracker:
             self.tracker.end()
 
-    def _check_samples(self, batches: Sequence[Batch], step: int, expected: Iterator[int]) -> None:
+    def _checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
-        seen = [sample for batch in batches for sample in batch.sample_indices.tolist()]
-        if seen != list(islice(expected, len(seen))):
-            raise RuntimeError(f"step {step} got other samples than position {self.progress.position} has")
-        if self.samples_log:
-            task_ids = [task_id for batch in batches for task_id in batch.task_ids]
-            print(json.dumps({"step": step, "task_ids": task_ids}), file=self.samples_log, flush=True)
+        positions = self.plan.positions(self.rank, self.progress.position)
+        expected, done = self.plan.samples(positions), 0
+        for batch in stream:
+            here = slice(done, done + len(batch))
+            if batch.sample_indices.tolist() != expected[here].tolist():
+                raise RuntimeError(f"other samples came than position {positions[done]} has")
+            if self.samples_log:
+                entry = {"position": int(positions[done]), "task_ids": batch.task_ids}
+                print(json.dumps(entry), file=self.samples_log, flush=True)
+            done = here.stop
+            yield batch
+
+    def _gathered(self, own: Any) -> list[Any]:
+        """Every worker's, by rank, on each of them."""
+        if not distributed.is_initialized():
+            return [own]
+        everyones: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyones, own)
+        return everyones
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -141,12 +163,8 @@ class Worker:
                 scored += score(
                     self.model, conversations, self.renderer, self._collate, self.job.candidates, self.device
                 )
-        if distributed.is_initialized():
-            gathered: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(gathered, scored)
-            scored = [one for part in gathered for one in part]
         self.model.train()
-        return summarise(scored)
+        return summarise(one for part in self._gathered(scored) for one in part)
 
     def _validation_rows(self, rows: Mapping[str, np.ndarray]) -> list[Conversation]:
         return [from_table(self.validation_table, int(i)) for i in rows["sample"]]
@@ -155,6 +173,7 @@ class Worker:
         if self.tracker:
             values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
             values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
+            values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
             values["train/supervised_tokens"] = result.supervised_tokens
             self.tracker.metrics(values, self.progress.step)
 
@@ -169,10 +188,7 @@ class Worker:
             "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",
             **measured,
         }
-        rng = [rng_state()]
-        if distributed.is_initialized():
-            rng = [torch.empty(0)] * distributed.get_world_size()
-            distributed.all_gather_object(rng, rng_state())
+        rng = self._gathered(rng_state())
         if self.tracker:
             self.tracker.metrics(measured, self.progress.step)
             self.tracker.flush()
@@ -195,9 +211,9 @@ class Worker:
         """Open the run, and say there and in the log what this training is."""
         conversations = _Lazy(self.train_table.num_rows, lambda i: from_table(self.train_table, i))
         examples = audited(conversations, self.renderer)
-        table = audit(examples, self.settings.mask)
+        table, read = audit(examples, self.settings.mask), share(examples, conversations)
         moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
-        told = statement(table, self.settings.mask, moving, self.settings.modalities, self.renderer.stops)
+        told = statement(table, self.settings.mask, moving, self.settings.modalities, self.renderer.stops, read)
         text = f"{self.plan.in_words}\n{told}"
         tracker = Tracker.start(**self.job.tracking)  # type: ignore[arg-type]
         settings = {name: value for name, value in self.settings.flat().items() if not name.startswith("tune.")}
@@ -205,7 +221,7 @@ class Worker:
         tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
         tracker.text(self.settings.to_yaml(), "settings.yaml")
         tracker.text(text, "statement.txt")
-        tracker.text(mask_page(table, examples, self.renderer, self.settings.mask), "mask_audit.html")
+        tracker.text(mask_page(table, examples, self.renderer, self.settings.mask, read), "mask_audit.html")
         supervised, tokens = (sum(int(row[name]) for row in table) for name in ("supervised", "tokens"))
         tracker.tags({"mask.supervised": f"{supervised} of {tokens} tokens audited"})
         print(text, flush=True)
@@ -222,5 +238,4 @@ class _Lazy(Sequence):
         return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        picked = range(self.size)[index]
-        return [self.get(i) for i in picked] if isinstance(picked, range) else self.get(picked)
+        return self.get(range(self.size)[index])

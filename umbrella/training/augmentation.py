@@ -1,0 +1,140 @@
+"""Augmentation: the volumes of a training batch mirrored, moved, rescaled and made noisy, on the batch's device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+from torch.nn import functional
+
+from umbrella.data.batching import Batch, VolumeGroup
+from umbrella.training.settings import AugmentSettings
+
+STREAM = 2**32 - 1
+"""Keeps these numbers apart from those that pick windows: there the index of a volume stands in its place."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the content of volumes goes: it is mirrored, then what lies at p comes to ``linear @ p + shift``.
+
+    mirror: (3,) bool, along X, Y, Z. linear: (3, 3), of voxels counted from the volume's centre along X, Y, Z. shift:
+    (3,), shares of the axes; above 0 is towards right, front and top.
+    """
+
+    mirror: np.ndarray
+    linear: np.ndarray
+    shift: np.ndarray
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """What becomes of a volume's values: contrast, a factor around its mean; brightness, added, in its deviations."""
+
+    contrast: float
+    brightness: float
+    noise_seed: int
+
+
+def augment(batch: Batch, settings: AugmentSettings) -> Batch:
+    """The batch with other volumes; itself where nothing is switched on or it carries no draws, as in evaluation.
+
+    What is done to a volume hangs on the draw of its sample and on its index there, not on the batch around it. The
+    volumes of a sample share their geometry: those of one subject stay aligned, those of several stay comparable.
+    Intensity and noise are each volume's own. The frames of a series share all but the noise. The same draw gives the
+    same noise on every CPU, and on every GPU, but not on both.
+
+    Returns:
+        Voxels of the shape, type and device they had.
+    """
+    if not batch.draws or not any(dict(settings).values()):
+        return batch
+    geometries = [draw_geometry(draw, settings) for draw in batch.draws]
+    counts = batch.num_images_per_sample.tolist()
+    by_run = [(sample, index) for sample, count in enumerate(counts) for index in range(count)]
+    groups = {}
+    for name, group in batch.pixel_values.items():
+        places = [by_run[run] for run in group.run.tolist()]
+        moves = [geometries[sample] for sample, _ in places]
+        intensities = [draw_intensity(batch.draws[sample], index, settings) for sample, index in places]
+        groups[name] = VolumeGroup(_change(group.voxels, moves, intensities, settings), group.run)
+    return replace(batch, pixel_values=groups)
+
+
+def draw_geometry(draw: tuple[int, ...], settings: AugmentSettings) -> Geometry:
+    """The geometry of a sample's volumes: turned around X, then Y, then Z, by the right-hand rule, and scaled.
+
+    All numbers are drawn, whatever is switched on, so that one option leaves the draws of the others as they are.
+    """
+    stream = _stream(draw, 0)
+    mirror = stream.random(3) < (settings.flip_left_right, settings.flip_other, settings.flip_other)
+    angles = stream.uniform(-1, 1, 3) * settings.rotate
+    size = 1 + stream.uniform(-1, 1) * settings.scale
+    shift = stream.uniform(-1, 1, 3) * settings.shift
+    return Geometry(mirror, size * Rotation.from_euler("xyz", angles, degrees=True).as_matrix(), shift)
+
+
+def draw_intensity(draw: tuple[int, ...], index: int, settings: AugmentSettings) -> Intensity:
+    """What becomes of the values of a sample's volume, counted from 0."""
+    stream = _stream(draw, 1 + index)
+    contrast = 1 + stream.uniform(-1, 1) * settings.contrast
+    return Intensity(contrast, stream.uniform(-1, 1) * settings.brightness, int(stream.integers(2**63)))
+
+
+def move(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.Tensor:
+    """Move each volume's content as ``Geometry`` says, trilinearly.
+
+    Voxels count as cubes, which they are with ``fit: spacing``. What comes from outside has the value of the nearest
+    voxel. That is background under every ``intensity`` wherever the field of view ends beside the head; a volume's
+    minimum is not, where a map has values below its background.
+
+    Args:
+        frames: (n, frames, X, Y, Z), float32.
+        linear: (n, 3, 3), invertible.
+        shift: (n, 3).
+    """
+    sizes = np.array(frames.shape[2:])
+    # Of each voxel of the result: where it comes from. grid_sample counts an axis from -1 to 1, and names Z first.
+    back = np.linalg.inv(linear)
+    origin = back @ (-shift * sizes)[..., None]
+    columns = np.concatenate([back, origin], 2)[:, ::-1] * (2 / sizes)[::-1, None]
+    terms = torch.tensor(columns, dtype=torch.float32, device=frames.device)[:, None, None, None].unbind(-1)
+    grid = terms[3]
+    for axis, size in enumerate(frames.shape[2:]):  # no matrix product: those may be rounded to TF32
+        offset = torch.arange(size, device=frames.device) - (size - 1) / 2
+        grid = grid + offset.view([-1 if a == axis else 1 for a in range(-1, 4)]) * terms[axis]
+    return functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+
+
+def _stream(draw: tuple[int, ...], number: int) -> np.random.Generator:
+    return np.random.default_rng((*draw, STREAM, number))
+
+
+def _change(
+    voxels: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
+) -> torch.Tensor:
+    """Volumes (n, X, Y, Z) or (n, X, Y, Z, T), changed. What is switched off costs no rounding."""
+    series = voxels.ndim == 5
+    frames = voxels.to(torch.float32, copy=True)
+    frames = frames.movedim(-1, 1) if series else frames[:, None]
+    deviation, mean = torch.std_mean(frames, (1, 2, 3, 4), correction=0, keepdim=True)
+    for axis, mirrored in enumerate(np.stack([geometry.mirror for geometry in geometries], 1)):
+        if mirrored.any():
+            which = torch.tensor(np.flatnonzero(mirrored), device=frames.device)
+            frames[which] = frames[which].flip(2 + axis)
+    if settings.rotate or settings.scale or settings.shift:
+        linear, shift = (np.stack([getattr(g, name) for g in geometries]) for name in ("linear", "shift"))
+        frames = move(frames, linear, shift)
+    if settings.contrast or settings.brightness:
+        pairs = [(intensity.contrast, intensity.brightness) for intensity in intensities]
+        factor, added = torch.tensor(pairs, device=frames.device).view(-1, 2, 1, 1, 1, 1).unbind(1)
+        frames = mean + factor * (frames - mean) + added * deviation
+    if settings.noise:
+        generator = torch.Generator(frames.device)
+        for volume, width, intensity in zip(frames, settings.noise * deviation, intensities, strict=True):
+            generator.manual_seed(intensity.noise_seed)  # one by one, or a volume's noise would depend on the others
+            volume += width * torch.randn(volume.shape, generator=generator, device=volume.device)
+    largest = torch.finfo(voxels.dtype).max  # an infinite voxel would end the training
+    frames = frames.clamp(-largest, largest).to(voxels.dtype)
+    return frames.movedim(1, -1) if series else frames[:, 0]
