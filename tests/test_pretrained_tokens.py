@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,8 @@ WITH_ITEMS = {
     "interleave": "{% for m in messages %}<|im_start|>{{ m.role }} "
     "{% for item in m.content if item.type == 'image' %}<image>{% endfor %}"
     "{% for item in m.content if item.type == 'text' %}{{ '\n' ~ item.text }}{% endfor %}<|im_end|>{% endfor %}",
+    "in order": "{% for m in messages %}{{ m.role }}: {% for item in m.content %}{% if item.type == 'image' %}<image>"
+    "{% else %}{{ item.text | trim }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}",
     "trimmed items": "{% for m in messages %}{{ m.role }}: {{ m.content[0]['text'] | trim }}"
     "{{ '\n' if m.role == 'user' else eos_token }}{% endfor %}",
 }
@@ -98,22 +101,39 @@ def renderers(real: Callable[..., Any], modalities: Any) -> dict[tuple[str, str]
     return {(k, t): Renderer(real(k, t), modalities, class_tokens=1) for k in KINDS for t in REAL}
 
 
+def keeps_order(template: str, items: Any) -> bool:
+    """Whether this template of items writes such a turn's in their order, as one can read in it."""
+    types = [item.type for item in items]
+    return {
+        WITH_ITEMS["in order"]: True,
+        WITH_ITEMS["trimmed items"]: types == ["text"],
+    }.get(template, types == sorted(types))  # else images come first
+
+
 def rendering(tokenizer: Any, conversation: Conversation) -> str:
-    """What the template writes, with each volume as its modality in angle brackets."""
-    messages = []
+    """What the template writes, with "<image>" for each volume."""
+    template = tokenizer.chat_template
+    messages: list[dict[str, Any]] = []
     for turn in conversation.conversations:
-        text = "".join(item.text if item.type == "text" else f"<{item.modality}>\n" for item in turn.content)
-        with_items = tokenizer.chat_template in WITH_ITEMS.values()
-        messages.append({"role": turn.role, "content": [{"type": "text", "text": text}] if with_items else text})
+        if template in WITH_ITEMS.values() and keeps_order(template, turn.content):
+            items = [{"type": "text", "text": x.text} if x.type == "text" else {"type": "image"} for x in turn.content]
+            messages.append({"role": turn.role, "content": items})
+        else:
+            text = "".join(item.text if item.type == "text" else "<image>\n" for item in turn.content)
+            content = [{"type": "text", "text": text}] if template in WITH_ITEMS.values() else text
+            messages.append({"role": turn.role, "content": content})
     return tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def expected(renderer: Renderer, conversation: Conversation) -> list[int]:
-    """What transformers' LLaVA processor makes of it: placeholders repeated in the text, bos where it has none."""
+    """What transformers' LLaVA processor makes of it: placeholders repeated in the text, bos where it has none.
+
+    Unlike there, a line break keeps two volumes apart where there is nothing.
+    """
     tokenizer = renderer.tokenizer
-    text = rendering(tokenizer, conversation)
-    for name, modality in renderer.modalities.items():
-        text = text.replace(f"<{name}>", "<image>" * (modality.num_tokens + 1))
+    text = re.sub("(?<=<image>)(?=<image>)", "\n", rendering(tokenizer, conversation))
+    counts = iter(renderer.modalities[volume.modality].num_tokens + 1 for volume in conversation.volumes)
+    text = re.sub("<image>", lambda found: found[0] * next(counts), text)
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not begun).input_ids
 
@@ -176,6 +196,73 @@ def test_the_spans_joined_are_the_templates_rendering(
     assert "".join(texts) == begin + text
     said = [text.strip() for text, span in zip(texts, example.spans, strict=True) if span.kind == "text"]
     assert said == ["See", "Male?", "né, 🧠", "a", "b"]
+
+
+VOLUME = ("dMRI", "d")
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "written"),
+    [
+        ("interleave", [VOLUME, "Sex?"], "<|im_start|>user <image>\nSex?<|im_end|>"),
+        ("interleave", ["Sex?", "Age?"], "<|im_start|>user \nSex?\nAge?<|im_end|>"),
+        ("interleave", [VOLUME, VOLUME, "Sex?"], "<|im_start|>user <image>\n<image>\nSex?<|im_end|>"),
+        ("interleave", ["See", VOLUME, "ok?"], "<|im_start|>user \nSee<image>\nok?<|im_end|>"),  # it would reorder
+        ("llava 1.5", [VOLUME, "Sex?"], "USER: <image>\nSex? "),
+        ("llava 1.5", [VOLUME, VOLUME], "USER: <image>\n<image>\n"),
+        ("llava 1.5", ["See", VOLUME, "ok?"], "USER: See<image>\nok? "),
+        ("in order", [" See ", VOLUME, "\n", VOLUME, " ok? "], "user: See<image>\n<image>ok?<|im_end|>"),
+        ("trimmed items", [VOLUME, "Sex?"], "user: <image>\nSex?\n"),  # it would drop the second item
+    ],
+)
+def test_a_template_of_items_writes_a_turns_own_unless_it_changes_their_order(
+    real: Callable[..., Any],
+    modalities: Any,
+    talk: Callable[..., Conversation],
+    template: str,
+    asked: list,
+    written: str,
+) -> None:
+    renderer = Renderer(real("qwen", template), modalities)
+    before = [("user", "x"), ("assistant", "x")]
+    example = renderer.render(talk(*before, ("user", asked)))
+    assert_covered(example)
+    through = renderer.tokenizer.decode(renderer.render(talk(*before)).input_ids)
+    assert renderer.tokenizer.decode(example.input_ids) == through + written
+
+
+def test_what_a_template_writes_between_items_is_text_of_the_turn(
+    real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
+) -> None:
+    renderer = Renderer(real("qwen", "interleave"), modalities)
+    example = renderer.render(talk(("user", [VOLUME, "(male)"]), ("assistant", "x")))
+    assert tokens_of(example, renderer.tokenizer)[1:5] == [
+        ("user", "image", "<image>"),
+        ("user", "text", "Ċ"),
+        ("user", "text", "( male )"),
+        ("user", "end", "<|im_end|>"),
+    ]
+
+
+def test_an_image_that_the_template_writes_otherwise_stands_in_the_text(
+    real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
+) -> None:
+    tokenizer = real("qwen", "in order")
+    talked = talk(("user", [VOLUME, "a"]), ("assistant", " b"), ("user", [" c ", "d"]), ("assistant", ""))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<image>", "<|vision|>")
+    decoded = tokenizer.decode(Renderer(tokenizer, modalities).render(talked).input_ids)
+    assert decoded == (
+        "user: <image>\na<|im_end|>assistant: b<|im_end|>user: cd<|im_end|>assistant: <|im_end|>"  # and others do not
+    )
+
+
+def test_volumes_that_end_a_turn_and_begin_the_next_are_kept_apart(
+    real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
+) -> None:
+    tokenizer = real("qwen", "in order")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    example = Renderer(tokenizer, modalities).render(talk(("user", [VOLUME]), ("user", [VOLUME]), ("assistant", "x")))
+    assert tokenizer.decode(example.input_ids) == "<image>\n<image>x"
 
 
 def test_a_word_belongs_to_the_turn_that_says_it_with_the_blank_before_it(
@@ -253,6 +340,7 @@ def test_whether_an_answer_ends_with_a_special_token_is_told(renderers: dict[tup
     assert [template for template in REAL if renderers["llama", template].stops] == [
         "llama 3",
         "vicuna",
+        "in order",
         "trimmed items",
     ]
     assert [t for t in REAL if not renderers["qwen", t].stops] == ["llava 1.5"]
@@ -307,6 +395,18 @@ def test_special_tokens_that_take_in_blanks_or_begin_like_others_stay_in_their_p
         ("assistant", "text", "Ġ a"),
         ("assistant", "end", "</s>s"),
     ]
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_volumes_in_a_row_that_the_tokenizer_makes_one_of_are_refused(
+    talk: Callable[..., Conversation], modalities: Any, side: str
+) -> None:
+    tokenizer = spelled()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", **{side: True})]})
+    renderer = Renderer(tokenizer, modalities)
+    assert renderer.render(talk(("user", [VOLUME, "a", VOLUME]), ("assistant", "a"))).input_ids.tolist().count(7) == 2
+    with pytest.raises(UserError, match=r"^has 2 volumes but, as tokens, <image> in 1 place\(s\): .*lstrip or rstrip"):
+        renderer.render(talk(("user", [VOLUME, " ", VOLUME]), ("assistant", "a")))
 
 
 def test_a_blank_counts_as_a_tokens_last_character_even_if_the_tokenizer_does_not_count_it(

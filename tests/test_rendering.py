@@ -125,6 +125,14 @@ def test_too_many_tokens_name_both_numbers_and_the_remedy(tokenizer: Any, talk: 
         Renderer(tokenizer, {}, max_tokens=28).render(conversation)
 
 
+def test_a_candidate_may_be_longer_than_the_limit_for_what_was_answered(
+    tokenizer: Any, talk: Callable[..., Conversation]
+) -> None:
+    conversation = talk(("user", "abcd"), ("assistant", "efgh"))
+    renderer = Renderer(tokenizer, {}, max_tokens=29)
+    assert len(renderer.render(conversation, answer="efghi").input_ids) == 30
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

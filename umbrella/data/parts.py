@@ -1,10 +1,10 @@
-"""A text of parts to tokens: tokenized as a whole, with each token given to one of the parts."""
+"""The parts of turns as texts, and a text of parts to tokens: tokenized as a whole, each token given to one part."""
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,40 @@ MARK = "\ue000"
 """A character for private use. It stands in a text where something else is meant."""
 LETTERS = 0xF0000
 """The first of 65,534 more such characters. They tell stand-ins apart."""
+
+
+Kind = Literal["header", "text", "image", "end"]
+
+
+class Part(NamedTuple):
+    """A part of a turn as text; its tokens are repeated ``times``."""
+
+    turn: int
+    kind: Kind
+    text: str
+    times: int = 1
+
+
+def stripped(parts: list[Part]) -> list[Part]:
+    """The parts without the blanks that they begin and end with, taken together."""
+    for strip, order in ((str.lstrip, range(len(parts))), (str.rstrip, reversed(range(len(parts))))):
+        for i in order:
+            parts[i] = parts[i]._replace(text=strip(parts[i].text))
+            if parts[i].text:
+                break
+    return parts
+
+
+def keep_volumes_apart(parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts with a line break between two volumes where nothing else is: the model tells them apart by runs."""
+    # LLaVA-Interleave's template writes the images of a turn side by side; a turn may also say "" between two.
+    last = None
+    for part in parts:
+        if part.text:
+            if last == part.kind == "image":
+                yield Part(part.turn, "text", "\n")
+            last = part.kind
+        yield part
 
 
 class PartTokenizer:

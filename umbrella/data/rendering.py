@@ -5,24 +5,23 @@ are tokenized together, as a pretrained model has seen them: a token may begin i
 "▁male" does after "ASSISTANT: ", and belongs to the part that it ends in.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem
-from umbrella.data.chat_template import Frame, make_frame
-from umbrella.data.parts import MARK, PartTokenizer
+from umbrella.data.chat_template import Frame, TurnShape, make_frame
+from umbrella.data.parts import MARK, Kind, Part, PartTokenizer, keep_volumes_apart, stripped
 from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN, load_tokenizer
 from umbrella.modality import Modality, class_tokens
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
 
-Kind = Literal["header", "text", "image", "end"]
 ANSWER_STEP = 32
 """Tokens by which the length of an answer in free text is told."""
 
@@ -59,15 +58,6 @@ class Example:
         return answer + -(-rest // ANSWER_STEP) * ANSWER_STEP
 
 
-class Part(NamedTuple):
-    """A part of a turn as text; its tokens are repeated ``times``."""
-
-    turn: int
-    kind: Kind
-    text: str
-    times: int = 1
-
-
 class Renderer:
     """Turns conversations into examples. Threads may share one.
 
@@ -93,7 +83,7 @@ class Renderer:
         self.template = tokenizer.chat_template or CHATML
         self._parts = PartTokenizer(tokenizer)
         self._image = self._parts.by_template(IMAGE_TOKEN)
-        self._frames: dict[tuple[str, ...], list[Frame]] = {}
+        self._frames: dict[tuple[TurnShape, ...], list[Frame]] = {}
 
     @property
     def stops(self) -> bool:
@@ -102,27 +92,30 @@ class Renderer:
         Raises:
             UserError: the template does not write a question and its answer one after another.
         """
-        return MARK in self._frame(("user", "assistant"))[-1].end
+        return MARK in self._frame((TurnShape("user", ("text",)), TurnShape("assistant", ("text",))))[-1].end
 
     def render(self, conversation: Conversation, answer: str | None = None) -> Example:
         """Render a conversation, with another text as the last assistant turn when ``answer`` is given.
 
+        Volumes stand where the template writes images, if it takes items and keeps their order, and are followed by a
+        line break otherwise. Two in a row are kept apart by a line break too where the template writes nothing.
+
         Raises:
-            UserError: more tokens than ``max_tokens``; a template that does not write turns one after another, or
-                refuses these roles, or changes what is said; words that the tokenizer makes a special token of.
+            UserError: more tokens than ``max_tokens``, unless ``answer`` is given; a template that does not write
+                turns one after another, or refuses these roles, or changes what is said; words that the tokenizer
+                makes a special token of; volumes that the tokenizer makes one of.
         """
         turns = conversation.conversations
-        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+        contents = [turn.content for turn in turns]
+        if answer is not None:
+            last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+            contents[last] = (TextItem(type="text", text=answer),)
+        shapes = (TurnShape(t.role, tuple(x.type for x in items)) for t, items in zip(turns, contents, strict=True))
         parts: list[Part] = []
-        for i, frame in enumerate(self._frame(tuple(turn.role for turn in turns))):
-            replaced = answer is not None and i == last
-            items = (TextItem(type="text", text=answer or ""),) if replaced else turns[i].content
-            content = list(self._content(i, items))
-            parts += [
-                Part(i, "header", frame.header),
-                *(_stripped(content) if frame.strips else content),
-                Part(i, "end", frame.end),
-            ]
+        for i, frame in enumerate(self._frame(tuple(shapes))):
+            content = self._content(i, contents[i], frame)
+            parts += [Part(i, "header", frame.header), *content, Part(i, "end", frame.end)]
+        parts = list(keep_volumes_apart(parts))
         ids: list[int] = []
         spans: list[Span] = []
         for part, tokens in zip(parts, self._parts.encode([part.text for part in parts]), strict=True):
@@ -130,40 +123,48 @@ class Renderer:
                 start = len(ids)
                 ids += tokens * part.times
                 spans.append(Span(start, len(ids), part.turn, turns[part.turn].role, part.kind))
-        if len(ids) > self.max_tokens:
+        if answer is None and len(ids) > self.max_tokens:
             raise UserError(
                 f"becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}; raise that, shorten the"
                 " text or take larger patches"
             )
-        return Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
+        example = Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
+        self._check_volumes(example.input_ids, sum(part.kind == "image" for part in parts))
+        return example
 
-    def _content(self, turn: int, items: Sequence[TextItem | ImageItem]) -> Iterator[Part]:
-        for item in items:
+    def _content(self, turn: int, items: Sequence[TextItem | ImageItem], frame: Frame) -> list[Part]:
+        as_one = frame.between is None
+        parts: list[Part] = []
+        for i, item in enumerate(items):
+            if i and frame.between:
+                parts.append(Part(turn, "text", frame.between[i - 1]))
             if isinstance(item, ImageItem):
                 tokens = self.class_tokens + self.modalities[item.modality].num_tokens
-                yield Part(turn, "image", self._image, tokens)
-                yield Part(turn, "text", "\n")  # keeps two volumes in a row apart
+                parts.append(Part(turn, "image", self._image, tokens))
+                if as_one:
+                    parts.append(Part(turn, "text", "\n"))
             else:
-                yield Part(turn, "text", self._parts.by_person(item.text))
+                text = item.text.strip() if frame.strips and not as_one else item.text
+                parts.append(Part(turn, "text", self._parts.by_person(text)))
+        return stripped(parts) if frame.strips and as_one else parts
 
-    def _frame(self, roles: tuple[str, ...]) -> list[Frame]:
-        if roles not in self._frames:
+    def _check_volumes(self, ids: np.ndarray, volumes: int) -> None:
+        starts = np.diff(ids == self.image_id, prepend=False) & (ids == self.image_id)
+        if starts.sum() != volumes:
+            raise UserError(
+                f"has {volumes} volumes but, as tokens, {IMAGE_TOKEN} in {starts.sum()} place(s): the chat template"
+                " writes one of its own, or that token takes in the blanks between volumes (its lstrip or rstrip is"
+                " set); change the tokenizer, or write words between the volumes"
+            )
+
+    def _frame(self, turns: tuple[TurnShape, ...]) -> list[Frame]:
+        if turns not in self._frames:
             by_template = self._parts.by_template
-            self._frames[roles] = [
-                Frame(by_template(header), by_template(end), strips)
-                for header, end, strips in make_frame(self.tokenizer, self.template, roles)
+            self._frames[turns] = [
+                Frame(by_template(header), by_template(end), strips, between and tuple(map(by_template, between)))
+                for header, end, strips, between in make_frame(self.tokenizer, self.template, turns)
             ]
-        return self._frames[roles]
-
-
-def _stripped(parts: list[Part]) -> list[Part]:
-    """The parts without the blanks that they begin and end with, taken together."""
-    for strip, order in ((str.lstrip, range(len(parts))), (str.rstrip, reversed(range(len(parts))))):
-        for i in order:
-            parts[i] = parts[i]._replace(text=strip(parts[i].text))
-            if parts[i].text:
-                break
-    return parts
+        return self._frames[turns]
 
 
 def load_renderer(settings: "Settings") -> Renderer:
