@@ -103,7 +103,10 @@ def load_model(
 
 @torch.no_grad()
 def from_llava(llava: Any, kinds: dict, init: str = "random") -> UmbrellaForConditionalGeneration:
-    """A plain LLaVA with volume embedders, random or inflated, in place of its 2D one; all else is taken over."""
+    """A plain LLaVA with volume embedders, random or inflated, in place of its 2D one; all else is taken over.
+
+    The embedders are float32, whatever the rest is: with a rest in half precision, run it under autocast.
+    """
     config = UmbrellaConfig(
         **{name: getattr(llava.config, name) for name in TAKEN_OVER if hasattr(llava.config, name)},
         # The parts keep their configurations, which say how each attends.
@@ -116,8 +119,7 @@ def from_llava(llava: Any, kinds: dict, init: str = "random") -> UmbrellaForCond
     flat = llava.model.vision_tower.embeddings
     with torch.device("meta"):  # every weight but the embedder's is taken over
         model = UmbrellaForConditionalGeneration(config)
-    like = flat.position_embedding.weight
-    embedder = model.embedder.to_empty(device=like.device).to(like.dtype)
+    embedder = model.embedder.to_empty(device=flat.position_embedding.weight.device)
     for modality in embedder.by_modality.values():
         assert isinstance(modality, ModalityEmbedder)
         modality.reset_parameters()
