@@ -22,6 +22,7 @@ def test_later_files_win_over_earlier_ones_and_overrides_over_all(tmp_path: Path
     settings = load_settings([first, second], {"optim.warmup": 9})
     assert settings.optim.model_dump() == {
         "lr": 0.25,
+        "embedder_lr": None,
         "weight_decay": 0.01,
         "warmup": 9,
         "schedule": "cosine",
