@@ -39,11 +39,11 @@ class Job:
     tracking: dict[str, str | None]
     """Arguments of ``Tracker.start``."""
     folder: str
-    """Where Ray Train keeps this training's checkpoints."""
+    """Where this training's checkpoints lie."""
 
     @property
     def plan(self) -> Plan:
-        """Which sample each worker sees at each step."""
+        """Which sample each worker sees at each step. Looks into the folder: ask once."""
         train = self.settings.train
         return Plan(
             sorted_by=progress_of(self.folder).sorted_by,
@@ -100,7 +100,7 @@ def stopped_file(job: Job) -> Path:
 
 def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
-    resources = job.settings.resources
+    resources, plan = job.settings.resources, job.plan
     folder = Path(job.folder)
 
     def position() -> int:
@@ -112,10 +112,10 @@ def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        datasets=train_datasets(job.plan, position) | evaluation_datasets(job.validation_lengths, job.plan.workers),
+        datasets=train_datasets(plan, position) | evaluation_datasets(job.validation_lengths, plan.workers),
         dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ScalingConfig(
-            num_workers=job.plan.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+            num_workers=plan.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
         ),
         run_config=RunConfig(
             storage_path=str(folder.parent),
