@@ -1,0 +1,46 @@
+"""The validation split, scored by all workers in the midst of a training."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import torch
+from torch import nn
+
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.collator import Collator
+from umbrella.data.pipeline import batches, from_table
+from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.scoring import Scored, score
+from umbrella.training.job import Job
+from umbrella.training.parallel import gathered
+
+
+class Evaluator:
+    """Scores the validation conversations of a job, each worker its share.
+
+    Args:
+        table: the validation conversations, see ``data.pipeline.to_table``.
+    """
+
+    def __init__(self, job: Job, table: pa.Table, collate: Collator, rank: int, device: torch.device) -> None:
+        self.job, self.table, self.collate, self.rank, self.device = job, table, collate, rank, device
+        self.dtype = getattr(torch, job.settings.model.dtype)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of the whole split, the same on every worker."""
+        model.eval()
+        scored: list[Scored] = []
+        shard = ray.train.get_dataset_shard(f"validation-{self.rank}")
+        size = self.job.settings.train.evaluation_batch_size
+        for conversations in batches(shard, size, 1, self._rows):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                scored += score(
+                    model, conversations, self.collate.renderer, self.collate, self.job.candidates, self.device
+                )
+        model.train()
+        return summarise(one for part in gathered(scored) for one in part)
+
+    def _rows(self, rows: Mapping[str, np.ndarray]) -> list[Conversation]:
+        return [from_table(self.table, int(i)) for i in rows["sample"]]

@@ -1,0 +1,84 @@
+"""What a training says of itself, in MLflow and in its log. Rank 0 alone does."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from torch import nn
+
+from umbrella.data.audit import audit
+from umbrella.data.pipeline import from_table
+from umbrella.data.rendering import Renderer
+from umbrella.tracking import Tracker
+from umbrella.training.job import Job, progress_line
+from umbrella.training.statement import audited, mask_page, share, statement
+from umbrella.training.step import StepResult
+
+
+class Reporter:
+    """One training's run in MLflow, opened with all that says what this training is.
+
+    Args:
+        table: the training conversations, see ``data.pipeline.to_table``.
+        parts: see ``model.selection.parts``.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        in_words: str,
+        table: pa.Table,
+        renderer: Renderer,
+        parts: Mapping[str, Sequence[nn.Parameter]],
+        device: torch.device,
+    ) -> None:
+        settings = job.settings
+        conversations = _Lazy(table.num_rows, lambda i: from_table(table, i))
+        examples = audited(conversations, renderer)
+        rows, read = audit(examples, settings.mask), share(examples, conversations)
+        moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in parts.items()}
+        told = statement(rows, settings.mask, moving, settings.modalities, renderer.stops, read)
+        text = f"{in_words}\n{told}"
+        self.tracker = Tracker.start(**job.tracking)  # type: ignore[arg-type]
+        flat = {name: value for name, value in settings.flat().items() if not name.startswith("tune.")}
+        self.tracker.params(flat | dict(job.data))
+        self.tracker.tags({"device": str(device), "ray.job": ray.get_runtime_context().get_job_id()})
+        self.tracker.text(settings.to_yaml(), "settings.yaml")
+        self.tracker.text(text, "statement.txt")
+        self.tracker.text(mask_page(rows, examples, renderer, settings.mask, read), "mask_audit.html")
+        supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
+        self.tracker.tags({"mask.supervised": f"{supervised} of {tokens} tokens audited"})
+        print(text, flush=True)
+
+    def step(self, step: int, result: StepResult) -> None:
+        """Note what a step did."""
+        values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
+        values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
+        values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
+        values["train/supervised_tokens"] = result.supervised_tokens
+        self.tracker.metrics(values, step)
+
+    def evaluation(self, step: int, measured: Mapping[str, float], report: Mapping[str, Any]) -> None:
+        """Write down an evaluation, and with it all steps before."""
+        self.tracker.metrics(measured, step)
+        self.tracker.flush()
+        print(progress_line(dict(report)), flush=True)
+
+    def end(self) -> None:
+        """The training reached its end."""
+        self.tracker.end()
+
+
+class _Lazy(Sequence):
+    """A table's conversations as a sequence that parses only what is asked for."""
+
+    def __init__(self, size: int, get: Callable[[int], Any]) -> None:
+        self.size, self.get = size, get
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.get(range(self.size)[index])
