@@ -71,7 +71,8 @@ class ModalityEmbedder(nn.Module):
         # Looked up, not broadcast: tables of one shape would be handed views of one gradient, and add to each other's.
         places = torch.meshgrid(*(torch.arange(size, device=tokens.device) for size in sizes), indexing="ij")
         position = torch.stack([table[place] for table, place in zip(tables, places, strict=True)]).sum(0)
-        return tokens + position.reshape(-1, tokens.shape[-1])
+        # Under autocast bfloat16: what the tower passes from layer to layer has the type of what it is given here.
+        return (tokens + position.reshape(-1, tokens.shape[-1])).to(tokens.dtype)
 
 
 class VolumeEmbedder(nn.Module):

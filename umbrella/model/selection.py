@@ -63,9 +63,8 @@ def select_trainable(model: UmbrellaForConditionalGeneration, what: str) -> None
         for weight in weights:
             weight.requires_grad_(name in names)
     # The features are the output of a layer: the layers behind it, the last norm and SigLIP's head have no gradient.
-    tower, read = model.model.vision_tower, model.config.vision_feature_layer
-    deepest = max(layer % (len(tower.encoder.layers) + 1) for layer in ([read] if isinstance(read, int) else read))
-    unused = [*tower.encoder.layers[deepest:], tower.post_layernorm, getattr(tower, "head", None)]
+    tower = model.model.vision_tower
+    unused = [*tower.encoder.layers[max(model.feature_layers) :], tower.post_layernorm, getattr(tower, "head", None)]
     for module in unused:
         if module is not None:
             module.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality
 from umbrella.model.embedder import VolumeEmbedder
-from umbrella.model.token_nll import token_nll
+from umbrella.model.token_nll import supervised, token_nll
 
 ADAPTER = "adapter"
 """The folder beside a saved model's weights that holds its adapters, as PEFT saves them."""
@@ -70,6 +71,13 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         """The part that is new: patches to vectors."""
         return self.model.vision_tower.embeddings
 
+    @property
+    def feature_layers(self) -> list[int]:
+        """After how many of the tower's layers its states are read; those behind the last of them are not run."""
+        read = self.config.vision_feature_layer
+        count = len(self.model.vision_tower.encoder.layers)
+        return [layer % (count + 1) for layer in ([read] if isinstance(read, int) else read)]
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -89,19 +97,20 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             ValueError: a run of placeholders and the volume that stands there disagree in number of tokens.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        # All that reads numbers from the GPU comes before its long work: each reading waits until that is done.
+        where = None if loss_weights is None else supervised(loss_weights)
         cache = generation.get("past_key_values")
         if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not the next word of an answer
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                inputs |= _attending(attention_mask, complete=loss_weights is not None)
             inputs |= self._with_volumes(input_ids, pixel_values or {})
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and (attention_mask > 1).any():
-                # transformers tells the samples of a row apart by where positions start anew, if it gets no mask.
-                inputs |= {"attention_mask": None, "position_ids": restarted(attention_mask), "use_cache": False}
         if loss_weights is None:
             return super().forward(**generation | inputs)
         assert input_ids is not None
         hidden = self.model(**inputs | {"use_cache": False})[0]
         if self.training:
             hidden = hidden + self._anchor(pixel_values or {})
-        return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights))
+        return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, where=where))
 
     def _with_volumes(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> dict[str, Any]:
         if not pixel_values:
@@ -114,17 +123,24 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def features(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
         """Projected features of all volumes (tokens, d), in the order of the placeholders of ``input_ids``."""
-        parts = {name: self.volume_features(name, group.voxels) for name, group in pixel_values.items()}
         run = torch.cat([group.run for group in pixel_values.values()])
-        size = torch.cat([run.new_full(part.shape[:1], part.shape[1]) for part in parts.values()])
+        size = torch.cat([g.run.new_full(g.run.shape, self._tokens(n, g.voxels)) for n, g in pixel_values.items()])
         order = torch.argsort(run)
         self._check_runs(input_ids, run[order], size[order])
+        parts = [self.volume_features(name, group.voxels).flatten(0, 1) for name, group in pixel_values.items()]
         # Where each volume's tokens start in `parts`, gathered in the order of the runs, then counted on from there.
         start = (torch.cumsum(size, 0) - size)[order]
         placed = torch.cumsum(size[order], 0) - size[order]
-        index = torch.repeat_interleave(start - placed, size[order])
-        tokens = torch.cat([part.flatten(0, 1) for part in parts.values()])
+        tokens = torch.cat(parts)
+        index = torch.repeat_interleave(start - placed, size[order], output_size=len(tokens))
         return tokens[index + torch.arange(len(index), device=run.device)]
+
+    def _tokens(self, name: str, voxels: torch.Tensor) -> int:
+        """How many tokens each of these volumes becomes."""
+        modality: Any = self.embedder.by_modality[name]
+        patches = prod(size // step for size, step in zip(voxels.shape[1:], modality.patch, strict=True))
+        dropped = self.config.vision_feature_select_strategy == "default"
+        return patches + (self.embedder.class_embedding is not None) - dropped
 
     def volume_features(self, name: str, voxels: torch.Tensor) -> torch.Tensor:
         """One modality's volumes (n, *grid) through tower and projector: (n, tokens, d).
@@ -132,9 +148,17 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         Which layer of the tower is read, and whether its class token stays, is the configuration's
         ``vision_feature_layer`` and ``vision_feature_select_strategy``.
         """
-        states = self.model.vision_tower(pixel_values=(name, voxels), output_hidden_states=True).hidden_states
-        read = self.config.vision_feature_layer
-        selected = torch.cat([states[layer] for layer in ([read] if isinstance(read, int) else read)], -1)
+        tower, read = self.model.vision_tower, self.feature_layers
+        state = tower.embeddings((name, voxels))
+        if hasattr(tower, "pre_layrnorm"):  # CLIP's, and its spelling
+            state = tower.pre_layrnorm(state)
+        # Layer by layer, since what transformers does to note all states breaks a compiled layer into three.
+        states = {0: state}
+        for number, layer in enumerate(tower.encoder.layers[: max(read)], 1):
+            state = layer(state, attention_mask=None)
+            if number in read:
+                states[number] = state
+        selected = torch.cat([states[number] for number in read], -1)
         if self.config.vision_feature_select_strategy == "default":
             selected = selected[:, 1:]
         return self.model.multi_modal_projector(selected)
@@ -142,8 +166,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     def _check_runs(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> None:
         """``runs`` (V,), rising, and ``sizes`` (V,): where the volumes stand, and how many tokens they are."""
         mask = functional.pad(input_ids == self.config.image_token_id, (1, 1))
-        edges = mask[:, 1:].int() - mask[:, :-1].int()
-        starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
+        edges = (mask[:, 1:] != mask[:, :-1]).nonzero()  # where a run starts, where it stops, and so on
+        starts, stops = edges[0::2], edges[1::2]
         lengths = stops[:, 1] - starts[:, 1]
         if len(lengths) != len(sizes) or (runs != torch.arange(len(lengths), device=runs.device)).any():
             alone = sorted(set(range(len(lengths))) - set(runs.tolist()))
@@ -207,6 +231,17 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.load_adapter(str(Path(config).parent))
         return loaded
+
+
+def _attending(attention_mask: torch.Tensor, complete: bool) -> dict[str, Any]:
+    """How a mask (B, L) is told to the language model. ``complete``: no words will follow, and no cache is needed."""
+    # Read in one go: each reading waits for the GPU.
+    packed, left = torch.stack([(attention_mask > 1).any(), (attention_mask[:, 0] == 0).any()]).tolist()
+    if packed:
+        # transformers tells the samples of a row apart by where positions start anew, if it gets no mask.
+        return {"attention_mask": None, "position_ids": restarted(attention_mask), "use_cache": False}
+    # What stands before padding never looks at it. Without a mask attention knows that it is causal, and is faster.
+    return {"attention_mask": None} if complete and not left else {}
 
 
 def restarted(attention_mask: torch.Tensor) -> torch.Tensor:
