@@ -139,7 +139,7 @@ def test_features_stand_at_the_placeholders_in_reading_order(model: Umbrella, ma
         alone = [
             model.model.get_image_features((name, groups[name].voxels[i : i + 1])).pooler_output[0] for name, i in order
         ]
-        torch.testing.assert_close(model.features(batch.input_ids, groups), torch.cat(alone))
+        torch.testing.assert_close(model.placed(batch.input_ids, groups)[batch.image_mask], torch.cat(alone))
 
 
 def test_volumes_that_do_not_fit_the_placeholders_name_both_counts(model: Umbrella, make: MakeBatch) -> None:

@@ -16,7 +16,9 @@ class Collator:
 
     renderer: Renderer
     store: VolumeStore
+    pin: bool = False
+    """Whether batches go to a GPU."""
 
     def __call__(self, examples: Sequence[Example], policy: MaskPolicy, **options: Any) -> Batch:
         pad = self.renderer.tokenizer.pad_token_id or 0
-        return collate(examples, policy, self.store, self.renderer.image_id, pad, **options)
+        return collate(examples, policy, self.store, self.renderer.image_id, pad, pin=self.pin, **options)

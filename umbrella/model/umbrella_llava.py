@@ -50,7 +50,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
     1. input_ids (B, L)                                → word vectors (B, L, d)
     2. each modality's voxels (n, *grid)               → embedder (n, tokens, w) → tower → projector (n, tokens, d)
-    3. features of all modalities, in the order of the placeholder runs they stand at, are put there
+    3. features of all modalities are put at the placeholder runs they stand at
     4. language model                                  → hidden states (B, L, d)
     5. hidden states before supervised tokens (S, d)   → logits, float32, a chunk of S at a time → token_nll (B, L)
 
@@ -103,7 +103,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not the next word of an answer
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 inputs |= _attending(attention_mask, complete=loss_weights is not None)
-            inputs |= self._with_volumes(input_ids, pixel_values or {})
+            inputs |= {"input_ids": None, "inputs_embeds": self.placed(input_ids, pixel_values or {})}
         if loss_weights is None:
             return super().forward(**generation | inputs)
         assert input_ids is not None
@@ -112,28 +112,24 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             hidden = hidden + self._anchor(pixel_values or {})
         return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, where=where))
 
-    def _with_volumes(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> dict[str, Any]:
-        if not pixel_values:
-            self._check_runs(input_ids, input_ids.new_empty(0), input_ids.new_empty(0))
-            return {}
+    def placed(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
+        """Word vectors (B, L, d) with the volumes' projected features at the placeholders."""
         words = self.get_input_embeddings()(input_ids)
-        here = (input_ids == self.config.image_token_id)[..., None]
-        placed = words.masked_scatter(here, self.features(input_ids, pixel_values).to(words.dtype))
-        return {"input_ids": None, "inputs_embeds": placed}
-
-    def features(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
-        """Projected features of all volumes (tokens, d), in the order of the placeholders of ``input_ids``."""
-        run = torch.cat([group.run for group in pixel_values.values()])
-        size = torch.cat([g.run.new_full(g.run.shape, self._tokens(n, g.voxels)) for n, g in pixel_values.items()])
+        run = torch.cat([input_ids.new_empty(0), *(group.run for group in pixel_values.values())])
+        sizes = [
+            group.run.new_full(group.run.shape, self._tokens(n, group.voxels)) for n, group in pixel_values.items()
+        ]
         order = torch.argsort(run)
-        self._check_runs(input_ids, run[order], size[order])
-        parts = [self.volume_features(name, group.voxels).flatten(0, 1) for name, group in pixel_values.items()]
-        # Where each volume's tokens start in `parts`, gathered in the order of the runs, then counted on from there.
-        start = (torch.cumsum(size, 0) - size)[order]
-        placed = torch.cumsum(size[order], 0) - size[order]
-        tokens = torch.cat(parts)
-        index = torch.repeat_interleave(start - placed, size[order], output_size=len(tokens))
-        return tokens[index + torch.arange(len(index), device=run.device)]
+        starts = self._starts(input_ids, run[order], torch.cat([run[:0], *sizes])[order])
+        if not pixel_values:
+            return words
+        features, places = [], []
+        for name, group in pixel_values.items():
+            part = self.volume_features(name, group.voxels)
+            features.append(part.flatten(0, 1))
+            places.append((starts[group.run][:, None] + torch.arange(part.shape[1], device=run.device)).flatten())
+        flat = words.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(features).to(words.dtype))
+        return flat.view_as(words)
 
     def _tokens(self, name: str, voxels: torch.Tensor) -> int:
         """How many tokens each of these volumes becomes."""
@@ -163,8 +159,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             selected = selected[:, 1:]
         return self.model.multi_modal_projector(selected)
 
-    def _check_runs(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> None:
-        """``runs`` (V,), rising, and ``sizes`` (V,): where the volumes stand, and how many tokens they are."""
+    def _starts(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """Where each run of placeholders begins, (V,), in the rows laid end to end.
+
+        ``runs`` (V,), rising, and ``sizes`` (V,): at which of them the volumes stand, and how many tokens they are.
+        """
         mask = functional.pad(input_ids == self.config.image_token_id, (1, 1))
         edges = (mask[:, 1:] != mask[:, :-1]).nonzero()  # where a run starts, where it stops, and so on
         starts, stops = edges[0::2], edges[1::2]
@@ -179,6 +178,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
                 f"row {int(starts[wrong, 0])}, run {wrong} of the batch: {int(lengths[wrong])} placeholders for a"
                 f" volume of {int(sizes[wrong])} tokens"
             )
+        return starts[:, 0] * input_ids.shape[1] + starts[:, 1]
 
     def _anchor(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
         """Zero, made of the weights that this batch leaves out: data-parallel workers see the same weights."""

@@ -45,7 +45,7 @@ class Worker:
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
         self.renderer = load_renderer(self.settings)
-        self.collate = Collator(self.renderer, open_store(self.settings))
+        self.collate = Collator(self.renderer, open_store(self.settings), pin=self.device.type == "cuda")
         self.evaluate = Evaluator(job, ray.get(job.validation), self.collate, self.rank, self.device)
 
         torch.manual_seed(self.settings.seed)
