@@ -1,0 +1,239 @@
+"""A training on GPUs from end to end: .nii.gz files, store, Ray Data, Ray Train; the shape of a published model.
+
+    python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [steps=300] [folder=...] [any setting=...]
+
+Weights are random. A sample is two 96^3 volumes and about 90 tokens of text; the volume embedder is trained (with 7b,
+adapters too), in bfloat16. Printed are samples a second between evaluations, once layers are compiled, the share of the
+time that a step waited for its batch, the operations that a sample takes, as a share of the GPU's dense bfloat16 peak,
+peak memory, and the seconds from ``fit()`` to the first step.
+"""
+
+import json
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+PEAK = 990e12
+"""Dense bfloat16 operations a second of an H100 or H200, by its datasheet."""
+SIZE, GRID, PATCH = 256, 96, 16
+LAYER = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 26}
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_hidden_layers": 24,
+        "tie_word_embeddings": True,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+    },
+}
+"""Language models of llava-interleave-qwen-0.5b and -7b; their tower is SigLIP's so400m."""
+
+
+def operations(language: dict[str, Any], volume: int, volumes: int, length: int, supervised: int, words: int) -> float:
+    """Floating point operations of a sample; a multiplication with its addition is two.
+
+    Weights that stand still cost as much in the backward pass, for the gradient of what enters them, as in the forward
+    pass: twice the forward pass in all. Attention has two products forward and four backward: three times. The embedder
+    has a gradient of its weights instead of one of what enters it. What is computed a second time (attention's scores
+    in the backward pass) is not counted, nor are adapters, norms and activations.
+
+    Args:
+        volume: tokens of a volume. length: tokens of the sample, with its volumes'.
+    """
+    width, wide = LAYER["hidden_size"], LAYER["intermediate_size"]
+    tower = LAYER["num_hidden_layers"] * volumes * volume * 2 * (4 * width**2 + 2 * width * wide)
+    looks = LAYER["num_hidden_layers"] * volumes * volume**2 * 4 * width
+    d, hidden = language["hidden_size"], language["intermediate_size"]
+    projector = volumes * volume * 2 * (width * d + d * d)
+    text = language["num_hidden_layers"] * length * 2 * (4 * d**2 + 3 * d * hidden)
+    looks += language["num_hidden_layers"] * length * (length + 1) / 2 * 4 * d  # each token looks at those before it
+    embedder = volumes * volume * 2 * PATCH**3 * width
+    return 2 * (tower + projector + text + supervised * 2 * d * words + embedder) + 3 * looks
+
+
+def make_scan(path: Path) -> None:
+    """A conformed scan of a stripped brain: 256^3 at 1 mm, uint8, noise in an ellipsoid, zeros outside."""
+    if path.exists():
+        return
+    axes = np.meshgrid(*(np.linspace(-1, 1, SIZE),) * 3, indexing="ij", sparse=True)
+    inside = (axes[0] / 0.55) ** 2 + (axes[1] / 0.6) ** 2 + (axes[2] / 0.68) ** 2 < 1
+    draw = np.random.default_rng(int(path.name.split(".")[0]))
+    scan = np.where(inside, draw.normal(110, 12, inside.shape), 0)
+    nib.save(nib.Nifti1Image(np.clip(scan, 0, 255).astype(np.uint8), np.eye(4)), path)
+
+
+def conversation(number: int, subjects: int, rng: np.random.Generator) -> dict[str, Any]:
+    """A comparison of two subjects' scans, as the format of the data has it."""
+    other = int(rng.integers(subjects))
+    label = ("female", "male")[number % 2]
+    paths = [f"scans/{i % subjects}.nii.gz" for i in (other, number)]
+    images = [{"type": "image", "modality": "sMRI", "image_path": path} for path in paths]
+    turns = [
+        ("user", [images[0], {"type": "text", "text": "A reference."}]),
+        ("assistant", [{"type": "text", "text": "Seen."}]),
+        ("user", [images[1], {"type": "text", "text": "And this one's sex?"}]),
+        ("assistant", [{"type": "text", "text": f"{label}."}]),
+    ]
+    return {
+        "task_id": str(number),
+        "task_type": "T3",
+        "images": [{"path": path, "modality": "sMRI"} for path in paths],
+        "conversations": [{"role": role, "content": content} for role, content in turns],
+        "metadata": {"subject_id": f"s{number % subjects}", "subject_label": label},
+    }
+
+
+def make_cohort(folder: Path, subjects: int, samples: int) -> dict[str, Any]:
+    """Scans and conversations, training and validation; the settings that name them."""
+    (folder / "scans").mkdir(parents=True, exist_ok=True)
+    held_out = max(2, subjects // 16)
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(make_scan, [folder / "scans" / f"{i}.nii.gz" for i in range(subjects + held_out)]))
+    rng = np.random.default_rng(0)
+    rows = {"train": [conversation(i, subjects, rng) for i in range(samples)]}
+    rows["validation"] = [conversation(subjects + i, subjects + held_out, rng) for i in range(held_out)]
+    for row in rows["validation"]:  # of held-out subjects alone
+        path = row["images"][1]["path"]
+        row["images"][0]["path"] = row["conversations"][0]["content"][0]["image_path"] = path
+    for name, part in rows.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)), encoding="utf-8")
+    files = {f"data.{name}": str(folder / f"{name}.jsonl") for name in rows}
+    return files | {"data.root": str(folder)}
+
+
+def make_checkpoint(folder: Path, shape: str) -> str:
+    """A plain LLaVA of this shape with random weights, as a published one lies in its folder."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+    from umbrella.data.tokenizer import byte_tokenizer
+
+    path = folder / shape
+    if not (path / "config.json").exists():
+        tokenizer = byte_tokenizer()
+        config = LlavaConfig(
+            vision_config=SiglipVisionConfig(**LAYER, image_size=384, patch_size=14, vision_use_head=False),
+            text_config=Qwen2Config(**SHAPES[shape], vocab_size=152_000),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        del model
+        torch.cuda.empty_cache()
+    return str(path)
+
+
+def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """One training; what it says."""
+    from mlflow import MlflowClient
+
+    from umbrella.config import load_settings
+    from umbrella.tracking import tracking_uri
+    from umbrella.training import run
+
+    settings: dict[str, Any] = {
+        "modalities.sMRI": {"grid": [GRID] * 3, "patch": [PATCH] * 3},
+        "model.dtype": "bfloat16",
+        "model.train": "embedder" if shape == "0.5b" else "embedder+lora",
+        "train.batch_size": 128,
+        "train.accumulate": 1,
+        "train.compile": True,
+        "train.epochs": 1,
+        "train.evaluate_every": steps // 3,
+        "train.evaluation_batch_size": 8,
+        "resources.gpus_per_worker": 1,
+        "resources.cpus_per_worker": 4,
+        "resources.storage": str(folder / "runs"),
+        "data.prefetch": 4,
+    } | overrides
+    if "model.checkpoint" not in settings:
+        settings["model.checkpoint"] = make_checkpoint(folder, shape)
+    per_step = settings["train.batch_size"] * settings["train.accumulate"] * settings.get("resources.workers", 1)
+    settings |= make_cohort(folder, subjects, per_step * steps)
+    chosen = load_settings(overrides=settings)
+    began: list[float] = []
+    run_job = run.run_job
+
+    def timed(*arguments: Any) -> None:
+        began.append(time.time())
+        run_job(*arguments)
+
+    run.run_job = timed  # type: ignore[assignment]
+    start = time.time()
+    training = run.run_training(chosen, lambda things, what: things)
+    client = MlflowClient(tracking_uri(chosen.resources.storage))
+    experiment = client.get_experiment_by_name(chosen.experiment)
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`ray.trial_id` = '{training.name}'")
+    history = {name: client.get_metric_history(found.info.run_id, name) for name in found.data.metrics}
+    pace = [m.value for m in history["train/samples_per_second"]]
+    samples_per_second = statistics.median(pace[1:])  # layers are compiled in the first
+    text = load_rendered(chosen)
+    tokens = (GRID // PATCH) ** 3
+    each = operations(SHAPES[shape], tokens, 2, text["length"], text["supervised"], 152_000)
+    workers = chosen.resources.workers
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpus": workers,
+        "shape": shape,
+        "trained": chosen.model.train,
+        "batch of a GPU": chosen.train.batch_size * chosen.train.accumulate,
+        "tokens of a sample": text["length"],
+        "samples/s": round(samples_per_second, 1),
+        "samples/s, each evaluation's": [round(value, 1) for value in pace],
+        "TFLOP of a sample": round(each / 1e12, 3),
+        "share of peak": round(samples_per_second * each / PEAK / workers, 3),
+        "waiting for data": round(max(m.value for m in history["train/waiting_for_data"][1:]), 4),
+        "seconds from fit() to the first step": round(history["train/loss"][0].timestamp / 1e3 - began[0], 1),
+        "seconds before fit(), scans to store among them": round(began[0] - start, 1),
+        "memory": {name: round(m[-1].value) for name, m in history.items() if "memory" in name},
+        "loss, first and last": [round(history["train/loss"][i].value, 3) for i in (0, -1)],
+    }
+
+
+def load_rendered(settings: Any) -> dict[str, int]:
+    """Mean tokens of a training conversation, and how many of them are supervised."""
+    from umbrella.data.intake import load_splits
+    from umbrella.data.masking import loss_weights
+    from umbrella.data.rendering import load_renderer
+
+    renderer = load_renderer(settings)
+    conversations = load_splits(settings, lambda things, what: things).train[:200]
+    examples = [renderer.render(one) for one in conversations]
+    weights = [np.count_nonzero(loss_weights(example, settings.mask)) for example in examples]
+    return {
+        "length": round(statistics.mean(len(e.input_ids) for e in examples)),
+        "supervised": round(statistics.mean(map(int, weights))),
+    }
+
+
+def main(words: list[str]) -> None:
+    """Measure and print."""
+    import yaml
+
+    given = {key: yaml.safe_load(value) if value else "" for key, _, value in (word.partition("=") for word in words)}
+    shape, folder = str(given.pop("shape", "0.5b")), Path(given.pop("folder", "/tmp/gpu_training"))
+    subjects, steps = int(given.pop("subjects", 128)), int(given.pop("steps", 300))
+    print(json.dumps(measure(shape, subjects, steps, folder, given), indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
