@@ -15,9 +15,14 @@ def main(request: Request) -> None:
     if request.dry_run:
         dry_run(settings, request.given, make_console())
         return
+    from umbrella.training.progress import best_checkpoint, read_metrics
     from umbrella.training.run import run_training
 
     folder = run_training(settings, progress_bar)
+    metric = settings.tune.metric
+    best = best_checkpoint(folder, metric, settings.tune.mode)
+    if best:
+        print(f"best checkpoint: {best}  ({metric} {read_metrics(best)[metric]:.4g})")
     print(f"checkpoints: {folder}\nruns in MLflow: make ui")
 
 

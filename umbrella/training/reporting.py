@@ -1,5 +1,6 @@
 """What a training says of itself, in MLflow and in its log. Rank 0 alone does."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,27 +14,31 @@ from umbrella.data.pipeline import from_table
 from umbrella.data.rendering import Renderer
 from umbrella.tracking import Tracker
 from umbrella.training.job import Job, progress_line
+from umbrella.training.live import BUILDING, EVALUATING, FIRST, Live
+from umbrella.training.pace import Pace, memory
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
 
 class Reporter:
-    """One training's run in MLflow, opened with all that says what this training is.
+    """One training's run in MLflow, and what it does at this moment."""
 
-    Args:
-        table: the training conversations, see ``data.pipeline.to_table``.
-        parts: see ``model.selection.parts``.
-    """
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job, self.device = job, device
+        self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
+        self.live.say(BUILDING)
+        self._first: tuple[float, int] | None = None
 
-    def __init__(
-        self,
-        job: Job,
-        in_words: str,
-        table: pa.Table,
-        renderer: Renderer,
-        parts: Mapping[str, Sequence[nn.Parameter]],
-        device: torch.device,
+    def begin(
+        self, in_words: str, table: pa.Table, renderer: Renderer, parts: Mapping[str, Sequence[nn.Parameter]]
     ) -> None:
+        """Open the run with all that says what this training is.
+
+        Args:
+            table: the training conversations, see ``data.pipeline.to_table``.
+            parts: see ``model.selection.parts``.
+        """
+        job = self.job
         settings = job.settings
         conversations = _Lazy(table.num_rows, lambda i: from_table(table, i))
         examples = audited(conversations, renderer)
@@ -44,21 +49,34 @@ class Reporter:
         self.tracker = Tracker.start(**job.tracking)  # type: ignore[arg-type]
         flat = {name: value for name, value in settings.flat().items() if not name.startswith("tune.")}
         self.tracker.params(flat | dict(job.data))
-        self.tracker.tags({"device": str(device), "ray.job": ray.get_runtime_context().get_job_id()})
+        self.tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
         self.tracker.text(settings.to_yaml(), "settings.yaml")
         self.tracker.text(text, "statement.txt")
         self.tracker.text(mask_page(rows, examples, renderer, settings.mask, read), "mask_audit.html")
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
         self.tracker.tags({"mask.supervised": f"{supervised} of {tokens} tokens audited"})
+        self.tracker.watch_system()
         print(text, flush=True)
+        self.live.say(FIRST)
 
-    def step(self, step: int, result: StepResult) -> None:
-        """Note what a step did."""
+    def step(self, result: StepResult, place: Mapping[str, float], pace: Pace) -> None:
+        """Note what a step did. ``place``: step, steps and epoch."""
         values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
         values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
         values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
         values["train/supervised_tokens"] = result.supervised_tokens
-        self.tracker.metrics(values, step)
+        self.tracker.metrics(values, int(place["step"]))
+        now = time.monotonic()
+        first, step = self._first or (now, int(place["step"])), place["step"]
+        self._first = first  # what goes before the end of the first step comes once
+        if step == first[1] or self.live.due:
+            left = (now - first[0]) / (step - first[1]) * (place["steps"] - step) if step > first[1] else None
+            newest = {"train/loss": result.loss, "train/lr": result.lr, **pace.recent(), **memory(self.device)}
+            self.live.figures(newest, **place, left=left)
+
+    def evaluating(self) -> None:
+        """An evaluation begins."""
+        self.live.say(EVALUATING)
 
     def evaluation(self, step: int, measured: Mapping[str, float], report: Mapping[str, Any]) -> None:
         """Write down an evaluation, and with it all steps before."""
@@ -66,9 +84,10 @@ class Reporter:
         self.tracker.flush()
         print(progress_line(dict(report)), flush=True)
 
-    def end(self) -> None:
-        """The training reached its end."""
-        self.tracker.end()
+    def end(self, outcome: str, note: str) -> None:
+        """The training ended by itself: FINISHED or EARLY, and in a note why."""
+        self.tracker.end(outcome=outcome)
+        self.live.say(outcome, note)
 
 
 class _Lazy(Sequence):
