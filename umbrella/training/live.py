@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray.util.metrics import Gauge
@@ -35,18 +36,18 @@ class Live:
         """Whether it is time for new figures."""
         return time.monotonic() - self._written >= self.every
 
-    def say(self, state: str, note: str = "") -> None:
-        """Tell a new state, and in a note what a person should know of it."""
-        self._write(self._told | {"state": state, "note": note})
+    def say(self, state: str, place: Mapping[str, float | None] = MappingProxyType({}), note: str = "") -> None:
+        """Tell a new state, how far the training is, and in a note what a person should know of it."""
+        self._write({**self._told, **place} | {"state": state, "note": note})
 
-    def figures(self, metrics: Mapping[str, float], **place: float | None) -> None:
-        """Tell the newest figures, under their names in MLflow, and how far the training is."""
+    def figures(self, metrics: Mapping[str, float], place: Mapping[str, float | None]) -> None:
+        """Tell the newest figures by their names in MLflow, and how far the training is: step, steps, epoch, left."""
         for name, value in metrics.items():
             gauge = f"umbrella_{name.removeprefix('train/')}"
             if gauge not in self._gauges:
                 self._gauges[gauge] = Gauge(gauge, f"{name} of a training", tuple(self.tags))
             self._gauges[gauge].set(float(value), self.tags)
-        self._write(self._told | place | {"state": TRAINING, "note": "", "metrics": dict(metrics)})
+        self._write({**self._told, **place} | {"state": TRAINING, "note": "", "metrics": dict(metrics)})
 
     def _write(self, told: dict[str, Any]) -> None:
         self._told, self._written = told, time.monotonic()

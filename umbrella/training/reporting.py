@@ -27,7 +27,7 @@ class Reporter:
         self.job, self.device = job, device
         self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
         self.live.say(BUILDING)
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, float] | None = None
 
     def begin(
         self, in_words: str, table: pa.Table, renderer: Renderer, parts: Mapping[str, Sequence[nn.Parameter]]
@@ -65,18 +65,18 @@ class Reporter:
         values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
         values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
         values["train/supervised_tokens"] = result.supervised_tokens
-        self.tracker.metrics(values, int(place["step"]))
-        now = time.monotonic()
-        first, step = self._first or (now, int(place["step"])), place["step"]
-        self._first = first  # what goes before the end of the first step comes once
-        if step == first[1] or self.live.due:
-            left = (now - first[0]) / (step - first[1]) * (place["steps"] - step) if step > first[1] else None
+        now, step = time.monotonic(), place["step"]
+        self.tracker.metrics(values, int(step))
+        # Time is counted from the end of the first step: what goes before, as compilation, comes once.
+        began, first = self._first = self._first or (now, step)
+        if step == first or self.live.due:
+            left = (now - began) / (step - first) * (place["steps"] - step) if step > first else None
             newest = {"train/loss": result.loss, "train/lr": result.lr, **pace.recent(), **memory(self.device)}
-            self.live.figures(newest, **place, left=left)
+            self.live.figures(newest, {**place, "left": left})
 
-    def evaluating(self) -> None:
+    def evaluating(self, place: Mapping[str, float]) -> None:
         """An evaluation begins."""
-        self.live.say(EVALUATING)
+        self.live.say(EVALUATING, place)
 
     def evaluation(self, step: int, measured: Mapping[str, float], report: Mapping[str, Any]) -> None:
         """Write down an evaluation, and with it all steps before."""
@@ -84,10 +84,10 @@ class Reporter:
         self.tracker.flush()
         print(progress_line(dict(report)), flush=True)
 
-    def end(self, outcome: str, note: str) -> None:
+    def end(self, outcome: str, note: str, place: Mapping[str, float]) -> None:
         """The training ended by itself: FINISHED or EARLY, and in a note why."""
         self.tracker.end(outcome=outcome)
-        self.live.say(outcome, note)
+        self.live.say(outcome, {**place, "left": None}, note)
 
 
 class _Lazy(Sequence):

@@ -1,6 +1,7 @@
 """The Ray Train worker loop: what runs in each worker process of one training."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings, self.plan = job, job.settings, job.plan
+        logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
         transformers.utils.logging.disable_progress_bar()
         self.rank = ray.train.get_context().get_world_rank()
         self.device = get_device()
@@ -101,13 +103,13 @@ class Worker:
                 self.reporter.step(result, self._place(), pace)
             if step % every == 0 or step == self.steps:
                 if self.reporter:
-                    self.reporter.evaluating()
+                    self.reporter.evaluating(self._place())
                 measured = pace.take() | memory(self.device) | self.evaluate(self.model)
                 self.progress = self.progress.evaluated(measured[self.settings.tune.metric], self.settings.tune.mode)
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
         if self.reporter:
-            self.reporter.end(*self._ending())
+            self.reporter.end(*self._ending(), self._place())
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
