@@ -3,6 +3,8 @@
 Without arguments: the defaults on a phantom cohort, which is made when it is not there yet.
 """
 
+from math import nan
+
 from umbrella.cli import Request, make_console, progress_bar, run_script
 
 
@@ -22,7 +24,7 @@ def main(request: Request) -> None:
     metric = settings.tune.metric
     best = best_checkpoint(folder, metric, settings.tune.mode)
     if best:
-        print(f"best checkpoint: {best}  ({metric} {read_metrics(best)[metric]:.4g})")
+        print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
     print(f"checkpoints: {folder}\nruns in MLflow: make ui")
 
 
