@@ -23,9 +23,6 @@ TRIAL, PARENT, OUTCOME = "ray.trial_id", "mlflow.parentRunId", "umbrella.outcome
 LAST_WRITTEN = "train/waiting_for_data"
 """The metric of an evaluation whose name sorts behind all others."""
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
-SAMPLE_EVERY, SAMPLES = 10, 3
-"""Seconds between two looks at the machine, and looks whose mean is written; MLflow's own environment variables for
-these (MLFLOW_SYSTEM_METRICS_...) go before."""
 
 
 def tracking_uri(storage: str | Path) -> str:
@@ -112,15 +109,13 @@ class Tracker:
             self.client.log_batch(self.run_id, metrics=pending[i : i + MAX_METRICS])
 
     def watch_system(self) -> None:
-        """From now to the end also write, from a thread, what this machine does: CPU, memory, disk, network, GPUs.
+        """From now to the end also write, every 10 s from a thread, what this machine does: CPU, memory, disk, GPUs.
 
         GPUs only where nvidia-ml-py is installed. These metrics count their own steps, and go on counting in a run that
         goes on.
         """
         logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it says when it starts and ends
-        self._monitor = SystemMetricsMonitor(
-            self.run_id, SAMPLE_EVERY, SAMPLES, resume_logging=True, tracking_uri=self.uri
-        )
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
         self._monitor.start()
 
     def text(self, content: str, file: str) -> None:

@@ -14,8 +14,9 @@ from umbrella.data.pipeline import from_table
 from umbrella.data.rendering import Renderer
 from umbrella.tracking import Tracker
 from umbrella.training.job import Job, progress_line
-from umbrella.training.live import BUILDING, EVALUATING, FIRST, Live
+from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
+from umbrella.training.progress import Progress
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
@@ -84,8 +85,14 @@ class Reporter:
         self.tracker.flush()
         print(progress_line(dict(report)), flush=True)
 
-    def end(self, outcome: str, note: str, place: Mapping[str, float]) -> None:
-        """The training ended by itself: FINISHED or EARLY, and in a note why."""
+    def end(self, progress: Progress, place: Mapping[str, float]) -> None:
+        """The training ended by itself: at its last step, or before it for want of a better evaluation."""
+        outcome, note = FINISHED, ""
+        if place["step"] < place["steps"]:
+            better = "a number" if progress.best is None else f"better than {progress.best:.4g}"
+            so_long = f"for {progress.since_best} evaluations (train.patience)"
+            where = f"at step {place['step']} of {place['steps']}"
+            outcome, note = EARLY, f"{self.job.settings.tune.metric} has not been {better} {so_long}, {where}"
         self.tracker.end(outcome=outcome)
         self.live.say(outcome, {**place, "left": None}, note)
 

@@ -26,7 +26,6 @@ from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import restore, rng_state, save_checkpoint
 from umbrella.training.evaluating import Evaluator
 from umbrella.training.job import Job
-from umbrella.training.live import EARLY, FINISHED
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
@@ -109,7 +108,7 @@ class Worker:
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
         if self.reporter:
-            self.reporter.end(*self._ending(), self._place())
+            self.reporter.end(self.progress, self._place())
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -139,14 +138,6 @@ class Worker:
     def _place(self) -> dict[str, float]:
         epoch = self.progress.position / self.plan.size
         return {"step": self.progress.step, "steps": self.steps, "epoch": epoch}
-
-    def _ending(self) -> tuple[str, str]:
-        if self.progress.step >= self.steps:
-            return FINISHED, ""
-        best, waited = self.progress.best, self.progress.since_best
-        better = "a number" if best is None else f"better than {best:.4g}"
-        why = f"{self.settings.tune.metric} has not been {better} for {waited} evaluations (train.patience)"
-        return EARLY, f"{why}, at step {self.progress.step} of {self.steps}"
 
     def _report(self, result: StepResult, measured: dict[str, float]) -> None:
         report: dict[str, Any] = {
