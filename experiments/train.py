@@ -3,6 +3,8 @@
 Without arguments: the defaults on a phantom cohort, which is made when it is not there yet.
 """
 
+from math import nan
+
 from umbrella.cli import Request, make_console, progress_bar, run_script
 
 
@@ -15,9 +17,14 @@ def main(request: Request) -> None:
     if request.dry_run:
         dry_run(settings, request.given, make_console())
         return
+    from umbrella.training.progress import best_checkpoint, read_metrics
     from umbrella.training.run import run_training
 
     folder = run_training(settings, progress_bar)
+    metric = settings.tune.metric
+    best = best_checkpoint(folder, metric, settings.tune.mode)
+    if best:
+        print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
     print(f"checkpoints: {folder}\nruns in MLflow: make ui")
 
 

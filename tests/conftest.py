@@ -3,6 +3,7 @@
 Imports that cost seconds (torch, transformers) stay inside the fixtures, so that the tests without them start at once.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -214,6 +215,7 @@ def ray_session() -> Any:
     from umbrella.training.run import start_ray
     from umbrella.training.settings import ResourceSettings
 
+    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112  # 10 s: more than a training here takes
     start_ray(ResourceSettings(), log_to_driver=False)
     yield ray
     ray.shutdown()

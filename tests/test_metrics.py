@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from umbrella.evaluation.metrics import balanced_accuracy, summarise
+from umbrella.evaluation.metrics import balanced_accuracy, metric_names, summarise
 from umbrella.evaluation.scoring import Scored
 
 
@@ -74,3 +74,9 @@ def test_targets_are_averaged_and_the_loss_is_per_token() -> None:
 
 def test_without_classes_there_is_only_the_loss() -> None:
     assert summarise([scored("a", 63.5, "age", nll=2.0, tokens=4)]) == {"eval/loss": 0.5}
+
+
+@pytest.mark.parametrize("targets", [[], ["sex"], ["sex", "diagnosis"]])
+def test_the_names_of_all_metrics_are_known_before_there_are_any(targets: list[str]) -> None:
+    metrics = summarise([scored("a", 63.5, "age"), *(scored("a", "m", target, m=0.9, f=0.1) for target in targets)])
+    assert sorted(metrics) == sorted(metric_names(targets))

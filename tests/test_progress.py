@@ -2,11 +2,21 @@
 
 import json
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 
-from umbrella.training.progress import Progress, latest_checkpoint, progress_of, prune, read_progress, write_files
+from umbrella.training.progress import (
+    Progress,
+    best_checkpoint,
+    latest_checkpoint,
+    progress_of,
+    prune,
+    read_metrics,
+    read_progress,
+    write_files,
+)
 
 Make = Callable[..., Path]
 
@@ -65,7 +75,6 @@ def test_one_without_a_file_or_a_list_of_them_is_not_taken(make: Make, tmp_path:
 
 
 def test_the_newest_and_the_best_are_kept(make: Make, tmp_path: Path) -> None:
-    nan = float("nan")
     scores = {1: (0.5, 2.0), 2: (0.9, 1.5), 3: (0.9, 1.0), 4: (nan, 0.1), 5: (0.7, 1.0), 6: (0.6, 1.0)}
     for step, (accuracy, loss) in scores.items():
         make(step, accuracy=accuracy, loss=loss)
@@ -74,7 +83,31 @@ def test_the_newest_and_the_best_are_kept(make: Make, tmp_path: Path) -> None:
     def kept() -> list[int]:
         return sorted(int(path.name.removeprefix("step_")) for path in tmp_path.glob("step_*"))
 
+    best = best_checkpoint(tmp_path, "eval/accuracy", "max")
+    assert best == tmp_path / "step_0000003"
+    assert read_metrics(best) == {"eval/accuracy": 0.9, "eval/loss": 1.0}
     prune(tmp_path, 2, "eval/accuracy", "max")
     assert kept() == [3, 5, 6, 7]
     prune(tmp_path, 1, "eval/accuracy", "min")
     assert kept() == [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "since_best"),
+    [
+        ("max", [0.5, 0.6, 0.6, 0.5, 0.7, nan, 0.7], [0, 0, 1, 2, 0, 1, 2]),
+        ("min", [2.0, 1.0, 1.5, 0.0, -1.0, inf], [0, 0, 1, 0, 0, 1]),
+        ("max", [nan, nan, -inf, nan], [1, 2, 0, 1]),
+    ],
+)
+def test_patience_counts_evaluations_that_are_not_better_and_nan_never_is(
+    mode: str, values: list[float], since_best: list[int]
+) -> None:
+    progress, counted = Progress(3, 12, 4), []
+    for value in values:
+        progress = progress.evaluated(value, mode)
+        counted.append(progress.since_best)
+        assert progress.out_of_patience(2) == (counted[-1] >= 2)
+        assert not progress.out_of_patience(0)
+    assert counted == since_best
+    assert (progress.step, progress.position, progress.sorted_by) == (3, 12, 4)

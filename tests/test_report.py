@@ -11,7 +11,8 @@ from PIL import Image
 from ray.tune import Result
 from rich.console import Console
 
-from umbrella.tuning.monitor import FAILED, FINISHED, STOPPED
+from umbrella.training.live import EARLY, FINISHED
+from umbrella.tuning.monitor import FAILED, STOPPED
 from umbrella.tuning.report import Trial, draw, rank, ranking_table, write_csv
 
 METRIC = "eval/balanced_accuracy"
@@ -19,7 +20,9 @@ Evaluation = tuple[int, float, float, bool]
 """(step of 30, metric, validation loss, whether the checkpoint was kept)."""
 
 
-def result(folder: Path, number: int, evaluations: list[Evaluation], **others: Any) -> Result:
+def result(
+    folder: Path, number: int, evaluations: list[Evaluation], out_of_patience: bool = False, **others: Any
+) -> Result:
     """What Ray Tune hands back about a trial, with the checkpoint folders that it kept."""
     rows = []
     for step, metric, loss, kept in evaluations:
@@ -27,7 +30,7 @@ def result(folder: Path, number: int, evaluations: list[Evaluation], **others: A
         if kept:
             checkpoint.mkdir(parents=True)
         row = {"step": step, "steps": 30, METRIC: metric, "eval/loss": loss, "checkpoint": str(checkpoint)}
-        rows.append(row)
+        rows.append(row | {"out_of_patience": out_of_patience})
     said = {"trial_id": f"a8_{number:05d}", "config": {"optim.lr": 10.0**-number}}
     frame = pd.DataFrame(rows) if rows else None
     return Result(metrics=said, checkpoint=None, path=str(folder), metrics_dataframe=frame, **{"error": None} | others)
@@ -58,6 +61,16 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
     assert trials[0].name == "lr=0.001"
     by_loss = rank(results, "eval/loss", "min")
     assert [(t.trial_id[-1], t.metric) for t in by_loss[:3]] == [("3", 0.1), ("2", 0.2), ("1", 0.5)]
+
+
+def test_a_trial_out_of_patience_is_told_apart_from_one_that_asha_stopped(tmp_path: Path) -> None:
+    ends = [
+        result(tmp_path, 1, [(10, 0.8, 1.0, True), (20, 0.8, 1.0, True)]),
+        result(tmp_path, 2, [(10, 0.7, 1.0, True), (20, 0.7, 1.0, True)], out_of_patience=True),
+        result(tmp_path, 3, [(10, 0.6, 1.0, True), (30, 0.6, 1.0, True)], out_of_patience=True),
+    ]
+    assert [t.state for t in rank(ends, METRIC, "max")] == [STOPPED, EARLY, FINISHED]
+    assert len({STOPPED, EARLY, FINISHED}) == 3
 
 
 def test_a_trial_whose_process_died_at_once_still_has_its_point(tmp_path: Path) -> None:

@@ -1,15 +1,27 @@
 """MLflow: what is tracked can be read back, a trial has one run however often it starts, and ended runs stay ended."""
 
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from umbrella import tracking
 from umbrella.base import UserError
-from umbrella.tracking import LAST_WRITTEN, OUTCOME, Tracker, close_trial, code_version, open_experiment, tracking_uri
+from umbrella.tracking import (
+    LAST_WRITTEN,
+    OUTCOME,
+    Tracker,
+    close_trial,
+    code_version,
+    is_name,
+    open_experiment,
+    tracking_uri,
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +147,48 @@ def test_closing_a_trial_ends_a_running_one_and_leaves_an_ended_one(
     run = client.get_run(stopped.run_id)
     assert (run.info.status, run.data.tags[OUTCOME]) == ("KILLED", "stopped early")
     close_trial(uri, experiment, "never started", "FAILED", "failed")
+
+
+def test_the_machine_is_watched_to_the_end_of_a_run_and_counted_on_when_it_goes_on(
+    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+
+    def steps(run_id: str) -> list[int]:
+        return [metric.step for metric in client.get_metric_history(run_id, "system/cpu_utilization_percentage")]
+
+    def train(more: int) -> str:
+        tracker = Tracker.start(uri, experiment, "x", trial="watched")
+        tracker.watch_system()
+        until, enough = time.monotonic() + 20, len(steps(tracker.run_id)) + more
+        while len(steps(tracker.run_id)) < enough and time.monotonic() < until:
+            tracker.metrics({"train/loss": 1.0, LAST_WRITTEN: 0.1}, len(steps(tracker.run_id)))
+            tracker.flush()
+        tracker.end()
+        return tracker.run_id
+
+    run_id = train(2)
+    assert train(2) == run_id
+    assert len(steps(run_id)) >= 4
+    assert steps(run_id) == list(range(len(steps(run_id))))
+    written = client.get_run(run_id).data.metrics
+    assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= written.keys()
+    assert max(written) == LAST_WRITTEN
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_target_is_a_name_exactly_where_mlflow_takes_its_metrics(
+    uri: str, experiment: str, client: MlflowClient
+) -> None:
+    run_id = Tracker.start(uri, experiment, "names").run_id
+    for target in ("sex", "age group", "site/a", "a.b", "-", "Größe", "x" * 220):
+        assert is_name(target)
+        client.log_metric(run_id, f"eval/{target}/balanced_accuracy", 1.0)
+    for target in ("site/", "/a", "a//b", "a/../b", ".", "what?", "", "x" * 250):
+        assert not is_name(target)
+        with pytest.raises(MlflowException):
+            client.log_metric(run_id, f"eval/{target}/balanced_accuracy", 1.0)
 
 
 def test_an_experiment_is_opened_again_by_name_and_a_deleted_one_is_refused(

@@ -1,6 +1,9 @@
 """MLflow: the only module that imports it. One run per training; trials of a sweep are children of one parent run."""
 
+import logging
 import os
+import posixpath
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -11,6 +14,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError
@@ -24,6 +28,12 @@ MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
 def tracking_uri(storage: str | Path) -> str:
     """Where runs are kept: ``MLFLOW_TRACKING_URI`` if it is set, else an SQLite file in the storage folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+
+
+def is_name(target: str) -> bool:
+    """Whether MLflow takes metrics that have this in the midst of their names."""
+    name = f"eval/{target}/balanced_accuracy"
+    return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
 
 
 def open_experiment(uri: str, name: str, storage: str | Path) -> str:
@@ -49,9 +59,10 @@ class Tracker:
     """One MLflow run. Metrics are gathered and written together by ``flush``, since each request costs up to 70 ms."""
 
     def __init__(self, uri: str, run: Run) -> None:
-        self.client = MlflowClient(uri)
+        self.uri, self.client = uri, MlflowClient(uri)
         self.run_id = run.info.run_id
         self._pending: list[Metric] = []
+        self._monitor: SystemMetricsMonitor | None = None
         # Of a run that goes on: up to this step everything is there. Metrics are written by name, and this one is last.
         known = self.client.get_metric_history(self.run_id, LAST_WRITTEN) if LAST_WRITTEN in run.data.metrics else []
         self._known_until = max((metric.step for metric in known), default=-1)
@@ -97,6 +108,16 @@ class Tracker:
         for i in range(0, len(pending), MAX_METRICS):
             self.client.log_batch(self.run_id, metrics=pending[i : i + MAX_METRICS])
 
+    def watch_system(self) -> None:
+        """From now to the end also write, every 10 s from a thread, what this machine does: CPU, memory, disk, GPUs.
+
+        GPUs only where nvidia-ml-py is installed. These metrics count their own steps, and go on counting in a run that
+        goes on.
+        """
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it says when it starts and ends
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+        self._monitor.start()
+
     def text(self, content: str, file: str) -> None:
         """Save a text as an artifact."""
         self.client.log_text(self.run_id, content, file)
@@ -107,6 +128,8 @@ class Tracker:
 
     def end(self, status: str = "FINISHED", outcome: str = "finished") -> None:
         """Close the run. ``status``: FINISHED, FAILED or KILLED; ``outcome``: also tells early stopping apart."""
+        if self._monitor:
+            self._monitor.finish()
         self.flush()
         self.tags({OUTCOME: outcome})
         self.client.set_terminated(self.run_id, status)

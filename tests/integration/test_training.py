@@ -100,8 +100,8 @@ def test_one_seed_gives_one_curve_and_two_workers_the_same(one: Any, small_setti
 
     halves = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
     _, _, both = train(small_settings({**LONGER, **halves, "experiment": "two workers"}))
-    assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-4)
-    assert both["eval/loss"] == pytest.approx(curves["eval/loss"], abs=1e-4)
+    assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-5)
+    assert both["eval/loss"] == pytest.approx(curves["eval/loss"], abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small_settings: Any) -> None:

@@ -17,6 +17,13 @@ def balanced_accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> 
     return sum(sum(hits) / len(hits) for hits in right.values()) / len(right)
 
 
+def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
+    """What ``summarise`` gives where these targets have classes."""
+    targets = sorted(targets)
+    names = [f"{prefix}/loss", *([f"{prefix}/balanced_accuracy"] if targets else [])]
+    return names + [f"{prefix}/{target}/{name}" for target in targets for name in ("balanced_accuracy", "accuracy")]
+
+
 def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float]:
     """Metrics of an evaluation.
 

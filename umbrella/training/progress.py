@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 from pathlib import Path
 
@@ -12,11 +12,27 @@ PROGRESS, METRICS, FILES = "progress.json", "metrics.json", "files.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``."""
+    """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``.
+
+    best: the best value so far of the metric that decides. since_best: evaluations that came after it, none better.
+    """
 
     step: int = 0
     position: int = 0
     sorted_by: int = 0
+    best: float | None = None
+    since_best: int = 0
+
+    def evaluated(self, value: float, mode: str) -> "Progress":
+        """After an evaluation that gave this value. NaN is never better."""
+        sign = 1 if mode == "max" else -1
+        if not isnan(value) and (self.best is None or sign * value > sign * self.best):
+            return replace(self, best=value, since_best=0)
+        return replace(self, since_best=self.since_best + 1)
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether so many evaluations were no better than the best; never with a patience of 0."""
+        return 0 < patience <= self.since_best
 
 
 def read_progress(folder: str | Path) -> Progress:
@@ -52,20 +68,33 @@ def progress_of(folder: str | Path) -> Progress:
     return read_progress(latest) if latest else Progress()
 
 
-def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
-    """Delete a training's whole checkpoints but the newest ``keep`` and the best, by the metric and then the loss."""
-    whole = [path for path in sorted(Path(folder).glob("step_*")) if not what_is_wrong(path)]
+def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
+    """A training's best whole checkpoint, by the metric and then the loss; of equal ones the first."""
     sign = 1 if mode == "max" else -1
 
     def goodness(path: Path) -> tuple[float, float]:
-        metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
+        metrics = read_metrics(path)
         values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
         return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
-    best = max(whole, key=goodness, default=None)
-    for path in whole[:-keep]:
+    return max(_whole(folder), key=goodness, default=None)
+
+
+def read_metrics(checkpoint: str | Path) -> dict[str, float]:
+    """What the evaluation at a checkpoint gave, by the metrics' names."""
+    return json.loads((Path(checkpoint) / METRICS).read_text(encoding="utf-8"))
+
+
+def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
+    """Delete a training's whole checkpoints but the newest ``keep`` and the best."""
+    best = best_checkpoint(folder, metric, mode)
+    for path in _whole(folder)[:-keep]:
         if path != best:
             shutil.rmtree(path)
+
+
+def _whole(folder: str | Path) -> list[Path]:
+    return [path for path in sorted(Path(folder).glob("step_*")) if not what_is_wrong(path)]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,13 @@ from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
-from umbrella.tracking import close_trial, open_experiment, tracking_uri
+from umbrella.tracking import close_trial, is_name, open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
+from umbrella.training.watch import Watch
 
 LOCALHOST = "127.0.0.1"
 SPARE_CPUS = 1.0
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often reports are fetched: 2 s unless told otherwise
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
+    "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Ray's settings for every process of ours; what the person has set stays."""
@@ -119,15 +121,13 @@ def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], me
     candidates = find_candidates(splits.train)
     check_candidates(splits.validation, candidates)
     targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})
-    unnameable = [target for target in targets if not re.fullmatch(r"[\w\-. :/]+", target)]
+    unnameable = [target for target in targets if not is_name(target)]
     if unnameable:
         raise UserError(
             f"target {unnameable[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"
+            " (a slash only between two of the others), at most 200 in all"
         )
-    known = ["eval/loss"]
-    if targets:
-        known += ["eval/balanced_accuracy"]
-        known += [f"eval/{t}/{name}" for t in targets for name in ("balanced_accuracy", "accuracy")]
+    known = metric_names(targets)
     if metric not in known:
         raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss)")
 
@@ -165,7 +165,8 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
     check_same(job)
     try:
-        run_job(job)
+        with Watch(job.folder):
+            run_job(job)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         close_trial(uri, experiment, name, "KILLED" if killed else "FAILED", "killed" if killed else "failed")
@@ -177,10 +178,12 @@ def check_same(job: Job) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
-        UserError: names what differs: a setting (other than of ``resources`` and ``tune``), or the data.
+        UserError: names what differs: a setting (other than of ``resources`` and ``tune``), or the data. With patience
+            what it waits for belongs to the training, too.
     """
     file = Path(job.folder) / "begun_with.json"
-    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in ("resources", "tune")}
+    decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
+    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in ("resources", "tune") or k in decides}
     now = json.loads(json.dumps(now | {"data.fingerprint": job.data["data.fingerprint"]}))
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

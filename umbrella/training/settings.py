@@ -65,6 +65,8 @@ class TrainSettings(Section):
     """Steps between evaluations. 0: after each epoch."""
     evaluation_batch_size: int = Field(32, ge=1)
     """Conversations per worker and forward pass in evaluation."""
+    patience: int = Field(0, ge=0)
+    """Evaluations in a row without a better tune.metric after which a training stops. 0: it never does."""
 
 
 class ResourceSettings(Section):

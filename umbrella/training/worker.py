@@ -1,7 +1,9 @@
 """The Ray Train worker loop: what runs in each worker process of one training."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from umbrella.training.evaluating import Evaluator
 from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.pace import Pace
+from umbrella.training.pace import Pace, memory
 from umbrella.training.parallel import gathered
 from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
 from umbrella.training.reporting import Reporter
@@ -39,9 +41,11 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings, self.plan = job, job.settings, job.plan
+        logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
         transformers.utils.logging.disable_progress_bar()
         self.rank = ray.train.get_context().get_world_rank()
         self.device = get_device()
+        self.reporter = Reporter(job, self.device) if self.rank == 0 else None
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
         self.renderer = load_renderer(self.settings)
@@ -65,9 +69,8 @@ class Worker:
             restore(latest, self.model, self.optimizer, self.schedule, self.rank)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
-        self.reporter = None
-        if self.rank == 0:
-            self.reporter = Reporter(job, self.plan.in_words, self.table, self.renderer, self.parts, self.device)
+        if self.reporter:
+            self.reporter.begin(self.plan.in_words, self.table, self.renderer, self.parts)
 
     def run(self) -> None:
         """The loop: a step, and an evaluation with a checkpoint wherever one is due."""
@@ -77,6 +80,8 @@ class Worker:
         stream = to_device(self._checked(self._training_batches()), self.device)
         watch, pace = LossWatch(self.settings.train.max_loss_ratio), Pace()
         for step in range(self.progress.step + 1, self.steps + 1):
+            if self.progress.out_of_patience(self.settings.train.patience):
+                break
             with pace.waiting():
                 micro_batches = [next(stream) for _ in range(self.settings.train.accumulate)]
             micro_batches = [augment(batch, self.settings.train.augment) for batch in micro_batches]
@@ -91,15 +96,19 @@ class Worker:
             watch.add(result.loss)
             pace.step(self.plan.per_step, result.supervised_tokens)
             position = self.progress.position + self.plan.per_step
-            self.progress = Progress(step, position, self.plan.sorted_by or self.plan.per_step)
+            sorted_by = self.plan.sorted_by or self.plan.per_step
+            self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by)
             if self.reporter:
-                self.reporter.step(step, result)
+                self.reporter.step(result, self._place(), pace)
             if step % every == 0 or step == self.steps:
-                measured = pace.take() | self.evaluate(self.model)
+                if self.reporter:
+                    self.reporter.evaluating(self._place())
+                measured = pace.take() | memory(self.device) | self.evaluate(self.model)
+                self.progress = self.progress.evaluated(measured[self.settings.tune.metric], self.settings.tune.mode)
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
         if self.reporter:
-            self.reporter.end()
+            self.reporter.end(self.progress, self._place())
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -126,11 +135,14 @@ class Worker:
             done = here.stop
             yield batch
 
+    def _place(self) -> dict[str, float]:
+        epoch = self.progress.position / self.plan.size
+        return {"step": self.progress.step, "steps": self.steps, "epoch": epoch}
+
     def _report(self, result: StepResult, measured: dict[str, float]) -> None:
         report: dict[str, Any] = {
-            "step": self.progress.step,
-            "steps": self.steps,
-            "epoch": self.progress.position / self.plan.size,
+            **self._place(),
+            "out_of_patience": self.progress.out_of_patience(self.settings.train.patience),
             "train/loss": result.loss,
             "train/lr": result.lr,
             "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",

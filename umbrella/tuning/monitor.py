@@ -1,6 +1,7 @@
 """A sweep as it runs: a live table in a terminal, a line per event elsewhere, and true final states in MLflow."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray.tune import Callback
@@ -10,9 +11,11 @@ from rich.table import Table
 
 from umbrella.tracking import close_trial
 from umbrella.training.job import progress_line
+from umbrella.training.live import EARLY, FINISHED
 from umbrella.tuning.space import label
 
-FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
+STOPPED, FAILED = "stopped by ASHA", "failed"
+"""How a trial ends that did not end by itself; see ``live`` for the others."""
 
 
 class Monitor(Callback):
@@ -59,8 +62,8 @@ class Monitor(Callback):
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A trial reached its end, or the scheduler stopped it."""
         result = self.trials[trial.trial_id]["result"]
-        state = FINISHED if result and result["step"] >= result["steps"] else STOPPED
-        self._end(trial.trial_id, state, "FINISHED" if state == FINISHED else "KILLED")
+        state = how_it_ended(result) if result else STOPPED
+        self._end(trial.trial_id, state, "KILLED" if state == STOPPED else "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A trial raised."""
@@ -90,6 +93,13 @@ class Monitor(Callback):
             values = [f"{result[name]:.4g}" if name in result else "" for name in table_columns(self.metric)]
             table.add_row(trial["name"], trial["state"], step, *values)
         return table
+
+
+def how_it_ended(report: Mapping[str, Any]) -> str:
+    """The end of a trial that nothing went wrong with, from its last report: FINISHED, EARLY or STOPPED."""
+    if report["step"] >= report["steps"]:
+        return FINISHED
+    return EARLY if report["out_of_patience"] else STOPPED
 
 
 def table_columns(metric: str) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from umbrella.tuning.monitor import FAILED, FINISHED, STOPPED
+from umbrella.training.live import FINISHED
+from umbrella.tuning.monitor import FAILED, how_it_ended
 from umbrella.tuning.space import label
 
 
@@ -54,11 +55,10 @@ def _trial(result: Any, metric: str, sign: int) -> Trial:
     if not kept:
         return Trial(trial_id, dict(point), FAILED)
     best = min(kept, key=lambda row: _order(row[metric], row["eval/loss"], sign))
-    ended = FINISHED if kept[-1]["step"] >= kept[-1]["steps"] else STOPPED
     return Trial(
         trial_id=trial_id,
         point=dict(point),
-        state=FAILED if result.error else ended,
+        state=FAILED if result.error else how_it_ended(kept[-1]),
         metric=best[metric],
         loss=best["eval/loss"],
         step=int(best["step"]),
@@ -116,7 +116,7 @@ def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
     values = [t.point[x] for t in shown] if x in numeric else []
     if values and min(values) > 0 and max(values) / min(values) >= 10:
         axes.set_xscale("log")
-    axes.set(xlabel=x, ylabel=metric, title="Each trial's best evaluation (hollow: stopped early)")
+    axes.set(xlabel=x, ylabel=metric, title="Each trial's best evaluation (hollow: stopped before its end)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)

@@ -1,0 +1,120 @@
+"""A training that gets no better stops by itself; as it runs, it says how it goes in MLflow and on Ray's dashboard."""
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+
+from integration.test_faults import go_on, kill_workers, when_step
+from umbrella.tracking import LAST_WRITTEN, OUTCOME, tracking_uri
+from umbrella.training.live import read_live
+from umbrella.training.progress import progress_of
+
+PATIENT = {
+    "name": "patient",
+    "experiment": "reporting",
+    "train.epochs": 12,
+    "train.evaluate_every": 9,
+    "train.patience": 2,
+    "optim.lr": 1e-30,  # nothing moves, so no evaluation is better than the first, at step 9
+    "data.log_samples": True,
+    "resources.workers": 2,
+    "resources.cpus_per_worker": 0.25,
+    "train.batch_size": 2,
+}
+STEPS, STOP = 39, 27
+"""The third evaluation is at step 27."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+class Trained(NamedTuple):
+    """A training that ended: what it told last, and the page of Ray's metrics as it was meanwhile."""
+
+    settings: Any
+    folder: Path
+    told: dict[str, Any]
+    page: str
+
+    def run(self) -> tuple[Any, list[int]]:
+        """The run in MLflow, and the steps that it has a loss of."""
+        client = MlflowClient(tracking_uri(self.settings.resources.storage))
+        experiment = client.get_experiment_by_name("reporting")
+        (run,) = client.search_runs([experiment.experiment_id])
+        return run, [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+
+    def steps_taken(self) -> int:
+        """Steps that were begun, those that were taken twice included."""
+        return (self.folder / "samples_0.jsonl").read_text(encoding="utf-8").count("\n")
+
+
+@pytest.fixture(scope="module")
+def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
+    """Two workers without a better evaluation than their first, killed between the first and the third."""
+    settings = small_settings(PATIENT)
+    folder = Path(settings.resources.storage) / "trainings" / settings.name
+    (node,) = ray_session.nodes()
+    ended, pages = threading.Event(), [""]
+
+    def scrape() -> None:
+        while not ended.wait(0.3):
+            with urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
+                page = answer.read().decode()
+            if 'run="patient"' in page:
+                pages.append(page)
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    killer = when_step(folder, 11, kill_workers)
+    try:
+        assert go_on(settings) == folder
+    finally:
+        ended.set()
+        scraper.join()
+    killer.join(5)
+    return Trained(settings, folder, read_live(folder), pages[-1])
+
+
+def test_a_training_without_a_better_evaluation_stops_on_all_workers_and_says_so(patient: Trained) -> None:
+    run, steps = patient.run()
+    assert steps == list(range(1, STOP + 1))
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")
+    assert [patient.told[name] for name in ("state", "step", "steps")] == ["stopped early", STOP, STEPS]
+    why = r"eval/balanced_accuracy has not been better than 0.* for 2 evaluations \(train.patience\), at step 27 of 39"
+    assert re.fullmatch(why, patient.told["note"])
+    kept = [path.name for path in sorted(patient.folder.glob("step_*"))]
+    assert kept == ["step_0000009", "step_0000027"], "the best and the newest"
+
+
+def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) -> None:
+    assert patient.steps_taken() > STOP, "it was killed, and took steps twice"
+    progress = progress_of(patient.folder)
+    assert (progress.step, progress.since_best) == (STOP, 2)
+
+
+def test_mlflow_has_what_the_bar_shows(patient: Trained) -> None:
+    run, _ = patient.run()
+    shown = patient.told["metrics"]
+    assert {"train/samples_per_second", "train/supervised_tokens_per_second", "train/memory_host_mib"} <= shown.keys()
+    assert shown.keys() <= run.data.metrics.keys()
+    assert 0 <= shown["train/waiting_for_data"] <= 1
+    assert max(run.data.metrics) == LAST_WRITTEN, "what a run that goes on is asked for"
+
+
+def test_rays_dashboard_has_what_the_bar_shows(patient: Trained) -> None:
+    samples = [line for line in patient.page.splitlines() if 'run="patient",trial="patient"' in line]
+    shown = {f"ray_umbrella_{name.removeprefix('train/')}" for name in patient.told["metrics"]}
+    assert {line.split("{")[0] for line in samples} == shown
+
+
+def test_the_same_command_does_not_train_a_stopped_training_further(patient: Trained) -> None:
+    before = patient.run()[1], patient.steps_taken()
+    go_on(patient.settings)
+    run, steps = patient.run()
+    assert (steps, patient.steps_taken()) == before
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")

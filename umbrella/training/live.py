@@ -1,0 +1,70 @@
+"""What a training does at this moment: rank 0 tells, whoever started it reads. Imports little: see ``job``."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+STARTING, BUILDING, FIRST, TRAINING = "starting workers", "building the model", "first step", "training"
+EVALUATING, FINISHED, EARLY = "evaluating", "finished", "stopped early"
+"""States of a training, in their order; the last two also are how it ends."""
+
+
+class Live:
+    """Tells the state and the newest figures: in a small file of the training's folder, and as Ray's gauges.
+
+    Args:
+        run, trial: tags of the gauges, which are named as the metrics are: ``train/loss`` is ``umbrella_loss``.
+        every: seconds between two writings of figures; a new state is written at once.
+    """
+
+    def __init__(self, folder: str | Path, run: str, trial: str, every: float = 0.5) -> None:
+        self.file, self.every = live_file(folder), every
+        self.tags = {"run": run, "trial": trial}
+        self._gauges: dict[str, Gauge] = {}
+        self._told: dict[str, Any] = {}
+        self._written = -every
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for new figures."""
+        return time.monotonic() - self._written >= self.every
+
+    def say(self, state: str, place: Mapping[str, float | None] = MappingProxyType({}), note: str = "") -> None:
+        """Tell a new state, how far the training is, and in a note what a person should know of it."""
+        self._write({**self._told, **place} | {"state": state, "note": note})
+
+    def figures(self, metrics: Mapping[str, float], place: Mapping[str, float | None]) -> None:
+        """Tell the newest figures by their names in MLflow, and how far the training is: step, steps, epoch, left."""
+        for name, value in metrics.items():
+            gauge = f"umbrella_{name.removeprefix('train/')}"
+            if gauge not in self._gauges:
+                self._gauges[gauge] = Gauge(gauge, f"{name} of a training", tuple(self.tags))
+            self._gauges[gauge].set(float(value), self.tags)
+        self._write({**self._told, **place} | {"state": TRAINING, "note": "", "metrics": dict(metrics)})
+
+    def _write(self, told: dict[str, Any]) -> None:
+        self._told, self._written = told, time.monotonic()
+        partial = self.file.with_suffix(".partial")
+        with suppress(OSError):  # nothing that a training should end for
+            partial.write_text(json.dumps(told), encoding="utf-8")
+            os.replace(partial, self.file)
+
+
+def live_file(folder: str | Path) -> Path:
+    """Where a training with this folder tells what it does."""
+    return Path(folder) / "live.json"
+
+
+def read_live(folder: str | Path) -> dict[str, Any]:
+    """What a training told last: state, note, metrics, step, steps, epoch, seconds left. Empty before that."""
+    try:
+        return json.loads(live_file(folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
