@@ -99,15 +99,15 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             return super().forward(**generation | inputs)
         assert input_ids is not None
         hidden = self.model(**inputs | {"use_cache": False})[0]
-        if self.training:
-            hidden = hidden + self._anchor(pixel_values or {})
         return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights))
 
     def _with_volumes(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> dict[str, Any]:
+        words = self.get_input_embeddings()(input_ids)
+        if self.training:
+            words = words + self._anchor(pixel_values)
         if not pixel_values:
             self._check_runs(input_ids, input_ids.new_empty(0), input_ids.new_empty(0))
-            return {}
-        words = self.get_input_embeddings()(input_ids)
+            return {"input_ids": None, "inputs_embeds": words}
         here = (input_ids == self.config.image_token_id)[..., None]
         placed = words.masked_scatter(here, self.features(input_ids, pixel_values).to(words.dtype))
         return {"input_ids": None, "inputs_embeds": placed}
@@ -157,7 +157,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             )
 
     def _anchor(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
-        """Zero, made of the weights that this batch leaves out: data-parallel workers see the same weights."""
+        """Zero, made of the weights that this batch leaves out, for the word vectors.
+
+        So data-parallel workers have gradients of the same weights, and through the same layers: a backward pass gathers
+        those of sharded ones.
+        """
         absent = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
         if not pixel_values:
             absent = [self.model.vision_tower, self.model.multi_modal_projector]
@@ -177,7 +181,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if not getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, **options)
         super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # PEFT reads one file
-        own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
+        state = options.get("state_dict") or self.state_dict()
+        own = {k.replace(".base_layer.", "."): w for k, w in state.items() if ".lora_" not in k}
         self._hf_peft_config_loaded = False  # with it, only adapters would be saved
         try:
             return super().save_pretrained(save_directory, **options | {"state_dict": own})

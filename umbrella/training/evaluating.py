@@ -1,6 +1,6 @@
 """The validation split, scored by all workers in the midst of a training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from umbrella.data.pipeline import batches, from_table
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.scoring import Scored, score
 from umbrella.training.job import Job
-from umbrella.training.parallel import gathered
+from umbrella.training.parallel import autocast, gathered, release
 
 
 class Evaluator:
@@ -34,13 +34,20 @@ class Evaluator:
         scored: list[Scored] = []
         shard = ray.train.get_dataset_shard(f"validation-{self.rank}")
         size = self.job.settings.train.evaluation_batch_size
+        passes = 0
         for conversations in batches(shard, size, 1, self._rows):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                scored += score(
-                    model, conversations, self.collate.renderer, self.collate, self.job.candidates, self.device
-                )
+            scored += self._score(model, conversations)
+            passes += 1
+        # With sharded weights every pass needs every worker, and not all have equally many batches.
+        for _ in range(passes, max(gathered(passes))):
+            self._score(model, [from_table(self.table, 0)])
+        release(model)
         model.train()
         return summarise(one for part in gathered(scored) for one in part)
+
+    def _score(self, model: nn.Module, conversations: Sequence[Conversation]) -> list[Scored]:
+        with autocast(model, self.device, self.dtype):
+            return score(model, conversations, self.collate.renderer, self.collate, self.job.candidates, self.device)
 
     def _rows(self, rows: Mapping[str, np.ndarray]) -> list[Conversation]:
         return [from_table(self.table, int(i)) for i in rows["sample"]]

@@ -1,0 +1,168 @@
+"""Sharded weights: workers that hold a part of the model each do what one process does that holds it whole."""
+
+import copy
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from umbrella.data.batching import Batch
+from umbrella.model.presets import build_model
+from umbrella.model.selection import parts
+from umbrella.model.settings import ModelSettings
+from umbrella.training.memory import apply_options
+from umbrella.training.parallel import autocast, parallelise, release, whole, whole_weights
+from umbrella.training.settings import TrainSettings
+from umbrella.training.step import Diverged, train_step
+
+SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
+SELECTIONS = ["all", "embedder", "projector", "embedder+lora", "embedder+projector+tower", "lora"]
+CLIP = 0.005
+"""Every gradient here is larger."""
+STEPS = [  # by worker and micro-batch; no two workers have the same modalities in a batch, and some have no volume
+    [[["two", "none"], ["none"]], [["three", "two"], ["three"]], [["none"], ["two"]]],
+    [[["none"], ["none", "none"]], [["two"], ["none"]], [["three"], ["three"]]],
+    [[["three"], ["two"]], [["none"], ["none"]], [["none", "two"], ["none"]]],
+]
+
+
+class Case(NamedTuple):
+    model: dict[str, Any]
+    options: dict[str, Any]
+    steps: list[list[list[Batch]]]
+    """By step, worker and micro-batch."""
+    dtype: torch.dtype = torch.float32
+
+
+class Seen(NamedTuple):
+    results: list[Any]
+    gradients: list[dict[str, torch.Tensor]]
+    """By step, clipped."""
+    weights: dict[str, torch.Tensor]
+    evaluated: torch.Tensor
+
+
+def made(case: Case, made_of: tuple) -> Any:
+    torch.manual_seed(0)
+    model = build_model(ModelSettings(**SMALL | case.model), *made_of).train()
+    for name, weight in model.named_parameters():
+        if ".lora_B" in name:  # adapters that do something
+            torch.nn.init.normal_(weight, std=0.1)
+    apply_options(model, TrainSettings(**case.options))
+    return model
+
+
+def trained(model: Any, parallel: Any, steps: Sequence[Sequence[Batch]], dtype: torch.dtype) -> Seen:
+    """What a few steps do, with gradients that are clipped, and what the model says afterwards."""
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=20.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def look(*unused: Any) -> None:
+        gradients.append({n: whole(w.grad).clone() for n, w in model.named_parameters() if w.grad is not None})
+
+    optimizer.register_step_pre_hook(look)
+    weights = parts(model)
+    results = [train_step(parallel, batches, optimizer, schedule, CLIP, weights, dtype) for batches in steps]
+    with torch.no_grad(), autocast(parallel, torch.device("cpu"), dtype):
+        evaluated = parallel.eval()(**steps[0][0].model_inputs()).token_nll
+    release(parallel)
+    parallel.train()
+    return Seen(results, gradients, {n: whole(w) for n, w in model.named_parameters()}, evaluated)
+
+
+def meet(rank: int, workers: int, folder: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    # A worker that waits for what another does not send would wait for ever.
+    distributed.init_process_group(
+        "gloo", f"file://{folder / name}", timeout=timedelta(minutes=1), rank=rank, world_size=workers
+    )
+
+
+def work(rank: int, folder: Path, made_of: tuple, cases: dict[str, Case]) -> None:
+    for workers in (2, 3):
+        if rank >= workers:
+            continue
+        meet(rank, workers, folder, f"meeting of {workers}")
+        for name, case in cases.items():
+            if len(case.steps[0]) != workers:
+                continue
+            model = made(case, made_of)
+            parallel = parallelise(model, TrainSettings(shard=True), torch.device("cpu"), workers)
+            assert parallel is model
+            assert all(isinstance(weight, DTensor) for weight in model.parameters())
+            seen = trained(model, parallel, [batches[rank] for batches in case.steps], case.dtype)
+            assert all(isinstance(weight, DTensor) for weight in model.parameters())
+            torch.save(tuple(seen), folder / f"{name} {rank}.pt")
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def made_of(build: Callable[..., Any], tokenizer: Any) -> tuple:
+    config = build().config
+    return config.modalities, len(tokenizer), config.image_token_id
+
+
+@pytest.fixture(scope="module")
+def cases(batch_of: Callable[..., Batch]) -> dict[str, Case]:
+    def steps(workers: int, pack: int = 0) -> list[list[list[Batch]]]:
+        return [[[batch_of(*names, pack=pack) for names in micro] for micro in step[:workers]] for step in STEPS]
+
+    cases = {train: Case({"train": train}, {}, steps(2)) for train in SELECTIONS}
+    cases |= {f"{train}, checkpointed": Case({"train": train}, {"checkpoint_activations": True}, steps(2)) for train in ("all", "embedder+lora")}
+    cases |= {f"{train}, bfloat16": Case({"train": train, "dtype": "bfloat16"}, {}, steps(2), torch.bfloat16) for train in ("all", "embedder+lora")}
+    cases["packed"] = Case({}, {}, steps(2, 10_000))
+    cases["of three"] = Case({}, {}, steps(3))
+    cases["lora of three"] = Case({"train": "embedder+lora"}, {}, steps(3, 200))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def sharded(cases: dict[str, Case], made_of: tuple, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
+    folder = tmp_path_factory.mktemp("sharded")
+    multiprocessing.spawn(work, (folder, made_of, cases), nprocs=3)
+    return lambda name, rank: Seen(*torch.load(folder / f"{name} {rank}.pt", weights_only=False))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SELECTIONS,
+        "all, checkpointed",
+        "embedder+lora, checkpointed",
+        "all, bfloat16",
+        "embedder+lora, bfloat16",
+        "packed",
+        "of three",
+        "lora of three",
+    ],
+)
+def test_workers_with_sharded_weights_train_like_one_process(
+    cases: dict[str, Case], made_of: tuple, sharded: Callable[..., Seen], name: str
+) -> None:
+    case = cases[name]
+    model = made(case, made_of)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    one = trained(model, model, [[batch for worker in step for batch in worker] for step in case.steps], case.dtype)
+    close = 1e-6 if case.dtype == torch.float32 else 1e-2
+    moved = {n for n, w in one.weights.items() if not torch.equal(w, before[n])}
+    assert moved == {n for n, w in before.items() if w.requires_grad}
+    for rank in range(len(case.steps[0])):
+        seen = sharded(name, rank)
+        for found, expected in zip(seen.results, one.results, strict=True):
+            assert found.loss == pytest.approx(expected.loss, rel=close)
+            assert found.grad_norm == pytest.approx(expected.grad_norm, rel=10 * close)
+            assert found.grad_norm > CLIP
+            assert found.grad_norm_by_part == pytest.approx(expected.grad_norm_by_part, rel=10 * close)
+            assert found.supervised_tokens == expected.supervised_tokens
+        for gradient, expected in zip(seen.gradients, one.gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=0, atol=10 * close * CLIP)
+        torch.testing.assert_close(seen.weights, one.weights, rtol=0, atol=close)
+        if rank == 0:
+            torch.testing.assert_close(seen.evaluated, one.evaluated, rtol=0, atol=10 * close)
