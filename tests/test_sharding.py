@@ -1,6 +1,7 @@
 """Sharded weights: workers that hold a part of the model each do what one process does that holds it whole."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -9,22 +10,28 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import distributed, multiprocessing
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from umbrella.data.batching import Batch
+from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
+from umbrella.training.checkpoint import restore, save_checkpoint
 from umbrella.training.memory import apply_options
-from umbrella.training.parallel import autocast, parallelise, release, whole, whole_weights
-from umbrella.training.settings import TrainSettings
-from umbrella.training.step import Diverged, train_step
+from umbrella.training.optimizer import build_optimizer, build_schedule
+from umbrella.training.parallel import autocast, parallelise, release, whole, whole_state, whole_weights
+from umbrella.training.progress import FILES, Progress
+from umbrella.training.settings import OptimSettings, TrainSettings
+from umbrella.training.step import train_step
 
 SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
 SELECTIONS = ["all", "embedder", "projector", "embedder+lora", "embedder+projector+tower", "lora"]
-CLIP = 0.005
-"""Every gradient here is larger."""
+KEPT = ["all", "embedder+lora"]
+"""Of what checkpoints are made."""
+OPTIM = OptimSettings(lr=1e-2, warmup=2)
+CLIP = 0.003
+"""Smaller than every case's first gradient."""
 STEPS = [  # by worker and micro-batch; no two workers have the same modalities in a batch, and some have no volume
     [[["two", "none"], ["none"]], [["three", "two"], ["three"]], [["none"], ["two"]]],
     [[["none"], ["none", "none"]], [["two"], ["none"]], [["three"], ["three"]]],
@@ -100,7 +107,53 @@ def work(rank: int, folder: Path, made_of: tuple, cases: dict[str, Case]) -> Non
             seen = trained(model, parallel, [batches[rank] for batches in case.steps], case.dtype)
             assert all(isinstance(weight, DTensor) for weight in model.parameters())
             torch.save(tuple(seen), folder / f"{name} {rank}.pt")
+        if workers == 2:
+            for train in KEPT:
+                torch.save(
+                    resumed(rank, folder, train, made_of, cases["all"].steps), folder / f"resumed {train} {rank}.pt"
+                )
         distributed.destroy_process_group()
+
+
+class Training:
+    """One that is saved and restored, with the optimizer of a run."""
+
+    def __init__(self, train: str, made_of: tuple, seed: int = 0, workers: int = 1) -> None:
+        torch.manual_seed(seed)
+        self.model = build_model(ModelSettings(**SMALL | {"train": train}), *made_of).train()
+        self.parallel = parallelise(self.model, TrainSettings(shard=True), torch.device("cpu"), workers)
+        self.optimizer = build_optimizer(self.model, OPTIM)
+        self.schedule = build_schedule(self.optimizer, OPTIM, 6)
+
+    def steps(self, steps: Sequence[Sequence[Batch]]) -> list[float]:
+        weights = parts(self.model)
+        return [
+            train_step(self.parallel, batches, self.optimizer, self.schedule, 1.0, weights).loss for batches in steps
+        ]
+
+    def save(self, folder: Path) -> None:
+        weights, state = whole_weights(self.model), whole_state(self.optimizer)
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            rest = (byte_tokenizer(), self.optimizer, self.schedule, Progress(3, 3), "seed: 0\n")
+            save_checkpoint(folder, self.model, *rest, weights=weights, state_of_optimizer=state)
+
+    def restore(self, folder: Path) -> None:
+        restore(folder, self.model, self.optimizer, self.schedule)
+
+
+def resumed(rank: int, folder: Path, train: str, made_of: tuple, steps: list[list[list[Batch]]]) -> list[list[float]]:
+    """The losses after three steps of two workers: never stopped, stopped, and begun by one process."""
+    own = [batches[rank] for batches in steps]
+    one = Training(train, made_of, workers=2)
+    one.steps(own)
+    one.save(folder / f"two, {train}")
+    losses = [one.steps(own)]
+    for begun in ("two", "one"):
+        distributed.barrier()
+        again = Training(train, made_of, seed=1, workers=2)
+        again.restore(folder / f"{begun}, {train}")
+        losses.append(again.steps(own))
+    return losses
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +168,34 @@ def cases(batch_of: Callable[..., Batch]) -> dict[str, Case]:
         return [[[batch_of(*names, pack=pack) for names in micro] for micro in step[:workers]] for step in STEPS]
 
     cases = {train: Case({"train": train}, {}, steps(2)) for train in SELECTIONS}
-    cases |= {f"{train}, checkpointed": Case({"train": train}, {"checkpoint_activations": True}, steps(2)) for train in ("all", "embedder+lora")}
-    cases |= {f"{train}, bfloat16": Case({"train": train, "dtype": "bfloat16"}, {}, steps(2), torch.bfloat16) for train in ("all", "embedder+lora")}
+    cases |= {
+        f"{train}, checkpointed": Case({"train": train}, {"checkpoint_activations": True}, steps(2))
+        for train in ("all", "embedder+lora")
+    }
+    cases |= {
+        f"{train}, bfloat16": Case({"train": train, "dtype": "bfloat16"}, {}, steps(2), torch.bfloat16)
+        for train in ("all", "embedder+lora")
+    }
     cases["packed"] = Case({}, {}, steps(2, 10_000))
     cases["of three"] = Case({}, {}, steps(3))
     cases["lora of three"] = Case({"train": "embedder+lora"}, {}, steps(3, 200))
     return cases
 
 
+def together(steps: list[list[list[Batch]]]) -> list[list[Batch]]:
+    """What one process has to do that stands for all workers."""
+    return [[batch for worker in step for batch in worker] for step in steps]
+
+
 @pytest.fixture(scope="module")
-def sharded(cases: dict[str, Case], made_of: tuple, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
+def sharded(cases: dict[str, Case], made_of: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
+    for train in KEPT:
+        one = Training(train, made_of)
+        one.steps(together(cases["all"].steps))
+        one.save(folder / f"one, {train}")
     multiprocessing.spawn(work, (folder, made_of, cases), nprocs=3)
-    return lambda name, rank: Seen(*torch.load(folder / f"{name} {rank}.pt", weights_only=False))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -144,21 +212,21 @@ def sharded(cases: dict[str, Case], made_of: tuple, tmp_path_factory: pytest.Tem
     ],
 )
 def test_workers_with_sharded_weights_train_like_one_process(
-    cases: dict[str, Case], made_of: tuple, sharded: Callable[..., Seen], name: str
+    cases: dict[str, Case], made_of: tuple, sharded: Path, name: str
 ) -> None:
     case = cases[name]
     model = made(case, made_of)
     before = copy.deepcopy(dict(model.named_parameters()))
-    one = trained(model, model, [[batch for worker in step for batch in worker] for step in case.steps], case.dtype)
+    one = trained(model, model, together(case.steps), case.dtype)
     close = 1e-6 if case.dtype == torch.float32 else 1e-2
     moved = {n for n, w in one.weights.items() if not torch.equal(w, before[n])}
     assert moved == {n for n, w in before.items() if w.requires_grad}
+    assert max(result.grad_norm for result in one.results) > CLIP
     for rank in range(len(case.steps[0])):
-        seen = sharded(name, rank)
+        seen = Seen(*torch.load(sharded / f"{name} {rank}.pt", weights_only=False))
         for found, expected in zip(seen.results, one.results, strict=True):
             assert found.loss == pytest.approx(expected.loss, rel=close)
             assert found.grad_norm == pytest.approx(expected.grad_norm, rel=10 * close)
-            assert found.grad_norm > CLIP
             assert found.grad_norm_by_part == pytest.approx(expected.grad_norm_by_part, rel=10 * close)
             assert found.supervised_tokens == expected.supervised_tokens
         for gradient, expected in zip(seen.gradients, one.gradients, strict=True):
@@ -166,3 +234,30 @@ def test_workers_with_sharded_weights_train_like_one_process(
         torch.testing.assert_close(seen.weights, one.weights, rtol=0, atol=close)
         if rank == 0:
             torch.testing.assert_close(seen.evaluated, one.evaluated, rtol=0, atol=10 * close)
+
+
+@pytest.mark.parametrize("train", KEPT)
+def test_a_checkpoint_of_sharded_weights_goes_on_with_as_many_workers_to_the_last_bit_and_with_others_alike(
+    cases: dict[str, Case], made_of: tuple, sharded: Path, train: str
+) -> None:
+    steps = together(cases["all"].steps)
+    never_stopped = Training(train, made_of)
+    never_stopped.steps(steps)
+    expected = never_stopped.steps(steps)
+    for rank in (0, 1):
+        whole_run, stopped, begun_by_one = torch.load(sharded / f"resumed {train} {rank}.pt", weights_only=True)
+        assert stopped == whole_run
+        assert begun_by_one == pytest.approx(expected, rel=1e-4)
+        assert whole_run == pytest.approx(expected, rel=1e-4)
+    alone = Training(train, made_of, seed=1)
+    alone.restore(sharded / f"two, {train}")
+    assert alone.steps(steps) == pytest.approx(expected, rel=1e-4)
+    assert len(set(expected)) == len(expected)
+
+
+@pytest.mark.parametrize("train", KEPT)
+def test_a_checkpoint_of_sharded_weights_has_the_files_of_one_that_was_never_sharded(sharded: Path, train: str) -> None:
+    sizes = [json.loads((sharded / f"{by}, {train}" / FILES).read_text(encoding="utf-8")) for by in ("one", "two")]
+    tensors = [{n: size for n, size in files.items() if n.endswith((".safetensors", ".json"))} for files in sizes]
+    assert tensors[0] == tensors[1]
+    assert sizes[0].keys() == sizes[1].keys()

@@ -159,8 +159,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     def _anchor(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
         """Zero, made of the weights that this batch leaves out, for the word vectors.
 
-        So data-parallel workers have gradients of the same weights, and through the same layers: a backward pass gathers
-        those of sharded ones.
+        So the backward passes of data-parallel workers reach the same weights through the same layers, whatever their
+        batches hold: with sharded weights each layer is gathered on its way.
         """
         absent = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
         if not pixel_values:

@@ -36,7 +36,7 @@ def save_checkpoint(
     Args:
         rng: the state of each worker's random numbers, by rank; see ``rng_state``.
         metrics: of the evaluation at this step.
-        weights: see ``parallel.whole_weights``, which with sharded weights every worker must have been asked for before.
+        weights: see ``parallel.whole_weights``. To be given where weights are sharded, which takes every worker.
         state_of_optimizer: see ``parallel.whole_state``; likewise.
     """
     folder = Path(folder)
