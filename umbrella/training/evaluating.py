@@ -1,6 +1,7 @@
 """The validation split, scored by all workers in the midst of a training."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +39,8 @@ class Evaluator:
         for conversations in batches(shard, size, 1, self._rows):
             scored += self._score(model, conversations)
             passes += 1
-        # With sharded weights every pass needs every worker, and not all have equally many batches.
-        for _ in range(passes, max(gathered(passes))):
+        # With sharded weights a pass takes all workers, and the first one may have a batch more than others.
+        for _ in range(passes, ceil(ceil(self.table.num_rows / self.job.settings.resources.workers) / size)):
             self._score(model, [from_table(self.table, 0)])
         release(model)
         model.train()

@@ -29,7 +29,8 @@ def parallelise(
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         # All else is one group, gathered once a forward pass: a tower sharded by layers would be gathered once for each
         # modality in a batch, and workers whose batches differ in modalities would wait for each other for ever.
-        return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        return model
     model.to(device)
     if workers == 1:
         return model
@@ -65,7 +66,8 @@ def release(model: nn.Module) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be sharded, detached. Every worker must ask, in the same order."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    own = tensor.detach()
+    return own.full_tensor() if isinstance(own, DTensor) else own
 
 
 @torch.no_grad()
