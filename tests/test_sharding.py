@@ -261,3 +261,39 @@ def test_a_checkpoint_of_sharded_weights_has_the_files_of_one_that_was_never_sha
     tensors = [{n: size for n, size in files.items() if n.endswith((".safetensors", ".json"))} for files in sizes]
     assert tensors[0] == tensors[1]
     assert sizes[0].keys() == sizes[1].keys()
+
+
+def work_on_gpus(rank: int, folder: Path, made_of: tuple, cases: dict[str, Case]) -> None:
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    distributed.init_process_group(
+        "nccl", f"file://{folder / 'meeting'}", timeout=timedelta(minutes=5), rank=rank, world_size=2
+    )
+    for name, case in cases.items():
+        model = made(case, made_of)
+        parallel = parallelise(model, TrainSettings(shard=True), device, 2)
+        steps = [[batch.to(device) for batch in batches[rank]] for batches in case.steps]
+        seen = trained(model, parallel, steps, case.dtype)
+        losses = [(result.loss, result.grad_norm) for result in seen.results]
+        torch.save((losses, {n: w.cpu() for n, w in seen.weights.items()}), folder / f"{name} {rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_with_sharded_weights_train_like_one(cases: dict[str, Case], made_of: tuple, tmp_path: Path) -> None:
+    torch.set_float32_matmul_precision("highest")
+    chosen = {name: case for name, case in cases.items() if len(case.steps[0]) == 2}
+    chosen["compiled"] = Case({"train": "embedder+lora"}, {"compile": True}, cases["all"].steps)
+    multiprocessing.spawn(work_on_gpus, (tmp_path, made_of, chosen), nprocs=2)
+    for name, case in chosen.items():
+        model = made(case._replace(options=case.options | {"compile": False}), made_of).cuda()
+        steps = [[batch.to("cuda") for batch in batches] for batches in together(case.steps)]
+        one = trained(model, model, steps, case.dtype)
+        close = 1e-4 if case.dtype == torch.float32 else 3e-2
+        for rank in (0, 1):
+            losses, weights = torch.load(tmp_path / f"{name} {rank}.pt", weights_only=True)
+            for (loss, norm), expected in zip(losses, one.results, strict=True):
+                assert loss == pytest.approx(expected.loss, rel=close), name
+                assert norm == pytest.approx(expected.grad_norm, rel=10 * close), name
+            torch.testing.assert_close(weights, {n: w.cpu() for n, w in one.weights.items()}, rtol=0, atol=close)
