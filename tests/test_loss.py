@@ -17,6 +17,8 @@ from umbrella.data.batching import Batch
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
+from umbrella.training.parallel import parallelise
+from umbrella.training.settings import TrainSettings
 from umbrella.training.step import train_step
 
 Measured = tuple[float, float, dict[str, torch.Tensor]]
@@ -122,7 +124,7 @@ def work(rank: int, folder: Path, made_of: tuple, cases: dict[str, list[list[Bat
         # A worker that lacks a gradient leaves the others waiting.
         distributed.init_process_group("gloo", address, timeout=timedelta(minutes=2), rank=rank, world_size=workers)
         torch.manual_seed(0)
-        parallel = DistributedDataParallel(build_model(*made_of).train())
+        parallel = parallelise(build_model(*made_of).train(), TrainSettings(), torch.device("cpu"), workers)
         measured |= {name: measure(parallel, batches) for name, batches in mine.items()}
         distributed.destroy_process_group()
     torch.save(measured, folder / f"{rank}.pt")

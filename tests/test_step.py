@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.settings import OptimSettings
+from umbrella.training.parallel import parallelise
+from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
 
@@ -148,14 +148,17 @@ def refuse(rank: int, folder: Path, batches: list[list[Batch]], made_of: tuple) 
     distributed.init_process_group(
         "gloo", f"file://{folder / 'meeting'}", timeout=timedelta(minutes=2), rank=rank, world_size=2
     )
-    torch.manual_seed(0)
-    model = build_model(*made_of).train()
-    optimizer = build_optimizer(model, OPTIM)
-    parallel, schedule = DistributedDataParallel(model), build_schedule(optimizer, OPTIM, 100)
-    try:
-        train_step(parallel, batches[rank], optimizer, schedule, 1.0, parts(model))
-    except Diverged as error:
-        (folder / f"{rank}.txt").write_text(str(error), encoding="utf-8")
+    for shard in (False, True):
+        torch.manual_seed(0)
+        model = build_model(*made_of).train()
+        parallel = parallelise(model, TrainSettings(shard=shard), torch.device("cpu"), 2)
+        optimizer = build_optimizer(model, OPTIM)
+        schedule = build_schedule(optimizer, OPTIM, 100)
+        try:
+            train_step(parallel, batches[rank], optimizer, schedule, 1.0, parts(model))
+        except Diverged as error:
+            (folder / f"{shard} {rank}.txt").write_text(str(error), encoding="utf-8")
+        assert all(weight.grad is None for weight in model.parameters())
     distributed.destroy_process_group()
 
 
@@ -166,9 +169,10 @@ def test_each_of_two_workers_refuses_and_names_its_own_samples(
     made_of = (ModelSettings(width=16, heads=2), config.modalities, len(tokenizer), config.image_token_id)
     batches = [[batch_of("two"), batch_of("none")], [broken(batch_of("three")), batch_of("two", "none")]]
     multiprocessing.spawn(refuse, (tmp_path, batches, made_of), nprocs=2)
-    told = [(tmp_path / f"{rank}.txt").read_text(encoding="utf-8").split("; ") for rank in range(2)]
-    assert told[0][0] == told[1][0] == "the loss is nan and the norm of its gradient nan"
-    assert [named for _, named in told] == ["samples concerned: none of this worker", "samples concerned: three"]
+    for shard in (False, True):
+        told = [(tmp_path / f"{shard} {rank}.txt").read_text(encoding="utf-8").split("; ") for rank in range(2)]
+        assert told[0][0] == told[1][0] == "the loss is nan and the norm of its gradient nan"
+        assert [named for _, named in told] == ["samples concerned: none of this worker", "samples concerned: three"]
 
 
 def test_a_loss_may_be_ten_times_the_median_of_the_last_and_ten_nats_in_any_case() -> None:

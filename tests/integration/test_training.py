@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.base import UserError
+from umbrella.data.intake import load_splits
 from umbrella.data.pipeline import Plan, batches, train_datasets
 from umbrella.tracking import tracking_uri
 from umbrella.training.run import run_training
@@ -102,6 +103,20 @@ def test_one_seed_gives_one_curve_and_two_workers_the_same(one: Any, small_setti
     _, _, both = train(small_settings({**LONGER, **halves, "experiment": "two workers"}))
     assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-5)
     assert both["eval/loss"] == pytest.approx(curves["eval/loss"], abs=1e-5)
+
+
+def test_two_workers_with_sharded_weights_give_the_curve_of_one_although_one_has_more_to_evaluate(
+    one: Any, small_settings: Any
+) -> None:
+    _, _, curves = one
+    halves = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
+    sharded = {**LONGER, **halves, "train.shard": True, "train.evaluation_batch_size": 1, "experiment": "sharded"}
+    _, _, both = train(small_settings(sharded))
+    assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-4)
+    assert both["train/grad_norm"] == pytest.approx(curves["train/grad_norm"], rel=1e-2)
+    assert both["eval/loss"] == pytest.approx(curves["eval/loss"], abs=1e-4)
+    conversations = load_splits(small_settings(sharded), lambda things, what: things).validation
+    assert len(conversations) % 2 == 1
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small_settings: Any) -> None:

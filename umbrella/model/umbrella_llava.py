@@ -108,13 +108,13 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             return super().forward(**generation | inputs)
         assert input_ids is not None
         hidden = self.model(**inputs | {"use_cache": False})[0]
-        if self.training:
-            hidden = hidden + self._anchor(pixel_values or {})
         return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, where=where))
 
     def placed(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
         """Word vectors (B, L, d) with the volumes' projected features at the placeholders."""
         words = self.get_input_embeddings()(input_ids)
+        if self.training:
+            words = words + self._anchor(pixel_values)
         run = torch.cat([input_ids.new_empty(0), *(group.run for group in pixel_values.values())])
         sizes = [
             group.run.new_full(group.run.shape, self._tokens(n, group.voxels)) for n, group in pixel_values.items()
@@ -181,7 +181,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         return starts[:, 0] * input_ids.shape[1] + starts[:, 1]
 
     def _anchor(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
-        """Zero, made of the weights that this batch leaves out: data-parallel workers see the same weights."""
+        """Zero, made of the weights that this batch leaves out, for the word vectors.
+
+        So the backward passes of data-parallel workers reach the same weights through the same layers, whatever their
+        batches hold: with sharded weights each layer is gathered on its way.
+        """
         absent = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
         if not pixel_values:
             absent = [self.model.vision_tower, self.model.multi_modal_projector]
@@ -201,7 +205,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if not getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, **options)
         super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # PEFT reads one file
-        own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
+        state = options.get("state_dict") or self.state_dict()
+        own = {k.replace(".base_layer.", "."): w for k, w in state.items() if ".lora_" not in k}
         self._hf_peft_config_loaded = False  # with it, only adapters would be saved
         try:
             return super().save_pretrained(save_directory, **options | {"state_dict": own})

@@ -6,10 +6,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.training.parallel import put_state, put_weights, whole_state, whole_weights
 from umbrella.training.progress import METRICS, PROGRESS, Progress, read_progress, write_files
 
 STATE, SETTINGS = "state.pt", "settings.yaml"
@@ -25,21 +28,26 @@ def save_checkpoint(
     settings_yaml: str,
     rng: Sequence[torch.Tensor] = (),
     metrics: Mapping[str, float] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    state_of_optimizer: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything that resuming, scoring and generating need. The folder appears whole, or not at all.
 
     Args:
         rng: the state of each worker's random numbers, by rank; see ``rng_state``.
         metrics: of the evaluation at this step.
+        weights: see ``parallel.whole_weights``. To be given where weights are sharded, which takes every worker.
+        state_of_optimizer: see ``parallel.whole_state``; likewise.
     """
     folder = Path(folder)
     # Beside it, so that giving it its name is one step of one file system.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=whole_weights(model) if weights is None else weights)
     tokenizer.save_pretrained(partial)
-    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": list(rng)}
+    moments = whole_state(optimizer) if state_of_optimizer is None else state_of_optimizer
+    state = {"optimizer": moments, "schedule": schedule.state_dict(), "rng": list(rng)}
     torch.save(state, partial / STATE)
     (partial / SETTINGS).write_text(settings_yaml, encoding="utf-8")
     (partial / METRICS).write_text(json.dumps(dict(metrics or {})), encoding="utf-8")
@@ -62,10 +70,10 @@ def restore(
     A worker that the checkpoint has no random numbers of keeps its own.
     """
     folder = Path(folder)
-    loaded = type(model).from_pretrained(folder, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
+    loaded = UmbrellaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    put_weights(model, loaded.state_dict())
     state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
+    put_state(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank])

@@ -1,6 +1,7 @@
 """The validation split, scored by all workers in the midst of a training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import ceil
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from umbrella.data.pipeline import batches, from_table
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.scoring import Scored, score
 from umbrella.training.job import Job
-from umbrella.training.parallel import gathered
+from umbrella.training.parallel import autocast, gathered, release
 
 
 class Evaluator:
@@ -34,13 +35,20 @@ class Evaluator:
         scored: list[Scored] = []
         shard = ray.train.get_dataset_shard(f"validation-{self.rank}")
         size = self.job.settings.train.evaluation_batch_size
+        passes = 0
         for conversations in batches(shard, size, 1, self._rows):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                scored += score(
-                    model, conversations, self.collate.renderer, self.collate, self.job.candidates, self.device
-                )
+            scored += self._score(model, conversations)
+            passes += 1
+        # With sharded weights a pass takes all workers, and the first one may have a batch more than others.
+        for _ in range(passes, ceil(ceil(self.table.num_rows / self.job.settings.resources.workers) / size)):
+            self._score(model, [from_table(self.table, 0)])
+        release(model)
         model.train()
         return summarise(one for part in gathered(scored) for one in part)
+
+    def _score(self, model: nn.Module, conversations: Sequence[Conversation]) -> list[Scored]:
+        with autocast(model, self.device, self.dtype):
+            return score(model, conversations, self.collate.renderer, self.collate, self.job.candidates, self.device)
 
     def _rows(self, rows: Mapping[str, np.ndarray]) -> list[Conversation]:
         return [from_table(self.table, int(i)) for i in rows["sample"]]

@@ -57,6 +57,8 @@ class TrainSettings(Section):
     """Forward passes per optimizer step."""
     checkpoint_activations: bool = False
     """Keep only what enters each layer, and compute the rest again in the backward pass: less memory, more time."""
+    shard: bool = False
+    """Each worker holds a share of weights, gradients and optimizer state (FSDP2): for what does not fit on one GPU."""
     compile: bool = False
     """Compile the layers of tower and language model (torch.compile): a slow start, then faster steps."""
     max_loss_ratio: float = Field(10.0, ge=0)

@@ -9,11 +9,11 @@ from statistics import median
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch
 from umbrella.training.loss import totals, weighted_nll
 from umbrella.training.optimizer import main_rate, rates
+from umbrella.training.parallel import apart, autocast, gathered, told, whole, workers_of
 
 NAMED = 10
 """Samples that a message names; more are counted."""
@@ -82,7 +82,7 @@ def train_step(
     """Accumulate the gradient of Σ weight·nll / Σ weight over all batches of all workers, clip it, and step.
 
     Args:
-        model: on the batches' device; wrapped in DistributedDataParallel where there are several workers.
+        model: on the batches' device; made by ``parallel.parallelise`` where there are several workers.
         batches: this worker's micro-batches of one global batch.
         clip: largest norm of the whole gradient.
         parts: names of parts of the model to their weights, whose gradient norms are wanted.
@@ -94,23 +94,23 @@ def train_step(
             names those of its own samples that are so alone. Nothing was changed.
     """
     divisor, targets = totals([batch.loss_weights for batch in batches])
-    parallel = isinstance(model, DistributedDataParallel)
-    # DistributedDataParallel averages gradients over workers; the quotient wants their sum.
-    workers = torch.distributed.get_world_size() if parallel else 1
+    # Gradients are averaged over workers; the quotient wants their sum.
+    workers = workers_of(model)
     total = torch.zeros((), device=batches[0].input_ids.device)
     for i, batch in enumerate(batches):
-        synchronise = nullcontext() if not parallel or i == len(batches) - 1 else model.no_sync()  # type: ignore[operator]
-        with synchronise:
+        with nullcontext() if i == len(batches) - 1 else apart(model):
             share = _weighted_nll(model, batch, dtype) / divisor
             (share * workers).backward()
         total += share.detach()
-    if parallel:
+    if workers > 1:
         torch.distributed.all_reduce(total)
     moving = {name: weights for name, weights in parts.items() if any(w.requires_grad for w in weights)}
-    by_part = [_norm([w.grad for w in weights if w.grad is not None], total) for weights in moving.values()]
+    by_part = [_gradient_norm(weights, total) for weights in moving.values()]
     trained = [w for group in optimizer.param_groups for w in group["params"]]
+    total_norm = _gradient_norm(trained, total)
+    nn.utils.clip_grads_with_norm_(trained, clip, total_norm)
     # Read in one go: each reading waits for the GPU.
-    loss, norm, *norms = torch.stack([total, nn.utils.clip_grad_norm_(trained, clip), *by_part]).tolist()
+    loss, norm, *norms = torch.stack([total, total_norm, *by_part]).tolist()
     if not (isfinite(loss) and isfinite(norm) and loss <= limit):
         optimizer.zero_grad()
         samples = _to_blame(model, batches, trained, divisor, dtype, limit)
@@ -124,13 +124,15 @@ def train_step(
 
 
 def _weighted_nll(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-    with torch.autocast(batch.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(model, batch.input_ids.device, dtype):
         token_nll = model(**batch.model_inputs()).token_nll
     return weighted_nll(token_nll, batch.loss_weights)
 
 
-def _norm(gradients: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(like)
+def _gradient_norm(weights: Sequence[nn.Parameter], like: torch.Tensor) -> torch.Tensor:
+    """Over all workers' parts of the weights. Every worker must ask."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros_like(like)
 
 
 def _to_blame(
@@ -141,18 +143,24 @@ def _to_blame(
     dtype: torch.dtype,
     limit: float,
 ) -> list[str]:
-    """Task ids of the samples that are not finite, or over the limit, when each is alone in its batch.
+    """Task ids of this worker's samples that are not finite, or over the limit, when each is alone in its batch.
 
-    In a shared row one sample's NaN is everyone's, so each has a pass of its own.
+    In a shared row one sample's NaN is everyone's, so each has a pass of its own. All workers make it together: the
+    passes of one alone would leave it waiting for weights or gradients of the others.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    device, rank = divisor.device, torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    own = [(batch, i) for batch in batches for i in range(len(batch))]
     blamed: list[str] = []
-    for sample in (sample for batch in batches for sample in batch):
-        nll = _weighted_nll(inner, sample, dtype)
-        # Not backward(), with which a worker would wait for the gradients of the others.
-        gradients = torch.autograd.grad(nll / divisor, trained, allow_unused=True)
-        norm = _norm([gradient for gradient in gradients if gradient is not None], nll)
-        mean = nll / sample.loss_weights[:, 1:].sum()
-        if not (torch.isfinite(norm) and torch.isfinite(mean) and mean <= limit):
-            blamed += sample.task_ids
+    for of, count in enumerate(gathered(len(own))):
+        for number in range(count):
+            batch, i = own[number] if of == rank else (None, 0)
+            sample = told(batch[i].to("cpu") if batch else None, of).to(device)
+            nll = _weighted_nll(model, sample, dtype)
+            (nll / divisor).backward()
+            norm = _gradient_norm(trained, nll)
+            for weight in trained:
+                weight.grad = None
+            mean = nll.detach() / sample.loss_weights[:, 1:].sum()
+            if of == rank and not (torch.isfinite(norm) and torch.isfinite(mean) and mean <= limit):
+                blamed += sample.task_ids
     return list(dict.fromkeys(blamed))

@@ -13,7 +13,7 @@ import ray
 import ray.train
 import torch
 import transformers
-from ray.train.torch import get_device, prepare_model
+from ray.train.torch import get_device
 
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
@@ -29,7 +29,7 @@ from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
-from umbrella.training.parallel import gathered
+from umbrella.training.parallel import gathered, parallelise, whole_state, whole_weights
 from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
 from umbrella.training.reporting import Reporter
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
@@ -55,8 +55,9 @@ class Worker:
         torch.manual_seed(self.settings.seed)
         self.model = build_model(
             self.settings.model, self.settings.modalities, len(self.renderer.tokenizer), self.renderer.image_id
-        ).to(self.device)
+        )
         apply_options(self.model, self.settings.train)
+        self.parallel = parallelise(self.model, self.settings.train, self.device, self.plan.workers)
         self.parts = parts(self.model)
         # From here on each worker has random numbers of its own.
         torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.rank)).generate_state(1)[0]))
@@ -74,8 +75,7 @@ class Worker:
 
     def run(self) -> None:
         """The loop: a step, and an evaluation with a checkpoint wherever one is due."""
-        model = prepare_model(self.model, move_to_device=False) if self.plan.workers > 1 else self.model
-        model.train()
+        model = self.parallel.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         stream = to_device(self._checked(self._training_batches()), self.device)
         watch, pace = LossWatch(self.settings.train.max_loss_ratio), Pace()
@@ -148,13 +148,20 @@ class Worker:
             "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",
             **measured,
         }
-        rng = gathered(rng_state())
+        rng, weights, state = gathered(rng_state()), whole_weights(self.model), whole_state(self.optimizer)
         if self.reporter:
             self.reporter.evaluation(self.progress.step, measured, report)
-            self._save(report["checkpoint"], rng, measured)
+            self._save(report["checkpoint"], rng, measured, weights, state)
         ray.train.report(report)
 
-    def _save(self, folder: str, rng: list[torch.Tensor], measured: dict[str, float]) -> None:
+    def _save(
+        self,
+        folder: str,
+        rng: list[torch.Tensor],
+        measured: dict[str, float],
+        weights: dict[str, torch.Tensor],
+        state: dict[str, Any],
+    ) -> None:
         save_checkpoint(
             folder,
             self.model,
@@ -165,6 +172,8 @@ class Worker:
             self.settings.to_yaml(),
             rng,
             measured,
+            weights,
+            state,
         )
         tune = self.settings.tune
         prune(self.job.folder, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
