@@ -46,12 +46,6 @@ def what_is_wrong(folder: str | Path) -> str:
     return ""
 
 
-def progress_of(folder: str | Path) -> Progress:
-    """How far a training is whose checkpoints lie in this folder."""
-    latest = latest_checkpoint(folder)
-    return read_progress(latest) if latest else Progress()
-
-
 def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
     """Delete a training's whole checkpoints but the newest ``keep`` and the best, by the metric and then the loss."""
     whole = [path for path in sorted(Path(folder).glob("step_*")) if not what_is_wrong(path)]
@@ -62,7 +56,8 @@ def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
         values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
         return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
-    best = max(whole, key=goodness, default=None)
+    measured = [path for path in whole if goodness(path) > (-inf, -inf)]  # not one that was written because of SIGTERM
+    best = max(measured, key=goodness, default=None)
     for path in whole[:-keep]:
         if path != best:
             shutil.rmtree(path)

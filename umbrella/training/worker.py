@@ -1,6 +1,7 @@
 """The Ray Train worker loop: what runs in each worker process of one training."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ray.train.torch import get_device, prepare_model
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
-from umbrella.data.pipeline import batches, from_table
+from umbrella.data.pipeline import batches, from_table, train_dataset
 from umbrella.data.rendering import load_renderer
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
@@ -30,6 +31,7 @@ from umbrella.training.pace import Pace
 from umbrella.training.parallel import gathered
 from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
 from umbrella.training.reporting import Reporter
+from umbrella.training.requests import Request, Requests
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
 
@@ -38,15 +40,16 @@ class Worker:
     """One process of a training. Rank 0 also tracks the run and writes checkpoints."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.settings, self.plan = job, job.settings, job.plan
+        self.job, self.settings = job, job.settings
         transformers.utils.logging.disable_progress_bar()
-        self.rank = ray.train.get_context().get_world_rank()
+        context = ray.train.get_context()
+        self.rank, workers = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
         self.renderer = load_renderer(self.settings)
         self.collate = Collator(self.renderer, open_store(self.settings))
-        self.evaluate = Evaluator(job, ray.get(job.validation), self.collate, self.rank, self.device)
+        self.evaluate = Evaluator(job, ray.get(job.validation), self.collate, self.rank, workers, self.device)
 
         torch.manual_seed(self.settings.seed)
         self.model = build_model(
@@ -59,23 +62,29 @@ class Worker:
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         latest = latest_checkpoint(job.folder)
         self.progress = read_progress(latest) if latest else Progress()
+        self.plan = job.plan(workers, self.progress.sorted_by)
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
         self.schedule = build_schedule(self.optimizer, self.settings.optim, self.steps)
         if latest:
             restore(latest, self.model, self.optimizer, self.schedule, self.rank)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
+        self._log({"start": self.progress.position, "workers": workers})
         self.reporter = None
         if self.rank == 0:
             self.reporter = Reporter(job, self.plan.in_words, self.table, self.renderer, self.parts, self.device)
 
-    def run(self) -> None:
-        """The loop: a step, and an evaluation with a checkpoint wherever one is due."""
+    def run(self) -> int | None:
+        """The loop: a step, and an evaluation with a checkpoint wherever one is due.
+
+        Returns the step after which it stopped because it was asked to; else nothing.
+        """
         model = prepare_model(self.model, move_to_device=False) if self.plan.workers > 1 else self.model
         model.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         stream = to_device(self._checked(self._training_batches()), self.device)
         watch, pace = LossWatch(self.settings.train.max_loss_ratio), Pace()
+        requests = Requests(self.job.folder, self.rank, self.device)
         for step in range(self.progress.step + 1, self.steps + 1):
             with pace.waiting():
                 micro_batches = [next(stream) for _ in range(self.settings.train.accumulate)]
@@ -94,12 +103,18 @@ class Worker:
             self.progress = Progress(step, position, self.plan.sorted_by or self.plan.per_step)
             if self.reporter:
                 self.reporter.step(step, result)
+            asked = requests.look()
             if step % every == 0 or step == self.steps:
                 measured = pace.take() | self.evaluate(self.model)
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
+            elif asked:
+                self._report(result, pace.take(), evaluated=False)
+            if asked is Request.STOP and step < self.steps:
+                return step
         if self.reporter:
             self.reporter.end()
+        return None
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -109,8 +124,8 @@ class Worker:
             pack = self.settings.data.pack
             return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
 
-        shard = ray.train.get_dataset_shard(f"train-{self.rank}")
-        return batches(shard, self.settings.train.batch_size, self.settings.data.prefetch, make)
+        rows = train_dataset(self.plan, self.rank, self.progress.position)
+        return batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make)
 
     def _checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
@@ -120,13 +135,15 @@ class Worker:
             here = slice(done, done + len(batch))
             if batch.sample_indices.tolist() != expected[here].tolist():
                 raise RuntimeError(f"other samples came than position {positions[done]} has")
-            if self.samples_log:
-                entry = {"position": int(positions[done]), "task_ids": batch.task_ids}
-                print(json.dumps(entry), file=self.samples_log, flush=True)
+            self._log({"position": int(positions[done]), "task_ids": batch.task_ids})
             done = here.stop
             yield batch
 
-    def _report(self, result: StepResult, measured: dict[str, float]) -> None:
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.samples_log:
+            print(json.dumps({"time": time.time(), **entry}), file=self.samples_log, flush=True)
+
+    def _report(self, result: StepResult, measured: dict[str, float], evaluated: bool = True) -> None:
         report: dict[str, Any] = {
             "step": self.progress.step,
             "steps": self.steps,
@@ -140,7 +157,8 @@ class Worker:
         if self.reporter:
             self.reporter.evaluation(self.progress.step, measured, report)
             self._save(report["checkpoint"], rng, measured)
-        ray.train.report(report)
+        if evaluated:  # a scheduler decides by the metric, and would miss it
+            ray.train.report(report)
 
     def _save(self, folder: str, rng: list[torch.Tensor], measured: dict[str, float]) -> None:
         save_checkpoint(
