@@ -77,3 +77,16 @@ def test_the_newest_and_the_best_are_kept(make: Make, tmp_path: Path) -> None:
     assert kept() == [3, 5, 6, 7]
     prune(tmp_path, 1, "eval/accuracy", "min")
     assert kept() == [6, 7]
+
+
+def test_one_that_was_not_evaluated_is_kept_as_the_newest_and_never_as_the_best(make: Make, tmp_path: Path) -> None:
+    def kept_after(step: int, **metrics: float) -> list[int]:
+        make(step, **metrics)
+        prune(tmp_path, 1, "eval/accuracy", "max")
+        return sorted(int(path.name.removeprefix("step_")) for path in tmp_path.glob("step_*"))
+
+    assert kept_after(3) == [3]
+    assert kept_after(4) == [4]
+    assert kept_after(5, accuracy=0.5) == [5]
+    assert kept_after(7) == [5, 7]
+    assert kept_after(10, accuracy=0.4) == [5, 10]

@@ -81,7 +81,7 @@ def left_by(settings: Any, folder: Path) -> tuple[list, list]:
     return losses(settings, folder), samples(folder)
 
 
-def when_step(folder: Path, step: int, then: Callable[[], None]) -> threading.Thread:
+def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thread:
     """Do something once a training's first worker has taken the batch of a step; batches done again count again."""
     log = folder / "samples_0.jsonl"
 
@@ -95,11 +95,14 @@ def when_step(folder: Path, step: int, then: Callable[[], None]) -> threading.Th
     return thread
 
 
-def kill_workers(of: int | None = None) -> None:
-    """SIGKILL to the training workers that a process (this one, unless told) has started."""
+def kill_workers(of: int | None = None) -> int:
+    """SIGKILL to the training workers that a process (this one, unless told) has started; returns how many."""
+    killed = 0
     for process in psutil.Process(of).children(recursive=True):
         if process.name().startswith("ray::") and "RayTrainWorker" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+    return killed
 
 
 def plain_environment() -> dict[str, str]:

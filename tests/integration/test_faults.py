@@ -23,6 +23,7 @@ from .faults import (
     STEPS,
     TRAIN,
     TWO,
+    entries,
     folder_of,
     go_on,
     kill_workers,
@@ -93,7 +94,7 @@ def test_sigterm_saves_at_that_very_step_and_the_same_command_goes_on(
     folder = folder_of(settings)
     file = Path(settings.resources.storage) / "asked.yaml"
     file.write_text(settings.to_yaml(), encoding="utf-8")
-    asker = when_step(folder, draw(STEPS - 19, "SIGTERM"), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    asker = when_step(folder, draw(STEPS - 27, "SIGTERM"), lambda: os.kill(os.getpid(), signal.SIGTERM))
     done = run("train.py", str(file))
     asker.join(1)
     newest = latest_checkpoint(folder)
@@ -112,7 +113,7 @@ def test_sigterm_saves_at_that_very_step_and_the_same_command_goes_on(
 def test_other_numbers_of_workers_go_on_and_see_each_conversation_once_per_epoch(
     small_settings: Callable[..., Any], run: Callable[..., Done]
 ) -> None:
-    fixed = {**LONGER, "train.epochs": 6, "train.batch_size": 2, "name": "counts"}
+    fixed = {**LONGER, "train.epochs": 24, "train.batch_size": 2, "name": "counts"}
     settings = [small_settings(fixed | more) for more in ({}, TWO, {})]
     folder = folder_of(settings[0])
     for number, some in enumerate(settings):
@@ -125,7 +126,7 @@ def test_other_numbers_of_workers_go_on_and_see_each_conversation_once_per_epoch
     zero, alone, together, alone_again = starts(folder)
     assert zero < alone == together < alone_again
     seen = samples(folder)
-    for epoch in range(6):
+    for epoch in range(24):
         assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
 
 
@@ -182,3 +183,38 @@ def test_what_every_attempt_meets_ends_the_training_in_one_line_with_its_cause_a
     )
     _, ended = run_of(settings, "for-ever")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("FAILED", "failed")
+
+
+def on_a_cluster(settings: Any, how: str) -> str:
+    """A training whose nodes are lost, in a process with a Ray of its own; returns what it said."""
+    file = Path(settings.resources.storage) / f"{settings.name}.yaml"
+    file.write_text(settings.to_yaml(), encoding="utf-8")
+    script = [sys.executable, str(Path(__file__).with_name("lost_node.py")), str(file), how]
+    done = subprocess.run(script, capture_output=True, text=True, env=plain_environment(), timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_checkpoint(
+    small_settings: Callable[..., Any], never_stopped: tuple[list, list]
+) -> None:
+    settings = small_settings({**LONGER, "name": "moved"})
+    said = re.search(r"saved at step (\d+) before its node went", on_a_cluster(settings, "moved"))
+    folder = folder_of(settings)
+    assert said
+    assert starts(folder) == [0, 4 * 5, 4 * int(said[1])], "it went on from what it saved for the drain"
+    assert left_by(settings, folder) == never_stopped
+
+
+def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(
+    small_settings: Callable[..., Any],
+) -> None:
+    elastic = {"resources.workers": 2, "resources.min_workers": 1, "resources.cpus_per_worker": 2}
+    settings = small_settings({**LONGER, **elastic, "train.batch_size": 2, "name": "fewer"})
+    on_a_cluster(settings, "fewer")
+    folder = folder_of(settings)
+    workers = [entry["workers"] for entry in entries(folder) if "start" in entry]
+    assert workers == [2, 2, 1]
+    seen = samples(folder)
+    for epoch in range(12):
+        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT

@@ -19,7 +19,7 @@ import torch
 
 from umbrella.training.parallel import told
 
-INTERVAL = 1.0
+INTERVAL = 0.5
 """Seconds between looks."""
 
 
