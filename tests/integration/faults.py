@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -95,14 +94,18 @@ def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thr
     return thread
 
 
+def training_workers(of: int | None = None) -> list[psutil.Process]:
+    """The training workers that a process (this one, unless told) has started."""
+    started = psutil.Process(of).children(recursive=True)
+    return [p for p in started if p.name().startswith("ray::") and "RayTrainWorker" in " ".join(p.cmdline())]
+
+
 def kill_workers(of: int | None = None) -> int:
-    """SIGKILL to the training workers that a process (this one, unless told) has started; returns how many."""
-    killed = 0
-    for process in psutil.Process(of).children(recursive=True):
-        if process.name().startswith("ray::") and "RayTrainWorker" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-    return killed
+    """SIGKILL to the training workers of a process; returns how many there were."""
+    workers = training_workers(of)
+    for worker in workers:
+        worker.kill()
+    return len(workers)
 
 
 def plain_environment() -> dict[str, str]:
