@@ -16,7 +16,7 @@ def gathered(own: Any) -> list[Any]:
 
 
 def told(number: int, device: torch.device) -> int:
-    """The first worker's number, on each of them; a small fraction of a millisecond, so it may be asked every step."""
+    """The first worker's number, on each of them. Takes under a millisecond, so it may be asked every step."""
     if not distributed.is_initialized():
         return number
     message = torch.tensor(number, device=device)
