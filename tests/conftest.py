@@ -22,6 +22,21 @@ MODALITIES = {
     "dMRI": Modality(grid=(4, 4, 4), patch=(4, 4, 4)),
     "fMRI": Modality(grid=(4, 4, 4, 6), patch=(4, 4, 4, 2)),
 }
+SMALL = {
+    "cohort.subjects": 12,
+    "cohort.spacing": 8.0,
+    "cohort.functional_subjects": 3,
+    "cohort.diffusion_subjects": 3,
+    "modalities.sMRI": {"grid": [8, 8, 8], "patch": [4, 4, 4]},
+    "modalities.dMRI": {"grid": [8, 8, 8], "patch": [8, 8, 8]},
+    "modalities.fMRI": {"grid": [4, 4, 4, 4], "patch": [4, 4, 4, 2]},
+    "model.width": 16,
+    "train.epochs": 2,
+    "train.batch_size": 4,
+    "train.accumulate": 1,
+    "optim.warmup": 2,
+}
+"""Settings of a training that takes seconds, on one small cohort."""
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 AFFINE = np.array([[1, 0, 0, -3], [0, 2, 0, -5], [0, 0, 3.5, 7], [0, 0, 0, 1]])
 
@@ -227,21 +242,7 @@ def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     from umbrella.config import load_settings
 
     storage = tmp_path_factory.mktemp("runs")
-    small = {
-        "resources.storage": str(storage),
-        "cohort.subjects": 12,
-        "cohort.spacing": 8.0,
-        "cohort.functional_subjects": 3,
-        "cohort.diffusion_subjects": 3,
-        "modalities.sMRI": {"grid": [8, 8, 8], "patch": [4, 4, 4]},
-        "modalities.dMRI": {"grid": [8, 8, 8], "patch": [8, 8, 8]},
-        "modalities.fMRI": {"grid": [4, 4, 4, 4], "patch": [4, 4, 4, 2]},
-        "model.width": 16,
-        "train.epochs": 2,
-        "train.batch_size": 4,
-        "train.accumulate": 1,
-        "optim.warmup": 2,
-    }
+    small = SMALL | {"resources.storage": str(storage)}
     return lambda others: load_settings(overrides=small | others)
 
 

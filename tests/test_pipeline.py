@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from umbrella.cohort.questions import draw_subjects, split_conversations
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data import pipeline
-from umbrella.data.pipeline import Plan, evaluation_datasets, from_table, sample_order, to_table, train_datasets
+from umbrella.data.pipeline import Plan, evaluation_dataset, from_table, sample_order, to_table, train_dataset
 from umbrella.data.rendering import Renderer
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -39,7 +39,7 @@ plans = st.builds(
 
 @pytest.fixture(scope="module", autouse=True)
 def rows() -> Iterator[None]:
-    """Factories give their columns, where Ray would make a data set of them."""
+    """The columns are there to look at, where Ray would make a data set of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_dataset", lambda **columns: columns)
         yield
@@ -135,15 +135,12 @@ def test_steps_and_surplus_by_hand(
     assert plan.in_words == said
 
 
-def test_a_workers_data_set_starts_where_the_checkpoint_says_when_it_is_opened() -> None:
+def test_a_workers_data_set_starts_at_the_position_of_its_checkpoint() -> None:
     plan = Plan(size=10, seed=0, epochs=2, workers=2, batch_size=2, accumulate=1)
-    position = 0
-    datasets: Any = train_datasets(plan, lambda: position)
-    position = 8
-    opened = {name: make() for name, make in datasets.items()}
-    assert opened["train-0"]["position"].tolist() == [8, 9, 12, 13, 16, 17]
-    assert opened["train-1"]["position"].tolist() == [10, 11, 14, 15, 18, 19]
-    for columns in opened.values():
+    first, second = opened = [cast(Any, train_dataset(plan, rank, 8)) for rank in range(2)]
+    assert first["position"].tolist() == [8, 9, 12, 13, 16, 17]
+    assert second["position"].tolist() == [10, 11, 14, 15, 18, 19]
+    for columns in opened:
         assert np.array_equal(columns["sample"], plan.samples(columns["position"]))
 
 
@@ -203,9 +200,8 @@ def test_the_steps_of_a_window_do_not_come_in_the_order_of_their_length() -> Non
 @few
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8))
 def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_workers(lengths: list, workers: int) -> None:
-    opened: Any = {name: make() for name, make in evaluation_datasets(np.array(lengths), workers).items()}
-    assert set(opened) == {f"validation-{rank}" for rank in range(workers)}
-    shares = [columns["sample"] for columns in opened.values()]
+    opened: Any = [evaluation_dataset(np.array(lengths), rank, workers) for rank in range(workers)]
+    shares = [columns["sample"] for columns in opened]
     assert sorted(np.concatenate(shares)) == list(range(len(lengths)))
     assert all(np.all(np.diff(np.array(lengths)[share]) >= 0) for share in shares)
 

@@ -11,7 +11,6 @@ from umbrella.training.progress import (
     Progress,
     best_checkpoint,
     latest_checkpoint,
-    progress_of,
     prune,
     read_metrics,
     read_progress,
@@ -40,11 +39,10 @@ def make(tmp_path: Path) -> Make:
 
 def test_a_training_goes_on_from_its_newest_checkpoint(make: Make, tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nothing yet") is None
-    assert progress_of(tmp_path) == Progress(0, 0, 0)
     make(20)
     make(5)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_0000020"
-    assert progress_of(tmp_path) == read_progress(tmp_path / "step_0000020") == Progress(20, 160, 8)
+    assert read_progress(tmp_path / "step_0000020") == Progress(20, 160, 8)
 
 
 @pytest.mark.parametrize(
@@ -111,3 +109,16 @@ def test_patience_counts_evaluations_that_are_not_better_and_nan_never_is(
         assert not progress.out_of_patience(0)
     assert counted == since_best
     assert (progress.step, progress.position, progress.sorted_by) == (3, 12, 4)
+
+
+def test_one_that_was_not_evaluated_is_kept_as_the_newest_and_never_as_the_best(make: Make, tmp_path: Path) -> None:
+    def kept_after(step: int, **metrics: float) -> list[int]:
+        make(step, **metrics)
+        prune(tmp_path, 1, "eval/accuracy", "max")
+        return sorted(int(path.name.removeprefix("step_")) for path in tmp_path.glob("step_*"))
+
+    assert kept_after(3) == [3]
+    assert kept_after(4) == [4]
+    assert kept_after(5, accuracy=0.5) == [5]
+    assert kept_after(7) == [5, 7]
+    assert kept_after(10, accuracy=0.4) == [5, 10]

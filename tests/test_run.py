@@ -11,7 +11,7 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
-from umbrella.training.job import Job
+from umbrella.training.job import Job, cause
 from umbrella.training.run import check, check_same, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.sweep import possible_masks
@@ -26,6 +26,8 @@ from umbrella.tuning.sweep import possible_masks
         ({}, {"CPU": 16}, 16),
         ({"gpus_per_worker": 0.5}, {"CPU": 16, "GPU": 1}, 2),
         ({"workers": 2, "gpus_per_worker": 1, "cpus_per_worker": 4}, {"CPU": 64, "GPU": 4}, 2),
+        ({"workers": 4, "min_workers": 1, "gpus_per_worker": 1}, {"CPU": 64, "GPU": 8}, 2),
+        ({"workers": 4, "min_workers": 1, "gpus_per_worker": 1}, {"CPU": 64, "GPU": 2}, 1),
     ],
 )
 def test_as_many_trainings_at_once_as_leave_a_cpu_for_rays_helpers(asked: dict, cluster: dict, at_once: int) -> None:
@@ -37,6 +39,27 @@ def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_
         trainings_that_fit(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
     with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
         trainings_that_fit(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
+
+
+def test_no_fewer_workers_than_the_fewest_start() -> None:
+    with pytest.raises(UserError, match=r"2 workers of 1 GPUs need 2 GPUs, and Ray has 1"):
+        trainings_that_fit(ResourceSettings(workers=4, min_workers=2, gpus_per_worker=1), {"CPU": 8, "GPU": 1})
+    with pytest.raises(UserError, match=r"resources: min_workers=3 is more than workers=2"):
+        load_settings(overrides={"resources.workers": 2, "resources.min_workers": 3})
+
+
+@pytest.mark.parametrize(
+    ("died_of", "line"),
+    [
+        ("Traceback (most recent call last):\n  File a\n    b()\nOSError: gone:\n'x'\n", "OSError: gone: 'x'"),
+        (
+            "The actor died.\n\tclass_name: Worker\nIts node is gone.",
+            "The actor died. class_name: Worker Its node is gone.",
+        ),
+    ],
+)
+def test_what_a_worker_died_of_is_the_exception_and_not_the_way_to_it(died_of: str, line: str) -> None:
+    assert cause(RuntimeError(died_of)) == line
 
 
 def splits(talk: Callable[..., Conversation], target: str) -> Splits:

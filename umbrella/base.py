@@ -1,4 +1,4 @@
-"""What every room stands on: the base of all settings and the one kind of error a person causes."""
+"""What every room stands on: the base of all settings and the two kinds of exception that end a script in one line."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -7,6 +7,13 @@ class Section(BaseModel):
     """A frozen group of settings. The docstring under a field is its line in ``--help``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Stopped(Exception):
+    """A script was asked to stop by SIGTERM, and did, with everything saved. The message says how it goes on.
+
+    Scripts print it and exit with status 143, as a process that SIGTERM ended.
+    """
 
 
 class UserError(Exception):

@@ -4,6 +4,7 @@ script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from umbrella.base import UserError
+from umbrella.base import Stopped, UserError
 from umbrella.config import Settings, describe, load_settings
 
 if TYPE_CHECKING:
@@ -104,12 +105,15 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None, option
 def run_script(
     main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
 ) -> None:
-    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status: 0, or 2 for a user error."""
+    """Parse ``sys.argv``, call ``main``, exit with its fate: 0, 2 for a user error, 143 after SIGTERM."""
     try:
         main(parse(sys.argv[1:], doc, default_file, options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as outcome:
+        print(outcome, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         sys.exit(130)

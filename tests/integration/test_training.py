@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from umbrella.base import UserError
 from umbrella.data.intake import load_splits
-from umbrella.data.pipeline import Plan, batches, train_datasets
+from umbrella.data.pipeline import Plan, batches, train_dataset
 from umbrella.tracking import tracking_uri
 from umbrella.training.run import run_training
 
@@ -88,8 +88,8 @@ def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(ray_sessi
         return rows["sample"].tolist()
 
     for rank in range(2):
-        shard = train_datasets(plan, lambda: 12)[f"train-{rank}"]().iterator()
-        seen = [sample for batch in batches(shard, plan.batch_size, prefetch=4, make=slow) for sample in batch]
+        rows = train_dataset(plan, rank, 12)
+        seen = [sample for batch in batches(rows, plan.batch_size, prefetch=4, make=slow) for sample in batch]
         assert seen == plan.samples(plan.positions(rank, 12)).tolist()
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from umbrella.conversations.conversation import Conversation
 
 if TYPE_CHECKING:
-    from ray.data import DataIterator, Dataset
+    from ray.data import Dataset
 
 ROWS_PER_BLOCK = 1024
 
@@ -121,37 +121,26 @@ def from_table(table: pa.Table, sample: int) -> Conversation:
     return Conversation.model_validate_json(table["conversation"][sample].as_py())
 
 
-def train_datasets(plan: Plan, position: Callable[[], int]) -> dict[str, Callable[[], "Dataset"]]:
-    """One data set factory per worker, named ``train-<rank>``: it holds exactly that worker's rows, in order.
+def train_dataset(plan: Plan, rank: int, start: int) -> "Dataset":
+    """One worker's rows from a position to the end, in order: each is a ``position`` and the ``sample`` there.
 
-    Ray's own split drops up to ``workers - 1`` rows and deals blocks by who asks first; this one is exact and the same
-    in every run. ``position`` is asked when the workers start, so a restart continues where the checkpoint says.
+    Each worker makes its own. Ray's split drops up to ``workers - 1`` rows and deals blocks by who asks first; this is
+    exact, the same in every run, and follows from where the worker is and how many there are.
     """
-
-    def factory(rank: int) -> Callable[[], "Dataset"]:
-        def make() -> "Dataset":
-            positions = plan.positions(rank, position())
-            return _dataset(position=positions, sample=plan.samples(positions))
-
-        return make
-
-    return {f"train-{rank}": factory(rank) for rank in range(plan.workers)}
+    positions = plan.positions(rank, start)
+    return _dataset(position=positions, sample=plan.samples(positions))
 
 
-def evaluation_datasets(lengths: np.ndarray, workers: int) -> dict[str, Callable[[], "Dataset"]]:
-    """One data set factory per worker, named ``validation-<rank>``: every sample once, by length, dealt in turn."""
-
-    def factory(rank: int) -> Callable[[], "Dataset"]:
-        samples = np.argsort(lengths, kind="stable")[rank::workers]
-        return lambda: _dataset(position=samples, sample=samples)
-
-    return {f"validation-{rank}": factory(rank) for rank in range(workers)}
+def evaluation_dataset(lengths: np.ndarray, rank: int, workers: int) -> "Dataset":
+    """One worker's rows of an evaluation: every sample once, by length, dealt in turn."""
+    samples = np.argsort(lengths, kind="stable")[rank::workers]
+    return _dataset(position=samples, sample=samples)
 
 
 def batches(
-    shard: "DataIterator", batch_size: int, prefetch: int, make: Callable[[Mapping[str, np.ndarray]], Any]
+    rows: "Dataset", batch_size: int, prefetch: int, make: Callable[[Mapping[str, np.ndarray]], Any]
 ) -> Iterator[Any]:
-    """Iterate over a worker's shard; ``make`` runs ahead of its use, in Ray Data's threads.
+    """Iterate over a worker's rows; ``make`` runs ahead of its use, in Ray Data's threads.
 
     It is given ``position`` and ``sample``, (batch_size,) each.
     """
@@ -162,8 +151,8 @@ def batches(
             return make(rows)
 
     # Batches are made by several threads; without this they would come in the order in which those finish.
-    shard.get_context().execution_options.preserve_order = True
-    yield from shard.iter_torch_batches(
+    rows.context.execution_options.preserve_order = True
+    yield from rows.iter_torch_batches(
         batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
     )
 

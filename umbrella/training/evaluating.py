@@ -5,13 +5,12 @@ from math import ceil
 
 import numpy as np
 import pyarrow as pa
-import ray.train
 import torch
 from torch import nn
 
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.collator import Collator
-from umbrella.data.pipeline import batches, from_table
+from umbrella.data.pipeline import batches, evaluation_dataset, from_table
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.scoring import Scored, score
 from umbrella.training.job import Job
@@ -25,22 +24,25 @@ class Evaluator:
         table: the validation conversations, see ``data.pipeline.to_table``.
     """
 
-    def __init__(self, job: Job, table: pa.Table, collate: Collator, rank: int, device: torch.device) -> None:
-        self.job, self.table, self.collate, self.rank, self.device = job, table, collate, rank, device
+    def __init__(
+        self, job: Job, table: pa.Table, collate: Collator, rank: int, workers: int, device: torch.device
+    ) -> None:
+        self.job, self.table, self.collate, self.device = job, table, collate, device
+        self.rank, self.workers = rank, workers
         self.dtype = getattr(torch, job.settings.model.dtype)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The metrics of the whole split, the same on every worker."""
         model.eval()
         scored: list[Scored] = []
-        shard = ray.train.get_dataset_shard(f"validation-{self.rank}")
+        rows = evaluation_dataset(self.job.validation_lengths, self.rank, self.workers)
         size = self.job.settings.train.evaluation_batch_size
         passes = 0
-        for conversations in batches(shard, size, 1, self._rows):
+        for conversations in batches(rows, size, 1, self._rows):
             scored += self._score(model, conversations)
             passes += 1
         # With sharded weights a pass takes all workers, and the first one may have a batch more than others.
-        for _ in range(passes, ceil(ceil(self.table.num_rows / self.job.settings.resources.workers) / size)):
+        for _ in range(passes, ceil(ceil(self.table.num_rows / self.workers) / size)):
             self._score(model, [from_table(self.table, 0)])
         release(model)
         model.train()

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.data import ExecutionOptions
-from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
-from umbrella.base import UserError
+from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
-from umbrella.data.pipeline import Plan, evaluation_datasets, train_datasets
-from umbrella.training.progress import latest_checkpoint, progress_of
+from umbrella.data.pipeline import Plan
+from umbrella.training.progress import latest_checkpoint
+from umbrella.training.requests import stop_file
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,15 @@ class Job:
     folder: str
     """Where this training's checkpoints lie."""
 
-    @property
-    def plan(self) -> Plan:
-        """Which sample each worker sees at each step. Looks into the folder: ask once."""
+    def plan(self, workers: int, sorted_by: int) -> Plan:
+        """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""
         train = self.settings.train
         return Plan(
-            sorted_by=progress_of(self.folder).sorted_by,
+            sorted_by=sorted_by,
             size=len(self.train_lengths),
             seed=self.settings.seed,
             epochs=train.epochs,
-            workers=self.settings.resources.workers,
+            workers=workers,
             batch_size=train.batch_size,
             accumulate=train.accumulate,
             lengths=self.train_lengths,
@@ -58,16 +57,20 @@ class Job:
         )
 
 
-def train_loop(config: dict[str, Job]) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs."""
+def train_loop(config: dict[str, Job]) -> int | None:
+    """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs.
+
+    Returns the step after which it stopped because it was asked to; else nothing.
+    """
     from umbrella.training.worker import Worker
 
     job = config["job"]
     try:
-        Worker(job).run()
+        return Worker(job).run()
     except (UserError, FloatingPointError) as error:
         # Every worker meets it at the same place, and would again: nothing that a restart could mend.
         stopped_file(job).write_text(str(error), encoding="utf-8")
+        return None
 
 
 def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
@@ -76,21 +79,35 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
     Raises:
         UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
             from which it could go on.
+        Stopped: it was asked to stop, and wrote a checkpoint.
     """
-    stopped_file(job).unlink(missing_ok=True)
-    reason = ""
+    for file in (stopped_file(job), stop_file(job.folder)):  # of a run before this one
+        file.unlink(missing_ok=True)
+    reason, stopped_after = "", None
     try:
-        make_trainer(job, callbacks).fit()
+        stopped_after = make_trainer(job, callbacks).fit().return_value
     except WorkerGroupError as error:
-        cause = next(iter(error.worker_failures.values()), error)
         tries = job.settings.resources.max_failures + 1
-        reason = f"in {tries} attempts (resources.max_failures) a worker died: {' '.join(str(cause).split())[:300]}"
+        what = cause(next(iter(error.worker_failures.values()), error))
+        reason = f"in {tries} attempts (resources.max_failures) a worker died: {what}"
     if stopped_file(job).exists():
         reason = stopped_file(job).read_text(encoding="utf-8")
     if reason:
         latest = latest_checkpoint(job.folder)
         kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
         raise UserError(f"the training stopped: {reason}; {kept}")
+    if stopped_after is not None:
+        name = Path(job.folder).name
+        raise Stopped(
+            f"stopped after step {stopped_after}, with a checkpoint; the same command, with name={name}, goes on"
+        )
+
+
+def cause(error: BaseException) -> str:
+    """What a worker died of, in one line; of a traceback, the exception at its end."""
+    lines = str(error).splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
 def stopped_file(job: Job) -> Path:
@@ -100,22 +117,18 @@ def stopped_file(job: Job) -> Path:
 
 def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
-    resources, plan = job.settings.resources, job.plan
-    folder = Path(job.folder)
-
-    def position() -> int:
-        return progress_of(folder).position
-
+    resources, folder = job.settings.resources, Path(job.folder)
+    least, most = resources.least_workers, resources.workers
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
-        datasets=train_datasets(plan, position) | evaluation_datasets(job.validation_lengths, plan.workers),
-        dataset_config=DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ScalingConfig(
-            num_workers=plan.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+            num_workers=most if least == most else (least, most),
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
             storage_path=str(folder.parent),

@@ -62,14 +62,11 @@ def what_is_wrong(folder: str | Path) -> str:
     return ""
 
 
-def progress_of(folder: str | Path) -> Progress:
-    """How far a training is whose checkpoints lie in this folder."""
-    latest = latest_checkpoint(folder)
-    return read_progress(latest) if latest else Progress()
-
-
 def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
-    """A training's best whole checkpoint, by the metric and then the loss; of equal ones the first."""
+    """A training's best whole checkpoint, by the metric and then the loss; of equal ones the first.
+
+    One that was written because of SIGTERM, without an evaluation, is never the best.
+    """
     sign = 1 if mode == "max" else -1
 
     def goodness(path: Path) -> tuple[float, float]:
@@ -77,7 +74,8 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
         values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
         return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
-    return max(_whole(folder), key=goodness, default=None)
+    measured = [path for path in _whole(folder) if goodness(path) > (-inf, -inf)]
+    return max(measured, key=goodness, default=None)
 
 
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:

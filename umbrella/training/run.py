@@ -10,7 +10,7 @@ from unittest import mock
 
 import ray
 
-from umbrella.base import UserError
+from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
 from umbrella.data.audit import audit
 from umbrella.data.intake import Splits, load_splits
@@ -22,6 +22,7 @@ from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.tracking import close_trial, is_name, open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
+from umbrella.training.requests import stopped_by_sigterm
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
 from umbrella.training.watch import Watch
@@ -78,22 +79,26 @@ def trainings_that_fit(resources: ResourceSettings, available: dict[str, float])
     Raises:
         UserError: not even one does; says what is short.
     """
-    cpus = resources.workers * resources.cpus_per_worker
-    gpus = resources.workers * resources.gpus_per_worker
+    least = resources.least_workers
+    cpus, gpus = least * resources.cpus_per_worker, least * resources.gpus_per_worker
     have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
     if cpus + SPARE_CPUS > have_cpus:
         raise UserError(
-            f"resources: {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's"
+            f"resources: {least} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's"
             f" helpers need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or"
             " .workers"
         )
     if gpus > have_gpus:
         raise UserError(
-            f"resources: {resources.workers} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray"
+            f"resources: {least} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray"
             f" has {have_gpus:g}; lower resources.gpus_per_worker or .workers"
         )
-    by_cpu = max(1, min(int((have_cpus - SPARE_CPUS) / cpus), int(have_cpus / resources.workers)))
-    return min(by_cpu, int(have_gpus / gpus)) if gpus else by_cpu
+    # Beside each other, trainings have all the workers that they may have.
+    by_cpu = min(
+        (have_cpus - SPARE_CPUS) / (resources.workers * resources.cpus_per_worker), have_cpus / resources.workers
+    )
+    by_gpu = have_gpus / (resources.workers * resources.gpus_per_worker) if gpus else by_cpu
+    return max(1, int(min(by_cpu, by_gpu)))
 
 
 def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], metric: str) -> None:
@@ -152,6 +157,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended the training.
+        Stopped: SIGTERM came; the training saved and stopped.
     """
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
@@ -165,11 +171,11 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
     check_same(job)
     try:
-        with Watch(job.folder):
+        with Watch(job.folder), stopped_by_sigterm(job.folder):
             run_job(job)
     except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt)
-        close_trial(uri, experiment, name, "KILLED" if killed else "FAILED", "killed" if killed else "failed")
+        outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
+        close_trial(uri, experiment, name, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
     return Path(job.folder)
 
@@ -184,7 +190,8 @@ def check_same(job: Job) -> None:
     file = Path(job.folder) / "begun_with.json"
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
     now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in ("resources", "tune") or k in decides}
-    now = json.loads(json.dumps(now | {"data.fingerprint": job.data["data.fingerprint"]}))
+    now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
+    now = json.loads(json.dumps(now))
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
@@ -193,5 +200,5 @@ def check_same(job: Job) -> None:
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         raise UserError(
-            f"name={job.settings.name}: was begun with other settings: {'; '.join(differs)}; take a new name"
+            f"name={file.parent.name}: was begun with other settings: {'; '.join(differs)}; take a new name"
         )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from umbrella.base import Section
 
@@ -78,6 +78,8 @@ class ResourceSettings(Section):
     """Address of a running Ray cluster. Empty: RAY_ADDRESS if it is set, else a Ray of its own on this machine."""
     workers: int = Field(1, ge=1)
     """Data-parallel workers per training."""
+    min_workers: int = Field(0, ge=0)
+    """With fewer workers than ``workers`` a training starts or goes on too, down to this many. 0: it waits for all."""
     cpus_per_worker: float = Field(0.5, gt=0)
     """CPUs reserved for each worker. Ray's own helpers need one whole CPU beside all workers."""
     gpus_per_worker: float = Field(0, ge=0)
@@ -88,3 +90,14 @@ class ResourceSettings(Section):
     """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
     storage: str = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that a training runs on."""
+        return self.min_workers or self.workers
+
+    @model_validator(mode="after")
+    def _least_is_not_most(self) -> "ResourceSettings":
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        return self

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ray.train.torch import get_device
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
-from umbrella.data.pipeline import batches, from_table
+from umbrella.data.pipeline import batches, from_table, train_dataset
 from umbrella.data.rendering import load_renderer
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
@@ -32,6 +33,7 @@ from umbrella.training.pace import Pace, memory
 from umbrella.training.parallel import gathered, parallelise, whole_state, whole_weights
 from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
 from umbrella.training.reporting import Reporter
+from umbrella.training.requests import Request, Requests
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
 
@@ -40,45 +42,52 @@ class Worker:
     """One process of a training. Rank 0 also tracks the run and writes checkpoints."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.settings, self.plan = job, job.settings, job.plan
+        self.job, self.settings = job, job.settings
         logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
         transformers.utils.logging.disable_progress_bar()
-        self.rank = ray.train.get_context().get_world_rank()
+        context = ray.train.get_context()
+        self.rank, workers = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self.reporter = Reporter(job, self.device) if self.rank == 0 else None
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
         self.renderer = load_renderer(self.settings)
         self.collate = Collator(self.renderer, open_store(self.settings), pin=self.device.type == "cuda")
-        self.evaluate = Evaluator(job, ray.get(job.validation), self.collate, self.rank, self.device)
+        self.evaluate = Evaluator(job, ray.get(job.validation), self.collate, self.rank, workers, self.device)
 
         torch.manual_seed(self.settings.seed)
         self.model = build_model(
             self.settings.model, self.settings.modalities, len(self.renderer.tokenizer), self.renderer.image_id
         )
         apply_options(self.model, self.settings.train)
-        self.parallel = parallelise(self.model, self.settings.train, self.device, self.plan.workers)
+        self.parallel = parallelise(self.model, self.settings.train, self.device, workers)
         self.parts = parts(self.model)
         # From here on each worker has random numbers of its own.
         torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.rank)).generate_state(1)[0]))
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         latest = latest_checkpoint(job.folder)
         self.progress = read_progress(latest) if latest else Progress()
+        self.plan = job.plan(workers, self.progress.sorted_by)
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
         self.schedule = build_schedule(self.optimizer, self.settings.optim, self.steps)
         if latest:
             restore(latest, self.model, self.optimizer, self.schedule, self.rank)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
+        self._log({"start": self.progress.position, "workers": workers})
         if self.reporter:
             self.reporter.begin(self.plan.in_words, self.table, self.renderer, self.parts)
 
-    def run(self) -> None:
-        """The loop: a step, and an evaluation with a checkpoint wherever one is due."""
+    def run(self) -> int | None:
+        """The loop: a step, and an evaluation with a checkpoint wherever one is due.
+
+        Returns the step after which it stopped because it was asked to; else nothing.
+        """
         model = self.parallel.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         stream = to_device(self._checked(self._training_batches()), self.device)
         watch, pace = LossWatch(self.settings.train.max_loss_ratio), Pace()
+        requests = Requests(self.job.folder, self.rank, self.device)
         for step in range(self.progress.step + 1, self.steps + 1):
             if self.progress.out_of_patience(self.settings.train.patience):
                 break
@@ -100,6 +109,7 @@ class Worker:
             self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by)
             if self.reporter:
                 self.reporter.step(result, self._place(), pace)
+            asked = requests.look()
             if step % every == 0 or step == self.steps:
                 if self.reporter:
                     self.reporter.evaluating(self._place())
@@ -107,8 +117,13 @@ class Worker:
                 self.progress = self.progress.evaluated(measured[self.settings.tune.metric], self.settings.tune.mode)
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
+            elif asked:
+                self._report(result, pace.take() | memory(self.device), evaluated=False)
+            if asked is Request.STOP and step < self.steps:
+                return step
         if self.reporter:
             self.reporter.end(self.progress, self._place())
+        return None
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -118,8 +133,8 @@ class Worker:
             pack = self.settings.data.pack
             return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
 
-        shard = ray.train.get_dataset_shard(f"train-{self.rank}")
-        return batches(shard, self.settings.train.batch_size, self.settings.data.prefetch, make)
+        rows = train_dataset(self.plan, self.rank, self.progress.position)
+        return batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make)
 
     def _checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
@@ -129,17 +144,19 @@ class Worker:
             here = slice(done, done + len(batch))
             if batch.sample_indices.tolist() != expected[here].tolist():
                 raise RuntimeError(f"other samples came than position {positions[done]} has")
-            if self.samples_log:
-                entry = {"position": int(positions[done]), "task_ids": batch.task_ids}
-                print(json.dumps(entry), file=self.samples_log, flush=True)
+            self._log({"position": int(positions[done]), "task_ids": batch.task_ids})
             done = here.stop
             yield batch
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.samples_log:
+            print(json.dumps({"time": time.time(), **entry}), file=self.samples_log, flush=True)
 
     def _place(self) -> dict[str, float]:
         epoch = self.progress.position / self.plan.size
         return {"step": self.progress.step, "steps": self.steps, "epoch": epoch}
 
-    def _report(self, result: StepResult, measured: dict[str, float]) -> None:
+    def _report(self, result: StepResult, measured: dict[str, float], evaluated: bool = True) -> None:
         report: dict[str, Any] = {
             **self._place(),
             "out_of_patience": self.progress.out_of_patience(self.settings.train.patience),
@@ -152,7 +169,8 @@ class Worker:
         if self.reporter:
             self.reporter.evaluation(self.progress.step, measured, report)
             self._save(report["checkpoint"], rng, measured, weights, state)
-        ray.train.report(report)
+        if evaluated:  # a scheduler decides by the metric, and would miss it
+            ray.train.report(report)
 
     def _save(
         self,

@@ -24,9 +24,8 @@ def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None
     fixed = [name for name in settings.tune.space if name in given]
     if fixed:
         console.print(f"set on the command line, so not swept: {', '.join(fixed)}", markup=False)
-    per_trial = (
-        f"{resources.workers} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
-    )
+    most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
+    per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
     if not (resources.address or os.environ.get("RAY_ADDRESS")):
         import torch

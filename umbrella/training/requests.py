@@ -1,0 +1,84 @@
+"""What is asked of a training from outside: to stop, or to save what it has, because its machine is to be taken away.
+
+A request to stop is an empty file in the training's folder, which every worker's machine shares; the script makes it
+at SIGTERM. That a node is to be taken away Ray says, where it knows: see ``ray.train.get_preemption_info``.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from umbrella.training.parallel import agreed
+
+INTERVAL = 0.5
+"""Seconds between looks."""
+
+
+class Request(IntEnum):
+    """What the workers are to do after this step."""
+
+    NOTHING = 0
+    LOOK = 1
+    """Ask Ray, all together; ``look`` never returns it."""
+    SAVE = 2
+    STOP = 3
+    """Save and return."""
+
+
+class Requests:
+    """Where the workers of a training look for requests. All must: what one did alone, the others would wait for."""
+
+    def __init__(self, folder: str | Path, rank: int, device: torch.device) -> None:
+        self._file, self._rank, self._device = stop_file(folder), rank, device
+        self._next, self._known = 0.0, None
+
+    def look(self) -> Request:
+        """What is asked, the same on every worker. To be called by all of them after each step."""
+        request = Request(agreed(self._own() if self._rank == 0 else Request.NOTHING, self._device))
+        if request is not Request.LOOK:
+            return request
+        preemption = ray.train.get_preemption_info()  # waits for all workers
+        if preemption is None or preemption == self._known:
+            return Request.NOTHING
+        self._known = preemption
+        return Request.SAVE
+
+    def _own(self) -> Request:
+        now = time.monotonic()
+        if now < self._next:
+            return Request.NOTHING
+        self._next = now + INTERVAL
+        return Request.STOP if self._file.exists() else Request.LOOK
+
+
+def stop_file(folder: str | Path) -> Path:
+    """The file by which a training is asked to stop."""
+    return Path(folder) / "stop"
+
+
+@contextmanager
+def stopped_by_sigterm(folder: str | Path) -> Iterator[None]:
+    """While in here, SIGTERM asks the training of a folder to stop; a second one ends this process as before."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+
+    def ask(*unused: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        stop_file(folder).touch()
+        print("SIGTERM: the training will stop after this step and write a checkpoint", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
