@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.data.pipeline import Plan, evaluation_datasets, train_datasets
+from umbrella.storage import check_writable
 from umbrella.training.progress import latest_checkpoint, progress_of
 
 
@@ -58,16 +59,22 @@ class Job:
         )
 
 
-def train_loop(config: dict[str, Job]) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs."""
+def train_loop(config: dict[str, Job]) -> str:
+    """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs.
+
+    Returns what stopped it, if a restart would not help, and else nothing. Every worker meets that at the same place,
+    and Ray carries what rank 0 returns: a file could not be written where the storage is full or gone.
+    """
+    from umbrella.training.parallel import together
     from umbrella.training.worker import Worker
 
-    job = config["job"]
     try:
-        Worker(job).run()
+        with together():
+            worker = Worker(config["job"])
+        worker.run()
     except (UserError, FloatingPointError) as error:
-        # Every worker meets it at the same place, and would again: nothing that a restart could mend.
-        stopped_file(job).write_text(str(error), encoding="utf-8")
+        return str(error)
+    return ""
 
 
 def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
@@ -77,25 +84,20 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
         UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
             from which it could go on.
     """
-    stopped_file(job).unlink(missing_ok=True)
-    reason = ""
+    folder = Path(job.folder)
+    check_writable(folder, "the folder of the training")
     try:
-        make_trainer(job, callbacks).fit()
+        reason = make_trainer(job, callbacks).fit().return_value
     except WorkerGroupError as error:
         cause = next(iter(error.worker_failures.values()), error)
         tries = job.settings.resources.max_failures + 1
         reason = f"in {tries} attempts (resources.max_failures) a worker died: {' '.join(str(cause).split())[:300]}"
-    if stopped_file(job).exists():
-        reason = stopped_file(job).read_text(encoding="utf-8")
     if reason:
-        latest = latest_checkpoint(job.folder)
-        kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
-        raise UserError(f"the training stopped: {reason}; {kept}")
-
-
-def stopped_file(job: Job) -> Path:
-    """Where a worker says what stopped a training, when a restart would not help."""
-    return Path(job.folder) / "stopped.txt"
+        latest = latest_checkpoint(folder)
+        none = "there is no checkpoint yet" if folder.is_dir() else f"its checkpoints are gone with {folder}"
+        raise UserError(
+            f"the training stopped: {reason}; {f'the last good checkpoint is {latest}' if latest else none}"
+        )
 
 
 def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:

@@ -1,6 +1,7 @@
 """The Ray Train worker loop: what runs in each worker process of one training."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,34 +14,45 @@ import torch
 import transformers
 from ray.train.torch import get_device, prepare_model
 
+from umbrella.base import UserError
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
 from umbrella.data.pipeline import batches, from_table
 from umbrella.data.rendering import load_renderer
+from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
+from umbrella.tracking import code_version
 from umbrella.training.augmentation import augment
-from umbrella.training.checkpoint import restore, rng_state, save_checkpoint
+from umbrella.training.checkpoint import Writer, code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
 from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace
-from umbrella.training.parallel import gathered
-from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
+from umbrella.training.parallel import gathered, together
+from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.reporting import Reporter
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
 
 
 class Worker:
-    """One process of a training. Rank 0 also tracks the run and writes checkpoints."""
+    """One process of a training. Rank 0 also tracks the run and writes checkpoints.
+
+    Raises:
+        UserError: what cannot be trained, or the training's folder cannot be written to.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings, self.plan = job, job.settings, job.plan
         transformers.utils.logging.disable_progress_bar()
         self.rank = ray.train.get_context().get_world_rank()
+        if not Path(job.folder).is_dir():
+            raise UserError(
+                f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them"
+            )
         self.device = get_device()
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
@@ -61,16 +73,34 @@ class Worker:
         self.progress = read_progress(latest) if latest else Progress()
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
         self.schedule = build_schedule(self.optimizer, self.settings.optim, self.steps)
+        self.written = names_to_write(self.model, self.settings.model)
         if latest:
-            restore(latest, self.model, self.optimizer, self.schedule, self.rank)
+            restore(latest, self.model, self.written, self.optimizer, self.schedule, self.rank)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
-        self.reporter = None
+        self.log_error: OSError | None = None
+        self.reporter, self.writer = None, None
         if self.rank == 0:
+            code = code_of(code_version())
+            if latest and (differs := other_code(latest, code)):
+                print(f"note: {latest} was written by other code: {differs}", file=sys.stderr)
+            self.writer = Writer(job.folder, self.model, self.renderer.tokenizer, self.settings, code)
             self.reporter = Reporter(job, self.plan.in_words, self.table, self.renderer, self.parts, self.device)
 
     def run(self) -> None:
-        """The loop: a step, and an evaluation with a checkpoint wherever one is due."""
+        """The loop: a step, and an evaluation with a checkpoint wherever one is due.
+
+        Raises:
+            UserError: what was to be kept could not be written.
+            Diverged: see ``train_step``.
+        """
+        try:
+            self._train()
+        finally:
+            if self.writer:  # whatever happened: the last checkpoint is worth waiting for
+                self.writer.close()
+
+    def _train(self) -> None:
         model = prepare_model(self.model, move_to_device=False) if self.plan.workers > 1 else self.model
         model.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
@@ -91,15 +121,19 @@ class Worker:
             watch.add(result.loss)
             pace.step(self.plan.per_step, result.supervised_tokens)
             position = self.progress.position + self.plan.per_step
-            self.progress = Progress(step, position, self.plan.sorted_by or self.plan.per_step)
+            epoch = position / self.plan.size
+            self.progress = Progress(step, position, self.plan.sorted_by or self.plan.per_step, epoch)
             if self.reporter:
                 self.reporter.step(step, result)
             if step % every == 0 or step == self.steps:
                 measured = pace.take() | self.evaluate(self.model)
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
-        if self.reporter:
-            self.reporter.end()
+        with together():
+            if self.writer:
+                self.writer.wait()
+            if self.reporter:
+                self.reporter.end()
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -122,7 +156,10 @@ class Worker:
                 raise RuntimeError(f"other samples came than position {positions[done]} has")
             if self.samples_log:
                 entry = {"position": int(positions[done]), "task_ids": batch.task_ids}
-                print(json.dumps(entry), file=self.samples_log, flush=True)
+                try:
+                    print(json.dumps(entry), file=self.samples_log, flush=True)
+                except OSError as error:  # raised where all workers are: one that leaves lets the others wait
+                    self.log_error, self.samples_log = error, None
             done = here.stop
             yield batch
 
@@ -130,29 +167,21 @@ class Worker:
         report: dict[str, Any] = {
             "step": self.progress.step,
             "steps": self.steps,
-            "epoch": self.progress.position / self.plan.size,
+            "epoch": self.progress.epoch,
             "train/loss": result.loss,
             "train/lr": result.lr,
             "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",
             **measured,
         }
-        rng = gathered(rng_state())
-        if self.reporter:
-            self.reporter.evaluation(self.progress.step, measured, report)
-            self._save(report["checkpoint"], rng, measured)
+        with together():
+            if self.log_error:
+                raise self.log_error
+            if self.reporter:
+                self.reporter.evaluation(self.progress.step, measured, report)
+            if self.writer:
+                self.writer.wait()
+        keep = self.writer is not None
+        taken = snapshot(self.model, self.written, self.optimizer, self.schedule, self.progress, measured, keep)
+        if self.writer:
+            self.writer.write(taken)
         ray.train.report(report)
-
-    def _save(self, folder: str, rng: list[torch.Tensor], measured: dict[str, float]) -> None:
-        save_checkpoint(
-            folder,
-            self.model,
-            self.renderer.tokenizer,
-            self.optimizer,
-            self.schedule,
-            self.progress,
-            self.settings.to_yaml(),
-            rng,
-            measured,
-        )
-        tune = self.settings.tune
-        prune(self.job.folder, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from umbrella.training.progress import what_is_wrong
 from umbrella.tuning.monitor import FAILED, FINISHED, STOPPED
 from umbrella.tuning.space import label
 
@@ -49,12 +50,15 @@ def _trial(result: Any, metric: str, sign: int) -> Trial:
     if point is None:  # its process died before it said anything
         point = json.loads((Path(result.path) / "params.json").read_text(encoding="utf-8"))
     history = result.metrics_dataframe
-    kept = [] if history is None or "checkpoint" not in history else history.to_dict("records")
-    kept = [row for row in kept if Path(row["checkpoint"]).is_dir()]
-    if not kept:
+    reported = [] if history is None or "checkpoint" not in history else history.to_dict("records")
+    if not reported:
         return Trial(trial_id, dict(point), FAILED)
+    ended = FINISHED if reported[-1]["step"] >= reported[-1]["steps"] else STOPPED
+    # A trial may be stopped while its last checkpoint is being written.
+    kept = [row for row in reported if not what_is_wrong(row["checkpoint"])]
+    if not kept:
+        return Trial(trial_id, dict(point), FAILED if result.error else ended)
     best = min(kept, key=lambda row: _order(row[metric], row["eval/loss"], sign))
-    ended = FINISHED if kept[-1]["step"] >= kept[-1]["steps"] else STOPPED
     return Trial(
         trial_id=trial_id,
         point=dict(point),
