@@ -173,8 +173,9 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
 
     from umbrella.config import load_settings
     from umbrella.model.partial import names_to_write
-    from umbrella.training.checkpoint import Writer, snapshot
+    from umbrella.training.checkpoint import snapshot
     from umbrella.training.progress import Progress
+    from umbrella.training.writer import Writer
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
         folder.mkdir(exist_ok=True)

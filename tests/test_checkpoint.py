@@ -17,12 +17,13 @@ from umbrella.data.batching import Batch
 from umbrella.model.partial import names_to_write
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
-from umbrella.training import checkpoint
-from umbrella.training.checkpoint import Writer, code_of, other_code, restore, rng_state, snapshot
+from umbrella.training import writer as writer_module
+from umbrella.training.checkpoint import code_of, other_code, restore, rng_state, snapshot
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
+from umbrella.training.writer import Writer
 
 OPTIM = OptimSettings(lr=1e-2, warmup=2)
 STEPS = 6
@@ -228,7 +229,7 @@ def test_an_error_that_is_no_disks_fault_is_raised_as_it_is(
     def broken(*_: Any) -> None:
         raise TypeError("a mistake in the code")
 
-    monkeypatch.setattr(checkpoint, "write_weights", broken)
+    monkeypatch.setattr(writer_module, "write_weights", broken)
     write.write(take(1))
     with pytest.raises(TypeError, match="a mistake in the code"):
         write.wait()

@@ -1,4 +1,4 @@
-"""A checkpoint of what was trained: with its base it is the whole model, for the next training and for whoever reads it."""
+"""A checkpoint of what was trained: with its base it is the whole model, for the next training and other readers."""
 
 import json
 from collections.abc import Callable

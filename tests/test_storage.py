@@ -1,4 +1,4 @@
-"""Storage that cannot be written: said in one line before anything starts, and known in whatever a library makes of it."""
+"""Storage that cannot be written: said in one line before anything starts, and known in what libraries make of it."""
 
 import sqlite3
 import subprocess
@@ -68,12 +68,11 @@ def test_storage_that_cannot_be_written_ends_a_script_before_it_begins(
     run: Callable[..., Any], small_disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "runs"
     for script in ("train.py", "tune.py"):
-        done = run(script, f"resources.storage={tmp_path}/file/runs")
-        assert (done.status, done.stderr) == (
-            2,
-            f"error: resources.storage={tmp_path}/file/runs cannot be written to: Not a directory: {tmp_path}/file/runs\n",
-        )
+        done = run(script, f"resources.storage={folder}")
+        why = f"error: resources.storage={folder} cannot be written to: Not a directory: {folder}\n"
+        assert (done.status, done.stderr) == (2, why)
     disk = small_disk(1 << 20)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     done = run("train.py", f"resources.storage={disk}")

@@ -1,5 +1,6 @@
 """MLflow: the only module that imports it. One run per training; trials of a sweep are children of one parent run."""
 
+import logging
 import os
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from umbrella.base import UserError
 TRIAL, PARENT, OUTCOME = "ray.trial_id", "mlflow.parentRunId", "umbrella.outcome"
 LAST_WRITTEN = "train/waiting_for_data"
 """The metric of an evaluation whose name sorts behind all others."""
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
 
 

@@ -1,4 +1,4 @@
-"""Storage that fills up or vanishes in mid-training: one line says so, and the same command goes on when it is mended."""
+"""Storage that fills up or vanishes in mid-training: one line says so, and the same command goes on afterwards."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from umbrella.training.progress import latest_checkpoint, what_is_wrong
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 SHORT = {"train.epochs": 6, "train.evaluate_every": 3, "data.log_samples": True, "name": "one"}
-STEPS = 19
+STEPS = 20
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_disk_that_checkpoints_fill_ends_the_training_at_once_and_with_more_ro
     assert steps_of(storage) == list(range(1, STEPS + 1))
 
 
-def test_a_disk_that_others_fill_ends_the_training_in_one_line(
+def test_a_disk_that_others_fill_ends_the_training_of_all_workers_in_one_line(
     train: Callable[..., Any], small_disk: Callable[[int], Path]
 ) -> None:
     storage = small_disk(64 << 20)
@@ -84,8 +84,10 @@ def test_a_disk_that_others_fill_ends_the_training_in_one_line(
                 file.write(bytes(4096))
 
     filled = when_step(storage / "trainings" / "one", 8, fill)
-    error = error_of(train(storage))
+    two = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
+    error = error_of(train(storage, **two))
     filled.join(5)
+    print(error)
     assert error.startswith("error: the training stopped: ")
     assert "full" in error or "No space left on device" in error
     assert f"the last good checkpoint is {latest_checkpoint(storage / 'trainings' / 'one')}" in error
@@ -98,6 +100,7 @@ def test_storage_that_is_moved_away_ends_the_training_and_in_its_new_place_it_go
     mover = when_step(storage / "trainings" / "one", 8, lambda: storage.rename(moved))
     error = error_of(train(storage))
     mover.join(5)
+    print(error)
     folder = storage / "trainings" / "one"
     assert error.startswith("error: the training stopped: ")
     assert error.endswith(f"its checkpoints are gone with {folder}")

@@ -132,7 +132,8 @@ def check_base(folder: str | Path) -> None:
         if name in there or _is_local(checkpoint):
             what = "is not what it was" if name in there else "is gone"
             raise UserError(
-                f"{folder}: holds what was trained on {checkpoint}, and {name} there {what}; put it back (a link will do)"
+                f"{folder}: holds what was trained on {checkpoint}, and {name} there {what}; put it back (a link will"
+                " do)"
             )
 
 

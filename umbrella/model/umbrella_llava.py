@@ -205,8 +205,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError(f"{name} is a {kind} without volume embedders; presets.build_model gives it some")
         if (Path(name) / BASE).is_file():
             raise ValueError(
-                f"{name} holds only what was trained, not the base that it stands on; umbrella.model.loading.load_trained"
-                " makes the whole model, and its save_pretrained a folder that is read from here"
+                f"{name} holds only what was trained, not the base that it stands on;"
+                " umbrella.model.loading.load_trained makes the whole model, and its save_pretrained a folder for here"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True})
         config = cached_file(

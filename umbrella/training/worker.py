@@ -25,7 +25,7 @@ from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.tracking import code_version
 from umbrella.training.augmentation import augment
-from umbrella.training.checkpoint import Writer, code_of, other_code, restore, snapshot
+from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
 from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
@@ -36,6 +36,7 @@ from umbrella.training.progress import Progress, latest_checkpoint, read_progres
 from umbrella.training.reporting import Reporter
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
+from umbrella.training.writer import Writer
 
 
 class Worker:
