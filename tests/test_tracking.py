@@ -2,11 +2,13 @@
 
 import shutil
 import subprocess
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils as mlflow_utils
 
 from umbrella import tracking
 from umbrella.base import UserError
@@ -150,7 +152,12 @@ def test_an_experiment_is_opened_again_by_name_and_a_deleted_one_is_refused(
 
 @pytest.mark.parametrize("way", ["moved", "copied", "linked"])
 def test_artifacts_are_found_and_written_where_the_storage_lies_now(
-    uri: str, experiment: str, request: pytest.FixtureRequest, tmp_path: Path, way: str
+    uri: str,
+    experiment: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    way: str,
 ) -> None:
     old, new = tmp_path / "old_place", tmp_path / "new%place"
     shutil.copytree(Path(uri.removeprefix("sqlite:///")).parent, old)
@@ -164,6 +171,7 @@ def test_artifacts_are_found_and_written_where_the_storage_lies_now(
         shutil.copytree(old, new)
     else:
         new.symlink_to(old)
+    monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())  # which another process has not
     assert open_experiment(tracking_uri(new), name, new) == experiment
     again = Tracker.start(tracking_uri(new), experiment, "one", trial="one")
     assert again.run_id == run.run_id

@@ -65,8 +65,8 @@ def _follow_artifacts(uri: str, here: str) -> None:
                 continue
             for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
                 database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",
-                    (here, len(there) + 1, there, f"{there}/%"),
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
                 )
 
 
