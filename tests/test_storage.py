@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from sqlalchemy import create_engine, text
 
+from umbrella.base import UserError
 from umbrella.storage import check_writable, storage_fault
 
 
@@ -44,7 +45,7 @@ def test_a_full_disk_is_known_whoever_meets_it(name: str, small_disk: Callable[[
     disk = small_disk(50_000)
     with pytest.raises(Exception) as caught:  # noqa: PT011  each library has its own
         WRITERS[name](disk)
-    said = storage_fault(caught.value) or str(caught.value)
+    said = str(caught.value) if isinstance(caught.value, UserError) else storage_fault(caught.value)
     assert "No space left on device" in said or "database or disk is full" in said
 
 
@@ -73,7 +74,10 @@ def test_storage_that_cannot_be_written_ends_a_script_before_it_begins(
         done = run(script, f"resources.storage={folder}")
         why = f"error: resources.storage={folder} cannot be written to: Not a directory: {folder}\n"
         assert (done.status, done.stderr) == (2, why)
-    disk = small_disk(1 << 20)
+    disk = small_disk(1 << 19)
+    done = run("train.py", f"resources.storage={disk}")
+    assert done.status == 2
+    assert done.stderr.splitlines()[-1].startswith("error: No space left on device")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     done = run("train.py", f"resources.storage={disk}")
     assert done.status == 2

@@ -4,6 +4,7 @@ script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
 """
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import yaml
 
 from umbrella.base import UserError
 from umbrella.config import Settings, describe, load_settings
+from umbrella.storage import storage_fault
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,11 +106,16 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None, option
 def run_script(
     main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
 ) -> None:
-    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status: 0, or 2 for a user error."""
+    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status: 0, or 2 for a user error or a full disk."""
     try:
         main(parse(sys.argv[1:], doc, default_file, options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {storage_fault(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
