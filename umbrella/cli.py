@@ -106,7 +106,10 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None, option
 def run_script(
     main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
 ) -> None:
-    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status: 0, or 2 for a user error or a full disk."""
+    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status.
+
+    That is 0, or 2 for a user error and for a disk that is full or read-only.
+    """
     try:
         main(parse(sys.argv[1:], doc, default_file, options))
     except UserError as error:
