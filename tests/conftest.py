@@ -5,8 +5,9 @@ Imports that cost seconds (torch, transformers) stay inside the fixtures, so tha
 
 import os
 import runpy
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +183,31 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def save_step(tokenizer: Any) -> Callable[..., Path]:
+    """Writes a checkpoint of a training (model, optimizer, schedule) into a folder, as rank 0 does."""
+    from dataclasses import replace
+
+    from umbrella.config import load_settings
+    from umbrella.model.partial import names_to_write
+    from umbrella.training.checkpoint import snapshot
+    from umbrella.training.progress import Progress
+    from umbrella.training.writer import Writer
+
+    def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
+        folder.mkdir(exist_ok=True)
+        settings = load_settings(overrides=others)
+        writer = Writer(folder, training.model, tokenizer, settings, {"git.commit": "abc", "torch": "1"})
+        names = names_to_write(training.model, settings.model)
+        progress = Progress(step, 4 * step)
+        taken = snapshot(training.model, names, training.optimizer, training.schedule, progress, metrics)
+        writer.write(replace(taken, rng=rng) if rng else taken)
+        writer.wait()
+        return folder / f"step_{step:07d}"
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def save_llava() -> Callable[..., Any]:
     """Saves a small plain LLaVA of random weights, as a published one lies in its folder, and returns it."""
     import torch
@@ -213,6 +239,25 @@ def save_llava() -> Callable[..., Any]:
         return model
 
     return save
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a disk of so many bytes, or again with another size; skips where only root may, and this is not root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        again = "remount," if folder.is_mount() else ""
+        words = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "none", str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"needs a small disk, and mounting one is not allowed here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from ray.tune import Result
 from rich.console import Console
 
 from umbrella.training.live import EARLY, FINISHED
+from umbrella.training.progress import write_files
 from umbrella.tuning.monitor import FAILED, STOPPED
 from umbrella.tuning.report import Trial, draw, rank, ranking_table, write_csv
 
@@ -27,8 +28,9 @@ def result(
     rows = []
     for step, metric, loss, kept in evaluations:
         checkpoint = folder / f"{number}" / f"step_{step}"
+        checkpoint.mkdir(parents=True)
         if kept:
-            checkpoint.mkdir(parents=True)
+            write_files(checkpoint)  # the others were never whole
         row = {"step": step, "steps": 30, METRIC: metric, "eval/loss": loss, "checkpoint": str(checkpoint)}
         rows.append(row | {"out_of_patience": out_of_patience})
     said = {"trial_id": f"a8_{number:05d}", "config": {"optim.lr": 10.0**-number}}
@@ -45,6 +47,7 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
         result(tmp_path, 3, [(10, 0.8, 0.9, True), (30, 0.5, 0.1, True)]),
         result(tmp_path, 4, [(10, 0.99, 0.1, True)], error=RuntimeError("later")),
         result(tmp_path, 5, [(10, nan, nan, True), (30, 0.6, nan, True)]),
+        result(tmp_path, 6, [(10, 0.9, 0.1, False)]),
     ]
     trials = rank(results, METRIC, "max")
     assert [(t.trial_id[-1], t.state, t.step, t.metric, t.loss) for t in trials[:3]] == [
@@ -54,6 +57,7 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
     ]
     assert [(t.trial_id[-1], t.state, t.step) for t in trials[3:]] == [
         ("5", FINISHED, 30),
+        ("6", STOPPED, None),  # stopped before its only checkpoint was whole
         ("4", FAILED, 10),
         ("0", FAILED, None),
     ]

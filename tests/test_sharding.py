@@ -12,18 +12,20 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 
+from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
-from umbrella.training.checkpoint import restore, save_checkpoint
+from umbrella.training.checkpoint import restore, snapshot
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.parallel import autocast, parallelise, release, whole, whole_state, whole_weights
+from umbrella.training.parallel import autocast, parallelise, release, whole
 from umbrella.training.progress import FILES, Progress
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
+from umbrella.training.writer import Writer
 
 SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
 SELECTIONS = ["all", "embedder", "projector", "embedder+lora", "embedder+projector+tower", "lora"]
@@ -122,6 +124,7 @@ class Training:
         torch.manual_seed(seed)
         self.model = build_model(ModelSettings(**SMALL | {"train": train}), *made_of).train()
         self.parallel = parallelise(self.model, TrainSettings(shard=True), torch.device("cpu"), workers)
+        self.names = [name for name, _ in self.model.named_parameters()]
         self.optimizer = build_optimizer(self.model, OPTIM)
         self.schedule = build_schedule(self.optimizer, OPTIM, 6)
 
@@ -132,13 +135,16 @@ class Training:
         ]
 
     def save(self, folder: Path) -> None:
-        weights, state = whole_weights(self.model), whole_state(self.optimizer)
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            rest = (byte_tokenizer(), self.optimizer, self.schedule, Progress(3, 3), "seed: 0\n")
-            save_checkpoint(folder, self.model, *rest, weights=weights, state_of_optimizer=state)
+        keep = not distributed.is_initialized() or distributed.get_rank() == 0
+        taken = snapshot(self.model, self.names, self.optimizer, self.schedule, Progress(3, 3), keep=keep)
+        if keep:
+            folder.mkdir()
+            writer = Writer(folder, self.model, byte_tokenizer(), load_settings(), {})
+            writer.write(taken)
+            writer.wait()
 
     def restore(self, folder: Path) -> None:
-        restore(folder, self.model, self.optimizer, self.schedule)
+        restore(folder / "step_0000003", self.model, self.names, self.optimizer, self.schedule)
 
 
 def resumed(rank: int, folder: Path, train: str, made_of: tuple, steps: list[list[list[Batch]]]) -> list[list[float]]:

@@ -1,14 +1,17 @@
 """MLflow: what is tracked can be read back, a trial has one run however often it starts, and ended runs stay ended."""
 
+import shutil
 import subprocess
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service import utils as mlflow_utils
 
 from umbrella import tracking
 from umbrella.base import UserError
@@ -199,6 +202,42 @@ def test_an_experiment_is_opened_again_by_name_and_a_deleted_one_is_refused(
     client.delete_experiment(experiment)
     with pytest.raises(UserError, match=r"was deleted; restore it, or choose another name: experiment=\.\.\."):
         open_one()
+
+
+@pytest.mark.parametrize("way", ["moved", "copied", "linked"])
+def test_artifacts_are_found_and_written_where_the_storage_lies_now(
+    uri: str,
+    experiment: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    way: str,
+) -> None:
+    old, new = tmp_path / "old_place", tmp_path / "new%place"
+    shutil.copytree(Path(uri.removeprefix("sqlite:///")).parent, old)
+    name = request.node.name
+    assert open_experiment(tracking_uri(old), name, old) == experiment
+    run = Tracker.start(tracking_uri(old), experiment, "one", trial="one")
+    run.text("before", "before.txt")
+    if way == "moved":
+        old.rename(new)
+    elif way == "copied":
+        shutil.copytree(old, new)
+    else:
+        new.symlink_to(old)
+    monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())  # which another process has not
+    assert open_experiment(tracking_uri(new), name, new) == experiment
+    again = Tracker.start(tracking_uri(new), experiment, "one", trial="one")
+    assert again.run_id == run.run_id
+    again.text("after", "after.txt")
+    files = {file.path for file in again.client.list_artifacts(run.run_id)}
+    assert files == {"before.txt", "after.txt"}
+    where = again.client.get_run(run.run_id).info.artifact_uri
+    assert where == f"{(old if way == 'linked' else new).as_uri()}/artifacts/{run.run_id}/artifacts"
+    assert (new / "artifacts" / run.run_id / "artifacts" / "after.txt").exists()
+    assert old.exists() == (way != "moved")
+    if way == "copied":
+        assert not (old / "artifacts" / run.run_id / "artifacts" / "after.txt").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
 """
 
 import argparse
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import yaml
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings, describe, load_settings
+from umbrella.storage import storage_fault
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +107,10 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None, option
 def run_script(
     main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
 ) -> None:
-    """Parse ``sys.argv``, call ``main``, exit with its fate: 0, 2 for a user error, 143 after SIGTERM."""
+    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status.
+
+    That is 0, 2 for a user error and for a disk that is full or read-only, or 143 after SIGTERM.
+    """
     try:
         main(parse(sys.argv[1:], doc, default_file, options))
     except UserError as error:
@@ -114,6 +119,11 @@ def run_script(
     except Stopped as outcome:
         print(outcome, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {storage_fault(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         sys.exit(130)

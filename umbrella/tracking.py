@@ -4,12 +4,16 @@ import logging
 import os
 import posixpath
 import re
+import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
@@ -22,6 +26,7 @@ from umbrella.base import UserError
 TRIAL, PARENT, OUTCOME = "ray.trial_id", "mlflow.parentRunId", "umbrella.outcome"
 LAST_WRITTEN = "train/waiting_for_data"
 """The metric of an evaluation whose name sorts behind all others."""
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
 
 
@@ -44,15 +49,34 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     """
     try:
         client = MlflowClient(uri)
+        artifacts = (Path(storage).absolute() / "artifacts").as_uri() if uri.startswith("sqlite:") else None
         experiment = client.get_experiment_by_name(name)
+        if artifacts and experiment:
+            _follow_artifacts(uri, artifacts)
         if experiment is None:
-            artifacts = (Path(storage).absolute() / "artifacts").as_uri() if uri.startswith("sqlite:") else None
             return client.create_experiment(name, artifact_location=artifacts)
-    except (MlflowException, SQLAlchemyError) as error:
-        raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:300]}") from None
+    except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
+        raise UserError(f"MLflow at {uri}: {_short(error)}") from None
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
     return experiment.experiment_id
+
+
+def _follow_artifacts(uri: str, here: str) -> None:
+    """Where the storage was moved or copied, let its database say where the artifacts are now.
+
+    MLflow keeps absolute addresses, and has no command to change them.
+    """
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)) as database, database:
+        for (there,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            old, new = (Path(url2pathname(urlsplit(address).path)) for address in (there, here))
+            if not there.startswith("file:") or old.name != new.name or (old.exists() and old.samefile(new)):
+                continue
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
+                )
 
 
 class Tracker:
@@ -143,10 +167,17 @@ def find_trial(client: MlflowClient, experiment: str, trial: str) -> Run | None:
 
 def close_trial(uri: str, experiment: str, trial: str, status: str, outcome: str) -> None:
     """End a trial's run from the driver: its worker may have been stopped before it could. Outcome as in ``end``."""
-    client = MlflowClient(uri)
-    run = find_trial(client, experiment, trial)
-    if run and not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
-        Tracker(uri, run).end(status, outcome)
+    try:
+        client = MlflowClient(uri)
+        run = find_trial(client, experiment, trial)
+        if run and not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
+            Tracker(uri, run).end(status, outcome)
+    except (MlflowException, SQLAlchemyError) as error:  # the disk is full: that is said already, and weighs more
+        print(f"note: MLflow at {uri} does not know that {trial} has ended: {_short(error)}", file=sys.stderr)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def code_version() -> dict[str, str]:

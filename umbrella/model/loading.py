@@ -1,6 +1,7 @@
-"""A checkpoint to a model: a plain LLaVA, whose parts are taken over, or a saved model of ours."""
+"""A checkpoint to a model: a plain LLaVA, whose parts are taken over, a saved model of ours, or what was trained."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.model.embedder import ModalityEmbedder
 from umbrella.model.inflation import inflate
+from umbrella.model.partial import base_of, check_base, is_partial, put_weights
 from umbrella.model.settings import ModelSettings
-from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.model.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForConditionalGeneration
 
 FAMILY = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)
 """Kinds of checkpoints with a tower, a projector of two layers and a language model, which can be taken over."""
@@ -34,7 +36,8 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
     """The configuration of ``settings.checkpoint``, if a model for these modalities can be made of it.
 
     Raises:
-        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities.
+        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities; it holds what was
+            trained on a base that is gone or changed.
     """
     where = f"model.checkpoint={settings.checkpoint}"
     try:
@@ -61,6 +64,8 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
                     f"{where}: has no embedder for {name}, and no 2D weights to inflate one from; take"
                     " model.embedder_init=random"
                 )
+    if is_partial(settings.checkpoint):
+        check_base(settings.checkpoint)
     return config
 
 
@@ -78,6 +83,30 @@ def load_model(
     if image_id >= words:
         raise UserError(f"{where}: its tokenizer's placeholder is token {image_id}, and its model knows {words} words")
     ours = isinstance(config, UmbrellaConfig)
+    model = _laid_over_base(settings, config) if is_partial(settings.checkpoint) else _from_files(settings, ours)
+    kinds = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
+    if ours:
+        _fit(model, modalities)
+    else:
+        model = from_llava(model, kinds, settings.embedder_init)
+    model.config.umbrella_modalities = kinds
+    model.config.image_token_index = image_id
+    return model
+
+
+def load_trained(folder: str | Path) -> UmbrellaForConditionalGeneration:
+    """The model of a training's checkpoint, whole or not, in float32; its ``save_pretrained`` writes all of it.
+
+    Raises:
+        UserError: see ``load_model``.
+    """
+    config = UmbrellaConfig.from_pretrained(folder)
+    return load_model(ModelSettings(checkpoint=str(folder)), config.modalities, config.image_token_index).eval()
+
+
+def _from_files(settings: ModelSettings, ours: bool) -> Any:
+    """What transformers makes of a checkpoint that holds all weights."""
+    where = f"model.checkpoint={settings.checkpoint}"
     try:
         model, report = (UmbrellaForConditionalGeneration if ours else AutoModelForImageTextToText).from_pretrained(
             settings.checkpoint,
@@ -91,13 +120,24 @@ def load_model(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
-    kinds = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
-    if ours:
-        _fit(model, modalities)
-    else:
-        model = from_llava(model, kinds, settings.embedder_init)
-    model.config.umbrella_modalities = kinds
-    model.config.image_token_index = image_id
+    return model
+
+
+def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> UmbrellaForConditionalGeneration:
+    """The model of a training's base, with what was trained in its place."""
+    folder = Path(settings.checkpoint)
+    base = settings.model_copy(update={"checkpoint": base_of(settings.checkpoint), "embedder_init": "random"})
+    try:
+        model = load_model(base, config.modalities, config.image_token_index)
+    except UserError as error:
+        raise UserError(f"{folder}: holds what was trained on {base.checkpoint}: {error}") from None
+    check_base(folder)  # now that all of it is here
+    if (folder / ADAPTER).is_dir() and not getattr(model, "_hf_peft_config_loaded", False):
+        model.load_adapter(str(folder / ADAPTER))
+    try:
+        put_weights(folder, model)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     return model
 
 

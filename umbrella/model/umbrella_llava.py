@@ -25,6 +25,10 @@ ADAPTER = "adapter"
 """The folder beside a saved model's weights that holds its adapters, as PEFT saves them."""
 
 
+BASE = "base.json"
+"""Says, beside weights that are not all of a model, which checkpoint has the others: see ``partial``."""
+
+
 class UmbrellaConfig(LlavaConfig):
     """A LLaVA configuration and ``umbrella_modalities``: name to grid and patch."""
 
@@ -220,13 +224,19 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         Only safetensors are read: nothing is unpickled.
 
         Raises:
-            ValueError: a plain LLaVA, which ``presets.build_model`` makes a model of.
+            ValueError: a plain LLaVA, which ``presets.build_model`` makes a model of; a checkpoint that holds only what
+                was trained, which ``loading.load_trained`` does.
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
         kind = PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         if kind != UmbrellaConfig.model_type:
             raise ValueError(f"{name} is a {kind} without volume embedders; presets.build_model gives it some")
+        if (Path(name) / BASE).is_file():
+            raise ValueError(
+                f"{name} holds only what was trained, not the base that it stands on;"
+                " umbrella.model.loading.load_trained makes the whole model, and its save_pretrained a folder for here"
+            )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True})
         config = cached_file(
             name, "adapter_config.json", subfolder=ADAPTER, _raise_exceptions_for_missing_entries=False, **hub

@@ -1,66 +1,88 @@
-"""A checkpoint folder: the model as transformers saves it, the training's state, and how far it is."""
+"""What a training's checkpoint holds: copied from a step, and put back."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
-from umbrella.training.parallel import put_state, put_weights, whole_state, whole_weights
-from umbrella.training.progress import METRICS, PROGRESS, Progress, read_progress, write_files
+from umbrella import __version__
+from umbrella.model.partial import check_base, is_partial, put_weights
+from umbrella.training.parallel import gathered, put, put_state, whole
+from umbrella.training.progress import Progress, read_progress
 
-STATE, SETTINGS = "state.pt", "settings.yaml"
+STATE, CODE = "state.pt", "code.json"
+PACKAGES = ("torch", "transformers", "peft", "ray")
 
 
-def save_checkpoint(
-    folder: str | Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+@dataclass(frozen=True)
+class Snapshot:
+    """What a step leaves, in memory that no later step changes."""
+
+    weights: Mapping[str, torch.Tensor]
+    """By the names of the model's parameters."""
+    optimizer: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    rng: Sequence[torch.Tensor]
+    """The state of each worker's random numbers, by rank."""
+    progress: Progress
+    metrics: Mapping[str, float]
+    """Of the evaluation at this step."""
+
+
+def snapshot(
+    model: torch.nn.Module,
+    names: Sequence[str],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
-    settings_yaml: str,
-    rng: Sequence[torch.Tensor] = (),
     metrics: Mapping[str, float] | None = None,
-    weights: Mapping[str, torch.Tensor] | None = None,
-    state_of_optimizer: Mapping[str, Any] | None = None,
-) -> None:
-    """Write everything that resuming, scoring and generating need. The folder appears whole, or not at all.
+    keep: bool = True,
+) -> Snapshot:
+    """Copy what resuming, scoring and generating need, to this machine's memory. Every worker has to call this.
 
     Args:
-        rng: the state of each worker's random numbers, by rank; see ``rng_state``.
-        metrics: of the evaluation at this step.
-        weights: see ``parallel.whole_weights``. To be given where weights are sharded, which takes every worker.
-        state_of_optimizer: see ``parallel.whole_state``; likewise.
+        names: the parameters to copy, see ``model.partial.names_to_write``.
+        keep: whether this worker wants the weights and the optimizer's state; one of them writes.
     """
-    folder = Path(folder)
-    # Beside it, so that giving it its name is one step of one file system.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=whole_weights(model) if weights is None else weights)
-    tokenizer.save_pretrained(partial)
-    moments = whole_state(optimizer) if state_of_optimizer is None else state_of_optimizer
-    state = {"optimizer": moments, "schedule": schedule.state_dict(), "rng": list(rng)}
-    torch.save(state, partial / STATE)
-    (partial / SETTINGS).write_text(settings_yaml, encoding="utf-8")
-    (partial / METRICS).write_text(json.dumps(dict(metrics or {})), encoding="utf-8")
-    (partial / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    write_files(partial)
-    if folder.exists():  # one that was found broken
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    return Snapshot(
+        weights_of(model, names, keep),
+        optimizer_state(optimizer, keep),
+        _copied(schedule.state_dict(), True),
+        gathered(rng_state()),
+        progress,
+        dict(metrics or {}),
+    )
+
+
+def weights_of(model: torch.nn.Module, names: Sequence[str], keep: bool) -> dict[str, torch.Tensor]:
+    """Copies of the model's parameters of these names; empty ones unless they are kept."""
+    wanted = set(names)
+    return {name: _copied(w, keep) for name, w in model.named_parameters() if name in wanted}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """A copy of the optimizer's state, with empty tensors unless it is kept."""
+    return _copied(optimizer.state_dict(), keep)
+
+
+def _copied(value: Any, keep: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        full = whole(value)  # of sharded ones, every worker sends its part
+        return full.to("cpu", copy=True) if keep else torch.empty(0)
+    if isinstance(value, dict):
+        return {key: _copied(item, keep) for key, item in value.items()}
+    return [_copied(item, keep) for item in value] if isinstance(value, list) else value
 
 
 def restore(
     folder: str | Path,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
+    names: Sequence[str],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     rank: int = 0,
@@ -68,16 +90,37 @@ def restore(
     """Put a checkpoint's weights and states in place, and this worker's random numbers where they were.
 
     A worker that the checkpoint has no random numbers of keeps its own.
+
+    Args:
+        names: the parameters that must be in it, as for ``snapshot``.
+
+    Raises:
+        UserError: it does not fit, or the base that it stands on is another one now.
     """
     folder = Path(folder)
-    loaded = UmbrellaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    put_weights(model, loaded.state_dict())
+    if is_partial(folder):
+        check_base(folder)
+    put_weights(folder, model, names, put)
     state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
     put_state(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank])
     return read_progress(folder)
+
+
+def code_of(commit: Mapping[str, str]) -> dict[str, str]:
+    """What runs here, by name: ``commit`` (see ``tracking.code_version``) and the versions of Python and packages."""
+    own = {"umbrella": __version__, "python": python_version()}
+    return {**commit, **own, **{name: version(name) for name in PACKAGES}}
+
+
+def other_code(folder: str | Path, code: Mapping[str, str]) -> str:
+    """How the code that wrote a checkpoint differs from ``code``; empty if it does not."""
+    file = Path(folder) / CODE
+    then = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    names = [name for name in {**then, **code} if then.get(name) != code.get(name)]
+    return ", ".join(f"{name} was {then.get(name, 'unknown')} and is {code.get(name, 'unknown')}" for name in names)
 
 
 def rng_state() -> torch.Tensor:

@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
 from umbrella.data.pipeline import Plan
+from umbrella.storage import check_writable
 from umbrella.training.progress import latest_checkpoint
 from umbrella.training.requests import stop_file
 
@@ -57,20 +58,22 @@ class Job:
         )
 
 
-def train_loop(config: dict[str, Job]) -> int | None:
+def train_loop(config: dict[str, Job]) -> str | int | None:
     """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs.
 
-    Returns the step after which it stopped because it was asked to; else nothing.
+    Returns what stopped it, if a restart would not help; or the step after which it stopped because it was asked to;
+    else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a file could not be
+    written where the storage is full or gone.
     """
+    from umbrella.training.parallel import together
     from umbrella.training.worker import Worker
 
-    job = config["job"]
     try:
-        return Worker(job).run()
+        with together():
+            worker = Worker(config["job"])
+        return worker.run()
     except (UserError, FloatingPointError) as error:
-        # Every worker meets it at the same place, and would again: nothing that a restart could mend.
-        stopped_file(job).write_text(str(error), encoding="utf-8")
-        return None
+        return str(error)
 
 
 def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
@@ -81,25 +84,24 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
             from which it could go on.
         Stopped: it was asked to stop, and wrote a checkpoint.
     """
-    for file in (stopped_file(job), stop_file(job.folder)):  # of a run before this one
-        file.unlink(missing_ok=True)
-    reason, stopped_after = "", None
+    folder = Path(job.folder)
+    check_writable(folder, "the folder of the training")
+    stop_file(folder).unlink(missing_ok=True)  # of a run before this one
     try:
-        stopped_after = make_trainer(job, callbacks).fit().return_value
+        outcome = make_trainer(job, callbacks).fit().return_value
     except WorkerGroupError as error:
         tries = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
-        reason = f"in {tries} attempts (resources.max_failures) a worker died: {what}"
-    if stopped_file(job).exists():
-        reason = stopped_file(job).read_text(encoding="utf-8")
-    if reason:
-        latest = latest_checkpoint(job.folder)
-        kept = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
-        raise UserError(f"the training stopped: {reason}; {kept}")
-    if stopped_after is not None:
-        name = Path(job.folder).name
+        outcome = f"in {tries} attempts (resources.max_failures) a worker died: {what}"
+    if isinstance(outcome, str):
+        latest = latest_checkpoint(folder)
+        none = "there is no checkpoint yet" if folder.is_dir() else f"its checkpoints are gone with {folder}"
+        raise UserError(
+            f"the training stopped: {outcome}; {f'the last good checkpoint is {latest}' if latest else none}"
+        )
+    if outcome is not None:
         raise Stopped(
-            f"stopped after step {stopped_after}, with a checkpoint; the same command, with name={name}, goes on"
+            f"stopped after step {outcome}, with a checkpoint; the same command, with name={folder.name}, goes on"
         )
 
 
@@ -108,11 +110,6 @@ def cause(error: BaseException) -> str:
     lines = str(error).splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
-
-
-def stopped_file(job: Job) -> Path:
-    """Where a worker says what stopped a training, when a restart would not help."""
-    return Path(job.folder) / "stopped.txt"
 
 
 def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:

@@ -1,7 +1,7 @@
 """The workers of one training: how they share a model's work and its weights, and what they say to each other."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from umbrella.base import UserError
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.storage import storage_fault
 from umbrella.training.settings import TrainSettings
 
 
@@ -76,59 +78,14 @@ def put(weight: torch.Tensor, value: torch.Tensor) -> None:
     weight.copy_(_like(weight, value))
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``state_dict`` with every weight whole, in the CPU's memory where they were sharded; ties stay ties.
-
-    Every worker must ask; all but the first get an empty one.
-    """
-    seen: dict[int, torch.Tensor | None] = {}
-    state = model.state_dict(keep_vars=True)
-    for tensor in state.values():
-        if id(tensor) not in seen:
-            seen[id(tensor)] = _collected(tensor)
-    return {name: kept for name, tensor in state.items() if (kept := seen[id(tensor)]) is not None}
-
-
-@torch.no_grad()
-def put_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Copy what ``whole_weights`` gave, here or with another number of workers, into the model.
-
-    Raises:
-        KeyError: a weight has no value.
-    """
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        put(tensor, values[name])
-
-
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """``state_dict`` with every tensor whole, in the CPU's memory where they were sharded.
-
-    Every worker must ask; what all but the first get is not for use.
-    """
-    state = optimizer.state_dict()
-    by_weight = {
-        number: {k: _collected(v) if isinstance(v, torch.Tensor) else v for k, v in of_weight.items()}
-        for number, of_weight in state["state"].items()
-    }
-    return state | {"state": by_weight}
-
-
 def put_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """``load_state_dict`` of what ``whole_state`` gave, here or with another number of workers."""
+    """``load_state_dict`` of a state with whole tensors, taken with any number of workers: see ``checkpoint``."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     by_weight = {
         number: {k: _like(weights[number], v) if _is_moment(v) else v for k, v in of_weight.items()}
         for number, of_weight in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": by_weight})
-
-
-def _collected(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The whole tensor on the first worker, None on the others: one host may not hold it as often as it has GPUs."""
-    full = whole(tensor)
-    if distributed.is_initialized() and distributed.get_rank() > 0:
-        return None
-    return full.cpu() if isinstance(tensor, DTensor) else full
 
 
 def _is_moment(value: Any) -> bool:
@@ -168,3 +125,24 @@ def agreed(number: int, device: torch.device) -> int:
     message = torch.tensor(number, device=device)
     distributed.broadcast(message, 0)
     return int(message)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What ends the work in here on one worker, ends it on all: none waits for one that is gone. Each has to enter.
+
+    Raises:
+        UserError: what one of them met: a UserError, or storage that cannot be written or read.
+    """
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:
+        problem = storage_fault(error)
+        if not problem:
+            raise
+    for everyones in gathered(problem):
+        if everyones:
+            raise UserError(everyones)

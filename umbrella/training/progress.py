@@ -1,6 +1,7 @@
 """How far a training is, read from its checkpoint folders. Imports little: every process of a training asks here."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ class Progress:
     """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``.
 
     best: the best value so far of the metric that decides. since_best: evaluations that came after it, none better.
+    epoch: the position in passes over the data.
     """
 
     step: int = 0
@@ -22,6 +24,7 @@ class Progress:
     sorted_by: int = 0
     best: float | None = None
     since_best: int = 0
+    epoch: float = 0.0
 
     def evaluated(self, value: float, mode: str) -> "Progress":
         """After an evaluation that gave this value. NaN is never better."""
@@ -41,9 +44,21 @@ def read_progress(folder: str | Path) -> Progress:
 
 
 def write_files(folder: Path) -> None:
-    """List a checkpoint's files with their sizes in bytes; what makes it whole."""
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    """List a checkpoint's files with their sizes in bytes; what makes it whole. All of it is on the disk then."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     (folder / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    for path in [*files, folder / FILES, folder]:
+        to_disk(path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def what_is_wrong(folder: str | Path) -> str:
@@ -88,7 +103,14 @@ def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
     best = best_checkpoint(folder, metric, mode)
     for path in _whole(folder)[:-keep]:
         if path != best:
-            shutil.rmtree(path)
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that nobody finds half of it."""
+    nameless = path.with_name(f".{path.name}.deleted")
+    path.rename(nameless)
+    shutil.rmtree(nameless)
 
 
 def _whole(folder: str | Path) -> list[Path]:
@@ -97,9 +119,14 @@ def _whole(folder: str | Path) -> list[Path]:
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of a training; newer ones that are not whole are named on standard error."""
+    broken = []
+    latest = None
     for path in sorted(Path(folder).glob("step_*"), reverse=True):
         problem = what_is_wrong(path)
         if not problem:
-            return path
-        print(f"note: {path} cannot be used: {problem}; the training goes on from the one before", file=sys.stderr)
-    return None
+            latest = path
+            break
+        broken.append(f"{path} cannot be used: {problem}")
+    for words in broken:
+        print(f"note: {words}; the training goes on from {latest or 'its start'}", file=sys.stderr)
+    return latest

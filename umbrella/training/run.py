@@ -20,6 +20,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
+from umbrella.storage import check_writable
 from umbrella.tracking import close_trial, is_name, open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
 from umbrella.training.requests import stopped_by_sigterm
@@ -159,9 +160,10 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended the training.
         Stopped: SIGTERM came; the training saved and stopped.
     """
+    storage = Path(settings.resources.storage).absolute()
+    check_writable(storage, f"resources.storage={settings.resources.storage}")
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
-    storage = Path(settings.resources.storage).absolute()
     uri = tracking_uri(storage)
     experiment = open_experiment(uri, settings.experiment, storage)
     start_ray(settings.resources, log_to_driver=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,30 +17,41 @@ import torch
 import transformers
 from ray.train.torch import get_device
 
+from umbrella.base import UserError
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
 from umbrella.data.pipeline import batches, from_table, train_dataset
 from umbrella.data.rendering import load_renderer
+from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
+from umbrella.tracking import code_version
 from umbrella.training.augmentation import augment
-from umbrella.training.checkpoint import restore, rng_state, save_checkpoint
+from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
 from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
-from umbrella.training.parallel import gathered, parallelise, whole_state, whole_weights
-from umbrella.training.progress import Progress, latest_checkpoint, prune, read_progress
+from umbrella.training.parallel import gathered, parallelise, together
+from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.reporting import Reporter
 from umbrella.training.requests import Request, Requests
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
+from umbrella.training.writer import Writer
+
+SWITCH = 5e-4
+"""Seconds after which a thread that makes batches lets the one that feeds the GPU go on. Python's own are 5 ms."""
 
 
 class Worker:
-    """One process of a training. Rank 0 also tracks the run and writes checkpoints."""
+    """One process of a training. Rank 0 also tracks the run and writes checkpoints.
+
+    Raises:
+        UserError: what cannot be trained, or the training's folder cannot be written to.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, self.settings = job, job.settings
@@ -47,6 +59,11 @@ class Worker:
         transformers.utils.logging.disable_progress_bar()
         context = ray.train.get_context()
         self.rank, workers = context.get_world_rank(), context.get_world_size()
+        if not Path(job.folder).is_dir():
+            raise UserError(
+                f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them"
+            )
+        sys.setswitchinterval(SWITCH)
         self.device = get_device()
         self.reporter = Reporter(job, self.device) if self.rank == 0 else None
         self.dtype = getattr(torch, self.settings.model.dtype)
@@ -70,19 +87,37 @@ class Worker:
         self.plan = job.plan(workers, self.progress.sorted_by)
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
         self.schedule = build_schedule(self.optimizer, self.settings.optim, self.steps)
+        self.written = names_to_write(self.model, self.settings.model)
         if latest:
-            restore(latest, self.model, self.optimizer, self.schedule, self.rank)
+            restore(latest, self.model, self.written, self.optimizer, self.schedule, self.rank)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
+        self.log_error: OSError | None = None
         self._log({"start": self.progress.position, "workers": workers})
+        self.writer = None
         if self.reporter:
+            code = code_of(code_version())
+            if latest and (differs := other_code(latest, code)):
+                print(f"note: {latest} was written by other code: {differs}", file=sys.stderr)
+            self.writer = Writer(job.folder, self.model, self.renderer.tokenizer, self.settings, code)
             self.reporter.begin(self.plan.in_words, self.table, self.renderer, self.parts)
 
     def run(self) -> int | None:
         """The loop: a step, and an evaluation with a checkpoint wherever one is due.
 
         Returns the step after which it stopped because it was asked to; else nothing.
+
+        Raises:
+            UserError: what was to be kept could not be written.
+            Diverged: see ``train_step``.
         """
+        try:
+            return self._train()
+        finally:
+            if self.writer:  # whatever happened: the last checkpoint is worth waiting for
+                self.writer.close()
+
+    def _train(self) -> int | None:
         model = self.parallel.train()
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         stream = to_device(self._checked(self._training_batches()), self.device)
@@ -106,7 +141,8 @@ class Worker:
             pace.step(self.plan.per_step, result.supervised_tokens)
             position = self.progress.position + self.plan.per_step
             sorted_by = self.plan.sorted_by or self.plan.per_step
-            self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by)
+            epoch = position / self.plan.size
+            self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
             if self.reporter:
                 self.reporter.step(result, self._place(), pace)
             asked = requests.look()
@@ -120,9 +156,15 @@ class Worker:
             elif asked:
                 self._report(result, pace.take() | memory(self.device), evaluated=False)
             if asked is Request.STOP and step < self.steps:
+                with together():
+                    if self.writer:
+                        self.writer.wait()
                 return step
-        if self.reporter:
-            self.reporter.end(self.progress, self._place())
+        with together():
+            if self.writer:
+                self.writer.wait()
+            if self.reporter:
+                self.reporter.end(self.progress, self._place())
         return None
 
     def _training_batches(self) -> Iterator[Batch]:
@@ -150,11 +192,13 @@ class Worker:
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.samples_log:
-            print(json.dumps({"time": time.time(), **entry}), file=self.samples_log, flush=True)
+            try:
+                print(json.dumps({"time": time.time(), **entry}), file=self.samples_log, flush=True)
+            except OSError as error:  # raised where all workers are: one that leaves lets the others wait
+                self.log_error, self.samples_log = error, None
 
     def _place(self) -> dict[str, float]:
-        epoch = self.progress.position / self.plan.size
-        return {"step": self.progress.step, "steps": self.steps, "epoch": epoch}
+        return {"step": self.progress.step, "steps": self.steps, "epoch": self.progress.epoch}
 
     def _report(self, result: StepResult, measured: dict[str, float], evaluated: bool = True) -> None:
         report: dict[str, Any] = {
@@ -165,33 +209,16 @@ class Worker:
             "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",
             **measured,
         }
-        rng, weights, state = gathered(rng_state()), whole_weights(self.model), whole_state(self.optimizer)
-        if self.reporter:
-            self.reporter.evaluation(self.progress.step, measured, report)
-            self._save(report["checkpoint"], rng, measured, weights, state)
+        with together():
+            if self.log_error:
+                raise self.log_error
+            if self.reporter:
+                self.reporter.evaluation(self.progress.step, measured, report)
+            if self.writer:
+                self.writer.wait()
+        keep = self.writer is not None
+        taken = snapshot(self.model, self.written, self.optimizer, self.schedule, self.progress, measured, keep)
+        if self.writer:
+            self.writer.write(taken)
         if evaluated:  # a scheduler decides by the metric, and would miss it
             ray.train.report(report)
-
-    def _save(
-        self,
-        folder: str,
-        rng: list[torch.Tensor],
-        measured: dict[str, float],
-        weights: dict[str, torch.Tensor],
-        state: dict[str, Any],
-    ) -> None:
-        save_checkpoint(
-            folder,
-            self.model,
-            self.renderer.tokenizer,
-            self.optimizer,
-            self.schedule,
-            self.progress,
-            self.settings.to_yaml(),
-            rng,
-            measured,
-            weights,
-            state,
-        )
-        tune = self.settings.tune
-        prune(self.job.folder, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from umbrella.training.live import FINISHED
+from umbrella.training.progress import what_is_wrong
 from umbrella.tuning.monitor import FAILED, how_it_ended
 from umbrella.tuning.space import label
 
@@ -50,15 +51,19 @@ def _trial(result: Any, metric: str, sign: int) -> Trial:
     if point is None:  # its process died before it said anything
         point = json.loads((Path(result.path) / "params.json").read_text(encoding="utf-8"))
     history = result.metrics_dataframe
-    kept = [] if history is None or "checkpoint" not in history else history.to_dict("records")
-    kept = [row for row in kept if Path(row["checkpoint"]).is_dir()]
-    if not kept:
+    reported = [] if history is None or "checkpoint" not in history else history.to_dict("records")
+    if not reported:
         return Trial(trial_id, dict(point), FAILED)
+    ended = how_it_ended(reported[-1])
+    # A trial may be stopped while its last checkpoint is being written.
+    kept = [row for row in reported if not what_is_wrong(row["checkpoint"])]
+    if not kept:
+        return Trial(trial_id, dict(point), FAILED if result.error else ended)
     best = min(kept, key=lambda row: _order(row[metric], row["eval/loss"], sign))
     return Trial(
         trial_id=trial_id,
         point=dict(point),
-        state=FAILED if result.error else how_it_ended(kept[-1]),
+        state=FAILED if result.error else ended,
         metric=best[metric],
         loss=best["eval/loss"],
         step=int(best["step"]),

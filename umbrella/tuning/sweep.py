@@ -17,6 +17,7 @@ from umbrella.config import Settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
+from umbrella.storage import check_writable
 from umbrella.tracking import Tracker, open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
@@ -48,11 +49,12 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
     """
     space = build_space(settings, given)
+    storage = Path(settings.resources.storage).absolute()
+    check_writable(storage, f"resources.storage={settings.resources.storage}")
     masks = possible_masks(settings, given)
     splits = load_splits(settings, progress, masks)
     check(settings, splits, masks, settings.tune.metric)
 
-    storage = Path(settings.resources.storage).absolute()
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
     folder = storage / "sweeps" / name
     uri = tracking_uri(storage)

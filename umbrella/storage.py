@@ -1,0 +1,70 @@
+"""Whether a folder can be written, and what an error says of a disk that is full, read-only or gone."""
+
+import errno
+import os
+import re
+import sqlite3
+import tempfile
+from pathlib import Path
+
+from umbrella.base import UserError
+
+FAULTS = {
+    getattr(errno, name)
+    for name in [
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EROFS",
+        "EACCES",
+        "EPERM",
+        "ENOENT",
+        "ENOTDIR",
+        "EEXIST",
+        "EIO",
+        "ESTALE",
+        "ENODEV",
+        "ENXIO",
+        "ENOTCONN",
+    ]
+    if hasattr(errno, name)
+}
+"""What the storage, and no program, is to blame for: doing the same again would not help."""
+SQLITE = re.compile("full|I/O|unable to open|readonly|malformed|no such table")
+
+
+def storage_fault(error: BaseException | None) -> str:
+    """What is wrong with the storage, in words, if that is what an error or one of its causes says; else empty.
+
+    Libraries wrap the system's error, each in its own way: safetensors in a text, torch and MLflow in another error.
+    """
+    while error:
+        text = str(error)
+        number = re.search(r"\(os error (\d+)\)", text)
+        if isinstance(error, OSError) and error.errno is not None and error.errno in FAULTS:
+            return f"{os.strerror(error.errno)}{f': {error.filename}' if error.filename else ''}"
+        if number and int(number[1]) in FAULTS:
+            return os.strerror(int(number[1]))
+        if isinstance(error, sqlite3.Error) and SQLITE.search(text):
+            return f"SQLite says {text}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def check_writable(folder: str | Path, what: str) -> None:
+    """Make a folder if need be, and write there.
+
+    Args:
+        what: what the folder is called in the error.
+
+    Raises:
+        UserError: that did not work; says why.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{what} cannot be written to: {storage_fault(error) or error}") from None

@@ -1,0 +1,126 @@
+"""A training's checkpoint folders, written by a thread while the training goes on."""
+
+import copy
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from umbrella.base import UserError
+from umbrella.config import Settings
+from umbrella.model.partial import describe_base, is_whole, write_weights
+from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
+from umbrella.storage import storage_fault
+from umbrella.training.checkpoint import CODE, STATE, Snapshot
+from umbrella.training.progress import METRICS, PROGRESS, delete, prune, to_disk, write_files
+
+SETTINGS = "settings.yaml"
+
+
+class Writer:
+    """Writes a training's checkpoints, one at a time, in a thread; keeps the newest ones and the best.
+
+    Args:
+        folder: the training's. It has to be there: one that vanished is not made again.
+        code: what runs, see ``code_of``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: UmbrellaForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Settings,
+        code: Mapping[str, str],
+    ) -> None:
+        self.folder, self.settings, self.whole = Path(folder), settings, is_whole(settings.model)
+        self.files = _description(model, tokenizer, settings, code)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+        for rest in self.folder.glob(".step_*"):  # of a process that was killed
+            shutil.rmtree(rest, ignore_errors=True)
+
+    def write(self, taken: Snapshot) -> None:
+        """Begin to write a checkpoint, once the one before is there. Raises as ``wait``."""
+        self.wait()
+        self._last = self._pool.submit(self._write, taken)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is there.
+
+        Raises:
+            UserError: it could not be written, which left nothing of it; says why.
+        """
+        last, self._last = self._last, None
+        if last:
+            last.result()
+
+    def close(self) -> None:
+        """Wait for the last checkpoint on the way out of a training that ends with an error of its own."""
+        try:
+            self.wait()
+        except Exception as error:
+            print(f"note: {error}", file=sys.stderr)
+
+    def _write(self, taken: Snapshot) -> None:
+        folder = self.folder / f"step_{taken.progress.step:07d}"
+        # Beside it, so that giving it its name is one step of one file system.
+        partial = self.folder / f".{folder.name}.partial"
+        try:
+            partial.mkdir()
+            for name, content in self.files.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_bytes(content)
+            write_weights(partial, taken.weights, self.whole)
+            state = {"optimizer": taken.optimizer, "schedule": taken.schedule, "rng": list(taken.rng)}
+            with (partial / STATE).open("wb") as file:  # given a path, torch hides what the system says
+                torch.save(state, file)
+            (partial / METRICS).write_text(json.dumps(dict(taken.metrics)), encoding="utf-8")
+            (partial / PROGRESS).write_text(json.dumps(asdict(taken.progress)), encoding="utf-8")
+            write_files(partial)
+            if folder.exists():  # one that was found broken
+                delete(folder)
+            os.replace(partial, folder)
+            to_disk(self.folder)
+            tune = self.settings.tune
+            prune(self.folder, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)  # there must be room again for who looks into it
+            problem = storage_fault(error)
+            if not problem:
+                raise
+            gone = "" if self.folder.is_dir() else f"{self.folder} is gone: "
+            raise UserError(f"{folder} could not be written: {gone}{problem}") from None
+
+
+def _description(
+    model: UmbrellaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    code: Mapping[str, str],
+) -> dict[str, bytes]:
+    """The files that all checkpoints of a training have alike. Made once: no thread may use model or tokenizer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], "float32"
+        config.save_pretrained(folder)
+        if model.generation_config:
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            (adapters,) = model.peft_config.values()
+            adapters.save_pretrained(str(folder / ADAPTER))
+        if not is_whole(settings.model):
+            (folder / BASE).write_text(describe_base(settings.model.checkpoint), encoding="utf-8")
+        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+        (folder / CODE).write_text(json.dumps(dict(code), indent=1), encoding="utf-8")
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
