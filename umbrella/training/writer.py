@@ -111,7 +111,10 @@ def _description(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = copy.deepcopy(model.config)
-        config.architectures, config.dtype = [type(model).__name__], "float32"
+        config.architectures, config.dtype = (
+            [UmbrellaForConditionalGeneration.__name__],
+            "float32",
+        )  # sharded, it has another name
         config.save_pretrained(folder)
         if model.generation_config:
             model.generation_config.save_pretrained(folder)
