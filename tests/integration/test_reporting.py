@@ -10,10 +10,10 @@ from urllib.request import urlopen
 import pytest
 from mlflow import MlflowClient
 
-from integration.test_faults import go_on, kill_workers, when_step
+from integration.faults import go_on, kill_workers, when_step
 from umbrella.tracking import LAST_WRITTEN, OUTCOME, tracking_uri
 from umbrella.training.live import read_live
-from umbrella.training.progress import progress_of
+from umbrella.training.progress import latest_checkpoint, read_progress
 
 PATIENT = {
     "name": "patient",
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
 
     def steps_taken(self) -> int:
         """Steps that were begun, those that were taken twice included."""
-        return (self.folder / "samples_0.jsonl").read_text(encoding="utf-8").count("\n")
+        return (self.folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,9 @@ def test_a_training_without_a_better_evaluation_stops_on_all_workers_and_says_so
 
 def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) -> None:
     assert patient.steps_taken() > STOP, "it was killed, and took steps twice"
-    progress = progress_of(patient.folder)
+    newest = latest_checkpoint(patient.folder)
+    assert newest is not None
+    progress = read_progress(newest)
     assert (progress.step, progress.since_best) == (STOP, 2)
 
 
