@@ -38,6 +38,13 @@ from .faults import (
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
+def assert_each_once_per_epoch(folder: Path, epochs: int) -> None:
+    seen = samples(folder)
+    assert len(seen) >= COHORT * epochs
+    for epoch in range(epochs):
+        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
+
+
 def draw(last: int, name: str) -> int:
     """A step to kill at; another FAULT_SEED draws another one. See random_kills.py for many."""
     return random.Random(f"{os.environ.get('FAULT_SEED', '0')} {name}").randint(1, last)
@@ -110,24 +117,18 @@ def test_sigterm_saves_at_that_very_step_and_the_same_command_goes_on(
     assert left_by(settings, folder) == never_stopped
 
 
-def test_other_numbers_of_workers_go_on_and_see_each_conversation_once_per_epoch(
+def test_another_number_of_workers_goes_on_and_sees_each_conversation_once_per_epoch(
     small_settings: Callable[..., Any], run: Callable[..., Done]
 ) -> None:
-    fixed = {**LONGER, "train.epochs": 24, "train.batch_size": 2, "name": "counts"}
-    settings = [small_settings(fixed | more) for more in ({}, TWO, {})]
-    folder = folder_of(settings[0])
-    for number, some in enumerate(settings):
-        file = Path(some.resources.storage) / f"counts{number}.yaml"
-        file.write_text(some.to_yaml(), encoding="utf-8")
-        taken = folder.exists() and (folder / "samples_0.jsonl").read_text().count("position")
-        if number < 2:
-            when_step(folder, taken + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert run("train.py", str(file)).status == (143 if number < 2 else 0)
-    zero, alone, together, alone_again = starts(folder)
-    assert zero < alone == together < alone_again
-    seen = samples(folder)
-    for epoch in range(24):
-        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
+    fixed = {**LONGER, "train.epochs": 8, "train.batch_size": 2, "name": "counts"}
+    folder = folder_of(small_settings(fixed))
+    file = Path(small_settings(fixed).resources.storage) / "counts.yaml"
+    file.write_text(small_settings(fixed).to_yaml(), encoding="utf-8")
+    when_step(folder, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("train.py", str(file)).status == 143
+    go_on(small_settings(fixed | TWO))
+    assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [1, 2]
+    assert_each_once_per_epoch(folder, 8)
 
 
 def unreadable(settings: Any) -> list[Path]:
@@ -215,6 +216,4 @@ def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_e
     folder = folder_of(settings)
     workers = [entry["workers"] for entry in entries(folder) if "start" in entry]
     assert workers == [2, 2, 1]
-    seen = samples(folder)
-    for epoch in range(12):
-        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
+    assert_each_once_per_epoch(folder, 12)
