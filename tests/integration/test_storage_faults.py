@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.integration.test_faults import when_step
+from integration.faults import when_step
 from umbrella.tracking import tracking_uri
 from umbrella.training.progress import latest_checkpoint, what_is_wrong
 
