@@ -204,7 +204,7 @@ def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict
         "waiting for data": round(max(m.value for m in history["train/waiting_for_data"][1:]), 4),
         "seconds from fit() to the first step": round(history["train/loss"][0].timestamp / 1e3 - began[0], 1),
         "seconds before fit(), scans to store among them": round(began[0] - start, 1),
-        "memory": {name: round(m[-1].value) for name, m in history.items() if "memory" in name},
+        "memory": {name: round(m[-1].value) for name, m in history.items() if name.startswith("train/memory")},
         "loss, first and last": [round(history["train/loss"][i].value, 3) for i in (0, -1)],
     }
 

@@ -152,6 +152,7 @@ def batches(
 
     # Batches are made by several threads; without this they would come in the order in which those finish.
     rows.context.execution_options.preserve_order = True
+    rows.context.enable_progress_bars = False  # of rows that are there already; the training has a bar of its own
     yield from rows.iter_torch_batches(
         batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
     )
