@@ -1,0 +1,113 @@
+"""A bare training step on one GPU: milliseconds, samples a second, and where the time goes, kernel by kernel.
+
+    python benchmarks/gpu_step.py [batch=64] [compile=true]
+
+The shape of llava-interleave-qwen-0.5b with random weights, two 96^3 volumes and 94 tokens of text a sample, only the
+volume embedder trained, bfloat16. One batch, which stays on the GPU: what gpu_training.py would reach if data cost
+nothing.
+"""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from gpu_training import GRID, LAYER, PATCH, SHAPES
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from umbrella.data.batching import Batch, VolumeGroup
+from umbrella.modality import Modality
+from umbrella.model.loading import from_llava
+from umbrella.model.presets import cast_frozen
+from umbrella.model.selection import parts, select_trainable
+from umbrella.training.memory import apply_options
+from umbrella.training.optimizer import build_optimizer, build_schedule
+from umbrella.training.settings import OptimSettings, TrainSettings
+from umbrella.training.step import train_step
+
+TEXT, SUPERVISED, WORDS, IMAGE = 94, 24, 152_000, 151_646
+VOLUME = (GRID // PATCH) ** 3
+MODALITIES = {"sMRI": Modality(grid=(GRID,) * 3, patch=(PATCH,) * 3)}
+
+
+def make_model() -> Any:
+    """Random weights, made on the GPU."""
+    torch.manual_seed(0)
+    text = Qwen2Config(**SHAPES["0.5b"], vocab_size=WORDS)
+    vision = SiglipVisionConfig(**LAYER, image_size=384, patch_size=14, vision_use_head=False)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    llava = llava.to_empty(device="cuda")
+    for name, weight in llava.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.02)
+        else:
+            torch.nn.init.constant_(weight, float("norm" in name and name.endswith("weight")))
+    model = from_llava(llava, {name: modality.model_dump(mode="json") for name, modality in MODALITIES.items()})
+    model.model.language_model.rotary_emb = Qwen2RotaryEmbedding(text).cuda()  # its frequencies are no weights
+    select_trainable(model.cuda(), "embedder")
+    cast_frozen(model, torch.bfloat16)
+    return model.train()
+
+
+def make_batch(size: int) -> Batch:
+    """Two volumes and random words a sample."""
+    ids = torch.randint(0, 150_000, (size, 2 * VOLUME + TEXT))
+    ids[:, 5 : 5 + VOLUME] = ids[:, 20 + VOLUME : 20 + 2 * VOLUME] = IMAGE
+    weights = torch.zeros(ids.shape)
+    weights[:, -SUPERVISED:] = 1
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        loss_weights=weights,
+        image_mask=ids == IMAGE,
+        pixel_values={"sMRI": VolumeGroup(torch.randn(2 * size, *(GRID,) * 3).half(), torch.arange(2 * size))},
+        num_images_per_sample=torch.full((size,), 2),
+        task_ids=tuple(map(str, range(size))),
+        task_types=("T3",) * size,
+        sample_indices=torch.arange(size),
+        metadata=({},) * size,
+    ).to("cuda")
+
+
+def main(size: int, compiled: bool, warm: int = 4, steps: int = 12) -> None:
+    """Measure and print."""
+    model, batch, settings = make_model(), make_batch(size), OptimSettings()
+    apply_options(model, TrainSettings(compile=compiled))
+    optimizer, of = build_optimizer(model, settings), parts(model)
+    schedule = build_schedule(optimizer, settings, 1000)
+
+    def run(times: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            train_step(model, [batch], optimizer, schedule, 1.0, of, torch.bfloat16)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / times
+
+    first, each = warm * run(warm), run(steps)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {size}, compiled: {compiled}")
+    print(
+        f"{1e3 * each:.1f} ms a step, {size / each:.1f} samples/s, peak {peak:.1f} GiB; first {warm} in {first:.1f} s"
+    )
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run(2)
+    kernels = [event for event in seen.key_averages() if event.self_device_time_total]
+    print(f"kernels: {sum(event.self_device_time_total for event in kernels) / 2e3:.1f} ms a step")
+    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:40]:
+        print(f"{event.self_device_time_total / 2e3:8.2f} ms {event.count // 2:5d} times  {event.key[:90]}")
+
+
+if __name__ == "__main__":
+    words = dict(word.split("=") for word in sys.argv[1:])
+    main(int(words.get("batch", 64)), words.get("compile", "true") == "true")
