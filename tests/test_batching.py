@@ -173,7 +173,11 @@ def test_a_slice_of_shared_rows_has_a_row_for_each_sample(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
-def test_pinned_memory_holds_the_same_batch(batch: Batch) -> None:
-    pinned = batch.pin_memory()
+def test_a_batch_for_a_gpu_is_the_same_one_in_pinned_memory(
+    batch: Batch, examples: dict[str, Any], store: Any, tokenizer: Any
+) -> None:
+    pinned = make(examples, store, tokenizer, *NAMES, indices=[7, 3, 5], pin=True)
+    assert all(group.voxels.is_pinned() for group in pinned.pixel_values.values())
     assert pinned.input_ids.is_pinned()
+    assert torch.equal(pinned.loss_weights, batch.loss_weights)
     assert volumes(pinned) == volumes(batch)
