@@ -267,3 +267,14 @@ def test_a_checkpoints_own_way_of_generating_does_not_act(
     own = build(checkpoint=str(tmp_path)).generation_config
     assert (own.do_sample, own.num_beams, own.repetition_penalty, own.temperature) == (None, None, None, None)
     assert own.eos_token_id == 7
+
+
+def test_a_relative_checkpoint_means_the_same_folder_wherever_workers_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "own.jinja").touch()
+    settings = ModelSettings(checkpoint="llava", chat_template="own.jinja")
+    assert (settings.checkpoint, settings.chat_template) == (str(tmp_path / "llava"), str(tmp_path / "own.jinja"))
+    assert ModelSettings(checkpoint="llava-hf/some", chat_template="vicuna").checkpoint == "llava-hf/some"

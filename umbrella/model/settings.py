@@ -1,5 +1,6 @@
 """Settings of the model."""
 
+import os
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -39,6 +40,13 @@ class ModelSettings(Section):
     """Layers of the tiny model's language model."""
     heads: int = Field(4, ge=1)
     """Attention heads of the tiny model's layers."""
+
+    @field_validator("checkpoint", "chat_template")
+    @classmethod
+    def _absolute(cls, name: str) -> str:
+        # Workers run in another folder, where a relative path would mean something else.
+        is_a_path = name not in ("", "chatml", "vicuna") and os.path.exists(name)
+        return os.path.abspath(name) if is_a_path else name
 
     @field_validator("train")
     @classmethod
