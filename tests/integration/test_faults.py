@@ -115,7 +115,7 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     small_settings: Callable[..., Any],
     never_stopped: tuple[list, list],
     run: Callable[..., Done],
-    capfd: pytest.CaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     settings = small_settings({**LONGER, "name": "again"})
     folder, file = folder_of(settings), put(settings)
@@ -126,11 +126,11 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     assert newest is not None
     model = newest / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-100])
-    capfd.readouterr()
+    capsys.readouterr()
     older = latest_checkpoint(folder)
     assert older is not None
     assert older < newest
-    assert f"{newest} cannot be used: model.safetensors has" in capfd.readouterr().err
+    assert f"{newest} cannot be used: model.safetensors has" in capsys.readouterr().err
 
     taken = (folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
     asker = when_step(folder, taken + draw(9, "SIGTERM"), lambda: os.kill(os.getpid(), signal.SIGTERM))
