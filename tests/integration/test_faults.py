@@ -158,27 +158,3 @@ def test_another_number_of_workers_goes_on_and_sees_each_conversation_once_per_e
     # Every worker notes its start.
     assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [1, 2, 2]
     assert_each_once_per_epoch(folder, 8)
-
-
-def test_what_one_of_two_workers_meets_alone_ends_the_training_and_none_waits_for_it(
-    small_settings: Callable[..., Any],
-) -> None:
-    settings = small_settings({**LONGER, **TWO, "train.batch_size": 2, "name": "alone", "resources.max_failures": 0})
-    folder = folder_of(settings)
-    moved: list[Path] = []
-
-    def take_away() -> None:
-        subject = samples(folder)[0].split("_")[0]
-        sources = (Path(settings.resources.storage) / "cohort").rglob(f"{subject}*.nii*")
-        moved.extend(source.rename(source.with_name(f"{source.name}.aside")) for source in [*sources])
-
-    taker = when_step(folder, 3, take_away)
-    try:
-        with pytest.raises(UserError) as raised:
-            go_on(settings)
-    finally:
-        taker.join(5)
-        for source in moved:
-            source.rename(source.with_name(source.name.removesuffix(".aside")))
-    assert moved
-    assert re.match(r"the training stopped: in 1 attempt \(.*\) a worker died: .*No such file", str(raised.value))
