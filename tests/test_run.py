@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayError
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
@@ -59,7 +60,12 @@ def test_no_fewer_workers_than_the_fewest_start() -> None:
     ],
 )
 def test_what_a_worker_died_of_is_the_exception_and_not_the_way_to_it(died_of: str, line: str) -> None:
-    assert cause(RuntimeError(died_of)) == line
+    assert cause(RayError(died_of)) == line
+
+
+def test_what_a_worker_raised_is_named_with_its_kind() -> None:
+    assert cause(OSError(40, "Too many links", "x.npy")) == "OSError: [Errno 40] Too many links: 'x.npy'"
+    assert cause(UserError("x.npy: is gone")) == "x.npy: is gone"
 
 
 def splits(talk: Callable[..., Conversation], target: str) -> Splits:

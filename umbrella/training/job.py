@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
@@ -65,14 +66,18 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
     else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a file could not be
     written where the storage is full or gone.
     """
-    from umbrella.training.parallel import together
+    from umbrella.training.parallel import Agreed, together
     from umbrella.training.worker import Worker
 
     try:
         with together():
             worker = Worker(config["job"])
         return worker.run()
-    except (UserError, FloatingPointError) as error:
+    except (Agreed, FloatingPointError) as error:
+        return str(error)
+    except UserError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the others are not here and wait for this worker: as one that died, it ends them
         return str(error)
 
 
@@ -90,9 +95,10 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
     try:
         outcome = make_trainer(job, callbacks).fit().return_value
     except WorkerGroupError as error:
-        tries = job.settings.resources.max_failures + 1
+        attempts = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
-        outcome = f"in {tries} attempts (resources.max_failures) a worker died: {what}"
+        tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        outcome = f"in {tries} (resources.max_failures) a worker died: {what}"
     if isinstance(outcome, str):
         latest = latest_checkpoint(folder)
         none = "there is no checkpoint yet" if folder.is_dir() else f"its checkpoints are gone with {folder}"
@@ -106,8 +112,9 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """What a worker died of, in one line; of a traceback, the exception at its end."""
-    lines = str(error).splitlines()
+    """What a worker died of, in one line: the exception that it raised, or what Ray says; of a traceback, its end."""
+    named = "" if isinstance(error, (RayError, WorkerGroupError, UserError)) else f"{type(error).__name__}: "
+    lines = f"{named}{error}".splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 

@@ -127,12 +127,16 @@ def agreed(number: int, device: torch.device) -> int:
     return int(message)
 
 
+class Agreed(UserError):
+    """What ended the work of one worker, raised on all of them at the same place."""
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """What ends the work in here on one worker, ends it on all: none waits for one that is gone. Each has to enter.
 
     Raises:
-        UserError: what one of them met: a UserError, or storage that cannot be written or read.
+        Agreed: what one of them met: a UserError, or storage that cannot be written or read.
     """
     problem = ""
     try:
@@ -145,4 +149,4 @@ def together() -> Iterator[None]:
             raise
     for everyones in gathered(problem):
         if everyones:
-            raise UserError(everyones)
+            raise Agreed(everyones)
