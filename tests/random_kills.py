@@ -37,10 +37,10 @@ def start(settings: Settings) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, TRAIN, file], stdout=said, stderr=said, env=plain_environment())
 
 
-def batches_taken(settings: Settings) -> int:
-    """How many batches the training's worker has taken, those that were taken again included."""
+def logged(settings: Settings, what: str) -> int:
+    """How often the training's worker has taken a batch ("position"), again or not, or has begun ("start")."""
     log = folder_of(settings) / "samples_0.jsonl"
-    return log.read_text(encoding="utf-8").count('"position"') if log.exists() else 0
+    return log.read_text(encoding="utf-8").count(f'"{what}"') if log.exists() else 0
 
 
 def train_with_kills(settings: Settings, draw: random.Random, kills: int) -> int:
@@ -49,11 +49,14 @@ def train_with_kills(settings: Settings, draw: random.Random, kills: int) -> int
     Raises:
         RuntimeError: the script ended as it should not.
     """
-    arrived, script = 0, start(settings)
+    arrived, script, begun = 0, start(settings), 0
     for _ in range(kills):
         kind, wait = draw.choice(list(KINDS)), draw.randint(1, STEPS // 3)
-        until = batches_taken(settings) + wait
-        while script.poll() is None and batches_taken(settings) < until:
+        # A worker that outlives its killed script for a moment still logs: its batches are not the next script's.
+        while script.poll() is None and logged(settings, "start") == begun:
+            time.sleep(0.005)
+        begun, until = logged(settings, "start"), logged(settings, "position") + wait
+        while script.poll() is None and logged(settings, "position") < until:
             time.sleep(0.005)
         if script.poll() is not None:
             break

@@ -34,7 +34,8 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
     said = re.search(r"saved at step (\d+) before its node went", on_a_cluster(settings, "moved"))
     folder = folder_of(settings)
     assert said
-    assert starts(folder) == [0, 4 * 5, 4 * int(said[1])], "it went on from what it saved for the drain"
+    assert len(starts(folder)) == 3
+    assert starts(folder)[2] == 4 * int(said[1]), "it went on from what it saved for the drain"
     assert left_by(settings, folder) == never_stopped
 
 
