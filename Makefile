@@ -1,10 +1,10 @@
-# make tune | test | check | ui | setup.   Other arguments: make tune ARGS="optim.lr=3e-4"
+# make tune | test | faults | check | ui | setup.   Other arguments: make tune ARGS="optim.lr=3e-4"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup tune test check ui
+.PHONY: setup tune test faults check ui
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -22,6 +22,9 @@ tune: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

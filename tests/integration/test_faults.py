@@ -33,7 +33,7 @@ from .faults import (
     when_step,
 )  # fmt: skip
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
 def assert_each_once_per_epoch(folder: Path, epochs: int) -> None:

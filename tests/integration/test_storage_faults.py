@@ -13,7 +13,7 @@ from integration.faults import starts, when_step
 from umbrella.tracking import tracking_uri
 from umbrella.training.progress import latest_checkpoint, what_is_wrong
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 SHORT = {"train.epochs": 6, "train.evaluate_every": 3, "data.log_samples": True, "name": "one"}
 STEPS = 20
