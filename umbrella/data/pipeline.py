@@ -161,7 +161,8 @@ def batches(
 def _dataset(**columns: np.ndarray) -> "Dataset":
     import ray
 
-    table = pa.table(columns)
-    # Blocks made here need no Ray task: on two cores, starting task processes costs more than all the reading.
-    blocks = [table.slice(i, ROWS_PER_BLOCK) for i in range(0, table.num_rows, ROWS_PER_BLOCK)]
-    return ray.data.from_arrow(blocks or [table])
+    # The one way that needs no Ray task: from_arrow has one for each block, which waits for a whole free CPU. In a
+    # sweep there may be none, and two trials that both waited for one waited for ever.
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
+    return ray.data.from_items(rows, override_num_blocks=max(1, ceil(len(rows) / ROWS_PER_BLOCK)))
