@@ -11,6 +11,7 @@ peak memory, and the seconds from ``fit()`` to the first step.
 import json
 import statistics
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -230,7 +231,8 @@ def main(words: list[str]) -> None:
     import yaml
 
     given = {key: yaml.safe_load(value) if value else "" for key, _, value in (word.partition("=") for word in words)}
-    shape, folder = str(given.pop("shape", "0.5b")), Path(given.pop("folder", "/tmp/gpu_training"))
+    shape = str(given.pop("shape", "0.5b"))
+    folder = Path(given.pop("folder", Path(tempfile.gettempdir(), "gpu_training")))
     subjects, steps = int(given.pop("subjects", 128)), int(given.pop("steps", 300))
     print(json.dumps(measure(shape, subjects, steps, folder, given), indent=1), flush=True)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_lora import nll
 
 from umbrella.base import UserError
 from umbrella.data.batching import Batch
@@ -19,11 +20,6 @@ from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 
 OPTIM = OptimSettings(lr=1e-2)
-
-
-def nll(model: Any, batch: Batch) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch.model_inputs()).token_nll
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ from umbrella.model.token_nll import supervised, token_nll
 
 ADAPTER = "adapter"
 """The folder beside a saved model's weights that holds its adapters, as PEFT saves them."""
-
-
 BASE = "base.json"
 """Says, beside weights that are not all of a model, which checkpoint has the others: see ``partial``."""
 
@@ -209,8 +207,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if not getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, **options)
         super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # PEFT reads one file
-        state = options.get("state_dict") or self.state_dict()
-        own = {k.replace(".base_layer.", "."): w for k, w in state.items() if ".lora_" not in k}
+        own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
         self._hf_peft_config_loaded = False  # with it, only adapters would be saved
         try:
             return super().save_pretrained(save_directory, **options | {"state_dict": own})

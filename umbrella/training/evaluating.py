@@ -28,17 +28,17 @@ class Evaluator:
         self, job: Job, table: pa.Table, collate: Collator, rank: int, workers: int, device: torch.device
     ) -> None:
         self.job, self.table, self.collate, self.device = job, table, collate, device
-        self.rank, self.workers = rank, workers
+        self.workers = workers
+        self.dataset = evaluation_dataset(job.validation_lengths, rank, workers)  # the same at each evaluation
         self.dtype = getattr(torch, job.settings.model.dtype)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The metrics of the whole split, the same on every worker."""
         model.eval()
         scored: list[Scored] = []
-        rows = evaluation_dataset(self.job.validation_lengths, self.rank, self.workers)
         size = self.job.settings.train.evaluation_batch_size
         passes = 0
-        for conversations in batches(rows, size, 1, self._rows):
+        for conversations in batches(self.dataset, size, 1, self._rows):
             scored += self._score(model, conversations)
             passes += 1
         # With sharded weights a pass takes all workers, and the first one may have a batch more than others.

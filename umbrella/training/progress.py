@@ -89,8 +89,8 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
         values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
         return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
-    measured = [path for path in _whole(folder) if goodness(path) > (-inf, -inf)]
-    return max(measured, key=goodness, default=None)
+    measured = {path: good for path in _whole(folder) if (good := goodness(path)) > (-inf, -inf)}
+    return max(measured, key=measured.__getitem__, default=None)
 
 
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:
