@@ -10,7 +10,7 @@ PORT = "5000"
 
 def main(request: Request) -> None:
     """Serve the storage folder's MLflow database until the keyboard stops it."""
-    from umbrella.tracking import open_experiment, tracking_uri
+    from umbrella.tracking.runs import open_experiment, tracking_uri
 
     storage = request.settings.resources.storage
     uri = tracking_uri(storage)

@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service import utils as mlflow_utils
 
-from umbrella import tracking
 from umbrella.base import UserError
-from umbrella.tracking import (
+from umbrella.tracking import runs as tracking
+from umbrella.tracking.runs import (
     LAST_WRITTEN,
     OUTCOME,
     Tracker,

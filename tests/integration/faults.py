@@ -12,7 +12,7 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.tracking import find_trial, tracking_uri
+from umbrella.tracking.runs import find_trial, tracking_uri
 from umbrella.training.run import run_training
 
 LONGER = {

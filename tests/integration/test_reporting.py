@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from integration.faults import go_on, kill_workers, when_step
-from umbrella.tracking import LAST_WRITTEN, OUTCOME, tracking_uri
+from umbrella.tracking.runs import LAST_WRITTEN, OUTCOME, tracking_uri
 from umbrella.training.live import read_live
 from umbrella.training.progress import latest_checkpoint, read_progress
 

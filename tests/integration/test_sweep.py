@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from umbrella.tracking import PARENT, TRIAL, tracking_uri
+from umbrella.tracking.runs import PARENT, TRIAL, tracking_uri
 from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

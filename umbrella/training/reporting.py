@@ -12,7 +12,7 @@ from torch import nn
 from umbrella.data.audit import audit
 from umbrella.data.pipeline import from_table
 from umbrella.data.rendering import Renderer
-from umbrella.tracking import Tracker
+from umbrella.tracking.runs import Tracker
 from umbrella.training.job import Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory

@@ -21,7 +21,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.storage import check_writable
-from umbrella.tracking import close_trial, is_name, open_experiment, tracking_uri
+from umbrella.tracking.runs import close_trial, is_name, open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
 from umbrella.training.requests import stopped_by_sigterm
 from umbrella.training.settings import ResourceSettings

@@ -26,7 +26,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
-from umbrella.tracking import code_version
+from umbrella.tracking.runs import code_version
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator

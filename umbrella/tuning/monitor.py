@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from umbrella.tracking import close_trial
+from umbrella.tracking.runs import close_trial
 from umbrella.training.job import progress_line
 from umbrella.training.live import EARLY, FINISHED
 from umbrella.tuning.space import label

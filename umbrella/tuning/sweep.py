@@ -18,7 +18,7 @@ from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
 from umbrella.storage import check_writable
-from umbrella.tracking import Tracker, open_experiment, tracking_uri
+from umbrella.tracking.runs import Tracker, open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.monitor import Monitor

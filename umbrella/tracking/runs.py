@@ -1,4 +1,4 @@
-"""MLflow: the only module that imports it. One run per training; trials of a sweep are children of one parent run."""
+"""Runs in MLflow: one per training; trials of a sweep are children of one parent run."""
 
 import logging
 import os
