@@ -79,7 +79,7 @@ def trained(model: Any, parallel: Any, steps: Sequence[Sequence[Batch]], dtype: 
     optimizer.register_step_pre_hook(look)
     weights = parts(model)
     results = [train_step(parallel, batches, optimizer, schedule, CLIP, weights, dtype) for batches in steps]
-    with torch.no_grad(), autocast(parallel, torch.device("cpu"), dtype):
+    with torch.no_grad(), autocast(parallel, steps[0][0].input_ids.device, dtype):
         evaluated = parallel.eval()(**steps[0][0].model_inputs()).token_nll
     release(parallel)
     parallel.train()

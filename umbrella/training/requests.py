@@ -19,8 +19,11 @@ import torch
 
 from umbrella.training.parallel import agreed
 
-INTERVAL = 0.5
-"""Seconds between looks."""
+FILE_INTERVAL = 0.5
+"""Seconds between two looks for the file."""
+RAY_INTERVAL = 5.0
+"""Seconds between two questions to Ray, each of which takes as long as several messages between processes do, while
+the GPUs wait. Nodes are drained with more notice than that."""
 
 
 class Request(IntEnum):
@@ -39,7 +42,7 @@ class Requests:
 
     def __init__(self, folder: str | Path, rank: int, device: torch.device) -> None:
         self._file, self._rank, self._device = stop_file(folder), rank, device
-        self._next, self._known = 0.0, None
+        self._next_look, self._next_question, self._known = 0.0, 0.0, None
 
     def look(self) -> Request:
         """What is asked, the same on every worker. To be called by all of them after each step."""
@@ -54,10 +57,14 @@ class Requests:
 
     def _own(self) -> Request:
         now = time.monotonic()
-        if now < self._next:
+        if now >= self._next_look:
+            self._next_look = now + FILE_INTERVAL
+            if self._file.exists():
+                return Request.STOP
+        if now < self._next_question:
             return Request.NOTHING
-        self._next = now + INTERVAL
-        return Request.STOP if self._file.exists() else Request.LOOK
+        self._next_question = now + RAY_INTERVAL
+        return Request.LOOK
 
 
 def stop_file(folder: str | Path) -> Path:

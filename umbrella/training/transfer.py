@@ -1,6 +1,7 @@
 """Batches to the device that computes, the next one while the last one is worked on."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -8,7 +9,7 @@ from umbrella.data.batching import Batch
 
 
 def to_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
-    """The batches on ``device``, in their order. To a GPU, one is copied ahead, on a stream of its own.
+    """The batches on ``device``, in their order. To a GPU, one is asked for and copied ahead, on a stream of its own.
 
     So one batch more than the one in use is held, on the GPU and in page-locked memory. A batch that is page-locked
     already, by the thread that made it, is taken as it is.
@@ -17,17 +18,22 @@ def to_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    stream = torch.cuda.Stream(device)
-    ahead: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in batches:
+    stream, source = torch.cuda.Stream(device), iter(batches)
+
+    def fetch() -> tuple[Batch, torch.cuda.Event] | None:
+        batch = next(source, None)
+        if batch is None:
+            return None
         with torch.cuda.stream(stream):
-            copied = batch.pin_memory().to(device, non_blocking=True)
-            started = copied, stream.record_event()
-        if ahead:
-            yield _arrived(*ahead)
-        ahead = started
-    if ahead:
-        yield _arrived(*ahead)
+            return batch.pin_memory().to(device, non_blocking=True), stream.record_event()
+
+    # A thread: to ask takes tens of milliseconds even of what is there, and a step begins with a GPU that has nothing
+    # to do, since the loss of the one before was read.
+    with ThreadPoolExecutor(1, thread_name_prefix="to_device") as thread:
+        ahead = thread.submit(fetch)
+        while fetched := ahead.result():
+            ahead = thread.submit(fetch)
+            yield _arrived(*fetched)
 
 
 def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
