@@ -95,6 +95,10 @@ class Umbrella:
         """One question about volumes, which stand before it, to the answer's text. Same as ``chat().ask``."""
         return self.chat().ask(question, volumes, modality, max_new_tokens, **options)
 
+    def question(self, volumes: Paths, question: str, modality: Modalities = None) -> Conversation:
+        """A question about volumes for ``answer``, which takes several. Raises as ``items``."""
+        return as_conversation([user_turn(self.items(volumes, modality), question), assistant_turn("")])
+
     def chat(self, system: str = "") -> "Chat":
         """A new conversation. ``system``: what the system turn says; empty: there is none."""
         return Chat(self, system)
