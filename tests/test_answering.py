@@ -13,6 +13,7 @@ import torch
 
 import umbrella
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
@@ -91,11 +92,8 @@ def test_a_checkpoint_says_what_it_was_taught_alone_side_by_side_and_in_a_conver
     assert chat.ask("Hi") == "Hello, you."
     [_, turn] = chat.turns
     assert (turn.role, turn.content[0].text) == ("assistant", "Hello, you.")
-    s2, d, f2 = paths(said[2])
-    talked = model.chat()
-    talked.ask("", [s2, d], modality=["sMRI", "dMRI"])
-    assert [[item.type for item in turn.content] for turn in talked.turns] == [["image", "image", "text"], ["text"]]
-    assert talked.ask("And this?", f2) == talked.turns[-1].content[0].text
+    s2, d, _ = paths(said[2])
+    assert model.ask([s2, d], "", modality=["sMRI", "dMRI"]) == "Seen."
 
 
 def test_answers_end_at_the_end_of_a_turn_or_at_max_new_tokens(model: Umbrella, said: list[Conversation]) -> None:
@@ -104,21 +102,36 @@ def test_answers_end_at_the_end_of_a_turn_or_at_max_new_tokens(model: Umbrella, 
     assert len(drawn) > 1
 
 
-def test_differently_long_prompts_are_answered_side_by_side_as_one_by_one(
-    build: Callable[..., Any], said: list[Conversation], store: Any, tokenizer: Any
-) -> None:
-    babbling, renderer = build(seed=3).eval(), Renderer(tokenizer, store.modalities)
+@pytest.fixture
+def babbling(build: Callable[..., Any], store: Any, tokenizer: Any) -> Umbrella:
+    """A model that says something else to everything."""
+    model, renderer = build(seed=3), Renderer(tokenizer, store.modalities)
     with torch.no_grad():
-        for weight in babbling.parameters():
+        for weight in model.parameters():
             weight.normal_(std=0.4)
+    return Umbrella(model, renderer, Collator(renderer, store), load_settings())
+
+
+def test_differently_long_prompts_are_answered_side_by_side_as_one_by_one(
+    babbling: Umbrella, said: list[Conversation]
+) -> None:
+    model, renderer, collate = babbling.model, babbling.renderer, babbling.collate
     prompts = [renderer.prompt(c) for c in said]
     lengths = [len(prompt.input_ids) for prompt in prompts]
     assert max(lengths) > 2 * min(lengths)
-    collate = Collator(renderer, store)
-    together = generate(babbling, prompts, renderer, collate, max_new_tokens=12)
-    alone = [generate(babbling, [prompt], renderer, collate, max_new_tokens=12)[0] for prompt in prompts]
+    together = generate(model, prompts, renderer, collate, max_new_tokens=12)
+    alone = [generate(model, [prompt], renderer, collate, max_new_tokens=12)[0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) == 3
+
+
+def test_a_follow_up_is_asked_with_all_that_was_said_before(babbling: Umbrella, talk: Callable[..., Any]) -> None:
+    chat = babbling.chat("Be brief.")
+    first, second = chat.ask("Hi", max_new_tokens=4), chat.ask("And?", max_new_tokens=12)
+    before = [("system", "Be brief."), ("user", "Hi"), ("assistant", first), ("user", "And?")]
+    assert [second] == babbling.answer([talk(*before, ("assistant", "not looked at"))], max_new_tokens=12)
+    assert second != babbling.ask([], "And?", max_new_tokens=12)
+    assert [turn.role for turn in chat.turns] == ["system", "user", "assistant", "user", "assistant"]
 
 
 def test_generation_sees_the_tokens_that_training_would_up_to_the_answers_first(
