@@ -156,7 +156,7 @@ def test_volumes_in_memory_are_those_of_a_store(
     for volume in [*cohort["two"].volumes, *cohort["three"].volumes]:
         modality = modalities[volume.modality]
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
-        for draw in (None, (1, 2)):
+        for draw in (None, (0,), (1,), (2,)):
             ours, theirs = np.empty(shape, np.float16), np.empty(shape, np.float16)
             decoded.read(volume.image_path, volume.modality, ours, draw)
             store.read(volume.image_path, volume.modality, theirs, draw)
