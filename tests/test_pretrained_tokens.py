@@ -346,6 +346,39 @@ def test_whether_an_answer_ends_with_a_special_token_is_told(renderers: dict[tup
     assert [t for t in REAL if not renderers["qwen", t].stops] == ["llava 1.5"]
 
 
+@pytest.mark.parametrize("template", REAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_is_what_stands_before_any_answer(
+    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
+) -> None:
+    renderer = renderers[kind, template]
+    said = [("user", [("sMRI", "a"), "Male?"]), ("assistant", "male"), ("user", ["How old?", ("fMRI", "f")])]
+    prompt = renderer.prompt(talk(*said, ("assistant", "nobody looks at this"), ("user", "Thanks")))
+    assert_covered(prompt)
+    assert len(prompt.conversation.volumes) == 2
+    for answer in ("male", "Zürich", "63.5"):
+        example = renderer.render(talk(*said, ("assistant", answer)))
+        first = next(span.start for span in example.spans if (span.turn, span.kind) == (3, "text"))
+        length = len(prompt.input_ids)
+        assert example.input_ids[:length].tolist() == prompt.input_ids.tolist()
+        blank = renderer.tokenizer.convert_ids_to_tokens(example.input_ids[length:first].tolist())
+        assert blank in ([], ["▁"], ["Ġ"]) if answer == "63.5" else not blank
+
+
+def test_the_tokens_that_end_an_answer_are_the_templates_and_the_end_of_a_text(
+    renderers: dict[tuple[str, str], Renderer], real: Callable[..., Any]
+) -> None:
+    def tokens(kind: str, template: str) -> list[str]:
+        return renderers[kind, template].tokenizer.convert_ids_to_tokens(renderers[kind, template].stop_ids())
+
+    assert tokens("llama", "vicuna") == tokens("llama", "llava 1.5") == ["</s>"]
+    assert tokens("qwen", "chatml") == tokens("qwen", "interleave") == ["<|im_end|>"]
+    other = real("qwen")
+    other.eos_token = "<|im_start|>"
+    both = other.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert Renderer(other, {}).stop_ids() == sorted(both)
+
+
 def spelled() -> Any:
     """A tokenizer of a few letters, which merges those of "</s>" to the very token."""
     letters = ["<", "/", "s", ">", "</", "s>", "</s>", "<image>", "a", "Ġ", "aĠ", "Ċ", "<unk>"]

@@ -21,6 +21,8 @@ from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSet
 from umbrella.tuning.settings import TuneSettings
 
 SPACE = "tune.space."
+SETTINGS = "settings.yaml"
+"""The file of a checkpoint that says with what settings it was trained."""
 
 
 class Settings(Section):

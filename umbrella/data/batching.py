@@ -2,17 +2,28 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
-from umbrella.volumes.store import VolumeStore
+from umbrella.modality import Modality
 
 IGNORED = -100
 """The label of a token that is no target, as transformers and torch have it."""
+
+
+class Volumes(Protocol):
+    """Where batches take volumes from: a ``VolumeStore``, or ``DecodedVolumes``."""
+
+    modalities: Mapping[str, Modality]
+
+    def read(self, source: str | Path, modality: str, into: np.ndarray, draw: tuple[int, ...] | None = None) -> None:
+        """Copy a prepared volume, or one window of a series, into an array; see ``VolumeStore.read``."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,7 @@ class Batch(Mapping[str, Any]):
 def collate(
     examples: Sequence[Example],
     policy: MaskPolicy,
-    store: VolumeStore,
+    store: Volumes,
     image_id: int,
     pad_id: int,
     indices: Sequence[int] | None = None,
@@ -221,7 +232,7 @@ def packed_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
 
 
 def _gather(
-    volumes: Sequence[tuple[int, str, tuple[int, ...] | None]], name: str, store: VolumeStore, pin: bool
+    volumes: Sequence[tuple[int, str, tuple[int, ...] | None]], name: str, store: Volumes, pin: bool
 ) -> VolumeGroup:
     """Volumes of one modality, (run, path, draw) each, read side by side into one tensor: the one copy of voxels."""
     modality = store.modalities[name]

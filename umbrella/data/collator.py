@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from umbrella.data.batching import Batch, collate
+from umbrella.data.batching import Batch, Volumes, collate
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.volumes.store import VolumeStore
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Collator:
     """Called with examples and a mask policy, and with options of ``batching.collate``: a batch."""
 
     renderer: Renderer
-    store: VolumeStore
+    store: Volumes
     pin: bool = False
     """Whether batches go to a GPU."""
 

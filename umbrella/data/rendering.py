@@ -22,6 +22,8 @@ from umbrella.modality import Modality, class_tokens
 if TYPE_CHECKING:
     from umbrella.config import Settings
 
+PROBES = ("A", "0")
+"""Answers that a tokenizer may join with the blank before them, and may not."""
 ANSWER_STEP = 32
 """Tokens by which the length of an answer in free text is told."""
 
@@ -131,6 +133,38 @@ class Renderer:
         example = Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
         self._check_volumes(example.input_ids, sum(part.kind == "image" for part in parts))
         return example
+
+    def prompt(self, conversation: Conversation) -> Example:
+        """What stands before the last assistant turn's text, whatever that says: an answer is generated after it.
+
+        The tokens are those of ``render``, up to the answer's first. Where a token begins in the header and ends in an
+        answer, as "▁male" does and "▁" before a number does not, it is left to the answer.
+
+        Raises:
+            UserError: as ``render``.
+        """
+        turns = conversation.conversations
+        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        blank = turns[last].model_copy(update={"content": (TextItem(type="text", text=""),)})
+        asked = conversation.model_copy(update={"conversations": (*turns[:last], blank)})
+        rendered = [self.render(asked, probe) for probe in PROBES]
+        starts = [next(s.start for s in e.spans if (s.turn, s.kind) == (last, "text")) for e in rendered]
+        stop, example = min(zip(starts, rendered, strict=True), key=lambda pair: pair[0])
+        return Example(asked, example.input_ids[:stop], tuple(s for s in example.spans if s.stop <= stop))
+
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: the special ones that the template ends a turn with, and the end of a text.
+
+        Raises:
+            UserError: as ``stops``.
+        """
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        example = self.render(Conversation(task_id="stop", task_type="stop", conversations=said))
+        spans = [span for span in example.spans if (span.turn, span.kind) == (1, "end")]
+        end = {id for span in spans for id in example.input_ids[span.start : span.stop].tolist()}
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        own = {self.tokenizer.eos_token_id} - {None}
+        return sorted(end & special | own)
 
     def _content(self, turn: int, items: Sequence[TextItem | ImageItem], frame: Frame) -> list[Part]:
         as_one = frame.between is None

@@ -15,14 +15,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.base import UserError
-from umbrella.config import Settings
+from umbrella.config import SETTINGS, Settings
 from umbrella.model.partial import describe_base, is_whole, write_weights
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.storage import storage_fault
 from umbrella.training.checkpoint import CODE, STATE, Snapshot
 from umbrella.training.progress import METRICS, PROGRESS, delete, prune, to_disk, write_files
-
-SETTINGS = "settings.yaml"
 
 
 class Writer:

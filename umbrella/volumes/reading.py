@@ -66,6 +66,21 @@ def image_files(path: str | Path) -> list[Path]:
         return [path]
 
 
+def count_axes(path: str | Path) -> int:
+    """Axes of an image by its header alone: 3 of a volume, 4 of a series. Further ones of length 1 do not count.
+
+    Raises:
+        UserError: it cannot be read as an image.
+    """
+    try:
+        shape = nib.load(path).shape
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return len(shape)
+
+
 def content_id(path: str | Path) -> str:
     """Names the content of an image: a hash of the bytes of its file, or of both files of a pair.
 
@@ -115,13 +130,17 @@ def read_volume(path: str | Path, axes: int, max_voxels: int) -> RawVolume:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # nibabel, gzip and zlib raise a dozen kinds for a damaged file
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: cannot be read as an image: {type(error).__name__}: {reason}; copy or convert the file anew"
-        ) from None
+        raise _unreadable(path, error) from None
     voxels = voxels.reshape(shape, order="A")
     _check_voxels(path, voxels, slope)
     return RawVolume(voxels, slope, inter, affine)
+
+
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"{path}: cannot be read as an image: {type(error).__name__}: {reason}; copy or convert the file anew"
+    )
 
 
 def _open(path: Path, max_voxels: int) -> tuple[Any, bytes | bytearray | None]:

@@ -63,6 +63,7 @@ def axis(size: int, target: int, step: float) -> Axis:
     return Axis(size, target, step)
 
 
+@torch.autocast("cpu", enabled=False)  # whoever asks a model of bfloat16 about a new volume decodes it in there
 def resample(voxels: np.ndarray, axes: Sequence[Axis], background: float) -> np.ndarray:
     """A volume brought to other voxels along its axes, as the difference from the background.
 

@@ -23,7 +23,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
-from umbrella.volumes.reading import content_id, image_files, read_volume
+from umbrella.volumes.reading import RawVolume, content_id, image_files, read_volume
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 
@@ -104,7 +104,7 @@ class VolumeStore:
 
     def holds(self, source: str | Path, modality: str) -> bool:
         """Whether ``get`` would find the array ready; nothing is decoded, and no new file is read."""
-        known = self._known(os.path.abspath(source), _stamp(source)) is not None
+        known = self._known(os.path.abspath(source), file_stamp(source)) is not None
         return known and self._find(source, modality) is not None
 
     def facts(self, source: str | Path, modality: str) -> Facts:
@@ -160,7 +160,7 @@ class VolumeStore:
     def _content(self, source: str | Path) -> str:
         """The name of a file's content; the file is read for it when it is new, or has another size or time."""
         source = os.path.abspath(source)
-        stamp = _stamp(source)
+        stamp = file_stamp(source)
         content = self._known(source, stamp)
         if content is None:
             content = content_id(source)
@@ -182,18 +182,11 @@ class VolumeStore:
 
     def _fill(self, source: str | Path, modality: str) -> None:
         self._recipes.pop(modality, None)  # somebody may have pruned its folder away
-        stamp = _stamp(source)
+        stamp = file_stamp(source)
         path, target = self.path(source, modality), self.modalities[modality]
-        raw = read_volume(source, len(target.grid), self.max_voxels)
-        if _stamp(source) != stamp:
+        raw, values, foreground, array = decode(source, target, self.max_voxels)
+        if file_stamp(source) != stamp:
             raise UserError(f"{source}: was changed while it was read; start again when it is whole")
-        try:
-            if target.is_series:
-                num_windows(raw.voxels.shape[3], target)
-            values, foreground = on_grid(raw, target)
-            array = scale_intensity(values, foreground, target)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
         mean = float(values.mean(dtype=np.float64))
         facts = Facts(
             shape=tuple(raw.voxels.shape),
@@ -208,6 +201,26 @@ class VolumeStore:
         )
         write_whole(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
         write_whole(path, array)
+
+
+def decode(
+    source: str | Path, target: Modality, max_voxels: int
+) -> tuple[RawVolume, np.ndarray, np.ndarray, np.ndarray]:
+    """A file to what is in it, that on its modality's grid with its foreground (see ``on_grid``), and the array.
+
+    The array is what ``VolumeStore.get`` returns.
+
+    Raises:
+        UserError: the volume cannot be used; names the file.
+    """
+    raw = read_volume(source, len(target.grid), max_voxels)
+    try:
+        if target.is_series:
+            num_windows(raw.voxels.shape[3], target)
+        values, foreground = on_grid(raw, target)
+        return raw, values, foreground, scale_intensity(values, foreground, target)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def write_whole(path: Path, content: bytes | np.ndarray) -> None:
@@ -232,12 +245,12 @@ def write_whole(path: Path, content: bytes | np.ndarray) -> None:
 def is_current(record: Mapping[str, Any]) -> bool:
     """Whether the file of a record in ``sources/`` is still as it was when it was read."""
     try:
-        return _stamp(record["path"]) == (record["size"], record["time"])
+        return file_stamp(record["path"]) == (record["size"], record["time"])
     except (UserError, KeyError):
         return False
 
 
-def _stamp(source: str | Path) -> tuple[int, int]:
+def file_stamp(source: str | Path) -> tuple[int, int]:
     """Size and time of an image's files, which change when the image does."""
     try:
         stats = [os.stat(file) for file in image_files(source)]

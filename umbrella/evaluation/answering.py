@@ -1,0 +1,283 @@
+"""A trained model that is asked about volumes: everything between a file's path and an answer's text."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umbrella.base import UserError
+from umbrella.config import SETTINGS, Settings, load_settings
+from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
+from umbrella.conversations.images import fault_of_path
+from umbrella.data.collator import Collator
+from umbrella.data.rendering import Renderer, load_renderer
+from umbrella.evaluation.generation import generate
+from umbrella.evaluation.scoring import score
+from umbrella.modality import Modality
+from umbrella.model.presets import build_model
+from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.volumes.decoded import DecodedVolumes
+from umbrella.volumes.reading import count_axes
+from umbrella.volumes.store import VolumeStore
+
+DTYPES = ("float32", "bfloat16")
+MAX_NEW_TOKENS = 64
+
+Paths = str | Path | Sequence[str | Path]
+"""One file, or several in the order in which they are shown."""
+Modalities = str | Sequence[str] | None
+"""The modality of all volumes, or one name for each; None where they can be told by their axes."""
+
+
+class Umbrella:
+    """A model in evaluation mode, with the chat template, tokenizer and modalities that it was trained with.
+
+        model = Umbrella.from_checkpoint("runs/<training>/step_0000100")
+        model.ask("scan.nii.gz", "Is this subject male or female?", modality="sMRI")
+
+    Made by ``from_checkpoint``. Threads may share one.
+    """
+
+    def __init__(
+        self, model: UmbrellaForConditionalGeneration, renderer: Renderer, collate: Collator, settings: Settings
+    ) -> None:
+        self.model = model.eval()
+        self.renderer = renderer
+        self.collate = collate
+        self.settings = settings
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+        store: str | Path | None = None,
+    ) -> "Umbrella":
+        """The model of a training's checkpoint, or of a folder that ``save_pretrained`` wrote.
+
+        Args:
+            folder: wherever it lies now. One that holds only what was trained needs its base where it was.
+            device: the first GPU if there is one, else the CPU, when None.
+            dtype: arithmetic, float32 or bfloat16; that of the training when None. What was trained stays float32.
+            store: a folder in which prepared volumes are kept from one time to the next; in memory when None.
+
+        Raises:
+            UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
+        """
+        folder = Path(folder).absolute()
+        settings = _settings_of(folder, dtype)
+        renderer = load_renderer(settings)
+        modalities = settings.modalities
+        model = build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
+        where = _on_device(model, device)
+        voxels = settings.data.max_voxels
+        volumes = VolumeStore(store, modalities, voxels) if store else DecodedVolumes(modalities, voxels)
+        return cls(model, renderer, Collator(renderer, volumes, pin=where.type == "cuda"), settings)
+
+    @property
+    def modalities(self) -> Mapping[str, Modality]:
+        """The kinds of volumes that the model knows."""
+        return self.settings.modalities
+
+    def ask(
+        self,
+        volumes: Paths,
+        question: str,
+        modality: Modalities = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **options: Any,
+    ) -> str:
+        """One question about volumes, which stand before it, to the answer's text. Same as ``chat().ask``."""
+        return self.chat().ask(question, volumes, modality, max_new_tokens, **options)
+
+    def question(self, volumes: Paths, question: str, modality: Modalities = None) -> Conversation:
+        """A question about volumes for ``answer``, which takes several. Raises as ``items``."""
+        return as_conversation([user_turn(self.items(volumes, modality), question), assistant_turn("")])
+
+    def chat(self, system: str = "") -> "Chat":
+        """A new conversation. ``system``: what the system turn says; empty: there is none."""
+        return Chat(self, system)
+
+    def answer(
+        self,
+        conversations: Sequence[Conversation],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> list[str]:
+        """The last assistant turn of each conversation in the model's words; what stands there is not looked at.
+
+        The likeliest token follows the other, unless ``options`` of transformers' ``generate`` say otherwise.
+
+        Args:
+            batch_size: conversations that are answered side by side. Answers do not depend on it.
+
+        Raises:
+            UserError: a volume that cannot be used, or of an unknown modality; what cannot be rendered.
+        """
+        prompts = []
+        for conversation in conversations:
+            for volume in conversation.volumes:
+                self._check_modality(volume.modality)
+            prompts.append(self.renderer.prompt(conversation))
+        answers: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            with self._autocast():
+                answers += generate(
+                    self.model, part, self.renderer, self.collate, self.model.device, max_new_tokens, **options
+                )
+        return answers
+
+    def score(
+        self, volumes: Paths, question: str, answers: Sequence[str], modality: Modalities = None
+    ) -> dict[str, float]:
+        """How likely each of these answers is, as evaluations in training score them: they add up to 1.
+
+        That is the softmax of the log likelihoods of the whole texts with their end of turn, whatever their lengths.
+
+        Raises:
+            UserError: as ``answer``; no answers.
+        """
+        if isinstance(answers, str) or not answers:
+            raise UserError(f"answers={answers!r}: give a list of texts to choose from")
+        turns = [user_turn(self.items(volumes, modality), question), assistant_turn(answers[0])]
+        asked = as_conversation(turns, subject_label=answers[0], target="answer")
+        candidates = {"answer": {answer: answer for answer in answers}}
+        with self._autocast():
+            (scored,) = score(self.model, [asked], self.renderer, self.collate, candidates, self.model.device)
+        return scored.probabilities
+
+    def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
+        """Volumes as items of a turn, each with its modality.
+
+        Raises:
+            UserError: a file that is not there, an unknown modality, or one that the axes of a file do not tell.
+        """
+        paths = [volumes] if isinstance(volumes, str | Path) else list(volumes)
+        names = [modality] * len(paths) if modality is None or isinstance(modality, str) else list(modality)
+        if len(names) != len(paths):
+            raise UserError(f"modality={modality!r}: {len(names)} names for {len(paths)} volumes; give one, or as many")
+        items = []
+        for path, name in zip(paths, names, strict=True):
+            file = os.path.abspath(path)
+            if fault := fault_of_path(file, str(path), on_disk=True):
+                raise UserError(fault.split(";")[0])
+            name = self._modality_of(file) if name is None else self._check_modality(name)
+            items.append(ImageItem(type="image", modality=name, image_path=file))
+        return items
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write all of the model, with tokenizer and settings: it stands on no base, and ``from_checkpoint`` reads it.
+
+        Weights have the dtype that they have here.
+        """
+        self.model.save_pretrained(folder)
+        self.renderer.tokenizer.save_pretrained(folder)
+        (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
+
+    def _modality_of(self, path: str) -> str:
+        if len(self.modalities) == 1:
+            return next(iter(self.modalities))
+        axes = count_axes(path)
+        fitting = [name for name, modality in self.modalities.items() if len(modality.grid) == axes]
+        if len(fitting) == 1:
+            return fitting[0]
+        known = ", ".join(f"{name} ({len(modality.grid)} axes)" for name, modality in self.modalities.items())
+        what = f"may be {' or '.join(fitting)}" if fitting else "is of no modality that this model knows"
+        raise UserError(f"{path}: has {axes} axes and {what}; say which with modality=...: {known}")
+
+    def _check_modality(self, name: str) -> str:
+        if name not in self.modalities:
+            raise UserError(f"modality={name!r}: this model knows {', '.join(self.modalities)}")
+        return name
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.settings.model.dtype)
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
+
+
+class Chat:
+    """A conversation that goes on: each question is asked with all that was said before."""
+
+    def __init__(self, model: Umbrella, system: str = "") -> None:
+        self.turns = [Turn(role="system", content=(TextItem(type="text", text=system),))] if system else []
+        """What was said so far."""
+        self._model = model
+
+    def ask(
+        self,
+        question: str,
+        volumes: Paths = (),
+        modality: Modalities = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **options: Any,
+    ) -> str:
+        """The answer's text. Volumes, if any, stand before the question; a question that fails was not asked.
+
+        Raises:
+            UserError: as ``Umbrella.answer`` and ``Umbrella.items``.
+        """
+        turns = [*self.turns, user_turn(self._model.items(volumes, modality), question)]
+        asked = as_conversation([*turns, assistant_turn("")])
+        (answer,) = self._model.answer([asked], max_new_tokens, **options)
+        self.turns = [*turns, assistant_turn(answer)]
+        return answer
+
+
+def user_turn(volumes: Sequence[ImageItem], question: str) -> Turn:
+    """Volumes, and then a question about them."""
+    return Turn(role="user", content=(*volumes, TextItem(type="text", text=question)))
+
+
+def assistant_turn(text: str) -> Turn:
+    """An answer."""
+    return Turn(role="assistant", content=(TextItem(type="text", text=text),))
+
+
+def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
+    """Turns as a sample without a name."""
+    volumes = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
+    images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in volumes)
+    sample = {"task_id": "question", "task_type": "question", "conversations": tuple(turns), "images": images}
+    return Conversation.model_validate(sample | {"metadata": metadata})
+
+
+def _settings_of(folder: Path, dtype: str | None) -> Settings:
+    """The settings that a checkpoint was trained with, with the model and the modalities that lie in it now."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
+    steps = sorted(path.name for path in folder.glob("step_*"))
+    if steps:
+        raise UserError(f"{folder}: is a training, not one of its checkpoints; name one, {folder / steps[-1]} say")
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"{folder}: is no checkpoint: it has no config.json that can be read; name a step_... folder of a training"
+        ) from None
+    if kind != UmbrellaConfig.model_type:
+        raise UserError(f"{folder}: is a {kind}, and no model that was trained here")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(
+            f"{folder}: has no tokenizer; write the one that the model was trained with beside it, with its"
+            " save_pretrained"
+        )
+    trained = load_settings([folder / SETTINGS] if (folder / SETTINGS).is_file() else [])
+    model = {"checkpoint": str(folder), "chat_template": "", "embedder_init": "random", "attention": "sdpa"}
+    changes = {"model": trained.model.model_copy(update=model | ({"dtype": dtype} if dtype else {}))}
+    return trained.model_copy(update=changes | {"modalities": UmbrellaConfig.from_pretrained(folder).modalities})
+
+
+def _on_device(model: UmbrellaForConditionalGeneration, device: str | torch.device | None) -> torch.device:
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(where)
+    except (RuntimeError, AssertionError) as error:  # no such device, no CUDA in this torch, not enough memory
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from None
+    return where

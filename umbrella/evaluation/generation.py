@@ -1,0 +1,59 @@
+"""Answers in the model's own words: a batch of prompts, each continued up to its end of turn."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from umbrella.data.batching import Batch
+from umbrella.data.rendering import Example, Renderer
+from umbrella.data.settings import MaskPolicy
+from umbrella.evaluation.scoring import ANSWER_ONLY
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Example],
+    renderer: Renderer,
+    collate: Callable[[Sequence[Example], MaskPolicy], Batch],
+    device: torch.device | str = "cpu",
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> list[str]:
+    """Answer a batch of prompts, each as if it were alone: the likeliest token after the other, unless told otherwise.
+
+    Args:
+        model: an ``UmbrellaForConditionalGeneration`` in evaluation mode; one of two dtypes is run under autocast.
+        prompts: as ``Renderer.prompt`` gives them.
+        max_new_tokens: an answer that has not ended by then is cut off.
+        options: of transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
+
+    Returns:
+        Texts without special tokens and without blanks around them.
+    """
+    batch = collate(prompts, ANSWER_ONLY).to(device)
+    length, stops = batch.input_ids.shape[1], renderer.stop_ids()
+    new = model.generate(
+        input_ids=left_padded(batch.input_ids, batch.attention_mask),
+        attention_mask=left_padded(batch.attention_mask, batch.attention_mask),
+        pixel_values=batch.pixel_values,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=renderer.tokenizer.pad_token_id or 0,
+        **{"do_sample": False} | options,
+    )[:, length:].tolist()
+    return [_text(row, set(stops), renderer) for row in new]
+
+
+def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Rows (B, L) that are padded on the right, padded on the left: what comes next then stands behind all of them."""
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device) + attention_mask.sum(1, keepdim=True)
+    return tokens.gather(1, places % length)
+
+
+def _text(new: list[int], stops: set[int], renderer: Renderer) -> str:
+    end = next((i for i, token in enumerate(new) if token in stops), len(new))
+    text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()

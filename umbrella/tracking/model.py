@@ -1,0 +1,165 @@
+"""A checkpoint as a model in MLflow: volumes and a question in, an answer out."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow import MlflowClient, pyfunc
+from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from umbrella import __version__
+from umbrella.base import UserError
+
+logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
+CHECKPOINT = "checkpoint"
+LEFT_BEHIND = ("state.pt", "files.json")
+"""What only a training that goes on needs: the optimizer's state is twice as large as all that was trained."""
+LIBRARIES = ("torch", "transformers", "peft", "nibabel", "mlflow")
+TOKENS = "max_new_tokens"
+SIGNATURE = ModelSignature(
+    inputs=Schema(
+        [
+            ColSpec(AnyType(), "volumes"),  # a path, or a list of paths
+            ColSpec(DataType.string, "question"),
+            ColSpec(AnyType(), "modality", required=False),  # a name, or a list of names
+        ]
+    ),
+    outputs=Schema([ColSpec(DataType.string, "answer")]),
+    params=ParamSchema([ParamSpec(TOKENS, DataType.long, 64)]),
+)
+EXAMPLE = [{"volumes": ["scan.nii.gz"], "question": "What does this scan show?"}]
+"""Shows the form. It names no file that there is, and nobody's."""
+
+
+class AnsweringModel(PythonModel):
+    """What ``mlflow.pyfunc.load_model`` gives: ``predict`` takes records and returns a list of answers.
+
+    A record is ``volumes`` (a path or a list of paths, as the serving machine sees them), ``question`` and, where the
+    axes do not tell it, ``modality``. ``model_config`` may have ``device`` and ``dtype``, as in ``from_checkpoint``.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the checkpoint."""
+        from umbrella.evaluation.answering import Umbrella
+
+        config = context.model_config or {}
+        self.model = Umbrella.from_checkpoint(
+            context.artifacts[CHECKPOINT], device=config.get("device"), dtype=config.get("dtype")
+        )
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> list[str]:
+        """One answer per record; records are answered side by side.
+
+        Args:
+            model_input: a row for each record. MLflow makes it of what it is given: a DataFrame, records, or JSON.
+            params: ``max_new_tokens``.
+        """
+        asked = []
+        for record in model_input.to_dict("records"):
+            modality = record.get("modality")
+            modality = None if isinstance(modality, float) else modality  # a table has NaN where there is none
+            asked.append(self.model.question(record["volumes"], record["question"], modality))
+        return self.model.answer(asked, **(params or {}))
+
+
+def log_model(
+    uri: str,
+    run_id: str,
+    checkpoint: str | Path,
+    name: str = "model",
+    register: str | None = None,
+    whole: bool = True,
+) -> str:
+    """Log a checkpoint as a model of a run, and register it.
+
+    Nothing of MLflow's state in this process changes, and the run may have ended.
+
+    Args:
+        checkpoint: see ``Umbrella.from_checkpoint``.
+        register: the name of a registered model that this becomes a version of; made when missing.
+        whole: of a checkpoint that stands on a base, log all weights, so that the model needs the base no more. False:
+            only what was trained; who loads the model needs the base under the name that the checkpoint has for it.
+
+    Returns:
+        The model's address, "models:/m-...", as ``mlflow.pyfunc.load_model`` takes it.
+
+    Raises:
+        UserError: no such checkpoint, no such run, or MLflow cannot be reached.
+    """
+    client, folder = MlflowClient(uri), Path(checkpoint).absolute()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: is no checkpoint: it has no config.json")
+    try:
+        run = client.get_run(run_id)
+        logged = client.create_logged_model(run.info.experiment_id, name, run_id, params=run.data.params)
+    except MlflowException as error:
+        raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:300]}") from None
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            answering = _gathered(folder, Path(temporary) / CHECKPOINT, whole)
+            described = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+            saved = Path(temporary) / "model"
+            _save(saved, answering, described)
+            client.log_model_artifacts(logged.model_id, str(saved))
+        status = "READY"
+    finally:
+        client.finalize_logged_model(logged.model_id, status)
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    if register:
+        _register(client, register, logged)
+    return str(logged.model_uri)
+
+
+def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
+    """What is logged of a checkpoint, in a folder that is made: its files, or all weights where it has few."""
+    from umbrella.model.partial import is_partial
+
+    if whole and is_partial(checkpoint):
+        from umbrella.evaluation.answering import Umbrella
+
+        Umbrella.from_checkpoint(checkpoint, device="cpu").save_pretrained(folder)
+        return folder
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=_link_or_copy)
+    return folder
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # MLflow copies it twice
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _save(folder: Path, checkpoint: Path, described: Model) -> None:
+    needed = [f"umbrella-mri=={__version__}", *(f"{name}=={version(name).split('+')[0]}" for name in LIBRARIES)]
+    pyfunc.save_model(
+        folder,
+        python_model=str(Path(__file__).with_name("served.py")),
+        artifacts={CHECKPOINT: str(checkpoint)},
+        signature=SIGNATURE,
+        input_example=EXAMPLE,
+        pip_requirements=needed,
+        mlflow_model=described,
+    )
+
+
+def _register(client: MlflowClient, name: str, model: LoggedModel) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise UserError(f"MLflow cannot register a model as {name!r}: {error}") from None
+    # By where it lies: its address would be looked up in whatever store this process has set for itself.
+    client.create_model_version(name, model.artifact_location, model.source_run_id, model_id=model.model_id)
