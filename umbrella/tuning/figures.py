@@ -38,7 +38,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-WIDTH, DPI = 9.0, 150
+WIDTH, DPI = 9.0, 160
 TRIAL = "trial"
 """What stands on the axis where nothing was swept."""
 HIGHLIGHTED, RANKED, TIMED, PANELS = 5, 25, 60, 12

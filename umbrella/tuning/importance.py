@@ -12,7 +12,7 @@ from umbrella.tuning.results import Trial
 
 LEAST = 8
 """Trials below which nothing is said."""
-ROUNDS, TREES, SHUFFLES = 10, 100, 5
+ROUNDS, TREES, SHUFFLES = 10, 50, 5
 
 
 @dataclass(frozen=True)

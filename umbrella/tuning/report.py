@@ -138,7 +138,7 @@ def _inline(picture: Path) -> tuple[str, int]:
     """The address that holds a PNG itself, and the width at which all pictures' letters are of one size."""
     content = picture.read_bytes()
     pixels = int.from_bytes(content[16:20], "big")  # of a PNG's first chunk
-    return "data:image/png;base64," + base64.b64encode(content).decode(), round(pixels * 1072 / WIDTH / DPI)
+    return "data:image/png;base64," + base64.b64encode(content).decode(), round(pixels * 1190 / WIDTH / DPI)
 
 
 def _value(value: Any) -> str:
