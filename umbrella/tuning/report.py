@@ -120,7 +120,7 @@ def write_report(contenders: Sequence[Contender], settings: Settings, folder: Pa
         images={name: _inline(picture) for name, picture in pictures.items()},
         importance=found,
         subjects=subjects,
-        noise=_binomial(best.metric, subjects) if best and "accuracy" in metric else None,
+        noise=_binomial(contenders[0].mean, subjects) if best and "accuracy" in metric else None,
         wall=max((t.started + (t.seconds or 0) for t in trials if t.started is not None), default=0.0)
         - min(starts, default=0.0),
         shown=SHOWN,
