@@ -70,6 +70,16 @@ def test_trials_at_one_place_are_drawn_side_by_side_and_within_the_panel() -> No
     assert all(axes.bbox.x0 < x < axes.bbox.x1 for x, _ in places)
 
 
+def test_single_points_over_decades_lie_within_the_panel() -> None:
+    trials = [trial(f"t{i}", {"optim.lr": 10.0**-i, "optim.weight_decay": 0.1 * i}, 0.5) for i in range(7)]
+    rate, _ = (figure := draw_metric(ranked(trials), METRIC)).axes
+    figure.draw_without_rendering()
+    places = [line.get_transform().transform(line.get_xydata())[0] for line in rate.lines]
+    assert len(places) == len(trials)
+    assert all(rate.bbox.x0 < x < rate.bbox.x1 for x, _ in places)
+    assert max(x for x, _ in places) - min(x for x, _ in places) > 0.7 * rate.bbox.width
+
+
 def test_a_hundred_curves_have_six_words_and_one_thick_line() -> None:
     trials = [trial(f"t{i}", {"optim.lr": 1.0 + i}, 0.5 + i / 300) for i in range(100)]
     figure = draw_curves(ranked(trials), METRIC)
