@@ -33,7 +33,10 @@ def planted(n: int, effect: str, seed: int = 0) -> list[Trial]:
     return trials
 
 
-@pytest.mark.parametrize(("effect", "name"), [("lr", "optim.lr"), ("rank", "model.lora_rank"), ("train", "model.train")])
+EFFECTS = {"lr": "optim.lr", "rank": "model.lora_rank", "train": "model.train"}
+
+
+@pytest.mark.parametrize(("effect", "name"), EFFECTS.items())
 def test_the_setting_that_decides_is_found_also_where_some_points_lack_it(effect: str, name: str) -> None:
     found = importance(planted(24, effect))
     assert found.sure[0] == name

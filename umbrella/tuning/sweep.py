@@ -137,5 +137,7 @@ def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, stor
 def _answer(settings: Settings, contenders: list[Contender], files: Files, folder: Path, uri: str) -> Answer:
     best = winner(contenders)
     if not best:
-        raise UserError(f"no trial finished an evaluation; what each one raised is told in {files.page}")
+        raise UserError(
+            f"no trial finished an evaluation without failing later; what each one raised is told in {files.page}"
+        )
     return Answer(contenders, trials_of(contenders), settings.with_values(best.point), folder, files, uri)
