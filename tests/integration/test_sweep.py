@@ -61,5 +61,11 @@ def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept
     assert read_progress(answer.trials[0].checkpoint).step == answer.trials[0].step
     with (answer.folder / "ranking.csv").open() as file:
         assert [row["optim.lr"] for row in csv.DictReader(file)] == ["0.003", "1e+30"]
-    assert answer.figure.stat().st_size > 10_000
-    assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {"metric.png", "ranking.csv", "settings.yaml"}
+    assert answer.files.pictures["metric"].stat().st_size > 10_000
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {
+        "best.yaml",
+        "metric.png",
+        "ranking.csv",
+        "report.html",
+        "settings.yaml",
+    }

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.base import UserError
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
+from umbrella.pages import render
 
 SHOWN = 6
 """Samples on the page."""
@@ -145,12 +145,10 @@ def audit_html(
         found = pieces(example, policy, tokenizer)
         turns = [list(of_turn) for _, of_turn in groupby(found, key=lambda piece: piece.turn)]
         samples.append((example.conversation, turns))
-    here = FileSystemLoader(Path(__file__).parent)
-    # For every file, and not by its name: a conversation may hold anything.
-    jinja = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    jinja.filters |= {"visible": visible, "shown": shown}
     weights = [piece.weight for _, turns in samples for turn in turns for piece in turn]
-    return jinja.get_template("audit.html").render(
+    return render(
+        Path(__file__).with_name("audit.html"),
+        {"visible": visible, "shown": shown},
         rows=rows,
         weighted=is_weighted(rows),
         samples=samples,

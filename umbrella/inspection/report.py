@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from umbrella.base import UserError
 from umbrella.data.loading import Intake, Progress
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
 from umbrella.inspection.planes import TILE, cut, save_thumbnail
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
+from umbrella.pages import number, render
 from umbrella.volumes.store import VolumeStore
 
 SHOWN = 500
@@ -74,12 +73,10 @@ def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, pro
 
 
 def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
-    here = FileSystemLoader(Path(__file__).parent)
-    # For every file, and not by its name: a task_id may hold anything.
-    jinja = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    jinja.filters |= {"number": number, "by": lambda values: " × ".join(map(number, values))}
     splits = count_splits(intake.splits)
-    return jinja.get_template("report.html").render(
+    return render(
+        Path(__file__).with_name("report.html"),
+        {"by": lambda values: " × ".join(map(number, values))},
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         splits=splits,
         task_types=sorted({kind for split in splits for kind in split.task_types}),
@@ -96,11 +93,6 @@ def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         tile=TILE,
         bins=BINS,
     )
-
-
-def number(value: float) -> str:
-    """A number for people: four digits that count, and no exponent where five more digits say it."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> None:

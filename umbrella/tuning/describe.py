@@ -8,9 +8,10 @@ from rich.console import Console
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples
 from umbrella.training.run import SPARE_CPUS, trainings_that_fit
-from umbrella.tuning.report import ranking_table
+from umbrella.tuning.ranking import interval, ranking_table
 from umbrella.tuning.space import build_space, count_trials, grid_points, label
 from umbrella.tuning.sweep import Answer
+from umbrella.tuning.winner import command
 
 
 def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None:
@@ -38,15 +39,18 @@ def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None
 
 
 def print_answer(answer: Answer, console: Console) -> None:
-    """Print the ranking, the best trial's settings, where its checkpoint lies, and how to look further."""
-    best, metric = answer.trials[0], answer.best.tune.metric
-    console.print(ranking_table(answer.trials, metric))
+    """Print the ranking, the winner, the command that trains it again, its checkpoint, and where to read further."""
+    best, metric, files = answer.trials[0], answer.best.tune.metric, answer.files
+    first = answer.contenders[0]
+    console.print(ranking_table(answer.contenders, metric))
+    seeds = f", over seeds {interval(first)}" if len(first.trials) > 1 else ""
     lines = {
-        "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}",
+        "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}{seeds}",
         "its settings": " ".join(f"{name}={value}" for name, value in best.point.items()),
+        "train it again": command(_short(files.best or "")),
         "its checkpoint": _short(best.checkpoint or ""),
-        "figure": _short(answer.figure),
-        "ranking": _short(answer.folder / "ranking.csv"),
+        "ranking": _short(files.ranking),
+        "report": files.page.absolute().as_uri(),
         "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {answer.tracking})",
     }
     for name, value in lines.items():

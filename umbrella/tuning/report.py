@@ -1,128 +1,160 @@
-"""The answer of a sweep: trials ranked by the metric, a figure, the best settings and where the checkpoint lies."""
+"""The answer of a sweep as files: one page to read, with its pictures beside it, a table, and the winner's settings."""
 
-import csv
-import json
+import base64
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, isnan
+from datetime import datetime
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from umbrella.config import Settings
+from umbrella.pages import number, render
 from umbrella.training.live import FINISHED
-from umbrella.training.progress import what_is_wrong
-from umbrella.tuning.monitor import FAILED, how_it_ended
-from umbrella.tuning.space import label
+from umbrella.training.settings import ResourceSettings
+from umbrella.tuning import figures
+from umbrella.tuning.figures import DPI, WIDTH
+from umbrella.tuning.importance import importance
+from umbrella.tuning.ranking import Contender, interval, swept_names, trials_of, with_seeds, write_csv
+from umbrella.tuning.results import Trial
+from umbrella.tuning.winner import as_training, command, overrides, write_best
+
+SHOWN = 100
+"""Rows of a table on the page; all are in ranking.csv."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A trial as it ended. ``metric``, ``loss``, ``step`` and ``checkpoint`` are of its best kept checkpoint."""
+class Cost:
+    """Time of trials, and what they reserved meanwhile, with all workers that one may have."""
 
-    trial_id: str
-    point: dict[str, Any]
-    state: str
-    metric: float | None = None
-    loss: float | None = None
-    step: int | None = None
-    checkpoint: str | None = None
+    hours: float
+    cpu_hours: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class Files:
+    """What ``write_report`` wrote. ``best``, ``command`` and ``overrides`` are empty where no trial has a metric."""
+
+    page: Path
+    ranking: Path
+    pictures: dict[str, Path]
+    """metric, ranking, curves, importance, times: those that there are."""
+    best: Path | None = None
+    command: str = ""
+    overrides: str = ""
+    """The same as a command without a file."""
 
     @property
-    def name(self) -> str:
-        """The trial in words."""
-        return label(self.point)
+    def all(self) -> list[Path]:
+        """Every file."""
+        return [self.page, self.ranking, *self.pictures.values(), *([self.best] if self.best else [])]
 
 
-def rank(results: Any, metric: str, mode: str) -> list[Trial]:
-    """Ray Tune's results, best first: by the metric, then by validation loss; failed trials last."""
-    sign = 1 if mode == "max" else -1
-    trials = [_trial(result, metric, sign) for result in results]
-    return sorted(trials, key=lambda t: (t.state == FAILED, _order(t.metric, t.loss, sign)))
+def winner(contenders: Sequence[Contender]) -> Trial | None:
+    """The best trial of the best contender, where it has a metric and did not fail."""
+    best = contenders[0].trials[0] if contenders else None
+    return best if best and best.metric is not None and not best.failed else None
 
 
-def _order(metric: float | None, loss: float | None, sign: int) -> tuple[float, float]:
-    metric, loss = (None if value is None or isnan(value) else value for value in (metric, loss))
-    return inf if metric is None else -sign * metric, inf if loss is None else loss
+def cost(trials: Sequence[Trial], resources: ResourceSettings) -> Cost:
+    """Of these trials together."""
+    hours = sum(t.seconds or 0 for t in trials) / 3600
+    held = hours * resources.workers
+    return Cost(hours, held * resources.cpus_per_worker, held * resources.gpus_per_worker)
 
 
-def _trial(result: Any, metric: str, sign: int) -> Trial:
-    trial_id, point = result.metrics["trial_id"], result.config
-    if point is None:  # its process died before it said anything
-        point = json.loads((Path(result.path) / "params.json").read_text(encoding="utf-8"))
-    history = result.metrics_dataframe
-    reported = [] if history is None or "checkpoint" not in history else history.to_dict("records")
-    if not reported:
-        return Trial(trial_id, dict(point), FAILED)
-    ended = how_it_ended(reported[-1])
-    # A trial may be stopped while its last checkpoint is being written.
-    kept = [row for row in reported if not what_is_wrong(row["checkpoint"])]
-    if not kept:
-        return Trial(trial_id, dict(point), FAILED if result.error else ended)
-    best = min(kept, key=lambda row: _order(row[metric], row["eval/loss"], sign))
-    return Trial(
-        trial_id=trial_id,
-        point=dict(point),
-        state=FAILED if result.error else ended,
-        metric=best[metric],
-        loss=best["eval/loss"],
-        step=int(best["step"]),
-        checkpoint=best["checkpoint"],
+def write_report(contenders: Sequence[Contender], settings: Settings, folder: Path, subjects: int = 0) -> Files:
+    """Write ``ranking.csv``, ``best.yaml``, the PNGs and ``report.html`` into the sweep's folder.
+
+    Args:
+        contenders: as ``rank`` gives them.
+        settings: the sweep's.
+        subjects: that the metric is measured on; 0 if unknown.
+    """
+    trials, metric = trials_of(contenders), settings.tune.metric
+    ranking = folder / "ranking.csv"
+    write_csv(contenders, metric, ranking)  # the numbers first, before anything that could fail
+    best, file, told = winner(contenders), None, {}
+    if best:
+        training, file = as_training(settings, best.point), folder / "best.yaml"
+        write_best(training, file)
+        told = {"command": command(file.absolute()), "overrides": command(*overrides(training, best.point))}
+    found = importance(trials)
+    pictures = {}
+    if any(c.mean is not None for c in contenders):
+        pictures["metric"] = figures.save(folder / "metric.png", figures.draw_metric, contenders, metric)
+    if with_seeds(contenders) and pictures:
+        pictures["ranking"] = figures.save(folder / "ranking.png", figures.draw_ranking, contenders, metric)
+    if any(t.curve for t in trials):
+        pictures["curves"] = figures.save(folder / "curves.png", figures.draw_curves, contenders, metric)
+    if found.shares:
+        pictures["importance"] = figures.save(folder / "importance.png", figures.draw_importance, found)
+    if any(t.started is not None for t in trials):
+        pictures["times"] = figures.save(folder / "times.png", figures.draw_times, trials)
+    files = Files(folder / "report.html", ranking, pictures, file, **told)
+    starts = [t.started for t in trials if t.started is not None]
+    page = render(
+        Path(__file__).with_name("report.html"),
+        {
+            "value": _value,
+            "hours": "{:.3g}".format,
+            "duration": duration,
+            "interval": interval,
+            "cost": lambda ts: cost(ts, settings.resources),
+        },
+        name=folder.name,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        settings=settings,
+        metric=metric,
+        contenders=contenders,
+        seeds=with_seeds(contenders),
+        trials=trials,
+        names=swept_names(trials),
+        lacking=any(len(t.point) < len(swept_names(trials)) for t in trials),
+        ends=Counter(t.state for t in trials),
+        not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
+        best=best,
+        files=files,
+        images={name: _inline(picture) for name, picture in pictures.items()},
+        importance=found,
+        subjects=subjects,
+        noise=_binomial(contenders[0].mean, subjects) if best and "accuracy" in metric else None,
+        wall=max((t.started + (t.seconds or 0) for t in trials if t.started is not None), default=0.0)
+        - min(starts, default=0.0),
+        shown=SHOWN,
     )
+    files.page.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return files
 
 
-def ranking_table(trials: Sequence[Trial], metric: str) -> Table:
-    """The trials as a table for the terminal."""
-    table = Table(title="trials, best first", title_justify="left")
-    for name in ("trial", "state", "step", "eval/loss", metric):
-        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
-    for t in trials:
-        numbers = ["" if value is None else f"{value:.4g}" for value in (t.step, t.loss, t.metric)]
-        table.add_row(t.name, t.state, *numbers)
-    return table
+def _binomial(share: float | None, subjects: int) -> float | None:
+    """Half of the 95% interval of a share of subjects of equally large classes, by the normal approximation."""
+    return 1.96 * sqrt(share * (1 - share) / subjects) if share is not None and 0 < share < 1 and subjects else None
 
 
-def write_csv(trials: Sequence[Trial], metric: str, file: Path) -> None:
-    """The ranking as CSV: one column per swept setting."""
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        names = list(trials[0].point) if trials else []
-        writer.writerow(["trial", *names, "state", "step", "eval/loss", metric, "checkpoint"])
-        for t in trials:
-            values = [t.point[name] for name in names]
-            writer.writerow([t.trial_id, *values, t.state, t.step, t.loss, t.metric, t.checkpoint])
+def _inline(picture: Path) -> tuple[str, int]:
+    """The address that holds a PNG itself, and the width at which all pictures' letters are of one size."""
+    content = picture.read_bytes()
+    pixels = int.from_bytes(content[16:20], "big")  # of a PNG's first chunk
+    return "data:image/png;base64," + base64.b64encode(content).decode(), round(pixels * 1190 / WIDTH / DPI)
 
 
-def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
-    """Draw the metric against the first swept number (the learning rate); a line per combination of other settings."""
-    import matplotlib
+def _value(value: Any) -> str:
+    """A swept value for people: 8×8×8, 0.0012, last_assistant."""
+    if isinstance(value, list | tuple) and all(isinstance(v, int) for v in value):
+        return "×".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    shown = [t for t in trials if t.metric is not None]
-    names = list(trials[0].point)
-    numeric = [n for n in names if all(isinstance(t.point[n], int | float) for t in shown)]
-    x = (numeric or names or ["trial"])[0]
-    groups: dict[str, list[Trial]] = {}
-    for t in shown:
-        groups.setdefault(label({n: v for n, v in t.point.items() if n != x}), []).append(t)
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (name, group), marker in zip(sorted(groups.items()), "os^Dv<>ph*" * len(groups), strict=False):
-        if x in numeric:
-            group.sort(key=lambda t: t.point[x])
-        xs = [t.point[x] if x in numeric else str(t.point.get(x, "as set")) for t in group]
-        ys = [float(t.metric) for t in group if t.metric is not None]
-        (line,) = axes.plot(xs, ys, "-", alpha=0.6, label=name)
-        for t, px, py in zip(group, xs, ys, strict=True):
-            filled = line.get_color() if t.state == FINISHED else "white"
-            axes.plot(px, py, marker, color=line.get_color(), markerfacecolor=filled, markersize=9)
-    values = [t.point[x] for t in shown] if x in numeric else []
-    if values and min(values) > 0 and max(values) / min(values) >= 10:
-        axes.set_xscale("log")
-    axes.set(xlabel=x, ylabel=metric, title="Each trial's best evaluation (hollow: stopped before its end)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+def duration(seconds: float | None) -> str:
+    """``42 s``, ``12 min 05 s``, ``3 h 20 min``; empty if unknown."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{number(whole // 3600)} h {whole % 3600 // 60:02d} min"

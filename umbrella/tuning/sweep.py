@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,19 +21,22 @@ from umbrella.tracking.runs import Tracker, open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.monitor import Monitor
-from umbrella.tuning.report import Trial, draw, rank, write_csv
+from umbrella.tuning.ranking import Contender, rank, trials_of
+from umbrella.tuning.report import Files, winner, write_report
+from umbrella.tuning.results import Trial, read_trials
 from umbrella.tuning.space import build_space, count_trials, possible_values
 from umbrella.tuning.trial import run_trial
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a sweep found. ``trials``: best first. ``folder``: ranking.csv, the figure and the checkpoints."""
+    """What a sweep found. ``contenders``, ``trials``: best first. ``best``: the winner's. ``folder``: of all files."""
 
+    contenders: list[Contender]
     trials: list[Trial]
     best: Settings
     folder: Path
-    figure: Path
+    files: Files
     tracking: str
 
 
@@ -74,9 +76,12 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     try:
         with Monitor(uri, experiment, total, settings.tune.metric) as monitor:
             results = _tuner(job, space, at_once, monitor, storage, name).fit()
-        answer = _answer(settings, rank(results, settings.tune.metric, settings.tune.mode), folder, uri)
-        parent.artifact(answer.figure)
-        parent.artifact(folder / "ranking.csv")
+        contenders = rank(read_trials(results, settings.tune), settings.tune.mode)
+        subjects = len({c.subject_id for c in splits.validation})
+        files = write_report(contenders, settings, folder, subjects)
+        for file in files.all:
+            parent.artifact(file)
+        answer = _answer(settings, contenders, files, folder, uri)
         parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
         parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
         parent.end()
@@ -129,11 +134,10 @@ def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, stor
     )
 
 
-def _answer(settings: Settings, trials: Sequence[Trial], folder: Path, uri: str) -> Answer:
-    if not trials or trials[0].metric is None:
-        raise UserError(f"no trial finished an evaluation; what each one raised lies in {folder}/*/error.txt")
-    figure = folder / "metric.png"
-    draw(trials, settings.tune.metric, figure)
-    write_csv(trials, settings.tune.metric, folder / "ranking.csv")
-    best = settings.with_values(trials[0].point)
-    return Answer(list(trials), best, folder, figure, uri)
+def _answer(settings: Settings, contenders: list[Contender], files: Files, folder: Path, uri: str) -> Answer:
+    best = winner(contenders)
+    if not best:
+        raise UserError(
+            f"no trial finished an evaluation without failing later; what each one raised is told in {files.page}"
+        )
+    return Answer(contenders, trials_of(contenders), settings.with_values(best.point), folder, files, uri)

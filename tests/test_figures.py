@@ -1,0 +1,131 @@
+"""The pictures of a sweep: what stands where, and that any space can be drawn."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from PIL import Image
+
+from umbrella.training.live import FINISHED
+from umbrella.tuning import figures
+from umbrella.tuning.figures import VERMILION, draw_curves, draw_metric, draw_ranking, draw_times, save
+from umbrella.tuning.monitor import FAILED, STOPPED
+from umbrella.tuning.ranking import Contender, rank
+from umbrella.tuning.results import Evaluation, Trial
+
+METRIC = "eval/balanced_accuracy"
+
+
+def trial(name: str, point: dict, metric: float | None, state: str = FINISHED, started: float = 0.0) -> Trial:
+    curve = tuple(Evaluation(10 * k, k, (metric or 0) - 0.1 / k, 1 / k, 1 / k, "/c") for k in (1, 2, 3))
+    curve = curve if metric is not None else ()
+    return Trial(name, point, state, metric, 0.3, 30, "/c", "", curve, started, 90.0 + started, 30.0)
+
+
+GRID = [
+    trial("t1", {"optim.lr": 0.001, "mask.supervise": "all"}, 0.9),
+    trial("t2", {"optim.lr": 0.01, "mask.supervise": "all"}, 0.6, STOPPED),
+    trial("t3", {"optim.lr": 0.1, "mask.supervise": "all"}, 0.5, STOPPED),
+    trial("t4", {"optim.lr": 0.001, "mask.supervise": "last_assistant"}, 0.8),
+    trial("t5", {"optim.lr": 0.01, "mask.supervise": "last_assistant"}, 0.7),
+    trial("t6", {"optim.lr": 0.1, "mask.supervise": "last_assistant"}, None, FAILED),
+]
+
+
+def ranked(trials: list[Trial]) -> list[Contender]:
+    return rank(trials, "max")
+
+
+def test_the_metric_has_a_panel_per_setting_and_a_line_per_combination_of_the_others() -> None:
+    rate, policy = draw_metric(ranked(GRID), METRIC).axes
+    lines = [line.get_xydata().tolist() for line in rate.lines if len(line.get_xdata()) > 1]
+    assert lines == [[[0.001, 0.9], [0.01, 0.6], [0.1, 0.5]], [[0.001, 0.8], [0.01, 0.7]]]
+    assert [text.get_text() for text in rate.get_legend().texts] == ["supervise=all", "supervise=last_assistant"]
+    hollow = {line.get_ydata()[0] for line in rate.lines if line.get_markerfacecolor() == "white"}
+    assert hollow == {0.6, 0.5}
+    assert (rate.get_xscale(), rate.get_xlabel(), rate.get_ylabel()) == ("log", "optim.lr", METRIC)
+    assert [label.get_text() for label in policy.get_xticklabels()] == ["all", "last_assistant"]
+    assert rate.get_ylim() == policy.get_ylim()
+
+
+def test_the_winner_alone_has_the_star_and_only_where_it_has_the_setting() -> None:
+    trials = [trial("a", {"optim.lr": 0.1, "model.train": "all"}, 0.9)]
+    trials += [trial(f"b{r}", {"optim.lr": 0.2, "model.train": "lora", "model.lora_rank": r}, 0.5) for r in (4, 8)]
+    stars = {
+        axes.get_xlabel().split("\n")[0]: [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "*"]
+        for axes in draw_metric(ranked(trials), METRIC).axes
+    }
+    assert stars == {"optim.lr": [0.9], "model.train": [0.9], "model.lora_rank": []}
+
+
+def test_trials_at_one_place_are_drawn_side_by_side_and_within_the_panel() -> None:
+    same = [trial(f"t{i}", {"optim.lr": lr, "seed": i}, 0.5) for i in range(4) for lr in (1e-4, 1e-2)]
+    figure = draw_metric(ranked(same), METRIC)
+    [axes] = figure.axes
+    figure.draw_without_rendering()
+    points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    places = [line.get_transform().transform(line.get_xydata())[0] for line in points]
+    assert len({tuple(place.round(3)) for place in places}) == len(same)
+    assert all(axes.bbox.x0 < x < axes.bbox.x1 for x, _ in places)
+
+
+def test_single_points_over_decades_lie_within_the_panel() -> None:
+    trials = [trial(f"t{i}", {"optim.lr": 10.0**-i, "optim.weight_decay": 0.1 * i}, 0.5) for i in range(7)]
+    rate, _ = (figure := draw_metric(ranked(trials), METRIC)).axes
+    figure.draw_without_rendering()
+    places = [line.get_transform().transform(line.get_xydata())[0] for line in rate.lines]
+    assert len(places) == len(trials)
+    assert all(rate.bbox.x0 < x < rate.bbox.x1 for x, _ in places)
+    assert max(x for x, _ in places) - min(x for x, _ in places) > 0.7 * rate.bbox.width
+
+
+def test_a_hundred_curves_have_six_words_and_one_thick_line() -> None:
+    trials = [trial(f"t{i}", {"optim.lr": 1.0 + i}, 0.5 + i / 300) for i in range(100)]
+    figure = draw_curves(ranked(trials), METRIC)
+    words = [text.get_text() for text in figure.legends[0].texts]
+    assert words == [f"lr={n}" for n in (100, 99, 98, 97, 96)] + ["95 others"]
+    for axes, last in zip(figure.axes, (trials[-1].curve[-1].metric, 1 / 3), strict=True):
+        curves = [line for line in axes.lines if len(line.get_xdata()) == 3]
+        assert len(curves) == 100
+        [thick] = [line for line in curves if line.get_linewidth() > 2]
+        assert (to_hex(thick.get_color()).upper(), thick.get_ydata()[-1]) == (VERMILION, last)
+
+
+def test_the_ranking_shows_means_with_their_intervals() -> None:
+    trials = [trial(f"{lr}{s}", {"optim.lr": lr, "seed": s}, lr + 0.1 * s) for lr in (0.1, 0.5) for s in (0, 1, 2)]
+    contenders = ranked(trials)
+    [axes] = draw_ranking(contenders, METRIC).axes
+    bars = [container.get_children()[-1].get_segments()[0] for container in axes.containers]
+    assert [tuple(bar[:, 0]) for bar in bars] == [
+        pytest.approx((c.mean - c.half, c.mean + c.half)) for c in contenders if c.mean and c.half
+    ]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lr=0.5  1", "lr=0.1  2"]
+
+
+def test_times_are_drawn_in_a_unit_that_can_be_read() -> None:
+    for seconds, unit in ((5.0, "seconds"), (3000.0, "minutes"), (40_000.0, "hours")):
+        [axes] = draw_times([trial("a", {}, 0.5), trial("b", {}, 0.5, STOPPED, started=seconds)]).axes
+        assert axes.get_xlabel() == f"{unit} since the first trial began"
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [{"optim.lr": 0.001}, {"optim.lr": 0.01}],
+        [{"mask.supervise": "all", "mask.end_of_turn": True}, {"mask.supervise": "all", "mask.end_of_turn": False}],
+        [{"modalities.sMRI.grid": [8, 8, 8]}, {"modalities.sMRI.grid": [16, 16, 16]}],
+        [{"optim.embedder_lr": None}, {"optim.embedder_lr": 0.1}],
+        [{"model.train": "all"}, {"model.train": "lora", "model.lora_rank": 4}],
+        [{"seed": 0}, {"seed": 1}],
+        [{}, {}],
+    ],
+)
+def test_any_space_and_failed_trials_can_be_drawn(tmp_path: Path, points: list[dict]) -> None:
+    trials = [trial(f"t{i}", point, 0.5 + 0.1 * i) for i, point in enumerate(points)]
+    contenders = ranked([*trials, Trial("dead", points[0], FAILED)])
+    for draw in (draw_metric, draw_curves, draw_ranking):
+        with Image.open(save(tmp_path / "a.png", draw, contenders, METRIC)) as image:
+            assert image.width >= 0.7 * figures.WIDTH * figures.DPI
+            assert len(set(image.convert("RGB").resize((200, 200)).getdata())) > 20
+    assert isinstance(draw_times(trials), Figure)

@@ -1,0 +1,64 @@
+"""Importance: a planted effect is found, what has none is not, and with too little to go by there is no number."""
+
+import numpy as np
+import pytest
+
+from umbrella.training.live import FINISHED
+from umbrella.tuning.importance import LEAST, importance
+from umbrella.tuning.monitor import FAILED
+from umbrella.tuning.results import Trial
+
+
+def planted(n: int, effect: str, seed: int = 0) -> list[Trial]:
+    """Random points of which one setting decides; the rank is there with adapters only."""
+    draws = np.random.default_rng(seed)
+    trials = []
+    for i in range(n):
+        point = {
+            "optim.lr": float(10 ** draws.uniform(-5, -1)),
+            "optim.weight_decay": float(draws.uniform(0, 0.3)),
+            "model.train": str(draws.choice(["all", "lora"])),
+            "seed": i,
+        }
+        if point["model.train"] == "lora":
+            point["model.lora_rank"] = int(draws.integers(1, 64))
+        metric = 0.7 + draws.normal(0, 0.02)
+        metric += {
+            "lr": -0.1 * (np.log10(point["optim.lr"]) + 3) ** 2,
+            "train": 0.2 * (point["model.train"] == "lora"),
+            "rank": 0.01 * (point.get("model.lora_rank", 32) - 32),
+            "none": 0.0,
+        }[effect]
+        trials.append(Trial(f"t{i}", point, FINISHED, float(metric), 0.5, 30, "/c"))
+    return trials
+
+
+EFFECTS = {"lr": "optim.lr", "rank": "model.lora_rank", "train": "model.train"}
+
+
+@pytest.mark.parametrize(("effect", "name"), EFFECTS.items())
+def test_the_setting_that_decides_is_found_also_where_some_points_lack_it(effect: str, name: str) -> None:
+    found = importance(planted(24, effect))
+    assert found.sure[0] == name
+    assert found.shares[name] > 0.9  # with the rank in place of whether there is one, too
+    assert "optim.weight_decay" in found.shares
+    assert "optim.weight_decay" not in found.sure
+    assert "seed" not in found.shares
+    assert found.explained > 0.3
+
+
+def test_where_nothing_matters_nothing_is_claimed() -> None:
+    found = importance(planted(24, "none"))
+    assert (found.sure, found.shares) == ([], {})
+    assert f"R² = {found.explained:.2f}" in found.why_not
+
+
+def test_with_too_few_or_equal_trials_it_says_so_instead_of_a_number() -> None:
+    few = planted(LEAST - 1, "lr")
+    failed = [Trial(f"f{i}", t.point, FAILED, t.metric) for i, t in enumerate(few)]
+    flat = [Trial(f"e{i}", t.point, FINISHED, 0.5) for i, t in enumerate(planted(LEAST, "lr"))]
+    seeds = [Trial(f"s{i}", {"seed": i}, FINISHED, 0.5 + i) for i in range(LEAST)]
+    for trials, why in ((few + failed, "takes 8"), (flat, "same metric"), (seeds, "No setting")):
+        found = importance(trials)
+        assert found.shares == {}
+        assert why in found.why_not

@@ -1,0 +1,73 @@
+"""The winner as a training: what the command reads is what the trial had."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.cli import parse
+from umbrella.config import Settings, load_settings
+from umbrella.tuning.winner import as_training, command, overrides, write_best
+
+SWEEP = {
+    "name": "night",
+    "optim.schedule": "linear",
+    "mask.task_weights": {"T1": 1.0, "T3": 2.0},
+    "data.train": ["with space/*.json", "b.json"],
+    "tune.space": {"optim.lr": {"grid": [1e-5]}, "seed": {"grid": [0, 7]}},
+    "tune.metric": "eval/loss",
+    "tune.mode": "min",
+    "tune.grace": 5,
+    "train.patience": 3,
+}
+POINT = {"optim.lr": 1e-5, "seed": 7, "modalities.sMRI.grid": [8, 8, 8], "optim.embedder_lr": 1.25e-7}
+
+
+def trained(settings: Settings) -> dict[str, Any]:
+    """What a training learns from its settings."""
+    flat = settings.flat()
+    kept = ("tune.metric", "tune.mode")
+    return {k: v for k, v in flat.items() if k != "name" and (k in kept or not k.startswith("tune."))}
+
+
+@pytest.fixture
+def winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The winner of a sweep that was started in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return as_training(load_settings(overrides=SWEEP), POINT)
+
+
+def test_the_training_is_the_trial_but_for_its_place(winner: Settings, tmp_path: Path) -> None:
+    paths = {
+        "data.train": [f"{tmp_path}/with space/*.json", f"{tmp_path}/b.json"],
+        "resources.storage": f"{tmp_path}/runs",
+    }
+    assert trained(winner) == trained(load_settings(overrides=SWEEP).with_values(POINT)) | paths
+    assert winner.name == ""  # else it would go on with another training of this name
+    assert winner.tune.space == {}
+
+
+def test_file_and_overrides_both_give_the_training_from_any_folder(
+    winner: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_best(winner, tmp_path / "best.yaml")
+    words = [shlex.split(command(tmp_path / "best.yaml")), shlex.split(command(*overrides(winner, POINT)))]
+    assert [w[:2] for w in words] == [["python", "experiments/train.py"]] * 2
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for given in words:
+        assert parse(given[2:], "").settings == winner
+
+
+def test_overrides_say_what_was_swept_also_where_it_is_the_default() -> None:
+    usual = Settings().optim.lr
+    assert f"optim.lr={usual}" in overrides(as_training(Settings(), {"optim.lr": usual}), ["optim.lr"])
+
+
+def test_a_checkpoint_is_a_path_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    names = ["mine", "llava-hf/llava-interleave-qwen-0.5b-hf", ""]
+    found = [as_training(Settings(), {"model.checkpoint": name}).model.checkpoint for name in names]
+    assert found == [str(tmp_path / "mine"), *names[1:]]
