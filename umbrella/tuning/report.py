@@ -86,10 +86,10 @@ def write_csv(trials: Sequence[Trial], metric: str, file: Path) -> None:
     """The ranking as CSV: one column per swept setting."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
-        names = list(trials[0].point) if trials else []
+        names = list(dict.fromkeys(name for t in trials for name in t.point))
         writer.writerow(["trial", *names, "state", "step", "eval/loss", metric, "checkpoint"])
         for t in trials:
-            values = [t.point[name] for name in names]
+            values = [t.point.get(name) for name in names]
             writer.writerow([t.trial_id, *values, t.state, t.step, t.loss, t.metric, t.checkpoint])
 
 
@@ -101,8 +101,8 @@ def draw(trials: Sequence[Trial], metric: str, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = [t for t in trials if t.metric is not None]
-    names = list(trials[0].point)
-    numeric = [n for n in names if all(isinstance(t.point[n], int | float) for t in shown)]
+    names = list(dict.fromkeys(name for t in trials for name in t.point))
+    numeric = [n for n in names if all(isinstance(t.point.get(n), int | float) for t in shown)]
     x = (numeric or names or ["trial"])[0]
     groups: dict[str, list[Trial]] = {}
     for t in shown:

@@ -4,13 +4,11 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import TrialScheduler
 
 from umbrella.base import UserError
 from umbrella.config import Settings
@@ -23,7 +21,9 @@ from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.report import Trial, draw, rank, write_csv
-from umbrella.tuning.space import build_space, count_trials, possible_values
+from umbrella.tuning.schedulers import make_scheduler
+from umbrella.tuning.search import Search, make_search
+from umbrella.tuning.space import covers, read_space, variants
 from umbrella.tuning.trial import run_trial
 
 
@@ -48,12 +48,14 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
     """
-    space = build_space(settings, given)
+    search, scheduler = make_search(settings, given), make_scheduler(settings, given)
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     masks = possible_masks(settings, given)
-    splits = load_splits(settings, progress, masks)
-    check(settings, splits, masks, settings.tune.metric)
+    entries = read_space(settings, given)
+    shapes = variants(settings, entries, "modalities", "model")
+    splits = load_splits(settings, progress, masks, shapes)
+    check(settings, splits, masks, settings.tune.metric, shapes)
 
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
     folder = storage / "sweeps" / name
@@ -66,14 +68,14 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
     parent = Tracker.start(uri, experiment, name)
-    parent.params({k: v for k, v in settings.flat().items() if k not in space})
+    swept = [entry.name for entry in entries]
+    parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
     parent.text(settings.to_yaml(), "settings.yaml")
     job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
     parent.params(job.data)
-    total = count_trials(settings, given)
     try:
-        with Monitor(uri, experiment, total, settings.tune.metric) as monitor:
-            results = _tuner(job, space, at_once, monitor, storage, name).fit()
+        with Monitor(uri, experiment, search.trials, settings.tune.metric) as monitor:
+            results = _tuner(job, search, scheduler, at_once, monitor, storage, name).fit()
         answer = _answer(settings, rank(results, settings.tune.metric, settings.tune.mode), folder, uri)
         parent.artifact(answer.figure)
         parent.artifact(folder / "ranking.csv")
@@ -92,36 +94,25 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
     Raises:
         UserError: swept values that do not go together.
     """
-    listed = [
-        name
-        for name, entry in settings.tune.space.items()
-        if name.startswith("mask.") and name not in given and entry.keys() & {"grid", "choice"}
-    ]
-    points = product(*(possible_values(settings, name, given) for name in listed))
-    try:
-        return [settings.with_values(dict(zip(listed, point, strict=True))).mask for point in points]
-    except UserError as error:
-        raise UserError(f"tune.space: {error}") from None
+    return [variant.mask for variant in variants(settings, read_space(settings, given), "mask")]
 
 
-def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, storage: Path, name: str) -> tune.Tuner:
+def _tuner(
+    job: Job, search: Search, scheduler: TrialScheduler, at_once: int, monitor: Monitor, storage: Path, name: str
+) -> tune.Tuner:
     settings = job.settings.tune
     # Ray Tune's own table would be printed over ours.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    scheduler = ASHAScheduler(
-        time_attr="training_iteration",
-        max_t=10**6,  # beyond any number of evaluations: a trial that is not stopped early ends by itself
-        grace_period=settings.grace,
-        reduction_factor=settings.reduction,
-    )
     return tune.Tuner(
         # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
         tune.with_resources(tune.with_parameters(run_trial, job=job), {"node:__internal_head__": 0.001}),
-        param_space=space,
+        param_space=search.param_space,
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            num_samples=settings.samples,
+            num_samples=search.num_samples,
+            search_alg=search.search_alg,
+            time_budget_s=settings.hours * 3600 or None,
             max_concurrent_trials=at_once,
             scheduler=scheduler,
         ),
