@@ -242,6 +242,7 @@ def test_population_based_training_stays_within_the_space() -> None:
         settings.with_values(new)
         seen.append(new["optim.lr"])
     assert len(set(seen)) > 30  # drawn anew
+    assert points(settings)[0]["optim.lr"] not in seen  # and not as the points were
     assert 1e-5 in seen  # 0.8e-5 is not in the range
     assert 1.2e-5 in seen
 

@@ -53,8 +53,9 @@ def how(settings: Settings, entries: Sequence[Entry]) -> Iterator[str]:
     """Search, scheduler and budget in words, a line each."""
     asked = settings.tune
     drawn = [entry.name for entry in entries if entry.kind != "grid"]
-    draws = f", with {counted(asked.samples, 'draw')} of {', '.join(drawn)} for each" if drawn else ""
-    combinations = f"every combination of the grids{draws}"
+    draws = [f"{counted(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
+    grids = ["every combination of the grids"] if len(drawn) < len(entries) else []
+    combinations = ", each with ".join(grids + draws) or "the settings as they are"
     optuna = f"Optuna (TPE), {counted(asked.samples, 'point')} at most, each proposed from those before"
     seeds = f"; {asked.seeds} seeds each, from {settings.seed} on" if asked.seeds > 1 else ""
     yield f"search: {optuna if asked.search == 'optuna' else combinations}{seeds}"
