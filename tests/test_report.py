@@ -11,7 +11,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.training.live import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.describe import print_answer
-from umbrella.tuning.monitor import FAILED, STOPPED
+from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.ranking import rank, trials_of
 from umbrella.tuning.report import Files, cost, duration, winner, write_report
 from umbrella.tuning.results import Evaluation, Trial

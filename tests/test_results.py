@@ -13,7 +13,7 @@ from ray.tune import Result
 from umbrella.base import UserError
 from umbrella.training.live import EARLY, FINISHED
 from umbrella.training.progress import Progress, write_files
-from umbrella.tuning.monitor import FAILED, STOPPED
+from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.ranking import rank, trials_of
 from umbrella.tuning.results import Trial, read_trials
 from umbrella.tuning.settings import TuneSettings

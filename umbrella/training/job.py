@@ -4,8 +4,8 @@ Three processes of each training unpickle this file: the trial, Ray Train's cont
 needs the model, so only the worker imports it: seconds per trial.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Job:
     """Arguments of ``Tracker.start``."""
     folder: str
     """Where this training's checkpoints lie."""
+    begun: float = 0.0
+    """When this attempt at the training began, in seconds since 1970."""
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    """Of a trial, its point: names of settings to the values that Ray Tune was given."""
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
         """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""
@@ -81,7 +85,7 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         return str(error)
 
 
-def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
+def run_job(job: Job) -> None:
     """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
 
     Raises:
@@ -93,7 +97,7 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
     check_writable(folder, "the folder of the training")
     stop_file(folder).unlink(missing_ok=True)  # of a run before this one
     try:
-        outcome = make_trainer(job, callbacks).fit().return_value
+        outcome = make_trainer(job).fit().return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
@@ -119,7 +123,7 @@ def cause(error: BaseException) -> str:
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
-def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
+def make_trainer(job: Job) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
     resources, folder = job.settings.resources, Path(job.folder)
     least, most = resources.least_workers, resources.workers
@@ -137,7 +141,6 @@ def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
         run_config=RunConfig(
             storage_path=str(folder.parent),
             name=folder.name,
-            callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),

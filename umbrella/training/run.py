@@ -102,18 +102,29 @@ def trainings_that_fit(resources: ResourceSettings, available: dict[str, float])
     return max(1, int(min(by_cpu, by_gpu)))
 
 
-def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], metric: str) -> None:
+def check(
+    settings: Settings,
+    splits: Splits,
+    policies: Sequence[MaskPolicy],
+    metric: str,
+    shapes: Sequence[Settings] | None = None,
+) -> None:
     """Find what would end a training at its start, or leave it without the metric that decides, before anything starts.
+
+    Args:
+        shapes: as in ``load_splits``.
 
     Raises:
         UserError: a checkpoint that does not fit; a policy that supervises no token, or weighs a task that the data do
             not have; a label without a candidate answer; a metric that these data do not give.
     """
-    renderer = load_renderer(settings)
-    if settings.model.checkpoint:
-        from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
+    shapes = shapes or [settings]
+    renderer = load_renderer(shapes[0])
+    for shape in shapes:
+        if shape.model.checkpoint:
+            from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
 
-        check_checkpoint(settings.model, settings.modalities)
+            check_checkpoint(shape.model, shape.modalities)
     examples = audited(splits.train, renderer)
     task_types = sorted({c.task_type for c in splits.train})
     for policy in policies:
@@ -150,6 +161,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,
+        begun=time.time(),
     )
 
 
