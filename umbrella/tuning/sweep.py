@@ -1,5 +1,6 @@
 """A sweep: Ray Tune over trainings, from settings to a ranked answer; in MLflow, one run per trial under a parent."""
 
+import logging
 import os
 import signal
 import threading
@@ -150,6 +151,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
     settings, folder = job.settings.tune, Path(job.folder)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback of each failure, which Monitor says in a line
     # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
     trial = tune.with_resources(tune.with_parameters(run_trial, job=job), {"node:__internal_head__": 0.001})
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
