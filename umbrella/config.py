@@ -17,6 +17,7 @@ from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.modality import DEFAULT_MODALITIES, Modality
 from umbrella.model.settings import ModelSettings
+from umbrella.tracking.settings import TrackingSettings
 from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSettings
 from umbrella.tuning.settings import TuneSettings
 
@@ -42,6 +43,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     tune: TuneSettings = TuneSettings()
     resources: ResourceSettings = ResourceSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     def to_yaml(self) -> str:
         """The resolved settings, in a form that ``load_settings`` reads back to the same."""

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from umbrella.tracking.runs import PARENT, TRIAL, tracking_uri
+from umbrella.tracking.delivery import PARENT, TRIAL
+from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

@@ -42,6 +42,8 @@ class Job:
     """Arguments of ``Tracker.start``."""
     folder: str
     """Where this training's checkpoints lie."""
+    datasets: Sequence[Mapping[str, Any]] = ()
+    """The splits as MLflow is told of them, see ``tracking.datasets``."""
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
         """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""

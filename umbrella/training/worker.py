@@ -26,7 +26,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
-from umbrella.tracking.runs import code_version
+from umbrella.tracking.environment import code_version
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
@@ -213,7 +213,8 @@ class Worker:
             if self.log_error:
                 raise self.log_error
             if self.reporter:
-                self.reporter.evaluation(self.progress.step, measured, report)
+                scored = self.evaluate.scored if evaluated and self.progress.since_best == 0 else []
+                self.reporter.evaluation(self.progress.step, measured, report, scored)
             if self.writer:
                 self.writer.wait()
         keep = self.writer is not None

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples
+from umbrella.tracking.store import masked
 from umbrella.training.run import SPARE_CPUS, trainings_that_fit
 from umbrella.tuning.report import ranking_table
 from umbrella.tuning.space import build_space, count_trials, grid_points, label
@@ -47,7 +48,7 @@ def print_answer(answer: Answer, console: Console) -> None:
         "its checkpoint": _short(best.checkpoint or ""),
         "figure": _short(answer.figure),
         "ranking": _short(answer.folder / "ranking.csv"),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {answer.tracking})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(answer.tracking)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from umbrella.tracking.runs import close_trial
+from umbrella.tracking.ending import close_trial
 from umbrella.training.job import progress_line
 from umbrella.training.live import EARLY, FINISHED
 from umbrella.tuning.space import label
@@ -25,9 +26,19 @@ class Monitor(Callback):
         uri, experiment: MLflow's store and experiment, where a trial's run is closed when its worker could not.
         total: how many trials there will be.
         metric: the one shown.
+        folder: of the sweep.
     """
 
-    def __init__(self, uri: str, experiment: str, total: int, metric: str, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        total: int,
+        metric: str,
+        console: Console | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.folder = folder
         self.uri, self.experiment, self.total, self.metric = uri, experiment, total, metric
         self.console = console or Console()
         self.started = time.monotonic()
@@ -72,7 +83,8 @@ class Monitor(Callback):
     def _end(self, trial_id: str, state: str, status: str) -> None:
         self.trials[trial_id]["state"] = state
         self._say(trial_id, state)
-        close_trial(self.uri, self.experiment, trial_id, status, state)
+        folder = self.folder and self.folder / "trials" / trial_id
+        close_trial(self.uri, self.experiment, trial_id, status, state, folder)
 
     def _say(self, trial_id: str, words: str) -> None:
         if not self.live:

@@ -78,7 +78,7 @@ def _domain(name: str, entry: Mapping[str, Any], settings: Settings) -> Any:
 def _accepted(name: str, entry: Mapping[str, Any], settings: Settings) -> tuple[str, list[Any]]:
     """The kind of an entry, and its values as the setting takes them: YAML reads 1e-4 as a text."""
     where = f"tune.space.{name}"
-    if name.split(".")[0] in ("experiment", "name", "tune", "resources", "cohort", "data"):
+    if name.split(".")[0] in ("experiment", "name", "tune", "resources", "tracking", "cohort", "data"):
         raise UserError(f"{where}: {name.split('.')[0]} settings are the same for every trial and cannot be swept")
     if len(entry) != 1 or next(iter(entry)) not in KINDS:
         raise UserError(f"{where}: {dict(entry)} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")

@@ -18,7 +18,9 @@ from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
 from umbrella.storage import check_writable
-from umbrella.tracking.runs import Tracker, open_experiment, tracking_uri
+from umbrella.tracking.ending import mend
+from umbrella.tracking.runs import Tracker
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.monitor import Monitor
@@ -57,22 +59,24 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
 
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
     folder = storage / "sweeps" / name
-    uri = tracking_uri(storage)
+    uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
+    mend(uri, experiment, storage)
     dashboard = start_ray(settings.resources, log_to_driver=False)
     if dashboard:
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
-    parent = Tracker.start(uri, experiment, name)
+    parent = Tracker.start(uri, experiment, name, folder=folder)
     parent.params({k: v for k, v in settings.flat().items() if k not in space})
     parent.text(settings.to_yaml(), "settings.yaml")
     job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
     parent.params(job.data)
+    parent.inputs(job.datasets)
     total = count_trials(settings, given)
     try:
-        with Monitor(uri, experiment, total, settings.tune.metric) as monitor:
+        with Monitor(uri, experiment, total, settings.tune.metric, folder=folder) as monitor:
             results = _tuner(job, space, at_once, monitor, storage, name).fit()
         answer = _answer(settings, rank(results, settings.tune.metric, settings.tune.mode), folder, uri)
         parent.artifact(answer.figure)

@@ -1,0 +1,78 @@
+"""Runs whose end nobody wrote down: of workers that were stopped, and of scripts that were killed."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from umbrella.tracking.delivery import DRIVER, OUTCOME, find_trial
+from umbrella.tracking.drivers import announce, gone
+from umbrella.tracking.runs import FOLDER, Tracker
+from umbrella.tracking.store import can_wait, masked, short, store_key
+
+TRAININGS = ("trainings/*", "sweeps/*", "sweeps/*/trials/*")
+"""Folders below the storage that have an outbox."""
+LEFT = "its script was killed"
+
+
+def close_trial(
+    uri: str, experiment: str, trial: str, status: str, outcome: str, folder: str | Path | None = None
+) -> None:
+    """End a trial's run from the driver: its worker may have been stopped before it could. Outcome as in ``end``.
+
+    Args:
+        folder: of the training. What waits there is sent first.
+    """
+    try:
+        if folder and Path(folder, FOLDER, store_key(uri)).is_dir():
+            tracker = Tracker(uri, folder)
+            tracker.flush()
+            if tracker.outbox.waiting():  # the store does not answer: it will hear of this, too
+                if not any(message["do"] == "end" for message in tracker.outbox.waiting()):
+                    tracker.end(status, outcome, wait=0)
+                return
+        client = MlflowClient(uri)
+        run = find_trial(client, experiment, trial)
+        if run and not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
+            _close(client, run.info.run_id, status, outcome)
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # the disk is full: said already, and weighs more
+        note = f"MLflow at {masked(uri)} does not know that {trial} has ended: {short(error)}"
+        print(f"note: {note}", file=sys.stderr)
+
+
+def mend(uri: str, experiment: str, storage: str | Path) -> None:
+    """Put right what scripts of this host left behind that were killed, and let others see that this one lives.
+
+    What waits in their outboxes is sent; their runs that are still RUNNING become KILLED. Those of scripts that live,
+    or are of another host or storage, are left alone. Does nothing where the store does not answer.
+    """
+    what = f"{store_key(uri)}-{experiment}"
+    announce(storage, what)
+    client = MlflowClient(uri)
+    try:
+        for driver in gone(storage, what):
+            for folder in _folders_with_mail(uri, storage):
+                tracker = Tracker(uri, folder)
+                if tracker.driver == driver:
+                    tracker.flush()
+            running = f"attributes.status = 'RUNNING' and tags.`{DRIVER}` = '{driver}'"
+            for run in client.search_runs([experiment], running, max_results=1000):
+                _close(client, run.info.run_id, "KILLED", LEFT)
+    except Exception as error:
+        if not can_wait(error, uri):
+            raise
+
+
+def _folders_with_mail(uri: str, storage: str | Path) -> Iterator[Path]:
+    for pattern in TRAININGS:
+        for file in Path(storage).absolute().glob(f"{pattern}/{FOLDER}/{store_key(uri)}/outbox.jsonl"):
+            yield file.parents[2]
+
+
+def _close(client: MlflowClient, run_id: str, status: str, outcome: str) -> None:
+    client.log_batch(run_id, tags=[RunTag(OUTCOME, outcome)])
+    client.set_terminated(run_id, status)
