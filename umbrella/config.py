@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from umbrella.base import Section, UserError
+from umbrella.base import Section, UserError, masked
 from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.modality import DEFAULT_MODALITIES, Modality
@@ -148,7 +148,7 @@ def _validate(raw: dict[str, Any]) -> Settings:
             elif issue["type"] == "missing":
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
-                given = "" if isinstance(issue["input"], dict) else f"={issue['input']!r}"
+                given = "" if isinstance(issue["input"], dict) else masked(f"={issue['input']!r}")
                 problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}")
         raise UserError("\n".join(problems)) from None
 

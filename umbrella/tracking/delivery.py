@@ -11,9 +11,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from umbrella.base import masked
 from umbrella.tracking.datasets import to_input
 from umbrella.tracking.outbox import Message
-from umbrella.tracking.store import can_wait, is_refusal, masked, short
+from umbrella.tracking.store import can_wait, is_refusal, short
 
 TRIAL, PARENT = "ray.trial_id", "mlflow.parentRunId"
 OUTCOME, DRIVER = "umbrella.outcome", "umbrella.driver"

@@ -5,42 +5,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import RunStatus, RunTag
+from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.tracking.delivery import DRIVER, OUTCOME, find_trial
+from umbrella.base import masked
+from umbrella.tracking.delivery import DRIVER, OUTCOME
 from umbrella.tracking.drivers import announce, gone
 from umbrella.tracking.runs import FOLDER, Tracker
-from umbrella.tracking.store import can_wait, masked, short, store_key
+from umbrella.tracking.store import can_wait, short, store_key
 
 TRAININGS = ("trainings/*", "sweeps/*", "sweeps/*/trials/*")
 """Folders below the storage that have an outbox."""
 LEFT = "its script was killed"
 
 
-def close_trial(
-    uri: str, experiment: str, trial: str, status: str, outcome: str, folder: str | Path | None = None
-) -> None:
-    """End a trial's run from the driver: its worker may have been stopped before it could. Outcome as in ``end``.
+def close_trial(uri: str, folder: str | Path, status: str, outcome: str) -> None:
+    """End the run of a training from its driver: the worker may have been stopped before it could.
 
     Args:
-        folder: of the training. What waits there is sent first.
+        folder: of the training. What waits there is sent first. A run that was ended stays as it is.
+        status, outcome: as in ``Tracker.end``.
     """
+    if not Path(folder, FOLDER, store_key(uri)).is_dir():  # no worker came so far
+        return
     try:
-        if folder and Path(folder, FOLDER, store_key(uri)).is_dir():
-            tracker = Tracker(uri, folder)
+        tracker = Tracker(uri, folder)
+        if not tracker.ended:
+            tracker.end(status, outcome, wait=0)
+        else:
             tracker.flush()
-            if tracker.outbox.waiting():  # the store does not answer: it will hear of this, too
-                if not any(message["do"] == "end" for message in tracker.outbox.waiting()):
-                    tracker.end(status, outcome, wait=0)
-                return
-        client = MlflowClient(uri)
-        run = find_trial(client, experiment, trial)
-        if run and not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
-            _close(client, run.info.run_id, status, outcome)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # the disk is full: said already, and weighs more
-        note = f"MLflow at {masked(uri)} does not know that {trial} has ended: {short(error)}"
+        note = f"MLflow at {masked(uri)} does not know that {Path(folder).name} has ended: {short(error)}"
         print(f"note: {note}", file=sys.stderr)
 
 

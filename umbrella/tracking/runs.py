@@ -11,13 +11,13 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from umbrella.base import UserError
+from umbrella.base import UserError, masked
 from umbrella.tracking.delivery import DRIVER, PARENT, TRIAL, Delivery
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.environment import code_version
 from umbrella.tracking.machine import Machine
 from umbrella.tracking.outbox import Outbox
-from umbrella.tracking.store import can_wait, is_local, masked, store_key
+from umbrella.tracking.store import can_wait, is_local, store_key
 
 RETRY = 30.0
 """Seconds after which a store that did not answer is asked again."""
@@ -73,7 +73,7 @@ class Tracker:
         """
         tracker = cls(uri, folder)
         driver = driver or driver_id()
-        tracker._delivery.remember(driver=driver)
+        tracker._delivery.remember(driver=driver, ended=False)
         tags = {"mlflow.source.name": "umbrella", **code_version(), DRIVER: driver}
         tags |= {PARENT: parent} if parent else {}
         tags |= {TRIAL: trial} if trial else {}
@@ -100,6 +100,11 @@ class Tracker:
     def driver(self) -> str | None:
         """The script that the run belongs to."""
         return self._delivery.state.get("driver")
+
+    @property
+    def ended(self) -> bool:
+        """Whether ``end`` was called since the run was last started, by whichever process."""
+        return bool(self._delivery.state.get("ended"))
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; a resumed run keeps what it has."""
@@ -176,6 +181,7 @@ class Tracker:
             self._machine.stop()
         self.flush()
         self._put({"do": "end", "status": status, "outcome": outcome, "time": _now()})
+        self._delivery.remember(ended=True)
         until = time.monotonic() + wait
         self._deliver()
         while self.outbox.waiting() and time.monotonic() < until:

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.base import UserError
+from umbrella.base import UserError, masked
 from umbrella.storage import storage_fault
 
 PATIENCE = {
@@ -23,6 +22,7 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 """How long MLflow's client tries: 31 s at most. Its own defaults wait for a quarter of an hour. What is set stays."""
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines at the end of each run
 for _name, _value in PATIENCE.items():
     os.environ.setdefault(_name, _value)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
@@ -42,12 +42,6 @@ def tracking_uri(storage: str | Path, uri: str = "") -> str:
         os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
         uri = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return uri
-
-
-def masked(text: str) -> str:
-    """A text, such as an address or an error about one, without the credentials in it."""
-    text = re.sub(r"://[^/\s]*@", "://***@", text)
-    return re.sub(r"(?i)\b(password|token|secret)=[^&\s]+", r"\1=***", text)
 
 
 def short(error: BaseException) -> str:
@@ -94,7 +88,7 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
             _follow_artifacts(uri, artifacts)
         if experiment is None:
             return client.create_experiment(name, artifact_location=artifacts)
-    except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError) as error:
         remedy = "" if is_local(uri) else "; start it, or name another one: tracking.uri=..."
         raise UserError(f"MLflow at {masked(uri)}: {short(error)}{remedy}") from None
     if experiment.lifecycle_stage != "active":

@@ -187,7 +187,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
-        close_trial(uri, experiment, name, *outcomes.get(type(error), ("FAILED", "failed")), folder=job.folder)
+        close_trial(uri, job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
     return Path(job.folder)
 

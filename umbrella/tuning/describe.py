@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples
-from umbrella.tracking.store import masked
 from umbrella.training.run import SPARE_CPUS, trainings_that_fit
 from umbrella.tuning.report import ranking_table
 from umbrella.tuning.space import build_space, count_trials, grid_points, label

@@ -23,23 +23,13 @@ class Monitor(Callback):
     """Follows the trials of a sweep from the driver.
 
     Args:
-        uri, experiment: MLflow's store and experiment, where a trial's run is closed when its worker could not.
+        uri, folder: MLflow's store, and the sweep's folder: a trial's run is closed when its worker could not.
         total: how many trials there will be.
         metric: the one shown.
-        folder: of the sweep.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        total: int,
-        metric: str,
-        console: Console | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        self.folder = folder
-        self.uri, self.experiment, self.total, self.metric = uri, experiment, total, metric
+    def __init__(self, uri: str, folder: Path, total: int, metric: str, console: Console | None = None) -> None:
+        self.uri, self.folder, self.total, self.metric = uri, folder, total, metric
         self.console = console or Console()
         self.started = time.monotonic()
         self.trials: dict[str, dict[str, Any]] = {}
@@ -83,8 +73,7 @@ class Monitor(Callback):
     def _end(self, trial_id: str, state: str, status: str) -> None:
         self.trials[trial_id]["state"] = state
         self._say(trial_id, state)
-        folder = self.folder and self.folder / "trials" / trial_id
-        close_trial(self.uri, self.experiment, trial_id, status, state, folder)
+        close_trial(self.uri, self.folder / "trials" / trial_id, status, state)
 
     def _say(self, trial_id: str, words: str) -> None:
         if not self.live:

@@ -76,7 +76,7 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> 
     parent.inputs(job.datasets)
     total = count_trials(settings, given)
     try:
-        with Monitor(uri, experiment, total, settings.tune.metric, folder=folder) as monitor:
+        with Monitor(uri, folder, total, settings.tune.metric) as monitor:
             results = _tuner(job, space, at_once, monitor, storage, name).fit()
         answer = _answer(settings, rank(results, settings.tune.metric, settings.tune.mode), folder, uri)
         parent.artifact(answer.figure)
