@@ -4,6 +4,7 @@ import os
 import sys
 from urllib.request import urlopen
 
+from umbrella.base import masked
 from umbrella.cli import Option, Request, run_script
 
 OPTIONS = (Option("--port", "port of MLflow's page on localhost", default=5000, kind=int, value="PORT"),)
@@ -12,8 +13,8 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 def main(request: Request) -> None:
     """Serve the storage folder's MLflow database until the keyboard stops it, or say where the server is."""
-    from umbrella.tracking.links import compare_link
-    from umbrella.tracking.store import is_local, masked, open_experiment, tracking_uri
+    from umbrella.tracking.links import pages
+    from umbrella.tracking.store import open_experiment, tracking_uri
 
     settings, port = request.settings, request.options["port"]
     storage = settings.resources.storage
@@ -24,10 +25,9 @@ def main(request: Request) -> None:
     print(f"Ray dashboard: {_dashboard()}", flush=True)
     if request.dry_run:
         return
-    if is_local(uri):
-        experiment = open_experiment(uri, settings.experiment, storage)
-        if link := compare_link(uri, experiment, page):
-            print(f"trials of the newest sweep, side by side: {link}", flush=True)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    for what, address in pages(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():
+        print(f"{what}: {address}", flush=True)
     if not served:
         server = f"-m mlflow server --host 127.0.0.1 --port {port} --backend-store-uri".split()
         os.execv(sys.executable, [sys.executable, *server, uri])

@@ -133,6 +133,7 @@ def test_a_server_that_is_down_at_the_start_is_named_before_anything_starts(tmp_
 
 WRITERS = """
 import os, sys
+import alembic.command, mlflow.store.tracking.sqlalchemy_store  # once, and not in each
 from umbrella.tracking.runs import Tracker
 uri, experiment, folder = sys.argv[1:]
 children = []
