@@ -29,7 +29,7 @@ def main(request: Request) -> None:
     for what, address in pages(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():
         print(f"{what}: {address}", flush=True)
     if not served:
-        server = f"-m mlflow server --host 127.0.0.1 --port {port} --backend-store-uri".split()
+        server = f"-m mlflow server --workers 1 --host 127.0.0.1 --port {port} --backend-store-uri".split()
         os.execv(sys.executable, [sys.executable, *server, uri])
 
 

@@ -55,6 +55,7 @@ def test_runs_of_a_script_that_was_killed_become_killed_and_all_others_stay(
         assert script.stdout is not None
         assert script.stdout.readline() == "running\n"
     foreign = Tracker.start(uri, experiment, "another host", driver="another-host 1 0.00")
+    (tmp_path / ".drivers" / f"sqlite-{experiment}" / "another-host 1 0.00").touch()  # nobody here can see its lock
     try:
         mend(uri, experiment, tmp_path)
         assert set(states().values()) == {"RUNNING"}

@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 def swept(small_settings: Any, ray_session: Any) -> Any:
     """The answer of a sweep over a good rate and one that explodes; its run, and its trials' runs by trial."""
     space = {"optim.lr": {"grid": [3e-3, 1e30]}, "mask.supervise": {"grid": ["last_assistant"]}}
-    settings = small_settings({"tune.space": space, "optim.warmup": 0, "experiment": "sweep"})
+    settings = small_settings(
+        {"tune.space": space, "optim.warmup": 0, "experiment": "sweep", "tracking.hash_subjects": True}
+    )
     answer = run_sweep(settings, frozenset(), lambda things, what: things)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
@@ -70,6 +72,11 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     assert good.data.tags["best.checkpoint"] == best.checkpoint
     table = json.loads(Path(client.download_artifacts(good.info.run_id, "predictions.json")).read_text())
     assert len(table["data"]) > 2
+    for name in files:
+        assert "sub-0" not in Path(client.download_artifacts(good.info.run_id, name)).read_bytes().decode("latin-1"), (
+            name
+        )
+    assert "sub-0" not in str(good.to_dictionary())
     rights = [row[table["columns"].index("right")] for row in table["data"]]
     step = [m.step for m in client.get_metric_history(good.info.run_id, "eval/sex/accuracy")].index(best.step)
     accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
