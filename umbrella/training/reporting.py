@@ -22,7 +22,7 @@ from umbrella.training.job import Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
-from umbrella.training.progress import Progress, best_checkpoint
+from umbrella.training.progress import NOTHING, Progress, best_checkpoint, goodness, read_metrics
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
@@ -35,6 +35,8 @@ class Reporter:
         self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
         self.live.say(BUILDING)
         self._first: tuple[float, float] | None = None
+        tune, best = job.settings.tune, best_checkpoint(job.folder, job.settings.tune.metric, job.settings.tune.mode)
+        self._best = goodness(read_metrics(best), tune.metric, tune.mode) if best else NOTHING
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(
@@ -97,21 +99,20 @@ class Reporter:
         self.live.say(EVALUATING, place)
 
     def evaluation(
-        self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], best: Sequence[Scored]
+        self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Scored]
     ) -> None:
-        """Write down an evaluation, and with it all steps before.
-
-        Args:
-            best: what it scored, if it is the best one so far; else nothing.
-        """
+        """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
         self.tracker.metrics(measured, step)
         self.tracker.flush()
-        tracking = self.job.settings.tracking
-        if best and tracking.predictions:
-            self.tracker.text(predictions_json(best, tracking.predictions, self._hidden), FILE)
-            self.tracker.tags(SHOWN_AS)
-        if best and tracking.checkpoint != "none":
-            self.tracker.tags({"best.checkpoint": str(report["checkpoint"])})
+        tracking, tune = self.job.settings.tracking, self.job.settings.tune
+        good = goodness(measured, tune.metric, tune.mode)
+        if good > self._best:
+            self._best = good
+            if tracking.predictions:
+                self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
+                self.tracker.tags(SHOWN_AS)
+            if tracking.checkpoint != "none":
+                self.tracker.tags({"best.checkpoint": str(report["checkpoint"])})
         print(progress_line(dict(report)), flush=True)
 
     def _hidden(self, text: str, subjects: Sequence[str]) -> str:

@@ -213,8 +213,7 @@ class Worker:
             if self.log_error:
                 raise self.log_error
             if self.reporter:
-                scored = self.evaluate.scored if evaluated and self.progress.since_best == 0 else []
-                self.reporter.evaluation(self.progress.step, measured, report, scored)
+                self.reporter.evaluation(self.progress.step, measured, report, self.evaluate.scored)
             if self.writer:
                 self.writer.wait()
         keep = self.writer is not None
