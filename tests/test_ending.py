@@ -10,12 +10,14 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.drivers import announce, driver_id, gone
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.runs import DRIVER, Tracker
 from umbrella.tracking.store import open_experiment
 
 SCRIPT = """
 import sys, time
+from umbrella.tracking.drivers import announce, driver_id, gone
 from umbrella.tracking.ending import mend
 from umbrella.tracking.runs import Tracker
 uri, experiment, storage, name = sys.argv[1:]
@@ -82,6 +84,15 @@ def test_runs_of_a_script_that_was_killed_become_killed_and_all_others_stay(
     states_now = states()
     assert (states_now["killed trial"], states_now["lives trial"]) == ("FINISHED", "KILLED")
     assert client.get_run(foreign.run_id).data.tags[DRIVER] == "another-host 1 0.00"
+
+
+def test_a_script_may_open_a_storage_again_that_was_moved_while_it_lives(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    announce(old, "x")
+    old.rename(new)
+    announce(new, "x")
+    assert list(gone(new, "x")) == []
+    assert [path.name for path in (new / ".drivers" / "x").iterdir()] == [driver_id()]
 
 
 def test_closing_a_training_ends_a_running_run_and_leaves_an_ended_one(

@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -29,7 +30,8 @@ def announce(storage: str | Path, what: str) -> None:
     if path not in _held:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # this process has it already, if the storage was moved; or there are no locks here
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _held[path] = file
 
 
