@@ -23,7 +23,8 @@ from integration.faults import LONGER, STEPS, kill_workers, plain_environment
 from mlflow import MlflowClient
 
 from umbrella.config import Settings, load_settings
-from umbrella.tracking.runs import OUTCOME, PARENT, TRIAL, tracking_uri
+from umbrella.tracking.delivery import OUTCOME, PARENT, TRIAL
+from umbrella.tracking.store import tracking_uri
 
 TUNE = Path(__file__).resolve().parents[1] / "experiments" / "tune.py"
 

@@ -11,7 +11,8 @@ import pytest
 from mlflow import MlflowClient
 
 from integration.faults import go_on, kill_workers, when_step
-from umbrella.tracking.runs import LAST_WRITTEN, OUTCOME, tracking_uri
+from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.store import tracking_uri
 from umbrella.training.live import read_live
 from umbrella.training.progress import latest_checkpoint, read_progress
 
@@ -105,7 +106,6 @@ def test_mlflow_has_what_the_bar_shows(patient: Trained) -> None:
     assert {"train/samples_per_second", "train/supervised_tokens_per_second", "train/memory_host_mib"} <= shown.keys()
     assert shown.keys() <= run.data.metrics.keys()
     assert 0 <= shown["train/waiting_for_data"] <= 1
-    assert max(run.data.metrics) == LAST_WRITTEN, "what a run that goes on is asked for"
 
 
 def test_rays_dashboard_has_what_the_bar_shows(patient: Trained) -> None:

@@ -4,7 +4,7 @@ Three processes of each training unpickle this file: the trial, Ray Train's cont
 needs the model, so only the worker imports it: seconds per trial.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Job:
     """When this attempt at the training began, in seconds since 1970."""
     swept: Mapping[str, Any] = field(default_factory=dict)
     """Of a trial, its point: names of settings to the values that Ray Tune was given."""
+    datasets: Sequence[Mapping[str, Any]] = ()
+    """The splits as MLflow is told of them, see ``tracking.datasets``."""
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
         """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""

@@ -21,7 +21,11 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.storage import check_writable
-from umbrella.tracking.runs import close_trial, is_name, open_experiment, tracking_uri
+from umbrella.tracking.datasets import describe
+from umbrella.tracking.drivers import driver_id
+from umbrella.tracking.ending import close_trial, mend
+from umbrella.tracking.runs import is_name
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
 from umbrella.training.requests import stopped_by_sigterm
 from umbrella.training.settings import ResourceSettings
@@ -151,6 +155,7 @@ def check(
 
 def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> Job:
     """The job of one training, its tables put into Ray's object store."""
+    fingerprint = splits.fingerprint
     return Job(
         settings=settings,
         train=ray.put(to_table(splits.train)),
@@ -158,10 +163,14 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         train_lengths=splits.lengths["train"],
         validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train),
-        data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
-        tracking=tracking,
+        data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
+        tracking=tracking | {"driver": driver_id()},
         folder=folder,
         begun=time.time(),
+        datasets=[
+            describe("training", splits.train, fingerprint, settings.data.train),
+            describe("validation", splits.validation, fingerprint, settings.data.validation),
+        ],
     )
 
 
@@ -176,8 +185,9 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
-    uri = tracking_uri(storage)
+    uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
+    mend(uri, experiment, storage)
     start_ray(settings.resources, log_to_driver=True)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
@@ -189,7 +199,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
-        close_trial(uri, experiment, name, *outcomes.get(type(error), ("FAILED", "failed")))
+        close_trial(uri, job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
     return Path(job.folder)
 
@@ -198,12 +208,13 @@ def check_same(job: Job) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
-        UserError: names what differs: a setting (other than of ``resources`` and ``tune``), or the data. With patience
-            what it waits for belongs to the training, too.
+        UserError: names what differs: a setting (other than of ``resources``, ``tune`` and ``tracking``), or the data.
+            With patience what it waits for belongs to the training, too.
     """
     file = Path(job.folder) / "begun_with.json"
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in ("resources", "tune") or k in decides}
+    free = ("resources", "tune", "tracking")
+    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in free or k in decides}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():

@@ -27,7 +27,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
-from umbrella.tracking.runs import code_version
+from umbrella.tracking.environment import code_version
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
@@ -220,7 +220,7 @@ class Worker:
             if self.log_error:
                 raise self.log_error
             if self.reporter:
-                self.reporter.evaluation(self.progress.step, measured, report)
+                self.reporter.evaluation(self.progress.step, measured, report, self.evaluate.scored)
                 if evaluated:
                     note(self.job.folder, report)
             if self.writer:

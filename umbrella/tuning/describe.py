@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples, counted
 from umbrella.training.run import SPARE_CPUS, trainings_that_fit
@@ -98,7 +99,7 @@ def print_answer(answer: Answer, console: Console) -> None:
         "its checkpoint": _short(best.checkpoint or ""),
         "ranking": _short(files.ranking),
         "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {answer.tracking})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(answer.tracking)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)

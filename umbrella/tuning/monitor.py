@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from umbrella.tracking.runs import close_trial
+from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, End, how_it_ended, read_end, write_end
@@ -28,17 +28,15 @@ class Monitor:
 
     Args:
         folder: the sweep's. Trials that have ended there before are shown with the others.
-        uri, experiment: MLflow's store and experiment, where a trial's run is closed when its worker could not.
+        uri: MLflow's store, where a trial's run is closed when its worker could not.
         total: how many trials there will be.
     """
 
     current: ClassVar["Monitor | None"] = None
     """The one that this process is in."""
 
-    def __init__(
-        self, folder: Path, uri: str, experiment: str, total: int, tune: TuneSettings, console: Console | None = None
-    ) -> None:
-        self.folder, self.uri, self.experiment, self.total, self.tune = folder, uri, experiment, total, tune
+    def __init__(self, folder: Path, uri: str, total: int, tune: TuneSettings, console: Console | None = None) -> None:
+        self.folder, self.uri, self.total, self.tune = folder, uri, total, tune
         self.console = console or Console()
         self.started = time.monotonic()
         self.trials: dict[str, dict[str, Any]] = {}
@@ -46,7 +44,7 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         for trial in read_trials(self.folder, self.tune):
-            place = self.folder / "trials" / trial.trial_id.rpartition("-")[2]
+            place = self._place(trial.trial_id)
             rows = read_history(place)
             if end := read_end(place):
                 self.trials[trial.trial_id] = {"name": trial.name, "state": end.state, "result": (rows or [{}])[-1]}
@@ -66,7 +64,7 @@ class Monitor:
         """Whoever runs the sweep gives up: so much is true of the trials that are running."""
         for name, trial in self.trials.items():
             if trial["state"] == "running":
-                close_trial(self.uri, self.experiment, name, "KILLED", state)
+                close_trial(self.uri, self._place(name), "KILLED", state)
 
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
@@ -111,7 +109,10 @@ class Monitor:
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
 
     def _close(self, name: str, end: End) -> None:
-        close_trial(self.uri, self.experiment, name, STATUS.get(end.state, "FINISHED"), end.state)
+        close_trial(self.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
+
+    def _place(self, name: str) -> Path:
+        return self.folder / "trials" / name.rpartition("-")[2]
 
     def _say(self, name: str, words: str) -> None:
         if not self.live:

@@ -67,7 +67,7 @@ def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
         tune: whose metric decides which checkpoint of a trial is its best.
     """
     trials = [_trial(file.parent, tune) for file in Path(sweep).glob(f"trials/*/{POINT}")]
-    return sorted(trials, key=lambda trial: (trial.started or inf, trial.trial_id))
+    return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
 
 
 def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:

@@ -21,7 +21,9 @@ from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
 from umbrella.storage import check_writable
-from umbrella.tracking.runs import Tracker, open_experiment, tracking_uri
+from umbrella.tracking.ending import mend
+from umbrella.tracking.runs import Tracker
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.ending import reopen
@@ -85,23 +87,25 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             raise UserError(f"name={folder.name}: there is such a sweep; go on with --resume {folder.name}, or rename")
         else:
             write_question(folder, Question(settings, given), splits.fingerprint)
-        uri = tracking_uri(storage)
+        uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
+        mend(uri, experiment, storage)
         dashboard = start_ray(settings.resources, log_to_driver=False)
         if dashboard:
             print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
         at_once = min(at_once, settings.tune.concurrent or at_once)
 
-        parent = Tracker.start(uri, experiment, folder.name, trial=folder.name)
+        parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
         swept = [entry.name for entry in entries]
         parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
         parent.text(settings.to_yaml(), SETTINGS)
         job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
         parent.params(job.data)
+        parent.inputs(job.datasets)
         for trial in folder.glob("trials/*/"):
             reopen(trial)
-        monitor = Monitor(folder, uri, experiment, search.trials, settings.tune)
+        monitor = Monitor(folder, uri, search.trials, settings.tune)
         try:
             with monitor, stopped_by_sigterm(folder.name):
                 _tuner(job, search, scheduler, at_once).fit()
@@ -151,7 +155,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
     settings, folder = job.settings.tune, Path(job.folder)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a traceback of each failure, which Monitor says in a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
     # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
     trial = tune.with_resources(tune.with_parameters(run_trial, job=job), {"node:__internal_head__": 0.001})
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
