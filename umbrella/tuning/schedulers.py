@@ -23,6 +23,25 @@ ON_THE_WAY = ("optim.", "mask.", "train.augment.")
 EVALUATIONS = "evaluation"
 
 
+class Population(PopulationBasedTraining):
+    """Population-based training (Jaderberg et al., 2017) that comes to its end.
+
+    The worst trials go on from checkpoints of the best, which may be of an earlier step. Where a metric falls with the
+    steps, as in overfitting, two trials would set each other back for ever; here each step sets a trial back once.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.left: dict[str, int] = {}
+        """The last evaluation that each trial left for another's checkpoint."""
+
+    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
+        evaluation = self._trial_state[trial].last_train_time
+        if evaluation > self.left.get(trial.trial_id, 0):
+            self.left[trial.trial_id] = evaluation
+            super()._exploit(tune_controller, trial, trial_to_clone)
+
+
 def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> TrialScheduler:
     """The scheduler that ``settings.tune`` asks for; metric and mode are ``tune.TuneConfig``'s.
 
@@ -42,7 +61,7 @@ def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> T
     if asked.scheduler == "pbt":
         entries = perturbed(settings, given)
         rng = np.random.default_rng([settings.seed, 1])  # not the numbers that the points were drawn with
-        return PopulationBasedTraining(
+        return Population(
             time_attr=EVALUATIONS,
             perturbation_interval=asked.perturb_every,
             # Ray moves along a list by one, and multiplies a number by 0.8 or 1.2, or draws it anew.
