@@ -31,7 +31,7 @@ class Counting(tune.Trainable):
         if self.count == 2 and self.config.get("seed") == 1:
             raise ValueError("a trial that fails")
         metric = float("nan") if self.count == 1 else self.config["optim.lr"] * self.count
-        return {"eval/loss": metric, "count": self.count, "done": self.count >= 4}
+        return {"eval/loss": metric, "count": self.count, "evaluation": self.count, "done": self.count >= 4}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         (Path(checkpoint_dir) / "count").write_text(str(self.count))

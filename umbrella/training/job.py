@@ -87,8 +87,11 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         return str(error)
 
 
-def run_job(job: Job) -> None:
+def run_job(job: Job, here: bool = False) -> None:
     """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
+
+    Args:
+        here: in this process, with one worker, instead of in processes that Ray Train starts.
 
     Raises:
         UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
@@ -99,7 +102,7 @@ def run_job(job: Job) -> None:
     check_writable(folder, "the folder of the training")
     stop_file(folder).unlink(missing_ok=True)  # of a run before this one
     try:
-        outcome = make_trainer(job).fit().return_value
+        outcome = make_trainer(job, here).fit().return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
@@ -125,7 +128,7 @@ def cause(error: BaseException) -> str:
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
-def make_trainer(job: Job) -> TorchTrainer:
+def make_trainer(job: Job, here: bool = False) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
     resources, folder = job.settings.resources, Path(job.folder)
     least, most = resources.least_workers, resources.workers
@@ -136,7 +139,7 @@ def make_trainer(job: Job) -> TorchTrainer:
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
+            num_workers=0 if here else most if least == most else (least, most),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
         ),

@@ -112,7 +112,7 @@ class Reporter:
                 self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
                 self.tracker.tags(SHOWN_AS)
             if tracking.checkpoint != "none":
-                self.tracker.tags({"best.checkpoint": str(report["checkpoint"])})
+                self.tracker.tags({"best.checkpoint": f"{self.job.folder}/step_{step:07d}"})
         print(progress_line(dict(report)), flush=True)
 
     def _hidden(self, text: str, subjects: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ from umbrella.tuning.trial import name_of, trial_folder
 
 STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
 """How MLflow calls what did not end by itself."""
+GIVE_UP = 10**6
+"""Failures that no ``resources.max_failures`` allows."""
 REASONS = {"asha": "by ASHA", "median": "by the median rule", "pbt": "by population-based training"}
 
 
@@ -69,9 +71,15 @@ class Monitor:
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        known = self.trials.get(name_of(folder), {"result": {}})
-        self.trials[name_of(folder)] = known | {"name": label(trial.config), "state": "running"}
-        self._say(name_of(folder), "started")
+        known = self.trials.get(name_of(folder))
+        self.trials[name_of(folder)] = (known or {"result": {}}) | {"name": label(trial.config), "state": "running"}
+        if not read_end(folder):
+            self._say(name_of(folder), "goes on" if known else "started")
+
+    def recover(self, trial: Any) -> None:
+        """A trial raised, or its process died, and Ray Tune is about to try again."""
+        if read_end(trial_folder(self.folder, trial.trial_id, trial.config)):
+            trial.run_metadata.num_failures = GIVE_UP  # the training said itself that trying again would not help
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial evaluated."""
@@ -145,6 +153,10 @@ class Follow(Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         if Monitor.current:
             Monitor.current.result(trial, result)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.recover(trial)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if Monitor.current:

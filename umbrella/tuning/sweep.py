@@ -35,7 +35,7 @@ from umbrella.tuning.results import Trial, read_trials
 from umbrella.tuning.schedulers import make_scheduler
 from umbrella.tuning.search import Search, make_search
 from umbrella.tuning.space import covers, read_space, variants
-from umbrella.tuning.trial import run_trial
+from umbrella.tuning.trial import TrialRunner, trial_resources
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
@@ -156,8 +156,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
-    # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
-    trial = tune.with_resources(tune.with_parameters(run_trial, job=job), {"node:__internal_head__": 0.001})
+    trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
     return tune.Tuner(
@@ -171,6 +170,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             time_budget_s=settings.hours * 3600 or None,
             max_concurrent_trials=at_once,
             scheduler=scheduler,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=folder.name,
