@@ -37,6 +37,7 @@ SMALL = {
     "train.batch_size": 4,
     "train.accumulate": 1,
     "optim.warmup": 2,
+    "tracking.model": False,  # 10 s
 }
 """Settings of a training that takes seconds, on one small cohort."""
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"

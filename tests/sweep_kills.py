@@ -34,7 +34,7 @@ def kill_trial(script: subprocess.Popen, draw: random.Random) -> int:
     trials = [
         process
         for process in psutil.Process(script.pid).children(recursive=True)
-        if any(name in " ".join(process.cmdline()) for name in ("ray::TrialRunner",))
+        if any(name in " ".join(process.cmdline()) for name in ("ray::Trial.",))
     ]
     for process in trials[:1] and [draw.choice(trials)]:
         process.kill()

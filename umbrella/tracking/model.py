@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -17,9 +18,11 @@ from mlflow.models import Model, ModelSignature
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella import __version__
-from umbrella.base import UserError
+from umbrella.base import UserError, masked
+from umbrella.tracking.settings import TrackingSettings
 
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
 CHECKPOINT = "checkpoint"
@@ -71,6 +74,17 @@ class AnsweringModel(PythonModel):
             modality = None if isinstance(modality, float) else modality  # a table has NaN where there is none
             asked.append(self.model.question(record["volumes"], record["question"], modality))
         return self.model.answer(asked, **(params or {}))
+
+
+def keep_model(settings: TrackingSettings, uri: str, run_id: str, checkpoint: str | Path) -> None:
+    """Log a checkpoint as ``settings.model`` and ``.register`` say. What does not work is said, and nothing else."""
+    if not settings.model:
+        return
+    try:
+        log_model(uri, run_id, checkpoint, register=settings.register or None)
+    except (MlflowException, SQLAlchemyError, UserError, OSError) as error:
+        why = masked(" ".join(str(error).split())[:300])
+        print(f"note: {checkpoint} was not logged as a model in MLflow: {why}", file=sys.stderr)
 
 
 def log_model(

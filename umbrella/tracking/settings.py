@@ -15,6 +15,10 @@ class TrackingSettings(Section):
     """Address of an MLflow server. Empty: MLFLOW_TRACKING_URI if it is set, else a database in the storage folder."""
     checkpoint: Literal["none", "location", "best"] = "location"
     """What MLflow gets of the best checkpoint: nothing, its place as a tag, or also its files, uploaded at the end."""
+    model: bool = True
+    """The best checkpoint of a sweep or training is logged as a model that answers questions, with all its weights."""
+    register: str = ""
+    """Name of a registered model in MLflow that it becomes a version of."""
     predictions: int = Field(100, ge=0)
     """Validation questions in predictions.json, the same in every run on the same data. 0: no such table."""
     hash_subjects: bool = False

@@ -24,9 +24,10 @@ from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
-from umbrella.tracking.runs import is_name
+from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
+from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import stopped_by_sigterm
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
@@ -201,6 +202,11 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
         close_trial(uri, job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
+    best = best_checkpoint(job.folder, settings.tune.metric, settings.tune.mode)
+    if best and settings.tracking.model:
+        from umbrella.tracking.model import keep_model  # seconds, which only the end needs
+
+        keep_model(settings.tracking, uri, Tracker(uri, job.folder).run_id, best)
     return Path(job.folder)
 
 

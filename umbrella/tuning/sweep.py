@@ -117,6 +117,10 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
             parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
             parent.end()
+            if settings.tracking.model and (best := answer.trials[0].checkpoint):
+                from umbrella.tracking.model import keep_model  # seconds, which only the end needs
+
+                keep_model(settings.tracking, uri, parent.run_id, best)
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | Stopped)
             monitor.close("killed")
@@ -157,6 +161,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
     trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
+    trial.__name__ = "Trial"  # as Ray's dashboard calls its process
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
     return tune.Tuner(

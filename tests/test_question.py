@@ -1,0 +1,83 @@
+"""A sweep's folder: what was asked, of which data, and by whom it is being run."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.base import UserError
+from umbrella.config import load_settings
+from umbrella.tuning.question import Question, check_data, claimed, newest, read_question, write_question
+
+SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
+HOLD = "import sys; from pathlib import Path; from umbrella.tuning.question import claimed\n"
+HOLD += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """The folder of a sweep, just begun."""
+    folder = tmp_path / "sweeps" / "first"
+    folder.mkdir(parents=True)
+    settings = load_settings(overrides={"tune.space": SPACE, "resources.storage": str(tmp_path)})
+    write_question(folder, Question(settings, frozenset({"optim.warmup"})), "a" * 64)
+    return folder
+
+
+def test_a_question_is_read_back_as_it_was_asked(sweep: Path) -> None:
+    settings, given = read_question(sweep)
+    assert settings.tune.space == SPACE
+    assert given == {"optim.warmup"}
+    assert newest(sweep.parent) == sweep
+
+
+def test_a_sweep_that_there_is_not_is_named_with_those_that_there_are(sweep: Path) -> None:
+    with pytest.raises(UserError, match=r"no sweep .*second; there are first$"):
+        read_question(sweep.parent / "second")
+    with pytest.raises(UserError, match="holds no sweep"):
+        newest(sweep / "trials")
+
+
+def test_a_sweep_does_not_go_on_with_other_data(sweep: Path) -> None:
+    check_data(sweep, "a" * 64)
+    with pytest.raises(UserError, match="first was begun with other data"):
+        check_data(sweep, "b" * 64)
+
+
+def test_a_second_script_is_refused_until_the_first_one_is_dead(sweep: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD, sweep], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert first.stdout.readline() == b"mine\n"
+    with pytest.raises(UserError, match=rf"^first is being run already, by process {first.pid} on "), claimed(sweep):
+        pass
+    first.kill()
+    first.communicate()
+    with claimed(sweep):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume", "last", "optim.lr=1"], "takes the sweep's own settings; leave out optim.lr"),
+        (["--resume", "another"], "there is no sweep .*another; there are first"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_in_one_line(
+    sweep: Path, run: Callable[..., Any], words: list[str], message: str
+) -> None:
+    done = run("tune.py", f"resources.storage={sweep.parents[1]}", *words)
+    assert done.status == 2
+    assert done.stderr.count("\n") == 1
+    assert re.search(message, done.stderr)
+
+
+def test_what_is_resumed_is_the_sweeps_own_question(sweep: Path, run: Callable[..., Any]) -> None:
+    done = run("tune.py", f"resources.storage={sweep.parents[1]}", "--resume", "first", "--dry-run")
+    assert done.status == 0
+    assert "trials: 2" in done.stdout
+    assert "lr=1e-4" in done.stdout
