@@ -71,7 +71,7 @@ def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, say: C
         RuntimeError: the script ended as it should not.
     """
     script, arrived, trials = start(settings, go_on=False), 0, len(settings.tune.space["optim.lr"]["grid"])
-    wait = trials * STEPS // (kills + 1)
+    wait = trials * STEPS // (kills + 2)
     while arrived < kills:
         until = batches_taken(settings) + draw.randint(1, wait)
         while script.poll() is None and batches_taken(settings) < until:

@@ -77,11 +77,11 @@ class AnsweringModel(PythonModel):
 
 
 def keep_model(settings: TrackingSettings, uri: str, run_id: str, checkpoint: str | Path) -> None:
-    """Log a checkpoint as ``settings.model`` and ``.register`` say. What does not work is said, and nothing else."""
+    """Log a checkpoint as ``settings.model`` and ``.registered_as`` say; what does not work is said, and no more."""
     if not settings.model:
         return
     try:
-        log_model(uri, run_id, checkpoint, register=settings.register or None)
+        log_model(uri, run_id, checkpoint, register=settings.registered_as or None)
     except (MlflowException, SQLAlchemyError, UserError, OSError) as error:
         why = masked(" ".join(str(error).split())[:300])
         print(f"note: {checkpoint} was not logged as a model in MLflow: {why}", file=sys.stderr)

@@ -17,7 +17,7 @@ class TrackingSettings(Section):
     """What MLflow gets of the best checkpoint: nothing, its place as a tag, or also its files, uploaded at the end."""
     model: bool = True
     """The best checkpoint of a sweep or training is logged as a model that answers questions, with all its weights."""
-    register: str = ""
+    registered_as: str = ""
     """Name of a registered model in MLflow that it becomes a version of."""
     predictions: int = Field(100, ge=0)
     """Validation questions in predictions.json, the same in every run on the same data. 0: no such table."""

@@ -22,6 +22,7 @@ PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 """How long MLflow's client tries: 31 s at most. Its own defaults wait for a quarter of an hour. What is set stays."""
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines at the end of each run
 for _name, _value in PATIENCE.items():
     os.environ.setdefault(_name, _value)
