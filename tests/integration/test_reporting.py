@@ -12,9 +12,10 @@ from mlflow import MlflowClient
 
 from integration.faults import go_on, kill_workers, when_step
 from umbrella.tracking.runs import LAST_WRITTEN, OUTCOME, tracking_uri
-from umbrella.training.live import read_live
-from umbrella.training.progress import latest_checkpoint, read_progress
+from umbrella.training.live import EVALUATION, gauge_name, read_live
+from umbrella.training.progress import latest_checkpoint, read_metrics, read_progress
 
+GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 PATIENT = {
     "name": "patient",
     "experiment": "reporting",
@@ -47,6 +48,11 @@ class Trained(NamedTuple):
         experiment = client.get_experiment_by_name("reporting")
         (run,) = client.search_runs([experiment.experiment_id])
         return run, [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+
+    def samples(self, prefix: str) -> list[str]:
+        """The lines of this training on the page of metrics whose gauge begins so."""
+        of_this = ['run="patient"', 'trial="patient"']
+        return [x for x in self.page.splitlines() if x.startswith(prefix) and all(label in x for label in of_this)]
 
     def steps_taken(self) -> int:
         """Steps that were begun, those that were taken twice included."""
@@ -108,10 +114,52 @@ def test_mlflow_has_what_the_bar_shows(patient: Trained) -> None:
     assert max(run.data.metrics) == LAST_WRITTEN, "what a run that goes on is asked for"
 
 
-def test_rays_dashboard_has_what_the_bar_shows(patient: Trained) -> None:
-    samples = [line for line in patient.page.splitlines() if 'run="patient",trial="patient"' in line]
-    shown = {f"ray_umbrella_{name.removeprefix('train/')}" for name in patient.told["metrics"]}
-    assert {line.split("{")[0] for line in samples} == shown
+def test_rays_metrics_have_what_the_bar_shows_and_the_evaluations(patient: Trained) -> None:
+    names = {line.split("{")[0] for line in patient.samples("ray_")}
+    assert names == {f"ray_{name}" for name in [EVALUATION, *map(gauge_name, patient.told["metrics"])]}
+    values = {}
+    for line in patient.samples(f"ray_{EVALUATION}{{"):
+        values[re.search(r'metric="([^"]*)"', line)[1]] = float(line.split()[-1])  # type: ignore[index]
+    newest = latest_checkpoint(patient.folder)
+    assert newest is not None
+    measured = {name: value for name, value in read_metrics(newest).items() if name.startswith("eval/")}
+    assert values == pytest.approx(measured)
+
+
+def test_grafana_finds_what_it_asks_for_in_rays_metrics(patient: Trained) -> None:
+    asked = set(re.findall(r"ray_\w+", GRAFANA.read_text(encoding="utf-8")))
+    there = {line.split("{")[0] for line in patient.samples("ray_")}
+    assert asked - there == {f"ray_{gauge_name('train/memory_device_mib')}"}, "no GPU here"
+
+
+def test_ray_calls_job_training_and_data_by_names_that_a_person_gave(patient: Trained, ray_session: Any) -> None:
+    from ray.data._internal.stats import get_or_create_stats_actor
+    from ray.train.v2._internal.state.state_actor import get_or_create_state_actor
+    from ray.util.state import list_jobs
+
+    (job,) = list_jobs(detail=True)
+    assert job.metadata["job_name"] == "tests of umbrella"
+    runs = ray_session.get(get_or_create_state_actor().get_train_runs.remote())
+    assert "patient" in {run.name for run in runs.values()}
+    datasets = ray_session.get(get_or_create_stats_actor().get_datasets.remote())
+    named = {name.rsplit("_", 2)[0] for name in datasets}  # Ray adds an id and a count
+    assert named >= {f"patient, {use}, worker {rank}" for use in ("training", "evaluation") for rank in (0, 1)}
+
+
+def test_rays_actor_of_a_trial_bears_the_trials_label(tmp_path: Path) -> None:
+    from ray import tune
+    from ray.train._internal.storage import StorageContext
+    from ray.tune.trainable import wrap_function
+
+    from umbrella.tuning.names import labelled
+
+    def trial(config: dict[str, Any], job: Any) -> None: ...
+
+    actor = wrap_function(tune.with_resources(tune.with_parameters(labelled(trial), job=None), {"CPU": 1}))
+    point = {"optim.lr": 0.003, "mask.supervise": "all"}
+    made = actor(point, storage=StorageContext(tmp_path, "sweep", trial_dir_name="1"))
+    assert repr(made) == "lr=0.003 supervise=all"
+    made.stop()
 
 
 def test_the_same_command_does_not_train_a_stopped_training_further(patient: Trained) -> None:

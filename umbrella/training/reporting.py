@@ -83,6 +83,7 @@ class Reporter:
         """Write down an evaluation, and with it all steps before."""
         self.tracker.metrics(measured, step)
         self.tracker.flush()
+        self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         print(progress_line(dict(report)), flush=True)
 
     def end(self, progress: Progress, place: Mapping[str, float]) -> None:
