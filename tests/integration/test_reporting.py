@@ -1,11 +1,12 @@
 """A training that gets no better stops by itself; as it runs, it says how it goes in MLflow and on Ray's dashboard."""
 
+import json
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from mlflow import MlflowClient
@@ -132,17 +133,19 @@ def test_grafana_finds_what_it_asks_for_in_rays_metrics(patient: Trained) -> Non
     assert asked - there == {f"ray_{gauge_name('train/memory_device_mib')}"}, "no GPU here"
 
 
-def test_ray_calls_job_training_and_data_by_names_that_a_person_gave(patient: Trained, ray_session: Any) -> None:
-    from ray.data._internal.stats import get_or_create_stats_actor
-    from ray.train.v2._internal.state.state_actor import get_or_create_state_actor
-    from ray.util.state import list_jobs
+def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
+    patient: Trained, ray_session: Any
+) -> None:
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
-    (job,) = list_jobs(detail=True)
-    assert job.metadata["job_name"] == "tests of umbrella"
-    runs = ray_session.get(get_or_create_state_actor().get_train_runs.remote())
-    assert "patient" in {run.name for run in runs.values()}
-    datasets = ray_session.get(get_or_create_stats_actor().get_datasets.remote())
-    named = {name.rsplit("_", 2)[0] for name in datasets}  # Ray adds an id and a count
+    (job,) = ray_session._private.worker.global_worker.gcs_client.get_all_job_info().values()
+    assert job.config.metadata["job_name"] == "tests of umbrella"
+    assert 'ray_train_run_name="patient"' in patient.page
+    dashboard = ray_session._private.worker.get_dashboard_url()
+    address = f"http://{dashboard}/api/data/datasets/{ray_session.get_runtime_context().get_job_id()}"
+    with urlopen(Request(address, headers=get_auth_headers_if_auth_enabled({})), timeout=30) as answer:
+        datasets = json.load(answer)["datasets"]
+    named = {one["dataset"].rsplit("_", 2)[0] for one in datasets}  # Ray adds an id and a count
     assert named >= {f"patient, {use}, worker {rank}" for use in ("training", "evaluation") for rank in (0, 1)}
 
 
