@@ -148,7 +148,7 @@ def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict
     from mlflow import MlflowClient
 
     from umbrella.config import load_settings
-    from umbrella.tracking.runs import tracking_uri
+    from umbrella.tracking.store import tracking_uri
     from umbrella.training import run
 
     settings: dict[str, Any] = {

@@ -1,27 +1,40 @@
 """Which learning rate, and which turns should the loss see? Sweep any settings with Ray Tune; MLflow keeps every run.
 
 Without arguments: ray_configs/tune.yaml on a phantom cohort, which is made when it is not there yet. A setting that is
-given on the command line is fixed and no longer swept.
+given on the command line is fixed and no longer swept. A sweep that was stopped or killed goes on with --resume and its
+name, or --resume last; of the settings, only those of resources can then be given.
 """
 
 from pathlib import Path
 
-from umbrella.cli import Request, make_console, progress_bar, run_script
+from umbrella.base import UserError
+from umbrella.cli import Option, Request, make_console, progress_bar, run_script
 
+RESUME = Option("--resume", "go on with a sweep: its name, or last", value="NAME")
 QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
     from umbrella.tuning.describe import dry_run, print_answer
+    from umbrella.tuning.question import newest, read_question, sweeps_folder
     from umbrella.tuning.sweep import run_sweep
 
-    console = make_console()
+    console, settings, given, folder = make_console(), request.settings, request.given, None
+    if name := request.options["resume"]:
+        others = sorted(given_name for given_name in given if not given_name.startswith("resources."))
+        if others:
+            raise UserError(f"--resume takes the sweep's own settings; leave out {', '.join(others)}")
+        sweeps = sweeps_folder(settings)
+        folder = newest(sweeps) if name == "last" else sweeps / name
+        changed = {given_name: settings.flat()[given_name] for given_name in given}
+        settings, given = read_question(folder)
+        settings = settings.with_values(changed)
     if request.dry_run:
-        dry_run(request.settings, request.given, console)
+        dry_run(settings, given, console)
     else:
-        print_answer(run_sweep(request.settings, request.given, progress_bar), console)
+        print_answer(run_sweep(settings, given, progress_bar, folder), console)
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, default_file=str(QUESTION))
+    run_script(main, __doc__, default_file=str(QUESTION), options=[RESUME])

@@ -2,26 +2,45 @@
 
 import os
 import sys
+from urllib.request import urlopen
 
-from umbrella.cli import Request, run_script
+from umbrella.base import masked
+from umbrella.cli import Option, Request, run_script
 
-PORT = "5000"
+OPTIONS = (Option("--port", "port of MLflow's page on localhost", default=5000, kind=int, value="PORT"),)
+DASHBOARD = "http://127.0.0.1:8265"
 
 
 def main(request: Request) -> None:
-    """Serve the storage folder's MLflow database until the keyboard stops it."""
-    from umbrella.tracking.runs import open_experiment, tracking_uri
+    """Serve the storage folder's MLflow database until the keyboard stops it, or say where the server is."""
+    from umbrella.tracking.links import pages
+    from umbrella.tracking.store import open_experiment, tracking_uri
 
-    storage = request.settings.resources.storage
-    uri = tracking_uri(storage)
-    print(f"MLflow: http://127.0.0.1:{PORT}   Ray dashboard, while a run goes on: http://127.0.0.1:8265", flush=True)
+    settings, port = request.settings, request.options["port"]
+    storage = settings.resources.storage
+    uri = tracking_uri(storage, settings.tracking.uri)
+    served = uri.startswith(("http:", "https:"))
+    page = masked(uri) if served else f"http://127.0.0.1:{port}"
+    print(f"MLflow: {page}", flush=True)
+    print(f"Ray dashboard: {_dashboard()}", flush=True)
     if request.dry_run:
         return
-    if uri.startswith("sqlite:"):
-        open_experiment(uri, request.settings.experiment, storage)
-    server = f"-m mlflow server --host 127.0.0.1 --port {PORT} --backend-store-uri".split()
-    os.execv(sys.executable, [sys.executable, *server, uri])
+    experiment = open_experiment(uri, settings.experiment, storage)
+    for what, address in pages(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():
+        print(f"{what}: {address}", flush=True)
+    if not served:
+        server = f"-m mlflow server --workers 1 --host 127.0.0.1 --port {port} --backend-store-uri".split()
+        os.execv(sys.executable, [sys.executable, *server, uri])
+
+
+def _dashboard() -> str:
+    """Where it is, or when there will be one."""
+    try:
+        with urlopen(DASHBOARD, timeout=1):
+            return DASHBOARD
+    except OSError:
+        return f"none runs; a training or sweep on this machine opens it at {DASHBOARD} and prints its address"
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, options=OPTIONS)

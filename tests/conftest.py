@@ -5,6 +5,7 @@ Imports that cost seconds (torch, transformers) stay inside the fixtures, so tha
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -258,6 +259,23 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     if folder.is_mount():
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Puts a new SQLite store into a folder and gives its address: a copy, since to make the tables takes seconds."""
+    from umbrella.tracking.store import open_experiment, tracking_uri
+
+    made = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        open_experiment(tracking_uri(made), "template", made)
+
+    def put(folder: Path) -> str:
+        shutil.copyfile(made / "mlflow.db", folder / "mlflow.db")
+        return f"sqlite:///{folder / 'mlflow.db'}"
+
+    return put
 
 
 @pytest.fixture(scope="session")

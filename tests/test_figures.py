@@ -9,8 +9,8 @@ from PIL import Image
 
 from umbrella.training.live import FINISHED
 from umbrella.tuning import figures
+from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.figures import VERMILION, draw_curves, draw_metric, draw_ranking, draw_times, save
-from umbrella.tuning.monitor import FAILED, STOPPED
 from umbrella.tuning.ranking import Contender, rank
 from umbrella.tuning.results import Evaluation, Trial
 

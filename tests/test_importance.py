@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from umbrella.training.live import FINISHED
+from umbrella.tuning.ending import FAILED
 from umbrella.tuning.importance import LEAST, importance
-from umbrella.tuning.monitor import FAILED
 from umbrella.tuning.results import Trial
 
 

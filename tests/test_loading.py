@@ -281,6 +281,21 @@ def test_a_sample_without_a_target_under_any_mask_of_a_sweep_is_found(folder: Pa
     assert len(str(caught.value).splitlines()) == 1  # how much a target weighs is no reason of its own
 
 
+def test_every_grid_of_a_sweep_is_in_the_store_before_the_start_and_no_sample_is_too_long_for_one(folder: Path) -> None:
+    def shaped(grid: int, patch: int) -> Settings:
+        names = [f"modalities.{name}" for name in ("sMRI", "dMRI")]
+        return settings_of(folder).with_values({name: {"grid": [grid] * 3, "patch": [patch] * 3} for name in names})
+
+    shapes = [shaped(4, 2), shaped(6, 2), shaped(6, 3)]
+    splits = load_splits(settings_of(folder), plain, shapes=shapes)
+    arrays = sorted(np.load(file).shape for file in open_store(settings_of(folder)).folder.rglob("*.npy"))
+    assert arrays == [(4, 4, 4)] * 5 + [(6, 6, 6)] * 5  # five files; the settings' own 24 is no trial's, and not made
+    alone = load_splits(settings_of(folder).with_values(shapes[0].flat()), plain)
+    assert (splits.lengths["train"] == alone.lengths["train"]).all()
+    with pytest.raises(UserError, match="max_tokens"):  # 1000 tokens a volume
+        load_splits(settings_of(folder), plain, shapes=[shaped(4, 2), shaped(60, 3)])
+
+
 def test_volumes_are_decoded_by_several_processes_with_the_same_outcome(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from umbrella.training.live import FINISHED
-from umbrella.tuning.monitor import FAILED, STOPPED
+from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.ranking import interval, rank, ranking_table, trials_of, write_csv
 from umbrella.tuning.results import Evaluation, Trial
 

@@ -11,7 +11,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.training.live import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.describe import print_answer
-from umbrella.tuning.monitor import FAILED, STOPPED
+from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.ranking import rank, trials_of
 from umbrella.tuning.report import Files, cost, duration, winner, write_report
 from umbrella.tuning.results import Evaluation, Trial
@@ -78,7 +78,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_settings_are_compared_by_their_seeds_and_every_trial_is_there(tmp_path: Path) -> None:
     _, page = report(tmp_path, TRIALS)
     assert f"lr=0.001: {METRIC} 0.8125 ± 0.16 (n = 3) over seeds" in page.text.replace(" :", ":")
-    assert "1 finished, 1 stopped by ASHA, 1 failed" in page.text
+    assert "1 finished, 1 stopped by the scheduler, 1 failed" in page.text
     assert BAD in page.text  # as words, not as a script
     assert "at evaluation 1, step 10 of 30" in page.text
     assert {t.trial_id for t in TRIALS} <= set(page.words)
@@ -152,4 +152,4 @@ def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
     assert f"lr=0.001 seed=1: {METRIC} 0.875 at step 10, over seeds 0.8125 ± 0.16 (n = 3)" in said
     assert "python experiments/train.py 'my sweep/best.yaml'" in said
     assert f"file://{tmp_path}/my%20sweep/report.html" in said
-    assert "1 finished, 1 stopped by ASHA, 1 failed" in said
+    assert "1 finished, 1 stopped by the scheduler, 1 failed" in said

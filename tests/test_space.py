@@ -1,57 +1,64 @@
-"""The search space: the settings' own names and types, checked before anything starts."""
+"""The search space: the settings' own names and types, conditions, all of it checked before anything starts."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.space import build_space, count_trials, grid_points, label, possible_values
+from umbrella.tuning.entry import Entry, in_words
+from umbrella.tuning.space import label, read_space, variants
 
 
-def sweep(samples: int = 1, **space: dict[str, Any]) -> Settings:
-    """Settings with a space; ``__`` in a name is a dot."""
-    entries = {f"tune.space.{name.replace('__', '.')}": entry for name, entry in space.items()}
-    return load_settings(overrides=entries | {"tune.samples": samples})
+def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:
+    return load_settings(overrides={"tune.space": space} | {f"tune.{name}": value for name, value in tune.items()})
 
 
-def draws(domain: Any) -> list[Any]:
-    return domain.sample(size=200, random_state=0)
+def entry_of(name: str, entry: dict[str, Any]) -> Entry:
+    (found,) = read_space(sweep({name: entry}))
+    return found
 
 
-def test_every_kind_becomes_rays() -> None:
-    space = build_space(
-        sweep(
-            mask__supervise={"grid": ["all", "assistant"]},
-            model__width={"choice": [16, 32]},
-            optim__weight_decay={"uniform": [0, 0.5]},
-            optim__lr={"loguniform": [1e-4, 1e-2]},
-            train__epochs={"uniform": [1, 3]},
-            optim__warmup={"loguniform": [1, 4]},
-        )
-    )
-    assert space["mask.supervise"] == {"grid_search": ["all", "assistant"]}
-    assert space["model.width"].categories == [16, 32]
-    decays, rates = draws(space["optim.weight_decay"]), draws(space["optim.lr"])
+def draws(name: str, entry: dict[str, Any]) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [entry_of(name, entry).draw(rng) for _ in range(300)]
+
+
+def test_a_range_of_numbers_is_drawn_from_evenly_or_evenly_in_its_logarithm() -> None:
+    decays = draws("optim.weight_decay", {"uniform": [0, 0.5]})
     assert 0 <= min(decays) < 0.1 < 0.4 < max(decays) <= 0.5
+    rates = draws("optim.lr", {"loguniform": [1e-4, 1e-2]})
     assert 1e-4 <= min(rates) < 3e-4 < 3e-3 < max(rates) <= 1e-2
-    assert 0.3 < sum(rate < 1e-3 for rate in rates) / 200 < 0.7  # as many below the geometric mean as above
-    # Whole numbers stay whole, and the upper end is one of them.
-    assert set(draws(space["train.epochs"])) == {1, 2, 3}
-    assert set(draws(space["optim.warmup"])) == {1, 2, 3, 4}
+    assert 0.4 < np.mean(np.array(rates) < 1e-3) < 0.6  # as many below the geometric mean as above
+    assert all(float(f"{rate:.4g}") == rate for rate in rates)
+
+
+def test_whole_numbers_stay_whole_and_both_ends_are_drawn() -> None:
+    assert set(draws("train.epochs", {"randint": [1, 3]})) == {1, 2, 3}
+    assert set(draws("train.epochs", {"uniform": [1, 3]})) == {1, 2, 3}
+    assert set(draws("optim.warmup", {"loguniform": [1, 4]})) == {1, 2, 3, 4}
+    turns = draws("train.augment.rotate", {"randint": [0, 2]})  # a setting of any numbers
+    assert set(turns) == {0.0, 1.0, 2.0}
+    assert {type(turn) for turn in turns} == {float}
+
+
+def test_a_stepped_range_has_the_values_on_its_steps() -> None:
+    assert set(draws("model.width", {"quniform": [16, 64, 16]})) == {16, 32, 48, 64}
+    assert set(draws("optim.clip", {"quniform": [0.1, 0.5, 0.2]})) == {0.1, 0.3, 0.5}
+    assert set(draws("optim.clip", {"quniform": [0.1, 0.6, 0.2]})) == {0.1, 0.3, 0.5}  # 0.6 is no step
 
 
 @pytest.mark.parametrize("kind", ["grid", "choice", "uniform", "loguniform"])
 def test_a_rate_that_yaml_reads_as_text_is_a_number_in_the_space(kind: str) -> None:
-    settings = sweep(optim__lr={kind: ["1e-4", "1e-2"]})
-    domain: Any = build_space(settings)["optim.lr"]
-    if kind in ("grid", "choice"):
-        assert (domain["grid_search"] if kind == "grid" else domain.categories) == [0.0001, 0.01]
-        assert possible_values(settings, "optim.lr") == [0.0001, 0.01]
-    else:
-        assert (domain.lower, domain.upper) == (0.0001, 0.01)
-    if kind == "grid":
-        assert grid_points(settings) == [{"optim.lr": 0.0001}, {"optim.lr": 0.01}]
+    assert entry_of("optim.lr", {kind: ["1e-4", "1e-2"]}).values == [0.0001, 0.01]
+
+
+def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> None:
+    assert entry_of("modalities.fMRI.grid", {"grid": [[16, 16, 16, 6], [16, 16, 16, 12]]}).values[0] == [16, 16, 16, 6]
+    assert entry_of("optim", {"choice": [{"lr": "1e-4", "warmup": 5}]}).values == [{"lr": 0.0001, "warmup": 5}]
+    shape = {"grid": [32, 32, 32], "patch": [16, 16, 16]}
+    assert entry_of("modalities.sMRI", {"grid": [shape]}).values == [shape]
 
 
 @pytest.mark.parametrize(
@@ -60,51 +67,131 @@ def test_a_rate_that_yaml_reads_as_text_is_a_number_in_the_space(kind: str) -> N
         ("optim.learning_rate", {"grid": [1]}, "optim.learning_rate: there is no such setting"),
         ("optim.lr", {"grid": [0.1, -1]}, "optim.lr=-1: Input should be greater than 0"),
         ("mask.supervise", {"choice": ["some"]}, "mask.supervise='some': Input should be 'assistant'"),
-        ("optim.lr", {"normal": [0, 1]}, "{'normal': [0, 1]} is none of grid, choice, uniform, loguniform"),
+        ("optim.lr", {"normal": [0, 1]}, "{'normal': [0, 1]} is none of grid, choice, uniform, loguniform, quniform"),
         ("optim.lr", {"grid": [1], "choice": [1]}, "is none of grid, choice"),
         ("optim.lr", {}, "{} is none of grid"),
         ("optim.lr", {"grid": []}, "grid takes a list of at least one value, not []"),
         ("optim.lr", {"grid": 0.1}, "grid takes a list of at least one value, not 0.1"),
-        ("optim.lr", {"uniform": [0.1, 0.1]}, "uniform takes [low, high] with low < high"),
-        ("optim.lr", {"uniform": [0.1, 0.2, 0.3]}, "uniform takes [low, high]"),
+        ("optim.lr", {"uniform": [0.1, 0.1]}, "uniform takes [low, high], with low < high"),
+        ("optim.lr", {"uniform": [0.1, 0.2, 0.3]}, "uniform takes [low, high]; a list of values is a grid or a choice"),
         ("optim.weight_decay", {"loguniform": [0, 0.1]}, "low < high and low > 0"),
-        ("mask.supervise", {"uniform": ["all", "assistant"]}, "uniform takes [low, high], two numbers"),
-        ("mask.end_of_turn", {"uniform": [False, True]}, "uniform takes [low, high], two numbers"),
+        ("mask.supervise", {"uniform": ["all", "assistant"]}, "uniform takes [low, high]: numbers; a list"),
+        ("mask.end_of_turn", {"uniform": [False, True]}, "uniform takes [low, high]: numbers; a list"),
+        ("optim.clip", {"quniform": [1, 2]}, "quniform takes [low, high, step]"),
+        ("optim.clip", {"quniform": [1, 2, 3]}, "a step above 0 that is not longer than the range"),
+        ("optim.clip", {"quniform": [1, 2, "wide"]}, "quniform takes [low, high, step]: numbers"),
+        ("model.width", {"quniform": [16, 32, 0.5]}, "no whole numbers: 16, 32, 0.5"),
+        ("optim.clip", {"randint": [0.5, 2]}, "randint takes [low, high], two whole numbers, both of them included"),
         ("data.train", {"grid": ["a", "b"]}, "data settings are the same for every trial and cannot be swept"),
         ("resources.workers", {"grid": [1, 2]}, "resources settings are the same for every trial"),
         ("experiment", {"grid": ["a"]}, "experiment settings are the same for every trial"),
+        ("modalities.sMRI.patch", {"grid": [[7, 8, 8]]}, "patch (7, 8, 8) does not divide grid (24, 24, 24)"),
+        ("modalities.sMRI.background", {"uniform": [0, 1]}, "list the values, as a grid"),
+        ("optim.lr", {"grid": [1], "when": "always"}, "when takes names and values, as in {model.train:"),
+        ("optim.lr", {"grid": [1], "when": {"model.train": ["all"]}}, "when: model.train is not swept by a grid or a"),
+        ("optim.lr", {"grid": [1], "when": {"optim.lr": [1]}}, "when: optim.lr is not swept by a grid or a choice"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_by_name(name: str, entry: dict[str, Any], message: str) -> None:
-    settings = load_settings(overrides={f"tune.space.{name}": entry})
     with pytest.raises(UserError) as caught:
-        build_space(settings)
+        read_space(sweep({name: entry}))
     assert str(caught.value).startswith(f"tune.space.{name}: ")
     assert message in str(caught.value)
 
 
-def test_a_setting_given_on_the_command_line_is_not_swept() -> None:
-    space = {"optim__lr": {"grid": [0.1, 0.2]}, "mask__supervise": {"grid": ["all", "assistant", "last_assistant"]}}
-    settings = sweep(samples=2, **space)
-    given = frozenset({"optim.lr"})
-    assert list(build_space(settings, given)) == ["mask.supervise"]
-    assert (count_trials(settings), count_trials(settings, given)) == (12, 6)
-    assert grid_points(settings, given) == [{"mask.supervise": v} for v in ("all", "assistant", "last_assistant")]
-    assert possible_values(settings, "optim.lr", given) == [Settings().optim.lr]
+MASK = {"grid": ["all", "assistant"]}
 
 
-def test_what_is_drawn_counts_once_per_sample_and_is_shown_as_its_range() -> None:
-    settings = sweep(samples=3, optim__lr={"loguniform": [0.001, 0.1]}, mask__supervise={"grid": ["all", "assistant"]})
-    assert count_trials(settings) == 6
-    assert [label(point) for point in grid_points(settings)] == [
-        "lr={'loguniform': [0.001, 0.1]} supervise=all",
-        "lr={'loguniform': [0.001, 0.1]} supervise=assistant",
-    ]
-    assert possible_values(settings, "optim.lr") == [Settings().optim.lr]
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {"mask.supervise": MASK, "optim.lr": {"grid": [1], "when": {"mask.supervise": ["last_assistant"]}}},
+            "tune.space.optim.lr: when: mask.supervise is never last_assistant; tune.space has it all, assistant",
+        ),
+        (
+            {
+                "optim.lr": {"grid": [1, 2], "when": {"optim.clip": [3]}},
+                "optim.clip": {"grid": [3, 4], "when": {"optim.lr": [1]}},
+            },
+            "tune.space.optim.lr: conditions of optim.clip, optim.lr go in a circle; take one out",
+        ),
+        (
+            {"optim.clip": {"uniform": [1, 2]}, "optim.lr": {"grid": [1], "when": {"optim.clip": [1]}}},
+            "tune.space.optim.lr: when: optim.clip is not swept by a grid or a choice",
+        ),
+        (
+            {"modalities.sMRI.grid": {"grid": [[24] * 3, [32] * 3]}, "modalities.sMRI.patch": {"grid": [[6] * 3]}},
+            "tune.space.modalities.sMRI.grid: sMRI.grid=32x32x32 sMRI.patch=6x6x6 do not go together: modalities.sMRI:"
+            " patch (6, 6, 6) does not divide grid (32, 32, 32) along every axis; leave such values out, or sweep",
+        ),
+        (
+            {"modalities.sMRI": {"grid": [{"patch": [6] * 3}]}, "modalities.sMRI.grid": {"grid": [[24] * 3]}},
+            "tune.space.modalities.sMRI.grid: is part of modalities.sMRI, which is swept too",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_found_before_the_start(space: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_space(sweep(space))
+    assert str(caught.value).startswith(message)
 
 
-def test_a_trial_in_words() -> None:
-    assert label({"optim.lr": 0.00012345, "mask.supervise": "all", "train.epochs": 3}) == (
-        "lr=0.000123 supervise=all epochs=3"
+def test_values_that_only_go_with_a_neighbours_are_taken() -> None:
+    grids = {"grid": [[30] * 3, [60] * 3]}
+    read_space(sweep({"modalities.sMRI.grid": grids, "modalities.sMRI.patch": {"grid": [[15] * 3]}}))  # of 24 none is
+    only = {"grid": ["inflated"], "when": {"model.checkpoint": ["llava"]}}
+    read_space(sweep({"model.checkpoint": {"grid": ["", "llava"]}, "model.embedder_init": only}))
+
+
+def test_seeds_are_swept_in_one_way() -> None:
+    with pytest.raises(UserError, match=r"^tune\.space\.seed: tune\.seeds sets the seed"):
+        read_space(sweep({"seed": {"grid": [0, 1]}}, seeds=2))
+
+
+def test_variants_are_every_combination_that_trials_can_have_of_a_section() -> None:
+    settings = sweep(
+        {
+            "mask.supervise": {"choice": ["all", "assistant"]},
+            "model.train": {"grid": ["embedder", "all"]},
+            "optim.lr": {"loguniform": [0.1, 0.2]},
+            "mask.turn_header": {"grid": [True, False], "when": {"model.train": ["all"], "mask.supervise": ["all"]}},
+        }
     )
+    masks = [variant.mask for variant in variants(settings, read_space(settings), "mask")]
+    assert {(mask.supervise, mask.turn_header) for mask in masks} == {
+        ("all", True), ("all", False), ("assistant", False)
+    }  # fmt: skip
+    assert variants(settings, read_space(settings), "modalities") == [settings]
+
+
+def test_what_the_command_line_fixes_decides_conditions() -> None:
+    space = {
+        "model.train": {"grid": ["embedder", "all"]},
+        "optim.embedder_lr": {"grid": [1.0], "when": {"model.train": ["all"]}},
+        "optim.clip": {"grid": [1.0, 2.0], "when": {"optim.embedder_lr": [1.0]}},
+        "modalities.sMRI": {"grid": [{"patch": [6, 6, 6]}]},
+    }
+    given = frozenset({"model.train", "modalities.sMRI.grid"})
+    fixed = sweep(space).with_values({"model.train": "all"})
+    assert [(entry.name, entry.when) for entry in read_space(fixed, given)] == [
+        ("optim.embedder_lr", {}),
+        ("optim.clip", {"optim.embedder_lr": [1.0]}),
+    ]
+    assert read_space(fixed.with_values({"model.train": "embedder"}), given) == []
+
+
+def test_a_trial_in_words_is_short_and_tells_it_from_others() -> None:
+    point = {"optim.lr": 0.0003, "mask.supervise": "all", "train.epochs": 3, "optim.clip": 0.5, "seed": 1}
+    assert label(point) == "lr=3e-4 supervise=all epochs=3 clip=0.5 seed=1"
+    assert label({"modalities.sMRI.grid": [96, 96, 96]}) == "sMRI.grid=96x96x96"  # dMRI and fMRI have one too
+    assert label({"modalities.sMRI": {"grid": [96, 96, 96], "patch": [8, 8, 8]}}) == "sMRI=(grid=96x96x96 patch=8x8x8)"
+    assert label({"optim.lr": 1e-3, "optim.embedder_lr": 1e-5}) == "lr=0.001 embedder_lr=1e-5"
+    assert label({"mask.task_weights": {"T1": 2.0}, "mask.preset": ""}) == 'task_weights=(T1=2) preset=""'
     assert label({}) == "as set"
+
+
+@pytest.mark.parametrize("value", [3e-4, 1.2345e-5, 0.001, 0.25, 10.0, 0.0, 1e30, 123456.5, -2e-7])
+def test_a_number_in_words_is_the_number(value: float) -> None:
+    assert float(in_words(value)) == value
+    assert len(in_words(value)) <= 9

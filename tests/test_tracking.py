@@ -1,12 +1,15 @@
 """MLflow: what is tracked can be read back, a trial has one run however often it starts, and ended runs stay ended."""
 
+import json
 import shutil
 import subprocess
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -14,17 +17,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service import utils as mlflow_utils
 
 from umbrella.base import UserError
-from umbrella.tracking import runs as tracking
-from umbrella.tracking.runs import (
-    LAST_WRITTEN,
-    OUTCOME,
-    Tracker,
-    close_trial,
-    code_version,
-    is_name,
-    open_experiment,
-    tracking_uri,
-)
+from umbrella.tracking import environment
+from umbrella.tracking.datasets import describe
+from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.environment import code_version, environment_json
+from umbrella.tracking.runs import Tracker, is_name
+from umbrella.tracking.store import open_experiment, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def test_the_store_lies_in_the_storage_folder_unless_the_environment_names_another(
+def test_the_store_lies_in_the_storage_folder_unless_a_setting_or_the_environment_names_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -59,6 +57,7 @@ def test_the_store_lies_in_the_storage_folder_unless_the_environment_names_anoth
     assert tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert tracking_uri("runs") == "http://mlflow.example:5000"
+    assert tracking_uri("runs", "http://other.example") == "http://other.example"
 
 
 def test_what_is_tracked_is_read_back(uri: str, experiment: str, client: MlflowClient, tmp_path: Path) -> None:
@@ -120,65 +119,120 @@ def test_a_trial_that_starts_again_continues_its_run(uri: str, experiment: str, 
 
 
 def test_a_run_that_goes_on_from_before_its_last_metrics_has_each_step_once(
-    uri: str, experiment: str, client: MlflowClient
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
 ) -> None:
     def train(tracker: Tracker, steps: range) -> None:
         for step in steps:
             tracker.metrics({"train/loss": float(step)}, step)
             if step % 2 == 0:
-                tracker.metrics({"eval/loss": step / 2, LAST_WRITTEN: 0.1}, step)
+                tracker.metrics({"eval/loss": step / 2}, step)
                 tracker.flush()
 
-    first = Tracker.start(uri, experiment, "x", trial="killed")
+    first = Tracker.start(uri, experiment, "x", trial="killed", folder=tmp_path)
     train(first, range(1, 6))  # killed: what came after step 4 was never written
-    again = Tracker.start(uri, experiment, "x", trial="killed")
+    again = Tracker.start(uri, experiment, "x", trial="killed", folder=tmp_path)
     train(again, range(3, 9))  # its checkpoint was of step 2
     again.end()
+    assert again.run_id == first.run_id
     history = client.get_metric_history(again.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(step, float(step)) for step in range(1, 9)]
     assert [m.step for m in client.get_metric_history(again.run_id, "eval/loss")] == [2, 4, 6, 8]
+    assert again.history("eval/loss") == [(2, 1.0), (4, 2.0), (6, 3.0), (8, 4.0)]
 
 
-def test_closing_a_trial_ends_a_running_one_and_leaves_an_ended_one(
-    uri: str, experiment: str, client: MlflowClient
+def test_a_run_that_is_gone_is_made_anew_with_all_its_steps(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
 ) -> None:
-    stopped = Tracker.start(uri, experiment, "stopped", trial="stopped")
-    close_trial(uri, experiment, "stopped", "KILLED", "stopped early")
-    run = client.get_run(stopped.run_id)
-    assert (run.info.status, run.data.tags[OUTCOME]) == ("KILLED", "stopped early")
-    close_trial(uri, experiment, "stopped", "FAILED", "failed")
-    run = client.get_run(stopped.run_id)
-    assert (run.info.status, run.data.tags[OUTCOME]) == ("KILLED", "stopped early")
-    close_trial(uri, experiment, "never started", "FAILED", "failed")
+    first = Tracker.start(uri, experiment, "x", trial="gone", folder=tmp_path / "a")
+    first.metrics({"train/loss": 1.0}, 1)
+    first.flush()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    known = next((tmp_path / "b").rglob("run.json"))
+    known.write_text(known.read_text(encoding="utf-8").replace(first.run_id, "f" * 32), encoding="utf-8")
+    again = Tracker.start(uri, experiment, "x", trial="not gone", folder=tmp_path / "b")
+    again.metrics({"train/loss": 1.0}, 1)
+    again.end()
+    assert again.run_id not in (first.run_id, "f" * 32)
+    assert [m.step for m in client.get_metric_history(again.run_id, "train/loss")] == [1]
 
 
-def test_the_machine_is_watched_to_the_end_of_a_run_and_counted_on_when_it_goes_on(
-    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+def test_what_mlflow_refuses_is_named_once_and_kept_and_the_training_goes_on(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tracker = Tracker.start(uri, experiment, "x", trial="deleted", folder=tmp_path)
+    client.delete_run(tracker.run_id)
+    for step in range(3):
+        tracker.metrics({"train/loss": 1.5}, step)
+        tracker.flush()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: MLflow at {uri} refuses what it is told: ")
+    kept = next(tmp_path.rglob("refused.jsonl"))
+    assert line.endswith(f"; kept in {kept}")
+    assert [json.loads(word)["until"] for word in kept.read_text(encoding="utf-8").splitlines()] == [0, 1, 2]
+
+
+def test_data_are_inputs_with_size_balance_and_fingerprint_and_name_nobody(
+    uri: str, experiment: str, client: MlflowClient, talk: Callable[..., Any]
+) -> None:
+    def about(subject: str, label: str | float) -> Any:
+        target = "sex" if isinstance(label, str) else "age"
+        told = {"subject_id": subject, "subject_label": label, "target": target}
+        return talk(("user", "?"), ("assistant", "!"), metadata=told)
+
+    people = [("sub-1", "male"), ("sub-1", "male"), ("sub-2", "female"), ("sub-3", 63.5), ("sub-4", 60.5)]
+    cohort = [about(*person) for person in people]
+    tracker = Tracker.start(uri, experiment, "inputs")
+    for _ in range(2):  # it starts again
+        tracker.inputs([describe("training", cohort, "abc123", ["a.jsonl"]), describe("validation", [], "abc123", [])])
+    training, validation = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert [(tag.key, tag.value) for tag in training.tags] == [("mlflow.data.context", "training")]
+    assert [(tag.key, tag.value) for tag in validation.tags] == [("mlflow.data.context", "validation")]
+    assert training.dataset.digest == validation.dataset.digest == "abc123"
+    assert json.loads(training.dataset.profile) == {
+        "split": "training",
+        "conversations": 5,
+        "subjects": 4,
+        "labels": {"sex": {"female": 1, "male": 2}, "age": {"count": 2, "mean": 62.0}},
+    }
+    assert "sub-" not in str(training.to_dictionary())
+
+
+def test_the_environment_has_versions_and_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_TOKEN", "s3cr3t-value")
+    text = environment_json()
+    told = json.loads(text)
+    assert {"python", "host", "cpus", "gpus", "cuda", "torch", "ray", "packages"} <= told.keys()
+    assert f"mlflow=={version('mlflow')}" in told["packages"]
+    assert "s3cr3t-value" not in text
+    assert "PATH" not in text
+
+
+def test_the_machine_is_watched_to_the_end_of_a_run_in_seconds_since_its_start(
+    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
 
-    def steps(run_id: str) -> list[int]:
-        return [metric.step for metric in client.get_metric_history(run_id, "system/cpu_utilization_percentage")]
+    def seen(run_id: str) -> list[tuple[int, int]]:
+        history = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+        return [(metric.timestamp, metric.step) for metric in history]
 
-    def train(more: int) -> str:
-        tracker = Tracker.start(uri, experiment, "x", trial="watched")
+    def train() -> str:
+        tracker = Tracker.start(uri, experiment, "x", trial="watched", folder=tmp_path)
         tracker.watch_system()
-        until, enough = time.monotonic() + 20, len(steps(tracker.run_id)) + more
-        while len(steps(tracker.run_id)) < enough and time.monotonic() < until:
-            tracker.metrics({"train/loss": 1.0, LAST_WRITTEN: 0.1}, len(steps(tracker.run_id)))
-            tracker.flush()
+        time.sleep(1.1)
         tracker.end()
         return tracker.run_id
 
-    run_id = train(2)
-    assert train(2) == run_id
-    assert len(steps(run_id)) >= 4
-    assert steps(run_id) == list(range(len(steps(run_id))))
+    run_id = train()
+    before = len(seen(run_id))
+    assert before >= 3
+    assert train() == run_id
+    start = client.get_run(run_id).info.start_time
+    assert len(seen(run_id)) > before
+    assert [step for _, step in seen(run_id)] == [(when - start) // 1000 for when, _ in seen(run_id)]
     written = client.get_run(run_id).data.metrics
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= written.keys()
-    assert max(written) == LAST_WRITTEN
-    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+    assert "umbrella-machine" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_target_is_a_name_exactly_where_mlflow_takes_its_metrics(
@@ -258,8 +312,8 @@ def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
 ) -> None:
     package = tmp_path / "umbrella"
     package.mkdir()
-    (package / "tracking.py").touch()
-    monkeypatch.setattr(tracking, "__file__", str(package / "tracking.py"))
+    (package / "environment.py").touch()
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
     for name, value in {"GIT_CEILING_DIRECTORIES": tmp_path.parent, "GIT_CONFIG_GLOBAL": "/dev/null"}.items():
         monkeypatch.setenv(name, str(value))
     assert code_version() == {}
@@ -274,5 +328,5 @@ def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
     commit = git("rev-parse", "HEAD")
     assert len(commit) == 40
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "False"}
-    (package / "tracking.py").write_text("changed", encoding="utf-8")
+    (package / "environment.py").write_text("changed", encoding="utf-8")
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "True"}

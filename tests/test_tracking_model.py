@@ -18,7 +18,8 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.answering import Umbrella
 from umbrella.modality import Modality
 from umbrella.tracking.model import EXAMPLE, AnsweringModel, log_model
-from umbrella.tracking.runs import Tracker, open_experiment, tracking_uri
+from umbrella.tracking.runs import Tracker
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 

@@ -1,5 +1,7 @@
 """What every room stands on: the base of all settings and the two kinds of exception that end a script in one line."""
 
+import re
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -22,3 +24,9 @@ class UserError(Exception):
     The message is whole: what is wrong, where, and the remedy. Scripts print it without a traceback and exit with
     status 2. Several problems found together are several lines of one message.
     """
+
+
+def masked(text: str) -> str:
+    """A text, such as an address or an error about one, without the credentials in it."""
+    text = re.sub(r"://[^/\s]*@", "://***@", text)
+    return re.sub(r"(?i)\b(password|token|secret)=[^&\s]+", r"\1=***", text)

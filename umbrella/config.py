@@ -12,11 +12,12 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from umbrella.base import Section, UserError
+from umbrella.base import Section, UserError, masked
 from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.modality import DEFAULT_MODALITIES, Modality
 from umbrella.model.settings import ModelSettings
+from umbrella.tracking.settings import TrackingSettings
 from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSettings
 from umbrella.tuning.settings import TuneSettings
 
@@ -44,6 +45,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     tune: TuneSettings = TuneSettings()
     resources: ResourceSettings = ResourceSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     def to_yaml(self) -> str:
         """The resolved settings, in a form that ``load_settings`` reads back to the same."""
@@ -148,7 +150,7 @@ def _validate(raw: dict[str, Any]) -> Settings:
             elif issue["type"] == "missing":
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
-                given = "" if isinstance(issue["input"], dict) else f"={issue['input']!r}"
+                given = "" if isinstance(issue["input"], dict) else masked(f"={issue['input']!r}")
                 problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}")
         raise UserError("\n".join(problems)) from None
 

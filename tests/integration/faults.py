@@ -12,7 +12,8 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.tracking.runs import find_trial, tracking_uri
+from umbrella.tracking.delivery import find_trial
+from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 
 LONGER = {

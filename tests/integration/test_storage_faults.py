@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from integration.faults import starts, when_step
-from umbrella.tracking.runs import tracking_uri
+from umbrella.tracking.store import tracking_uri
 from umbrella.training.progress import latest_checkpoint, what_is_wrong
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

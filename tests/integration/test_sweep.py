@@ -1,13 +1,15 @@
 """A sweep on Ray Tune, as experiments/tune.py runs it, with one trial that cannot succeed."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from umbrella.tracking.runs import PARENT, TRIAL, tracking_uri
+from umbrella.tracking.delivery import PARENT, TRIAL
+from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -17,7 +19,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 def swept(small_settings: Any, ray_session: Any) -> Any:
     """The answer of a sweep over a good rate and one that explodes; its run, and its trials' runs by trial."""
     space = {"optim.lr": {"grid": [3e-3, 1e30]}, "mask.supervise": {"grid": ["last_assistant"]}}
-    settings = small_settings({"tune.space": space, "optim.warmup": 0, "experiment": "sweep"})
+    settings = small_settings(
+        {"tune.space": space, "optim.warmup": 0, "experiment": "sweep", "tracking.hash_subjects": True}
+    )
     answer = run_sweep(settings, frozenset(), lambda things, what: things)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
@@ -50,6 +54,34 @@ def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
         "mask: supervise=last_assistant"
         in Path(client.download_artifacts(good.info.run_id, "statement.txt")).read_text()
     )
+
+
+def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any) -> None:
+    answer, client, parent, children = swept
+    best = answer.trials[0]
+    good = children[best.trial_id]
+    files = {file.path for file in client.list_artifacts(good.info.run_id)}
+    assert files == {
+        "settings.yaml", "environment.json", "statement.txt", "mask_audit.html", "predictions.json", "curves.png"
+    }  # fmt: skip
+    for run in (good, parent):
+        told = {given.dataset.name: json.loads(given.dataset.profile) for given in run.inputs.dataset_inputs}
+        assert set(told) == {"training", "validation"}
+        assert set(told["training"]["labels"]["sex"]) == {"female", "male"}
+    assert {"device", "host", "ray.job", "umbrella.driver", "mlflow.source.git.commit"} <= good.data.tags.keys()
+    assert good.data.tags["best.checkpoint"] == best.checkpoint
+    table = json.loads(Path(client.download_artifacts(good.info.run_id, "predictions.json")).read_text())
+    assert len(table["data"]) > 2
+    for name in files:
+        assert "sub-0" not in Path(client.download_artifacts(good.info.run_id, name)).read_bytes().decode("latin-1"), (
+            name
+        )
+    assert "sub-0" not in str(good.to_dictionary())
+    rights = [row[table["columns"].index("right")] for row in table["data"]]
+    step = [m.step for m in client.get_metric_history(good.info.run_id, "eval/sex/accuracy")].index(best.step)
+    accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
+    assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
+    assert not list(answer.folder.rglob("outbox.jsonl")), "nothing waits"
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:

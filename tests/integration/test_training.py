@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from umbrella.base import UserError
 from umbrella.data.intake import load_splits
 from umbrella.data.pipeline import Plan, batches, train_dataset
-from umbrella.tracking.runs import tracking_uri
+from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 
 LONGER = {"train.epochs": 12, "train.evaluate_every": 9, "optim.lr": 1e-2}

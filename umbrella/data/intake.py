@@ -57,11 +57,18 @@ class Splits:
         return digest.hexdigest()[:16]
 
 
-def load_splits(settings: "Settings", progress: Progress, masks: Sequence[MaskPolicy] | None = None) -> Splits:
+def load_splits(
+    settings: "Settings",
+    progress: Progress,
+    masks: Sequence[MaskPolicy] | None = None,
+    shapes: Sequence["Settings"] | None = None,
+) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
 
     Args:
         masks: every mask policy that the run trains with; the settings' own when None.
+        shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
+            themselves when None. A sample that cannot be used with one of them is used with none.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
@@ -69,8 +76,9 @@ def load_splits(settings: "Settings", progress: Progress, masks: Sequence[MaskPo
     intake = read_splits(settings, progress)
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
-    check_volumes(intake, open_store(settings), settings.data.processes, progress)
-    lengths = measure(intake, settings, progress, masks)
+    for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
+        check_volumes(intake, open_store(shape), settings.data.processes, progress)
+    lengths = measure(intake, settings, progress, masks, shapes)
     splits = replace(settle(intake, settings), lengths=lengths)
     for line in intake.notices:
         print(f"note: {line}", file=sys.stderr)
@@ -116,9 +124,13 @@ def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: 
 
 
 def measure(
-    intake: Intake, settings: "Settings", progress: Progress, masks: Sequence[MaskPolicy] | None = None
+    intake: Intake,
+    settings: "Settings",
+    progress: Progress,
+    masks: Sequence[MaskPolicy] | None = None,
+    shapes: Sequence["Settings"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Render every conversation, set aside what cannot be used, and give ``Splits.lengths``.
+    """Render every conversation, set aside what cannot be used, and give ``Splits.lengths``, of the first shape.
 
     Set aside is what is too long or cannot be rendered, and in the training split what one of the masks, as in
     ``load_splits``, leaves without a target: it would cost a place in every epoch and teach nothing.
@@ -126,7 +138,8 @@ def measure(
     from umbrella.data.masking import loss_weights
     from umbrella.data.rendering import load_renderer
 
-    renderer = load_renderer(settings)
+    written = {(str(s.modalities), s.model.checkpoint, s.model.chat_template): s for s in shapes or [settings]}
+    renderers = [load_renderer(shape) for shape in written.values()]
     used = (settings.mask,) if masks is None else masks
     # What else a policy says makes targets heavier or lighter, and no target of what is none.
     policies = {"train": {(mask.supervise, mask.end_of_turn, mask.turn_header): mask for mask in used}.values()}
@@ -135,10 +148,11 @@ def measure(
     reasons = {}
     for name, conversation in progress(everything, "rendering conversations"):
         try:
-            example = renderer.render(conversation)
+            examples = [renderer.render(conversation) for renderer in renderers]
         except UserError as error:
             reasons[name, conversation.task_id] = [("conversations", str(error))]
             continue
+        example = examples[0]
         blind = [policy for policy in policies.get(name, ()) if not loss_weights(example, policy).any()]
         if blind:
             reasons[name, conversation.task_id] = [("conversations", _no_target(policy)) for policy in blind]

@@ -32,6 +32,8 @@ class Evaluator:
         self.dataset = evaluation_dataset(job.validation_lengths, rank, workers)  # the same at each evaluation
         self.dataset.set_name(f"{job.name}, evaluation, worker {rank}")
         self.dtype = getattr(torch, job.settings.model.dtype)
+        self.scored: list[Scored] = []
+        """The whole split as the last evaluation scored it."""
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The metrics of the whole split, the same on every worker."""
@@ -47,7 +49,8 @@ class Evaluator:
             self._score(model, [from_table(self.table, 0)])
         release(model)
         model.train()
-        return summarise(one for part in gathered(scored) for one in part)
+        self.scored = [one for part in gathered(scored) for one in part]
+        return summarise(self.scored)
 
     def _score(self, model: nn.Module, conversations: Sequence[Conversation]) -> list[Scored]:
         with autocast(model, self.device, self.dtype):

@@ -5,7 +5,7 @@ needs the model, so only the worker imports it: seconds per trial.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class Job:
     """Arguments of ``Tracker.start``."""
     folder: str
     """Where this training's checkpoints lie."""
+    begun: float = 0.0
+    """When this attempt at the training began, in seconds since 1970."""
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    """Of a trial, its point: names of settings to the values that Ray Tune was given."""
+    datasets: Sequence[Mapping[str, Any]] = ()
+    """The splits as MLflow is told of them, see ``tracking.datasets``."""
 
     @property
     def name(self) -> str:
@@ -86,8 +92,11 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         return str(error)
 
 
-def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
+def run_job(job: Job, here: bool = False) -> None:
     """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
+
+    Args:
+        here: in this process, with one worker, instead of in processes that Ray Train starts.
 
     Raises:
         UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
@@ -98,7 +107,7 @@ def run_job(job: Job, callbacks: Sequence[Any] = ()) -> None:
     check_writable(folder, "the folder of the training")
     stop_file(folder).unlink(missing_ok=True)  # of a run before this one
     try:
-        outcome = make_trainer(job, callbacks).fit().return_value
+        outcome = make_trainer(job, here).fit().return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
@@ -124,7 +133,7 @@ def cause(error: BaseException) -> str:
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
-def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
+def make_trainer(job: Job, here: bool = False) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
     resources, folder = job.settings.resources, Path(job.folder)
     least, most = resources.least_workers, resources.workers
@@ -135,14 +144,13 @@ def make_trainer(job: Job, callbacks: Sequence[Any] = ()) -> TorchTrainer:
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
+            num_workers=0 if here else most if least == most else (least, most),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
             storage_path=str(folder / "ray"),
             name=job.name,
-            callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),

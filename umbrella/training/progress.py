@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 from pathlib import Path
 
 PROGRESS, METRICS, FILES = "progress.json", "metrics.json", "files.json"
+NOTHING = (-inf, -inf)
+"""The ``goodness`` of what was not evaluated."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,16 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
 
     One that was written because of SIGTERM, without an evaluation, is never the best.
     """
-    sign = 1 if mode == "max" else -1
-
-    def goodness(path: Path) -> tuple[float, float]:
-        metrics = read_metrics(path)
-        values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
-        return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
-
-    measured = {path: good for path in _whole(folder) if (good := goodness(path)) > (-inf, -inf)}
+    good = {path: goodness(read_metrics(path), metric, mode) for path in _whole(folder)}
+    measured = {path: value for path, value in good.items() if value > NOTHING}
     return max(measured, key=measured.__getitem__, default=None)
+
+
+def goodness(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, float]:
+    """What makes an evaluation better than another: the metric, and then the loss."""
+    sign = 1 if mode == "max" else -1
+    values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
+    return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
 
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:

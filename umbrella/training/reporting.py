@@ -1,5 +1,6 @@
 """What a training says of itself, in MLflow and in its log. Rank 0 alone does."""
 
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,16 @@ from torch import nn
 from umbrella.data.audit import audit
 from umbrella.data.pipeline import from_table
 from umbrella.data.rendering import Renderer
+from umbrella.evaluation.scoring import Scored
+from umbrella.tracking.environment import environment_json
+from umbrella.tracking.figures import curves
+from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
 from umbrella.training.job import Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
-from umbrella.training.progress import Progress
+from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
+from umbrella.training.progress import NOTHING, Progress, best_checkpoint, goodness, read_metrics
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
@@ -29,6 +35,9 @@ class Reporter:
         self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
         self.live.say(BUILDING)
         self._first: tuple[float, float] | None = None
+        tune, best = job.settings.tune, best_checkpoint(job.folder, job.settings.tune.metric, job.settings.tune.mode)
+        self._best = goodness(read_metrics(best), tune.metric, tune.mode) if best else NOTHING
+        self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(
         self, in_words: str, table: pa.Table, renderer: Renderer, parts: Mapping[str, Sequence[nn.Parameter]]
@@ -47,15 +56,25 @@ class Reporter:
         moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in parts.items()}
         told = statement(rows, settings.mask, moving, settings.modalities, renderer.stops, read)
         text = f"{in_words}\n{told}"
-        self.tracker = Tracker.start(**job.tracking)  # type: ignore[arg-type]
+        self.tracker = Tracker.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
         flat = {name: value for name, value in settings.flat().items() if not name.startswith("tune.")}
         self.tracker.params(flat | dict(job.data))
-        self.tracker.tags({"device": str(self.device), "ray.job": ray.get_runtime_context().get_job_id()})
-        self.tracker.text(settings.to_yaml(), "settings.yaml")
-        self.tracker.text(text, "statement.txt")
-        self.tracker.text(mask_page(rows, examples, renderer, settings.mask, read), "mask_audit.html")
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
-        self.tracker.tags({"mask.supervised": f"{supervised} of {tokens} tokens audited"})
+        self.tracker.tags(
+            {
+                "device": _device_name(self.device),
+                "host": socket.gethostname(),
+                "ray.job": ray.get_runtime_context().get_job_id(),
+                "mask.supervised": f"{supervised} of {tokens} tokens audited",
+            }
+        )
+        self.tracker.inputs(job.datasets)
+        self.tracker.text(settings.to_yaml(), "settings.yaml")
+        self.tracker.text(environment_json(), "environment.json")
+        self.tracker.text(text, "statement.txt")
+        page = mask_page(rows, examples, renderer, settings.mask, read)
+        subjects = [subject for example in examples for subject in example.conversation.subjects]
+        self.tracker.text(self._hidden(page, subjects), "mask_audit.html")
         self.tracker.watch_system()
         print(text, flush=True)
         self.live.say(FIRST)
@@ -79,12 +98,26 @@ class Reporter:
         """An evaluation begins."""
         self.live.say(EVALUATING, place)
 
-    def evaluation(self, step: int, measured: Mapping[str, float], report: Mapping[str, Any]) -> None:
-        """Write down an evaluation, and with it all steps before."""
+    def evaluation(
+        self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Scored]
+    ) -> None:
+        """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
         self.tracker.metrics(measured, step)
         self.tracker.flush()
         self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
+        tracking, tune = self.job.settings.tracking, self.job.settings.tune
+        good = goodness(measured, tune.metric, tune.mode)
+        if good > self._best:
+            self._best = good
+            if tracking.predictions:
+                self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
+                self.tracker.tags(SHOWN_AS)
+            if tracking.checkpoint != "none":
+                self.tracker.tags({"best.checkpoint": f"{self.job.folder}/step_{step:07d}"})
         print(progress_line(dict(report)), flush=True)
+
+    def _hidden(self, text: str, subjects: Sequence[str]) -> str:
+        return hide(text, subjects, self._salt) if self._salt else text
 
     def end(self, progress: Progress, place: Mapping[str, float]) -> None:
         """The training ended by itself: at its last step, or before it for want of a better evaluation."""
@@ -94,8 +127,33 @@ class Reporter:
             so_long = f"for {progress.since_best} evaluations (train.patience)"
             where = f"at step {place['step']} of {place['steps']}"
             outcome, note = EARLY, f"{self.job.settings.tune.metric} has not been {better} {so_long}, {where}"
+        self._picture()
+        tune = self.job.settings.tune
+        best = best_checkpoint(self.job.folder, tune.metric, tune.mode)
+        if best and self.job.settings.tracking.checkpoint == "best":
+            self.tracker.folder_artifact(best, "checkpoint")
         self.tracker.end(outcome=outcome)
         self.live.say(outcome, {**place, "left": None}, note)
+
+    def _picture(self) -> None:
+        """The curves of the whole training. Where MLflow does not answer there are none: it has those to come."""
+        self.tracker.flush()
+        metric = self.job.settings.tune.metric
+        panels = {
+            "loss (nats/token)": ["train/loss", "eval/loss"],
+            metric: [] if metric == "eval/loss" else [metric],
+            "rate": ["train/lr"],
+        }
+        drawn = {
+            panel: {name: points for name in names if (points := self.tracker.history(name))}
+            for panel, names in panels.items()
+        }
+        if drawn := {panel: lines for panel, lines in drawn.items() if lines}:
+            self.tracker.save(curves(drawn, str(self.job.tracking["name"])), "curves.png")
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 class _Lazy(Sequence):

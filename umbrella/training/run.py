@@ -22,7 +22,11 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.storage import check_writable
-from umbrella.tracking.runs import close_trial, is_name, open_experiment, tracking_uri
+from umbrella.tracking.datasets import describe
+from umbrella.tracking.drivers import driver_id
+from umbrella.tracking.ending import close_trial, mend
+from umbrella.tracking.runs import is_name
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
 from umbrella.training.requests import stopped_by_sigterm
 from umbrella.training.settings import ResourceSettings
@@ -109,18 +113,29 @@ def trainings_that_fit(resources: ResourceSettings, available: dict[str, float])
     return max(1, int(min(by_cpu, by_gpu)))
 
 
-def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], metric: str) -> None:
+def check(
+    settings: Settings,
+    splits: Splits,
+    policies: Sequence[MaskPolicy],
+    metric: str,
+    shapes: Sequence[Settings] | None = None,
+) -> None:
     """Find what would end a training at its start, or leave it without the metric that decides, before anything starts.
+
+    Args:
+        shapes: as in ``load_splits``.
 
     Raises:
         UserError: a checkpoint that does not fit; a policy that supervises no token, or weighs a task that the data do
             not have; a label without a candidate answer; a metric that these data do not give.
     """
-    renderer = load_renderer(settings)
-    if settings.model.checkpoint:
-        from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
+    shapes = shapes or [settings]
+    renderer = load_renderer(shapes[0])
+    for shape in shapes:
+        if shape.model.checkpoint:
+            from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
 
-        check_checkpoint(settings.model, settings.modalities)
+            check_checkpoint(shape.model, shape.modalities)
     examples = audited(splits.train, renderer)
     task_types = sorted({c.task_type for c in splits.train})
     for policy in policies:
@@ -147,6 +162,7 @@ def check(settings: Settings, splits: Splits, policies: Sequence[MaskPolicy], me
 
 def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> Job:
     """The job of one training, its tables put into Ray's object store."""
+    fingerprint = splits.fingerprint
     return Job(
         settings=settings,
         train=ray.put(to_table(splits.train)),
@@ -154,9 +170,14 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         train_lengths=splits.lengths["train"],
         validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train),
-        data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
-        tracking=tracking,
+        data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
+        tracking=tracking | {"driver": driver_id()},
         folder=folder,
+        begun=time.time(),
+        datasets=[
+            describe("training", splits.train, fingerprint, settings.data.train),
+            describe("validation", splits.validation, fingerprint, settings.data.validation),
+        ],
     )
 
 
@@ -171,8 +192,9 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
-    uri = tracking_uri(storage)
+    uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
+    mend(uri, experiment, storage)
     name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
     start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
@@ -184,7 +206,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
-        close_trial(uri, experiment, name, *outcomes.get(type(error), ("FAILED", "failed")))
+        close_trial(uri, job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
     return Path(job.folder)
 
@@ -193,12 +215,13 @@ def check_same(job: Job) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
-        UserError: names what differs: a setting (other than of ``resources`` and ``tune``), or the data. With patience
-            what it waits for belongs to the training, too.
+        UserError: names what differs: a setting (other than of ``resources``, ``tune`` and ``tracking``), or the data.
+            With patience what it waits for belongs to the training, too.
     """
     file = Path(job.folder) / "begun_with.json"
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in ("resources", "tune") or k in decides}
+    free = ("resources", "tune", "tracking")
+    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in free or k in decides}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from umbrella.data.rendering import load_renderer
 from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
-from umbrella.tracking.runs import code_version
+from umbrella.tracking.environment import code_version
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
+from umbrella.training.history import cut, note
 from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -84,8 +86,11 @@ class Worker:
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         latest = latest_checkpoint(job.folder)
         self.progress = read_progress(latest) if latest else Progress()
+        if self.rank == 0:
+            cut(job.folder, self.progress.step)
         self.plan = job.plan(workers, self.progress.sorted_by)
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
+        self.every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         self.schedule = build_schedule(self.optimizer, self.settings.optim, self.steps)
         self.written = names_to_write(self.model, self.settings.model)
         if latest:
@@ -119,7 +124,7 @@ class Worker:
 
     def _train(self) -> int | None:
         model = self.parallel.train()
-        every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
+        every = self.every
         stream = to_device(self._checked(self._training_batches()), self.device)
         watch, pace = LossWatch(self.settings.train.max_loss_ratio), Pace()
         requests = Requests(self.job.folder, self.rank, self.device)
@@ -204,22 +209,24 @@ class Worker:
     def _report(self, result: StepResult, measured: dict[str, float], evaluated: bool = True) -> None:
         report: dict[str, Any] = {
             **self._place(),
+            "evaluation": ceil(self.progress.step / self.every),
+            "begun": self.job.begun,
+            "time": time.time(),
             "out_of_patience": self.progress.out_of_patience(self.settings.train.patience),
             "train/loss": result.loss,
             "train/lr": result.lr,
-            "checkpoint": f"{self.job.folder}/step_{self.progress.step:07d}",
             **measured,
         }
         with together():
             if self.log_error:
                 raise self.log_error
             if self.reporter:
-                self.reporter.evaluation(self.progress.step, measured, report)
+                self.reporter.evaluation(self.progress.step, measured, report, self.evaluate.scored)
+                if evaluated:
+                    note(self.job.folder, report)
             if self.writer:
                 self.writer.wait()
         keep = self.writer is not None
         taken = snapshot(self.model, self.written, self.optimizer, self.schedule, self.progress, measured, keep)
         if self.writer:
             self.writer.write(taken)
-        if evaluated:  # a scheduler decides by the metric, and would miss it
-            ray.train.report(report)

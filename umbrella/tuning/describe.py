@@ -1,30 +1,43 @@
 """What a sweep would run, and what it found, in words."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from umbrella.base import masked
 from umbrella.config import Settings
-from umbrella.data.loading import count_samples
+from umbrella.data.loading import count_samples, counted
 from umbrella.training.run import SPARE_CPUS, trainings_that_fit
+from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
-from umbrella.tuning.space import build_space, count_trials, grid_points, label
+from umbrella.tuning.schedulers import make_scheduler
+from umbrella.tuning.search import count_trials, points
+from umbrella.tuning.space import is_given, label, read_space
 from umbrella.tuning.sweep import Answer
 from umbrella.tuning.winner import command
+
+SHOWN = 20
+"""Trials that a dry run lists."""
 
 
 def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None:
     """Print the resolved settings, the trials, the resources asked for and the sample counts; start nothing."""
-    build_space(settings, given)
+    entries, total = read_space(settings, given), count_trials(settings, given)
+    make_scheduler(settings, given)
     resources = settings.resources
     console.print(settings.to_yaml(), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"trials: {count_trials(settings, given)}")
-    for point in grid_points(settings, given):
-        console.print(f"  {label(point)}", markup=False)
-    fixed = [name for name in settings.tune.space if name in given]
+    for line in _trial_lines(settings, given, total):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    fixed = [name for name in settings.tune.space if is_given(name, given)]
     if fixed:
         console.print(f"set on the command line, so not swept: {', '.join(fixed)}", markup=False)
+    never = set(settings.tune.space) - set(fixed) - {entry.name for entry in entries}
+    if never:
+        console.print(f"never swept, as their conditions are never met: {', '.join(sorted(never))}", markup=False)
+    for line in how(settings, entries):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
@@ -36,6 +49,41 @@ def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
     counts = count_samples(settings)
     console.print("samples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def how(settings: Settings, entries: Sequence[Entry]) -> Iterator[str]:
+    """Search, scheduler and budget in words, a line each."""
+    asked = settings.tune
+    drawn = [entry.name for entry in entries if entry.kind != "grid"]
+    draws = [f"{counted(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
+    grids = ["every combination of the grids"] if len(drawn) < len(entries) else []
+    combinations = ", each with ".join(grids + draws) or "the settings as they are"
+    optuna = f"Optuna (TPE), {counted(asked.samples, 'point')} at most, each proposed from those before"
+    seeds = f"; {asked.seeds} seeds each, from {settings.seed} on" if asked.seeds > 1 else ""
+    yield f"search: {optuna if asked.search == 'optuna' else combinations}{seeds}"
+    after = f"after {counted(asked.grace, 'evaluation')} each"
+    yield {
+        "asha": f"early stopping: ASHA, {after}, keeps the best 1/{asked.reduction} at each rung",
+        "median": f"early stopping: {after}, what is below the median of the others",
+        "pbt": f"population: every {counted(asked.perturb_every, 'evaluation')} the worst quarter goes on from the best"
+        f" one's checkpoints, with another {', '.join(asked.perturb)}",
+        "none": "early stopping: none",
+    }[asked.scheduler]
+    yield f"decides: {'largest' if asked.mode == 'max' else 'smallest'} {asked.metric}"
+    yield f"budget: {f'{asked.hours:g} hours' if asked.hours else 'no limit of time'}"
+
+
+def _trial_lines(settings: Settings, given: frozenset[str], total: int) -> Iterator[str]:
+    """How many trials, and which: the first of them, or what Optuna chooses from."""
+    if settings.tune.search == "optuna":
+        yield f"trials: {total} at most, with values that Optuna chooses from"
+        yield from (f"  {entry.name}: {entry.in_words}" for entry in read_space(settings, given))
+        return
+    yield f"trials: {total}"
+    every = points(settings, given)
+    yield from (f"  {label(point)}" for point in every[:SHOWN])
+    if len(every) > SHOWN:
+        yield f"  ... and {len(every) - SHOWN} more"
 
 
 def print_answer(answer: Answer, console: Console) -> None:
@@ -51,7 +99,7 @@ def print_answer(answer: Answer, console: Console) -> None:
         "its checkpoint": _short(best.checkpoint or ""),
         "ranking": _short(files.ranking),
         "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {answer.tracking})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(answer.tracking)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)

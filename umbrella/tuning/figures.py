@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbrella.training.live import EARLY, FINISHED
+from umbrella.tuning.ending import FAILED
 from umbrella.tuning.importance import Importance, is_number
-from umbrella.tuning.monitor import FAILED
 from umbrella.tuning.ranking import SEED, Contender, swept_names, trials_of
 from umbrella.tuning.results import Trial
 from umbrella.tuning.space import label

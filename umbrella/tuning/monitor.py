@@ -1,82 +1,130 @@
 """A sweep as it runs: a live table in a terminal, a line per event elsewhere, and true final states in MLflow."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from ray.tune import Callback
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from umbrella.tracking.runs import close_trial
-from umbrella.training.job import progress_line
-from umbrella.training.live import EARLY, FINISHED
+from umbrella.tracking.ending import close_trial
+from umbrella.training.history import read_history
+from umbrella.training.job import cause, progress_line
+from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, End, how_it_ended, read_end, write_end
+from umbrella.tuning.results import read_trials
+from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
+from umbrella.tuning.trial import name_of, trial_folder
 
-STOPPED, FAILED = "stopped by ASHA", "failed"
-"""How a trial ends that did not end by itself; see ``live`` for the others."""
+STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
+"""How MLflow calls what did not end by itself."""
+GIVE_UP = 10**6
+"""Failures that no ``resources.max_failures`` allows."""
+REASONS = {"asha": "by ASHA", "median": "by the median rule", "pbt": "by population-based training"}
 
 
-class Monitor(Callback):
+class Monitor:
     """Follows the trials of a sweep from the driver.
 
     Args:
-        uri, experiment: MLflow's store and experiment, where a trial's run is closed when its worker could not.
+        folder: the sweep's. Trials that have ended there before are shown with the others.
+        uri: MLflow's store, where a trial's run is closed when its worker could not.
         total: how many trials there will be.
-        metric: the one shown.
     """
 
-    def __init__(self, uri: str, experiment: str, total: int, metric: str, console: Console | None = None) -> None:
-        self.uri, self.experiment, self.total, self.metric = uri, experiment, total, metric
+    current: ClassVar["Monitor | None"] = None
+    """The one that this process is in."""
+
+    def __init__(self, folder: Path, uri: str, total: int, tune: TuneSettings, console: Console | None = None) -> None:
+        self.folder, self.uri, self.total, self.tune = folder, uri, total, tune
         self.console = console or Console()
         self.started = time.monotonic()
         self.trials: dict[str, dict[str, Any]] = {}
         self.live: Live | None = None
 
     def __enter__(self) -> "Monitor":
+        for trial in read_trials(self.folder, self.tune):
+            place = self._place(trial.trial_id)
+            rows = read_history(place)
+            if end := read_end(place):
+                self.trials[trial.trial_id] = {"name": trial.name, "state": end.state, "result": (rows or [{}])[-1]}
+                self._close(trial.trial_id, end)  # its run, if whoever ran the sweep was killed before
+        Monitor.current = self
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2)
             self.live.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
+        Monitor.current = None
         if self.live:
             self.live.stop()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Ray Tune saves its callbacks with the sweep; a terminal cannot be saved.
-        return self.__dict__ | {"console": None, "live": None}
+    def close(self, state: str) -> None:
+        """Whoever runs the sweep gives up: so much is true of the trials that are running."""
+        for name, trial in self.trials.items():
+            if trial["state"] == "running":
+                close_trial(self.uri, self._place(name), "KILLED", state)
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
-        self.trials[trial.trial_id] = {"name": label(trial.config), "state": "running", "result": {}}
-        self._say(trial.trial_id, "started")
+        folder = trial_folder(self.folder, trial.trial_id, trial.config)
+        known = self.trials.get(name_of(folder))
+        self.trials[name_of(folder)] = (known or {"result": {}}) | {"name": label(trial.config), "state": "running"}
+        if not read_end(folder):
+            self._say(name_of(folder), "goes on" if known else "started")
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def recover(self, trial: Any) -> None:
+        """A trial raised, or its process died, and Ray Tune is about to try again."""
+        if read_end(trial_folder(self.folder, trial.trial_id, trial.config)):
+            trial.run_metadata.num_failures = GIVE_UP  # the training said itself that trying again would not help
+
+    def result(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial evaluated."""
-        if "step" in result:
-            self.trials[trial.trial_id]["result"] = result
-            self._say(trial.trial_id, progress_line(result))
+        name = name_of(trial_folder(self.folder, trial.trial_id, trial.config))
+        last = self.trials[name]["result"]
+        if "step" in result and result["step"] > last.get("step", 0):  # else it is told again
+            self.trials[name]["result"] = result
+            self._say(name, progress_line(result))
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial reached its end, or the scheduler stopped it."""
-        result = self.trials[trial.trial_id]["result"]
-        state = how_it_ended(result) if result else STOPPED
-        self._end(trial.trial_id, state, "KILLED" if state == STOPPED else "FINISHED")
+    def end(self, trial: Any, error: BaseException | None = None) -> None:
+        """A trial reached its end, was stopped, or failed."""
+        folder = trial_folder(self.folder, trial.trial_id, trial.config)
+        rows = read_history(folder)
+        if error:
+            # Ray names the class with its module before what it says.
+            write_end(folder, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
+        else:
+            write_end(folder, *self._how(rows))
+        end = read_end(folder)
+        if end:
+            self.trials[name_of(folder)]["state"] = end.state
+            self._say(name_of(folder), f"{end.state}{end.reason and f': {end.reason}'}")
+            self._close(name_of(folder), end)
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial raised."""
-        self._end(trial.trial_id, FAILED, "FAILED")
+    def _how(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
+        """Of a trial that raised nothing: its state, and why it did not come to its end."""
+        over = self.tune.hours and time.monotonic() - self.started >= 3600 * self.tune.hours
+        if not rows:
+            return (BUDGET, "before its first evaluation") if over else (FAILED, "it ended before its first evaluation")
+        state, where = how_it_ended(rows[-1]), f"step {rows[-1]['step']} of {rows[-1]['steps']}"
+        if state == STOPPED and over:
+            return BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}"
+        if state == STOPPED:
+            return state, f"{REASONS.get(self.tune.scheduler, '')} at evaluation {len(rows)}, {where}".strip()
+        return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
 
-    def _end(self, trial_id: str, state: str, status: str) -> None:
-        self.trials[trial_id]["state"] = state
-        self._say(trial_id, state)
-        close_trial(self.uri, self.experiment, trial_id, status, state)
+    def _close(self, name: str, end: End) -> None:
+        close_trial(self.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
 
-    def _say(self, trial_id: str, words: str) -> None:
+    def _place(self, name: str) -> Path:
+        return self.folder / "trials" / name.rpartition("-")[2]
+
+    def _say(self, name: str, words: str) -> None:
         if not self.live:
-            print(f"{self._elapsed()}  {self.trials[trial_id]['name']}: {words}", flush=True)
+            print(f"{self._elapsed()}  {self.trials[name]['name']}: {words}", flush=True)
 
     def _elapsed(self) -> str:
         seconds = int(time.monotonic() - self.started)
@@ -85,21 +133,40 @@ class Monitor(Callback):
     def _table(self) -> Table:
         ended = sum(t["state"] != "running" for t in self.trials.values())
         table = Table(title=f"{ended} of {self.total} trials ended, {self._elapsed()}", title_justify="left")
-        for name in ("trial", "state", "step", *table_columns(self.metric)):
+        for name in ("trial", "state", "step", *table_columns(self.tune.metric)):
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")
         for trial in self.trials.values():
             result = trial["result"]
             step = f"{result['step']}/{result['steps']}" if result else ""
-            values = [f"{result[name]:.4g}" if name in result else "" for name in table_columns(self.metric)]
+            values = [f"{result[name]:.4g}" if name in result else "" for name in table_columns(self.tune.metric)]
             table.add_row(trial["name"], trial["state"], step, *values)
         return table
 
 
-def how_it_ended(report: Mapping[str, Any]) -> str:
-    """The end of a trial that nothing went wrong with, from its last report: FINISHED, EARLY or STOPPED."""
-    if report["step"] >= report["steps"]:
-        return FINISHED
-    return EARLY if report["out_of_patience"] else STOPPED
+class Follow(Callback):
+    """Tells this process's ``Monitor``. Ray Tune keeps its callbacks with the sweep, and a terminal cannot be kept."""
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.start(trial)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.result(trial, result)
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.recover(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.end(trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.end(
+                trial, trial.get_pickled_error() or trial.get_error() or RuntimeError("its process died")
+            )
 
 
 def table_columns(metric: str) -> tuple[str, ...]:

@@ -1,19 +1,18 @@
-"""The trials of a sweep as they ended: what Ray Tune has noted of each, and what lies in its checkpoints."""
+"""The trials of a sweep as they ended, from what lies in its folder."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from umbrella.training.job import cause
-from umbrella.training.live import EARLY
-from umbrella.training.progress import METRICS, read_metrics, read_progress, what_is_wrong
-from umbrella.tuning.monitor import FAILED, STOPPED, how_it_ended
+from umbrella.training.history import read_history
+from umbrella.training.progress import what_is_wrong
+from umbrella.tuning.ending import FAILED, UNFINISHED, End, read_end
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
+from umbrella.tuning.trial import POINT, name_of
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,14 @@ class Trial:
         return self.state == FAILED
 
 
-def read_trials(
-    results: Iterable[Any], tune: TuneSettings, told: Mapping[str, tuple[str, str]] = MappingProxyType({})
-) -> list[Trial]:
-    """Ray Tune's results, in their order.
+def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
+    """The trials that a sweep's folder knows, by when they started.
 
     Args:
-        results: a ``ResultGrid``.
         tune: whose metric decides which checkpoint of a trial is its best.
-        told: trial_id to (state, reason), of trials whose end the driver knows better than their last report says.
     """
-    return [_trial(result, tune, told) for result in results]
+    trials = [_trial(file.parent, tune) for file in Path(sweep).glob(f"trials/*/{POINT}")]
+    return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
 
 
 def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
@@ -81,29 +77,33 @@ def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, f
     return inf if metric is None else -sign * metric, inf if loss is None else loss
 
 
-def _trial(result: Any, tune: TuneSettings, told: Mapping[str, tuple[str, str]]) -> Trial:
-    said = result.metrics or {}
-    trial_id, point = said.get("trial_id", Path(result.path).name), result.config
-    if point is None:  # its process died before it said anything
-        point = json.loads((Path(result.path) / "params.json").read_text(encoding="utf-8"))
-    history = result.metrics_dataframe
-    rows = [] if history is None or "checkpoint" not in history else history.to_dict("records")
-    rows = [row for row in rows if isinstance(row["checkpoint"], str)]  # Ray's own notes have none
-    curve = _curve(rows, tune.metric)
-    state, reason = told.get(trial_id) or _end(result, rows, curve)
+def _trial(folder: Path, tune: TuneSettings) -> Trial:
+    rows = read_history(folder)
+    curve = tuple(
+        Evaluation(
+            step=row["step"],
+            epoch=_number(row.get("epoch")),
+            metric=_number(row.get(tune.metric)),
+            loss=_number(row.get("eval/loss")),
+            train_loss=_number(row.get("train/loss")),
+            checkpoint=f"{folder}/step_{row['step']:07d}",
+        )
+        for row in rows
+    )
+    end = read_end(folder) or End(UNFINISHED, "")
     started, seconds, first = _times(rows)
     # A trial may be stopped while its last checkpoint is being written.
     kept = [e for e in curve if not what_is_wrong(e.checkpoint)]
     best = min(kept, key=lambda e: order(e.metric, e.loss, tune.mode), default=None)
     return Trial(
-        trial_id=trial_id,
-        point=dict(point),
-        state=state,
+        trial_id=name_of(folder),
+        point=json.loads((folder / POINT).read_text(encoding="utf-8")),
+        state=end.state,
         metric=best.metric if best else None,
         loss=best.loss if best else None,
         step=best.step if best else None,
         checkpoint=best.checkpoint if best else None,
-        reason=reason,
+        reason=end.reason,
         curve=curve,
         started=started,
         seconds=seconds,
@@ -111,57 +111,12 @@ def _trial(result: Any, tune: TuneSettings, told: Mapping[str, tuple[str, str]])
     )
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[Evaluation, ...]:
-    """One evaluation per step. Of a step that was done again after a restart, the last counts.
-
-    What Ray lost between a report and a crash is read from the checkpoint that was written then.
-    """
-    curve = {
-        int(row["step"]): Evaluation(
-            step=int(row["step"]),
-            epoch=_number(row.get("epoch")),
-            metric=_number(row.get(metric)),
-            loss=_number(row.get("eval/loss")),
-            train_loss=_number(row.get("train/loss")),
-            checkpoint=row["checkpoint"],
-        )
-        for row in rows
-    }
-    for folder in {Path(row["checkpoint"]).parent for row in rows}:
-        for file in folder.glob(f"step_*/{METRICS}"):
-            checkpoint = file.parent
-            if what_is_wrong(checkpoint) or metric not in (measured := read_metrics(checkpoint)):
-                continue  # half written, or written on request without an evaluation
-            progress = read_progress(checkpoint)
-            value, loss = _number(measured[metric]), _number(measured.get("eval/loss"))
-            lost = Evaluation(progress.step, progress.epoch, value, loss, None, str(checkpoint))
-            curve.setdefault(progress.step, lost)
-    return tuple(curve[step] for step in sorted(curve))
-
-
-def _end(result: Any, rows: Sequence[Mapping[str, Any]], curve: Sequence[Evaluation]) -> tuple[str, str]:
-    """The state of a trial, and why it did not come to its end."""
-    if result.error:
-        # Ray names the class with its module before what it says.
-        return FAILED, cause(result.error).removeprefix("umbrella.base.UserError: ")
-    if not rows:
-        return FAILED, "it ended before its first evaluation"
-    last = max(rows, key=lambda row: row["step"])
-    state, where = how_it_ended(last), f"step {int(last['step'])} of {int(last['steps'])}"
-    if state == STOPPED:
-        return state, f"at evaluation {len(curve)}, {where}"
-    return state, f"no better evaluation for as long as train.patience allows, {where}" if state == EARLY else ""
-
-
 def _times(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None, float | None]:
-    """When a trial started, its seconds, and its seconds to the first evaluation. Ray counts anew in each attempt."""
-    timed = [row for row in rows if _number(row.get("time_total_s")) is not None]
-    if not timed:
+    """When a trial started, its seconds, and its seconds to the first evaluation. A restart begins anew."""
+    if not rows:
         return None, None, None
-    totals = [float(row["time_total_s"]) for row in timed]
-    ends = [now for now, after in zip(totals, [*totals[1:], 0.0], strict=True) if after < now]
-    stamp = _number(timed[0].get("timestamp"))
-    return None if stamp is None else stamp - totals[0], sum(ends), totals[0]
+    ends = {row["begun"]: row["time"] for row in rows}  # of each attempt, its last evaluation
+    return rows[0]["begun"], sum(end - begun for begun, end in ends.items()), rows[0]["time"] - rows[0]["begun"]
 
 
 def _number(value: Any) -> float | None:

@@ -1,91 +1,145 @@
-"""A search space in the settings' own names: checked, then handed to Ray Tune."""
+"""A search space in the settings' own names, read and checked before anything starts. No Ray here."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import islice, product
 from typing import Any
-
-from ray import tune
 
 from umbrella.base import UserError
 from umbrella.config import Settings
+from umbrella.tuning.entry import Entry, combine, in_words
+from umbrella.tuning.reading import FIXED, read_entry, section_of
 
-KINDS = ("grid", "choice", "uniform", "loguniform")
+CHECKED = 50_000
+"""Combinations of a section that are checked at most, in a few seconds; each point is, before it runs."""
 
 
-def build_space(settings: Settings, given: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Ray Tune's search space for ``tune.space``: dotted setting names to distributions, less the names in ``given``.
+def read_space(settings: Settings, given: frozenset[str] = frozenset()) -> list[Entry]:
+    """``tune.space``, checked, less what is set on the command line and what is then never swept.
+
+    Args:
+        given: names set on the command line.
+
+    Returns:
+        Each entry behind those that it depends on, and grids as early as that allows.
 
     Raises:
-        UserError: a name that is not a setting, a value that the setting refuses, an unknown kind, an empty range.
+        UserError: a name that is not a setting or cannot be swept, a value that the setting refuses, an unknown kind,
+            an empty range, conditions that cannot be met or go in a circle, combinations that the settings refuse.
     """
-    return {name: _domain(name, entry, settings) for name, entry in _swept(settings, given)}
+    names = [name for name in settings.tune.space if not is_given(name, given)]
+    for name, other in product(names, names):
+        if name != other and covers(name, other):
+            raise UserError(f"tune.space.{other}: is part of {name}, which is swept too; leave one of them out")
+    if settings.tune.seeds > 1 and "seed" in names:
+        raise UserError("tune.space.seed: tune.seeds sets the seed of every run; leave one of them out")
+    entries = _in_order([read_entry(name, names, settings) for name in names])
+    entries = list(_possible(entries, settings, given))
+    for section in dict.fromkeys(section_of(entry.name) for entry in entries):
+        variants(settings, entries, section)
+    return entries
 
 
-def possible_values(settings: Settings, name: str, given: frozenset[str] = frozenset()) -> list[Any]:
-    """Every value that a setting can take in the sweep, where it is swept by a list; else its one value."""
-    for swept, entry in _swept(settings, given):
-        if swept == name:
-            kind, values = _accepted(name, entry, settings)
-            return values if kind in ("grid", "choice") else [settings.flat()[name]]
-    return [settings.flat()[name]]
+def variants(settings: Settings, entries: Sequence[Entry], *sections: str) -> list[Settings]:
+    """The settings with every combination that trials can have of the listed values of these sections.
+
+    What is drawn from a range keeps the settings' value.
+
+    Raises:
+        UserError: combinations that the settings refuse.
+    """
+    needed = {entry.name for entry in entries if section_of(entry.name) in sections}
+    for entry in reversed(entries):  # and what they depend on, at any remove
+        if entry.name in needed:
+            needed |= entry.when.keys()
+    chain = [entry for entry in entries if entry.name in needed]
+    points = islice(combine(chain, lambda entry: entry.values if entry.listed else ()), CHECKED)
+    own = ({name: value for name, value in point.items() if section_of(name) in sections} for point in points)
+    return [checked(settings, point) for point in distinct(own)]
 
 
-def count_trials(settings: Settings, given: frozenset[str] = frozenset()) -> int:
-    """How many trials the sweep has."""
-    count = settings.tune.samples
-    for _, entry in _swept(settings, given):
-        count *= len(entry.get("grid", [0]))
-    return count
+def checked(settings: Settings, point: Mapping[str, Any]) -> Settings:
+    """The settings at a point. Raises UserError where the values do not go together."""
+    try:
+        return settings.with_values(point)
+    except UserError as error:
+        where, why = f"tune.space.{next(iter(point))}", "; ".join(str(error).splitlines())
+        remedy = "leave such values out, or sweep the names together, as values of their section"
+        raise UserError(f"{where}: {label(point)} do not go together: {why}; {remedy}") from None
 
 
-def grid_points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
-    """The points of the grid part of the space; names that are drawn are shown as what they are drawn from."""
-    entries = list(_swept(settings, given))
-    axes = [_accepted(name, entry, settings)[1] if "grid" in entry else [str(entry)] for name, entry in entries]
-    return [dict(zip([name for name, _ in entries], point, strict=True)) for point in product(*axes)]
+def distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points without repetitions, in order."""
+    kept: dict[str, dict[str, Any]] = {}
+    for point in points:
+        kept.setdefault(repr(sorted(point.items(), key=lambda item: item[0])), point)
+    return list(kept.values())
+
+
+def as_written(point: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The point with its names in the order of ``tune.space``."""
+    return {name: point[name] for name in settings.tune.space if name in point}
+
+
+def with_seeds(point: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    """The point once for each of ``tune.seeds``; with one seed, it keeps the settings' and does not name it."""
+    seeds = settings.tune.seeds
+    return [{**point, "seed": settings.seed + k} if seeds > 1 else point for k in range(seeds)]
+
+
+def covers(name: str, other: str) -> bool:
+    """Whether ``other`` is that name, or lies within the section of that name."""
+    return other == name or other.startswith(f"{name}.")
+
+
+def is_given(name: str, given: frozenset[str]) -> bool:
+    """Whether a swept name, or part of it, is set on the command line: then it is not swept."""
+    return any(covers(name, other) or covers(other, name) for other in given)
 
 
 def label(point: Mapping[str, Any]) -> str:
-    """A trial in words: ``lr=0.001 supervise=all``."""
-    return " ".join(f"{name.rsplit('.', 1)[-1]}={_short(value)}" for name, value in point.items()) or "as set"
+    """A trial in words: ``lr=3e-4 supervise=all``. A name is cut to the end that no other setting's has."""
+    return " ".join(f"{_short(name, point)}={in_words(value)}" for name, value in point.items()) or "as set"
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _short(name: str, beside: Iterable[str]) -> str:
+    others = {f".{other}" for other in (*_sweepable(), *beside) if other != name}
+    parts = name.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), name)
 
 
-def _swept(settings: Settings, given: frozenset[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((name, entry) for name, entry in settings.tune.space.items() if name not in given)
+@cache
+def _sweepable() -> list[str]:
+    return [name for name in Settings().flat() if section_of(name) not in FIXED]
 
 
-def _domain(name: str, entry: Mapping[str, Any], settings: Settings) -> Any:
-    kind, values = _accepted(name, entry, settings)
-    if kind == "grid":
-        return tune.grid_search(values)
-    if kind == "choice":
-        return tune.choice(values)
-    if len(values) != 2 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        raise UserError(f"tune.space.{name}: {kind} takes [low, high], two numbers; a list of values is a grid")
-    low, high = values
-    if not low < high or (kind == "loguniform" and low <= 0):
-        needs = "low < high" + " and low > 0" * (kind == "loguniform")
-        raise UserError(f"tune.space.{name}: {kind} takes [low, high] with {needs}")
-    if isinstance(low, int):  # a setting of whole numbers; Ray's upper end is exclusive
-        return tune.randint(low, high + 1) if kind == "uniform" else tune.lograndint(low, high + 1)
-    return tune.uniform(low, high) if kind == "uniform" else tune.loguniform(low, high)
+def _in_order(entries: Sequence[Entry]) -> list[Entry]:
+    waiting = sorted(entries, key=lambda entry: entry.kind != "grid")
+    ordered: list[Entry] = []
+    while waiting:
+        open_names = {entry.name for entry in waiting}
+        ready = next((entry for entry in waiting if not open_names & entry.when.keys()), None)
+        if ready is None:
+            names = ", ".join(sorted(open_names))
+            raise UserError(f"tune.space.{waiting[0].name}: conditions of {names} go in a circle; take one out")
+        waiting.remove(ready)
+        ordered.append(ready)
+    return ordered
 
 
-def _accepted(name: str, entry: Mapping[str, Any], settings: Settings) -> tuple[str, list[Any]]:
-    """The kind of an entry, and its values as the setting takes them: YAML reads 1e-4 as a text."""
-    where = f"tune.space.{name}"
-    if name.split(".")[0] in ("experiment", "name", "tune", "resources", "cohort", "data"):
-        raise UserError(f"{where}: {name.split('.')[0]} settings are the same for every trial and cannot be swept")
-    if len(entry) != 1 or next(iter(entry)) not in KINDS:
-        raise UserError(f"{where}: {dict(entry)} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")
-    kind, values = next(iter(entry.items()))
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise UserError(f"{where}: {kind} takes a list of at least one value, not {values!r}")
-    try:
-        return kind, [settings.with_values({name: value}).flat().get(name, value) for value in values]
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _possible(entries: Sequence[Entry], settings: Settings, given: frozenset[str]) -> Iterator[Entry]:
+    """The entries, less conditions that fixed settings meet, and less entries that fixed settings rule out."""
+    fixed, swept = settings.flat(), set()
+    for entry in entries:
+        conditions = {}
+        for name, allowed in entry.when.items():
+            if not is_given(name, given):
+                conditions[name] = allowed
+                if name not in swept:
+                    break
+            elif fixed.get(name) not in allowed:
+                break
+        else:
+            swept.add(entry.name)
+            yield Entry(entry.name, entry.kind, entry.values, conditions)

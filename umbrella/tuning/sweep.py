@@ -1,31 +1,48 @@
 """A sweep: Ray Tune over trainings, from settings to a ranked answer; in MLflow, one run per trial under a parent."""
 
+import logging
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import TrialScheduler
 
-from umbrella.base import UserError
-from umbrella.config import Settings
+from umbrella.base import Stopped, UserError
+from umbrella.config import SETTINGS, Settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
 from umbrella.storage import check_writable
-from umbrella.tracking.runs import Tracker, open_experiment, tracking_uri
+from umbrella.tracking.ending import mend
+from umbrella.tracking.runs import Tracker
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
-from umbrella.tuning.monitor import Monitor
+from umbrella.tuning.ending import reopen
+from umbrella.tuning.monitor import Follow, Monitor
+from umbrella.tuning.question import Question, check_data, claimed, sweeps_folder, write_question
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
 from umbrella.tuning.results import Trial, read_trials
-from umbrella.tuning.space import build_space, count_trials, possible_values
-from umbrella.tuning.trial import run_trial
+from umbrella.tuning.schedulers import make_scheduler
+from umbrella.tuning.search import Search, make_search
+from umbrella.tuning.space import covers, read_space, variants
+from umbrella.tuning.trial import TrialRunner, trial_resources
+
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how often it notes what trials there are; its own choice is every 10 s
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+"""Ray Tune's settings; what the person has set stays."""
 
 
 @dataclass(frozen=True)
@@ -40,54 +57,71 @@ class Answer:
     tracking: str
 
 
-def run_sweep(settings: Settings, given: frozenset[str], progress: Progress) -> Answer:
+def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, folder: Path | None = None) -> Answer:
     """Run every trial of ``tune.space`` and rank them.
 
     Args:
         given: names set on the command line; they are fixed, not swept.
         progress: draws a bar over slow preparations.
+        folder: a sweep that was begun with these settings, and goes on: what has ended is not run again, and what was
+            interrupted goes on from its checkpoint.
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
+        Stopped: SIGTERM came.
     """
-    space = build_space(settings, given)
+    search, scheduler = make_search(settings, given), make_scheduler(settings, given)
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    masks = possible_masks(settings, given)
-    splits = load_splits(settings, progress, masks)
-    check(settings, splits, masks, settings.tune.metric)
+    entries = read_space(settings, given)
+    masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
+    splits = load_splits(settings, progress, masks, shapes)
+    check(settings, splits, masks, settings.tune.metric, shapes)
+    goes_on = folder is not None
+    folder = folder or sweeps_folder(settings) / (settings.name or time.strftime("sweep-%Y%m%d-%H%M%S"))
+    check_writable(folder, "the folder of the sweep")
+    with claimed(folder):
+        if goes_on:
+            check_data(folder, splits.fingerprint)
+        elif (folder / SETTINGS).exists():
+            raise UserError(f"name={folder.name}: there is such a sweep; go on with --resume {folder.name}, or rename")
+        else:
+            write_question(folder, Question(settings, given), splits.fingerprint)
+        uri = tracking_uri(storage, settings.tracking.uri)
+        experiment = open_experiment(uri, settings.experiment, storage)
+        mend(uri, experiment, storage)
+        dashboard = start_ray(settings.resources, log_to_driver=False)
+        if dashboard:
+            print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
+        at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
+        at_once = min(at_once, settings.tune.concurrent or at_once)
 
-    name = time.strftime("sweep-%Y%m%d-%H%M%S")
-    folder = storage / "sweeps" / name
-    uri = tracking_uri(storage)
-    experiment = open_experiment(uri, settings.experiment, storage)
-    dashboard = start_ray(settings.resources, log_to_driver=False)
-    if dashboard:
-        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
-    at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
-    at_once = min(at_once, settings.tune.concurrent or at_once)
-
-    parent = Tracker.start(uri, experiment, name)
-    parent.params({k: v for k, v in settings.flat().items() if k not in space})
-    parent.text(settings.to_yaml(), "settings.yaml")
-    job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
-    parent.params(job.data)
-    total = count_trials(settings, given)
-    try:
-        with Monitor(uri, experiment, total, settings.tune.metric) as monitor:
-            results = _tuner(job, space, at_once, monitor, storage, name).fit()
-        contenders = rank(read_trials(results, settings.tune), settings.tune.mode)
-        subjects = len({c.subject_id for c in splits.validation})
-        files = write_report(contenders, settings, folder, subjects)
-        for file in files.all:
-            parent.artifact(file)
-        answer = _answer(settings, contenders, files, folder, uri)
-        parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
-        parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
-        parent.end()
-    except BaseException as error:
-        parent.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", "failed")
-        raise
+        parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
+        swept = [entry.name for entry in entries]
+        parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
+        parent.text(settings.to_yaml(), SETTINGS)
+        job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
+        parent.params(job.data)
+        parent.inputs(job.datasets)
+        for trial in folder.glob("trials/*/"):
+            reopen(trial)
+        monitor = Monitor(folder, uri, search.trials, settings.tune)
+        try:
+            with monitor, stopped_by_sigterm(folder.name):
+                _tuner(job, search, scheduler, at_once).fit()
+            contenders = rank(read_trials(folder, settings.tune), settings.tune.mode)
+            files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
+            for file in files.all:
+                parent.artifact(file)
+            answer = _answer(settings, contenders, files, folder, uri)
+            parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
+            parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
+            parent.end()
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | Stopped)
+            monitor.close("killed")
+            parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
+            raise
     return answer
 
 
@@ -97,40 +131,54 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
     Raises:
         UserError: swept values that do not go together.
     """
-    listed = [
-        name
-        for name, entry in settings.tune.space.items()
-        if name.startswith("mask.") and name not in given and entry.keys() & {"grid", "choice"}
-    ]
-    points = product(*(possible_values(settings, name, given) for name in listed))
+    return [variant.mask for variant in variants(settings, read_space(settings, given), "mask")]
+
+
+@contextmanager
+def stopped_by_sigterm(name: str) -> Iterator[None]:
+    """While in here, SIGTERM raises Stopped. Trials keep what their last checkpoints hold."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+
+    def stop(*unused: Any) -> None:
+        raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        return [settings.with_values(dict(zip(listed, point, strict=True))).mask for point in points]
-    except UserError as error:
-        raise UserError(f"tune.space: {error}") from None
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _tuner(job: Job, space: dict[str, Any], at_once: int, monitor: Monitor, storage: Path, name: str) -> tune.Tuner:
-    settings = job.settings.tune
-    # Ray Tune's own table would be printed over ours.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    scheduler = ASHAScheduler(
-        time_attr="training_iteration",
-        max_t=10**6,  # beyond any number of evaluations: a trial that is not stopped early ends by itself
-        grace_period=settings.grace,
-        reduction_factor=settings.reduction,
-    )
+def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) -> tune.Tuner:
+    settings, folder = job.settings.tune, Path(job.folder)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
+    trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
+    if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
+        return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
     return tune.Tuner(
-        # A trial waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
-        tune.with_resources(tune.with_parameters(run_trial, job=job), {"node:__internal_head__": 0.001}),
-        param_space=space,
+        trial,
+        param_space=search.param_space,
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            num_samples=settings.samples,
+            num_samples=search.num_samples,
+            search_alg=search.search_alg,
+            time_budget_s=settings.hours * 3600 or None,
             max_concurrent_trials=at_once,
             scheduler=scheduler,
+            reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name=name, storage_path=str(storage / "sweeps"), callbacks=[monitor], verbose=0),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            callbacks=[Follow()],
+            failure_config=tune.FailureConfig(max_failures=job.settings.resources.max_failures),
+            verbose=0,
+        ),
     )
 
 

@@ -1,22 +1,195 @@
 """One trial of a sweep: what Ray Tune's trial process runs. It imports little, see ``training.job``."""
 
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
+from umbrella.base import UserError
+from umbrella.training.history import cut, read_history
 from umbrella.training.job import Job, run_job
+from umbrella.training.progress import latest_checkpoint, what_is_wrong
+from umbrella.training.requests import stop_file
+from umbrella.training.settings import ResourceSettings
+from umbrella.tuning.ending import FAILED, STOPPED, how_it_ended, read_end, write_end
 from umbrella.tuning.space import label
 
+POLL = 0.1
+"""Seconds between looks at what the training has noted."""
+POINT, MARKER, ADOPTED = "point.json", "checkpoint_of.json", "adopted.json"
 
-def run_trial(config: dict[str, Any], job: Job) -> None:
-    """One trial: a training with the point's values, whose reports Ray Tune sees."""
-    trial_id = tune.get_context().get_trial_id()
-    job = replace(
-        job,
-        settings=job.settings.with_values(config),
-        tracking={**job.tracking, "name": label(config), "trial": trial_id},
-        folder=f"{job.folder}/trials/{trial_id}",
-    )
-    run_job(job, [TuneReportCallback()])
+
+class TrialRunner(tune.Trainable):
+    """A training with a point's values, whose evaluations Ray Tune is told, one a step.
+
+    With one worker the training runs in this process, which takes one trial after the other: the time to start
+    processes and to import is spent once. With several, Ray Train starts their processes for each trial.
+
+    The training's folder knows how far it is, and how it ended; Ray Tune's own notes may be older, after a kill. So all
+    evaluations are told again to whoever asks anew, and what has ended is not run again.
+    """
+
+    def setup(self, config: dict[str, Any], job: Job) -> None:
+        """Prepare a trial; nothing starts before the first step, which may come after ``load_checkpoint``."""
+        self.sweep, self.told = job, set[int]()
+        self.training: Future[None] | None = None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Another trial, in the process of the one before."""
+        self._leave()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """The next evaluation, when it is there.
+
+        Raises:
+            UserError: what the training stopped for.
+        """
+        end = read_end(self.folder)
+        if end and end.state == FAILED:  # Ray Tune tries again; where the settings are to blame, that changes nothing
+            raise UserError(end.reason)
+        if self.training is None and not end:
+            self.training = self._start()
+        over = False
+        while True:
+            rows = read_history(self.folder)
+            untold = [row for row in rows if row["step"] not in self.told]
+            if untold:
+                break
+            if over:
+                self._finish()
+                raise RuntimeError("the training ended without an evaluation")
+            if self.training:
+                wait([self.training], timeout=POLL)
+            over = self.training is None or self.training.done()
+        row = untold[0]
+        self.told.add(row["step"])
+        last = how_it_ended(row) != STOPPED or (end is not None and len(untold) == 1)
+        if last:
+            self._finish()
+        return {**row, "done": last}
+
+    def cleanup(self) -> None:
+        """The trial is over, or was stopped."""
+        self._leave()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Name the newest evaluation's checkpoint; it stays where it is."""
+        checkpoint = str(self.folder / f"step_{max(self.told, default=0):07d}")
+        (Path(checkpoint_dir) / MARKER).write_text(json.dumps({"checkpoint": checkpoint}), encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Begin from another trial's checkpoint, if population-based training says so and it was not done yet."""
+        adopt(self.folder, (Path(checkpoint_dir) / MARKER).read_text(encoding="utf-8"))
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.told, self.training = set(), None
+        self.folder = trial_folder(self.sweep.folder, self.trial_id, config)
+        self.job = replace(
+            self.sweep,
+            settings=self.sweep.settings.with_values(config),
+            swept=config,
+            tracking={**self.sweep.tracking, "name": label(config), "trial": name_of(self.folder)},
+            folder=str(self.folder),
+        )
+
+    def _start(self) -> "Future[None]":
+        stop_file(self.folder).unlink(missing_ok=True)
+        job = replace(self.job, begun=time.time())
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="training")
+        return self.pool.submit(run_job, job, runs_here(job.settings.resources))
+
+    def _finish(self) -> None:
+        """Wait for the end of the training; raises what it stopped for."""
+        if self.training:
+            try:
+                self.training.result()
+            except UserError as error:
+                write_end(self.folder, FAILED, str(error))
+                raise
+
+    def _leave(self) -> None:
+        """Let a training that still runs stop after its step, with a checkpoint."""
+        if self.training is None:
+            return
+        if not self.training.done():
+            stop_file(self.folder).touch()
+        with suppress(Exception):  # told already, or nobody's concern any more
+            self.training.result()
+        self.pool.shutdown()
+        self.training = None
+        gc.collect()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+
+
+def runs_here(resources: ResourceSettings) -> bool:
+    """Whether a trial's training runs in the trial's own process."""
+    return resources.workers == resources.least_workers == 1
+
+
+def trial_resources(resources: ResourceSettings) -> dict[str, float]:
+    """What Ray Tune reserves for a trial's own process."""
+    if runs_here(resources):
+        gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+        return {"CPU": resources.cpus_per_worker, **gpus}
+    # It waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
+    return {"node:__internal_head__": 0.001}
+
+
+def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
+    """Where a trial's training lies: named by the point that it began with, so that a lost note of Ray's is no loss."""
+    trials = Path(sweep) / "trials"
+    known = trials / f"{ray_id}.txt"
+    text = json.dumps(point, sort_keys=True)
+    trials.mkdir(parents=True, exist_ok=True)
+    if not known.exists():  # population-based training changes the values later
+        _put(known, sha256(text.encode()).hexdigest()[:10])
+    folder = trials / known.read_text(encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    _put(folder / POINT, json.dumps(point))
+    return folder
+
+
+def _put(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def name_of(folder: str | Path) -> str:
+    """A trial's name among all sweeps, which its run in MLflow is tagged with."""
+    folder = Path(folder)
+    return f"{folder.parent.parent.name}-{folder.name}"
+
+
+def adopt(folder: Path, marker: str) -> None:
+    """Let a trial go on from the checkpoint of another one that a marker names, unless it does already."""
+    donor = Path(json.loads(marker)["checkpoint"])
+    done = folder / ADOPTED
+    if donor.parent == folder or (done.exists() and done.read_text(encoding="utf-8") == marker):
+        return
+    source = donor if not what_is_wrong(donor) else latest_checkpoint(donor.parent)  # it was pruned since
+    if source is None:
+        return
+    partial = folder / f".{source.name}.adopted"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    for own in folder.glob("step_*"):
+        shutil.rmtree(own)
+    partial.rename(folder / source.name)
+    cut(folder, int(source.name.removeprefix("step_")))
+    done.write_text(marker, encoding="utf-8")

@@ -1,0 +1,98 @@
+"""Nothing private in MLflow: no passwords, no environment, and subjects by a hash where that is asked for."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from umbrella.base import UserError, masked
+from umbrella.config import load_settings
+from umbrella.evaluation.scoring import Scored
+from umbrella.tracking.privacy import hashed, hide, read_salt
+from umbrella.tracking.store import open_experiment, short, tracking_uri
+from umbrella.training.predictions import predictions_json
+
+
+def test_a_servers_password_goes_where_mlflow_looks_for_it_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://anna:p%40ss@mlflow.example:8443/x")
+    assert tracking_uri("runs") == "https://mlflow.example:8443/x"
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    found = read_mlflow_creds()
+    assert (found.username, found.password) == ("anna", "p@ss")
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://anna:pa/ss@db.example/mlflow".replace("pa/ss", "p@ss"), "http://host/x?token=p@ss&a=1"]
+)
+def test_an_address_is_printed_without_its_password(uri: str) -> None:
+    assert "p@ss" in uri
+    assert "p@ss" not in masked(uri)
+    assert "p@ss" not in short(ValueError(f"no answer from {uri} (twice)"))
+    assert "example" in masked(uri) or "host" in masked(uri)
+
+
+def test_settings_hold_no_password_since_they_are_written_to_many_places() -> None:
+    with pytest.raises(UserError, match=r"^tracking\.uri=.*MLFLOW_TRACKING_PASSWORD") as error:
+        load_settings(overrides={"tracking.uri": "http://anna:s3cr3t@host"})
+    assert "s3cr3t" not in str(error.value)
+    assert load_settings(overrides={"tracking.uri": "http://host:5000"}).tracking.uri == "http://host:5000"
+
+
+def test_a_store_that_fails_is_named_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        open_experiment("postgresql://anna:s3cr3t@127.0.0.1:9/mlflow", "x", tmp_path)
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_the_salt_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    salt = read_salt(tmp_path)
+    assert len(salt) == 64
+    assert read_salt(tmp_path) == salt
+    assert [path.name for path in tmp_path.iterdir()] == ["subjects.salt"]
+    assert stat.S_IMODE((tmp_path / "subjects.salt").stat().st_mode) == 0o600
+    other = tmp_path / "other"
+    other.mkdir()
+    assert hashed("sub-1", read_salt(other)) != hashed("sub-1", salt) == hashed("sub-1", salt)
+
+
+def test_subjects_are_hidden_wherever_they_stand_and_nothing_else_is() -> None:
+    text = "sub-1_T1w.nii.gz, 12 tokens of sub-1 and sub-12, subject 1, xsub-1"
+    one, twelve = hashed("sub-1", "salt"), hashed("sub-12", "salt")
+    expected = f"{one}_T1w.nii.gz, 12 tokens of {one} and {twelve}, subject 1, xsub-1"
+    assert hide(text, ["sub-1", "sub-12"], "salt") == expected
+    assert hide(text, [], "salt") == text
+
+
+def scored(task: str, probabilities: dict[str, float], label: str | float, subject: str = "sub-7") -> Scored:
+    return Scored(task, "T1", subject, "sex", label, probabilities, 6.0, 3)
+
+
+def test_predictions_name_what_was_chosen_and_how_likely_each_answer_was() -> None:
+    rows = [
+        scored("b", {"female": 0.25, "male": 0.75}, "male"),
+        scored("a", {"female": 0.25, "male": 0.75}, "female"),
+        scored("d", {"female": 0.5, "male": 0.5}, "male"),
+        scored("c", {}, 63.5),
+    ]
+    table = json.loads(predictions_json(rows, 10, lambda text, subjects: text))
+    told = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["task_id"] for row in told] == ["a", "b", "c", "d"]
+    assert [row["chosen"] for row in told] == ["male", "male", None, None]
+    assert [row["right"] for row in told] == [False, True, None, False]
+    assert [row["truth"] for row in told] == ["female", "male", 63.5, "male"]
+    assert told[0]["probabilities"] == {"female": 0.25, "male": 0.75}
+    assert {row["nll_per_token"] for row in told} == {2.0}
+
+
+def test_predictions_are_of_the_same_questions_in_every_run_and_hide_subjects_when_asked() -> None:
+    rows = [scored(f"sub-{i}_sex", {"female": 0.1, "male": 0.9}, "male", f"sub-{i}") for i in range(50)]
+    first = json.loads(predictions_json(rows, 8, lambda text, subjects: text))
+    assert json.loads(predictions_json(rows[::-1], 8, lambda text, subjects: text)) == first
+    assert len(first["data"]) == 8
+    hidden = predictions_json(rows, 8, lambda text, subjects: hide(text, subjects, "salt"))
+    assert "sub-" not in hidden
+    assert len({row[3] for row in json.loads(hidden)["data"]}) == 8

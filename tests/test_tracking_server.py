@@ -1,0 +1,125 @@
+"""A tracking server that is killed and comes back has all of a training: each step once, and the files."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+
+from umbrella.tracking import runs
+from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.ending import mend
+from umbrella.tracking.runs import Tracker
+from umbrella.tracking.store import open_experiment
+
+pytestmark = pytest.mark.slow
+
+
+class Server:
+    """MLflow's own server on SQLite, in processes of its own, on a free port."""
+
+    def __init__(self, folder: Path, store: str) -> None:
+        self.folder, self.store = folder, store
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        words = f"-m mlflow server --host 127.0.0.1 --port {self.port} --workers 1 --backend-store-uri {self.store}"
+        words += f" --artifacts-destination {self.folder / 'artifacts'}"
+        env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *words.split()], stdout=log, stderr=log, env=env, start_new_session=True
+            )
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            with suppress(OSError), urlopen(f"{self.uri}/health", timeout=1):
+                return
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "log").read_text(encoding="utf-8"))
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(mlflow_store: Callable[[Path], str], tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path, mlflow_store(tmp_path))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+def steps(tracker: Tracker, name: str = "train/loss") -> list[int]:
+    return [metric.step for metric in tracker.client.get_metric_history(tracker.run_id, name)]
+
+
+def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(runs, "RETRY", 0.5)
+    storage = tmp_path / "runs"
+    experiment = open_experiment(server.uri, "x", storage)
+    mend(server.uri, experiment, storage)
+    first, second = (storage / "trainings" / name for name in ("first", "second"))
+
+    def train(tracker: Tracker, steps: range) -> None:
+        for step in steps:
+            tracker.metrics({"train/loss": 1 / step}, step)
+            if step % 10 == 0:
+                tracker.metrics({"eval/loss": 2 / step}, step)
+                tracker.flush()
+
+    tracker = Tracker.start(server.uri, experiment, "first", trial="first", folder=first)
+    tracker.watch_system()
+    train(tracker, range(1, 31))
+    server.kill()
+    train(tracker, range(31, 61))
+    tracker.text("late", "texts/late.txt")
+    # Killed, and started again from step 45 with the server still down; another training begins meanwhile.
+    again = Tracker.start(server.uri, experiment, "first", trial="first", folder=first)
+    train(again, range(46, 81))
+    other = Tracker.start(server.uri, experiment, "second", trial="second", folder=second)
+    train(other, range(1, 11))
+    other.end("FAILED", "failed", wait=0)
+    said = [line for line in capsys.readouterr().err.splitlines() if "kept in" in line]
+    assert len(said) == 3, "once for each process"
+
+    server.start()
+    time.sleep(0.6)
+    train(again, range(81, 91))
+    assert steps(again) == list(range(1, 91))
+    server.kill()
+    train(again, range(91, 101))
+    server.start()
+    again.end()
+    assert again.outbox.waiting() == []
+    assert steps(again) == list(range(1, 101))
+    assert steps(again, "eval/loss") == list(range(10, 101, 10))
+    assert (Path(again.client.download_artifacts(again.run_id, "texts/late.txt"))).read_text() == "late"
+    run = again.client.get_run(again.run_id)
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "finished")
+
+    # The second one's script ended while the server was down. The next one on this storage sends what it left.
+    Tracker(server.uri, second)._delivery.remember(driver=f"{socket.gethostname()} 1 0.00")
+    (next((storage / ".drivers").iterdir()) / f"{socket.gethostname()} 1 0.00").touch()
+    mend(server.uri, experiment, storage)
+    found = MlflowClient(server.uri).search_runs([experiment])
+    assert {(run.info.run_name, run.info.status) for run in found} == {("first", "FINISHED"), ("second", "FAILED")}
+    assert steps(Tracker(server.uri, second)) == list(range(1, 11))

@@ -1,0 +1,113 @@
+"""The messages of one run, told to MLflow. Each may come twice, and leaves what it leaves when it comes once."""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
+from umbrella.base import masked
+from umbrella.tracking.datasets import to_input
+from umbrella.tracking.outbox import Message
+from umbrella.tracking.store import can_wait, is_refusal, short
+
+TRIAL, PARENT = "ray.trial_id", "mlflow.parentRunId"
+OUTCOME, DRIVER = "umbrella.outcome", "umbrella.driver"
+MAX_METRICS, MAX_PARAMS = 1000, 100  # per request, MLflow's own limits
+
+
+class Delivery:
+    """Sends messages about one run, and remembers in the run's folder which run that is.
+
+    What MLflow refuses for good, such as anything about a run that somebody deleted, is named and put aside.
+    """
+
+    def __init__(self, uri: str, client: MlflowClient, folder: Path) -> None:
+        self.uri, self.client, self.folder = uri, client, folder
+        self._file = folder / "run.json"
+        self._lock, self._refused = threading.Lock(), False
+        known = self._file.read_text(encoding="utf-8") if self._file.exists() else "{}"
+        self.state: dict[str, Any] = json.loads(known)
+
+    def remember(self, **values: Any) -> None:
+        """Keep in the run's folder: its id, its driver, its start in ms, the last step that was written."""
+        with self._lock:
+            self.state |= values
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.state), encoding="utf-8")
+            os.replace(partial, self._file)
+
+    def __call__(self, message: Message) -> None:
+        """Send one. Raises what ``can_wait`` is true of, and what is wrong with the storage."""
+        try:
+            getattr(self, f"send_{message['do']}")(message)
+        except Exception as error:
+            if can_wait(error, self.uri) or not is_refusal(error, self.uri) or message["do"] == "start":
+                raise
+            with (self.folder / "refused.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(message) + "\n")
+            if not self._refused:
+                refused = f"MLflow at {masked(self.uri)} refuses what it is told: {short(error)}"
+                print(f"note: {refused}; kept in {file.name}", file=sys.stderr, flush=True)
+            self._refused = True
+
+    def send_start(self, message: Message) -> None:
+        run = self._known_run() or find_trial(self.client, message["experiment"], message["tags"].get(TRIAL))
+        if run is None:
+            run = self.client.create_run(
+                message["experiment"], start_time=message["time"], run_name=message["name"], tags=message["tags"]
+            )
+        else:
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            self.client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in message["tags"].items()])
+        self.remember(run_id=run.info.run_id, start=run.info.start_time)
+
+    def _known_run(self) -> Run | None:
+        if "run_id" not in self.state:
+            return None
+        try:
+            return self.client.get_run(self.state["run_id"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self.remember(until=-1)  # it was in a database that is gone, and all its steps with it
+            return None
+
+    def send_params(self, message: Message) -> None:
+        known = self.client.get_run(self.state["run_id"]).data.params
+        new = [Param(name, value) for name, value in message["values"].items() if name not in known]
+        for i in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(self.state["run_id"], params=new[i : i + MAX_PARAMS])
+
+    def send_tags(self, message: Message) -> None:
+        self.client.log_batch(self.state["run_id"], tags=[RunTag(*tag) for tag in message["values"].items()])
+
+    def send_metrics(self, message: Message) -> None:
+        # A metric of the same name, value, step and time is one to MLflow: sent again, it is there once.
+        metrics = [Metric(*metric) for metric in message["values"]]
+        for i in range(0, len(metrics), MAX_METRICS):
+            self.client.log_batch(self.state["run_id"], metrics=metrics[i : i + MAX_METRICS])
+
+    def send_inputs(self, message: Message) -> None:
+        self.client.log_inputs(self.state["run_id"], [to_input(told) for told in message["values"]])
+
+    def send_file(self, message: Message) -> None:
+        self.client.log_artifact(self.state["run_id"], str(self.folder / message["path"]), message["to"] or None)
+
+    def send_folder(self, message: Message) -> None:
+        self.client.log_artifacts(self.state["run_id"], message["path"], message["to"])
+
+    def send_end(self, message: Message) -> None:
+        self.client.log_batch(self.state["run_id"], tags=[RunTag(OUTCOME, message["outcome"])])
+        self.client.set_terminated(self.state["run_id"], message["status"], message["time"])
+
+
+def find_trial(client: MlflowClient, experiment: str, trial: str | None) -> Run | None:
+    """The run of a trial, by its tag."""
+    found = client.search_runs([experiment], f"tags.`{TRIAL}` = '{trial}'", max_results=1) if trial else []
+    return found[0] if found else None

@@ -1,0 +1,76 @@
+"""What the machine of a run does, as MLflow's own monitors see it: CPU, memory, disk, network, GPUs."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+INTERVAL = 10.0
+"""Seconds between looks, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise."""
+WRITE = 60.0
+"""Seconds after which they are written though no evaluation comes."""
+
+Point = tuple[str, float, int, int]
+"""Name, value, time in ms, step."""
+
+
+class Machine(threading.Thread):
+    """Looks at the machine from a thread; steps are seconds since the run began.
+
+    MLflow's own thread asks the store at each look whether the run goes on, and ends for good when it has no answer.
+    This one also sends what waits in the outbox, so that a store that is back need not wait for an evaluation.
+    GPUs are seen where nvidia-ml-py is installed.
+
+    Args:
+        start: when the run began, ms.
+        put, deliver: a tracker's.
+    """
+
+    def __init__(self, start: int, put: Callable[[Mapping[str, Any]], None], deliver: Callable[[], None]) -> None:
+        super().__init__(name="umbrella-machine", daemon=True)
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it says when there is no GPU
+        self.monitors = SystemMetricsMonitor("").monitors
+        self.interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or INTERVAL
+        self.may_write = False
+        """Not before the first evaluation: MLflow's compare page opens with the metric that was written first."""
+        self._start_ms, self._put, self._deliver = start, put, deliver
+        self._points: list[Point] = []
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """Look until ``stop``. What goes wrong in here ends no training: it is met again where that flushes."""
+        written = time.monotonic()
+        while not self._over.is_set():
+            try:
+                self._look()
+                if self.may_write and time.monotonic() - written >= WRITE:
+                    written = time.monotonic()
+                    if points := self.taken():
+                        self._put({"do": "metrics", "values": points})
+                    self._deliver()
+            except Exception:
+                logging.getLogger(__name__).debug("looking at the machine", exc_info=True)
+            self._over.wait(self.interval)
+
+    def taken(self) -> list[Point]:
+        """What was seen since this was asked last."""
+        points, self._points = self._points, []
+        return points
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+        self.join(timeout=2 * self.interval)
+
+    def _look(self) -> None:
+        now = int(time.time() * 1000)
+        for monitor in self.monitors:
+            monitor.collect_metrics()
+            values = monitor.aggregate_metrics()
+            monitor.clear_metrics()
+            step = max(0, (now - self._start_ms) // 1000)
+            self._points += [(f"system/{name}", float(value), now, step) for name, value in values.items()]

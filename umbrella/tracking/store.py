@@ -1,0 +1,121 @@
+"""Where runs are kept: MLflow's store by its address, and what its errors mean."""
+
+import hashlib
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from umbrella.base import UserError, masked
+from umbrella.storage import storage_fault
+
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+"""How long MLflow's client tries: 31 s at most. Its own defaults wait for a quarter of an hour. What is set stays."""
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines at the end of each run
+for _name, _value in PATIENCE.items():
+    os.environ.setdefault(_name, _value)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try
+
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns of MLflow's database that hold absolute addresses of artifacts."""
+
+
+def tracking_uri(storage: str | Path, uri: str = "") -> str:
+    """Where runs are kept: ``uri``, else ``MLFLOW_TRACKING_URI``, else an SQLite file in the storage folder.
+
+    A server's user and password go from the address into the environment of this process and of those that it starts,
+    where MLflow looks for them and nothing prints them.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.username and parts.password:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+        uri = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return uri
+
+
+def short(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters without credentials."""
+    return masked(" ".join(str(error).split()))[:300]
+
+
+def is_local(uri: str) -> bool:
+    """Whether runs are kept in a file of this storage."""
+    return uri.startswith("sqlite:")
+
+
+def store_key(uri: str) -> str:
+    """A short name for a store, good for a file's; every SQLite file has the same, since it may be moved."""
+    return "sqlite" if is_local(uri) else "server-" + hashlib.sha256(masked(uri).encode()).hexdigest()[:8]
+
+
+def can_wait(error: Exception, uri: str) -> bool:
+    """Whether what failed may well work later, as it is: no answer, an overloaded server, wrong credentials, a lock."""
+    if is_local(uri):
+        return "is locked" in str(error)
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return status >= 500 or status in (401, 403, 408, 429)
+    return type(error).__module__ != "builtins"  # of a library that talks to the server, or to where its files lie
+
+
+def is_refusal(error: Exception, uri: str) -> bool:
+    """Whether the store is there and does not take it: a deleted run, a name that is not allowed."""
+    return isinstance(error, MlflowException) and error.get_http_status_code() < 500 and not storage_fault(error)
+
+
+def open_experiment(uri: str, name: str, storage: str | Path) -> str:
+    """The experiment's id, made when missing. To be called in the driver, before any worker opens the database.
+
+    Raises:
+        UserError: the store cannot be reached, or the experiment was deleted there.
+    """
+    try:
+        client = MlflowClient(uri)
+        artifacts = (Path(storage).absolute() / "artifacts").as_uri() if is_local(uri) else None
+        experiment = client.get_experiment_by_name(name)
+        if artifacts and experiment:
+            _follow_artifacts(uri, artifacts)
+        if experiment is None:
+            return client.create_experiment(name, artifact_location=artifacts)
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError) as error:
+        remedy = "" if is_local(uri) else "; start it, or name another one: tracking.uri=..."
+        raise UserError(f"MLflow at {masked(uri)}: {short(error)}{remedy}") from None
+    if experiment.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
+    return experiment.experiment_id
+
+
+def _follow_artifacts(uri: str, here: str) -> None:
+    """Where the storage was moved or copied, let its database say where the artifacts are now.
+
+    MLflow keeps absolute addresses, and has no command to change them.
+    """
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)) as database, database:
+        for (there,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            old, new = (Path(url2pathname(urlsplit(address).path)) for address in (there, here))
+            if not there.startswith("file:") or old.name != new.name or (old.exists() and old.samefile(new)):
+                continue
+            for table, column in ADDRESSES:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
+                )

@@ -1,0 +1,92 @@
+"""A sweep's folder: the question that it was begun with, and who is at it."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from umbrella.base import UserError
+from umbrella.config import SETTINGS, Settings, load_settings
+
+GIVEN, FINGERPRINT, LOCK = "given.json", "data.json", "lock"
+
+
+class Question(NamedTuple):
+    """``given``: names set on the command line, which are not swept."""
+
+    settings: Settings
+    given: frozenset[str]
+
+
+def sweeps_folder(settings: Settings) -> Path:
+    """Where all sweeps of a storage lie."""
+    return Path(settings.resources.storage).absolute() / "sweeps"
+
+
+def write_question(folder: Path, question: Question, fingerprint: str) -> None:
+    """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
+    (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
+    (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
+    partial = folder / f".{SETTINGS}.partial"
+    partial.write_text(question.settings.to_yaml(), encoding="utf-8")
+    os.replace(partial, folder / SETTINGS)
+
+
+def read_question(folder: Path) -> Question:
+    """What a sweep was begun with.
+
+    Raises:
+        UserError: there is no such sweep; names those that there are.
+    """
+    if not (folder / SETTINGS).is_file():
+        there = sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}"))
+        raise UserError(
+            f"--resume: there is no sweep {folder}; {'there are ' + ', '.join(there) if there else 'none is'}"
+        )
+    settings = load_settings([folder / SETTINGS])
+    return Question(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
+
+
+def check_data(folder: Path, fingerprint: str) -> None:
+    """Raise UserError where the data are no longer those that the sweep was begun with."""
+    then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    if then != fingerprint:
+        raise UserError(
+            f"--resume: {folder.name} was begun with other data ({then[:12]}, now {fingerprint[:12]}); begin another"
+        )
+
+
+def newest(folder: Path) -> Path:
+    """The sweep that was begun last.
+
+    Raises:
+        UserError: there is none.
+    """
+    begun = sorted(folder.glob(f"*/{SETTINGS}"), key=lambda file: file.stat().st_mtime)
+    if not begun:
+        raise UserError(f"--resume: {folder} holds no sweep")
+    return begun[-1].parent
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """While in here, the sweep is this process's. The claim goes with the process, however that ends.
+
+    Raises:
+        UserError: it is another one's; says whose.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(
+                f"{folder.name} is being run already, by {lock.read().strip() or 'another process'}"
+            ) from None
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+        yield
