@@ -1,11 +1,12 @@
 """A training that gets no better stops by itself; as it runs, it says how it goes in MLflow and on Ray's dashboard."""
 
+import json
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from mlflow import MlflowClient
@@ -13,9 +14,10 @@ from mlflow import MlflowClient
 from integration.faults import go_on, kill_workers, when_step
 from umbrella.tracking.delivery import OUTCOME
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.live import read_live
-from umbrella.training.progress import latest_checkpoint, read_progress
+from umbrella.training.live import EVALUATION, gauge_name, read_live
+from umbrella.training.progress import latest_checkpoint, read_metrics, read_progress
 
+GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 PATIENT = {
     "name": "patient",
     "experiment": "reporting",
@@ -49,6 +51,11 @@ class Trained(NamedTuple):
         (run,) = client.search_runs([experiment.experiment_id])
         return run, [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
 
+    def samples(self, prefix: str) -> list[str]:
+        """The lines of this training on the page of metrics whose gauge begins so."""
+        of_this = ['run="patient"', 'trial="patient"']
+        return [x for x in self.page.splitlines() if x.startswith(prefix) and all(label in x for label in of_this)]
+
     def steps_taken(self) -> int:
         """Steps that were begun, those that were taken twice included."""
         return (self.folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
@@ -66,7 +73,7 @@ def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
         while not ended.wait(0.3):
             with urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
                 page = answer.read().decode()
-            if 'run="patient"' in page:
+            if page.count('run="patient"') >= max(1, pages[-1].count('run="patient"')):  # the last ones lose gauges
                 pages.append(page)
 
     scraper = threading.Thread(target=scrape)
@@ -108,10 +115,38 @@ def test_mlflow_has_what_the_bar_shows(patient: Trained) -> None:
     assert 0 <= shown["train/waiting_for_data"] <= 1
 
 
-def test_rays_dashboard_has_what_the_bar_shows(patient: Trained) -> None:
-    samples = [line for line in patient.page.splitlines() if 'run="patient",trial="patient"' in line]
-    shown = {f"ray_umbrella_{name.removeprefix('train/')}" for name in patient.told["metrics"]}
-    assert {line.split("{")[0] for line in samples} == shown
+def test_rays_metrics_have_what_the_bar_shows_and_the_evaluations(patient: Trained) -> None:
+    names = {line.split("{")[0] for line in patient.samples("ray_")}
+    assert names == {f"ray_{name}" for name in [EVALUATION, *map(gauge_name, patient.told["metrics"])]}
+    values = {}
+    for line in patient.samples(f"ray_{EVALUATION}{{"):
+        values[re.search(r'metric="([^"]*)"', line)[1]] = float(line.split()[-1])  # type: ignore[index]
+    newest = latest_checkpoint(patient.folder)
+    assert newest is not None
+    measured = {name: value for name, value in read_metrics(newest).items() if name.startswith("eval/")}
+    assert values == pytest.approx(measured)
+
+
+def test_grafana_finds_what_it_asks_for_in_rays_metrics(patient: Trained) -> None:
+    asked = set(re.findall(r"ray_\w+", GRAFANA.read_text(encoding="utf-8")))
+    there = {line.split("{")[0] for line in patient.samples("ray_")}
+    assert asked - there == {f"ray_{gauge_name('train/memory_device_mib')}"}, "no GPU here"
+
+
+def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
+    patient: Trained, ray_session: Any
+) -> None:
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    (job,) = ray_session._private.worker.global_worker.gcs_client.get_all_job_info().values()
+    assert job.config.metadata["job_name"] == "tests of umbrella"
+    assert 'ray_train_run_name="patient"' in patient.page
+    dashboard = ray_session._private.worker.get_dashboard_url()
+    address = f"http://{dashboard}/api/data/datasets/{ray_session.get_runtime_context().get_job_id()}"
+    with urlopen(Request(address, headers=get_auth_headers_if_auth_enabled({})), timeout=30) as answer:
+        datasets = json.load(answer)["datasets"]
+    named = {one["dataset"].rsplit("_", 2)[0] for one in datasets}  # Ray adds an id and a count
+    assert named >= {f"patient, {use}, worker {rank}" for use in ("training", "evaluation") for rank in (0, 1)}
 
 
 def test_the_same_command_does_not_train_a_stopped_training_further(patient: Trained) -> None:

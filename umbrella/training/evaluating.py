@@ -30,6 +30,7 @@ class Evaluator:
         self.job, self.table, self.collate, self.device = job, table, collate, device
         self.workers = workers
         self.dataset = evaluation_dataset(job.validation_lengths, rank, workers)  # the same at each evaluation
+        self.dataset.set_name(f"{job.name}, evaluation, worker {rank}")
         self.dtype = getattr(torch, job.settings.model.dtype)
         self.scored: list[Scored] = []
         """The whole split as the last evaluation scored it."""

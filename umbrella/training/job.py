@@ -49,6 +49,11 @@ class Job:
     datasets: Sequence[Mapping[str, Any]] = ()
     """The splits as MLflow is told of them, see ``tracking.datasets``."""
 
+    @property
+    def name(self) -> str:
+        """What Ray calls this training where people look. Part of file names there: without a slash, and not long."""
+        return str(self.tracking["name"]).replace("/", "_")[:100]
+
     def plan(self, workers: int, sorted_by: int) -> Plan:
         """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""
         train = self.settings.train
@@ -144,8 +149,8 @@ def make_trainer(job: Job, here: bool = False) -> TorchTrainer:
             resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
-            storage_path=str(folder.parent),
-            name=folder.name,
+            storage_path=str(folder / "ray"),
+            name=job.name,
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),

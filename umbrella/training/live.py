@@ -14,13 +14,15 @@ from ray.util.metrics import Gauge
 STARTING, BUILDING, FIRST, TRAINING = "starting workers", "building the model", "first step", "training"
 EVALUATING, FINISHED, EARLY = "evaluating", "finished", "stopped early"
 """States of a training, in their order; the last two also are how it ends."""
+EVALUATION = "umbrella_evaluation"
+"""The gauge of the validation split's metrics."""
 
 
 class Live:
     """Tells the state and the newest figures: in a small file of the training's folder, and as Ray's gauges.
 
     Args:
-        run, trial: tags of the gauges, which are named as the metrics are: ``train/loss`` is ``umbrella_loss``.
+        run, trial: tags of the gauges.
         every: seconds between two writings of figures; a new state is written at once.
     """
 
@@ -43,11 +45,19 @@ class Live:
     def figures(self, metrics: Mapping[str, float], place: Mapping[str, float | None]) -> None:
         """Tell the newest figures by their names in MLflow, and how far the training is: step, steps, epoch, left."""
         for name, value in metrics.items():
-            gauge = f"umbrella_{name.removeprefix('train/')}"
-            if gauge not in self._gauges:
-                self._gauges[gauge] = Gauge(gauge, f"{name} of a training", tuple(self.tags))
-            self._gauges[gauge].set(float(value), self.tags)
+            self._set(gauge_name(name), f"{name} of a training", float(value))
         self._write({**self._told, **place} | {"state": TRAINING, "note": "", "metrics": dict(metrics)})
+
+    def evaluation(self, measured: Mapping[str, float]) -> None:
+        """Tell what an evaluation measured: one gauge, whose tag ``metric`` is the name in MLflow."""
+        for name, value in measured.items():
+            self._set(EVALUATION, "A metric of the validation split", float(value), metric=name)
+
+    def _set(self, gauge: str, meaning: str, value: float, **more: str) -> None:
+        tags = self.tags | more
+        if gauge not in self._gauges:
+            self._gauges[gauge] = Gauge(gauge, meaning, tuple(tags))
+        self._gauges[gauge].set(value, tags)
 
     def _write(self, told: dict[str, Any]) -> None:
         self._told, self._written = told, time.monotonic()
@@ -55,6 +65,11 @@ class Live:
         with suppress(OSError):  # nothing that a training should end for
             partial.write_text(json.dumps(told), encoding="utf-8")
             os.replace(partial, self.file)
+
+
+def gauge_name(metric: str) -> str:
+    """The gauge of a training's metric: ``train/loss`` is ``umbrella_loss``."""
+    return f"umbrella_{metric.removeprefix('train/')}"
 
 
 def live_file(folder: str | Path) -> Path:

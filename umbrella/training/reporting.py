@@ -104,6 +104,7 @@ class Reporter:
         """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
         self.tracker.metrics(measured, step)
         self.tracker.flush()
+        self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         tracking, tune = self.job.settings.tracking, self.job.settings.tune
         good = goodness(measured, tune.metric, tune.mode)
         if good > self._best:

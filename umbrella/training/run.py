@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import ray
+from ray.job_config import JobConfig
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
@@ -49,19 +50,24 @@ ENVIRONMENT = {
 """Ray's settings for every process of ours; what the person has set stays."""
 
 
-def start_ray(resources: ResourceSettings, log_to_driver: bool) -> str:
+def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
     """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
+
+    Args:
+        name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.
 
     Returns the dashboard's address; empty where there is none, or Ray was started before.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     if ray.is_initialized():
         return ""
     address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # A process per training that asks whether this machine is about to be taken away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
     own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
@@ -72,6 +78,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool) -> str:
                 address=address,
                 log_to_driver=log_to_driver,
                 logging_level="ERROR",
+                job_config=JobConfig(metadata={"job_name": name} if name else {}),
                 **(own if address == "local" else joined),
             )
     except ConnectionError as error:
@@ -189,9 +196,9 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    start_ray(settings.resources, log_to_driver=True)
-    trainings_that_fit(settings.resources, ray.cluster_resources())
     name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
+    start_ray(settings.resources, log_to_driver=True, name=name)
+    trainings_that_fit(settings.resources, ray.cluster_resources())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
     check_same(job)

@@ -181,6 +181,7 @@ class Worker:
             return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
 
         rows = train_dataset(self.plan, self.rank, self.progress.position)
+        rows.set_name(f"{self.job.name}, training, worker {self.rank}")
         return batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make)
 
     def _checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
