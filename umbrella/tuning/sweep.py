@@ -90,7 +90,7 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
         uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
         mend(uri, experiment, storage)
-        dashboard = start_ray(settings.resources, log_to_driver=False)
+        dashboard = start_ray(settings.resources, log_to_driver=False, name=folder.name)
         if dashboard:
             print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())

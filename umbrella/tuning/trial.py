@@ -40,6 +40,9 @@ class TrialRunner(tune.Trainable):
     evaluations are told again to whoever asks anew, and what has ended is not run again.
     """
 
+    def __repr__(self) -> str:  # as Ray's dashboard calls its process; Ray asks once, when it starts
+        return "trials of " + Path(self.sweep.folder).name
+
     def setup(self, config: dict[str, Any], job: Job) -> None:
         """Prepare a trial; nothing starts before the first step, which may come after ``load_checkpoint``."""
         self.sweep, self.told = job, set[int]()
