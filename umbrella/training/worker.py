@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -38,6 +38,7 @@ from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
 from umbrella.training.parallel import gathered, parallelise, together
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
+from umbrella.training.readback import Acting, read_back
 from umbrella.training.reporting import Reporter
 from umbrella.training.requests import Request, Requests
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
@@ -95,6 +96,7 @@ class Worker:
         self.written = names_to_write(self.model, self.settings.model)
         if latest:
             restore(latest, self.model, self.written, self.optimizer, self.schedule, self.rank)
+        self.unread = dict(job.swept)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.log_error: OSError | None = None
@@ -133,6 +135,8 @@ class Worker:
                 break
             with pace.waiting():
                 micro_batches = [next(stream) for _ in range(self.settings.train.accumulate)]
+            if self.unread:
+                self._read_back(micro_batches)
             micro_batches = [augment(batch, self.settings.train.augment) for batch in micro_batches]
             clip = self.settings.optim.clip
             try:
@@ -171,6 +175,19 @@ class Worker:
             if self.reporter:
                 self.reporter.end(self.progress, self._place())
         return None
+
+    def _read_back(self, batches: Sequence[Batch]) -> None:
+        """Compare what a sweep has set with what is there, before the first step."""
+        examples = [self.renderer.render(from_table(self.table, int(i))) for i in batches[0].sample_indices]
+        acting = Acting(
+            self.settings, self.model, self.parts, self.optimizer, self.schedule, self.steps, self.plan, batches,
+            examples, self.dtype,
+        )  # fmt: skip
+        with together():
+            found, blind = read_back(acting, self.unread)
+            if self.reporter:
+                self.reporter.acts(found, blind)
+        self.unread = {}
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Mapping[str, np.ndarray]) -> Batch:
