@@ -8,6 +8,7 @@ its end: processes, imports, what Ray Tune does between trials.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ import yaml
 
 def main(words: list[str]) -> None:
     """Measure and print."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray sets it where a worker has half a CPU
     from umbrella.config import load_settings
     from umbrella.data.intake import load_splits
     from umbrella.tracking.store import open_experiment, tracking_uri

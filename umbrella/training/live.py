@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from math import nan
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +31,7 @@ class Live:
         self.file, self.every = live_file(folder), every
         self.tags = {"run": run, "trial": trial}
         self._gauges: dict[str, Gauge] = {}
+        self._drawn: dict[tuple[str, str | None], tuple[Gauge, dict[str, str]]] = {}
         self._told: dict[str, Any] = {}
         self._written = -every
 
@@ -58,6 +60,12 @@ class Live:
         if gauge not in self._gauges:
             self._gauges[gauge] = Gauge(gauge, meaning, tuple(tags))
         self._gauges[gauge].set(value, tags)
+        self._drawn[gauge, more.get("metric")] = self._gauges[gauge], tags
+
+    def forget(self) -> None:
+        """The training has ended: its lines end. The process may go on with another one, and would draw them on."""
+        for gauge, tags in self._drawn.values():
+            gauge.set(nan, tags)
 
     def _write(self, told: dict[str, Any]) -> None:
         self._told, self._written = told, time.monotonic()

@@ -123,6 +123,8 @@ class Worker:
         finally:
             if self.writer:  # whatever happened: the last checkpoint is worth waiting for
                 self.writer.close()
+            if self.reporter:
+                self.reporter.live.forget()
 
     def _train(self) -> int | None:
         model = self.parallel.train()
