@@ -3,8 +3,9 @@
     python benchmarks/sweep_overhead.py [trials=4] [any setting=...]
 
 The trainings are those of the default question on the phantom cohort. Alone, they run one after the other in a process
-that has imported everything, and only their own time counts. In the sweep everything counts from Ray Tune's start to
-its end: processes, imports, what Ray Tune does between trials.
+that has imported everything, and only their own time counts; two of them also as `train.py` runs them, in processes of
+Ray Train's. In the sweep everything counts from Ray Tune's start to its end: processes, imports, what Ray Tune does
+between trials.
 """
 
 import json
@@ -49,16 +50,17 @@ def main(words: list[str]) -> None:
     uri = tracking_uri(storage)
     told: dict[str, str | None] = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage)}
 
-    def train(name: str, rate: float, **more: Any) -> float:
+    def train(name: str, rate: float, here: bool = True, **more: Any) -> float:
         chosen = settings.with_values({"optim.lr": rate, **more})
         folder = storage / "alone" / name
         job = make_job(chosen, splits, {**told, "name": name, "trial": name}, str(folder))
         begun = time.time()
-        run_job(replace(job, begun=begun), here=True)
+        run_job(replace(job, begun=begun), here)
         return time.time() - begun
 
     train("imports", 1e-3, **{"train.epochs": 1})
     alone = [train(f"{number}", rate) for number, rate in enumerate(rates)]
+    started = [train(f"started-{number}", rate, here=False) for number, rate in enumerate(rates[:2])]
     spans: list[float] = []
     make = sweep._tuner
 
@@ -80,9 +82,13 @@ def main(words: list[str]) -> None:
             {
                 "trials": trials,
                 "seconds of each training alone": [round(value, 1) for value in alone],
+                "two of them, with processes of Ray Train's": [round(value, 1) for value in started],
                 "the same within the sweep, from its own start": [round(value, 1) for value in within],
                 "seconds of the sweep": round(spans[0], 1),
                 "the sweep to the trainings alone": round(spans[0] / sum(alone), 3),
+                "the sweep to as many with processes of Ray Train's": round(
+                    spans[0] / (sum(started) / len(started) * trials), 3
+                ),
                 "seconds that a trial costs more than its training alone": round((spans[0] - sum(alone)) / trials, 1),
             },
             indent=1,

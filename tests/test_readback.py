@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,3 +133,117 @@ def test_a_training_that_goes_on_under_another_rate_has_it(
         assert rates == {5e-3 * rate_factor(ahead, other.settings, 6)}
         other.optimizer.step()
         other.schedule.step()
+
+
+def under(acting: Acting, model: Any = None, **values: Any) -> Acting:
+    """The same training under other settings, all of which arrive."""
+    settings = acting.settings.with_values({name.replace("__", "."): value for name, value in values.items()})
+    model, batch = model or acting.model, acting.batches[0]
+    optimizer = build_optimizer(model, settings.optim)
+    weights = torch.zeros_like(batch.loss_weights)
+    for row, example in zip(weights, acting.examples, strict=True):
+        row[: len(example.input_ids)] = torch.from_numpy(loss_weights(example, settings.mask))
+    return replace(
+        acting,
+        settings=settings,
+        model=model,
+        parts=parts(model),
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, settings.optim, 6),
+        batches=[replace(batch, loss_weights=weights)],
+    )
+
+
+def test_an_embedder_without_a_rate_of_its_own_has_that_of_the_others(acting: Acting) -> None:
+    one = under(acting, optim__embedder_lr=None)
+    assert read_back(one, {"optim.embedder_lr": None, "optim.lr": 3e-3})[1] == []
+    one.optimizer.param_groups[0].update(initial_lr=1e-5)
+    with pytest.raises(UserError, match=r"embedder_lr: was to be None and is 1e-05"):
+        read_back(one, {"optim.embedder_lr": None})
+
+
+@pytest.mark.parametrize(
+    ("train", "name", "value"),
+    [
+        ("embedder", "optim.lr", 3e-3),  # the embedder has a rate of its own
+        ("projector", "optim.embedder_lr", 1e-4),
+        ("projector", "model.lora_rank", 16),
+        ("projector", "mask.task_weights", {"T9": 1.0}),  # no such sample in the batch
+        ("projector", "modalities.sMRI.intensity", "zscore"),
+    ],
+)
+def test_what_acts_on_nothing_that_is_there_is_not_said_to_be_read_and_stops_nobody(
+    acting: Acting, build: Callable[..., Any], train: str, name: str, value: Any
+) -> None:
+    set_too = {"mask__task_weights": value} if isinstance(value, dict) else {}
+    one = under(acting, build(train=train), model__train=train, **set_too)
+    _, blind = read_back(one, {name: value})
+    assert blind == ["mask.task_weights.T9" if set_too else name]
+    if not set_too:
+        other = {"zscore": "percentiles"}.get(value) or value * 2
+        with pytest.raises(UserError, match=rf"{name}: was to be {other} and is {value} in the settings"):
+            read_back(one, {name: other})
+
+
+def test_of_a_section_that_is_swept_as_a_whole_each_setting_is_read(acting: Acting) -> None:
+    found, blind = read_back(acting, {"mask": {"turn_header": True}, "optim": {"lr": 3e-3, "warmup": 1}})
+    assert (found, blind) == ({"mask.turn_header": True, "optim.lr": 3e-3, "optim.warmup": 1}, [])
+
+
+def test_a_value_that_a_preset_overrules_is_found(acting: Acting) -> None:
+    one = under(acting, mask__preset="upstream", mask__turn_header=False)
+    assert read_back(one, {"mask.preset": "upstream", "mask.turn_header": True})[1] == []
+    with pytest.raises(UserError, match=r"mask\.turn_header: was to be False and is another one in the weights"):
+        read_back(one, {"mask.preset": "upstream", "mask.turn_header": False})
+
+
+def test_weights_of_other_tokens_are_found_in_rows_that_share_samples(
+    acting: Acting, batch_of: Callable[..., Any]
+) -> None:
+    one = under(acting, data__pack=4096, mask__turn_header=False)
+    packed = batch_of(*NAMES, pack=4096)
+    assert len(packed.input_ids) == 1
+    read_back(replace(one, batches=[packed]), {"mask.turn_header": False})
+    turned = replace(packed, loss_weights=packed.loss_weights.flip(1))
+    with pytest.raises(UserError, match=r"mask\.turn_header"):
+        read_back(replace(one, batches=[turned]), {"mask.turn_header": False})
+
+
+def test_another_patch_of_the_embedder_a_part_without_an_optimizer_and_other_draws_are_found(
+    acting: Acting, batch_of: Callable[..., Any]
+) -> None:
+    drawn = replace(acting, batches=[batch_of(*NAMES, draws=[(8, 0, i) for i in range(3)])])
+    with pytest.raises(UserError, match=r"seed: was to be 7 and is 8 where it acts"):
+        read_back(drawn, {"seed": 7})
+    acting.model.embedder.by_modality["sMRI"].patch = (4, 4, 4)
+    with pytest.raises(UserError, match=r"sMRI\.patch: was to be \(2, 4, 4\) and is \(4, 4, 4\)"):
+        read_back(acting, {"modalities.sMRI.patch": [2, 4, 4]})
+    kept = [group for group in acting.optimizer.param_groups if group["name"].startswith("embedder.")]
+    acting.optimizer.param_groups[:] = kept
+    with pytest.raises(UserError, match=r"model\.train: was to be embedder\+projector and is embedder "):
+        read_back(acting, {"model.train": "embedder+projector"})
+
+
+def test_a_training_that_goes_on_under_other_settings_keeps_its_moments_and_has_their_decay(
+    build: Callable[..., Any], save_step: Callable[..., Any], tmp_path: Any
+) -> None:
+    def training(**values: float) -> Any:
+        settings = load_settings(overrides={f"optim.{name}": value for name, value in values.items()}).optim
+        model = build(train="embedder+projector")
+        optimizer = build_optimizer(model, settings)
+        return SimpleNamespace(model=model, optimizer=optimizer, schedule=build_schedule(optimizer, settings, 6))
+
+    one = training(lr=1e-2, weight_decay=0.1)
+    for weight in one.model.parameters():
+        weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+    one.optimizer.step()
+    one.schedule.step()
+    other = training(lr=1e-3, embedder_lr=5e-3, weight_decay=0.3)
+    step = save_step(tmp_path, one, 1)
+    restore(step, other.model, [name for name, _ in other.model.named_parameters()], other.optimizer, other.schedule)
+    for group in other.optimizer.param_groups:
+        assert group["weight_decay"] == (0.3 if group["name"].endswith(".decayed") else 0)
+        assert group["initial_lr"] == (5e-3 if group["name"].startswith("embedder.") else 1e-3)
+    moments = one.optimizer.state_dict()["state"]
+    assert moments
+    torch.testing.assert_close(other.optimizer.state_dict()["state"], moments, rtol=0, atol=0)
