@@ -68,6 +68,8 @@ class Worker:
             )
         sys.setswitchinterval(SWITCH)
         self.device = get_device()
+        # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
+        torch.set_num_threads(max(1, int(self.settings.resources.cpus_per_worker)))
         self.reporter = Reporter(job, self.device) if self.rank == 0 else None
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
