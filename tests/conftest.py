@@ -294,7 +294,7 @@ def ray_session() -> Any:
     from umbrella.training.run import start_ray
     from umbrella.training.settings import ResourceSettings
 
-    os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112  # 10 s: more than a training here takes
+    os.environ["RAY_metrics_report_interval_ms"] = "200"  # noqa: SIM112  # 10 s: more than a training here takes
     start_ray(ResourceSettings(), log_to_driver=False, name="tests of umbrella")
     yield ray
     ray.shutdown()

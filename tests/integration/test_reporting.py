@@ -37,12 +37,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 class Trained(NamedTuple):
-    """A training that ended: what it told last, and the page of Ray's metrics as it was meanwhile."""
+    """A training that ended: what it told last, and the fullest page of Ray's metrics meanwhile."""
 
     settings: Any
     folder: Path
     told: dict[str, Any]
     page: str
+    runs: set[str]
+    """Ray Train's names of runs on any of the pages."""
 
     def run(self) -> tuple[Any, list[int]]:
         """The run in MLflow, and the steps that it has a loss of."""
@@ -67,13 +69,16 @@ def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
     settings = small_settings(PATIENT)
     folder = Path(settings.resources.storage) / "trainings" / settings.name
     (node,) = ray_session.nodes()
-    ended, pages = threading.Event(), [""]
+    ended, pages, runs = threading.Event(), [""], set[str]()
 
     def scrape() -> None:
         while not ended.wait(0.3):
             with urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
                 page = answer.read().decode()
-            if page.count('run="patient"') >= max(1, pages[-1].count('run="patient"')):  # the last ones lose gauges
+            runs.update(re.findall(r'ray_train_run_name="([^"]*)"', page))
+            own = [line for line in page.splitlines() if 'run="patient"' in line]
+            over = any(line.endswith(" NaN") for line in own)  # it has ended
+            if not over and len(own) >= max(1, pages[-1].count('run="patient"')):  # the last ones lose gauges
                 pages.append(page)
 
     scraper = threading.Thread(target=scrape)
@@ -85,7 +90,7 @@ def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
         ended.set()
         scraper.join()
     killer.join(5)
-    return Trained(settings, folder, read_live(folder), pages[-1])
+    return Trained(settings, folder, read_live(folder), pages[-1], runs)
 
 
 def test_a_training_without_a_better_evaluation_stops_on_all_workers_and_says_so(patient: Trained) -> None:
@@ -140,7 +145,7 @@ def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
 
     (job,) = ray_session._private.worker.global_worker.gcs_client.get_all_job_info().values()
     assert job.config.metadata["job_name"] == "tests of umbrella"
-    assert 'ray_train_run_name="patient"' in patient.page
+    assert "patient" in patient.runs
     dashboard = ray_session._private.worker.get_dashboard_url()
     address = f"http://{dashboard}/api/data/datasets/{ray_session.get_runtime_context().get_job_id()}"
     with urlopen(Request(address, headers=get_auth_headers_if_auth_enabled({})), timeout=30) as answer:
