@@ -51,6 +51,14 @@ def storage_fault(error: BaseException | None) -> str:
     return ""
 
 
+def put_text(file: str | Path, text: str) -> None:
+    """Write a file that is there whole, or as it was before. Several processes may write the same one at once."""
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
 def check_writable(folder: str | Path, what: str) -> None:
     """Make a folder if need be, and write there.
 

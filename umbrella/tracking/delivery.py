@@ -1,7 +1,6 @@
 """The messages of one run, told to MLflow. Each may come twice, and leaves what it leaves when it comes once."""
 
 import json
-import os
 import sys
 import threading
 from pathlib import Path
@@ -12,6 +11,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from umbrella.base import masked
+from umbrella.storage import put_text
 from umbrella.tracking.datasets import to_input
 from umbrella.tracking.outbox import Message
 from umbrella.tracking.store import can_wait, is_refusal, short
@@ -38,9 +38,7 @@ class Delivery:
         """Keep in the run's folder: its id, its driver, its start in ms, the last step that was written."""
         with self._lock:
             self.state |= values
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.state), encoding="utf-8")
-            os.replace(partial, self._file)
+            put_text(self._file, json.dumps(self.state))
 
     def __call__(self, message: Message) -> None:
         """Send one. Raises what ``can_wait`` is true of, and what is wrong with the storage."""

@@ -1,10 +1,11 @@
 """Every evaluation of a training, a line each in its folder. Imports little: every process of a training asks here."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from umbrella.storage import put_text
 
 HISTORY = "evaluations.jsonl"
 
@@ -27,7 +28,5 @@ def cut(folder: str | Path, step: int) -> None:
     """Forget evaluations after a step: the training goes on from there, and will do them again."""
     file = Path(folder) / HISTORY
     if file.exists():
-        partial = file.with_suffix(".partial")
         kept = [row for row in read_history(folder) if row["step"] <= step]
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        os.replace(partial, file)
+        put_text(file, "".join(f"{json.dumps(row)}\n" for row in kept))

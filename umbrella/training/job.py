@@ -1,7 +1,7 @@
 """The job of one training, and the TorchTrainer that runs it.
 
-Three processes of each training unpickle this file: the trial, Ray Train's controller and the worker. Only the worker
-needs the model, so only the worker imports it: seconds per trial.
+Where Ray Train starts them, three processes of a training unpickle this file: the script or trial, the controller and
+the worker. Only the worker needs the model, so only the worker imports it: seconds each time.
 """
 
 from collections.abc import Mapping, Sequence

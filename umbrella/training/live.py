@@ -1,7 +1,6 @@
 """What a training does at this moment: rank 0 tells, whoever started it reads. Imports little: see ``job``."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ray.util.metrics import Gauge
+
+from umbrella.storage import put_text
 
 STARTING, BUILDING, FIRST, TRAINING = "starting workers", "building the model", "first step", "training"
 EVALUATING, FINISHED, EARLY = "evaluating", "finished", "stopped early"
@@ -69,10 +70,8 @@ class Live:
 
     def _write(self, told: dict[str, Any]) -> None:
         self._told, self._written = told, time.monotonic()
-        partial = self.file.with_suffix(".partial")
         with suppress(OSError):  # nothing that a training should end for
-            partial.write_text(json.dumps(told), encoding="utf-8")
-            os.replace(partial, self.file)
+            put_text(self.file, json.dumps(told))
 
 
 def gauge_name(metric: str) -> str:

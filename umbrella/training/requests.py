@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -73,19 +73,24 @@ def stop_file(folder: str | Path) -> Path:
 
 
 @contextmanager
-def stopped_by_sigterm(folder: str | Path) -> Iterator[None]:
-    """While in here, SIGTERM asks the training of a folder to stop; a second one ends this process as before."""
+def on_sigterm(do: Callable[[], None]) -> Iterator[None]:
+    """While in here, the first SIGTERM does this; a second one ends this process as before."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
 
-    def ask(*unused: Any) -> None:
+    def first(*unused: Any) -> None:
         signal.signal(signal.SIGTERM, before)
-        stop_file(folder).touch()
-        print("SIGTERM: the training will stop after this step and write a checkpoint", file=sys.stderr, flush=True)
+        do()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, first)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def ask_to_stop(folder: str | Path) -> None:
+    """Ask the training of a folder to stop, and say so."""
+    stop_file(folder).touch()
+    print("SIGTERM: the training will stop after this step and write a checkpoint", file=sys.stderr, flush=True)

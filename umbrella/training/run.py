@@ -29,7 +29,7 @@ from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job, run_job
 from umbrella.training.progress import best_checkpoint
-from umbrella.training.requests import stopped_by_sigterm
+from umbrella.training.requests import ask_to_stop, on_sigterm
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
 from umbrella.training.watch import Watch
@@ -41,7 +41,7 @@ none to run. Where less than one is free they wait for ever, and the trainings w
 
 
 ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often reports are fetched: 2 s unless told otherwise
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often workers are looked at: 2 s unless told otherwise
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
     "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
@@ -203,7 +203,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
     check_same(job)
     try:
-        with Watch(job.folder), stopped_by_sigterm(job.folder):
+        with Watch(job.folder), on_sigterm(lambda: ask_to_stop(job.folder)):
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}

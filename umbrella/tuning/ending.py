@@ -1,11 +1,11 @@
 """How a trial ended, kept in its folder."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from umbrella.storage import put_text
 from umbrella.training.live import EARLY, FINISHED
 
 STOPPED, FAILED, BUDGET = "stopped by the scheduler", "failed", "out of time"
@@ -24,9 +24,7 @@ def write_end(folder: str | Path, state: str, reason: str = "") -> None:
     """Keep how a trial ended. What was kept before stays."""
     file = Path(folder) / "end.json"
     if file.parent.is_dir() and not file.exists():
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"state": state, "reason": reason}), encoding="utf-8")
-        os.replace(partial, file)
+        put_text(file, json.dumps({"state": state, "reason": reason}))
 
 
 def read_end(folder: str | Path) -> End | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
+from umbrella.storage import put_text
 
 GIVEN, FINGERPRINT, LOCK = "given.json", "data.json", "lock"
 
@@ -31,9 +32,7 @@ def write_question(folder: Path, question: Question, fingerprint: str) -> None:
     """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
     (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
-    partial = folder / f".{SETTINGS}.partial"
-    partial.write_text(question.settings.to_yaml(), encoding="utf-8")
-    os.replace(partial, folder / SETTINGS)
+    put_text(folder / SETTINGS, question.settings.to_yaml())
 
 
 def read_question(folder: Path) -> Question:

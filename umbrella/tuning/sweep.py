@@ -2,14 +2,9 @@
 
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
@@ -25,6 +20,7 @@ from umbrella.tracking.ending import mend
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job
+from umbrella.training.requests import on_sigterm
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor
@@ -107,7 +103,7 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             reopen(trial)
         monitor = Monitor(folder, uri, search.trials, settings.tune)
         try:
-            with monitor, stopped_by_sigterm(folder.name):
+            with monitor, on_sigterm(lambda: _stop(folder.name)):  # trials keep what their last checkpoints hold
                 _tuner(job, search, scheduler, at_once).fit()
             contenders = rank(read_trials(folder, settings.tune), settings.tune.mode)
             files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
@@ -138,21 +134,8 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
     return [variant.mask for variant in variants(settings, read_space(settings, given), "mask")]
 
 
-@contextmanager
-def stopped_by_sigterm(name: str) -> Iterator[None]:
-    """While in here, SIGTERM raises Stopped. Trials keep what their last checkpoints hold."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-
-    def stop(*unused: Any) -> None:
-        raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} goes on")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(name: str) -> None:
+    raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} goes on")
 
 
 def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) -> tune.Tuner:

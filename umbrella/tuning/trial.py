@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from ray import tune
 
 from umbrella.base import UserError
+from umbrella.storage import put_text
 from umbrella.training.history import cut, read_history
 from umbrella.training.job import Job, run_job
 from umbrella.training.progress import latest_checkpoint, what_is_wrong
@@ -110,7 +110,6 @@ class TrialRunner(tune.Trainable):
         )
 
     def _start(self) -> "Future[None]":
-        stop_file(self.folder).unlink(missing_ok=True)
         job = replace(self.job, begun=time.time())
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="training")
         return self.pool.submit(run_job, job, runs_here(job.settings.resources))
@@ -160,17 +159,11 @@ def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pa
     text = json.dumps(point, sort_keys=True)
     trials.mkdir(parents=True, exist_ok=True)
     if not known.exists():  # population-based training changes the values later
-        _put(known, sha256(text.encode()).hexdigest()[:10])
+        put_text(known, sha256(text.encode()).hexdigest()[:10])
     folder = trials / known.read_text(encoding="utf-8")
     folder.mkdir(exist_ok=True)
-    _put(folder / POINT, json.dumps(point))
+    put_text(folder / POINT, json.dumps(point))
     return folder
-
-
-def _put(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def name_of(folder: str | Path) -> str:
