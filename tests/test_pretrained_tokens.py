@@ -88,7 +88,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         assert type(loaded[kind]) is type(tokenizer)
 
     def get(kind: str, template: str = "chatml") -> Any:
-        tokenizer = copy.copy(loaded[kind])
+        tokenizer = copy.deepcopy(loaded[kind])  # what a test sets must not reach the next one
         tokenizer.chat_template = REAL[template]
         return tokenizer
 
@@ -460,7 +460,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(KINDS), st.sampled_from(sorted(REAL)), st.lists(TEXTS | st.just(("dMRI", "d")), min_size=1), TEXTS
 )
