@@ -12,7 +12,7 @@ from rich.table import Table
 from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
-from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, End, how_it_ended, read_end, write_end
+from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
@@ -46,11 +46,11 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         for trial in read_trials(self.folder, self.tune):
-            place = self._place(trial.trial_id)
-            rows = read_history(place)
-            if end := read_end(place):
-                self.trials[trial.trial_id] = {"name": trial.name, "state": end.state, "result": (rows or [{}])[-1]}
-                self._close(trial.trial_id, end)  # its run, if whoever ran the sweep was killed before
+            if trial.state != UNFINISHED:
+                rows = read_history(self._place(trial.trial_id)) or [{}]
+                self.trials[trial.trial_id] = {"name": trial.name, "state": trial.state, "result": rows[-1]}
+                # Its run, if whoever ran the sweep was killed before.
+                self._close(trial.trial_id, End(trial.state, trial.reason))
         Monitor.current = self
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2)
@@ -92,7 +92,8 @@ class Monitor:
     def end(self, trial: Any, error: BaseException | None = None) -> None:
         """A trial reached its end, was stopped, or failed."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        rows = read_history(folder)
+        name, rows = name_of(folder), read_history(folder)
+        self.trials.setdefault(name, {"name": label(trial.config), "result": {}})  # its process may never have started
         if error:
             # Ray names the class with its module before what it says.
             write_end(folder, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
@@ -100,9 +101,9 @@ class Monitor:
             write_end(folder, *self._how(rows))
         end = read_end(folder)
         if end:
-            self.trials[name_of(folder)]["state"] = end.state
-            self._say(name_of(folder), f"{end.state}{end.reason and f': {end.reason}'}")
-            self._close(name_of(folder), end)
+            self.trials[name]["state"] = end.state
+            self._say(name, f"{end.state}{end.reason and f': {end.reason}'}")
+            self._close(name, end)
 
     def _how(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
         """Of a trial that raised nothing: its state, and why it did not come to its end."""

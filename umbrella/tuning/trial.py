@@ -162,7 +162,9 @@ def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pa
         put_text(known, sha256(text.encode()).hexdigest()[:10])
     folder = trials / known.read_text(encoding="utf-8")
     folder.mkdir(exist_ok=True)
-    put_text(folder / POINT, json.dumps(point))
+    file, written = folder / POINT, json.dumps(point)
+    if not file.exists() or file.read_text(encoding="utf-8") != written:
+        put_text(file, written)
     return folder
 
 
