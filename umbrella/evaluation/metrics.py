@@ -45,10 +45,10 @@ def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float
         for one in group:
             subjects[one.subject_id].append(one)
         truth = [str(answers[0].label) for answers in subjects.values()]
-        guesses = [_most_likely(_mean([a.probabilities for a in answers])) for answers in subjects.values()]
+        guesses = [most_likely(_mean([a.probabilities for a in answers])) for answers in subjects.values()]
         over_subjects.append(balanced_accuracy(truth, guesses))
         metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
-        metrics[f"{prefix}/{target}/accuracy"] = sum(_most_likely(s.probabilities) == s.label for s in group) / len(
+        metrics[f"{prefix}/{target}/accuracy"] = sum(most_likely(s.probabilities) == s.label for s in group) / len(
             group
         )
     if over_subjects:
@@ -60,7 +60,8 @@ def _mean(probabilities: Sequence[dict[str, float]]) -> dict[str, float]:
     return {label: sum(p[label] for p in probabilities) / len(probabilities) for label in probabilities[0]}
 
 
-def _most_likely(probabilities: dict[str, float]) -> str | None:
-    best = max(probabilities.values())
+def most_likely(probabilities: dict[str, float]) -> str | None:
+    """The label of the highest probability; nothing where two are equally high, or there is none."""
+    best = max(probabilities.values(), default=0)
     winners = [label for label, probability in probabilities.items() if probability == best]
     return winners[0] if len(winners) == 1 else None

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+from umbrella.evaluation.metrics import most_likely
 from umbrella.evaluation.scoring import Scored
 
 FILE = "predictions.json"
@@ -24,9 +25,7 @@ def predictions_json(scored: Sequence[Scored], count: int, hide: Callable[[str, 
     drawn = sorted(scored, key=lambda s: hashlib.sha256(s.task_id.encode()).digest())[:count]
     rows = []
     for s in sorted(drawn, key=lambda s: s.task_id):
-        best = max(s.probabilities.values(), default=0)
-        winners = [label for label, p in s.probabilities.items() if p == best]
-        chosen = winners[0] if len(winners) == 1 else None
+        chosen = most_likely(s.probabilities)
         values = (
             hide(s.task_id, [s.subject_id]),
             s.task_type,
