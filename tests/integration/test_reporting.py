@@ -29,6 +29,8 @@ PATIENT = {
     "resources.workers": 2,
     "resources.cpus_per_worker": 0.25,
     "train.batch_size": 2,
+    "model.width": 256,  # wide and deep, so that an evaluation is on Ray's page before the next one, and before the end
+    "model.language_layers": 12,
 }
 STEPS, STOP = 39, 27
 """The third evaluation is at step 27."""
