@@ -16,11 +16,11 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.conversations.files import Problem
 from umbrella.data.loading import Intake
 from umbrella.inspection.balance import count_labels, count_splits, shared_subjects
-from umbrella.inspection.planes import TILE, cut, save_thumbnail, voxel_edges
 from umbrella.inspection.report import write_report
 from umbrella.inspection.volumes import VolumeRow, duplicates, flag, robust_z
 from umbrella.modality import Modality
 from umbrella.pages import number
+from umbrella.volumes.planes import TILE, cut, save_thumbnail, voxel_edges
 from umbrella.volumes.store import Facts, VolumeStore
 
 CUBE = Modality(grid=(10, 10, 10), patch=(5, 5, 5))

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from umbrella.base import Section, UserError, masked
 from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
+from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import DEFAULT_MODALITIES, Modality
 from umbrella.model.settings import ModelSettings
 from umbrella.tracking.settings import TrackingSettings
@@ -33,6 +34,10 @@ class Settings(Section):
     """Name of the experiment in MLflow."""
     name: str = Field("", pattern=r"^[\w.-]*$")
     """Name of a training: the same name goes on where it stopped. Empty: a new one, named by the time."""
+    checkpoint: str = ""
+    """The checkpoint that evaluate.py and predict.py ask: a training's step_... folder."""
+    output: str = ""
+    """Where evaluate.py (a folder) and predict.py (a .jsonl file) write. Empty: a place in the storage folder."""
     seed: int = 0
     """Seed of initial weights and of the order of samples."""
     cohort: CohortSettings = CohortSettings()
@@ -44,6 +49,7 @@ class Settings(Section):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     tune: TuneSettings = TuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 

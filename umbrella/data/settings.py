@@ -24,7 +24,9 @@ class DataSettings(Section):
     validation: Paths = ()
     """Conversations that choose the best trial. Required with data.train."""
     test: Paths = ()
-    """Conversations that are kept for the end; prepare.py checks them with the others."""
+    """Conversations that are kept for the end: the evaluation of the best checkpoint."""
+    input: Paths = ()
+    """Conversations that predict.py answers; what stands in their last assistant turn is not looked at."""
     format: Literal["auto", "v2", "v1", "llava", "chat"] = "auto"
     """Format of the conversations; auto tells it from each sample's keys."""
     root: str = ""

@@ -7,8 +7,8 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
-from umbrella.inspection.planes import ENDS, Plane, cut
 from umbrella.modality import Modality
+from umbrella.volumes.planes import ENDS, Plane, cut
 from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.windows import num_windows, pick_window
 

@@ -12,9 +12,9 @@ from uuid import uuid4
 from umbrella.base import UserError
 from umbrella.data.loading import Intake, Progress
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
-from umbrella.inspection.planes import TILE, cut, save_thumbnail
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
 from umbrella.pages import number, render
+from umbrella.volumes.planes import TILE, cut, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 
 SHOWN = 500
