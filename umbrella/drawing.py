@@ -5,14 +5,15 @@ Colours are those of Okabe and Ito, which the colour-blind tell apart.
 
 import base64
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-GREY, INK = "#98A2B3", "#1D2430"
+GREY, SOFT, INK = "#98A2B3", "#667085", "#1D2430"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 STYLE = {
     "font.size": 9,
@@ -31,15 +32,16 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+File = TypeVar("File", Path, BytesIO)
 WIDTH, DPI = 9.0, 160
 
 
-def save(file: Path, draw: Callable[..., "Figure"], *about: Any) -> Path:
-    """Draw a figure of ``new_figure`` into a PNG."""
+def save(file: File, draw: Callable[..., "Figure"], *about: Any) -> File:
+    """Draw a figure of ``new_figure`` as a PNG."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        draw(*about).savefig(file, dpi=DPI)
+        draw(*about).savefig(file, dpi=DPI, format="png")
     return file
 
 
