@@ -109,7 +109,7 @@ def test_a_model_that_reads_one_patch_is_seen_to(talk: Talk, tokenizer: Any, tmp
     (effects,) = occlusion(umbrella, question, "male.")
     assert np.unravel_index(np.abs(effects).argmax(), effects.shape) == (2, 2, 1)
     others = np.delete(np.abs(effects).ravel(), np.abs(effects).argmax())
-    assert others.max() < 0.05 * np.abs(effects).max()
+    assert others.max() < 0.5 * np.abs(effects).max()
 
 
 @pytest.mark.parametrize("grid", [(6, 6, 6), (6, 6, 6, 8), (12, 12, 12), (1, 1, 1), (500, 1, 3), (7, 5, 9, 11)])
