@@ -16,6 +16,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "
 GREY, SOFT, INK = "#98A2B3", "#667085", "#1D2430"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 STYLE = {
+    "text.parse_math": False,  # people's words may hold dollar signs
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,

@@ -78,7 +78,7 @@ def draw_cases(
         for kind, prediction in pick([p for p in predictions if p.target == target], settings.pictures):
             conversation = conversations[prediction.task_id]
             mapped = settings.attention_maps and bool(conversation.volumes)
-            maps = occlusion(umbrella, conversation, conversation.answer) if mapped else None
+            maps = occlusion(umbrella, conversation, conversation.answer, settings.batch_size) if mapped else None
             cases.append(Case(prediction, kind, draw_volumes(conversation, store, maps), mapped))
     return cases
 

@@ -94,7 +94,8 @@ def draw_confusion(matrices: Sequence[tuple[str, list[list[int]]]], classes: Seq
             axes.text(column, row, f"{count:.0f}", ha="center", va="center", color="white" if dark else INK, fontsize=9)
         axes.set_xticks(range(len(words) + 1), [*words, "none"])
         if max(map(len, words)) * len(words) > 30:
-            axes.tick_params(axis="x", rotation=30)
+            for word in axes.get_xticklabels():
+                word.set(rotation=30, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(words)), words)
         axes.axvline(len(words) - 0.5, color="white", linewidth=3)
         axes.set(xlabel="said", ylabel="" if i % columns else "true")
@@ -133,12 +134,12 @@ def _draw_roc(axes: "Axes", predictions: Sequence[Prediction], classes: Sequence
             if len(set(truth)) < 2:
                 continue  # nothing to tell apart
             # Every threshold: those on a straight line are where small samples have their steps.
-            wrong, right, _ = roc_curve(truth, [p.probabilities[label] for p in rows], drop_intermediate=False)
+            wrong, right, _ = roc_curve(truth, [p.probabilities.get(label, 0.0) for p in rows], drop_intermediate=False)
             words = f"{shorten(label, 24)}: area {auc(wrong, right):.3g}" if rows is subjects else None
             axes.plot(wrong, right, color=colour, alpha=alpha, linewidth=1.8, label=words)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.set(xlabel="others taken for it (1 - specificity)", ylabel="found (sensitivity)")
-    axes.set_title("ROC", loc="left")
+    axes.set_title("ROC" if len(classes) <= CURVES else f"ROC of the first {CURVES} classes", loc="left")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right")
 
@@ -147,7 +148,7 @@ def _draw_reliability(axes: "Axes", predictions: Sequence[Prediction], classes: 
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
     for rows, colour, words in ((predictions, SKY, "conversations"), (of_subjects(predictions), BLUE, "subjects")):
         sure = np.array([max(p.probabilities.values()) for p in rows])
-        right = np.array([p.probabilities[str(p.label)] == max(p.probabilities.values()) for p in rows])
+        right = np.array([p.probabilities.get(str(p.label)) == max(p.probabilities.values()) for p in rows])
         place = np.minimum((sure * BINS).astype(int), BINS - 1)
         bins = [place == i for i in range(BINS) if (place == i).any()]
         xs, ys = [sure[b].mean() for b in bins], [right[b].mean() for b in bins]
