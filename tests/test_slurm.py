@@ -82,7 +82,13 @@ def submit(tmp_path: Path) -> Callable[..., Job]:
     def start(job: int = 71234, nodes: int = 2, **others: str) -> Job:
         log = tmp_path / f"log-{job}"
         log.mkdir(exist_ok=True)
-        slurm = {"JOB_ID": job, "NNODES": nodes, "CPUS_PER_TASK": 8, "JOB_NODELIST": "n[1-2]", "TMPDIR": tmp_path / f"t{job}"}
+        slurm = {
+            "JOB_ID": job,
+            "NNODES": nodes,
+            "CPUS_PER_TASK": 8,
+            "JOB_NODELIST": "n[1-2]",
+            "TMPDIR": tmp_path / f"t{job}",
+        }
         environment = {**os.environ, **{f"SLURM_{name}": str(value) for name, value in slurm.items()}}
         environment |= {"LOG": str(log), "USER": "me", "STORAGE": str(tmp_path / "runs"), **others}
         script = ["bash", "ray_configs/slurm.sbatch", "experiments/tune.py", "a.yaml", "data.train=x"]
@@ -108,7 +114,9 @@ def test_ray_starts_on_every_node_and_the_sweep_on_the_first(submit: Callable[..
     assert job.finish() == 0
     started = [line for line in job.called("ray") if "symmetric-run" in line]
     assert sorted(line.split()[0] for line in started) == ["0", "1"]
-    assert all(f"token {tmp_path}/t71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line for line in started)
+    assert all(
+        f"token {tmp_path}/t71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line for line in started
+    )
     assert job.called("python") == [
         f"experiments/tune.py a.yaml data.train=x resources.node_store={tmp_path}/t71234/store"
         f" resources.storage={tmp_path}/runs name=slurm-71234, RAY_ADDRESS=10.0.0.7:22340"
