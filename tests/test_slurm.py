@@ -72,7 +72,7 @@ class Job(NamedTuple):
 @pytest.fixture
 def submit(tmp_path: Path) -> Callable[..., Job]:
     """Starts the script as Slurm would start it."""
-    folder = tmp_path / "umbrella"
+    folder = tmp_path / "repository"
     (folder / ".venv/bin").mkdir(parents=True)
     shutil.copytree(CONFIGS, folder / "ray_configs")
     for name, body in STAND_INS.items():
@@ -87,7 +87,7 @@ def submit(tmp_path: Path) -> Callable[..., Job]:
             "NNODES": nodes,
             "CPUS_PER_TASK": 8,
             "JOB_NODELIST": "n[1-2]",
-            "TMPDIR": tmp_path / f"t{job}",
+            "TMPDIR": tmp_path,
         }
         environment = {**os.environ, **{f"SLURM_{name}": str(value) for name, value in slurm.items()}}
         environment |= {"LOG": str(log), "USER": "me", "STORAGE": str(tmp_path / "runs"), **others}
@@ -115,14 +115,14 @@ def test_ray_starts_on_every_node_and_the_sweep_on_the_first(submit: Callable[..
     started = [line for line in job.called("ray") if "symmetric-run" in line]
     assert sorted(line.split()[0] for line in started) == ["0", "1"]
     assert all(
-        f"token {tmp_path}/t71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line for line in started
+        f"token {tmp_path}/umbrella-71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line for line in started
     )
     assert job.called("python") == [
-        f"experiments/tune.py a.yaml data.train=x resources.node_store={tmp_path}/t71234/store"
+        f"experiments/tune.py a.yaml data.train=x resources.node_store={tmp_path}/umbrella-71234/store"
         f" resources.storage={tmp_path}/runs name=slurm-71234, RAY_ADDRESS=10.0.0.7:22340"
     ]
     assert not job.called("scontrol")
-    assert not (tmp_path / "t71234").exists()
+    assert not (tmp_path / "umbrella-71234").exists()
 
 
 def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_goes_on(
@@ -138,7 +138,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_goes_on(
     again.wait_for("python", 3)
     assert again.finish() == 0
     assert again.called("python")[2].startswith(
-        f"experiments/tune.py --resume slurm-71234 resources.node_store={tmp_path}/t71234/store"
+        f"experiments/tune.py --resume slurm-71234 resources.node_store={tmp_path}/umbrella-71234/store"
         f" resources.storage={tmp_path}/runs,"
     )
     assert again.called("scontrol") == ["requeue 71234"]
