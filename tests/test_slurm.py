@@ -115,7 +115,8 @@ def test_ray_starts_on_every_node_and_the_sweep_on_the_first(submit: Callable[..
     started = [line for line in job.called("ray") if "symmetric-run" in line]
     assert sorted(line.split()[0] for line in started) == ["0", "1"]
     assert all(
-        f"token {tmp_path}/umbrella-71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line for line in started
+        f"token {tmp_path}/umbrella-71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line
+        for line in started
     )
     assert job.called("python") == [
         f"experiments/tune.py a.yaml data.train=x resources.node_store={tmp_path}/umbrella-71234/store"
