@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,12 @@ def test_on_one_node_the_script_starts_its_own_ray(submit: Callable[..., Job]) -
 
 def test_a_ray_that_does_not_start_is_an_error_and_not_a_finished_job(submit: Callable[..., Job]) -> None:
     assert submit(RAY_FAILS="yes").end() == 1
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "begin_or_resume.sh"])
+def test_shellcheck_finds_no_fault(script: str) -> None:
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if not found:
+        pytest.skip("needs shellcheck, which the dev extras bring")
+    done = subprocess.run([found, str(CONFIGS / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
