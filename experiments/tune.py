@@ -1,8 +1,9 @@
 """Which learning rate, and which turns should the loss see? Sweep any settings with Ray Tune; MLflow keeps every run.
 
-Without arguments: ray_configs/tune.yaml on a phantom cohort, which is made when it is not there yet. A setting that is
-given on the command line is fixed and no longer swept. A sweep that was stopped or killed goes on with --resume and its
-name, or --resume last; of the settings, only those of resources can then be given.
+Without arguments: ray_configs/tune.yaml on a phantom cohort, which is made when it is not there yet. Files that say
+nothing of tune.space leave that question. A setting that is given on the command line is fixed and no longer swept.
+A sweep that was stopped or killed goes on with --resume and its name, or --resume last; of the settings, only those of
+resources can then be given.
 """
 
 from pathlib import Path

@@ -52,18 +52,21 @@ def test_words_with_an_equals_sign_are_overrides_and_others_are_files(tmp_path: 
     assert request.given == {"data.task_filter", "modalities.sMRI.grid"}
 
 
-def test_the_default_file_is_read_only_when_none_is_named(tmp_path: Path) -> None:
-    default, named = tmp_path / "default.yaml", tmp_path / "named.yaml"
-    default.write_text("seed: 1\nexperiment: default\n")
-    named.write_text("seed: 2\n")
+def test_the_default_question_is_asked_unless_a_file_has_one_of_its_own(tmp_path: Path) -> None:
+    default, other, own, none = (tmp_path / f"{name}.yaml" for name in ("default", "other", "own", "none"))
+    default.write_text("seed: 1\ntune: {space: {optim.lr: {grid: [1, 2]}}}\n")
+    other.write_text("seed: 2\ntune: {grace: 3}\n")
+    own.write_text("tune: {space: {train.epochs: {grid: [1, 2]}}}\n")
+    none.write_text("tune: {space: {}}\n")
 
-    def read(*argv: str) -> tuple[int, str]:
-        settings = parse(argv, "", str(default)).settings
-        return settings.seed, settings.experiment
+    def read(*argv: str | Path) -> tuple[int, list[str]]:
+        settings = parse([str(word) for word in argv], "", str(default)).settings
+        return settings.seed, list(settings.tune.space)
 
-    assert read("train.epochs=3") == (1, "default")
-    assert read(str(named)) == (2, "umbrella")
-    assert read("--config", str(named)) == (2, "umbrella")
+    assert read("train.epochs=3") == (1, ["optim.lr"])
+    assert read(other) == read("--config", other) == (2, ["optim.lr"])
+    assert read(other, own) == (2, ["train.epochs"])
+    assert read(none) == (0, [])
 
 
 def test_help_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -317,6 +317,8 @@ def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
     for name, value in {"GIT_CEILING_DIRECTORIES": tmp_path.parent, "GIT_CONFIG_GLOBAL": "/dev/null"}.items():
         monkeypatch.setenv(name, str(value))
     assert code_version() == {}
+    monkeypatch.setenv("UMBRELLA_COMMIT", "of an image")
+    assert code_version() == {"mlflow.source.git.commit": "of an image"}
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org", *words]

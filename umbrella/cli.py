@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from umbrella.base import Stopped, UserError
-from umbrella.config import Settings, describe, load_settings
+from umbrella.config import Settings, describe, has_space, load_settings
 from umbrella.storage import storage_fault
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Request:
 
 
 def parse(argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = ()) -> Request:
-    """Read a command line. ``default_file`` is the YAML file used when none is named."""
+    """Read a command line. ``default_file``: what is swept, where no file has a ``tune.space``."""
     parser = argparse.ArgumentParser(
         description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,8 +98,8 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None, option
     for name, text in [word.split("=", 1) for word in asked["words"] if "=" in word]:
         overrides[name] = _value(name, text)
     overrides |= {name: asked[name] for name in FLAGS.values() if asked[name] is not None}
-    if not files and default_file:
-        files = [default_file]
+    if default_file and not any(map(has_space, files)):
+        files = [default_file, *files]
     own = {option.name: asked[option.name] for option in options}
     return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own)
 

@@ -84,6 +84,12 @@ def load_settings(files: Sequence[str | Path] = (), overrides: Mapping[str, Any]
     return _validate(raw)
 
 
+def has_space(file: str | Path) -> bool:
+    """Whether a settings file says what is swept, were it nothing. Raises UserError where it cannot be read."""
+    tune = _read_yaml(Path(file)).get("tune")
+    return isinstance(tune, dict) and "space" in tune
+
+
 def describe() -> Iterator[tuple[str, Any, str]]:
     """(dotted name, default, one line) of every setting, in order."""
     yield from _describe(Settings, "")

@@ -36,7 +36,7 @@ def environment_json() -> str:
 
 
 def code_version() -> dict[str, str]:
-    """The git commit of this code and whether files differ from it; empty outside a checkout."""
+    """The git commit of this code and whether files differ from it; outside a checkout, UMBRELLA_COMMIT of an image."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -48,4 +48,5 @@ def code_version() -> dict[str, str]:
             "mlflow.source.git.commit": git("rev-parse", "HEAD"),
             "git.dirty": str(bool(git("status", "--porcelain"))),
         }
-    return {}
+    commit = os.environ.get("UMBRELLA_COMMIT")
+    return {"mlflow.source.git.commit": commit} if commit else {}

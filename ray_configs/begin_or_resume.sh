@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Begins a sweep or a training under a name, or goes on with the one that has it: what a scheduler can start again and again.
+#     STORAGE=/shared/runs ray_configs/begin_or_resume.sh NAME experiments/tune.py ray_configs/tune.yaml data.train=...
+# STORAGE is resources.storage, an absolute path that every node sees. Other paths start at the repository's folder.
+# slurm.sbatch and kuberay/rayjob.yaml call this.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=$1 script=$2
+shift 2
+words=("$@" "resources.storage=$STORAGE")
+if [[ $script == *tune.py && -e $STORAGE/sweeps/$name/settings.yaml ]]; then
+    resources=() # the rest are the sweep's own
+    for word in "${words[@]}"; do
+        if [[ $word == resources.*=* ]]; then resources+=("$word"); fi
+    done
+    exec python "$script" --resume "$name" "${resources[@]}"
+fi
+exec python "$script" "${words[@]}" "name=$name" # train.py goes on by its name alone
