@@ -5,13 +5,14 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from umbrella.evaluation.metrics import balanced_accuracy, metric_names, summarise
-from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.prediction import Prediction
 
 
 def scored(
     subject: str, label: str | float, target: str = "sex", nll: float = 1.0, tokens: int = 1, **p: float
-) -> Scored:
-    return Scored("t", "T1", subject, target, label, p, nll, tokens)
+) -> Prediction:
+    found = {"probabilities": p, "answer_nll": nll, "answer_tokens": tokens}
+    return Prediction("t", "T1", subject, target, label, str(label), **found)
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes")

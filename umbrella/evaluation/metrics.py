@@ -1,9 +1,9 @@
 """Metrics of scored conversations, over subjects."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.prediction import Prediction
 
 
 def balanced_accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
@@ -24,7 +24,7 @@ def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
     return names + [f"{prefix}/{target}/{name}" for target in targets for name in ("balanced_accuracy", "accuracy")]
 
 
-def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float]:
+def summarise(scored: Iterable[Prediction], prefix: str = "eval") -> dict[str, float]:
     """Metrics of an evaluation.
 
     ``<prefix>/loss``: mean nats per token of the true last answers.
@@ -34,14 +34,14 @@ def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float
     ``<prefix>/balanced_accuracy``: the mean of the above over targets; absent where no target has classes.
     """
     scored = list(scored)
-    metrics = {f"{prefix}/loss": sum(s.answer_nll for s in scored) / sum(s.answer_tokens for s in scored)}
+    metrics = {f"{prefix}/loss": sum(s.answer_nll or 0.0 for s in scored) / sum(s.answer_tokens for s in scored)}
     classes = [s for s in scored if s.probabilities]
-    by_target: dict[str, list[Scored]] = defaultdict(list)
+    by_target: dict[str, list[Prediction]] = defaultdict(list)
     for one in classes:
         by_target[one.target].append(one)
     over_subjects = []
     for target, group in sorted(by_target.items()):
-        subjects: dict[str, list[Scored]] = defaultdict(list)
+        subjects: dict[str, list[Prediction]] = defaultdict(list)
         for one in group:
             subjects[one.subject_id].append(one)
         truth = [str(answers[0].label) for answers in subjects.values()]
@@ -56,11 +56,11 @@ def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float
     return metrics
 
 
-def _mean(probabilities: Sequence[dict[str, float]]) -> dict[str, float]:
+def _mean(probabilities: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {label: sum(p[label] for p in probabilities) / len(probabilities) for label in probabilities[0]}
 
 
-def most_likely(probabilities: dict[str, float]) -> str | None:
+def most_likely(probabilities: Mapping[str, float]) -> str | None:
     """The label of the highest probability; nothing where two are equally high, or there is none."""
     best = max(probabilities.values(), default=0)
     winners = [label for label, probability in probabilities.items() if probability == best]
