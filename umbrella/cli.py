@@ -77,6 +77,10 @@ class Request:
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own flags, by ``Option.name``."""
+    files: Sequence[str] = ()
+    """The settings files that were named, in order."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """The settings on the command line, by their dotted names: files and these are laid over the defaults."""
 
 
 def parse(argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = ()) -> Request:
@@ -101,7 +105,7 @@ def parse(argv: Sequence[str], doc: str, default_file: str | None = None, option
     if default_file and not any(map(has_space, files)):
         files = [default_file, *files]
     own = {option.name: asked[option.name] for option in options}
-    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own)
+    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own, files, overrides)
 
 
 def run_script(

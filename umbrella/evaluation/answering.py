@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from umbrella.conversations.images import fault_of_path
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
+from umbrella.evaluation.extraction import said
 from umbrella.evaluation.generation import generate
-from umbrella.evaluation.scoring import score
+from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.scoring import Candidates, score
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
@@ -123,8 +126,7 @@ class Umbrella:
         """
         prompts = []
         for conversation in conversations:
-            for volume in conversation.volumes:
-                self._check_modality(volume.modality)
+            self._check_volumes(conversation)
             prompts.append(self.renderer.prompt(conversation))
         answers: list[str] = []
         for start in range(0, len(prompts), batch_size):
@@ -149,10 +151,49 @@ class Umbrella:
             raise UserError(f"answers={answers!r}: give a list of texts to choose from")
         turns = [user_turn(self.items(volumes, modality), question), assistant_turn(answers[0])]
         asked = as_conversation(turns, subject_label=answers[0], target="answer")
-        candidates = {"answer": {answer: answer for answer in answers}}
+        (scored,) = self.predict([asked], {"answer": {answer: answer for answer in answers}})
+        return dict(scored.probabilities)
+
+    def predict(
+        self,
+        conversations: Sequence[Conversation],
+        candidates: Candidates,
+        numbers: Collection[str] = (),
+        *,
+        truth: bool = True,
+        length_normalised: bool = False,
+        max_new_tokens: int = 0,
+    ) -> list[Prediction]:
+        """One batch, answered in both ways: how likely candidates are, and what the model itself says.
+
+        Args:
+            candidates: target to label to answer text, see ``scoring.score``; so are ``truth``, ``length_normalised``.
+            numbers: targets whose labels are numbers, which are looked for in the model's own words.
+            max_new_tokens: of the model's own words; 0: none are asked for.
+
+        Raises:
+            UserError: as ``answer``.
+        """
+        for conversation in conversations:
+            self._check_volumes(conversation)
         with self._autocast():
-            (scored,) = score(self.model, [asked], self.renderer, self.collate, candidates, self.model.device)
-        return scored.probabilities
+            found = score(
+                self.model,
+                conversations,
+                self.renderer,
+                self.collate,
+                candidates,
+                self.model.device,
+                truth=truth,
+                length_normalised=length_normalised,
+            )
+        if not max_new_tokens:
+            return found
+        texts = self.answer(conversations, max_new_tokens, batch_size=len(conversations))
+        return [
+            replace(one, text=text, said=said(text, candidates.get(one.target, {}), one.target in numbers))
+            for one, text in zip(found, texts, strict=True)
+        ]
 
     def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
         """Volumes as items of a turn, each with its modality.
@@ -204,6 +245,10 @@ class Umbrella:
         if name not in self.modalities:
             raise UserError(f"modality={name!r}: this model knows {', '.join(self.modalities)}")
         return name
+
+    def _check_volumes(self, conversation: Conversation) -> None:
+        for volume in conversation.volumes:
+            self._check_modality(volume.modality)
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.settings.model.dtype)
