@@ -236,7 +236,7 @@ def test_a_modality_is_told_by_the_axes_or_named(model: Umbrella, said: list[Con
     s2, d, f2 = paths(said[2])
     assert [item.modality for item in model.items([f2, f2])] == ["fMRI", "fMRI"]
     assert [item.modality for item in model.items([s2, d], ["sMRI", "dMRI"])] == ["sMRI", "dMRI"]
-    with pytest.raises(UserError, match=r"s2\.nii: has 3 axes and may be dMRI or sMRI; say which with modality=\.\.\."):
+    with pytest.raises(UserError, match=r"s2\.nii: has 3 axes and may be dMRI or sMRI; name its modality: "):
         model.ask(s2, "?")
     with pytest.raises(UserError, match="modality='CT': this model knows dMRI, fMRI, sMRI"):
         model.ask(s2, "?", modality="CT")

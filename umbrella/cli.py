@@ -31,6 +31,7 @@ FLAGS = {
     "--epochs": "train.epochs",
     "--output-dir": "resources.storage",
 }
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -77,42 +78,66 @@ class Request:
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own flags, by ``Option.name``."""
+    files: tuple[str, ...] = ()
+    """Words that are neither a setting nor a settings file, of scripts that take such."""
 
 
-def parse(argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = ()) -> Request:
-    """Read a command line. ``default_file`` is the YAML file used when none is named."""
+def parse(
+    argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), files: str = ""
+) -> Request:
+    """Read a command line.
+
+    Args:
+        default_file: the YAML file used when none is named.
+        options: the script's own flags. One that has the name of a shared flag takes its place.
+        files: what files other than of settings are called in ``--help``, as in "volume.nii.gz". A word is one unless
+            it ends like YAML, or has an "=" and no "/" before that. Empty: the script takes none.
+    """
     parser = argparse.ArgumentParser(
         description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="*", metavar="file.yaml | name=value", help="settings files and overrides")
+    metavar = " | ".join(["file.yaml", "name=value", *([files] if files else [])])
+    words = "settings files and overrides" + (f", and each {files}" if files else "")
+    parser.add_argument("words", nargs="*", metavar=metavar, help=words)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     for option in options:
         option.add_to(parser)
-    for flag, name in FLAGS.items():
+    flags = {flag: name for flag, name in FLAGS.items() if flag not in {option.flag for option in options}}
+    for flag, name in flags.items():
         parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
     asked = vars(parser.parse_intermixed_args(argv))
 
-    files = asked["config"] + [word for word in asked["words"] if "=" not in word]
+    yaml_files, others = list(asked["config"]), []
     overrides: dict[str, Any] = {}
-    for name, text in [word.split("=", 1) for word in asked["words"] if "=" in word]:
-        overrides[name] = _value(name, text)
-    overrides |= {name: asked[name] for name in FLAGS.values() if asked[name] is not None}
-    if not files and default_file:
-        files = [default_file]
+    for word in asked["words"]:
+        name, equals, text = word.partition("=")
+        if equals and not (files and "/" in name):
+            overrides[name] = _value(name, text)
+        elif files and not word.lower().endswith(YAML):
+            others.append(word)
+        else:
+            yaml_files.append(word)
+    overrides |= {name: asked[name] for name in flags.values() if asked[name] is not None}
+    if not yaml_files and default_file:
+        yaml_files = [default_file]
     own = {option.name: asked[option.name] for option in options}
-    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own)
+    return Request(load_settings(yaml_files, overrides), frozenset(overrides), asked["dry_run"], own, tuple(others))
 
 
 def run_script(
-    main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
+    main: Callable[[Request], Any],
+    doc: str,
+    default_file: str | None = None,
+    options: Sequence[Option] = (),
+    files: str = "",
 ) -> None:
-    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status.
+    """Parse ``sys.argv`` as ``parse`` does, call ``main`` and leave with its fate as the exit status.
 
     That is 0, 2 for a user error and for a disk that is full or read-only, or 143 after SIGTERM.
     """
     try:
-        main(parse(sys.argv[1:], doc, default_file, options))
+        main(parse(sys.argv[1:], doc, default_file, options, files))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,6 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
-from umbrella.conversations.images import fault_of_path
+from umbrella.conversations.images import volume_file
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.generation import generate
@@ -165,9 +164,7 @@ class Umbrella:
             raise UserError(f"modality={modality!r}: {len(names)} names for {len(paths)} volumes; give one, or as many")
         items = []
         for path, name in zip(paths, names, strict=True):
-            file = os.path.abspath(path)
-            if fault := fault_of_path(file, str(path), on_disk=True):
-                raise UserError(fault.split(";")[0])
+            file = volume_file(path)
             name = self._modality_of(file) if name is None else self._check_modality(name)
             items.append(ImageItem(type="image", modality=name, image_path=file))
         return items
@@ -190,7 +187,7 @@ class Umbrella:
             return fitting[0]
         known = ", ".join(f"{name} ({len(modality.grid)} axes)" for name, modality in self.modalities.items())
         what = f"may be {' or '.join(fitting)}" if fitting else "is of no modality that this model knows"
-        raise UserError(f"{path}: has {axes} axes and {what}; say which with modality=...: {known}")
+        raise UserError(f"{path}: has {axes} axes and {what}; name its modality: {known}")
 
     def _check_modality(self, name: str) -> str:
         if name not in self.modalities:
