@@ -9,10 +9,11 @@ STEP is a step_... folder of a training. A cohort that was stopped or killed goe
 again: what is in the output is not asked again. --dry-run says what would be asked.
 """
 
+import sys
 from pathlib import Path
 
 from umbrella.base import UserError
-from umbrella.cli import Option, Request, run_script
+from umbrella.cli import Option, Request, progress_bar, run_script
 
 OPTIONS = (
     Option("--ask", "a question about the volumes", value="QUESTION"),
@@ -37,7 +38,7 @@ def main(request: Request) -> None:
         what = f"{' and '.join(asked)} cannot go together" if asked else "there is no question"
         raise UserError(f'{what}; give --ask "...", --chat or data.input=FILE')
     if asked == ["data.input"]:
-        _refuse(request, "data.input", "modality", "candidates", files=True)
+        _refuse(request, "data.input", "modality", "candidates", paths=True)
         _ask_cohort(request, checkpoint)
     else:
         if asked == ["--chat"]:
@@ -49,7 +50,7 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
     from umbrella.conversations.images import volume_file
 
     settings, question = request.settings, request.options["ask"]
-    volumes = [volume_file(file) for file in request.files]  # before seconds go into the model
+    volumes = [volume_file(file) for file in request.paths]  # before seconds go into the model
     names = request.options["modality"]
     modality = names.split(",") if names and "," in names else names
     if request.dry_run:
@@ -58,8 +59,7 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
         return
     from umbrella.evaluation.answering import Umbrella
 
-    dtype = settings.model.dtype if "model.dtype" in request.given else None
-    model = Umbrella.from_checkpoint(checkpoint, dtype=dtype)
+    model = Umbrella.from_checkpoint(checkpoint, dtype=_dtype(request))
     shown = model.items(volumes, modality)
     limit = settings.evaluate.max_new_tokens
     if question is None:
@@ -75,15 +75,38 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
 
 
 def _ask_cohort(request: Request, checkpoint: Path) -> None:
-    raise NotImplementedError
+    from umbrella.assessment.cohort import answer, read_cohort
+    from umbrella.data.loading import counted
+    from umbrella.evaluation.answering import settings_of
+
+    cohort = read_cohort(checkpoint, request.settings, settings_of(checkpoint, _dtype(request)))
+    number, left, path = len(cohort.conversations), len(cohort.left()), cohort.answers.path
+    for line in cohort.intake.notices:
+        print(f"note: {line}", file=sys.stderr)
+    if request.dry_run:
+        print(f"would ask {left} of {counted(number, 'conversation')}; {number - left} are answered in {path}")
+        return
+    if left < number:
+        print(f"{number - left} of {counted(number, 'conversation')} are answered already", flush=True)
+    if left:
+        splits = answer(cohort, progress_bar)
+        if splits.quarantined:
+            left_out = counted(splits.quarantined, "conversation")
+            print(f"note: {left_out} cannot be asked, see {splits.quarantine}", file=sys.stderr)
+    print(f"answers: {path}")
 
 
-def _refuse(request: Request, way: str, *options: str, files: bool = False) -> None:
+def _dtype(request: Request) -> str | None:
+    """That of the training, unless it is given."""
+    return request.settings.model.dtype if "model.dtype" in request.given else None
+
+
+def _refuse(request: Request, way: str, *options: str, paths: bool = False) -> None:
     given = [f"--{name}" for name in options if request.options[name] is not None]
-    given += request.files if files else ()
+    given += request.paths if paths else ()
     if given:
         raise UserError(f"{', '.join(given)}: does not go with {way}; leave it out, or use --ask")
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, options=OPTIONS, files="volume.nii.gz")
+    run_script(main, __doc__, options=OPTIONS, paths="volume.nii.gz")

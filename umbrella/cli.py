@@ -7,6 +7,7 @@ import argparse
 import errno
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ FLAGS = {
     "--output-dir": "resources.storage",
 }
 YAML = (".yaml", ".yml")
+BETWEEN_LINES = 30.0
+"""Seconds between two lines of a progress bar that is not drawn, because there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,26 @@ class Request:
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own flags, by ``Option.name``."""
-    files: tuple[str, ...] = ()
-    """Words that are neither a setting nor a settings file, of scripts that take such."""
+    paths: tuple[str, ...] = ()
+    """Words that are neither settings nor settings files, of scripts that take such."""
 
 
 def parse(
-    argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), files: str = ""
+    argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), paths: str = ""
 ) -> Request:
     """Read a command line.
 
     Args:
         default_file: the YAML file used when none is named.
         options: the script's own flags. One that has the name of a shared flag takes its place.
-        files: what files other than of settings are called in ``--help``, as in "volume.nii.gz". A word is one unless
+        paths: what files other than of settings are called in ``--help``, as in "volume.nii.gz". A word is one unless
             it ends like YAML, or has an "=" and no "/" before that. Empty: the script takes none.
     """
     parser = argparse.ArgumentParser(
         description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    metavar = " | ".join(["file.yaml", "name=value", *([files] if files else [])])
-    words = "settings files and overrides" + (f", and each {files}" if files else "")
+    metavar = " | ".join(["file.yaml", "name=value", *([paths] if paths else [])])
+    words = "settings files and overrides" + (f", and each {paths}" if paths else "")
     parser.add_argument("words", nargs="*", metavar=metavar, help=words)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
@@ -108,21 +111,21 @@ def parse(
         parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
     asked = vars(parser.parse_intermixed_args(argv))
 
-    yaml_files, others = list(asked["config"]), []
+    files, others = list(asked["config"]), []
     overrides: dict[str, Any] = {}
     for word in asked["words"]:
         name, equals, text = word.partition("=")
-        if equals and not (files and "/" in name):
+        if equals and not (paths and "/" in name):
             overrides[name] = _value(name, text)
-        elif files and not word.lower().endswith(YAML):
+        elif paths and not word.lower().endswith(YAML):
             others.append(word)
         else:
-            yaml_files.append(word)
+            files.append(word)
     overrides |= {name: asked[name] for name in flags.values() if asked[name] is not None}
-    if not yaml_files and default_file:
-        yaml_files = [default_file]
+    if not files and default_file:
+        files = [default_file]
     own = {option.name: asked[option.name] for option in options}
-    return Request(load_settings(yaml_files, overrides), frozenset(overrides), asked["dry_run"], own, tuple(others))
+    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own, tuple(others))
 
 
 def run_script(
@@ -130,14 +133,14 @@ def run_script(
     doc: str,
     default_file: str | None = None,
     options: Sequence[Option] = (),
-    files: str = "",
+    paths: str = "",
 ) -> None:
     """Parse ``sys.argv`` as ``parse`` does, call ``main`` and leave with its fate as the exit status.
 
     That is 0, 2 for a user error and for a disk that is full or read-only, or 143 after SIGTERM.
     """
     try:
-        main(parse(sys.argv[1:], doc, default_file, options, files))
+        main(parse(sys.argv[1:], doc, default_file, options, paths))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -163,14 +166,23 @@ def make_console() -> "Console":
 
 
 def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
-    """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end."""
+    """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end.
+
+    Elsewhere, what takes long has a line in between every ``BETWEEN_LINES`` seconds.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if not things:  # the bar would not know how long it is
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=make_console()) as progress:
-        yield from progress.track(things, description=what)
+        begun = said = time.monotonic()
+        for done, thing in enumerate(progress.track(things, description=what)):
+            now = time.monotonic()
+            if now - said >= BETWEEN_LINES and not progress.console.is_terminal:
+                print(f"{what} {done}/{len(things)}, {done / (now - begun):.3g} per second", flush=True)
+                said = now
+            yield thing
 
 
 def _value(name: str, text: str) -> Any:

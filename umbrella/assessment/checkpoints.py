@@ -18,7 +18,7 @@ def named_checkpoint(settings: Settings) -> Path:
     named = settings.checkpoint
     folder = Path(named).expanduser()
     if named and folder.is_dir():
-        return folder
+        return folder.absolute()
     wrong = f"checkpoint={named}: there is no such folder" if named else "checkpoint is not set"
     storage = Path(settings.resources.storage)
     there = [step for training in TRAININGS for step in storage.glob(f"{training}/step_*")]

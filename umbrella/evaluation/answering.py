@@ -69,7 +69,7 @@ class Umbrella:
             UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
         """
         folder = Path(folder).absolute()
-        settings = _settings_of(folder, dtype)
+        settings = settings_of(folder, dtype)
         renderer = load_renderer(settings)
         modalities = settings.modalities
         model = build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
@@ -245,7 +245,7 @@ def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
     return Conversation.model_validate(sample | {"metadata": metadata})
 
 
-def _settings_of(folder: Path, dtype: str | None) -> Settings:
+def settings_of(folder: Path, dtype: str | None) -> Settings:
     """The settings that a checkpoint was trained with, with the model and the modalities that lie in it now."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
