@@ -57,8 +57,12 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
         what = repr(question) if question is not None else "what standard input says"
         print(f"would ask {checkpoint} {what} about: {', '.join(volumes) or 'no volume'}")
         return
+    from transformers.utils import logging
+
     from umbrella.evaluation.answering import Umbrella
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     model = Umbrella.from_checkpoint(checkpoint, dtype=_dtype(request))
     shown = model.items(volumes, modality)
     limit = settings.evaluate.max_new_tokens
