@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,27 +213,16 @@ def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twic
     ask: Callable[..., Done], learnt: Path, said: list[Conversation], tmp_path: Path
 ) -> None:
     cohort = [c.model_copy(update={"task_id": f"{c.task_id}{i}"}) for i in range(4) for c in said]
-    file, whole, killed = written(tmp_path / "in.jsonl", cohort), tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    file, out = written(tmp_path / "in.jsonl", cohort), tmp_path / "out.jsonl"
+    candidates = {"T2": {"female": "female.", "male": "male."}}
     options = {
         "data.input": str(file),
+        "output": str(out),
         "resources.storage": f"{tmp_path}/runs",
-        "resources.cpus_per_worker": 0.5,
         "evaluate.batch_size": 1,
-        "evaluate.candidates": {"T2": {"female": "female.", "male": "male."}},
+        "evaluate.candidates": candidates,
     }
-    words = [f"{name}={json.dumps(value)}" for name, value in options.items()]
-    done = ask(*words, f"output={whole}", "--dry-run")
-    assert done == (0, f"would ask 12 of 12 conversations; 0 are answered in {whole}\n", "")
-    assert not whole.exists()
-    done = ask(*words, f"output={whole}")
-    assert (done.status, done.stdout.splitlines()[-1]) == (0, f"answers: {whole}"), done.stderr
-    found = read_predictions(whole)
-    assert [p.task_id for p in found] == [c.task_id for c in cohort]
-    assert [p.text for p in found] == Umbrella.from_checkpoint(learnt, device="cpu").answer(cohort, max_new_tokens=32)
-    assert {p.truth for p in found} == {""}
-    assert found[0].probabilities["male"] > 0.9
-    assert found[1].probabilities == {}
-
+    words, settings = [f"{name}={json.dumps(value)}" for name, value in options.items()], load_settings((), options)
     counts = []
 
     def progress(things: Sequence, what: str, last: int = 10) -> Iterator:
@@ -243,19 +233,30 @@ def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twic
                     raise Killed
             yield thing
 
-    settings = load_settings(overrides=options | {"output": str(killed)})
+    assert ask(*words, "--dry-run") == (0, f"would ask 12 of 12 conversations; 0 are answered in {out}\n", "")
+    assert not out.exists()
     with pytest.raises(Killed):
         answer(read_cohort(learnt, settings, settings_of(learnt, None)), progress)
-    assert killed.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:8])
-    with killed.open("a", encoding="utf-8") as cut:
+    before = out.read_bytes()
+    assert before.count(b"\n") == 8
+    with out.open("a", encoding="utf-8") as cut:
         cut.write('{"task_id": "three2", "ta')
-    assert ask(*words, f"output={killed}", "--dry-run").stdout.startswith("would ask 4 of 12 conversations; 8 are")
+    assert ask(*words, "--dry-run").stdout.startswith("would ask 4 of 12 conversations; 8 are answered")
     counts.clear()
     answer(read_cohort(learnt, settings, settings_of(learnt, None)), progress)
     assert counts == [0, 1, 2, 3]
-    assert killed.read_bytes() == whole.read_bytes()
-    assert "12 of 12 conversations are answered already" in ask(*words, f"output={killed}").stdout
+    assert out.read_bytes().startswith(before)
+
+    found, model = read_predictions(out), Umbrella.from_checkpoint(learnt, device="cpu")
+    in_one_go = [model.predict([c], candidates, ["T3"], truth=False, max_new_tokens=32)[0] for c in cohort]
+    for one, other in zip(found, in_one_go, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+        assert replace(one, probabilities={}) == replace(other, probabilities={})
+    assert [p.text for p in found] == model.answer(cohort) == ["male.", "Hello, you.", "Seen. And 2 more, é."] * 4
+    assert (found[0].probabilities["male"] > 0.9, found[1].probabilities) == (True, {})
+
+    assert "12 of 12 conversations are answered already" in ask(*words).stdout
     written(file, cohort[1:])
-    done = ask(*words, f"output={killed}")
+    done = ask(*words)
     assert (done.status, len(done.stderr.splitlines())) == (2, 1)
     assert f"data.input={file} has changed since; give another output" in done.stderr
