@@ -36,7 +36,9 @@ def test_as_many_trainings_at_once_as_leave_a_cpu_for_rays_helpers(asked: dict, 
 
 
 def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_ever() -> None:
-    with pytest.raises(UserError, match=r"need 3 CPUs, and Ray has 2; lower resources\.cpus_per_worker or \.workers"):
+    with pytest.raises(
+        UserError, match=r"need 3 CPUs, and Ray has 2; lower resources\.cpus_per_worker or resources\.workers"
+    ):
         trainings_that_fit(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
     with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
         trainings_that_fit(ResourceSettings(gpus_per_worker=1), {"CPU": 8})

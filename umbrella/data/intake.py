@@ -95,8 +95,12 @@ def load_splits(
 
 def open_store(settings: "Settings") -> VolumeStore:
     """The volume store of the storage folder."""
-    folder = Path(settings.resources.storage).absolute() / "volumes"
-    return VolumeStore(folder, settings.modalities, settings.data.max_voxels)
+    return VolumeStore(volumes_folder(settings), settings.modalities, settings.data.max_voxels)
+
+
+def volumes_folder(settings: "Settings") -> Path:
+    """Where that store lies."""
+    return Path(settings.resources.storage).absolute() / "volumes"
 
 
 def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
