@@ -43,18 +43,23 @@ class Splits:
     @property
     def fingerprint(self) -> str:
         """Names the data: a hash of every conversation and of each volume's file name and size, not of its folder."""
-        digest = hashlib.sha256()
-        for split, conversations in (("train", self.train), ("validation", self.validation)):
-            for conversation in conversations:
-                content = conversation.model_dump(mode="json") | {"split": split}
-                content["images"] = [
-                    (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
-                ]
-                for turn in content["conversations"]:
-                    for item in turn["content"]:
-                        item.pop("image_path", None)
-                digest.update(json.dumps(content, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+        return fingerprint({"train": self.train, "validation": self.validation})
+
+
+def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
+    """As ``Splits.fingerprint``, of any splits."""
+    digest = hashlib.sha256()
+    for split, conversations in splits.items():
+        for conversation in conversations:
+            content = conversation.model_dump(mode="json") | {"split": split}
+            content["images"] = [
+                (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
+            ]
+            for turn in content["conversations"]:
+                for item in turn["content"]:
+                    item.pop("image_path", None)
+            digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def load_splits(
@@ -205,8 +210,8 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         )
         write_whole(path, content)
     return Splits(
-        intake.splits["train"],
-        intake.splits["validation"],
+        intake.splits.get("train", []),
+        intake.splits.get("validation", []),
         intake.splits.get("test", []),
         quarantined=len(reasons),
         quarantine=path,

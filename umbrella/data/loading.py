@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
-from umbrella.conversations.files import Problem, read_conversations
+from umbrella.conversations.files import Problem, Reading, read_conversations
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -29,6 +29,13 @@ class Intake:
     notices: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], str] = field(default_factory=dict)
     """(split, task_id) to "file:line"."""
+
+    def add(self, name: str, reading: Reading) -> None:
+        """Take in what was read of a split."""
+        self.splits[name] = reading.conversations
+        self.problems += reading.problems
+        self.notices += reading.notices
+        self.places |= {(name, task_id): place for task_id, place in reading.places.items()}
 
     def set_aside(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
         """Take conversations out: (split, task_id) to (field, what is wrong) of each."""
@@ -73,14 +80,25 @@ def read_splits(settings: "Settings", progress: Progress, names: Sequence[str] =
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
     intake = Intake()
     for name, paths in sources.items():
-        reading = read_conversations(paths, root, data.path_map, data.format, settings.modalities)
-        intake.splits[name] = reading.conversations
-        intake.problems += reading.problems
-        intake.notices += reading.notices
-        intake.places |= {(name, task_id): place for task_id, place in reading.places.items()}
+        intake.add(name, read_conversations(paths, root, data.path_map, data.format, settings.modalities))
     if not intake.problems or any(intake.splits.values()):
         intake.splits = keep(intake.splits, settings)
     intake.problems += _shared_subjects(intake)
+    return intake
+
+
+def read_input(settings: "Settings") -> Intake:
+    """Read the conversations of ``data.input`` as a split "input". Their last answers may be missing.
+
+    Raises:
+        UserError: a file or folder that does not exist; nothing is left after the filters.
+    """
+    data, intake = settings.data, Intake()
+    root = data.root or None
+    intake.add(
+        "input", read_conversations(data.input, root, data.path_map, data.format, settings.modalities, questions=True)
+    )
+    intake.splits = keep(intake.splits, settings)
     return intake
 
 

@@ -1,7 +1,6 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
-from umbrella.conversations.images import fault_of_path
+from umbrella.conversations.images import volume_file
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
@@ -74,7 +73,7 @@ class Umbrella:
             UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
         """
         folder = Path(folder).absolute()
-        settings = _settings_of(folder, dtype)
+        settings = settings_of(folder, dtype)
         renderer = load_renderer(settings)
         modalities = settings.modalities
         model = build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
@@ -207,9 +206,7 @@ class Umbrella:
             raise UserError(f"modality={modality!r}: {len(names)} names for {len(paths)} volumes; give one, or as many")
         items = []
         for path, name in zip(paths, names, strict=True):
-            file = os.path.abspath(path)
-            if fault := fault_of_path(file, str(path), on_disk=True):
-                raise UserError(fault.split(";")[0])
+            file = volume_file(path)
             name = self._modality_of(file) if name is None else self._check_modality(name)
             items.append(ImageItem(type="image", modality=name, image_path=file))
         return items
@@ -239,7 +236,7 @@ class Umbrella:
             return fitting[0]
         known = ", ".join(f"{name} ({len(modality.grid)} axes)" for name, modality in self.modalities.items())
         what = f"may be {' or '.join(fitting)}" if fitting else "is of no modality that this model knows"
-        raise UserError(f"{path}: has {axes} axes and {what}; say which with modality=...: {known}")
+        raise UserError(f"{path}: has {axes} axes and {what}; name its modality: {known}")
 
     def _check_modality(self, name: str) -> str:
         if name not in self.modalities:
@@ -301,7 +298,7 @@ def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
     return Conversation.model_validate(sample | {"metadata": metadata})
 
 
-def _settings_of(folder: Path, dtype: str | None) -> Settings:
+def settings_of(folder: Path, dtype: str | None) -> Settings:
     """The settings that a checkpoint was trained with, with the model and the modalities that lie in it now."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
