@@ -1,0 +1,20 @@
+"""What the field would use: a small 3D CNN on the same data, evaluated as a language model is, a run in MLflow a target.
+
+Without arguments: sex and age of the phantom cohort, which is made when it is not there yet.
+"""
+
+from umbrella.cli import Request, make_console, progress_bar, run_script
+
+
+def main(request: Request) -> None:
+    """Train and evaluate, or say what would be."""
+    if request.dry_run:
+        make_console().print(request.settings.to_yaml(), markup=False, highlight=False)
+        return
+    from umbrella.baseline.run import run_baseline
+
+    run_baseline(request.settings, progress_bar)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)
