@@ -1,20 +1,16 @@
-"""Metrics of scored conversations, over subjects."""
+"""Metrics that trainings report as they go; ``tables.py`` has the same ones and more, with intervals."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from umbrella.evaluation.scoring import Scored
+import numpy as np
 
+from umbrella.evaluation.classes import balanced_accuracy, codes, confusion
+from umbrella.evaluation.subjects import Answer, mean_probability, most_likely
 
-def balanced_accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> float:
-    """The mean over the true classes of the share of that class predicted right; chance is 1 / classes.
-
-    ``None`` predicts nothing and is wrong.
-    """
-    right: dict[str, list[bool]] = defaultdict(list)
-    for label, guess in zip(truth, predicted, strict=True):
-        right[label].append(label == guess)
-    return sum(sum(hits) / len(hits) for hits in right.values()) / len(right)
+if TYPE_CHECKING:
+    from umbrella.evaluation.scoring import Scored
 
 
 def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
@@ -24,44 +20,31 @@ def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
     return names + [f"{prefix}/{target}/{name}" for target in targets for name in ("balanced_accuracy", "accuracy")]
 
 
-def summarise(scored: Iterable[Scored], prefix: str = "eval") -> dict[str, float]:
+def summarise(scored: "Iterable[Scored]", prefix: str = "eval") -> dict[str, float]:
     """Metrics of an evaluation.
 
     ``<prefix>/loss``: mean nats per token of the true last answers.
     ``<prefix>/<target>/balanced_accuracy``: over subjects. A subject's prediction is the label of the highest mean
-    probability over the subject's conversations; equal means predict nothing.
+    probability over the subject's conversations; equal means predict nothing. A subject whose label differs between
+    conversations counts once for each label.
     ``<prefix>/<target>/accuracy``: over conversations.
     ``<prefix>/balanced_accuracy``: the mean of the above over targets; absent where no target has classes.
     """
     scored = list(scored)
     metrics = {f"{prefix}/loss": sum(s.answer_nll for s in scored) / sum(s.answer_tokens for s in scored)}
-    classes = [s for s in scored if s.probabilities]
-    by_target: dict[str, list[Scored]] = defaultdict(list)
-    for one in classes:
-        by_target[one.target].append(one)
+    by_target: dict[str, list[Answer]] = defaultdict(list)
+    for s in scored:
+        if s.probabilities:
+            answer = Answer(s.subject_id, str(s.label), most_likely(s.probabilities), s.probabilities)
+            by_target[s.target].append(answer)
     over_subjects = []
-    for target, group in sorted(by_target.items()):
-        subjects: dict[str, list[Scored]] = defaultdict(list)
-        for one in group:
-            subjects[one.subject_id].append(one)
-        truth = [str(answers[0].label) for answers in subjects.values()]
-        guesses = [most_likely(_mean([a.probabilities for a in answers])) for answers in subjects.values()]
-        over_subjects.append(balanced_accuracy(truth, guesses))
+    for target, answers in sorted(by_target.items()):
+        classes = sorted({str(a.truth) for a in answers}.union(*(a.probabilities for a in answers)))
+        subjects = mean_probability(answers)
+        counts = confusion(*codes(subjects, classes), len(classes), np.ones((1, len(subjects))))
+        over_subjects.append(float(balanced_accuracy(counts)[0]))
         metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
-        metrics[f"{prefix}/{target}/accuracy"] = sum(most_likely(s.probabilities) == s.label for s in group) / len(
-            group
-        )
+        metrics[f"{prefix}/{target}/accuracy"] = sum(a.said == a.truth for a in answers) / len(answers)
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
     return metrics
-
-
-def _mean(probabilities: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {label: sum(p[label] for p in probabilities) / len(probabilities) for label in probabilities[0]}
-
-
-def most_likely(probabilities: dict[str, float]) -> str | None:
-    """The label of the highest probability; nothing where two are equally high, or there is none."""
-    best = max(probabilities.values(), default=0)
-    winners = [label for label, probability in probabilities.items() if probability == best]
-    return winners[0] if len(winners) == 1 else None

@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from umbrella.evaluation.metrics import most_likely
 from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.subjects import most_likely
 
 FILE = "predictions.json"
 SHOWN_AS = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])}
