@@ -1,4 +1,4 @@
-"""What the field would use: a small 3D CNN on the same data, evaluated as a language model is, a run in MLflow a target.
+"""What the field would use: a small 3D CNN for each target, on the same data and evaluated as a language model is.
 
 Without arguments: sex and age of the phantom cohort, which is made when it is not there yet.
 """

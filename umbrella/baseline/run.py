@@ -3,13 +3,15 @@
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
 
+from umbrella.assessment.assessment import Assessment
 from umbrella.base import UserError
-from umbrella.baseline.job import PREDICTIONS, BaselineJob, Question
+from umbrella.baseline.evaluate import assess
+from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.labels import Bins, Classes, fit
 from umbrella.baseline.samples import asked, samples_of, targets_of
 from umbrella.config import Settings
@@ -17,7 +19,7 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import SPLITS
 from umbrella.data.loading import Progress as ProgressBar
-from umbrella.evaluation.prediction import Prediction, read_predictions
+from umbrella.evaluation.prediction import Prediction
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
@@ -26,13 +28,20 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.run import check_names, start_ray, trainings_that_fit, watch_job
 
 
-def run_baseline(settings: Settings, progress: ProgressBar) -> list[tuple[BaselineJob, list[Prediction]]]:
-    """Train a network for each target, and have it answer the conversations of ``evaluate.split``.
+def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Assessment]:
+    """Train a network for each target, and examine it on the conversations of ``evaluate.split``; each when it is done.
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended a training.
         Stopped: SIGTERM came; the training saved and stopped.
     """
+    for job in make_jobs(settings, progress):
+        watch_job(job)
+        yield assess(job)
+
+
+def make_jobs(settings: Settings, progress: ProgressBar) -> list[BaselineJob]:
+    """All that is to be trained, checked and ready to run on the Ray that this starts. Raises as ``run_baseline``."""
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     check_settings(settings)
@@ -44,14 +53,12 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> list[tuple[Baseli
     name = settings.name or time.strftime("baseline-%Y%m%d-%H%M%S")
     start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
-    done = []
+    jobs = []
     for target, head in heads.items():
         own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": own, "trial": own}
-        job = make_job(settings, splits, target, head, tracking, str(storage / "trainings" / own))
-        watch_job(job)
-        done.append((job, read_predictions(Path(job.folder) / PREDICTIONS)))
-    return done
+        jobs.append(make_job(settings, splits, target, head, tracking, str(storage / "trainings" / own)))
+    return jobs
 
 
 def check_settings(settings: Settings) -> None:
@@ -160,7 +167,20 @@ def make_job(
 
 def questions(conversations: Sequence[Conversation], target: str, modality: str) -> list[Question]:
     """What a network for this target can be asked."""
-    return [(Prediction.of(conversation), path) for conversation, path in asked(conversations, target, modality)]
+    return [(_unanswered(conversation), path) for conversation, path in asked(conversations, target, modality)]
+
+
+def _unanswered(c: Conversation) -> Prediction:
+    return Prediction(
+        task_id=c.task_id,
+        task_type=c.task_type,
+        subject_id=c.subject_id,
+        target=c.target,
+        label=c.label,
+        truth=c.answer,
+        metadata=c.metadata,
+        volumes=tuple((volume.modality, volume.image_path) for volume in c.volumes),
+    )
 
 
 def _needed(settings: Settings) -> list[str]:

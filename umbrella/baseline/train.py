@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import ray
@@ -16,12 +17,14 @@ from torch.nn import functional
 from umbrella.base import UserError
 from umbrella.baseline.cnn import Sfcn
 from umbrella.baseline.job import PREDICTIONS, BaselineJob, Question, paths_of
+from umbrella.baseline.labels import Bins
 from umbrella.baseline.report import Reporter
 from umbrella.config import SETTINGS
 from umbrella.data.intake import open_store
 from umbrella.data.pipeline import Plan, batches, evaluation_dataset, train_dataset
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction, write_predictions
+from umbrella.evaluation.subjects import Answer, mean_number
 from umbrella.tracking.environment import code_version
 from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import CODE, STATE, code_of, rng_state, set_rng_state
@@ -155,17 +158,15 @@ class Worker:
             return model(frames)
 
     def _evaluate(self) -> dict[str, float]:
-        """The metrics of the validation split, the same on every worker."""
+        """The metrics of the validation split, as ``summarise`` has them, and ``eval/<target>/mae`` over subjects."""
         if self.reporter:
             self.reporter.evaluating(self._place())
         answered = self._answer(self.validation)
-        measured = summarise(answered)
-        if not answered[0].probabilities:
-            errors: dict[str, list[float]] = {}
-            for one in answered:
-                errors.setdefault(one.subject_id, []).append(float(one.said or 0) - float(one.label or 0))
-            mae = float(np.mean([abs(np.mean(of_subject)) for of_subject in errors.values()]))
-            measured[f"eval/{self.job.target}/mae"] = mae
+        measured = summarise(answered)  # type: ignore[arg-type]
+        if isinstance(self.job.head, Bins):
+            subjects = mean_number(Answer(a.subject_id, float(a.label or 0), a.said) for a in answered)
+            errors = [abs(float(subject.said or 0) - float(subject.truth)) for subject in subjects]
+            measured[f"eval/{self.job.target}/mae"] = fmean(errors)
         return measured
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class Worker:
         divergence = float(np.sum(soft[soft > 0] * np.log(soft[soft > 0] / probabilities[soft > 0].clip(1e-30))))
         row = replace(row, answer_nll=divergence, answer_tokens=1)
         said = head.read(probabilities.tolist())
-        return replace(row, said=said) if isinstance(said, float) else replace(row, probabilities=said)
+        return replace(row, probabilities=said) if isinstance(said, dict) else replace(row, said=said)
 
     def _training_batches(self) -> Iterator[Volumes]:
         def make(rows: Mapping[str, np.ndarray]) -> Volumes:
