@@ -7,10 +7,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+from umbrella.drawing import DPI, VERMILION, WIDTH, save
 from umbrella.training.live import FINISHED
-from umbrella.tuning import figures
 from umbrella.tuning.ending import FAILED, STOPPED
-from umbrella.tuning.figures import VERMILION, draw_curves, draw_metric, draw_ranking, draw_times, save
+from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times
 from umbrella.tuning.ranking import Contender, rank
 from umbrella.tuning.results import Evaluation, Trial
 
@@ -126,6 +126,6 @@ def test_any_space_and_failed_trials_can_be_drawn(tmp_path: Path, points: list[d
     contenders = ranked([*trials, Trial("dead", points[0], FAILED)])
     for draw in (draw_metric, draw_curves, draw_ranking):
         with Image.open(save(tmp_path / "a.png", draw, contenders, METRIC)) as image:
-            assert image.width >= 0.7 * figures.WIDTH * figures.DPI
+            assert image.width >= 0.7 * WIDTH * DPI
             assert len(set(image.convert("RGB").resize((200, 200)).getdata())) > 20
     assert isinstance(draw_times(trials), Figure)

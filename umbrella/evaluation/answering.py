@@ -12,6 +12,7 @@ from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
 from umbrella.conversations.images import fault_of_path
+from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.generation import generate
@@ -171,6 +172,13 @@ class Umbrella:
             name = self._modality_of(file) if name is None else self._check_modality(name)
             items.append(ImageItem(type="image", modality=name, image_path=file))
         return items
+
+    @torch.no_grad()
+    def log_likelihoods(self, batch: Batch) -> list[float]:
+        """Of the supervised tokens of each row of a batch together, in nats."""
+        with self._autocast():
+            nll = self.model(**batch.to(self.model.device).model_inputs()).token_nll
+        return (-nll.double().sum(1)).tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write all of the model, with tokenizer and settings: it stands on no base, and ``from_checkpoint`` reads it.

@@ -8,7 +8,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
 from umbrella.modality import Modality
-from umbrella.volumes.planes import ENDS, Plane, cut
+from umbrella.volumes.planes import Plane, cut, draw_plane
 from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.windows import num_windows, pick_window
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LINE = "#ffb000"
-SOFT = "#667085"
 WIDTH, CAPTION = 10.5, 0.8
 """Inches: of the picture, and of the words above a row of it."""
 
@@ -70,22 +69,10 @@ def caption(array: np.ndarray, modality: Modality) -> str:
 
 
 def _draw(axes: "Axes", plane: Plane, modality: Modality) -> None:
+    draw_plane(axes, plane)
     right, up = plane.axes
     height, width = plane.grey.shape
-    axes.imshow(
-        plane.grey,
-        cmap="gray",
-        extent=(0, width, 0, height),
-        aspect=plane.edges[1] / plane.edges[0],
-        interpolation="nearest",
-    )
     for x in range(0, width + 1, modality.patch[right]):
         axes.axvline(x, color=LINE, linewidth=0.8, alpha=0.8)
     for y in range(0, height + 1, modality.patch[up]):
         axes.axhline(y, color=LINE, linewidth=0.8, alpha=0.8)
-    axes.set_title(f"{plane.name}, {'XYZ'[3 - right - up]} = {plane.index}", fontsize=9, color=SOFT)
-    axes.set_xticks([0, width], ENDS[right])
-    axes.set_yticks([0, height], ENDS[up])
-    axes.tick_params(length=0, labelsize=9, labelcolor=SOFT)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

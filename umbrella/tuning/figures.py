@@ -1,12 +1,12 @@
-"""The pictures of a sweep. Colours are those of Okabe and Ito, which the colour-blind tell apart."""
+"""The pictures of a sweep."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from umbrella.drawing import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
 from umbrella.training.live import EARLY, FINISHED
 from umbrella.tuning.ending import FAILED
 from umbrella.tuning.importance import Importance, is_number
@@ -18,40 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-GREY, INK = "#98A2B3", "#1D2430"
-LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E3E6EB",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
-WIDTH, DPI = 9.0, 160
 TRIAL = "trial"
 """What stands on the axis where nothing was swept."""
 HIGHLIGHTED, RANKED, TIMED, PANELS = 5, 25, 60, 12
 """Contenders with a colour of their own; with a row in the ranking; trials with a row over time; settings drawn."""
-
-
-def save(file: Path, draw: Callable[..., "Figure"], *about: Any) -> Path:
-    """Draw one of the figures below into a file."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        draw(*about).savefig(file, dpi=DPI)
-    return file
 
 
 def draw_metric(contenders: Sequence[Contender], metric: str) -> "Figure":
@@ -65,7 +35,7 @@ def draw_metric(contenders: Sequence[Contender], metric: str) -> "Figure":
     panels = names[:PANELS] or [TRIAL]
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     rows = -(-len(panels) // columns)
-    figure = _figure(WIDTH if columns > 1 else 0.7 * WIDTH, 3.2 * rows)
+    figure = new_figure(WIDTH if columns > 1 else 0.7 * WIDTH, 3.2 * rows)
     low, high = (edge([float(t.metric or 0) for t in shown]) for edge in (min, max))
     space = 0.07 * (high - low) or 0.05
     for i, name in enumerate(panels):
@@ -106,7 +76,7 @@ def _scatter(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[
             xs = sorted({t.point[name] for t in group})
             means = [np.mean([t.metric for t in group if t.point[name] == x]) for x in xs]
             axes.plot(xs, means, "-", color=colour, alpha=0.6)
-            axes.plot([], [], f"-{marker}", color=colour, label=_short(words, 40))
+            axes.plot([], [], f"-{marker}", color=colour, label=shorten(words, 40))
         for t in group:
             place = (t.point[name], t.metric)
             # What lies at the same place lies side by side: 0, 4, -4, 8, -8 points.
@@ -133,7 +103,7 @@ def _strip(axes: "Axes", trials: Sequence[Trial], name: str, best: Trial) -> Non
         axes.set_xticks([])
     else:
         long = sum(map(len, values)) > 36
-        words = [_short(value, 24) for value in values]
+        words = [shorten(value, 24) for value in values]
         axes.set_xticks(range(len(values)), words, rotation=25 if long else 0, ha="right" if long else "center")
     axes.set_xlim(-0.6, len(values) - 0.4)
     axes.grid(axis="x", visible=False)
@@ -156,7 +126,7 @@ def _point(
 def draw_ranking(contenders: Sequence[Contender], metric: str) -> "Figure":
     """The best contenders where there are seeds: each trial a point, the mean, and its 95% interval."""
     shown = [c for c in contenders if c.mean is not None][:RANKED]
-    figure = _figure(WIDTH, 0.9 + 0.27 * max(len(shown), 2))
+    figure = new_figure(WIDTH, 0.9 + 0.27 * max(len(shown), 2))
     axes = figure.subplots()
     for place, c in enumerate(shown):
         colour = VERMILION if place == 0 else BLUE
@@ -165,7 +135,7 @@ def draw_ranking(contenders: Sequence[Contender], metric: str) -> "Figure":
         axes.errorbar(
             c.mean or 0, place, xerr=c.half, fmt="D" if c.half else "o", color=colour, markersize=5, capsize=3
         )
-    axes.set_yticks(range(len(shown)), [f"{_short(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
+    axes.set_yticks(range(len(shown)), [f"{shorten(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
     axes.set_ylim(max(len(shown), 2) - 0.4, -0.6)
     axes.set_xlabel(metric)
     return figure
@@ -176,7 +146,7 @@ def draw_curves(contenders: Sequence[Contender], metric: str) -> "Figure":
     what: dict[str, str] = {metric: "metric"} | ({} if metric == "eval/loss" else {"eval/loss": "loss"})
     measured = [c for c in contenders if c.mean is not None]
     coloured = measured[:HIGHLIGHTED]
-    figure = _figure(WIDTH, 3.4 + 0.16 * len(coloured))
+    figure = new_figure(WIDTH, 3.4 + 0.16 * len(coloured))
     panels = figure.subplots(1, len(what), squeeze=False)[0]
     for axes, (title, attribute) in zip(panels, what.items(), strict=True):
         for c in reversed(contenders):
@@ -193,7 +163,7 @@ def draw_curves(contenders: Sequence[Contender], metric: str) -> "Figure":
                 axes.plot(*zip(*points, strict=True), color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
         axes.set(xlabel="step", ylabel=title)
     for c, colour in zip(coloured, (VERMILION, *LINES), strict=False):
-        panels[0].plot([], [], color=colour, lw=2.4 if c is measured[0] else 1.2, label=_short(c.name, 110))
+        panels[0].plot([], [], color=colour, lw=2.4 if c is measured[0] else 1.2, label=shorten(c.name, 110))
     if len(measured) > len(coloured) or len(contenders) > len(measured):
         panels[0].plot([], [], color=GREY, lw=0.7, label=f"{len(contenders) - len(coloured)} others")
     figure.legend(loc="outside lower left")
@@ -202,7 +172,7 @@ def draw_curves(contenders: Sequence[Contender], metric: str) -> "Figure":
 
 def draw_importance(found: Importance) -> "Figure":
     """Each setting's share; grey where chance gives as much."""
-    figure = _figure(WIDTH, 0.9 + 0.3 * max(len(found.shares), 2))
+    figure = new_figure(WIDTH, 0.9 + 0.3 * max(len(found.shares), 2))
     axes = figure.subplots()
     colours = [BLUE if name in found.sure else GREY for name in found.shares]
     axes.barh(list(found.shares), list(found.shares.values()), color=colours, height=0.6)
@@ -223,7 +193,7 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
         (u, n) for u, n in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u or u == 1
     )
     colours = {FINISHED: BLUE, EARLY: SKY, FAILED: VERMILION}
-    figure = _figure(WIDTH, 1.0 + min(0.16 * len(timed), 6.0) + 0.3)
+    figure = new_figure(WIDTH, 1.0 + min(0.16 * len(timed), 6.0) + 0.3)
     axes = figure.subplots()
     for place, t in enumerate(timed):
         colour, start = colours.get(t.state, ORANGE), ((t.started or 0) - zero) / unit
@@ -240,16 +210,6 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
     return figure
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # not pyplot: this one keeps no state, and draws without a screen
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _text(trial: Trial, name: str) -> str:
     value = trial.point.get(name)
     return trial.trial_id if name == TRIAL else label({"": value}).removeprefix("=")
-
-
-def _short(words: str, most: int) -> str:
-    return words if len(words) <= most else f"{words[: most - 1]}…"

@@ -1,6 +1,5 @@
 """The answer of a sweep as files: one page to read, with its pictures beside it, a table, and the winner's settings."""
 
-import base64
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.config import Settings
+from umbrella.drawing import embedded, save
 from umbrella.pages import number, render
 from umbrella.training.live import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
-from umbrella.tuning.figures import DPI, WIDTH
 from umbrella.tuning.importance import importance
 from umbrella.tuning.ranking import Contender, interval, swept_names, trials_of, with_seeds, write_csv
 from umbrella.tuning.results import Trial
@@ -84,15 +83,15 @@ def write_report(contenders: Sequence[Contender], settings: Settings, folder: Pa
     found = importance(trials)
     pictures = {}
     if any(c.mean is not None for c in contenders):
-        pictures["metric"] = figures.save(folder / "metric.png", figures.draw_metric, contenders, metric)
+        pictures["metric"] = save(folder / "metric.png", figures.draw_metric, contenders, metric)
     if with_seeds(contenders) and pictures:
-        pictures["ranking"] = figures.save(folder / "ranking.png", figures.draw_ranking, contenders, metric)
+        pictures["ranking"] = save(folder / "ranking.png", figures.draw_ranking, contenders, metric)
     if any(t.curve for t in trials):
-        pictures["curves"] = figures.save(folder / "curves.png", figures.draw_curves, contenders, metric)
+        pictures["curves"] = save(folder / "curves.png", figures.draw_curves, contenders, metric)
     if found.shares:
-        pictures["importance"] = figures.save(folder / "importance.png", figures.draw_importance, found)
+        pictures["importance"] = save(folder / "importance.png", figures.draw_importance, found)
     if any(t.started is not None for t in trials):
-        pictures["times"] = figures.save(folder / "times.png", figures.draw_times, trials)
+        pictures["times"] = save(folder / "times.png", figures.draw_times, trials)
     files = Files(folder / "report.html", ranking, pictures, file, **told)
     starts = [t.started for t in trials if t.started is not None]
     page = render(
@@ -117,7 +116,7 @@ def write_report(contenders: Sequence[Contender], settings: Settings, folder: Pa
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
         files=files,
-        images={name: _inline(picture) for name, picture in pictures.items()},
+        images={name: embedded(picture.read_bytes()) for name, picture in pictures.items()},
         importance=found,
         subjects=subjects,
         noise=_binomial(contenders[0].mean, subjects) if best and "accuracy" in metric else None,
@@ -132,13 +131,6 @@ def write_report(contenders: Sequence[Contender], settings: Settings, folder: Pa
 def _binomial(share: float | None, subjects: int) -> float | None:
     """Half of the 95% interval of a share of subjects of equally large classes, by the normal approximation."""
     return 1.96 * sqrt(share * (1 - share) / subjects) if share is not None and 0 < share < 1 and subjects else None
-
-
-def _inline(picture: Path) -> tuple[str, int]:
-    """The address that holds a PNG itself, and the width at which all pictures' letters are of one size."""
-    content = picture.read_bytes()
-    pixels = int.from_bytes(content[16:20], "big")  # of a PNG's first chunk
-    return "data:image/png;base64," + base64.b64encode(content).decode(), round(pixels * 1190 / WIDTH / DPI)
 
 
 def _value(value: Any) -> str:

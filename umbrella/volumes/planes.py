@@ -4,15 +4,21 @@ Neurological convention: the left of the subject is on the left. The picture's u
 plane and its top in the other two; the sagittal plane looks to the right.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from umbrella.drawing import SOFT
 from umbrella.modality import Modality
 from umbrella.volumes.store import Facts
 from umbrella.volumes.windows import pick_window
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
 """Name to the two of the axes X, Y, Z that run to the right and upwards in the picture."""
@@ -39,19 +45,20 @@ class Plane:
         return self.grey.shape[1] * self.edges[0], self.grey.shape[0] * self.edges[1]
 
 
-def cut(array: np.ndarray, modality: Modality, facts: Facts | None) -> list[Plane]:
-    """The axial, coronal and sagittal plane through the middle of what is bright.
+def cut(array: np.ndarray, modality: Modality, facts: Facts | None, centre: Sequence[int] | None = None) -> list[Plane]:
+    """The axial, coronal and sagittal plane through one voxel.
 
     Args:
         array: as ``VolumeStore.get`` gives it. Of a series the mean over its middle window is shown.
         facts: tell how large a voxel is; taken for a cube when None.
+        centre: the voxel, along X, Y, Z; the middle of what is bright when None.
     """
     if modality.is_series:
         array = array[pick_window(len(array), modality, None)].mean(axis=0, dtype=np.float32)
     volume = np.asarray(array, np.float32)
-    # The store does not keep which voxels are background; those brighter than the mean lie in the head.
-    bright = np.argwhere(volume > volume.mean())
-    centre = np.rint(bright.mean(axis=0)).astype(int)
+    if centre is None:
+        # The store does not keep which voxels are background; those brighter than the mean lie in the head.
+        centre = np.rint(np.argwhere(volume > volume.mean()).mean(axis=0)).astype(int).tolist()
     dark, light = np.percentile(volume, (1, 99.5))
     if dark == light:
         dark, light = volume.min(), volume.max()
@@ -60,7 +67,7 @@ def cut(array: np.ndarray, modality: Modality, facts: Facts | None) -> list[Plan
     planes = []
     for name, (right, up) in PLANES.items():
         across = 3 - right - up
-        index = int(centre[across])
+        index = centre[across]
         planes.append(Plane(name, (right, up), index, grey.take(index, across).T[::-1], (edges[right], edges[up])))
     return planes
 
@@ -86,3 +93,28 @@ def save_thumbnail(planes: list[Plane], file: Path) -> None:
         tile = Image.fromarray(plane.grey).resize((width, height), Image.Resampling.BICUBIC)
         picture.paste(tile, (i * TILE + (TILE - width) // 2, (TILE - height) // 2))
     picture.save(file)
+
+
+def draw_plane(axes: "Axes", plane: Plane) -> None:
+    """A plane in its own proportions, its name above it and the letters of its ends beside it.
+
+    One unit of the axes is a voxel; (0, 0) is the corner at the lower left.
+    """
+    right, up = plane.axes
+    height, width = plane.grey.shape
+    axes.imshow(
+        plane.grey,
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        extent=(0, width, 0, height),
+        aspect=plane.edges[1] / plane.edges[0],
+        interpolation="nearest",
+    )
+    axes.set_title(f"{plane.name}, {'XYZ'[3 - right - up]} = {plane.index}", fontsize=9, color=SOFT)
+    axes.set_xticks([0, width], ENDS[right])
+    axes.set_yticks([0, height], ENDS[up])
+    axes.tick_params(length=0, labelsize=9, labelcolor=SOFT)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

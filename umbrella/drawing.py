@@ -1,0 +1,64 @@
+"""What pictures share: colours, letters, sizes, and the way into a page.
+
+Colours are those of Okabe and Ito, which the colour-blind tell apart.
+"""
+
+import base64
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+GREY, SOFT, INK = "#98A2B3", "#667085", "#1D2430"
+LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+STYLE = {
+    "text.parse_math": False,  # people's words may hold dollar signs
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E3E6EB",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+File = TypeVar("File", Path, BytesIO)
+WIDTH, DPI = 9.0, 160
+
+
+def save(file: File, draw: Callable[..., "Figure"], *about: Any) -> File:
+    """Draw a figure of ``new_figure`` as a PNG."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        draw(*about).savefig(file, dpi=DPI, format="png")
+    return file
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure  # not pyplot: this one keeps no state, and draws without a screen
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def shorten(words: str, most: int) -> str:
+    """At most so many letters."""
+    return words if len(words) <= most else f"{words[: most - 1]}…"
+
+
+def embedded(png: bytes) -> tuple[str, int]:
+    """The address that holds a PNG itself, and the width in a page at which all pictures' letters are of one size."""
+    pixels = int.from_bytes(png[16:20], "big")  # of a PNG's first chunk
+    return "data:image/png;base64," + base64.b64encode(png).decode(), round(pixels * 1190 / WIDTH / DPI)
