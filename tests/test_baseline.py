@@ -132,7 +132,7 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
 ) -> None:
     from mlflow import MlflowClient
 
-    from umbrella.baseline.evaluate import assess
+    from umbrella.baseline.evaluate import assess, keep, table
     from umbrella.baseline.run import make_jobs
     from umbrella.training.job import run_job
     from umbrella.training.run import watch_job
@@ -145,6 +145,7 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
     (job,) = make_jobs(settings, lambda things, what: things)
     watch_job(job)
     found = assess(job)
+    page = keep(found, job)
     (predictions,) = found.predictions.values()
     assert [p.task_id for p in predictions] == [f"test{i}-sex" for i in range(16)]
     assert all(set(p.probabilities) == {"female", "male"} and p.text is None for p in predictions)
@@ -158,6 +159,9 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
     assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
+    assert page.exists()
+    assert table(found).row_count == len(found.groups["as_asked"])
+    assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 
     steps = sorted(Path(job.folder).glob("step_*"))

@@ -10,7 +10,7 @@ import ray
 
 from umbrella.assessment.assessment import Assessment
 from umbrella.base import UserError
-from umbrella.baseline.evaluate import assess
+from umbrella.baseline.evaluate import assess, keep
 from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.labels import Bins, Classes, fit
 from umbrella.baseline.samples import asked, samples_of, targets_of
@@ -28,8 +28,9 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.run import check_names, start_ray, trainings_that_fit, watch_job
 
 
-def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Assessment]:
-    """Train a network for each target, and examine it on the conversations of ``evaluate.split``; each when it is done.
+def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[tuple[Assessment, Path]]:
+    """Train a network for each target and examine it on the conversations of ``evaluate.split``: what that found, and
+    the page that reports it, of each when it is done.
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended a training.
@@ -37,7 +38,8 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Assessme
     """
     for job in make_jobs(settings, progress):
         watch_job(job)
-        yield assess(job)
+        assessment = assess(job)
+        yield assessment, keep(assessment, job)
 
 
 def make_jobs(settings: Settings, progress: ProgressBar) -> list[BaselineJob]:
