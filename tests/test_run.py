@@ -147,7 +147,9 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
         settings = load_settings(overrides={"name": "mine", **{k.replace("__", "."): v for k, v in values.items()}})
         nothing = np.zeros(0)
         data = {"data.fingerprint": fingerprint}
-        check_same(Job(settings, None, None, nothing, nothing, {}, data, {}, str(tmp_path / "mine")))
+        tables = {"train": None, "validation": None, "train_lengths": nothing, "validation_lengths": nothing}
+        folder = str(tmp_path / "mine")
+        check_same(Job(settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder))
 
     begin()
     begin(resources__workers=2, tune__grace=5)

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from umbrella.base import Section, UserError, masked
+from umbrella.baseline.settings import BaselineSettings
 from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.evaluation.settings import EvaluateSettings
@@ -50,6 +51,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     tune: TuneSettings = TuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    baseline: BaselineSettings = BaselineSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 

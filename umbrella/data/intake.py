@@ -67,6 +67,7 @@ def load_splits(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
+    names: Sequence[str] = ("train", "validation"),
 ) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
 
@@ -74,11 +75,12 @@ def load_splits(
         masks: every mask policy that the run trains with; the settings' own when None.
         shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
             themselves when None. A sample that cannot be used with one of them is used with none.
+        names: the splits that are read.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
     """
-    intake = read_splits(settings, progress)
+    intake = read_splits(settings, progress, names)
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():

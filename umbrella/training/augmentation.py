@@ -62,6 +62,19 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     return replace(batch, pixel_values=groups)
 
 
+def augment_alone(frames: torch.Tensor, draws: Sequence[tuple[int, ...]], settings: AugmentSettings) -> torch.Tensor:
+    """Volumes of which each is a sample's only one, changed as ``augment`` changes those.
+
+    Args:
+        frames: (n, frames, X, Y, Z), float32; may be written into.
+        draws: one for each volume.
+    """
+    if not any(dict(settings).values()):
+        return frames
+    intensities = [draw_intensity(draw, 0, settings) for draw in draws]
+    return _change_frames(frames, [draw_geometry(draw, settings) for draw in draws], intensities, settings)
+
+
 def draw_geometry(draw: tuple[int, ...], settings: AugmentSettings) -> Geometry:
     """The geometry of a sample's volumes: turned around X, then Y, then Z, by the right-hand rule, and scaled.
 
@@ -117,7 +130,16 @@ def _change(
     """Volumes (n, X, Y, Z) or (n, X, Y, Z, T), changed. What is switched off costs no rounding."""
     series = voxels.ndim == 5
     frames = voxels.to(torch.float32, copy=True)
-    frames = frames.movedim(-1, 1) if series else frames[:, None]
+    frames = _change_frames(frames.movedim(-1, 1) if series else frames[:, None], geometries, intensities, settings)
+    largest = torch.finfo(voxels.dtype).max  # an infinite voxel would end the training
+    frames = frames.clamp(-largest, largest).to(voxels.dtype)
+    return frames.movedim(1, -1) if series else frames[:, 0]
+
+
+def _change_frames(
+    frames: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
+) -> torch.Tensor:
+    """The same for (n, frames, X, Y, Z), float32, which it may write into."""
     deviation, mean = torch.std_mean(frames, (1, 2, 3, 4), correction=0, keepdim=True)
     for axis, mirrored in enumerate(np.stack([geometry.mirror for geometry in geometries], 1)):
         if mirrored.any():
@@ -135,6 +157,4 @@ def _change(
         for volume, width, intensity in zip(frames, settings.noise * deviation, intensities, strict=True):
             generator.manual_seed(intensity.noise_seed)  # one by one, or a volume's noise would depend on the others
             volume += width * torch.randn(volume.shape, generator=generator, device=volume.device)
-    largest = torch.finfo(voxels.dtype).max  # an infinite voxel would end the training
-    frames = frames.clamp(-largest, largest).to(voxels.dtype)
-    return frames.movedim(1, -1) if series else frames[:, 0]
+    return frames

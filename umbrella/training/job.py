@@ -7,7 +7,7 @@ the worker. Only the worker needs the model, so only the worker imports it: seco
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import ray
@@ -23,19 +23,18 @@ from umbrella.training.progress import latest_checkpoint
 from umbrella.training.requests import stop_file
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every worker of one training is told."""
+class Runs(Protocol):
+    """A worker of a training, made ready."""
+
+    def run(self) -> int | None:
+        """Train to the end. Returns the step after which it stopped because it was asked to; else nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyJob:
+    """What every worker of one training is told, whatever it is that learns."""
 
     settings: Settings
-    train: ray.ObjectRef
-    """Table of the training conversations, see ``data.pipeline.to_table``."""
-    validation: ray.ObjectRef
-    train_lengths: np.ndarray
-    """See ``data.intake.Splits.lengths``."""
-    validation_lengths: np.ndarray
-    candidates: Mapping[str, Mapping[str, str]]
-    """See ``evaluation.scoring.Candidates``."""
     data: Mapping[str, str | int]
     """What is tracked of the data: their fingerprint, and how many samples are in quarantine."""
     tracking: dict[str, str | None]
@@ -44,15 +43,42 @@ class Job:
     """Where this training's checkpoints lie."""
     begun: float = 0.0
     """When this attempt at the training began, in seconds since 1970."""
-    swept: Mapping[str, Any] = field(default_factory=dict)
-    """Of a trial, its point: names of settings to the values that Ray Tune was given."""
     datasets: Sequence[Mapping[str, Any]] = ()
     """The splits as MLflow is told of them, see ``tracking.datasets``."""
+    idle: ClassVar[tuple[str, ...]] = ()
+    """Sections of the settings that say nothing of such a training."""
+
+    def worker(self) -> "Runs":
+        """What runs in each worker process. Imports what only that needs."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
         """What Ray calls this training where people look. Part of file names there: without a slash, and not long."""
         return str(self.tracking["name"]).replace("/", "_")[:100]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(AnyJob):
+    """The training of a language model."""
+
+    train: ray.ObjectRef
+    """Table of the training conversations, see ``data.pipeline.to_table``."""
+    validation: ray.ObjectRef
+    train_lengths: np.ndarray
+    """See ``data.intake.Splits.lengths``."""
+    validation_lengths: np.ndarray
+    candidates: Mapping[str, Mapping[str, str]]
+    """See ``evaluation.scoring.Candidates``."""
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    """Of a trial, its point: names of settings to the values that Ray Tune was given."""
+    idle: ClassVar[tuple[str, ...]] = ("tune", "baseline")
+
+    def worker(self) -> "Runs":
+        """See ``training.worker``."""
+        from umbrella.training.worker import Worker
+
+        return Worker(self)
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
         """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""
@@ -70,7 +96,7 @@ class Job:
         )
 
 
-def train_loop(config: dict[str, Job]) -> str | int | None:
+def train_loop(config: dict[str, AnyJob]) -> str | int | None:
     """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs.
 
     Returns what stopped it, if a restart would not help; or the step after which it stopped because it was asked to;
@@ -78,11 +104,10 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
     written where the storage is full or gone.
     """
     from umbrella.training.parallel import Agreed, together
-    from umbrella.training.worker import Worker
 
     try:
         with together():
-            worker = Worker(config["job"])
+            worker = config["job"].worker()
         return worker.run()
     except (Agreed, FloatingPointError) as error:
         return str(error)
@@ -92,7 +117,7 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         return str(error)
 
 
-def run_job(job: Job, here: bool = False) -> None:
+def run_job(job: AnyJob, here: bool = False) -> None:
     """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
 
     Args:
@@ -133,7 +158,7 @@ def cause(error: BaseException) -> str:
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
-def make_trainer(job: Job, here: bool = False) -> TorchTrainer:
+def make_trainer(job: AnyJob, here: bool = False) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
     resources, folder = job.settings.resources, Path(job.folder)
     least, most = resources.least_workers, resources.workers

@@ -18,7 +18,7 @@ from umbrella.tracking.environment import environment_json
 from umbrella.tracking.figures import curves
 from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
-from umbrella.training.job import Job, progress_line
+from umbrella.training.job import AnyJob, Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
@@ -56,21 +56,9 @@ class Reporter:
         moving = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in parts.items()}
         told = statement(rows, settings.mask, moving, settings.modalities, renderer.stops, read)
         text = f"{in_words}\n{told}"
-        self.tracker = Tracker.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
-        flat = {name: value for name, value in settings.flat().items() if not name.startswith("tune.")}
-        self.tracker.params(flat | dict(job.data))
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
-        self.tracker.tags(
-            {
-                "device": _device_name(self.device),
-                "host": socket.gethostname(),
-                "ray.job": ray.get_runtime_context().get_job_id(),
-                "mask.supervised": f"{supervised} of {tokens} tokens audited",
-            }
-        )
-        self.tracker.inputs(job.datasets)
-        self.tracker.text(settings.to_yaml(), "settings.yaml")
-        self.tracker.text(environment_json(), "environment.json")
+        tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
+        self.tracker = open_run(job, self.device, tags)
         self.tracker.text(text, "statement.txt")
         page = mask_page(rows, examples, renderer, settings.mask, read)
         subjects = [subject for example in examples for subject in example.conversation.subjects]
@@ -156,6 +144,19 @@ class Reporter:
         }
         if drawn := {panel: lines for panel, lines in drawn.items() if lines}:
             self.tracker.save(curves(drawn, str(self.job.tracking["name"])), "curves.png")
+
+
+def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Tracker:
+    """A training's run in MLflow, with what is told of each: settings, data, machine. ``tags``: of this one."""
+    tracker = Tracker.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
+    flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.idle}
+    tracker.params(flat | dict(job.data))
+    told = {"device": _device_name(device), "host": socket.gethostname()}
+    tracker.tags(told | {"ray.job": ray.get_runtime_context().get_job_id(), **tags})
+    tracker.inputs(job.datasets)
+    tracker.text(job.settings.to_yaml(), "settings.yaml")
+    tracker.text(environment_json(), "environment.json")
+    return tracker
 
 
 def _device_name(device: torch.device) -> str:

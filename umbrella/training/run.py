@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,7 @@ from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.job import Job, run_job
+from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop, on_sigterm
 from umbrella.training.settings import ResourceSettings
@@ -159,15 +159,20 @@ def check(
     candidates = find_candidates(splits.train)
     check_candidates(splits.validation, candidates)
     targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})
+    check_names(targets)
+    known = metric_names(targets)
+    if metric not in known:
+        raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss)")
+
+
+def check_names(targets: Iterable[str]) -> None:
+    """Raise UserError where a target cannot be part of a metric's name in MLflow."""
     unnameable = [target for target in targets if not is_name(target)]
     if unnameable:
         raise UserError(
             f"target {unnameable[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"
             " (a slash only between two of the others), at most 200 in all"
         )
-    known = metric_names(targets)
-    if metric not in known:
-        raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss)")
 
 
 def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> Job:
@@ -210,14 +215,7 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     trainings_that_fit(settings.resources, ray.cluster_resources())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
-    check_same(job)
-    try:
-        with Watch(job.folder), on_sigterm(lambda: ask_to_stop(job.folder)):
-            run_job(job)
-    except BaseException as error:
-        outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
-        close_trial(uri, job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
-        raise
+    watch_job(job)
     best = best_checkpoint(job.folder, settings.tune.metric, settings.tune.mode)
     if best and settings.tracking.model:
         from umbrella.tracking.model import keep_model  # seconds, which only the end needs
@@ -226,16 +224,33 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     return Path(job.folder)
 
 
-def check_same(job: Job) -> None:
+def watch_job(job: AnyJob) -> None:
+    """Run a training that is not part of a sweep to its end, seen by who started it; its run in MLflow ends with it.
+
+    Raises:
+        UserError: as ``check_same`` and ``run_job``.
+        Stopped: as ``run_job``.
+    """
+    check_same(job)
+    try:
+        with Watch(job.folder), on_sigterm(lambda: ask_to_stop(job.folder)):
+            run_job(job)
+    except BaseException as error:
+        outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
+        close_trial(str(job.tracking["uri"]), job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
+        raise
+
+
+def check_same(job: AnyJob) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
-        UserError: names what differs: a setting (other than of ``resources``, ``tune`` and ``tracking``), or the data.
-            With patience what it waits for belongs to the training, too.
+        UserError: names what differs: a setting (other than of ``resources``, ``tune``, ``tracking`` and ``evaluate``),
+            or the data. With patience what it waits for belongs to the training, too.
     """
     file = Path(job.folder) / "begun_with.json"
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    free = ("resources", "tune", "tracking")
+    free = ("resources", "tune", "tracking", "evaluate", *job.idle)
     now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in free or k in decides}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))

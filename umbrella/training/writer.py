@@ -6,10 +6,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from umbrella.model.partial import describe_base, is_whole, write_weights
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.storage import storage_fault
 from umbrella.training.checkpoint import CODE, STATE, Snapshot
-from umbrella.training.progress import METRICS, PROGRESS, delete, prune, to_disk, write_files
+from umbrella.training.progress import METRICS, PROGRESS, Progress, delete, prune, to_disk, write_files
 
 
 class Writer:
@@ -43,8 +44,7 @@ class Writer:
         self.files = _description(model, tokenizer, settings, code)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
-        for rest in self.folder.glob(".step_*"):  # of a process that was killed
-            shutil.rmtree(rest, ignore_errors=True)
+        remove_rests(self.folder)
 
     def write(self, taken: Snapshot) -> None:
         """Begin to write a checkpoint, once the one before is there. Raises as ``wait``."""
@@ -69,34 +69,60 @@ class Writer:
             print(f"note: {error}", file=sys.stderr)
 
     def _write(self, taken: Snapshot) -> None:
-        folder = self.folder / f"step_{taken.progress.step:07d}"
-        # Beside it, so that giving it its name is one step of one file system.
-        partial = self.folder / f".{folder.name}.partial"
-        try:
-            partial.mkdir()
+        def fill(folder: Path) -> None:
             for name, content in self.files.items():
-                (partial / name).parent.mkdir(exist_ok=True)
-                (partial / name).write_bytes(content)
-            write_weights(partial, taken.weights, self.whole)
-            state = {"optimizer": taken.optimizer, "schedule": taken.schedule, "rng": list(taken.rng)}
-            with (partial / STATE).open("wb") as file:  # given a path, torch hides what the system says
-                torch.save(state, file)
-            (partial / METRICS).write_text(json.dumps(dict(taken.metrics)), encoding="utf-8")
-            (partial / PROGRESS).write_text(json.dumps(asdict(taken.progress)), encoding="utf-8")
-            write_files(partial)
-            if folder.exists():  # one that was found broken
-                delete(folder)
-            os.replace(partial, folder)
-            to_disk(self.folder)
-            tune = self.settings.tune
-            prune(self.folder, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
-        except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)  # there must be room again for who looks into it
-            problem = storage_fault(error)
-            if not problem:
-                raise
-            gone = "" if self.folder.is_dir() else f"{self.folder} is gone: "
-            raise UserError(f"{folder} could not be written: {gone}{problem}") from None
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+            write_weights(folder, taken.weights, self.whole)
+            save_state({"optimizer": taken.optimizer, "schedule": taken.schedule, "rng": list(taken.rng)}, folder)
+
+        write_checkpoint(self.folder, fill, taken.progress, taken.metrics, self.settings)
+
+
+def write_checkpoint(
+    training: Path, fill: Callable[[Path], None], progress: Progress, metrics: Mapping[str, float], settings: Settings
+) -> None:
+    """Write a checkpoint into a training's folder: whole, or nothing of it. Older ones go, see ``prune``.
+
+    Args:
+        fill: puts into a folder what is the model's own.
+
+    Raises:
+        UserError: the storage is full, read-only or gone.
+    """
+    folder = training / f"step_{progress.step:07d}"
+    # Beside it, so that giving it its name is one step of one file system.
+    partial = training / f".{folder.name}.partial"
+    try:
+        partial.mkdir()
+        fill(partial)
+        (partial / METRICS).write_text(json.dumps(dict(metrics)), encoding="utf-8")
+        (partial / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        write_files(partial)
+        if folder.exists():  # one that was found broken
+            delete(folder)
+        os.replace(partial, folder)
+        to_disk(training)
+        prune(training, settings.resources.keep_checkpoints, settings.tune.metric, settings.tune.mode)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)  # there must be room again for who looks into it
+        problem = storage_fault(error)
+        if not problem:
+            raise
+        gone = "" if training.is_dir() else f"{training} is gone: "
+        raise UserError(f"{folder} could not be written: {gone}{problem}") from None
+
+
+def save_state(state: Mapping[str, Any], folder: Path) -> None:
+    """Write what a training needs to go on."""
+    with (folder / STATE).open("wb") as file:  # given a path, torch hides what the system says
+        torch.save(state, file)
+
+
+def remove_rests(training: Path) -> None:
+    """Delete what a process that was killed had begun to write."""
+    for rest in training.glob(".step_*"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def _description(

@@ -1,0 +1,24 @@
+"""What the field would use: a small 3D CNN for each target, on the same data and evaluated as a language model is.
+
+Without arguments: sex and age of the phantom cohort, which is made when it is not there yet.
+"""
+
+from umbrella.cli import Request, make_console, progress_bar, run_script
+
+
+def main(request: Request) -> None:
+    """Train and evaluate, or say what would be."""
+    if request.dry_run:
+        make_console().print(request.settings.to_yaml(), markup=False, highlight=False)
+        return
+    from umbrella.baseline.evaluate import table
+    from umbrella.baseline.run import run_baseline
+
+    console = make_console()
+    for assessment, page in run_baseline(request.settings, progress_bar):
+        console.print(table(assessment))
+        print(f"best checkpoint: {assessment.model}\nreport: {page}\nruns in MLflow: make ui")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

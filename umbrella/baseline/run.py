@@ -1,0 +1,193 @@
+"""The baseline from settings to predictions: one network for each target, trained and tracked as a run of its own."""
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ray
+
+from umbrella.assessment.assessment import Assessment
+from umbrella.base import UserError
+from umbrella.baseline.evaluate import assess, keep
+from umbrella.baseline.job import BaselineJob, Question
+from umbrella.baseline.labels import Bins, Classes, fit
+from umbrella.baseline.samples import asked, samples_of, targets_of
+from umbrella.config import Settings
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.intake import Splits, load_splits
+from umbrella.data.loading import SPLITS
+from umbrella.data.loading import Progress as ProgressBar
+from umbrella.evaluation.prediction import Prediction
+from umbrella.storage import check_writable
+from umbrella.tracking.datasets import describe
+from umbrella.tracking.drivers import driver_id
+from umbrella.tracking.ending import mend
+from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.run import check_names, start_ray, trainings_that_fit, watch_job
+
+
+def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[tuple[Assessment, Path]]:
+    """Train a network for each target and examine it on the conversations of ``evaluate.split``: what that found, and
+    the page that reports it, of each when it is done.
+
+    Raises:
+        UserError: whatever is wrong with settings or data, before anything starts; or what ended a training.
+        Stopped: SIGTERM came; the training saved and stopped.
+    """
+    for job in make_jobs(settings, progress):
+        watch_job(job)
+        assessment = assess(job)
+        yield assessment, keep(assessment, job)
+
+
+def make_jobs(settings: Settings, progress: ProgressBar) -> list[BaselineJob]:
+    """All that is to be trained, checked and ready to run on the Ray that this starts. Raises as ``run_baseline``."""
+    storage = Path(settings.resources.storage).absolute()
+    check_writable(storage, f"resources.storage={settings.resources.storage}")
+    check_settings(settings)
+    splits = load_splits(settings, progress, names=SPLITS)
+    heads = {target: check(settings, splits, target) for target in pick_targets(settings, splits)}
+    uri = tracking_uri(storage, settings.tracking.uri)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    mend(uri, experiment, storage)
+    name = settings.name or time.strftime("baseline-%Y%m%d-%H%M%S")
+    start_ray(settings.resources, log_to_driver=True, name=name)
+    trainings_that_fit(settings.resources, ray.cluster_resources())
+    jobs = []
+    for target, head in heads.items():
+        own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
+        tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": own, "trial": own}
+        jobs.append(make_job(settings, splits, target, head, tracking, str(storage / "trainings" / own)))
+    return jobs
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UserError for what is wrong before any data are read."""
+    modality = settings.baseline.modality
+    if modality not in settings.modalities:
+        raise UserError(f"baseline.modality={modality}: there are {', '.join(settings.modalities)}")
+    if settings.data.train and settings.evaluate.split == "test" and not settings.data.test:
+        raise UserError("data.test is not set: name the conversations to evaluate on, or set evaluate.split")
+
+
+def pick_targets(settings: Settings, splits: Splits) -> list[str]:
+    """``baseline.target``, or all that can be learned; what is left out is named on standard error.
+
+    Raises:
+        UserError: there is none.
+    """
+    modality, known = settings.baseline.modality, targets_of(splits.train)
+    if settings.baseline.target:
+        if settings.baseline.target not in known:
+            raise UserError(
+                f"baseline.target={settings.baseline.target}: data.train has labels of {', '.join(known) or 'nothing'}"
+            )
+        return [settings.baseline.target]
+    picked = []
+    for target in known:
+        missing = [name for name in _needed(settings) if not asked(getattr(splits, name), target, modality)]
+        if missing:
+            print(f"note: target {target!r} is left out: {_nothing(missing[0], target, modality)}", file=sys.stderr)
+        else:
+            picked.append(target)
+    if not picked:
+        raise UserError(f"data.train: no label that a volume of baseline.modality={modality} could be asked for")
+    return picked
+
+
+def check(settings: Settings, splits: Splits, target: str) -> Classes | Bins:
+    """What the network for a target says, once the data of all splits were found to fit.
+
+    Raises:
+        UserError: a split without samples; labels that do not fit together; a name that MLflow does not take.
+    """
+    check_names([target])
+    own = settings.baseline
+    for name in _needed(settings):
+        if not asked(getattr(splits, name), target, own.modality):
+            raise UserError(f"baseline.target={target}: {_nothing(name, target, own.modality)}")
+    head = fit(target, [sample.label for sample in samples_of(splits.train, target, own.modality)], own.bins)
+    for name in _needed(settings):
+        for conversation, _ in asked(getattr(splits, name), target, own.modality):
+            if not head.knows(conversation.label):
+                raise UserError(
+                    f"data.{name}: {conversation.task_id}: its label {conversation.label!r} of {target!r} is none that"
+                    f" data.train has ({head.in_words})"
+                )
+    return head
+
+
+def resolved(settings: Settings, target: str, head: Classes | Bins) -> Settings:
+    """The settings under the names that a training goes by: those of ``optim``, ``train`` and ``tune`` are true too."""
+    own = settings.baseline
+    by_class = isinstance(head, Classes)
+    return settings.with_values(
+        {
+            "baseline.target": target,
+            "optim.lr": own.lr,
+            "optim.embedder_lr": None,
+            "optim.weight_decay": own.weight_decay,
+            "train.epochs": own.epochs,
+            "train.batch_size": own.batch_size,
+            "train.accumulate": 1,
+            "tune.metric": f"eval/{target}/{'balanced_accuracy' if by_class else 'mae'}",
+            "tune.mode": "max" if by_class else "min",
+        }
+    )
+
+
+def make_job(
+    settings: Settings,
+    splits: Splits,
+    target: str,
+    head: Classes | Bins,
+    tracking: dict[str, str | None],
+    folder: str,
+) -> BaselineJob:
+    """The job of one target, its samples put into Ray's object store."""
+    modality, fingerprint = settings.baseline.modality, splits.fingerprint
+    used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
+    return BaselineJob(
+        settings=resolved(settings, target, head),
+        data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
+        tracking=tracking | {"driver": driver_id()},
+        folder=folder,
+        begun=time.time(),
+        datasets=[
+            describe("training", used["train"], fingerprint, settings.data.train),
+            describe("validation", used["validation"], fingerprint, settings.data.validation),
+        ],
+        target=target,
+        head=head,
+        samples=ray.put(samples_of(splits.train, target, modality)),
+        validation=ray.put(questions(splits.validation, target, modality)),
+        asked=ray.put(questions(getattr(splits, settings.evaluate.split), target, modality)),
+    )
+
+
+def questions(conversations: Sequence[Conversation], target: str, modality: str) -> list[Question]:
+    """What a network for this target can be asked."""
+    return [(_unanswered(conversation), path) for conversation, path in asked(conversations, target, modality)]
+
+
+def _unanswered(c: Conversation) -> Prediction:
+    return Prediction(
+        task_id=c.task_id,
+        task_type=c.task_type,
+        subject_id=c.subject_id,
+        target=c.target,
+        label=c.label,
+        truth=c.answer,
+        metadata=c.metadata,
+        volumes=tuple((volume.modality, volume.image_path) for volume in c.volumes),
+    )
+
+
+def _needed(settings: Settings) -> list[str]:
+    return list(dict.fromkeys(["train", "validation", settings.evaluate.split]))
+
+
+def _nothing(split: str, target: str, modality: str) -> str:
+    return f"data.{split} has no label of it that belongs to a volume of baseline.modality={modality}"
