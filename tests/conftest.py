@@ -39,6 +39,7 @@ SMALL = {
     "train.accumulate": 1,
     "optim.warmup": 2,
     "tracking.model": False,  # 10 s
+    "evaluate.at_end": False,
 }
 """Settings of a training that takes seconds, on one small cohort."""
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"

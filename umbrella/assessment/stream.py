@@ -19,6 +19,7 @@ from umbrella.modality import Modality
 from umbrella.training.run import check_fits, start_ray
 
 if TYPE_CHECKING:
+    from umbrella.evaluation.answering import Umbrella
     from umbrella.evaluation.scoring import Candidates
 
 WINDOW = 8
@@ -111,6 +112,23 @@ def _length(conversation: Conversation, modalities: Mapping[str, Modality]) -> i
     )
 
 
+def load(checkpoint: str, settings: Settings) -> "Umbrella":
+    """The model in a process that has the resources of a worker, with the volume store of the storage folder.
+
+    Raises:
+        UserError: as ``Umbrella.from_checkpoint``.
+    """
+    import torch
+
+    from umbrella.evaluation.answering import Umbrella
+
+    torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))  # sums depend on how many share them
+    device = "cuda" if settings.resources.gpus_per_worker else "cpu"
+    return Umbrella.from_checkpoint(
+        checkpoint, device=device, dtype=settings.model.dtype, store=volumes_folder(settings)
+    )
+
+
 class Starts:
     """Counts how often processes were started: Ray Data itself would start one that dies again and again, for ever."""
 
@@ -153,18 +171,8 @@ class Answerer:
                 " (resources.max_failures); if memory ran out, lower evaluate.batch_size or evaluate.workers"
             )
             return
-        import torch
-
-        from umbrella.evaluation.answering import Umbrella
-
-        torch.set_num_threads(max(1, int(resources.cpus_per_worker)))  # sums depend on how many share them
         try:
-            self.model = Umbrella.from_checkpoint(
-                checkpoint,
-                device="cuda" if resources.gpus_per_worker else "cpu",
-                dtype=settings.model.dtype,
-                store=volumes_folder(settings),
-            )
+            self.model = load(checkpoint, settings)
         except UserError as error:
             self.fault = str(error)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.loading import Intake, Progress, counted, read_splits
+from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.reading import image_files
 from umbrella.volumes.store import VolumeStore, write_whole
@@ -67,20 +67,23 @@ def load_splits(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
-    names: Sequence[str] = ("train", "validation"),
+    names: Sequence[str] = (),
 ) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
+
+    What a training asks at its end (``evaluate.at_end``) is checked before its start.
 
     Args:
         masks: every mask policy that the run trains with; the settings' own when None.
         shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
             themselves when None. A sample that cannot be used with one of them is used with none.
-        names: the splits that are read.
+        names: the splits that are read; when empty, those that a training takes.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
     """
-    intake = read_splits(settings, progress, names)
+    asked = {"train", "validation"} | ({settings.evaluate.split} if settings.evaluate.at_end else set())
+    intake = read_splits(settings, progress, names or [name for name in SPLITS if name in asked])
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():

@@ -245,20 +245,25 @@ def check_same(job: AnyJob) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
-        UserError: names what differs: a setting (other than of ``resources``, ``tune``, ``tracking`` and ``evaluate``),
-            or the data. With patience what it waits for belongs to the training, too.
+        UserError: names what differs: a setting that a training depends on, or the data. With patience what it waits
+            for belongs to the training, too.
     """
     file = Path(job.folder) / "begun_with.json"
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    free = ("resources", "tune", "tracking", "evaluate", *job.idle)
-    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in free or k in decides}
+    free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.idle)
+    asked = ("data.test", "data.input")
+
+    def belongs(name: str) -> bool:
+        return name in decides or (name.split(".")[0] not in free and name not in asked)
+
+    now = {k: v for k, v in job.settings.flat().items() if belongs(k)}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
         return
-    then = json.loads(file.read_text(encoding="utf-8"))
+    then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         raise UserError(
