@@ -66,6 +66,7 @@ class Reporter:
                 "host": socket.gethostname(),
                 "ray.job": ray.get_runtime_context().get_job_id(),
                 "mask.supervised": f"{supervised} of {tokens} tokens audited",
+                **job.tags,
             }
         )
         self.tracker.inputs(job.datasets)

@@ -12,6 +12,7 @@ from rich.table import Table
 from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
+from umbrella.tuning.adoption import read_adoptions
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.settings import TuneSettings
@@ -22,7 +23,9 @@ STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
 """How MLflow calls what did not end by itself."""
 GIVE_UP = 10**6
 """Failures that no ``resources.max_failures`` allows."""
-REASONS = {"asha": "by ASHA", "median": "by the median rule", "pbt": "by population-based training"}
+REASONS = {"asha": "by ASHA", "median": "by the median rule"}
+RUNNING, WAITING = "running", "waiting for the others"
+"""States of a trial that has not ended; a population decides when all of it has come to an evaluation."""
 
 
 class Monitor:
@@ -65,15 +68,18 @@ class Monitor:
     def close(self, state: str) -> None:
         """Whoever runs the sweep gives up: so much is true of the trials that are running."""
         for name, trial in self.trials.items():
-            if trial["state"] == "running":
+            if trial["state"] in (RUNNING, WAITING):
                 close_trial(self.uri, self._place(name), "KILLED", state)
 
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        known = self.trials.get(name_of(folder))
-        self.trials[name_of(folder)] = (known or {"result": {}}) | {"name": label(trial.config), "state": "running"}
-        if not read_end(folder):
+        known, adopted = self.trials.get(name_of(folder)), read_adoptions(folder)
+        before = known or {"result": {}, "state": "", "adopted": adopted}
+        self.trials[name_of(folder)] = before | {"name": label(trial.config), "state": RUNNING, "adopted": adopted}
+        if adopted != before.get("adopted", adopted):
+            self._say(name_of(folder), f"goes on {adopted[-1].in_words}")
+        elif not read_end(folder) and before["state"] != WAITING:
             self._say(name_of(folder), "goes on" if known else "started")
 
     def recover(self, trial: Any) -> None:
@@ -88,6 +94,8 @@ class Monitor:
         if "step" in result and result["step"] > last.get("step", 0):  # else it is told again
             self.trials[name]["result"] = result
             self._say(name, progress_line(result))
+            if self.tune.scheduler == "pbt" and result["evaluation"] % self.tune.perturb_every == 0:
+                self.trials[name]["state"] = WAITING
 
     def end(self, trial: Any, error: BaseException | None = None) -> None:
         """A trial reached its end, was stopped, or failed."""
@@ -132,7 +140,7 @@ class Monitor:
         return f"{seconds // 60:02d}:{seconds % 60:02d}"
 
     def _table(self) -> Table:
-        ended = sum(t["state"] != "running" for t in self.trials.values())
+        ended = sum(t["state"] not in (RUNNING, WAITING) for t in self.trials.values())
         table = Table(title=f"{ended} of {self.total} trials ended, {self._elapsed()}", title_justify="left")
         for name in ("trial", "state", "step", *table_columns(self.tune.metric)):
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
+from ray.tune.experiment import Trial
 
 from umbrella.base import UserError
 from umbrella.config import Settings
+from umbrella.tuning.adoption import adopt, stand_at
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.space import is_given, read_space
+from umbrella.tuning.trial import trial_folder
 
 ON_THE_WAY = ("optim.", "mask.", "train.augment.")
 """Settings that a training can change at a checkpoint: they change neither its weights' shapes nor its plan."""
@@ -24,22 +28,34 @@ EVALUATIONS = "evaluation"
 
 
 class Population(PopulationBasedTraining):
-    """Population-based training (Jaderberg et al., 2017) that comes to its end.
+    """Population-based training (Jaderberg et al., 2017) in step: all trials wait at an evaluation, and then it decides.
 
-    The worst trials go on from checkpoints of the best, which may be of an earlier step. Where a metric falls with the
-    steps, as in overfitting, two trials would set each other back for ever; here each step sets a trial back once.
+    The worst then go on from checkpoints of the best that are of the same step. Out of step, a trial would take an
+    earlier checkpoint and have two values for the steps in between, or a later one and have none.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.left: dict[str, int] = {}
-        """The last evaluation that each trial left for another's checkpoint."""
+        super().__init__(synch=True, log_config=False, **options)
 
-    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
-        evaluation = self._trial_state[trial].last_train_time
-        if evaluation > self.left.get(trial.trial_id, 0):
-            self.left[trial.trial_id] = evaluation
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The next one; where the last that the others wait for has ended, they are decided on first."""
+        alive = tune_controller.get_live_trials()
+        if alive and all(
+            trial.status == Trial.PAUSED and self._trial_state[trial].last_train_time >= self._next_perturbation_sync
+            for trial in alive
+        ):
+            self.on_trial_result(tune_controller, alive[0], self._trial_state[alive[0]].last_result)
+        return super().choose_trial_to_run(tune_controller)
+
+    def _exploit(self, tune_controller: Any, trial: Trial, trial_to_clone: Trial) -> None:
+        sweep = Path(trial.storage.experiment_fs_path)
+        before, donor = trial.config, trial_to_clone.config
+        here = trial_folder(sweep, trial.trial_id, before)
+        there = trial_folder(sweep, trial_to_clone.trial_id, donor)
+        # A sweep that goes on after a kill is told of evaluations again that its trials have left behind.
+        if stand_at(self._trial_state[trial].last_train_time, here, there):
             super()._exploit(tune_controller, trial, trial_to_clone)
+            adopt(here, there, before, donor, trial.config)
 
 
 def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> TrialScheduler:

@@ -91,6 +91,11 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
         at_once = min(at_once, settings.tune.concurrent or at_once)
+        if settings.tune.scheduler == "pbt" and at_once < search.trials:
+            raise UserError(
+                f"tune.scheduler=pbt: all of its {search.trials} trials run at once, and {at_once} would; take fewer"
+                " (tune.samples), or less for each (resources.cpus_per_worker, .gpus_per_worker, tune.concurrent)"
+            )
 
         parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
         swept = [entry.name for entry in entries]
