@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,28 @@ ON_THE_WAY = ("optim.", "mask.", "train.augment.")
 EVALUATIONS = "evaluation"
 
 
+class Median(MedianStoppingRule):
+    """The median rule (Golovin et al., 2017), for trials that cost seconds to start and may tell evaluations again.
+
+    Ray's pauses trials as long as there are too few to compare with, and counts what it is told again once more.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on after an evaluation."""
+        told = [row[EVALUATIONS] for row in self._results[trial]] if trial in self._results else []
+        if result[EVALUATIONS] in told or not isfinite(result[self._metric]):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Its last evaluation counts for the others."""
+        if isfinite(result.get(self._metric, nan)):
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
+        return TrialScheduler.CONTINUE
+
+
 class Population(PopulationBasedTraining):
     """Population-based training (Jaderberg et al., 2017) in step: all trials wait at an evaluation, and then it decides.
 
@@ -39,12 +62,16 @@ class Population(PopulationBasedTraining):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The next one; where the last that the others wait for has ended, they are decided on first."""
-        alive = tune_controller.get_live_trials()
-        if alive and all(
-            trial.status == Trial.PAUSED and self._trial_state[trial].last_train_time >= self._next_perturbation_sync
-            for trial in alive
-        ):
-            self.on_trial_result(tune_controller, alive[0], self._trial_state[alive[0]].last_result)
+        alive = []
+        for trial in tune_controller.get_trials():
+            state = self._trial_state[trial]
+            if trial.is_finished():  # Ray waits for those that have failed, for ever
+                state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
+            else:
+                alive.append(trial)
+        states = [self._trial_state[trial] for trial in alive if trial.status == Trial.PAUSED]
+        if alive and sum(state.last_train_time >= self._next_perturbation_sync for state in states) == len(alive):
+            self.on_trial_result(tune_controller, alive[0], states[0].last_result)
         return super().choose_trial_to_run(tune_controller)
 
     def _exploit(self, tune_controller: Any, trial: Trial, trial_to_clone: Trial) -> None:
@@ -73,7 +100,7 @@ def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> T
             reduction_factor=asked.reduction,
         )
     if asked.scheduler == "median":
-        return MedianStoppingRule(time_attr=EVALUATIONS, grace_period=asked.grace)
+        return Median(time_attr=EVALUATIONS, grace_period=asked.grace)
     if asked.scheduler == "pbt":
         entries = perturbed(settings, given)
         rng = np.random.default_rng([settings.seed, 1])  # not the numbers that the points were drawn with
