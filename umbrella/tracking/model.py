@@ -145,7 +145,9 @@ def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
 
         Umbrella.from_checkpoint(checkpoint, device="cpu").save_pretrained(folder)
         return folder
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=link_or_copy)  # MLflow copies twice
+    shutil.copytree(
+        checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=link_or_copy
+    )  # MLflow copies twice
     return folder
 
 

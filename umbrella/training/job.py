@@ -78,8 +78,8 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
     """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs.
 
     Returns what stopped it, if a restart would not help; or the step after which it stopped because it was asked to,
-    or its leg is over; else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a file could not be
-    written where the storage is full or gone.
+    or its leg is over; else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a
+    file could not be written where the storage is full or gone.
     """
     from umbrella.training.parallel import Agreed, together
     from umbrella.training.worker import Worker

@@ -28,6 +28,13 @@ RUNNING, WAITING = "running", "waiting for the others"
 """States of a trial that has not ended; a population decides when all of it has come to an evaluation."""
 
 
+class OutOfTime(Exception):
+    """``tune.hours`` are over. Raised in Ray Tune, which then keeps what it knows as of a script that is stopped.
+
+    Its own budget counts trials that it stops as ended, and the search too: such a sweep could not go on.
+    """
+
+
 class Monitor:
     """Follows the trials of a sweep from the driver.
 
@@ -71,6 +78,19 @@ class Monitor:
             if trial["state"] in (RUNNING, WAITING):
                 close_trial(self.uri, self._place(name), "KILLED", state)
 
+    def check_time(self) -> None:
+        """Raise OutOfTime when it is."""
+        if self.tune.hours and time.monotonic() - self.started >= 3600 * self.tune.hours:
+            raise OutOfTime
+
+    def stop_all(self) -> None:
+        """Time is over: so ended the trials that were running."""
+        for name, trial in self.trials.items():
+            if trial["state"] in (RUNNING, WAITING):
+                rows = read_history(self._place(name))
+                where = f"step {rows[-1]['step']} of {rows[-1]['steps']}" if rows else "before its first evaluation"
+                self._end(name, BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}")
+
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
@@ -104,10 +124,13 @@ class Monitor:
         self.trials.setdefault(name, {"name": label(trial.config), "result": {}})  # its process may never have started
         if error:
             # Ray names the class with its module before what it says.
-            write_end(folder, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
+            self._end(name, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
         else:
-            write_end(folder, *self._how(rows))
-        end = read_end(folder)
+            self._end(name, *self._how(rows))
+
+    def _end(self, name: str, state: str, reason: str) -> None:
+        write_end(self._place(name), state, reason)
+        end = read_end(self._place(name))
         if end:
             self.trials[name]["state"] = end.state
             self._say(name, f"{end.state}{end.reason and f': {end.reason}'}")
@@ -115,12 +138,9 @@ class Monitor:
 
     def _how(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
         """Of a trial that raised nothing: its state, and why it did not come to its end."""
-        over = self.tune.hours and time.monotonic() - self.started >= 3600 * self.tune.hours
         if not rows:
-            return (BUDGET, "before its first evaluation") if over else (FAILED, "it ended before its first evaluation")
+            return FAILED, "it ended before its first evaluation"
         state, where = how_it_ended(rows[-1]), f"step {rows[-1]['step']} of {rows[-1]['steps']}"
-        if state == STOPPED and over:
-            return BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}"
         if state == STOPPED:
             return state, f"{REASONS.get(self.tune.scheduler, '')} at evaluation {len(rows)}, {where}".strip()
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
@@ -154,6 +174,10 @@ class Monitor:
 
 class Follow(Callback):
     """Tells this process's ``Monitor``. Ray Tune keeps its callbacks with the sweep, and a terminal cannot be kept."""
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.check_time()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if Monitor.current:

@@ -96,7 +96,7 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
     end = read_end(folder) or End(UNFINISHED, "")
     started, seconds, first = _times(rows)
     adopted = read_adoptions(folder)
-    # A trial may be stopped while its last checkpoint is being written; and where it took another one's, its own is gone.
+    # A trial may be stopped while its last checkpoint is being written; where it took another one's, its own is gone.
     foreign = {adoption.step for adoption in adopted}
     kept = [e for e in curve if e.step not in foreign and not what_is_wrong(e.checkpoint)]
     best = min(kept, key=lambda e: order(e.metric, e.loss, tune.mode), default=None)

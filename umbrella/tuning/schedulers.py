@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -14,7 +15,6 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.experiment import Trial
 
 from umbrella.base import UserError
 from umbrella.config import Settings
@@ -51,7 +51,7 @@ class Median(MedianStoppingRule):
 
 
 class Population(PopulationBasedTraining):
-    """Population-based training (Jaderberg et al., 2017) in step: all trials wait at an evaluation, and then it decides.
+    """Population-based training (Jaderberg et al., 2017) in step: it decides when all trials wait at an evaluation.
 
     The worst then go on from checkpoints of the best that are of the same step. Out of step, a trial would take an
     earlier checkpoint and have two values for the steps in between, or a later one and have none.
