@@ -273,7 +273,7 @@ def test_population_based_training_searches_by_itself(others: dict) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("asha", "AsyncHyperBandScheduler"), ("median", "MedianStoppingRule"), ("none", "FIFOScheduler")],
+    [("asha", "AsyncHyperBandScheduler"), ("median", "Median"), ("none", "FIFOScheduler")],
 )
 def test_a_scheduler_is_rays(name: str, kind: str) -> None:
     assert type(make_scheduler(sweep(PARTS, scheduler=name))).__name__ == kind

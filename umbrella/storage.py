@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -57,6 +58,14 @@ def put_text(file: str | Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Let a file that nobody changes have a second name, or copy it where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def check_writable(folder: str | Path, what: str) -> None:

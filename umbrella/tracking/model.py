@@ -1,7 +1,6 @@
 """A checkpoint as a model in MLflow: volumes and a question in, an answer out."""
 
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella import __version__
 from umbrella.base import UserError, masked
+from umbrella.storage import link_or_copy
 from umbrella.tracking.settings import TrackingSettings
 
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
@@ -145,15 +145,10 @@ def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
 
         Umbrella.from_checkpoint(checkpoint, device="cpu").save_pretrained(folder)
         return folder
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=_link_or_copy)
+    shutil.copytree(
+        checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=link_or_copy
+    )  # MLflow copies twice
     return folder
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)  # MLflow copies it twice
-    except OSError:  # another file system
-        shutil.copy2(source, target)
 
 
 def _save(folder: Path, checkpoint: Path, described: Model) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
+from umbrella.tuning.adoption import read_adoptions
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.settings import TuneSettings
@@ -22,7 +23,16 @@ STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
 """How MLflow calls what did not end by itself."""
 GIVE_UP = 10**6
 """Failures that no ``resources.max_failures`` allows."""
-REASONS = {"asha": "by ASHA", "median": "by the median rule", "pbt": "by population-based training"}
+REASONS = {"asha": "by ASHA", "median": "by the median rule"}
+RUNNING, WAITING = "running", "waiting for the others"
+"""States of a trial that has not ended; a population decides when all of it has come to an evaluation."""
+
+
+class OutOfTime(Exception):
+    """``tune.hours`` are over. Raised in Ray Tune, which then keeps what it knows as of a script that is stopped.
+
+    Its own budget counts trials that it stops as ended, and the search too: such a sweep could not go on.
+    """
 
 
 class Monitor:
@@ -65,15 +75,31 @@ class Monitor:
     def close(self, state: str) -> None:
         """Whoever runs the sweep gives up: so much is true of the trials that are running."""
         for name, trial in self.trials.items():
-            if trial["state"] == "running":
+            if trial["state"] in (RUNNING, WAITING):
                 close_trial(self.uri, self._place(name), "KILLED", state)
+
+    def check_time(self) -> None:
+        """Raise OutOfTime when it is."""
+        if self.tune.hours and time.monotonic() - self.started >= 3600 * self.tune.hours:
+            raise OutOfTime
+
+    def stop_all(self) -> None:
+        """Time is over: so ended the trials that were running."""
+        for name, trial in self.trials.items():
+            if trial["state"] in (RUNNING, WAITING):
+                rows = read_history(self._place(name))
+                where = f"step {rows[-1]['step']} of {rows[-1]['steps']}" if rows else "before its first evaluation"
+                self._end(name, BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}")
 
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        known = self.trials.get(name_of(folder))
-        self.trials[name_of(folder)] = (known or {"result": {}}) | {"name": label(trial.config), "state": "running"}
-        if not read_end(folder):
+        known, adopted = self.trials.get(name_of(folder)), read_adoptions(folder)
+        before = known or {"result": {}, "state": "", "adopted": adopted}
+        self.trials[name_of(folder)] = before | {"name": label(trial.config), "state": RUNNING, "adopted": adopted}
+        if adopted != before.get("adopted", adopted):
+            self._say(name_of(folder), f"goes on {adopted[-1].in_words}")
+        elif not read_end(folder) and before["state"] != WAITING:
             self._say(name_of(folder), "goes on" if known else "started")
 
     def recover(self, trial: Any) -> None:
@@ -88,6 +114,8 @@ class Monitor:
         if "step" in result and result["step"] > last.get("step", 0):  # else it is told again
             self.trials[name]["result"] = result
             self._say(name, progress_line(result))
+            if self.tune.scheduler == "pbt" and result["evaluation"] % self.tune.perturb_every == 0:
+                self.trials[name]["state"] = WAITING
 
     def end(self, trial: Any, error: BaseException | None = None) -> None:
         """A trial reached its end, was stopped, or failed."""
@@ -96,10 +124,13 @@ class Monitor:
         self.trials.setdefault(name, {"name": label(trial.config), "result": {}})  # its process may never have started
         if error:
             # Ray names the class with its module before what it says.
-            write_end(folder, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
+            self._end(name, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
         else:
-            write_end(folder, *self._how(rows))
-        end = read_end(folder)
+            self._end(name, *self._how(rows))
+
+    def _end(self, name: str, state: str, reason: str) -> None:
+        write_end(self._place(name), state, reason)
+        end = read_end(self._place(name))
         if end:
             self.trials[name]["state"] = end.state
             self._say(name, f"{end.state}{end.reason and f': {end.reason}'}")
@@ -107,12 +138,9 @@ class Monitor:
 
     def _how(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
         """Of a trial that raised nothing: its state, and why it did not come to its end."""
-        over = self.tune.hours and time.monotonic() - self.started >= 3600 * self.tune.hours
         if not rows:
-            return (BUDGET, "before its first evaluation") if over else (FAILED, "it ended before its first evaluation")
+            return FAILED, "it ended before its first evaluation"
         state, where = how_it_ended(rows[-1]), f"step {rows[-1]['step']} of {rows[-1]['steps']}"
-        if state == STOPPED and over:
-            return BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}"
         if state == STOPPED:
             return state, f"{REASONS.get(self.tune.scheduler, '')} at evaluation {len(rows)}, {where}".strip()
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
@@ -132,7 +160,7 @@ class Monitor:
         return f"{seconds // 60:02d}:{seconds % 60:02d}"
 
     def _table(self) -> Table:
-        ended = sum(t["state"] != "running" for t in self.trials.values())
+        ended = sum(t["state"] not in (RUNNING, WAITING) for t in self.trials.values())
         table = Table(title=f"{ended} of {self.total} trials ended, {self._elapsed()}", title_justify="left")
         for name in ("trial", "state", "step", *table_columns(self.tune.metric)):
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")
@@ -146,6 +174,10 @@ class Monitor:
 
 class Follow(Callback):
     """Tells this process's ``Monitor``. Ray Tune keeps its callbacks with the sweep, and a terminal cannot be kept."""
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        if Monitor.current:
+            Monitor.current.check_time()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if Monitor.current:

@@ -115,6 +115,7 @@ def write_report(contenders: Sequence[Contender], settings: Settings, folder: Pa
         ends=Counter(t.state for t in trials),
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
+        adoptions=[(t, adoption) for t in trials for adoption in t.adopted],
         files=files,
         images={name: embedded(picture.read_bytes()) for name, picture in pictures.items()},
         importance=found,

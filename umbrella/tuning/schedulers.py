@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import isfinite, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -15,31 +18,71 @@ from ray.tune.schedulers import (
 
 from umbrella.base import UserError
 from umbrella.config import Settings
+from umbrella.tuning.adoption import adopt, stand_at
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.space import is_given, read_space
+from umbrella.tuning.trial import trial_folder
 
 ON_THE_WAY = ("optim.", "mask.", "train.augment.")
 """Settings that a training can change at a checkpoint: they change neither its weights' shapes nor its plan."""
 EVALUATIONS = "evaluation"
 
 
-class Population(PopulationBasedTraining):
-    """Population-based training (Jaderberg et al., 2017) that comes to its end.
+class Median(MedianStoppingRule):
+    """The median rule (Golovin et al., 2017), for trials that cost seconds to start and may tell evaluations again.
 
-    The worst trials go on from checkpoints of the best, which may be of an earlier step. Where a metric falls with the
-    steps, as in overfitting, two trials would set each other back for ever; here each step sets a trial back once.
+    Ray's pauses trials as long as there are too few to compare with, and counts what it is told again once more.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on after an evaluation."""
+        told = [row[EVALUATIONS] for row in self._results[trial]] if trial in self._results else []
+        if result[EVALUATIONS] in told or not isfinite(result[self._metric]):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Its last evaluation counts for the others."""
+        if isfinite(result.get(self._metric, nan)):
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
+        return TrialScheduler.CONTINUE
+
+
+class Population(PopulationBasedTraining):
+    """Population-based training (Jaderberg et al., 2017) in step: it decides when all trials wait at an evaluation.
+
+    The worst then go on from checkpoints of the best that are of the same step. Out of step, a trial would take an
+    earlier checkpoint and have two values for the steps in between, or a later one and have none.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.left: dict[str, int] = {}
-        """The last evaluation that each trial left for another's checkpoint."""
+        super().__init__(synch=True, log_config=False, **options)
 
-    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
-        evaluation = self._trial_state[trial].last_train_time
-        if evaluation > self.left.get(trial.trial_id, 0):
-            self.left[trial.trial_id] = evaluation
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The next one; where the last that the others wait for has ended, they are decided on first."""
+        alive = []
+        for trial in tune_controller.get_trials():
+            state = self._trial_state[trial]
+            if trial.is_finished():  # Ray waits for those that have failed, for ever
+                state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
+            else:
+                alive.append(trial)
+        states = [self._trial_state[trial] for trial in alive if trial.status == Trial.PAUSED]
+        if alive and sum(state.last_train_time >= self._next_perturbation_sync for state in states) == len(alive):
+            self.on_trial_result(tune_controller, alive[0], states[0].last_result)
+        return super().choose_trial_to_run(tune_controller)
+
+    def _exploit(self, tune_controller: Any, trial: Trial, trial_to_clone: Trial) -> None:
+        sweep = Path(trial.storage.experiment_fs_path)
+        before, donor = trial.config, trial_to_clone.config
+        here = trial_folder(sweep, trial.trial_id, before)
+        there = trial_folder(sweep, trial_to_clone.trial_id, donor)
+        # A sweep that goes on after a kill is told of evaluations again that its trials have left behind.
+        if stand_at(self._trial_state[trial].last_train_time, here, there):
             super()._exploit(tune_controller, trial, trial_to_clone)
+            adopt(here, there, before, donor, trial.config)
 
 
 def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> TrialScheduler:
@@ -57,7 +100,7 @@ def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> T
             reduction_factor=asked.reduction,
         )
     if asked.scheduler == "median":
-        return MedianStoppingRule(time_attr=EVALUATIONS, grace_period=asked.grace)
+        return Median(time_attr=EVALUATIONS, grace_period=asked.grace)
     if asked.scheduler == "pbt":
         entries = perturbed(settings, given)
         rng = np.random.default_rng([settings.seed, 1])  # not the numbers that the points were drawn with

@@ -23,7 +23,7 @@ from umbrella.training.job import Job
 from umbrella.training.requests import on_sigterm
 from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
 from umbrella.tuning.ending import reopen
-from umbrella.tuning.monitor import Follow, Monitor
+from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
 from umbrella.tuning.question import Question, check_data, claimed, sweeps_folder, write_question
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
@@ -91,6 +91,11 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
         at_once = min(at_once, settings.tune.concurrent or at_once)
+        if settings.tune.scheduler == "pbt" and at_once < search.trials:
+            raise UserError(
+                f"tune.scheduler=pbt: all of its {search.trials} trials run at once, and {at_once} would; take fewer"
+                " (tune.samples), or less for each (resources.cpus_per_worker, .gpus_per_worker, tune.concurrent)"
+            )
 
         parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
         swept = [entry.name for entry in entries]
@@ -104,7 +109,10 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
         monitor = Monitor(folder, uri, search.trials, settings.tune)
         try:
             with monitor, on_sigterm(lambda: _stop(folder.name)):  # trials keep what their last checkpoints hold
-                _tuner(job, search, scheduler, at_once).fit()
+                try:
+                    _tuner(job, search, scheduler, at_once).fit()
+                except OutOfTime:
+                    monitor.stop_all()
             contenders = rank(read_trials(folder, settings.tune), settings.tune.mode)
             files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
             for file in files.all:
@@ -155,7 +163,6 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             mode=settings.mode,
             num_samples=search.num_samples,
             search_alg=search.search_alg,
-            time_budget_s=settings.hours * 3600 or None,
             max_concurrent_trials=at_once,
             scheduler=scheduler,
             reuse_actors=True,

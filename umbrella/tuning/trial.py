@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -15,19 +14,19 @@ from typing import Any
 
 from ray import tune
 
-from umbrella.base import UserError
+from umbrella.base import Stopped, UserError
 from umbrella.storage import put_text
-from umbrella.training.history import cut, read_history
+from umbrella.training.history import read_history
 from umbrella.training.job import Job, run_job
-from umbrella.training.progress import latest_checkpoint, what_is_wrong
 from umbrella.training.requests import stop_file
 from umbrella.training.settings import ResourceSettings
+from umbrella.tuning.adoption import read_adoptions
 from umbrella.tuning.ending import FAILED, STOPPED, how_it_ended, read_end, write_end
 from umbrella.tuning.space import label
 
 POLL = 0.1
 """Seconds between looks at what the training has noted."""
-POINT, MARKER, ADOPTED = "point.json", "checkpoint_of.json", "adopted.json"
+POINT = "point.json"
 
 
 class TrialRunner(tune.Trainable):
@@ -38,6 +37,9 @@ class TrialRunner(tune.Trainable):
 
     The training's folder knows how far it is, and how it ended; Ray Tune's own notes may be older, after a kill. So all
     evaluations are told again to whoever asks anew, and what has ended is not run again.
+
+    In population-based training a trial runs from one decision to the next, and the evaluation at a decision is told
+    when the training stands still: what it goes on from, and with which values, is decided then.
     """
 
     def __repr__(self) -> str:  # as Ray's dashboard calls its process; Ray asks once, when it starts
@@ -64,8 +66,6 @@ class TrialRunner(tune.Trainable):
         end = read_end(self.folder)
         if end and end.state == FAILED:  # Ray Tune tries again; where the settings are to blame, that changes nothing
             raise UserError(end.reason)
-        if self.training is None and not end:
-            self.training = self._start()
         over = False
         while True:
             rows = read_history(self.folder)
@@ -75,6 +75,8 @@ class TrialRunner(tune.Trainable):
             if over:
                 self._finish()
                 raise RuntimeError("the training ended without an evaluation")
+            if self.training is None and not end:  # not before all is told: what was told may decide
+                self.training = self._start()
             if self.training:
                 wait([self.training], timeout=POLL)
             over = self.training is None or self.training.done()
@@ -83,6 +85,9 @@ class TrialRunner(tune.Trainable):
         last = how_it_ended(row) != STOPPED or (end is not None and len(untold) == 1)
         if last:
             self._finish()
+        elif self.training and self.job.leg and row["evaluation"] % self.job.leg == 0:
+            self._finish()
+            self._leave()
         return {**row, "done": last}
 
     def cleanup(self) -> None:
@@ -90,23 +95,23 @@ class TrialRunner(tune.Trainable):
         self._leave()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Name the newest evaluation's checkpoint; it stays where it is."""
-        checkpoint = str(self.folder / f"step_{max(self.told, default=0):07d}")
-        (Path(checkpoint_dir) / MARKER).write_text(json.dumps({"checkpoint": checkpoint}), encoding="utf-8")
+        """Ray Tune asks for it where a trial pauses. The training's folder holds all of it."""
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Begin from another trial's checkpoint, if population-based training says so and it was not done yet."""
-        adopt(self.folder, (Path(checkpoint_dir) / MARKER).read_text(encoding="utf-8"))
+        """The training goes on from its folder, where another trial's checkpoint lies if it is to take that."""
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.told, self.training = set(), None
         self.folder = trial_folder(self.sweep.folder, self.trial_id, config)
+        tune, adopted = self.sweep.settings.tune, " | ".join(a.in_words for a in read_adoptions(self.folder))
         self.job = replace(
             self.sweep,
             settings=self.sweep.settings.with_values(config),
             swept=config,
             tracking={**self.sweep.tracking, "name": label(config), "trial": name_of(self.folder)},
             folder=str(self.folder),
+            leg=tune.perturb_every if tune.scheduler == "pbt" else 0,
+            tags={"adopted": adopted} if adopted else {},
         )
 
     def _start(self) -> "Future[None]":
@@ -115,10 +120,11 @@ class TrialRunner(tune.Trainable):
         return self.pool.submit(run_job, job, runs_here(job.settings.resources))
 
     def _finish(self) -> None:
-        """Wait for the end of the training; raises what it stopped for."""
+        """Wait for the end of the training, or of its leg; raises what it stopped for."""
         if self.training:
             try:
-                self.training.result()
+                with suppress(Stopped):
+                    self.training.result()
             except UserError as error:
                 write_end(self.folder, FAILED, str(error))
                 raise
@@ -172,22 +178,3 @@ def name_of(folder: str | Path) -> str:
     """A trial's name among all sweeps, which its run in MLflow is tagged with."""
     folder = Path(folder)
     return f"{folder.parent.parent.name}-{folder.name}"
-
-
-def adopt(folder: Path, marker: str) -> None:
-    """Let a trial go on from the checkpoint of another one that a marker names, unless it does already."""
-    donor = Path(json.loads(marker)["checkpoint"])
-    done = folder / ADOPTED
-    if donor.parent == folder or (done.exists() and done.read_text(encoding="utf-8") == marker):
-        return
-    source = donor if not what_is_wrong(donor) else latest_checkpoint(donor.parent)  # it was pruned since
-    if source is None:
-        return
-    partial = folder / f".{source.name}.adopted"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    for own in folder.glob("step_*"):
-        shutil.rmtree(own)
-    partial.rename(folder / source.name)
-    cut(folder, int(source.name.removeprefix("step_")))
-    done.write_text(marker, encoding="utf-8")

@@ -1,0 +1,153 @@
+"""How trials end that do not come to their end, on real trainings: by the median rule, and when time is over.
+
+The winner of what there is then becomes a model in MLflow.
+"""
+
+import csv
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from umbrella.tracking.delivery import OUTCOME, PARENT, TRIAL
+from umbrella.tracking.store import tracking_uri
+from umbrella.training.history import read_history
+from umbrella.training.progress import what_is_wrong
+from umbrella.tuning import monitor
+from umbrella.tuning.sweep import Answer, run_sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+GOOD, BAD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 1e-8, 2e-2, 6e-3
+LONG = 12
+"""Epochs of the trials that are to be stopped: 39 steps, each evaluated. The others have 4."""
+HOUR = 3600.0
+
+
+def when_evaluated(storage: Path, rate: float, do: Callable[[], None]) -> None:
+    """Do it in a thread, once the trial with this rate has evaluated."""
+
+    def wait() -> None:
+        while True:
+            for point in storage.glob("sweeps/*/trials/*/point.json"):
+                if f'"optim.lr": {rate}' in point.read_text(encoding="utf-8") and read_history(point.parent):
+                    return do()
+            time.sleep(0.02)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def swept(small_settings: Any, ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A sweep of one trial after the other, whose hour is over when the last but one has evaluated.
+
+    Its settings, its answer, MLflow, its parent run, and the trials' runs by their rates.
+    """
+    storage = tmp_path_factory.mktemp("storage")
+    settings = small_settings(
+        {
+            "tune.space": {
+                "optim.lr": {"grid": [*GOOD, BAD, BEST, NEVER]},
+                "train.epochs": {"grid": [LONG], "when": {"optim.lr": [BAD, BEST]}},
+            },
+            "tune.metric": "eval/loss",
+            "tune.mode": "min",
+            "tune.scheduler": "median",
+            "tune.hours": 1,
+            "tune.concurrent": 1,
+            "train.epochs": 1,
+            "train.evaluate_every": 1,
+            "optim.warmup": 0,
+            "optim.schedule": "constant",
+            "tracking.model": True,
+            "tracking.registered_as": "small-brains",
+            "experiment": "ends",
+            "resources.storage": str(storage),
+        }
+    )
+    jump = {"seconds": 0.0}
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + jump["seconds"])
+    when_evaluated(storage, BEST, lambda: jump.update(seconds=HOUR))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "time", clock)
+        answer = run_sweep(settings, frozenset(), lambda things, what: things)
+    client = MlflowClient(tracking_uri(storage))
+    runs = client.search_runs([client.get_experiment_by_name("ends").experiment_id])
+    (parent,) = [run for run in runs if PARENT not in run.data.tags]
+    by_trial = {run.data.tags[TRIAL]: run for run in runs if PARENT in run.data.tags}
+    return settings, answer, client, parent, {t.point["optim.lr"]: by_trial[t.trial_id] for t in answer.trials}
+
+
+def ends(answer: Answer) -> dict[float, tuple[str, str]]:
+    """State and reason of each trial, by its rate."""
+    return {trial.point["optim.lr"]: (trial.state, trial.reason) for trial in answer.trials}
+
+
+def in_mlflow(run: Run) -> tuple[str, str]:
+    return run.info.status, run.data.tags[OUTCOME]
+
+
+def test_a_clearly_worse_trial_is_stopped_by_the_median_rule_and_the_others_are_not(swept: Any) -> None:
+    _, answer, _, _, runs = swept
+    state, reason = ends(answer)[BAD]
+    assert state == "stopped by the scheduler"
+    assert reason.startswith("by the median rule at evaluation ")
+    assert in_mlflow(runs[BAD]) == ("KILLED", "stopped by the scheduler")
+    for rate in GOOD:
+        assert ends(answer)[rate] == ("finished", "")
+        assert in_mlflow(runs[rate]) == ("FINISHED", "finished")
+
+
+def test_when_time_is_over_what_runs_is_stopped_and_nothing_starts(swept: Any) -> None:
+    _, answer, _, _, runs = swept
+    state, reason = ends(answer)[BEST]
+    assert state == "out of time"
+    assert reason.startswith("after 1 hours (tune.hours), step ")
+    assert in_mlflow(runs[BEST]) == ("KILLED", "out of time")
+    assert NEVER not in ends(answer)
+    assert len(runs) == 5
+
+
+def test_the_best_of_what_there_is_by_then_is_reported(swept: Any) -> None:
+    _, answer, client, _, runs = swept
+    losses = {trial.point["optim.lr"]: trial.metric for trial in answer.trials}
+    assert answer.trials[0].metric == min(losses.values())
+    assert answer.best.optim.lr == answer.trials[0].point["optim.lr"] != BAD
+    for trial in answer.trials:
+        assert not what_is_wrong(trial.checkpoint)
+        told = client.get_metric_history(runs[trial.point["optim.lr"]].info.run_id, "eval/loss")
+        assert {point.step: point.value for point in told} == {e.step: e.loss for e in trial.curve}
+        assert len(told) == len(trial.curve)
+    with answer.files.ranking.open(encoding="utf-8") as file:
+        assert {float(row["optim.lr"]): (row["state"], row["reason"]) for row in csv.DictReader(file)} == ends(answer)
+    page = answer.files.page.read_text(encoding="utf-8")
+    assert all(reason in page for _, reason in ends(answer).values())
+
+
+def test_the_winner_alone_is_logged_and_registered_and_the_sweeps_run_points_at_it(swept: Any) -> None:
+    _, answer, client, parent, runs = swept
+    [output] = client.get_run(parent.info.run_id).outputs.model_outputs
+    assert not any(client.get_run(run.info.run_id).outputs.model_outputs for run in runs.values())
+    [version] = client.search_model_versions("name = 'small-brains'")
+    logged = client.get_logged_model(output.model_id)
+    assert (version.source, version.run_id) == (logged.artifact_location, parent.info.run_id)
+    assert (logged.status, logged.source_run_id) == ("READY", parent.info.run_id)
+    kept = Path(logged.artifact_location.removeprefix("file://")) / "artifacts" / "checkpoint"
+    best = Path(answer.trials[0].checkpoint)
+    for name in ("model.safetensors", "config.json", "settings.yaml", "tokenizer.json"):
+        assert (kept / name).read_bytes() == (best / name).read_bytes()
+
+
+def test_a_sweep_that_time_ended_goes_on_with_what_ran_and_what_never_started(swept: Any) -> None:
+    settings, before, client, _, runs = swept
+    again = run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
+    assert ends(again)[BEST] == ends(again)[NEVER] == ("finished", "")
+    assert ends(again)[BAD] == ends(before)[BAD]
+    told = client.get_metric_history(runs[BEST].info.run_id, "eval/loss")
+    assert [point.step for point in told] == list(range(1, 40))
+    assert in_mlflow(client.get_run(runs[BEST].info.run_id)) == ("FINISHED", "finished")
