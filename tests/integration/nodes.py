@@ -4,7 +4,6 @@ Every node has an address of the loopback's, so that Ray takes them for differen
 Nobody joins without the cluster's token.
 """
 
-import os
 import secrets
 import shlex
 import shutil
@@ -12,10 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest

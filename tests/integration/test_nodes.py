@@ -1,6 +1,7 @@
 """Trainings and sweeps on a cluster of two nodes, which are lost, drained and added under them."""
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,61 @@ def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Call
     told = [line for file in folder.rglob("result.json") for line in file.read_text(encoding="utf-8").splitlines()]
     assert {json.loads(line)["node_ip"] for line in told} == {"127.0.0.2", "127.0.0.3"}
     assert len((folder / "ranking.csv").read_text(encoding="utf-8").splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_a_training_that_finds_no_place_says_so_and_starts_on_a_node_that_is_added(
+    pair: Nodes, small_settings: Callable[..., Any]
+) -> None:
+    settings = small_settings({"resources.cpus_per_worker": 4, "name": "waits", "experiment": "nodes"})
+    script = pair.run(TRAIN, str(put(settings)))
+    assert script.stderr is not None
+    line = next(line for line in script.stderr if line.startswith("waiting for"))
+    more = pair.add(5)
+    ended(script)
+    pair.kill(more)
+    assert line == (
+        "waiting for resources: 1 worker of 4 CPUs, each on one node, and 1 CPU for Ray's helpers; 6 CPUs and 0 GPUs"
+        " free of 6 CPUs and 0 GPUs on 2 nodes, room for 0 (resources.workers, .cpus_per_worker, .gpus_per_worker)\n"
+    )
+    assert latest_checkpoint(folder_of(settings)) is not None
+
+
+@pytest.mark.slow
+def test_a_node_that_sees_another_storage_is_named_before_anything_starts(
+    pair: Nodes, small_settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
+    node = pair.add(1, blind=tmp_path)
+    errors = ended(pair.run(TRAIN, str(put(settings))), status=2).splitlines()
+    pair.kill(node)
+    assert [line for line in errors if "127.0.0." in line] == [
+        f"error: node 127.0.0.4 ({socket.gethostname()}): resources.storage={tmp_path} is another folder here; mount"
+        " the same one at this path on every node"
+    ]
+    assert not (tmp_path / "trainings").exists()
+    assert not list(tmp_path.glob(".seen*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"RAY_AUTH_TOKEN": "another" * 5},
+            "a cluster answers, and does not let this process in; set RAY_AUTH_MODE=token",
+        ),
+        (
+            {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"},
+            "asks for a token, and there is none here; set RAY_AUTH_MODE=token",
+        ),
+    ],
+)
+def test_who_has_not_the_clusters_token_is_told_so_in_one_line(
+    pair: Nodes, small_settings: Callable[..., Any], environment: dict[str, str], words: str
+) -> None:
+    script = pair.run(TRAIN, str(put(small_settings({"name": "stranger"}))), **environment)
+    assert f"error: resources.address={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
 
 
 @pytest.mark.slow
