@@ -1,0 +1,141 @@
+"""The data pipeline over cohorts of up to a million conversations: what grows with their number, and what does not.
+
+    .venv/bin/python benchmarks/simulate_cluster.py [conversations ...] [--at-once]
+
+For each size, two workers as Ray actors do what a training's do: rows through Ray Data, conversations rendered, tiny
+volumes read and collated, for so many batches from the start and from the middle of eight epochs. The conversations are
+one, with other names; 64 volumes stand for all. --at-once makes all rows before the first batch.
+"""
+
+import platform
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+from ray._private.internal_api import node_stats
+from warm import conversation
+
+from umbrella.data import pipeline
+from umbrella.data.collator import Collator
+from umbrella.data.pipeline import Plan, Rows, batches, from_table
+from umbrella.data.rendering import Renderer
+from umbrella.data.settings import MaskPolicy
+from umbrella.data.tokenizer import byte_tokenizer
+from umbrella.modality import Modality
+from umbrella.training.run import start_ray
+from umbrella.training.settings import ResourceSettings
+from umbrella.volumes.store import VolumeStore
+
+SIZES, WORKERS, BATCH_SIZE, EPOCHS, BATCHES, VOLUMES = (10_000, 100_000, 1_000_000), 2, 8, 8, 200, 64
+MODALITIES = {"sMRI": Modality(grid=(4, 4, 4), patch=(2, 2, 2))}
+
+
+def make_table(folder: Path, size: int) -> pa.Table:
+    """A table as ``to_table`` makes one, a piece at a time: what reads files is not looked at here."""
+    written = [conversation(folder, number).model_dump_json() for number in range(VOLUMES)]
+    pieces = []
+    for start in range(0, size, 50_000):
+        names = range(start, min(start + 50_000, size))
+        texts = [written[n % VOLUMES].replace(f'"task_id":"{n % VOLUMES}"', f'"task_id":"{n}"') for n in names]
+        pieces.append(pa.array(texts, pa.large_string()))
+    return pa.table({"conversation": pa.concat_arrays(pieces)})
+
+
+@ray.remote(num_cpus=0.5)
+class Worker:
+    """One of the workers of a training, without a model."""
+
+    def __init__(self, rank: int, table: pa.Table, folder: str, stretch: int) -> None:
+        pipeline.ROWS_PER_STRETCH = stretch
+        self.rank, self.table = rank, table
+        self.collate = Collator(Renderer(byte_tokenizer(), MODALITIES), VolumeStore(folder, MODALITIES, 10_000))
+        lengths = np.random.default_rng(0).integers(16, 512, table.num_rows).astype(np.int32)
+        self.plan = Plan(table.num_rows, 0, EPOCHS, WORKERS, BATCH_SIZE, 1, lengths=lengths, window=3)
+        self.before = own_memory()
+
+    def order(self) -> float:
+        """Seconds to order an epoch."""
+        start = time.perf_counter()
+        self.plan.order(0)
+        return time.perf_counter() - start
+
+    def run(self, position: int) -> dict[str, float]:
+        """Take batches from a position on: seconds to the first, batches a second, and the most memory meanwhile."""
+        start, first, most = time.perf_counter(), 0.0, 0.0
+        expected = next(self.plan.rows(self.rank, position))["sample"]
+        asked = time.perf_counter()
+        stream = batches(self.plan.rows(self.rank, position), BATCH_SIZE, 2, self._make)
+        for number, batch in enumerate(islice(stream, BATCHES)):
+            first = first or time.perf_counter() - asked
+            assert batch.sample_indices.tolist() == expected[number * BATCH_SIZE :][:BATCH_SIZE].tolist()
+            if number % 20 == 0:
+                most = max(most, own_memory())
+        rate = (BATCHES - 1) / (time.perf_counter() - asked - first)
+        return {"expected": asked - start, "first": first, "rate": rate, "memory": most - self.before}
+
+    def _make(self, rows: Rows) -> Any:
+        examples = [self.collate.renderer.render(from_table(self.table, int(i))) for i in rows["sample"]]
+        return self.collate(examples, MaskPolicy(), indices=rows["sample"])
+
+
+def own_memory() -> float:
+    """MiB of this process that it shares with no other one: without the table, which all workers of a node map."""
+    memory = psutil.Process().memory_info()
+    return (memory.rss - memory.shared) / 2**20
+
+
+def in_store() -> float:
+    """MiB in Ray's object store."""
+    (node,) = ray.nodes()
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
+    return stats.object_store_bytes_used / 2**20
+
+
+def measure(size: int, stretch: int) -> str:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        table = make_table(Path(name), size)
+        text = table.nbytes / 2**20
+        empty, reference = in_store(), ray.put(table)
+        del table
+        workers = [Worker.remote(rank, reference, f"{name}/store", stretch) for rank in range(WORKERS)]
+        order = max(ray.get([worker.order.remote() for worker in workers]))
+        middle = EPOCHS * size // 2 // (WORKERS * BATCH_SIZE) * WORKERS * BATCH_SIZE
+        warm = ray.get([worker.run.remote(0) for worker in workers])
+        found = {place: ray.get([w.run.remote(place) for w in workers]) for place in (0, middle)}
+        stored = in_store() - empty - text
+        for worker in workers:
+            ray.kill(worker)
+    worst = {k: max(one[k] for runs in found.values() for one in runs) for k in ("first", "memory")}
+    rate = min(one["rate"] for runs in found.values() for one in runs)
+    cold = max(one["first"] for one in warm)
+    return (
+        f"{size:>9} {text:>10.0f} {order:>11.2f} {cold:>12.1f} {worst['first']:>12.2f} {rate:>10.0f}"
+        f" {worst['memory']:>12.0f} {stored:>12.1f}"
+    )
+
+
+def main(*words: str) -> None:
+    """Measure and print."""
+    at_once = "--at-once" in words
+    sizes = [int(word) for word in words if word.isdigit()] or SIZES
+    start_ray(ResourceSettings(), log_to_driver=False)
+    cpus, memory = psutil.cpu_count(), psutil.virtual_memory().total / 2**30
+    machine = f"{platform.machine()}, {cpus} CPUs, {memory:.0f} GiB, Python {platform.python_version()}"
+    print(f"{machine}, Ray {ray.__version__}")
+    print(f"{WORKERS} workers, batches of {BATCH_SIZE}, {EPOCHS} epochs, {BATCHES} batches a reading")
+    print("conversat.  table MiB  s to order  s to first   s to first  batches/s  own MiB of a  MiB in store")
+    print("                        an epoch     batch ever   batch again  a worker  worker, more  beside table")
+    for size in sizes:
+        print(measure(size, 2**62 if at_once else pipeline.ROWS_PER_STRETCH), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
