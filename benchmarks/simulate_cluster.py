@@ -4,7 +4,9 @@
 
 For each size, two workers as Ray actors do what a training's do: rows through Ray Data, conversations rendered, tiny
 volumes read and collated, for so many batches from the start and from the middle of eight epochs. The conversations are
-one, with other names; 64 volumes stand for all. --at-once makes all rows before the first batch.
+one, with other names; 64 volumes stand for all. Times are CPU seconds of a worker, the worst one's, to order an epoch, to
+the first batch after a start, and to each other; memory is what a worker has more than before, its share of the table
+left out, and what lies in Ray's object store beside the table. --at-once makes all rows before the first batch.
 """
 
 import platform
@@ -61,24 +63,23 @@ class Worker:
         self.before = own_memory()
 
     def order(self) -> float:
-        """Seconds to order an epoch."""
-        start = time.perf_counter()
+        """CPU seconds to order an epoch."""
+        start = time.process_time()
         self.plan.order(0)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def run(self, position: int) -> dict[str, float]:
-        """Take batches from a position on: seconds to the first, batches a second, and the most memory meanwhile."""
-        start, first, most = time.perf_counter(), 0.0, 0.0
-        expected = next(self.plan.rows(self.rank, position))["sample"]
-        asked = time.perf_counter()
+        """Take batches from a position on: CPU seconds to the first and to each other, and the most memory meanwhile."""
+        expected, first, most = next(self.plan.rows(self.rank, position))["sample"], 0.0, 0.0
+        asked = time.process_time()
         stream = batches(self.plan.rows(self.rank, position), BATCH_SIZE, 2, self._make)
         for number, batch in enumerate(islice(stream, BATCHES)):
-            first = first or time.perf_counter() - asked
+            first = first or time.process_time() - asked
             assert batch.sample_indices.tolist() == expected[number * BATCH_SIZE :][:BATCH_SIZE].tolist()
             if number % 20 == 0:
                 most = max(most, own_memory())
-        rate = (BATCHES - 1) / (time.perf_counter() - asked - first)
-        return {"expected": asked - start, "first": first, "rate": rate, "memory": most - self.before}
+        each = (time.process_time() - asked - first) / (BATCHES - 1)
+        return {"first": first, "each": each, "memory": most - self.before}
 
     def _make(self, rows: Rows) -> Any:
         examples = [self.collate.renderer.render(from_table(self.table, int(i))) for i in rows["sample"]]
@@ -103,22 +104,21 @@ def measure(size: int, stretch: int) -> str:
     with tempfile.TemporaryDirectory() as name:
         table = make_table(Path(name), size)
         text = table.nbytes / 2**20
-        empty, reference = in_store(), ray.put(table)
+        reference, _ = ray.put(table), time.sleep(2)  # until Ray has counted it
+        before = in_store()
         del table
         workers = [Worker.remote(rank, reference, f"{name}/store", stretch) for rank in range(WORKERS)]
         order = max(ray.get([worker.order.remote() for worker in workers]))
         middle = EPOCHS * size // 2 // (WORKERS * BATCH_SIZE) * WORKERS * BATCH_SIZE
-        warm = ray.get([worker.run.remote(0) for worker in workers])
-        found = {place: ray.get([w.run.remote(place) for w in workers]) for place in (0, middle)}
-        stored = in_store() - empty - text
+        ray.get([worker.run.remote(0) for worker in workers])  # imports
+        found = [run for place in (0, middle) for run in ray.get([w.run.remote(place) for w in workers])]
+        stored = in_store() - before
         for worker in workers:
             ray.kill(worker)
-    worst = {k: max(one[k] for runs in found.values() for one in runs) for k in ("first", "memory")}
-    rate = min(one["rate"] for runs in found.values() for one in runs)
-    cold = max(one["first"] for one in warm)
+    worst = {what: max(run[what] for run in found) for what in found[0]}
     return (
-        f"{size:>9} {text:>10.0f} {order:>11.2f} {cold:>12.1f} {worst['first']:>12.2f} {rate:>10.0f}"
-        f" {worst['memory']:>12.0f} {stored:>12.1f}"
+        f"{size:>13} {text:>10.0f} {order:>9.2f} {worst['first']:>12.2f} {1000 * worst['each']:>10.1f}"
+        f" {worst['memory']:>11.0f} {stored:>13.1f}"
     )
 
 
@@ -131,8 +131,7 @@ def main(*words: str) -> None:
     machine = f"{platform.machine()}, {cpus} CPUs, {memory:.0f} GiB, Python {platform.python_version()}"
     print(f"{machine}, Ray {ray.__version__}")
     print(f"{WORKERS} workers, batches of {BATCH_SIZE}, {EPOCHS} epochs, {BATCHES} batches a reading")
-    print("conversat.  table MiB  s to order  s to first   s to first  batches/s  own MiB of a  MiB in store")
-    print("                        an epoch     batch ever   batch again  a worker  worker, more  beside table")
+    print("conversations  table MiB   order, s  1st batch, s  batch, ms  worker, MiB  in store, MiB")
     for size in sizes:
         print(measure(size, 2**62 if at_once else pipeline.ROWS_PER_STRETCH), flush=True)
 

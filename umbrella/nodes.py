@@ -109,7 +109,8 @@ def faults(shared: Shared, versions: Mapping[str, str]) -> list[str]:
         except OSError as error:
             fault = storage_fault(error) or str(error)
             found.append(f"{setting}={folder} cannot be written to: {fault}; let this user write there")
-    unseen = [file for file in shared.files if not os.path.exists(file)]
+    unshared = [folder for folder in shared.folders.values() if not (folder / shared.token).exists()]
+    unseen = [f for f in shared.files if not os.path.exists(f) and not any(u in f.parents for u in unshared)]
     found += [f"the volume {file} is not there; mount the volumes at the same path on every node" for file in unseen]
     own = own_versions()
     differing = [f"{name} {own.get(name)} instead of {v}" for name, v in versions.items() if own.get(name) != v]

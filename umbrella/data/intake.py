@@ -127,7 +127,10 @@ def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: 
         done = zip(progress(new, "decoding volumes"), reasons_of(store, new, processes if many else 1), strict=True)
         bad = {volume: reason for volume, reason in done if reason}
     except OSError as error:
-        raise UserError(f"{store.folder}: {error.strerror or error}; make room, or set resources.storage") from None
+        said = str(error.strerror or error)
+        if said.startswith("resources.store="):  # see ``SharedStore``
+            raise UserError(f"{said}; is it the right address, and are its credentials set?") from None
+        raise UserError(f"{store.folder}: {said}; make room, or set resources.storage") from None
     intake.set_aside(
         {
             (name, c.task_id): reasons
