@@ -4,9 +4,11 @@
 
 For each size, two workers as Ray actors do what a training's do: rows through Ray Data, conversations rendered, tiny
 volumes read and collated, for so many batches from the start and from the middle of eight epochs. The conversations are
-one, with other names; 64 volumes stand for all. Times are CPU seconds of a worker, the worst one's, to order an epoch, to
-the first batch after a start, and to each other; memory is what a worker has more than before, its share of the table
-left out, and what lies in Ray's object store beside the table. --at-once makes all rows before the first batch.
+one, with other names; 64 volumes stand for all.
+
+Times are CPU seconds of the worker with most of them: to order an epoch, to the first batch after a start, and to each
+other one. Memory is what a worker has more than before, without the table that it maps, and what lies in Ray's object
+store beside the table. --at-once makes all rows before the first batch.
 """
 
 import platform
@@ -69,7 +71,7 @@ class Worker:
         return time.process_time() - start
 
     def run(self, position: int) -> dict[str, float]:
-        """Take batches from a position on: CPU seconds to the first and to each other, and the most memory meanwhile."""
+        """Take batches from a position on: CPU seconds to the first and to each other, and the most memory."""
         expected, first, most = next(self.plan.rows(self.rank, position))["sample"], 0.0, 0.0
         asked = time.process_time()
         stream = batches(self.plan.rows(self.rank, position), BATCH_SIZE, 2, self._make)

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.state.exception import RayStateApiException
 
 from umbrella.training.settings import ResourceSettings
 
@@ -45,7 +44,7 @@ class Waiting:
         since, said = time.monotonic(), -AGAIN
         while not self._ended.wait(LOOK):
             words = ""
-            with suppress(ray.exceptions.RayError, RayStateApiException, RuntimeError):  # Ray is busy, or gone
+            with suppress(Exception):  # Ray is busy, or gone: nothing that a training should end for
                 words = self._look()
             now = time.monotonic()
             if not words:
