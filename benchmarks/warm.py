@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch, collate
-from umbrella.data.pipeline import Plan, batches, from_table, to_table, train_dataset
+from umbrella.data.pipeline import Plan, batches, from_table, to_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
@@ -130,7 +130,7 @@ def main(size: int = 400, batch_size: int = 4) -> None:
         for way in ("plain", "loader", "ray", "plain", "loader", "ray"):  # what slows the machine down hits all
             if way == "ray":
                 start_ray(ResourceSettings(), log_to_driver=False)
-                stream: Iterable[Any] = batches(train_dataset(plan, 0, 0), batch_size, 2, maker.rows)
+                stream: Iterable[Any] = batches(plan.rows(0, 0), batch_size, 2, maker.rows)
             elif way == "loader":
                 stream = DataLoader(Samples(order), collate_fn=maker.batch, **workers)
             else:

@@ -1,8 +1,8 @@
 """The plan of a training: which sample each worker sees at each step, without a sample lost, repeated or re-dealt."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from umbrella.cohort.questions import draw_subjects, split_conversations
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data import pipeline
-from umbrella.data.pipeline import Plan, evaluation_dataset, from_table, sample_order, to_table, train_dataset
+from umbrella.data.pipeline import Plan, evaluation_rows, from_table, sample_order, to_table
 from umbrella.data.rendering import Renderer
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -35,14 +35,6 @@ plans = st.builds(
     accumulate=st.integers(1, 3),
     window=st.integers(1, 4),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rows() -> Iterator[None]:
-    """The columns are there to look at, where Ray would make a data set of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_dataset", lambda **columns: columns)
-        yield
 
 
 def steps_of(plan: Plan) -> np.ndarray:
@@ -135,13 +127,29 @@ def test_steps_and_surplus_by_hand(
     assert plan.in_words == said
 
 
-def test_a_workers_data_set_starts_at_the_position_of_its_checkpoint() -> None:
+def test_a_workers_rows_start_at_the_position_of_its_checkpoint() -> None:
     plan = Plan(size=10, seed=0, epochs=2, workers=2, batch_size=2, accumulate=1)
-    first, second = opened = [cast(Any, train_dataset(plan, rank, 8)) for rank in range(2)]
+    (first,), (second,) = (plan.rows(rank, 8) for rank in range(2))
     assert first["position"].tolist() == [8, 9, 12, 13, 16, 17]
     assert second["position"].tolist() == [10, 11, 14, 15, 18, 19]
-    for columns in opened:
-        assert np.array_equal(columns["sample"], plan.samples(columns["position"]))
+
+
+@few
+@given(plans, st.integers(1, 50), st.data())
+def test_stretches_are_whole_steps_and_one_after_the_other_the_whole(
+    plan: Plan, stretch: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, plan.steps - 1)) * plan.per_step
+    of_a_step = plan.batch_size * plan.accumulate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "ROWS_PER_STRETCH", stretch)
+        for rank in range(plan.workers):
+            rows = list(plan.rows(rank, start))
+            positions = np.concatenate([part["position"] for part in rows])
+            assert np.array_equal(positions, plan.positions(rank, start))
+            assert np.array_equal(np.concatenate([part["sample"] for part in rows]), plan.samples(positions))
+            assert all(len(part["sample"]) % of_a_step == 0 for part in rows)
+            assert all(len(part["sample"]) <= max(stretch, of_a_step) for part in rows)
 
 
 @few
@@ -198,10 +206,15 @@ def test_the_steps_of_a_window_do_not_come_in_the_order_of_their_length() -> Non
 
 
 @few
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8))
-def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_workers(lengths: list, workers: int) -> None:
-    opened: Any = [evaluation_dataset(np.array(lengths), rank, workers) for rank in range(workers)]
-    shares = [columns["sample"] for columns in opened]
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 4))
+def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_workers(
+    lengths: list, workers: int, batch_size: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "ROWS_PER_STRETCH", 6)
+        opened = [evaluation_rows(np.array(lengths), rank, workers, batch_size) for rank in range(workers)]
+    assert all(len(part["sample"]) % batch_size == 0 for parts in opened for part in parts[:-1])
+    shares = [np.concatenate([part["sample"] for part in parts] or [np.empty(0, int)]) for parts in opened]
     assert sorted(np.concatenate(shares)) == list(range(len(lengths)))
     assert all(np.all(np.diff(np.array(lengths)[share]) >= 0) for share in shares)
 

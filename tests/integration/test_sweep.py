@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from umbrella.tracking.delivery import PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
+from umbrella.training.waiting import WORKERS
 from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -84,6 +85,10 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
     assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
     assert not list(answer.folder.rglob("outbox.jsonl")), "nothing waits"
+
+
+def test_who_says_what_trials_wait_for_knows_them_by_their_class(swept: Any, ray_session: Any) -> None:
+    assert set(WORKERS) & {actor["ActorClassName"] for actor in ray_session._private.state.actors().values()}
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:

@@ -8,8 +8,9 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.base import UserError
+from umbrella.data import pipeline
 from umbrella.data.intake import load_splits
-from umbrella.data.pipeline import Plan, batches, train_dataset
+from umbrella.data.pipeline import Plan, batches
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 
@@ -80,7 +81,10 @@ def test_ray_listens_on_localhost_only(ray_session: Any) -> None:
     assert ray_session._private.worker.get_dashboard_url().startswith("127.0.0.1:")
 
 
-def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(ray_session: Any) -> None:
+def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(
+    ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "ROWS_PER_STRETCH", 18)
     plan = Plan(size=30, seed=1, epochs=2, workers=2, batch_size=3, accumulate=1)
 
     def slow(rows: Any) -> list[int]:
@@ -88,7 +92,7 @@ def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(ray_sessi
         return rows["sample"].tolist()
 
     for rank in range(2):
-        rows = train_dataset(plan, rank, 12)
+        rows = plan.rows(rank, 12)
         seen = [sample for batch in batches(rows, plan.batch_size, prefetch=4, make=slow) for sample in batch]
         assert seen == plan.samples(plan.positions(rank, 12)).tolist()
 

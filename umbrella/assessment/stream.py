@@ -12,7 +12,7 @@ import ray
 from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation, TextItem
-from umbrella.data.intake import volumes_folder
+from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction
 from umbrella.modality import Modality
@@ -124,9 +124,7 @@ def load(checkpoint: str, settings: Settings) -> "Umbrella":
 
     torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))  # sums depend on how many share them
     device = "cuda" if settings.resources.gpus_per_worker else "cpu"
-    return Umbrella.from_checkpoint(
-        checkpoint, device=device, dtype=settings.model.dtype, store=volumes_folder(settings)
-    )
+    return Umbrella.from_checkpoint(checkpoint, device=device, dtype=settings.model.dtype, store=open_store(settings))
 
 
 class Starts:

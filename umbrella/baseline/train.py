@@ -21,7 +21,7 @@ from umbrella.baseline.labels import Bins
 from umbrella.baseline.report import Reporter
 from umbrella.config import SETTINGS
 from umbrella.data.intake import open_store
-from umbrella.data.pipeline import Plan, batches, evaluation_dataset, train_dataset
+from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.subjects import Answer, mean_number
@@ -178,10 +178,10 @@ class Worker:
         self.net.eval()
         paths = paths_of(questions)
         own: dict[str, np.ndarray] = {}
-        rows = evaluation_dataset(np.zeros(len(paths)), self.rank, self.workers)
         size = self.settings.train.evaluation_batch_size
+        rows = evaluation_rows(np.zeros(len(paths)), self.rank, self.workers, size)
 
-        def make(rows: Mapping[str, np.ndarray]) -> tuple[list[str], Volumes]:
+        def make(rows: Rows) -> tuple[list[str], Volumes]:
             here = [paths[int(i)] for i in rows["sample"]]
             return here, Volumes(self._read(here, None), torch.empty(0))
 
@@ -201,16 +201,15 @@ class Worker:
         return replace(row, probabilities=said) if isinstance(said, dict) else replace(row, said=said)
 
     def _training_batches(self) -> Iterator[Volumes]:
-        def make(rows: Mapping[str, np.ndarray]) -> Volumes:
+        def make(rows: Rows) -> Volumes:
             samples = [self.samples[int(i)] for i in rows["sample"]]
             epochs = rows["position"] // self.plan.size
             draws = [(self.settings.seed, int(e), int(i)) for e, i in zip(epochs, rows["sample"], strict=True)]
             soft = torch.tensor(np.stack([self.job.head.soft(sample.label) for sample in samples]))
             return Volumes(self._read([sample.path for sample in samples], draws), soft.float(), draws)
 
-        rows = train_dataset(self.plan, self.rank, self.progress.position)
-        rows.set_name(f"{self.job.name}, training, worker {self.rank}")
-        for batch in batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make):
+        rows, name = self.plan.rows(self.rank, self.progress.position), f"{self.job.name}, training, worker {self.rank}"
+        for batch in batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make, name):
             voxels = batch.voxels.to(self.device, non_blocking=True)
             yield replace(batch, voxels=voxels, soft=batch.soft.to(self.device))
 

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import joblib
 import numpy as np
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
+from umbrella.data.decoding import reasons_of
 from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy
+from umbrella.nodes import check_nodes
 from umbrella.volumes.reading import image_files
 from umbrella.volumes.store import VolumeStore, write_whole
+from umbrella.volumes.tiers import SharedStore, as_path, is_address
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -86,6 +88,8 @@ def load_splits(
     intake = read_splits(settings, progress, names or [name for name in SPLITS if name in asked])
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
+    open_store(settings)  # it makes its folder
+    check_nodes(shared_folders(settings), _some_volumes(intake))
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
         check_volumes(intake, open_store(shape), settings.data.processes, progress)
     lengths = measure(intake, settings, progress, masks, shapes)
@@ -99,28 +103,44 @@ def load_splits(
 
 
 def open_store(settings: "Settings") -> VolumeStore:
-    """The volume store of the storage folder."""
-    return VolumeStore(volumes_folder(settings), settings.modalities, settings.data.max_voxels)
+    """The volume store of the settings; with a folder of this node's in front of it, where there is to be one."""
+    resources = settings.resources
+    own = Path(resources.storage).absolute() / "volumes"
+    # Arrays are read as they lie: of an object store there have to be copies.
+    front = resources.node_store or (str(own) if is_address(resources.store) else "")
+    behind = SharedStore(resources.store or str(own)) if front else None
+    folder = Path(front).absolute() if front else as_path(resources.store) if resources.store else own
+    return VolumeStore(folder, settings.modalities, settings.data.max_voxels, behind)
 
 
-def volumes_folder(settings: "Settings") -> Path:
-    """Where that store lies."""
-    return Path(settings.resources.storage).absolute() / "volumes"
+def shared_folders(settings: "Settings") -> dict[str, Path]:
+    """The folders that every node must see, by their settings."""
+    resources = settings.resources
+    folders = {"resources.storage": Path(resources.storage).absolute()}
+    if resources.store and not is_address(resources.store):
+        folders["resources.store"] = as_path(resources.store)
+    return folders
+
+
+def _some_volumes(intake: Intake) -> list[Path]:
+    """The first and the last volume of each split: enough to see whether a node has what they lie on."""
+    splits = [[v.image_path for c in conversations for v in c.volumes] for conversations in intake.splits.values()]
+    return [Path(path).absolute() for paths in splits for path in sorted({*paths[:1], *paths[-1:]})]
 
 
 def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
     """Bring every volume into the store; conversations about a volume that cannot be used are set aside."""
     everything = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
     new = sorted(volume for volume in everything if not _is_ready(store, *volume))
-    jobs = (processes or joblib.cpu_count()) if sum(map(_size, new)) > WORTH_PROCESSES else 1
-    # Larger groups would make the bar jump, smaller ones cost more in talk than they do in work.
-    tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=4 if jobs > 1 else 1)
-    outcomes = tasks(joblib.delayed(_reason)(store, *volume) for volume in new)
+    many = sum(map(_size, new)) > WORTH_PROCESSES
     try:
-        done = zip(progress(new, "decoding volumes"), outcomes, strict=True)
+        done = zip(progress(new, "decoding volumes"), reasons_of(store, new, processes if many else 1), strict=True)
         bad = {volume: reason for volume, reason in done if reason}
     except OSError as error:
-        raise UserError(f"{store.folder}: {error.strerror or error}; make room, or set resources.storage") from None
+        said = str(error.strerror or error)
+        if said.startswith("resources.store="):  # see ``SharedStore``
+            raise UserError(f"{said}; is it the right address, and are its credentials set?") from None
+        raise UserError(f"{store.folder}: {said}; make room, or set resources.storage") from None
     intake.set_aside(
         {
             (name, c.task_id): reasons
@@ -228,15 +248,6 @@ def _is_ready(store: VolumeStore, path: str, modality: str) -> bool:
         return store.holds(path, modality)
     except UserError:  # trying to decode it says what is wrong
         return False
-
-
-def _reason(store: VolumeStore, path: str, modality: str) -> str:
-    """Why a volume cannot be used; empty where it can, and is in the store now."""
-    try:
-        store.get(path, modality)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def _size(volume: tuple[str, str]) -> int:

@@ -2,11 +2,14 @@
 
 A row is two numbers: ``position``, its place in the whole training, and ``sample``, an index into the table of
 conversations. The table is one Arrow column of JSON in Ray's object store, shared by every worker of a node.
+
+Rows are made a stretch at a time, so that a training of millions of samples needs no more memory than a short one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +20,9 @@ from umbrella.conversations.conversation import Conversation
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-ROWS_PER_BLOCK = 1024
+ROWS_PER_BLOCK, ROWS_PER_STRETCH = 1024, 32768
+Rows = Mapping[str, np.ndarray]
+"""``position`` and ``sample``, (rows,) each."""
 
 
 def sample_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -78,10 +83,26 @@ class Plan:
         line = f"samples: {self.size} in each of {self.epochs} epochs, {self.steps} steps of {self.per_step}"
         return line + (f"; the last step is filled up with {self.surplus} samples once more" if self.surplus else "")
 
-    def positions(self, rank: int, start: int = 0) -> np.ndarray:
-        """The positions that one worker sees, in order, from position ``start`` on."""
-        everything = np.arange(start, start + self.steps_from(start) * self.per_step)
+    def positions(self, rank: int, start: int = 0, steps: int | None = None) -> np.ndarray:
+        """The positions that one worker sees, in order, from position ``start`` on: of so many steps, or of all."""
+        steps = self.steps_from(start) if steps is None else steps
+        everything = np.arange(start, start + steps * self.per_step)
         return everything.reshape(-1, self.workers, self.batch_size)[:, rank].reshape(-1)
+
+    def rows(self, rank: int, start: int) -> Iterator[Rows]:
+        """One worker's rows from a position to the end, in order, in stretches of whole steps.
+
+        Each worker makes its own. Ray's split drops up to ``workers - 1`` rows and deals blocks by who asks first; this
+        is exact, the same in every run, and follows from where the worker is and how many there are.
+        """
+        steps, orders = max(1, ROWS_PER_STRETCH // (self.batch_size * self.accumulate)), dict[int, np.ndarray]()
+        for first in range(0, self.steps_from(start), steps):
+            place = start + first * self.per_step
+            positions = self.positions(rank, place, min(steps, self.steps_from(place)))
+            epochs = range(int(positions[0]) // self.size, int(positions[-1]) // self.size + 1)
+            # A stretch is much shorter than a large epoch, whose order is made once.
+            orders = {epoch: orders[epoch] if epoch in orders else self.order(epoch) for epoch in epochs}
+            yield {"position": positions, "sample": self.samples(positions, orders)}
 
     def order(self, epoch: int) -> np.ndarray:
         """The samples of an epoch in order: ``sample_order``, and with lengths each window of it sorted into steps.
@@ -101,13 +122,14 @@ class Plan:
             part[:] = draw.permutation(steps).reshape(-1)
         return order
 
-    def samples(self, positions: np.ndarray) -> np.ndarray:
-        """The sample at each position."""
+    def samples(self, positions: np.ndarray, orders: Mapping[int, np.ndarray] = MappingProxyType({})) -> np.ndarray:
+        """The sample at each position; ``orders`` are those of epochs that are known already."""
         epochs = positions // self.size
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = self.order(int(epoch))[positions[here] % self.size]
+            order = orders[int(epoch)] if int(epoch) in orders else self.order(int(epoch))
+            samples[here] = order[positions[here] % self.size]
         return samples
 
 
@@ -121,44 +143,43 @@ def from_table(table: pa.Table, sample: int) -> Conversation:
     return Conversation.model_validate_json(table["conversation"][sample].as_py())
 
 
-def train_dataset(plan: Plan, rank: int, start: int) -> "Dataset":
-    """One worker's rows from a position to the end, in order: each is a ``position`` and the ``sample`` there.
-
-    Each worker makes its own. Ray's split drops up to ``workers - 1`` rows and deals blocks by who asks first; this is
-    exact, the same in every run, and follows from where the worker is and how many there are.
-    """
-    positions = plan.positions(rank, start)
-    return _dataset(position=positions, sample=plan.samples(positions))
-
-
-def evaluation_dataset(lengths: np.ndarray, rank: int, workers: int) -> "Dataset":
-    """One worker's rows of an evaluation: every sample once, by length, dealt in turn."""
+def evaluation_rows(lengths: np.ndarray, rank: int, workers: int, batch_size: int) -> list[Rows]:
+    """One worker's rows of an evaluation, in stretches: every sample once, by length, dealt in turn."""
     samples = np.argsort(lengths, kind="stable")[rank::workers]
-    return _dataset(position=samples, sample=samples)
+    stretch = batch_size * max(1, ROWS_PER_STRETCH // batch_size)
+    parts = [samples[start : start + stretch] for start in range(0, len(samples), stretch)]
+    return [{"position": part, "sample": part} for part in parts]
 
 
 def batches(
-    rows: "Dataset", batch_size: int, prefetch: int, make: Callable[[Mapping[str, np.ndarray]], Any]
+    stretches: Iterable[Rows], batch_size: int, prefetch: int, make: Callable[[Rows], Any], name: str = ""
 ) -> Iterator[Any]:
     """Iterate over a worker's rows; ``make`` runs ahead of its use, in Ray Data's threads.
 
-    It is given ``position`` and ``sample``, (batch_size,) each.
+    Args:
+        stretches: of whole batches, but for the last one.
+        make: is given the rows of a batch.
+        name: what Ray's dashboard calls this.
     """
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     class Collate(NumpyBatchCollateFn):
-        def __call__(self, rows: Mapping[str, np.ndarray]) -> Any:
+        def __call__(self, rows: Rows) -> Any:
             return make(rows)
 
-    # Batches are made by several threads; without this they would come in the order in which those finish.
-    rows.context.execution_options.preserve_order = True
-    rows.context.enable_progress_bars = False  # of rows that are there already; the training has a bar of its own
-    yield from rows.iter_torch_batches(
-        batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
-    )
+    for stretch in stretches:
+        rows = _dataset(stretch)
+        if name:
+            rows.set_name(name)
+        # Batches are made by several threads; without this they would come in the order in which those finish.
+        rows.context.execution_options.preserve_order = True
+        rows.context.enable_progress_bars = False  # of rows that are there already; the training has a bar of its own
+        yield from rows.iter_torch_batches(
+            batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
+        )
 
 
-def _dataset(**columns: np.ndarray) -> "Dataset":
+def _dataset(columns: Rows) -> "Dataset":
     import ray
 
     # The one way that needs no Ray task: from_arrow has one for each block, which waits for a whole free CPU. In a

@@ -59,7 +59,7 @@ class Umbrella:
         *,
         device: str | torch.device | None = None,
         dtype: str | None = None,
-        store: str | Path | None = None,
+        store: str | Path | VolumeStore | None = None,
     ) -> "Umbrella":
         """The model of a training's checkpoint, or of a folder that ``save_pretrained`` wrote.
 
@@ -67,7 +67,8 @@ class Umbrella:
             folder: wherever it lies now. One that holds only what was trained needs its base where it was.
             device: the first GPU if there is one, else the CPU, when None.
             dtype: arithmetic, float32 or bfloat16; that of the training when None. What was trained stays float32.
-            store: a folder in which prepared volumes are kept from one time to the next; in memory when None.
+            store: where prepared volumes are kept from one time to the next, a folder or a store of the model's
+                modalities; in memory when None.
 
         Raises:
             UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
@@ -79,7 +80,9 @@ class Umbrella:
         model = build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
         where = _on_device(model, device)
         voxels = settings.data.max_voxels
-        volumes = VolumeStore(store, modalities, voxels) if store else DecodedVolumes(modalities, voxels)
+        if isinstance(store, str | Path):
+            store = VolumeStore(store, modalities, voxels)
+        volumes = store or DecodedVolumes(modalities, voxels)
         return cls(model, renderer, Collator(renderer, volumes, pin=where.type == "cuda"), settings)
 
     @property

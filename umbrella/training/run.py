@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from umbrella.base import Stopped, UserError
@@ -32,13 +34,10 @@ from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop, on_sigterm
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
+from umbrella.training.waiting import SPARE_CPUS, Waiting
 from umbrella.training.watch import Watch
 
 LOCALHOST = "127.0.0.1"
-SPARE_CPUS = 1.0
-"""What must stay free beside the workers: Ray Train and Ray Data place helpers that ask for one CPU to be placed and
-none to run. Where less than one is free they wait for ever, and the trainings with them, without a word."""
-
 
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often workers are looked at: 2 s unless told otherwise
@@ -50,6 +49,11 @@ ENVIRONMENT = {
 """Ray's settings for every process of ours; what the person has set stays."""
 
 
+def address_of(resources: ResourceSettings) -> str:
+    """Of the cluster to join; "local" for a Ray of this machine's own."""
+    return resources.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
 def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
     """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
 
@@ -57,12 +61,15 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
         name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.
 
     Returns the dashboard's address; empty where there is none, or Ray was started before.
+
+    Raises:
+        UserError: the cluster is not there, or does not let this process in.
     """
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if ray.is_initialized():
         return ""
-    address = resources.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(resources)
     if address == "local":
         # A process per training that asks whether this machine is about to be taken away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -81,9 +88,29 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
                 job_config=JobConfig(metadata={"job_name": name} if name else {}),
                 **(own if address == "local" else joined),
             )
-    except ConnectionError as error:
-        raise UserError(f"resources.address={address}: {' '.join(str(error).split())[:300]}") from None
+    except (ConnectionError, AuthenticationError) as error:
+        raise UserError(f"resources.address={address}: {_why_not(error, address)}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
+    """``start_ray`` where there is a cluster to join: its nodes are looked at, and decode, before a training starts."""
+    return "" if address_of(resources) == "local" else start_ray(resources, log_to_driver, name)
+
+
+def _why_not(error: Exception, address: str) -> str:
+    """Why a cluster cannot be joined. Ray says the same of one that is not there and of one with another token."""
+    remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+    if isinstance(error, AuthenticationError):
+        return f"asks for a token, and there is none here; {remedy}"
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as fault:
+            return f"nobody answers there ({fault.strerror or fault}); start the cluster, or name another address"
+        return f"a cluster answers, and does not let this process in; {remedy} (other versions of Ray do the same)"
+    return " ".join(str(error).split())[:300]
 
 
 def trainings_that_fit(resources: ResourceSettings, available: dict[str, float]) -> int:
@@ -205,12 +232,13 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
+    name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
+    join(settings.resources, log_to_driver=True, name=name)
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
     start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
@@ -233,7 +261,7 @@ def watch_job(job: AnyJob) -> None:
     """
     check_same(job)
     try:
-        with Watch(job.folder), on_sigterm(lambda: ask_to_stop(job.folder)):
+        with Watch(job.folder), Waiting(job.settings.resources), on_sigterm(lambda: ask_to_stop(job.folder)):
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}

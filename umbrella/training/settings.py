@@ -90,6 +90,10 @@ class ResourceSettings(Section):
     """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
     storage: str = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""
+    store: str = ""
+    """Where prepared volumes are kept for all: a folder, or an address such as s3://bucket/volumes. Empty: <storage>/volumes."""  # noqa: E501
+    node_store: str = ""
+    """A folder of each node's own, on a fast disk, to which volumes come from the store when asked for. Empty: none."""
 
     @property
     def least_workers(self) -> int:

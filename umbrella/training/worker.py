@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -22,7 +22,7 @@ from umbrella.base import UserError
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
-from umbrella.data.pipeline import batches, from_table, train_dataset
+from umbrella.data.pipeline import Rows, batches, from_table
 from umbrella.data.rendering import load_renderer
 from umbrella.model.partial import names_to_write
 from umbrella.model.presets import build_model
@@ -196,28 +196,28 @@ class Worker:
         self.unread = {}
 
     def _training_batches(self) -> Iterator[Batch]:
-        def make(rows: Mapping[str, np.ndarray]) -> Batch:
+        def make(rows: Rows) -> Batch:
             examples = [self.renderer.render(from_table(self.table, int(i))) for i in rows["sample"]]
             epochs = rows["position"] // self.plan.size
             draws = [(self.settings.seed, int(e), int(i)) for e, i in zip(epochs, rows["sample"], strict=True)]
             pack = self.settings.data.pack
             return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
 
-        rows = train_dataset(self.plan, self.rank, self.progress.position)
-        rows.set_name(f"{self.job.name}, training, worker {self.rank}")
-        return batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make)
+        rows, name = self.plan.rows(self.rank, self.progress.position), f"{self.job.name}, training, worker {self.rank}"
+        return batches(rows, self.settings.train.batch_size, self.settings.data.prefetch, make, name)
 
     def _checked(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
-        positions = self.plan.positions(self.rank, self.progress.position)
-        expected, done = self.plan.samples(positions), 0
-        for batch in stream:
-            here = slice(done, done + len(batch))
-            if batch.sample_indices.tolist() != expected[here].tolist():
-                raise RuntimeError(f"other samples came than position {positions[done]} has")
-            self._log({"position": int(positions[done]), "task_ids": batch.task_ids})
-            done = here.stop
-            yield batch
+        size = self.settings.train.batch_size
+        for rows in self.plan.rows(self.rank, self.progress.position):
+            for start in range(0, len(rows["position"]), size):
+                batch, position = next(stream), int(rows["position"][start])
+                if batch.sample_indices.tolist() != rows["sample"][start : start + size].tolist():
+                    raise RuntimeError(f"other samples came than position {position} has")
+                self._log({"position": position, "task_ids": batch.task_ids})
+                yield batch
+        if next(stream, None) is not None:  # to its end, where what made it is let go
+            raise RuntimeError("more samples came than there are positions")
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.samples_log:

@@ -9,7 +9,8 @@ from rich.console import Console
 from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples, counted
-from umbrella.training.run import SPARE_CPUS, trainings_that_fit
+from umbrella.training.run import trainings_that_fit
+from umbrella.training.waiting import SPARE_CPUS
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
 from umbrella.tuning.schedulers import make_scheduler

@@ -21,7 +21,8 @@ from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import Job
 from umbrella.training.requests import on_sigterm
-from umbrella.training.run import check, make_job, start_ray, trainings_that_fit
+from umbrella.training.run import check, join, make_job, start_ray, trainings_that_fit
+from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
 from umbrella.tuning.question import Question, check_data, claimed, sweeps_folder, write_question
@@ -31,7 +32,7 @@ from umbrella.tuning.results import Trial, read_trials
 from umbrella.tuning.schedulers import make_scheduler
 from umbrella.tuning.search import Search, make_search
 from umbrella.tuning.space import covers, read_space, variants
-from umbrella.tuning.trial import TrialRunner, trial_resources
+from umbrella.tuning.trial import TrialRunner, runs_here, trial_resources
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
@@ -71,10 +72,11 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     entries = read_space(settings, given)
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
-    splits = load_splits(settings, progress, masks, shapes)
-    check(settings, splits, masks, settings.tune.metric, shapes)
     goes_on = folder is not None
     folder = folder or sweeps_folder(settings) / (settings.name or time.strftime("sweep-%Y%m%d-%H%M%S"))
+    dashboard = join(settings.resources, log_to_driver=False, name=folder.name)
+    splits = load_splits(settings, progress, masks, shapes)
+    check(settings, splits, masks, settings.tune.metric, shapes)
     check_writable(folder, "the folder of the sweep")
     with claimed(folder):
         if goes_on:
@@ -86,7 +88,7 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
         uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
         mend(uri, experiment, storage)
-        dashboard = start_ray(settings.resources, log_to_driver=False, name=folder.name)
+        dashboard = dashboard or start_ray(settings.resources, log_to_driver=False, name=folder.name)
         if dashboard:
             print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
@@ -108,7 +110,9 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             reopen(trial)
         monitor = Monitor(folder, uri, search.trials, settings.tune)
         try:
-            with monitor, on_sigterm(lambda: _stop(folder.name)):  # trials keep what their last checkpoints hold
+            waiting = Waiting(settings.resources, runs_here(settings.resources))
+            # Trials keep what their last checkpoints hold.
+            with monitor, waiting, on_sigterm(lambda: _stop(folder.name)):
                 try:
                     _tuner(job, search, scheduler, at_once).fit()
                 except OutOfTime:

@@ -5,7 +5,8 @@
     <folder>/<recipe>/<content>.npy            the array
     <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``Facts``
 
-Any number of processes and nodes may share the folder: a file appears whole, by renaming, and never changes.
+Any number of processes and nodes may share the folder: a file appears whole, by renaming, and never changes. Where
+another store lies behind it, see ``tiers``, what is missing is fetched from there, and what is made is put into both.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
 from umbrella.volumes.reading import RawVolume, content_id, image_files, read_volume
+from umbrella.volumes.tiers import SharedStore
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 
@@ -53,15 +55,29 @@ class VolumeStore:
         folder: where the arrays lie; made when missing.
         modalities: name to what its volumes are brought to.
         max_voxels: see ``read_volume``.
+        behind: the store that this folder, a node's own, stands in front of.
+
+    Raises:
+        OSError: the folder, or the store behind it, cannot be read or written.
     """
 
-    def __init__(self, folder: str | Path, modalities: Mapping[str, Modality], max_voxels: int) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        modalities: Mapping[str, Modality],
+        max_voxels: int,
+        behind: SharedStore | None = None,
+    ) -> None:
+        self.folder, self.behind = Path(folder), behind
         self.modalities = modalities
         self.max_voxels = max_voxels
         self._contents: dict[str, tuple[tuple[int, int], str]] = {}
         self._recipes: dict[str, Path] = {}
+        self._there: dict[str, set[str]] = {}
         (self.folder / "sources").mkdir(parents=True, exist_ok=True)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return VolumeStore, (self.folder, self.modalities, self.max_voxels, self.behind)  # what was seen stays here
 
     def get(self, source: str | Path, modality: str) -> np.ndarray:
         """The prepared volume, memory-mapped and read-only; decoded if it is new.
@@ -103,13 +119,23 @@ class VolumeStore:
                 raise UserError(f"{self.path(source, modality)}: was deleted while in use; is the store being pruned?")
 
     def holds(self, source: str | Path, modality: str) -> bool:
-        """Whether ``get`` would find the array ready; nothing is decoded, and no new file is read."""
-        known = self._known(os.path.abspath(source), file_stamp(source)) is not None
-        return known and self._find(source, modality) is not None
+        """Whether ``get`` would find the array ready, here or in the store behind; nothing is decoded or fetched.
+
+        Of the store behind, names are looked at, once: an array that was cut short there is found in its use.
+        """
+        source = os.path.abspath(source)
+        content = self._known(source, file_stamp(source))
+        if content is None:
+            return False
+        self._contents[source] = (file_stamp(source), content)
+        return self._find(source, modality) is not None or self._is_behind(self.path(source, modality))
 
     def facts(self, source: str | Path, modality: str) -> Facts:
         """What was seen of a volume that is in the store."""
-        raw = json.loads(self.path(source, modality).with_suffix(".json").read_text(encoding="utf-8"))
+        file = self.path(source, modality).with_suffix(".json")
+        if self.behind and not file.exists():
+            self._fetch(file)
+        raw = json.loads(file.read_text(encoding="utf-8"))
         return Facts(**raw | {"shape": tuple(raw["shape"]), "spacing": tuple(raw["spacing"])})
 
     def path(self, source: str | Path, modality: str) -> Path:
@@ -153,7 +179,7 @@ class VolumeStore:
             folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:12]
             if read_json(folder / "recipe.json") != json.loads(text):
                 folder.mkdir(exist_ok=True)
-                write_whole(folder / "recipe.json", text.encode())
+                self._write(folder / "recipe.json", text.encode())
             self._recipes[modality] = folder
         return self._recipes[modality]
 
@@ -165,7 +191,7 @@ class VolumeStore:
         if content is None:
             content = content_id(source)
             record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content}
-            write_whole(self._record(source), json.dumps(record).encode())
+            self._write(self._record(source), json.dumps(record).encode())
         self._contents[source] = (stamp, content)
         return content
 
@@ -174,7 +200,10 @@ class VolumeStore:
         seen = self._contents.get(source)
         if seen and seen[0] == stamp:
             return seen[1]
-        record = read_json(self._record(source))
+        file = self._record(source)
+        record = read_json(file)
+        if self.behind and (record.get("size"), record.get("time")) != stamp and self._fetch(file):
+            record = read_json(file)
         return record["content"] if (record.get("size"), record.get("time")) == stamp else None
 
     def _record(self, source: str) -> Path:
@@ -184,6 +213,8 @@ class VolumeStore:
         self._recipes.pop(modality, None)  # somebody may have pruned its folder away
         stamp = file_stamp(source)
         path, target = self.path(source, modality), self.modalities[modality]
+        if self._fetch(path) and self._find(source, modality) is not None:
+            return
         raw, values, foreground, array = decode(source, target, self.max_voxels)
         if file_stamp(source) != stamp:
             raise UserError(f"{source}: was changed while it was read; start again when it is whole")
@@ -199,8 +230,26 @@ class VolumeStore:
             deviation=sqrt(sum(float(np.square(part - mean).sum(dtype=np.float64)) for part in values) / values.size),
             foreground=float(foreground.mean()),
         )
-        write_whole(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
-        write_whole(path, array)
+        self._write(path.with_suffix(".json"), json.dumps(asdict(facts)).encode())
+        self._write(path, array)
+
+    def _write(self, path: Path, content: bytes | np.ndarray) -> None:
+        write_whole(path, content)
+        if self.behind:
+            self.behind.put(self._name(path), path)
+
+    def _fetch(self, path: Path) -> bool:
+        """Bring a file from the store behind, if there is one and it has it."""
+        return self.behind is not None and self.behind.fetch(self._name(path), path)
+
+    def _is_behind(self, path: Path) -> bool:
+        folder = path.parent.name
+        if self.behind and folder not in self._there:
+            self._there[folder] = self.behind.names(folder)
+        return path.name in self._there.get(folder, ())
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
 
 def decode(

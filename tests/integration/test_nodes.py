@@ -1,0 +1,183 @@
+"""Trainings and sweeps on a cluster of two nodes, which are lost, drained and added under them."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.training.progress import latest_checkpoint, read_progress
+
+from .faults import LONGER, TRAIN, TWO, entries, folder_of, go_on, left_by, starts, when_step
+from .nodes import Nodes, ended, nodes
+from .test_faults import assert_each_once_per_epoch, never_stopped, put  # noqa: F401  # a fixture is used by its name
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+TUNE = TRAIN.with_name("tune.py")
+CPUS = 1.9
+"""Of a worker: so that a node of three CPUs has room for one and for Ray's helpers. Below 2, torch has one thread."""
+APART = TWO | {"resources.cpus_per_worker": CPUS, "train.batch_size": 2}
+"""Two workers, each on a node of its own."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Nodes]:
+    """A cluster of two nodes, for tests that leave it as it was."""
+    with nodes(3, 3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def together(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
+    """What a training with two workers on one node sees and loses."""
+    settings = small_settings({**LONGER, **TWO, "train.batch_size": 2, "name": "together"})
+    return left_by(settings, go_on(settings))
+
+
+def test_a_training_on_two_nodes_is_to_the_bit_the_one_on_one_node(
+    pair: Nodes, small_settings: Callable[..., Any], together: tuple[list, list]
+) -> None:
+    settings = small_settings({**LONGER, **APART, "name": "apart"})
+    used = when_step(folder_of(settings), 2, lambda: found.append(pair.node_of_worker()))
+    found: list[Any] = []
+    ended(pair.run(TRAIN, str(put(settings))))
+    used.join(1)
+    assert found == [pair.nodes[1]], "one of the two workers was on the other node"
+    assert left_by(settings, folder_of(settings)) == together
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Callable[..., Any]) -> None:
+    space = {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}, "mask.supervise": {"grid": ["last_assistant"]}}
+    small = {"tune.space": space, "resources.cpus_per_worker": CPUS, "name": "both", "tune.scheduler": "none"}
+    settings = small_settings({**small, "experiment": "nodes"})
+    ended(pair.run(TUNE, str(put(settings))))
+    folder = Path(settings.resources.storage) / "sweeps" / "both"
+    told = [line for file in folder.rglob("result.json") for line in file.read_text(encoding="utf-8").splitlines()]
+    assert {json.loads(line)["node_ip"] for line in told} == {"127.0.0.2", "127.0.0.3"}
+    assert len((folder / "ranking.csv").read_text(encoding="utf-8").splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_a_training_that_finds_no_place_says_so_and_starts_on_a_node_that_is_added(
+    pair: Nodes, small_settings: Callable[..., Any]
+) -> None:
+    settings = small_settings({"resources.cpus_per_worker": 4, "name": "waits", "experiment": "nodes"})
+    script = pair.run(TRAIN, str(put(settings)))
+    assert script.stderr is not None
+    line = next(line for line in script.stderr if line.startswith("waiting for"))
+    more = pair.add(5)
+    ended(script)
+    pair.kill(more)
+    assert line == (
+        "waiting for resources: 1 worker of 4 CPUs, each on one node, and 1 CPU for Ray's helpers; 6 CPUs and 0 GPUs"
+        " free of 6 CPUs and 0 GPUs on 2 nodes, room for 0 (resources.workers, .cpus_per_worker, .gpus_per_worker)\n"
+    )
+    assert latest_checkpoint(folder_of(settings)) is not None
+
+
+@pytest.mark.slow
+def test_a_node_that_sees_another_storage_is_named_before_anything_starts(
+    pair: Nodes, small_settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
+    node = pair.add(1, blind=tmp_path)
+    errors = ended(pair.run(TRAIN, str(put(settings))), status=2).splitlines()
+    pair.kill(node)
+    named = [re.sub(r"127.0.0.\d+ \(.*\)", "(the blind one)", line) for line in errors if "127.0.0." in line]
+    assert named == [
+        f"error: node (the blind one): resources.storage={tmp_path} is another folder here; mount the same one at this"
+        " path on every node"
+    ]
+    assert not (tmp_path / "trainings").exists()
+    assert not list(tmp_path.glob(".seen*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"RAY_AUTH_TOKEN": "another" * 5},
+            "a cluster answers, and does not let this process in; set RAY_AUTH_MODE=token",
+        ),
+        (
+            {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"},
+            "asks for a token, and there is none here; set RAY_AUTH_MODE=token",
+        ),
+    ],
+)
+def test_who_has_not_the_clusters_token_is_told_so_in_one_line(
+    pair: Nodes, small_settings: Callable[..., Any], environment: dict[str, str], words: str
+) -> None:
+    script = pair.run(TRAIN, str(put(small_settings({"name": "stranger"}))), **environment)
+    assert f"error: resources.address={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it_would_have(
+    small_settings: Callable[..., Any], together: tuple[list, list]
+) -> None:
+    settings = small_settings({**LONGER, **APART, "name": "replaced"})
+    folder = folder_of(settings)
+
+    with nodes(3, 3) as cluster:
+
+        def replace() -> None:
+            cluster.kill(cluster.node_of_worker())
+            cluster.add(3)
+
+        when_step(folder, 12, replace)
+        ended(cluster.run(TRAIN, str(put(settings))))
+    assert starts(folder) == [0, 0, 40, 40]
+    assert left_by(settings, folder) == together
+
+
+@pytest.mark.slow
+def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_checkpoint(
+    small_settings: Callable[..., Any],
+    never_stopped: tuple[list, list],  # noqa: F811
+) -> None:
+    settings = small_settings({**LONGER, "resources.cpus_per_worker": CPUS, "name": "moved"})
+    folder = folder_of(settings)
+    saved: list[int] = []
+
+    with nodes(0, 3, 3, 3) as cluster:
+
+        def lose() -> None:
+            cluster.kill(cluster.node_of_worker())
+            when_step(folder, 20, drain_and_lose)
+
+        def drain_and_lose() -> None:
+            node = cluster.node_of_worker()
+            cluster.drain(node)
+            while not saved:
+                newest = latest_checkpoint(folder)
+                if newest and read_progress(newest).step % settings.train.evaluate_every:
+                    saved.append(read_progress(newest).step)
+                time.sleep(0.01)
+            cluster.kill(node)
+
+        when_step(folder, 8, lose)
+        ended(cluster.run(TRAIN, str(put(settings))))
+    assert len(starts(folder)) == 3
+    assert starts(folder)[2] == 4 * saved[0], "it went on from what it saved for the drain"
+    assert left_by(settings, folder) == never_stopped
+
+
+@pytest.mark.slow
+def test_with_fewer_workers_after_a_lost_node_and_more_on_an_added_one_each_conversation_comes_once_per_epoch(
+    small_settings: Callable[..., Any],
+) -> None:
+    elastic = {"resources.min_workers": 1, "name": "fewer"}
+    settings = small_settings({**LONGER, **APART, **elastic})
+    folder = folder_of(settings)
+    with nodes(3, 3) as cluster:
+        when_step(folder, 8, lambda: cluster.kill(cluster.node_of_worker()))
+        ended(cluster.run(TRAIN, str(put(settings))))
+    assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [2, 2, 1]
+    assert_each_once_per_epoch(folder, 12)

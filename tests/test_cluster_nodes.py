@@ -1,0 +1,76 @@
+"""What a node is asked before a training starts, whether it sees what all share; and what it decodes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.data.decoding import _by_nodes, reasons_of
+from umbrella.modality import Modality
+from umbrella.nodes import Shared, check_nodes, faults, own_versions
+from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.tiers import SharedStore
+
+CUBE = Modality(grid=(4, 4, 4), patch=(2, 2, 2))
+
+
+def test_a_node_that_sees_everything_has_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    (tmp_path / "scan.nii").touch()
+    shared = Shared({"resources.storage": tmp_path}, [tmp_path / "scan.nii"], "token")
+    assert faults(shared, own_versions()) == []
+
+
+def test_each_fault_is_a_line_with_what_is_wrong_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    folders = {"resources.storage": tmp_path / "other", "resources.store": tmp_path / "gone"}
+    found = faults(
+        Shared(folders, [tmp_path / "scan.nii", tmp_path / "gone" / "scan.nii"], "token"),
+        own_versions() | {"Python": "2.7", "torch": "0.1"},
+    )
+    own = own_versions()
+    assert found == [
+        f"resources.storage={tmp_path}/other is another folder here; mount the same one at this path on every node",
+        f"resources.store={tmp_path}/gone is not there; mount the same one at this path on every node",
+        f"the volume {tmp_path}/scan.nii is not there; mount the volumes at the same path on every node",
+        f"has Python {own['Python']} instead of 2.7, torch {own['torch']} instead of 0.1; install the same versions on"
+        " every node",
+    ]
+
+
+def test_a_folder_that_can_be_seen_and_not_written_is_a_fault(tmp_path: Path) -> None:
+    # Root may write anywhere but where the kernel itself says what there is.
+    proc = Path("/proc")
+    if not proc.is_dir():
+        pytest.skip("no folder that even root cannot write to")
+    (fault,) = faults(Shared({"resources.storage": proc}, [], "version"), own_versions())
+    assert fault.startswith("resources.storage=/proc cannot be written to: ")
+
+
+def test_without_a_cluster_nothing_is_asked(tmp_path: Path) -> None:
+    check_nodes({"resources.storage": tmp_path / "gone"}, [tmp_path / "gone" / "scan.nii"])
+
+
+@pytest.mark.ray
+def test_nodes_of_a_cluster_decode_to_the_same_arrays_and_reasons_as_this_machine(
+    ray_session: Any, tmp_path: Path, stored: dict[str, Path]
+) -> None:
+    (tmp_path / "broken.nii").write_bytes(b"no volume")
+    paths = [*stored.values(), tmp_path / "broken.nii", tmp_path / "missing.nii"]
+    volumes = [(str(path), "sMRI") for path in paths]
+    here, there = (VolumeStore(tmp_path / name, {"sMRI": CUBE}, 10_000) for name in ("here", "there"))
+    reasons = list(reasons_of(here, volumes, 1))
+    assert list(_by_nodes(there, volumes, 1)) == reasons
+    assert [bool(reason) for reason in reasons] == [False] * len(stored) + [True, True]
+    assert {file.name for file in (tmp_path / "there").rglob("*.npy")} == {
+        file.name for file in (tmp_path / "here").rglob("*.npy")
+    }
+
+
+@pytest.mark.ray
+def test_a_store_that_a_node_cannot_write_is_no_fault_of_a_volume(
+    ray_session: Any, tmp_path: Path, stored: dict[str, Path]
+) -> None:
+    store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, SharedStore("nosuch://bucket"))
+    with pytest.raises(OSError, match=r"resources\.store=nosuch://bucket: "):
+        list(_by_nodes(store, [(str(stored["plain"]), "sMRI")], 0))

@@ -1,0 +1,109 @@
+"""What a training waits for, where the cluster has no room for it: said, instead of hanging without a word."""
+
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+
+from umbrella.training.settings import ResourceSettings
+
+LOOK, PATIENCE, AGAIN = 5.0, 30.0, 300.0
+"""Seconds between two looks, before the first word, and between two words."""
+SPARE_CPUS = 1.0
+"""What must stay free beside the workers: Ray Train and Ray Data place helpers that ask for one CPU to be placed and
+none to run. Where less than one is free they wait for ever, and the trainings with them, without a word."""
+WORKERS = ("RayTrainWorker", "Trial")
+"""Classes of the actors that train, as Ray knows them: workers, and the trials that train in their own process."""
+Nodes = dict[str, dict[str, float]]
+
+
+class Waiting:
+    """While in here, says on standard error when nothing of this process's trains and the cluster has no room.
+
+    Args:
+        here: trials train in their own process, see ``tuning.trial.runs_here``.
+    """
+
+    def __init__(self, resources: ResourceSettings, here: bool = False) -> None:
+        self.resources, self.actors = resources, WORKERS if here else WORKERS[:1]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "Waiting":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._ended.set()
+        self._thread.join(LOOK)
+
+    def _follow(self) -> None:
+        since, said = time.monotonic(), -AGAIN
+        while not self._ended.wait(LOOK):
+            words = ""
+            with suppress(Exception):  # Ray is busy, or gone: nothing that a training should end for
+                words = self._look()
+            now = time.monotonic()
+            if not words:
+                since = now
+            elif now - since >= PATIENCE and now - said >= AGAIN:
+                said = now
+                print(f"waiting for {words}", file=sys.stderr, flush=True)
+
+    def _look(self) -> str:
+        state = ray._private.state
+        known = state.actors(job_id=ray.get_runtime_context().job_id).values()
+        free, have = state.available_resources_per_node(), state.total_resources_per_node()
+        return missing(self.resources, self.actors, [actor for actor in known if actor["State"] != "DEAD"], free, have)
+
+
+def missing(
+    resources: ResourceSettings, classes: tuple[str, ...], actors: list[dict[str, Any]], free: Nodes, have: Nodes
+) -> str:
+    """What the trainings of a process wait for, in words; empty where they wait for nothing that a cluster could have.
+
+    Args:
+        classes: of the actors that train. They are there, and be it in the making, as soon as they have a place.
+        actors: the process's own, as Ray describes them.
+        free, have: what each node has, by its id.
+    """
+    in_all = f"{_amount(free)} free of {_amount(have)} on {len(have)} node{'s' if len(have) != 1 else ''}"
+    if not any(actor["ActorClassName"] in classes for actor in actors):
+        least, most = resources.least_workers, resources.workers
+        cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
+        if _room(free.values(), cpus, gpus) >= least:
+            return ""
+        many = f"{least} to {most} workers" if least < most else f"{most} worker{'s' if most > 1 else ''}"
+        each = " and ".join([_count(cpus, "CPU")] + ([_count(gpus, "GPU")] if gpus else []))
+        return (
+            f"resources: {many} of {each}, each on one node, and {SPARE_CPUS:g} CPU for Ray's helpers; {in_all},"
+            f" room for {_room(free.values(), cpus, gpus)} (resources.workers, .cpus_per_worker, .gpus_per_worker)"
+        )
+    helpers = [a["ActorClassName"] for a in actors if a["State"] == "PENDING_CREATION"]
+    helpers = sorted({name for name in helpers if name not in WORKERS})
+    if helpers and all(node.get("CPU", 0) < SPARE_CPUS for node in free.values()):
+        return (
+            f"resources: {SPARE_CPUS:g} CPU on one node for Ray's helpers ({', '.join(helpers)}); {in_all}; lower"
+            " resources.cpus_per_worker or .workers"
+        )
+    return ""
+
+
+def _room(nodes: Any, cpus: float, gpus: float) -> int:
+    """How many workers find a place."""
+    return sum(
+        int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else float("inf")) + 1e-6)
+        for node in nodes
+    )
+
+
+def _amount(nodes: Nodes) -> str:
+    totals = {kind: sum(node.get(kind, 0) for node in nodes.values()) for kind in ("CPU", "GPU")}
+    return " and ".join(_count(totals[kind], kind) for kind in totals)
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'s' if number != 1 else ''}"
