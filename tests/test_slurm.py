@@ -169,7 +169,8 @@ def test_on_one_node_the_script_starts_its_own_ray(submit: Callable[..., Job]) -
     job.wait_for("python", 1)
     assert job.finish() == 0
     assert not any("symmetric-run" in line for line in job.called("ray"))
-    assert job.called("python")[0].endswith("RAY_ADDRESS=")
+    assert " resources.address=local " in job.called("python")[0]
+    assert job.called("python")[0].endswith("RAY_ADDRESS=127.0.0.1:22340")
 
 
 def test_a_ray_that_does_not_start_is_an_error_and_not_a_finished_job(submit: Callable[..., Job]) -> None:
