@@ -145,7 +145,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_the_commands_in_the_files_are_of_scripts_files_and_settings_that_there_are() -> None:
-    known = {*load_settings().flat(), "resources.node_store"}
+    known = set(load_settings().flat())
     found = list(commands())
     assert len(found) >= 10
     for script, words in found:
