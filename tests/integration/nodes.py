@@ -24,11 +24,10 @@ RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 ANY_PORT = ["min-worker", "max-worker", "node-manager", "object-manager", "metrics-export", "runtime-env-agent"]
 AGENT_PORT = ["dashboard-agent-listen", "dashboard-agent-grpc"]
 QUICKLY = {
-    # These trainings take seconds. Up to 20 s after a node was lost, Ray Train still tries to start workers there.
+    # These trainings take seconds. For some after a node was lost, Ray Train still tries to start workers there.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "2000",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_health_check_period_ms": "1000",
 }
 
 
@@ -123,7 +122,7 @@ def _kill(node: psutil.Process) -> None:
     psutil.wait_procs(family, 10)
 
 
-def ended(process: subprocess.Popen[str], status: int = 0, within: float = 150) -> str:
+def ended(process: subprocess.Popen[str], status: int = 0, within: float = 400) -> str:
     """Wait for a script; returns what it said on standard error."""
     try:
         said, errors = process.communicate(timeout=within)

@@ -55,7 +55,7 @@ class Waiting:
 
     def _look(self) -> str:
         state = ray._private.state
-        known = state.actors(job_id=ray.get_runtime_context().job_id).values()
+        known = state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).values()
         free, have = state.available_resources_per_node(), state.total_resources_per_node()
         return missing(self.resources, self.actors, [actor for actor in known if actor["State"] != "DEAD"], free, have)
 

@@ -156,7 +156,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
     trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
-    trial.__name__ = "Trial"  # as Ray's dashboard calls its process
+    trial.__name__ = trial.__qualname__ = "Trial"  # as Ray's dashboard calls its process, and ``training.waiting`` it
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
     return tune.Tuner(
