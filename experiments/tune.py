@@ -33,7 +33,13 @@ def main(request: Request) -> None:
     if request.dry_run:
         dry_run(settings, given, console)
     else:
-        print_answer(run_sweep(settings, given, progress_bar, folder), console)
+        answer = run_sweep(settings, given, progress_bar, folder)
+        print_answer(answer, console)
+        best = answer.trials[0].checkpoint
+        if best and settings.evaluate.at_end:
+            from umbrella.assessment.at_end import evaluate_at_end
+
+            evaluate_at_end(answer.best, Path(best), answer.folder.name, progress_bar, console)
 
 
 if __name__ == "__main__":

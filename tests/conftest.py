@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -38,6 +39,7 @@ SMALL = {
     "train.accumulate": 1,
     "optim.warmup": 2,
     "tracking.model": False,  # 10 s
+    "evaluate.at_end": False,
 }
 """Settings of a training that takes seconds, on one small cohort."""
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -207,6 +209,56 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
         return folder / f"step_{step:07d}"
 
     return save
+
+
+@pytest.fixture(scope="session")
+def save_model(save_step: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes the checkpoint of a model, as a training does; options are settings."""
+    from umbrella.training.optimizer import build_optimizer, build_schedule
+    from umbrella.training.settings import OptimSettings
+
+    def write(folder: Path, model: Any, **options: Any) -> Path:
+        optim = OptimSettings(lr=1e-2)
+        optimizer = build_optimizer(model, optim)
+        training = SimpleNamespace(model=model, optimizer=optimizer, schedule=build_schedule(optimizer, optim, 9))
+        kinds = {f"modalities.{name}": modality.model_dump(mode="json") for name, modality in MODALITIES.items()}
+        return save_step(folder, training, 1, **kinds, **options)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def said(cohort: dict[str, Conversation]) -> list[Conversation]:
+    """Conversations with prompts of very different lengths, and answers of their own."""
+    three = cohort["three"].model_dump(mode="json")
+    three["conversations"][-1]["content"][0]["text"] = "Seen. And 2 more, é."
+    return [cohort["two"], cohort["none"], Conversation.model_validate(three)]
+
+
+@pytest.fixture(scope="session")
+def learnt(
+    build: Callable[..., Any],
+    save_model: Callable[..., Path],
+    said: list[Conversation],
+    store: Any,
+    tokenizer: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The checkpoint of a model that has learnt by heart what was said."""
+    import torch
+
+    from umbrella.data.collator import Collator
+    from umbrella.data.rendering import Renderer
+    from umbrella.data.settings import MaskPolicy
+
+    model, renderer = build(width=32), Renderer(tokenizer, MODALITIES)
+    batch = Collator(renderer, store)([renderer.render(c) for c in said], MaskPolicy())
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-2)
+    for _ in range(150):
+        model(**batch.model_inputs()).token_nll.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return save_model(tmp_path_factory.mktemp("training") / "run", model)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The command line: flags, files and overrides land in the settings, and a user's error is one line and status 2."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,29 @@ def test_a_script_may_have_flags_of_its_own(capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as left:
             parse(wrong, "", options=OWN)
         assert left.value.code == 2
+
+
+def test_a_script_that_takes_files_tells_them_from_settings(tmp_path: Path) -> None:
+    settings = tmp_path / "a.YML"
+    settings.write_text("seed: 1\n")
+    argv = ["b.nii.gz", str(settings), "experiment=c.nii", "sub=1/d.nii.gz", "--modality", "sMRI", "/s/sub=1/e.mgz"]
+    own = [Option("--modality", "of the volumes")]
+    with pytest.raises(UserError, match="sub: there is no such setting"):
+        parse(argv, "", options=own, paths="volume")
+    argv.remove("sub=1/d.nii.gz")
+    request = parse(argv, "", options=own, paths="volume")
+    assert request.paths == ("b.nii.gz", "/s/sub=1/e.mgz")
+    assert (request.settings.seed, request.settings.experiment) == (1, "c.nii")
+    # A flag of the script's own hides the shared one of that name.
+    assert (request.options, request.settings.data.modality) == ({"modality": "sMRI"}, "")
+
+
+def test_without_a_terminal_what_takes_long_says_how_fast_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("umbrella.cli.BETWEEN_LINES", 0.0)
+    assert list(progress_bar(range(3), "counting")) == [0, 1, 2]
+    assert re.search(r"^counting 2/3, \S+ per second$", capsys.readouterr().out, re.M)
 
 
 def test_a_bar_gives_the_things_that_it_was_given_and_is_not_drawn_for_nothing(

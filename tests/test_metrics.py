@@ -3,13 +3,14 @@
 import pytest
 
 from umbrella.evaluation.metrics import metric_names, summarise
-from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.prediction import Prediction
 
 
 def scored(
     subject: str, label: str | float, target: str = "sex", nll: float = 1.0, tokens: int = 1, **p: float
-) -> Scored:
-    return Scored("t", "T1", subject, target, label, p, nll, tokens)
+) -> Prediction:
+    found = {"probabilities": p, "answer_nll": nll, "answer_tokens": tokens}
+    return Prediction("t", "T1", subject, target, label, str(label), **found)
 
 
 def test_a_subject_is_predicted_by_the_mean_probability_of_its_conversations() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from umbrella.base import UserError, masked
 from umbrella.config import load_settings
-from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.prediction import Prediction
 from umbrella.tracking.privacy import hashed, hide, read_salt
 from umbrella.tracking.store import open_experiment, short, tracking_uri
 from umbrella.training.predictions import predictions_json
@@ -67,8 +67,9 @@ def test_subjects_are_hidden_wherever_they_stand_and_nothing_else_is() -> None:
     assert hide(text, [], "salt") == text
 
 
-def scored(task: str, probabilities: dict[str, float], label: str | float, subject: str = "sub-7") -> Scored:
-    return Scored(task, "T1", subject, "sex", label, probabilities, 6.0, 3)
+def scored(task: str, probabilities: dict[str, float], label: str | float, subject: str = "sub-7") -> Prediction:
+    found = {"probabilities": probabilities, "answer_nll": 6.0, "answer_tokens": 3}
+    return Prediction(task, "T1", subject, "sex", label, str(label), **found)
 
 
 def test_predictions_name_what_was_chosen_and_how_likely_each_answer_was() -> None:

@@ -36,7 +36,9 @@ def test_as_many_trainings_at_once_as_leave_a_cpu_for_rays_helpers(asked: dict, 
 
 
 def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_ever() -> None:
-    with pytest.raises(UserError, match=r"need 3 CPUs, and Ray has 2; lower resources\.cpus_per_worker or \.workers"):
+    with pytest.raises(
+        UserError, match=r"need 3 CPUs, and Ray has 2; lower resources\.cpus_per_worker or resources\.workers"
+    ):
         trainings_that_fit(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
     with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
         trainings_that_fit(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
@@ -151,6 +153,7 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
 
     begin()
     begin(resources__workers=2, tune__grace=5)
+    begin(evaluate__bands=[30], data__test=["more.jsonl"], data__input=["x.jsonl"], checkpoint="a", output="b")
     with pytest.raises(UserError, match=r"^name=mine: was begun with other settings: optim\.lr was 0\.001 and is 0"):
         begin(optim__lr=0.5)
     with pytest.raises(UserError, match=r"data\.fingerprint was abc and is xyz"):

@@ -11,7 +11,8 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.evaluation.scoring import Scored, check_candidates, find_candidates, score
+from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.scoring import check_candidates, find_candidates, score
 from umbrella.modality import Modality
 
 Talk = Callable[..., Conversation]
@@ -25,7 +26,7 @@ def renderer(tokenizer: Any, modalities: dict[str, Modality]) -> Renderer:
 
 
 @pytest.fixture
-def scores(renderer: Renderer, store: Any, tokenizer: Any) -> Callable[..., list[Scored]]:
+def scores(renderer: Renderer, store: Any, tokenizer: Any) -> Callable[..., list[Prediction]]:
     def make(examples: Sequence[Example], policy: MaskPolicy) -> Batch:
         return collate(examples, policy, store, renderer.image_id, tokenizer.pad_token_id)
 
@@ -62,7 +63,7 @@ def test_a_candidate_is_as_likely_as_its_tokens_are_in_the_full_logits(
     build: Callable[..., Any],
     cohort: dict[str, Conversation],
     renderer: Renderer,
-    scores: Callable[..., list[Scored]],
+    scores: Callable[..., list[Prediction]],
     store: Any,
 ) -> None:
     model = build().eval()
@@ -93,7 +94,7 @@ def test_a_model_that_says_female_has_not_said_male(
     build: Callable[..., Any],
     cohort: dict[str, Conversation],
     renderer: Renderer,
-    scores: Callable[..., list[Scored]],
+    scores: Callable[..., list[Prediction]],
     store: Any,
     taught: str,
 ) -> None:

@@ -1,5 +1,6 @@
 """Tables of an evaluation: which groups there are, and what their numbers are."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.scoring import Scored
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.evaluation.tables import Group, overall, tabulate
 
@@ -115,10 +115,8 @@ def test_a_copier_of_the_reference_is_seen_at_once() -> None:
 def test_trainings_and_tables_give_the_same_numbers_for_the_same_predictions() -> None:
     rows = [row for row in random_predictions() if row.probabilities]
     rows += [prediction(p.subject_id, p.label, 0.7, target="other") for p in rows]
-    scored = [
-        Scored(p.task_id, p.task_type, p.subject_id, p.target, p.label, dict(p.probabilities), 1.0, 1) for p in rows
-    ]
-    summary, groups = summarise(scored), tabulate(rows, SETTINGS)
+    rows = [replace(p, answer_nll=1.0, answer_tokens=1) for p in rows]
+    summary, groups = summarise(rows), tabulate(rows, SETTINGS)
     for target in ("sex", "other"):
         metrics = values(only(groups, target=target))
         assert metrics["likelihood/subjects/balanced_accuracy"] == summary[f"eval/{target}/balanced_accuracy"]

@@ -7,6 +7,7 @@ import argparse
 import errno
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ FLAGS = {
     "--epochs": "train.epochs",
     "--output-dir": "resources.storage",
 }
+YAML = (".yaml", ".yml")
+BETWEEN_LINES = 30.0
+"""Seconds between two lines of a progress bar that is not drawn, because there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -77,42 +81,71 @@ class Request:
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own flags, by ``Option.name``."""
+    paths: tuple[str, ...] = ()
+    """Words that are neither settings nor settings files, of scripts that take such."""
+    files: Sequence[str] = ()
+    """The settings files that were named, in order."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """The settings on the command line, by their dotted names: files and these are laid over the defaults."""
 
 
-def parse(argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = ()) -> Request:
-    """Read a command line. ``default_file`` is the YAML file used when none is named."""
+def parse(
+    argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), paths: str = ""
+) -> Request:
+    """Read a command line.
+
+    Args:
+        default_file: the YAML file used when none is named.
+        options: the script's own flags. One that has the name of a shared flag takes its place.
+        paths: what files other than of settings are called in ``--help``, as in "volume.nii.gz". A word is one unless
+            it ends like YAML, or has an "=" and no "/" before that. Empty: the script takes none.
+    """
     parser = argparse.ArgumentParser(
         description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="*", metavar="file.yaml | name=value", help="settings files and overrides")
+    metavar = " | ".join(["file.yaml", "name=value", *([paths] if paths else [])])
+    words = "settings files and overrides" + (f", and each {paths}" if paths else "")
+    parser.add_argument("words", nargs="*", metavar=metavar, help=words)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     for option in options:
         option.add_to(parser)
-    for flag, name in FLAGS.items():
+    flags = {flag: name for flag, name in FLAGS.items() if flag not in {option.flag for option in options}}
+    for flag, name in flags.items():
         parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
     asked = vars(parser.parse_intermixed_args(argv))
 
-    files = asked["config"] + [word for word in asked["words"] if "=" not in word]
+    files, others = list(asked["config"]), []
     overrides: dict[str, Any] = {}
-    for name, text in [word.split("=", 1) for word in asked["words"] if "=" in word]:
-        overrides[name] = _value(name, text)
-    overrides |= {name: asked[name] for name in FLAGS.values() if asked[name] is not None}
+    for word in asked["words"]:
+        name, equals, text = word.partition("=")
+        if equals and not (paths and "/" in name):
+            overrides[name] = _value(name, text)
+        elif paths and not word.lower().endswith(YAML):
+            others.append(word)
+        else:
+            files.append(word)
+    overrides |= {name: asked[name] for name in flags.values() if asked[name] is not None}
     if not files and default_file:
         files = [default_file]
     own = {option.name: asked[option.name] for option in options}
-    return Request(load_settings(files, overrides), frozenset(overrides), asked["dry_run"], own)
+    given = frozenset(overrides)
+    return Request(load_settings(files, overrides), given, asked["dry_run"], own, tuple(others), files, overrides)
 
 
 def run_script(
-    main: Callable[[Request], Any], doc: str, default_file: str | None = None, options: Sequence[Option] = ()
+    main: Callable[[Request], Any],
+    doc: str,
+    default_file: str | None = None,
+    options: Sequence[Option] = (),
+    paths: str = "",
 ) -> None:
-    """Parse ``sys.argv``, call ``main`` and leave with its fate as the exit status.
+    """Parse ``sys.argv`` as ``parse`` does, call ``main`` and leave with its fate as the exit status.
 
     That is 0, 2 for a user error and for a disk that is full or read-only, or 143 after SIGTERM.
     """
     try:
-        main(parse(sys.argv[1:], doc, default_file, options))
+        main(parse(sys.argv[1:], doc, default_file, options, paths))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -138,14 +171,23 @@ def make_console() -> "Console":
 
 
 def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
-    """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end."""
+    """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end.
+
+    Elsewhere, what takes long has a line in between every ``BETWEEN_LINES`` seconds.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if not things:  # the bar would not know how long it is
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=make_console()) as progress:
-        yield from progress.track(things, description=what)
+        begun = said = time.monotonic()
+        for done, thing in enumerate(progress.track(things, description=what)):
+            now = time.monotonic()
+            if now - said >= BETWEEN_LINES and not progress.console.is_terminal:
+                print(f"{what} {done}/{len(things)}, {done / (now - begun):.3g} per second", flush=True)
+                said = now
+            yield thing
 
 
 def _value(name: str, text: str) -> Any:

@@ -162,7 +162,7 @@ class Worker:
         if self.reporter:
             self.reporter.evaluating(self._place())
         answered = self._answer(self.validation)
-        measured = summarise(answered)  # type: ignore[arg-type]
+        measured = summarise(answered)
         if isinstance(self.job.head, Bins):
             subjects = mean_number(Answer(a.subject_id, float(a.label or 0), a.said) for a in answered)
             errors = [abs(float(subject.said or 0) - float(subject.truth)) for subject in subjects]

@@ -46,11 +46,13 @@ class Checker:
         format: that of every sample, or "auto".
         modalities: the names that are known; None accepts all.
         check_files: look whether each volume file exists.
+        questions: as in ``read_conversations``.
     """
 
     format: str
     modalities: Collection[str] | None
     check_files: bool
+    questions: bool = False
     _faults: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def check(self, raw: Any, rewrite: PathRewriter) -> tuple[Conversation | None, str | None, Problems]:
@@ -61,6 +63,8 @@ class Checker:
                 return None, None, [half]
             kind = recognise(raw) if self.format == "auto" else self.format
             sample, problems = convert(raw, kind)
+            if self.questions:
+                _leave_open(sample)
             conversation = Conversation.model_validate(sample).with_paths(rewrite)
         except FormatError as error:
             return None, None, error.problems
@@ -68,7 +72,7 @@ class Checker:
             problems += [(field_in_file(name, kind), what) for name, what in explain(error)]
         except (RecursionError, ValueError):  # the latter from with_paths
             return None, None, [("sample", DEEP)]
-        problems += [(field_in_file(name, kind), what) for name, what in _blank_turns(sample)]
+        problems += [(field_in_file(name, kind), what) for name, what in _blank_turns(sample, self.questions)]
         for item in image_items(sample):
             problems += self._check_volume(item, rewrite)
         problems = list(dict.fromkeys(problems))
@@ -92,10 +96,20 @@ class Checker:
         return problems
 
 
-def _blank_turns(sample: dict[str, Any]) -> Problems:
+def _leave_open(sample: dict[str, Any]) -> None:
+    """Give a sample that ends with a question the turn in which it is to be answered."""
+    turns = objects_in(sample, "conversations")
+    if turns and turns[-1].get("role") == "user" and turns[-1] is sample["conversations"][-1]:
+        sample["conversations"] = [*sample["conversations"], {"role": "assistant", "content": ""}]
+
+
+def _blank_turns(sample: dict[str, Any], questions: bool) -> Problems:
     """Turns with nothing but blanks. The type allows them: a program may render a turn that is still to be written."""
     problems = []
-    for i, turn in enumerate(objects_in(sample, "conversations")):
+    turns = objects_in(sample, "conversations")
+    if questions and turns and turns[-1].get("role") == "assistant":
+        turns = turns[:-1]
+    for i, turn in enumerate(turns):
         content = turn.get("content")
         texts = [content] if isinstance(content, str) else [item.get("text") for item in objects_in(turn, "content")]
         if texts and all(isinstance(text, str) and not text.strip() for text in texts):

@@ -86,6 +86,7 @@ def read_conversations(
     format: str = "auto",
     modalities: Collection[str] | None = None,
     check_files: bool = True,
+    questions: bool = False,
 ) -> Reading:
     """Read every conversation of some files; problems are collected, not raised. Volume paths become absolute.
 
@@ -96,6 +97,7 @@ def read_conversations(
         format: that of every sample, one of ``FORMATS``, or "auto" to tell each by its keys.
         modalities: the modality names that the settings know; None accepts all.
         check_files: look whether each volume file exists.
+        questions: a sample may end with a user turn, or with a blank assistant turn; it gets a blank one.
 
     Raises:
         UserError: as ``conversation_files``.
@@ -107,7 +109,7 @@ def read_conversations(
         what = f"{show(format)} is not known; use auto, {', '.join(FORMATS)}"
         reading.problems.append(Problem(named, "format", what))
         return reading
-    checker = Checker(format, modalities, check_files)
+    checker = Checker(format, modalities, check_files, questions)
     for file in files:
         _read_file(file, PathRewriter(Path(root).expanduser() if root else file.parent, path_map), checker, reading)
     if not reading.conversations and not reading.problems:

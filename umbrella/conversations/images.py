@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from umbrella.base import UserError
 from umbrella.conversations.wording import plain, show
 
 UNKNOWN = "(unknown)"
@@ -103,6 +104,18 @@ def fault_of_path(path: str, as_written: str, on_disk: bool) -> str:
     if os.path.isdir(path):
         return f"{plain(path)} is a folder; name the image file"
     return f"{plain(path)} does not exist; see `data.root` and `data.path_map`"
+
+
+def volume_file(path: str | os.PathLike[str]) -> str:
+    """The absolute path of a volume that a person has named.
+
+    Raises:
+        UserError: it is no file.
+    """
+    file = os.path.abspath(os.path.expanduser(path))
+    if fault := fault_of_path(file, str(path), on_disk=True):
+        raise UserError(fault.split(";")[0])
+    return file
 
 
 def disagreements(shown: list[tuple[Any, Any]], listed: list[tuple[Any, Any]]) -> Iterator[tuple[tuple, str]]:

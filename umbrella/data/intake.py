@@ -14,7 +14,7 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.loading import Intake, Progress, counted, read_splits
+from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.reading import image_files
 from umbrella.volumes.store import VolumeStore, write_whole
@@ -43,18 +43,23 @@ class Splits:
     @property
     def fingerprint(self) -> str:
         """Names the data: a hash of every conversation and of each volume's file name and size, not of its folder."""
-        digest = hashlib.sha256()
-        for split, conversations in (("train", self.train), ("validation", self.validation)):
-            for conversation in conversations:
-                content = conversation.model_dump(mode="json") | {"split": split}
-                content["images"] = [
-                    (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
-                ]
-                for turn in content["conversations"]:
-                    for item in turn["content"]:
-                        item.pop("image_path", None)
-                digest.update(json.dumps(content, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+        return fingerprint({"train": self.train, "validation": self.validation})
+
+
+def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
+    """As ``Splits.fingerprint``, of any splits."""
+    digest = hashlib.sha256()
+    for split, conversations in splits.items():
+        for conversation in conversations:
+            content = conversation.model_dump(mode="json") | {"split": split}
+            content["images"] = [
+                (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
+            ]
+            for turn in content["conversations"]:
+                for item in turn["content"]:
+                    item.pop("image_path", None)
+            digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def load_splits(
@@ -62,20 +67,21 @@ def load_splits(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
-    names: Sequence[str] = ("train", "validation"),
 ) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
+
+    What a training asks at its end (``evaluate.at_end``) is checked before its start.
 
     Args:
         masks: every mask policy that the run trains with; the settings' own when None.
         shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
             themselves when None. A sample that cannot be used with one of them is used with none.
-        names: the splits that are read.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
     """
-    intake = read_splits(settings, progress, names)
+    asked = {settings.evaluate.split} if settings.evaluate.at_end else set()
+    intake = read_splits(settings, progress, [name for name in SPLITS if name in {"train", "validation"} | asked])
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
@@ -92,8 +98,12 @@ def load_splits(
 
 def open_store(settings: "Settings") -> VolumeStore:
     """The volume store of the storage folder."""
-    folder = Path(settings.resources.storage).absolute() / "volumes"
-    return VolumeStore(folder, settings.modalities, settings.data.max_voxels)
+    return VolumeStore(volumes_folder(settings), settings.modalities, settings.data.max_voxels)
+
+
+def volumes_folder(settings: "Settings") -> Path:
+    """Where that store lies."""
+    return Path(settings.resources.storage).absolute() / "volumes"
 
 
 def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
@@ -203,8 +213,8 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         )
         write_whole(path, content)
     return Splits(
-        intake.splits["train"],
-        intake.splits["validation"],
+        intake.splits.get("train", []),
+        intake.splits.get("validation", []),
         intake.splits.get("test", []),
         quarantined=len(reasons),
         quarantine=path,

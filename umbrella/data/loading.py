@@ -3,14 +3,14 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
-from umbrella.conversations.files import Problem, read_conversations
+from umbrella.conversations.files import Problem, Reading, read_conversations
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -29,6 +29,13 @@ class Intake:
     notices: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], str] = field(default_factory=dict)
     """(split, task_id) to "file:line"."""
+
+    def add(self, name: str, reading: Reading) -> None:
+        """Take in what was read of a split."""
+        self.splits[name] = reading.conversations
+        self.problems += reading.problems
+        self.notices += reading.notices
+        self.places |= {(name, task_id): place for task_id, place in reading.places.items()}
 
     def set_aside(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
         """Take conversations out: (split, task_id) to (field, what is wrong) of each."""
@@ -52,35 +59,62 @@ class Intake:
         ]
 
 
-def read_splits(settings: "Settings", progress: Progress, names: Sequence[str] = ("train", "validation")) -> Intake:
+def read_splits(
+    settings: "Settings",
+    progress: Progress,
+    names: Sequence[str] = ("train", "validation"),
+    check_files: bool = True,
+) -> Intake:
     """Read splits; without ``data.train``, the phantom cohort's, which is made when it is not there yet.
+
+    Args:
+        check_files: look whether each volume file exists.
 
     Raises:
         UserError: a file or folder that does not exist; a split without a path, or with nothing left after the filters.
     """
     data = settings.data
-    sources: dict[str, Sequence[str | Path]] = {name: getattr(data, name) for name in names if getattr(data, name)}
-    root: str | Path | None = data.root or None
-    if not data.train and (data.validation or data.test):
+    own = {name: getattr(data, name) for name in names if getattr(data, name)}
+    if not data.train and "validation" in names and (data.validation or data.test):
         raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
-    if not data.train:
+    if data.train and not data.validation:
+        raise UserError("data.validation is not set: name the conversations that choose the best trial")
+    phantom = phantom_folder(settings)
+    if not data.train and own.keys() != set(names):
         from umbrella.cohort.phantom import make_cohort
 
-        root = phantom_folder(settings)
-        make_cohort(root, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort"))
-        sources = {name: [root / "conversations" / f"{name}.jsonl"] for name in names}
-    elif not data.validation:
-        raise UserError("data.validation is not set: name the conversations that choose the best trial")
+        make_cohort(phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort"))
     intake = Intake()
-    for name, paths in sources.items():
-        reading = read_conversations(paths, root, data.path_map, data.format, settings.modalities)
-        intake.splits[name] = reading.conversations
-        intake.problems += reading.problems
-        intake.notices += reading.notices
-        intake.places |= {(name, task_id): place for task_id, place in reading.places.items()}
+    for name in names:
+        root: str | Path | None = data.root or None
+        paths: Sequence[str | Path] = own.get(name, ())
+        if not paths and not data.train:
+            root, paths = phantom, [phantom / "conversations" / f"{name}.jsonl"]
+        if paths:
+            reading = read_conversations(paths, root, data.path_map, data.format, settings.modalities, check_files)
+            intake.add(name, reading)
     if not intake.problems or any(intake.splits.values()):
         intake.splits = keep(intake.splits, settings)
-    intake.problems += _shared_subjects(intake)
+    for name, problem in shared_subjects(intake):
+        if name == "test" and settings.evaluate.allow_shared_subjects:
+            intake.notices.append(str(problem))
+        else:
+            intake.problems.append(problem)
+    return intake
+
+
+def read_input(settings: "Settings") -> Intake:
+    """Read the conversations of ``data.input`` as a split "input". Their last answers may be missing.
+
+    Raises:
+        UserError: a file or folder that does not exist; nothing is left after the filters.
+    """
+    data, intake = settings.data, Intake()
+    root = data.root or None
+    intake.add(
+        "input", read_conversations(data.input, root, data.path_map, data.format, settings.modalities, questions=True)
+    )
+    intake.splits = keep(intake.splits, settings)
     return intake
 
 
@@ -143,9 +177,8 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
-def _shared_subjects(intake: Intake) -> list[Problem]:
-    """A subject whose answer is asked for in a held-out split must be nowhere in the splits before it."""
-    problems = []
+def shared_subjects(intake: Intake) -> Iterator[tuple[str, Problem]]:
+    """Each split, and what is wrong where a subject whose answer it asks for is also in a split before it."""
     for name, conversations in intake.splits.items():
         asked = {c.subject_id: c.task_id for c in conversations}
         for other in list(intake.splits)[: list(intake.splits).index(name)]:
@@ -158,5 +191,4 @@ def _shared_subjects(intake: Intake) -> list[Problem]:
                     + (f" (and {counted(len(shared) - 1, 'more subject')})" if len(shared) > 1 else "")
                     + "; split by subject, or the score means nothing"
                 )
-                problems.append(Problem(place, "subject_id", what))
-    return problems
+                yield name, Problem(place, "subject_id", what)

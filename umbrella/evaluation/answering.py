@@ -1,8 +1,8 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
-from umbrella.conversations.images import fault_of_path
+from umbrella.conversations.images import volume_file
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
+from umbrella.evaluation.extraction import said
 from umbrella.evaluation.generation import generate
-from umbrella.evaluation.scoring import score
+from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.scoring import Candidates, score
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
@@ -71,7 +73,7 @@ class Umbrella:
             UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
         """
         folder = Path(folder).absolute()
-        settings = _settings_of(folder, dtype)
+        settings = settings_of(folder, dtype)
         renderer = load_renderer(settings)
         modalities = settings.modalities
         model = build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
@@ -123,8 +125,7 @@ class Umbrella:
         """
         prompts = []
         for conversation in conversations:
-            for volume in conversation.volumes:
-                self._check_modality(volume.modality)
+            self._check_volumes(conversation)
             prompts.append(self.renderer.prompt(conversation))
         answers: list[str] = []
         for start in range(0, len(prompts), batch_size):
@@ -149,10 +150,49 @@ class Umbrella:
             raise UserError(f"answers={answers!r}: give a list of texts to choose from")
         turns = [user_turn(self.items(volumes, modality), question), assistant_turn(answers[0])]
         asked = as_conversation(turns, subject_label=answers[0], target="answer")
-        candidates = {"answer": {answer: answer for answer in answers}}
+        (scored,) = self.predict([asked], {"answer": {answer: answer for answer in answers}})
+        return dict(scored.probabilities)
+
+    def predict(
+        self,
+        conversations: Sequence[Conversation],
+        candidates: Candidates,
+        numbers: Collection[str] = (),
+        *,
+        truth: bool = True,
+        length_normalised: bool = False,
+        max_new_tokens: int = 0,
+    ) -> list[Prediction]:
+        """One batch, answered in both ways: how likely candidates are, and what the model itself says.
+
+        Args:
+            candidates: target to label to answer text, see ``scoring.score``; so are ``truth``, ``length_normalised``.
+            numbers: targets whose labels are numbers, which are looked for in the model's own words.
+            max_new_tokens: of the model's own words; 0: none are asked for.
+
+        Raises:
+            UserError: as ``answer``.
+        """
+        for conversation in conversations:
+            self._check_volumes(conversation)
         with self._autocast():
-            (scored,) = score(self.model, [asked], self.renderer, self.collate, candidates, self.model.device)
-        return scored.probabilities
+            found = score(
+                self.model,
+                conversations,
+                self.renderer,
+                self.collate,
+                candidates,
+                self.model.device,
+                truth=truth,
+                length_normalised=length_normalised,
+            )
+        if not max_new_tokens:
+            return found
+        texts = self.answer(conversations, max_new_tokens, batch_size=len(conversations))
+        return [
+            replace(one, text=text, said=said(text, candidates.get(one.target, {}), one.target in numbers))
+            for one, text in zip(found, texts, strict=True)
+        ]
 
     def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
         """Volumes as items of a turn, each with its modality.
@@ -166,9 +206,7 @@ class Umbrella:
             raise UserError(f"modality={modality!r}: {len(names)} names for {len(paths)} volumes; give one, or as many")
         items = []
         for path, name in zip(paths, names, strict=True):
-            file = os.path.abspath(path)
-            if fault := fault_of_path(file, str(path), on_disk=True):
-                raise UserError(fault.split(";")[0])
+            file = volume_file(path)
             name = self._modality_of(file) if name is None else self._check_modality(name)
             items.append(ImageItem(type="image", modality=name, image_path=file))
         return items
@@ -198,12 +236,16 @@ class Umbrella:
             return fitting[0]
         known = ", ".join(f"{name} ({len(modality.grid)} axes)" for name, modality in self.modalities.items())
         what = f"may be {' or '.join(fitting)}" if fitting else "is of no modality that this model knows"
-        raise UserError(f"{path}: has {axes} axes and {what}; say which with modality=...: {known}")
+        raise UserError(f"{path}: has {axes} axes and {what}; name its modality: {known}")
 
     def _check_modality(self, name: str) -> str:
         if name not in self.modalities:
             raise UserError(f"modality={name!r}: this model knows {', '.join(self.modalities)}")
         return name
+
+    def _check_volumes(self, conversation: Conversation) -> None:
+        for volume in conversation.volumes:
+            self._check_modality(volume.modality)
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.settings.model.dtype)
@@ -256,7 +298,7 @@ def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
     return Conversation.model_validate(sample | {"metadata": metadata})
 
 
-def _settings_of(folder: Path, dtype: str | None) -> Settings:
+def settings_of(folder: Path, dtype: str | None) -> Settings:
     """The settings that a checkpoint was trained with, with the model and the modalities that lie in it now."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")

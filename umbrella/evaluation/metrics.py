@@ -2,15 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from umbrella.evaluation.classes import balanced_accuracy, codes, confusion
+from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.subjects import Answer, mean_probability, most_likely
-
-if TYPE_CHECKING:
-    from umbrella.evaluation.scoring import Scored
 
 
 def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
@@ -20,7 +17,7 @@ def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
     return names + [f"{prefix}/{target}/{name}" for target in targets for name in ("balanced_accuracy", "accuracy")]
 
 
-def summarise(scored: "Iterable[Scored]", prefix: str = "eval") -> dict[str, float]:
+def summarise(scored: Iterable[Prediction], prefix: str = "eval") -> dict[str, float]:
     """Metrics of an evaluation.
 
     ``<prefix>/loss``: mean nats per token of the true last answers.
@@ -31,7 +28,7 @@ def summarise(scored: "Iterable[Scored]", prefix: str = "eval") -> dict[str, flo
     ``<prefix>/balanced_accuracy``: the mean of the above over targets; absent where no target has classes.
     """
     scored = list(scored)
-    metrics = {f"{prefix}/loss": sum(s.answer_nll for s in scored) / sum(s.answer_tokens for s in scored)}
+    metrics = {f"{prefix}/loss": sum(s.answer_nll or 0.0 for s in scored) / sum(s.answer_tokens for s in scored)}
     by_target: dict[str, list[Answer]] = defaultdict(list)
     for s in scored:
         if s.probabilities:

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from umbrella.conversations.conversation import Conversation
+from umbrella.storage import put_text
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -38,15 +41,42 @@ class Prediction:
     said: str | float | None = None
     """The label or number found in ``text``; None: it fits none (invalid), or the answer is free text."""
 
+    @classmethod
+    def of(cls, conversation: Conversation, truth: bool = True) -> "Prediction":
+        """The row of a conversation before anything is answered. ``truth=False``: what its answer says is left out."""
+        return cls(
+            task_id=conversation.task_id,
+            task_type=conversation.task_type,
+            subject_id=conversation.subject_id,
+            target=conversation.target,
+            label=conversation.label,
+            truth=conversation.answer if truth else "",
+            metadata=conversation.metadata,
+            volumes=tuple((volume.modality, volume.image_path) for volume in conversation.volumes),
+        )
+
+    @property
+    def nll_per_token(self) -> float | None:
+        """Nats per token of the true answer; None: not measured."""
+        return None if self.answer_nll is None else self.answer_nll / self.answer_tokens
+
+    def to_json(self) -> str:
+        """One line of JSON, fields as above."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Prediction":
+        """What ``to_json`` wrote, to the same."""
+        raw = json.loads(line)
+        return cls(**raw | {"volumes": tuple(map(tuple, raw["volumes"]))})
+
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
-    """JSON Lines, one object per prediction, fields as above."""
-    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions]
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    """JSON Lines, one object per prediction; the file is there whole, or as it was before."""
+    put_text(file, "".join(f"{prediction.to_json()}\n" for prediction in predictions))
 
 
 def read_predictions(file: Path) -> list[Prediction]:
     """What ``write_predictions`` wrote, to the same."""
     with file.open(encoding="utf-8") as lines:
-        raw = [json.loads(line) for line in lines]
-    return [Prediction(**r | {"volumes": tuple(map(tuple, r["volumes"]))}) for r in raw]
+        return [Prediction.from_json(line) for line in lines]

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,30 +12,13 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.evaluation.prediction import Prediction
 
 ANSWER_ONLY = MaskPolicy(supervise="last_assistant", end_of_turn=True, turn_header=False)
 """The policy under which answers are scored, whatever the policy of the training: scores stay comparable."""
 
 Candidates = Mapping[str, Mapping[str, str]]
 """Target to (label to the answer text that says it): {"sex": {"female": "female.", "male": "male."}}."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One scored conversation.
-
-    probabilities: label to probability, over the target's candidates; empty where the target has none (numbers).
-    answer_nll: the negative log likelihood of the true last answer, in nats, summed over its answer_tokens tokens.
-    """
-
-    task_id: str
-    task_type: str
-    subject_id: str
-    target: str
-    label: str | float | None
-    probabilities: dict[str, float]
-    answer_nll: float
-    answer_tokens: int
 
 
 def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
@@ -74,39 +57,46 @@ def score(
     collate: Callable[[Sequence[Example], MaskPolicy], Batch],
     candidates: Candidates,
     device: torch.device | str = "cpu",
-) -> list[Scored]:
+    *,
+    truth: bool = True,
+    length_normalised: bool = False,
+) -> list[Prediction]:
     """Score each conversation's last answer: the true text and, for classes, every candidate text in its place.
 
     A candidate's score is the log likelihood of its text and end of turn, given all before; probabilities are their
     softmax. Texts are scored in one forward pass, each as a row of its own.
+
+    Args:
+        truth: what stands in the last answer is the truth, and its label tells whether there are classes. False: it is
+            not looked at, and candidates of its target are scored whether or not there is a label.
+        length_normalised: a score is that log likelihood per token.
     """
+    options = [_options(c, candidates, truth) for c in conversations]
     texts = [
-        list(dict.fromkeys([c.answer, *candidates.get(c.target, {}).values()]))
-        if isinstance(c.label, str)
-        else [c.answer]
-        for c in conversations
+        list(dict.fromkeys([*([c.answer] if truth else ()), *of.values()]))
+        for c, of in zip(conversations, options, strict=True)
     ]
     examples = [renderer.render(c, text) for c, row in zip(conversations, texts, strict=True) for text in row]
+    if not examples:
+        return [Prediction.of(c, truth) for c in conversations]
     batch = collate(examples, ANSWER_ONLY).to(device)
     nll = model(**batch.model_inputs()).token_nll.sum(1).tolist()
     tokens = batch.loss_weights[:, 1:].count_nonzero(1).tolist()
+    measured = iter(zip(nll, tokens, strict=True))
     scored = []
-    first = 0
-    for conversation, row in zip(conversations, texts, strict=True):
-        by_text = dict(zip(row, nll[first : first + len(row)], strict=True))
-        options = candidates.get(conversation.target, {}) if isinstance(conversation.label, str) else {}
-        scores = torch.tensor([-by_text[text] for text in options.values()], dtype=torch.float64)
-        scored.append(
-            Scored(
-                task_id=conversation.task_id,
-                task_type=conversation.task_type,
-                subject_id=conversation.subject_id,
-                target=conversation.target,
-                label=conversation.label,
-                probabilities=dict(zip(options, torch.softmax(scores, 0).tolist(), strict=True)),
-                answer_nll=by_text[conversation.answer],
-                answer_tokens=tokens[first],
-            )
-        )
-        first += len(row)
+    for conversation, row, of in zip(conversations, texts, options, strict=True):
+        by_text = {text: next(measured) for text in row}
+        scores = [-by_text[text][0] / (by_text[text][1] if length_normalised else 1) for text in of.values()]
+        likely = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0).tolist()
+        found = replace(Prediction.of(conversation, truth), probabilities=dict(zip(of, likely, strict=True)))
+        if truth:
+            answer_nll, answer_tokens = by_text[conversation.answer]
+            found = replace(found, answer_nll=answer_nll, answer_tokens=answer_tokens)
+        scored.append(found)
     return scored
+
+
+def _options(conversation: Conversation, candidates: Candidates, truth: bool) -> Mapping[str, str]:
+    """Label to text of what a conversation chooses from."""
+    label = conversation.label
+    return candidates.get(conversation.target, {}) if isinstance(label, str) or (label is None and not truth) else {}

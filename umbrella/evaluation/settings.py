@@ -25,7 +25,7 @@ class EvaluateSettings(Section):
     length_normalised: bool = False
     """Candidates are compared by log likelihood per token instead of by that of the whole text."""
     candidates: dict[str, dict[str, str]] = Field({})
-    """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: each label's most frequent text in the training data."""  # noqa: E501
+    """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: each label's most frequent text in the training data; for predict.py: none."""  # noqa: E501
     controls: list[Literal["shuffled", "text_only"]] = Field(["shuffled", "text_only"])
     """The same questions with other subjects' volumes (shuffled) and without volumes (text_only): what a score owes to the images."""  # noqa: E501
     breakdown: list[str] = Field(["site", "sex", "age"])

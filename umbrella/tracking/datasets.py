@@ -16,7 +16,7 @@ def describe(
     """What is told of a split. Classes are counted, numbers have their mean; nobody is named.
 
     Args:
-        split: "training" or "validation", the context of MLflow's input.
+        split: "training", "validation" or "test", the context of MLflow's input.
         fingerprint: of the data that the split is of.
         paths: where they come from; none where from the phantom cohort.
     """

@@ -15,7 +15,7 @@ from umbrella.tracking.drivers import announce, gone
 from umbrella.tracking.runs import FOLDER, Tracker
 from umbrella.tracking.store import can_wait, short, store_key
 
-TRAININGS = ("trainings/*", "sweeps/*", "sweeps/*/trials/*")
+TRAININGS = ("trainings/*", "sweeps/*", "sweeps/*/trials/*", "evaluations/*")
 """Folders below the storage that have an outbox."""
 LEFT = "its script was killed"
 

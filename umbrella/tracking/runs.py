@@ -29,7 +29,11 @@ FOLDER = "tracking"
 
 def is_name(target: str) -> bool:
     """Whether MLflow takes metrics that have this in the midst of their names."""
-    name = f"eval/{target}/balanced_accuracy"
+    return is_metric(f"eval/{target}/balanced_accuracy")
+
+
+def is_metric(name: str) -> bool:
+    """Whether MLflow takes a metric of this name."""
     return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
 
 
@@ -123,6 +127,11 @@ class Tracker:
         now = _now()
         if step > self._known_until:
             self._pending += [(name, float(value), now, step) for name, value in values.items()]
+
+    def results(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics of what came after a step, such as an evaluation of its checkpoint; the run may have ended."""
+        now = _now()
+        self._send({"do": "metrics", "values": [(name, float(value), now, step) for name, value in values.items()]})
 
     def flush(self) -> None:
         """Write the gathered metrics, and what the machine did meanwhile."""

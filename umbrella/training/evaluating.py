@@ -12,7 +12,8 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.collator import Collator
 from umbrella.data.pipeline import batches, evaluation_dataset, from_table
 from umbrella.evaluation.metrics import summarise
-from umbrella.evaluation.scoring import Scored, score
+from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.scoring import score
 from umbrella.training.job import Job
 from umbrella.training.parallel import autocast, gathered, release
 
@@ -32,13 +33,13 @@ class Evaluator:
         self.dataset = evaluation_dataset(job.validation_lengths, rank, workers)  # the same at each evaluation
         self.dataset.set_name(f"{job.name}, evaluation, worker {rank}")
         self.dtype = getattr(torch, job.settings.model.dtype)
-        self.scored: list[Scored] = []
+        self.scored: list[Prediction] = []
         """The whole split as the last evaluation scored it."""
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The metrics of the whole split, the same on every worker."""
         model.eval()
-        scored: list[Scored] = []
+        scored: list[Prediction] = []
         size = self.job.settings.train.evaluation_batch_size
         passes = 0
         for conversations in batches(self.dataset, size, 1, self._rows):
@@ -52,7 +53,7 @@ class Evaluator:
         self.scored = [one for part in gathered(scored) for one in part]
         return summarise(self.scored)
 
-    def _score(self, model: nn.Module, conversations: Sequence[Conversation]) -> list[Scored]:
+    def _score(self, model: nn.Module, conversations: Sequence[Conversation]) -> list[Prediction]:
         with autocast(model, self.device, self.dtype):
             return score(model, conversations, self.collate.renderer, self.collate, self.job.candidates, self.device)
 

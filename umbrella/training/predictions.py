@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
-from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.subjects import most_likely
 
 FILE = "predictions.json"
@@ -13,7 +13,7 @@ SHOWN_AS = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"
 COLUMNS = ("task_id", "task_type", "target", "subject", "truth", "chosen", "right", "probabilities", "nll_per_token")
 
 
-def predictions_json(scored: Sequence[Scored], count: int, hide: Callable[[str, Sequence[str]], str]) -> str:
+def predictions_json(scored: Sequence[Prediction], count: int, hide: Callable[[str, Sequence[str]], str]) -> str:
     """A table of so many questions, of all of them by chance but the same in every run on the same data.
 
     ``probabilities`` are of the candidate answers; ``chosen`` is the most likely one, nothing where two are equally so.
@@ -35,7 +35,7 @@ def predictions_json(scored: Sequence[Scored], count: int, hide: Callable[[str, 
             chosen,
             chosen == s.label if s.probabilities else None,
             {label: round(p, 4) for label, p in s.probabilities.items()},
-            round(s.answer_nll / s.answer_tokens, 4),
+            None if s.nll_per_token is None else round(s.nll_per_token, 4),
         )
         rows.append(values)
     return json.dumps({"columns": COLUMNS, "data": rows})

@@ -13,7 +13,7 @@ from torch import nn
 from umbrella.data.audit import audit
 from umbrella.data.pipeline import from_table
 from umbrella.data.rendering import Renderer
-from umbrella.evaluation.scoring import Scored
+from umbrella.evaluation.prediction import Prediction
 from umbrella.tracking.environment import environment_json
 from umbrella.tracking.figures import curves
 from umbrella.tracking.privacy import hide, read_salt
@@ -93,7 +93,7 @@ class Reporter:
         self.live.say(EVALUATING, place)
 
     def evaluation(
-        self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Scored]
+        self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Prediction]
     ) -> None:
         """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
         self.tracker.metrics(measured, step)

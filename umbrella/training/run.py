@@ -92,26 +92,35 @@ def trainings_that_fit(resources: ResourceSettings, available: dict[str, float])
     Raises:
         UserError: not even one does; says what is short.
     """
-    least = resources.least_workers
-    cpus, gpus = least * resources.cpus_per_worker, least * resources.gpus_per_worker
+    check_fits(resources, resources.least_workers, "resources.workers", available)
     have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
-    if cpus + SPARE_CPUS > have_cpus:
-        raise UserError(
-            f"resources: {least} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's"
-            f" helpers need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or"
-            " .workers"
-        )
-    if gpus > have_gpus:
-        raise UserError(
-            f"resources: {least} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray"
-            f" has {have_gpus:g}; lower resources.gpus_per_worker or .workers"
-        )
     # Beside each other, trainings have all the workers that they may have.
     by_cpu = min(
         (have_cpus - SPARE_CPUS) / (resources.workers * resources.cpus_per_worker), have_cpus / resources.workers
     )
-    by_gpu = have_gpus / (resources.workers * resources.gpus_per_worker) if gpus else by_cpu
-    return max(1, int(min(by_cpu, by_gpu)))
+    gpus = resources.workers * resources.gpus_per_worker
+    return max(1, int(min(by_cpu, have_gpus / gpus if gpus else by_cpu)))
+
+
+def check_fits(resources: ResourceSettings, workers: int, setting: str, available: dict[str, float]) -> None:
+    """Raise UserError where a cluster has not enough for so many workers; says what is short.
+
+    Args:
+        setting: what says how many workers there are.
+    """
+    cpus, gpus = workers * resources.cpus_per_worker, workers * resources.gpus_per_worker
+    have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
+    if cpus + SPARE_CPUS > have_cpus:
+        raise UserError(
+            f"resources: {workers} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's"
+            f" helpers need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or"
+            f" {setting}"
+        )
+    if gpus > have_gpus:
+        raise UserError(
+            f"resources: {workers} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray"
+            f" has {have_gpus:g}; lower resources.gpus_per_worker or {setting}"
+        )
 
 
 def check(
@@ -236,20 +245,25 @@ def check_same(job: AnyJob) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
-        UserError: names what differs: a setting (other than of ``resources``, ``tune``, ``tracking`` and ``evaluate``),
-            or the data. With patience what it waits for belongs to the training, too.
+        UserError: names what differs: a setting that a training depends on, or the data. With patience what it waits
+            for belongs to the training, too.
     """
     file = Path(job.folder) / "begun_with.json"
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    free = ("resources", "tune", "tracking", "evaluate", *job.idle)
-    now = {k: v for k, v in job.settings.flat().items() if k.split(".")[0] not in free or k in decides}
+    free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.idle)
+    asked = ("data.test", "data.input")
+
+    def belongs(name: str) -> bool:
+        return name in decides or (name.split(".")[0] not in free and name not in asked)
+
+    now = {k: v for k, v in job.settings.flat().items() if belongs(k)}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
         return
-    then = json.loads(file.read_text(encoding="utf-8"))
+    then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         raise UserError(

@@ -1,0 +1,116 @@
+"""Ask a trained model: a question about volumes, a conversation in the terminal, or all questions of a cohort.
+
+  predict.py checkpoint=STEP volume.nii.gz --ask "Is this subject male or female?" --candidates "male.,female."
+  predict.py checkpoint=STEP a.nii.gz b.nii.gz --modality sMRI,dMRI --ask "Is there a lesion?"
+  predict.py checkpoint=STEP volume.nii.gz --chat
+  predict.py checkpoint=STEP data.input=questions.jsonl output=predictions.jsonl
+
+STEP is a step_... folder of a training. A cohort that was stopped or killed goes on when the same words are given
+again: what is in the output is not asked again. --dry-run says what would be asked.
+"""
+
+import sys
+from pathlib import Path
+
+from umbrella.base import UserError
+from umbrella.cli import Option, Request, progress_bar, run_script
+
+OPTIONS = (
+    Option("--ask", "a question about the volumes", value="QUESTION"),
+    Option("--chat", "questions from standard input, a line each, in one conversation", default=False),
+    Option("--modality", "of the volumes: one for all or, with commas, one for each (default: by their axes)"),
+    Option("--candidates", "answers, with commas between them, whose probabilities are shown too", value="ANSWERS"),
+)
+
+
+def main(request: Request) -> None:
+    """Ask what is to be asked."""
+    from umbrella.assessment.checkpoints import named_checkpoint
+
+    checkpoint = named_checkpoint(request.settings)
+    ways = {
+        "--ask": request.options["ask"] is not None,
+        "--chat": request.options["chat"],
+        "data.input": bool(request.settings.data.input),
+    }
+    asked = [way for way, wanted in ways.items() if wanted]
+    if len(asked) != 1:
+        what = f"{' and '.join(asked)} cannot go together" if asked else "there is no question"
+        raise UserError(f'{what}; give --ask "...", --chat or data.input=FILE')
+    if asked == ["data.input"]:
+        _refuse(request, "data.input", "modality", "candidates", paths=True)
+        _ask_cohort(request, checkpoint)
+    else:
+        if asked == ["--chat"]:
+            _refuse(request, "--chat", "candidates")
+        _ask_about_volumes(request, checkpoint)
+
+
+def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
+    from umbrella.conversations.images import volume_file
+
+    settings, question = request.settings, request.options["ask"]
+    volumes = [volume_file(file) for file in request.paths]  # before seconds go into the model
+    names = request.options["modality"]
+    modality = names.split(",") if names and "," in names else names
+    if request.dry_run:
+        what = repr(question) if question is not None else "what standard input says"
+        print(f"would ask {checkpoint} {what} about: {', '.join(volumes) or 'no volume'}")
+        return
+    from transformers.utils import logging
+
+    from umbrella.evaluation.answering import Umbrella
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    model = Umbrella.from_checkpoint(checkpoint, dtype=_dtype(request))
+    shown = model.items(volumes, modality)
+    limit = settings.evaluate.max_new_tokens
+    if question is None:
+        from umbrella.assessment.dialogue import converse
+
+        converse(model, shown, limit)
+        return
+    print(model.ask(volumes, question, modality, limit), flush=True)
+    if answers := request.options["candidates"]:
+        scores = model.score(volumes, question, [answer.strip() for answer in answers.split(",")], modality)
+        for answer, probability in sorted(scores.items(), key=lambda pair: -pair[1]):
+            print(f"{probability:.4f}  {answer}")
+
+
+def _ask_cohort(request: Request, checkpoint: Path) -> None:
+    from umbrella.assessment.cohort import answer, read_cohort
+    from umbrella.data.loading import counted
+    from umbrella.evaluation.answering import settings_of
+
+    cohort = read_cohort(checkpoint, request.settings, settings_of(checkpoint, _dtype(request)))
+    number, left, path = len(cohort.conversations), len(cohort.left()), cohort.answers.path
+    for line in cohort.intake.notices:
+        print(f"note: {line}", file=sys.stderr)
+    if request.dry_run:
+        print(f"would ask {left} of {counted(number, 'conversation')}; {number - left} are answered in {path}")
+        return
+    if left < number:
+        print(f"{number - left} of {counted(number, 'conversation')} are answered already", flush=True)
+    if left:
+        splits = answer(cohort, progress_bar)
+        if splits.quarantined:
+            left_out = counted(splits.quarantined, "conversation")
+            print(f"note: {left_out} cannot be asked, see {splits.quarantine}", file=sys.stderr)
+    print(f"answers: {path}")
+
+
+def _dtype(request: Request) -> str | None:
+    """That of the training, unless it is given."""
+    return request.settings.model.dtype if "model.dtype" in request.given else None
+
+
+def _refuse(request: Request, way: str, *options: str, paths: bool = False) -> None:
+    given = [f"--{name}" for name in options if request.options[name] is not None]
+    given += request.paths if paths else ()
+    if given:
+        raise UserError(f"{', '.join(given)}: does not go with {way}; leave it out, or use --ask")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__, options=OPTIONS, paths="volume.nii.gz")

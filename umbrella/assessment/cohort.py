@@ -1,0 +1,111 @@
+"""The questions of ``data.input``, answered into one file by a checkpoint, however often that is stopped."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbrella.assessment.answers import AnswerFile, key_of
+from umbrella.base import Stopped, UserError
+from umbrella.config import Settings
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.intake import Splits, check_volumes, fingerprint, measure, open_store, settle
+from umbrella.data.loading import Intake, Progress, read_input
+from umbrella.storage import check_writable
+
+DECIDES = ("generate", "max_new_tokens", "length_normalised", "candidates")
+"""Settings of ``evaluate`` that decide what an answer is."""
+WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model")
+"""Files of a checkpoint that do."""
+
+
+@dataclass
+class Cohort:
+    """Questions that were read, and the file of their answers."""
+
+    checkpoint: Path
+    settings: Settings
+    """The person's, with the model, modalities and limits of the checkpoint."""
+    intake: Intake
+    answers: AnswerFile
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """Those that can be used so far."""
+        return self.intake.splits["input"]
+
+    def left(self) -> list[Conversation]:
+        """Those that are not answered yet, in their order. Raises as ``AnswerFile.answered``."""
+        answered = self.answers.answered({c.task_id for c in self.conversations})
+        return [c for c in self.conversations if c.task_id not in answered]
+
+
+def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
+    """Read the questions of ``data.input``, and what is in the output already. Writes nothing.
+
+    Args:
+        own: those of the checkpoint, see ``answering.settings_of``.
+
+    Raises:
+        UserError: a question that cannot be used, as ``data.on_bad`` says; an output that is of something else.
+    """
+    evaluate = settings.evaluate
+    if not evaluate.generate and not evaluate.candidates:
+        raise UserError("evaluate.generate=false leaves nothing to ask; set evaluate.candidates")
+    limits = {name: getattr(own.data, name) for name in ("max_tokens", "max_voxels")}
+    changes = {"modalities": own.modalities, "model": own.model, "data": settings.data.model_copy(update=limits)}
+    settings = settings.model_copy(update=changes)
+    intake = read_input(settings)
+    settle(intake, settings, write=False)
+    questions = {"name": " ".join(settings.data.input), "content": fingerprint(intake.splits)}
+    about: dict[str, Any] = {
+        "checkpoint": {"name": str(checkpoint), "content": weigh(checkpoint)},
+        "data.input": questions,
+        "model.dtype": own.model.dtype,
+    }
+    about |= {f"evaluate.{name}": getattr(evaluate, name) for name in DECIDES}
+    place = settings.output or Path(settings.resources.storage).absolute() / f"predictions-{key_of(about)}.jsonl"
+    return Cohort(checkpoint, settings, intake, AnswerFile(Path(place).expanduser(), about))
+
+
+def answer(cohort: Cohort, progress: Progress) -> Splits:
+    """Ask what is not answered yet, part by part into the file; returns what ``settle`` says of the questions.
+
+    Raises:
+        UserError: a volume that cannot be used, as ``data.on_bad`` says; else as ``stream``.
+        Stopped: SIGTERM came.
+    """
+    from umbrella.assessment.stream import stream
+    from umbrella.training.requests import on_sigterm
+    from umbrella.training.run import start_ray
+
+    settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
+    check_writable(path.parent, f"output={path}")
+    check_volumes(intake, open_store(settings), settings.data.processes, progress)
+    measure(intake, settings, progress)
+    splits = settle(intake, settings)
+    numbers = {c.target for c in cohort.conversations if isinstance(c.label, (int, float))}
+
+    def stop() -> None:
+        raise Stopped(f"SIGTERM: what was answered is in {path}; the same command goes on")
+
+    start_ray(settings.resources, log_to_driver=False, name=settings.name)  # here, as it takes SIGTERM for itself
+    with cohort.answers.opened() as file, on_sigterm(stop):
+        left = cohort.left()
+        parts = stream(
+            left, cohort.checkpoint, settings, settings.evaluate.candidates, numbers, truth=False, progress=progress
+        )
+        for predictions in parts:
+            file.write(predictions)
+    return splits
+
+
+def weigh(checkpoint: Path) -> str:
+    """Names a checkpoint by what is in it, wherever it lies: a hash of its weights, configuration and tokenizer."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in WEIGHED for file in checkpoint.rglob(pattern)}):
+        digest.update(f"{file.relative_to(checkpoint)} {file.stat().st_size}\n".encode())
+        with file.open("rb") as content:
+            while part := content.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()[:16]

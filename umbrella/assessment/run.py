@@ -1,0 +1,221 @@
+"""One evaluation: a checkpoint, the conversations that it is asked, and the folder of what it found."""
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+
+from umbrella.assessment.assessment import AS_ASKED, Assessment
+from umbrella.assessment.cases import Case, draw_cases
+from umbrella.assessment.controls import shuffled, text_only
+from umbrella.assessment.report import write_report
+from umbrella.assessment.stream import stream
+from umbrella.assessment.tracked import log
+from umbrella.base import Stopped, UserError
+from umbrella.config import SETTINGS, Settings, load_settings
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.intake import check_volumes, fingerprint, measure, open_store, settle
+from umbrella.data.loading import Intake, Progress, counted, read_splits, shared_subjects
+from umbrella.evaluation.prediction import Prediction, write_predictions
+from umbrella.evaluation.scoring import Candidates, check_candidates, find_candidates
+from umbrella.evaluation.tables import tabulate
+from umbrella.storage import check_writable
+from umbrella.training.requests import on_sigterm
+from umbrella.training.run import start_ray
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a checkpoint is asked, and what of its training data that takes."""
+
+    asked: list[Conversation]
+    candidates: Candidates
+    training: Mapping[str, Sequence[str | float]]
+    """Target to the labels of the training split."""
+    facts: Mapping[str, str | int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation, and where it lies."""
+
+    assessment: Assessment
+    folder: Path
+    page: Path
+
+
+def settings_for(checkpoint: Path, files: Sequence[str] = (), overrides: Mapping[str, Any] = {}) -> Settings:
+    """The settings that a checkpoint was trained with, and over them what a person has given.
+
+    Model and modalities are those of the checkpoint, whatever is given, but for ``model.dtype``.
+
+    Raises:
+        UserError: no checkpoint of UMBRELLA; settings that are refused.
+    """
+    from umbrella.evaluation.answering import settings_of
+
+    trained = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
+    settings = load_settings([*trained, *files], overrides)
+    own = settings_of(checkpoint, settings.model.dtype)
+    name = load_settings(files, overrides).name
+    return of_checkpoint(settings.model_copy(update={"name": name}), checkpoint, own)
+
+
+def of_checkpoint(settings: Settings, checkpoint: Path, own: Settings) -> Settings:
+    """Settings with the model and modalities of a checkpoint, whose ``own`` settings these are."""
+    changes = {"checkpoint": str(checkpoint), "model": own.model, "modalities": own.modalities}
+    return settings.model_copy(update=changes)
+
+
+def read_questions(settings: Settings, progress: Progress, volumes: bool = True) -> Questions | None:
+    """Read what ``evaluate.split`` asks, and check it as trainings check theirs; None where there is no such split.
+
+    Args:
+        volumes: also try every volume, and keep the list of what cannot be used.
+
+    Raises:
+        UserError: what cannot be used, as ``data.on_bad`` says; subjects who are in the training split, too, unless
+            ``evaluate.allow_shared_subjects``; a label that has no candidate.
+    """
+    split, evaluate = settings.evaluate.split, settings.evaluate
+    intake = read_splits(settings, progress, (split,))
+    if not intake.splits:
+        return None
+    training = read_splits(settings, progress, ("train",), check_files=False)
+    notes = []
+    both = Intake({**training.splits, **intake.splits}, places={**training.places, **intake.places})
+    for _, problem in shared_subjects(both):
+        if not evaluate.allow_shared_subjects:
+            raise UserError(f"{problem}; evaluate.allow_shared_subjects=true goes on with a note")
+        notes.append(str(problem))
+    if split == "train":
+        notes.append("the model was trained on what it is asked here")
+    settle(intake, settings, write=False)
+    if volumes:
+        check_volumes(intake, open_store(settings), settings.data.processes, progress)
+        measure(intake, settings, progress)
+    splits = settle(intake, settings, write=volumes)
+    if splits.quarantined:
+        notes.append(f"{counted(splits.quarantined, 'sample')} cannot be used, see {splits.quarantine}")
+    asked = intake.splits[split]
+    candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
+    check_candidates(asked, candidates)
+    labels: dict[str, list[str | float]] = defaultdict(list)
+    for conversation in training.splits["train"]:
+        if conversation.label is not None:
+            labels[conversation.target].append(conversation.label)
+    facts = {"data fingerprint": fingerprint(intake.splits), "quarantined samples": splits.quarantined}
+    return Questions(asked, candidates, labels, facts, notes)
+
+
+def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
+    """Ask a checkpoint, count, and write and track what was found; None where there is nothing to ask.
+
+    Args:
+        settings: see ``settings_for``, and ``of_checkpoint``.
+
+    Raises:
+        UserError: as ``read_questions`` and ``stream``; a folder that cannot be written to.
+        Stopped: SIGTERM came.
+    """
+    began, name = time.monotonic(), settings.name or time.strftime("evaluation-%Y%m%d-%H%M%S")
+    settings = settings.model_copy(update={"name": name})
+    storage = Path(settings.resources.storage).absolute()
+    folder = Path(settings.output).expanduser().absolute() if settings.output else storage / "evaluations" / name
+    check_writable(folder, f"output={folder}")
+    questions = read_questions(settings, progress)
+    if questions is None:
+        return None
+    start_ray(settings.resources, log_to_driver=False, name=name)  # here, as it takes SIGTERM for itself
+    with on_sigterm(_stop):
+        predictions, notes = ask(settings, questions, progress)
+        told = settings.evaluate
+        groups = {
+            condition: tabulate(rows, told, settings.seed, questions.training)
+            for condition, rows in predictions.items()
+        }
+        cases = _cases(settings, questions.asked, predictions[AS_ASKED]) if told.pictures else []
+        where = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
+        facts = {**questions.facts, "processes": f"{told.workers} on {where}"}
+        facts |= {"seconds": round(time.monotonic() - began)}
+        notes = [*questions.notes, *notes]
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        assessment = Assessment(settings, settings.checkpoint, told.split, predictions, groups, facts, notes)
+        page = write(folder, assessment, cases)
+        log(assessment, folder, questions.asked)
+    return Evaluated(assessment, folder, page)
+
+
+def ask(settings: Settings, questions: Questions, progress: Progress) -> tuple[dict[str, list[Prediction]], list[str]]:
+    """Condition to predictions, in the order of the data, and what is to be known of the controls.
+
+    All conditions are asked in one go, since to start the processes takes longer than a small split.
+    """
+    asked = {AS_ASKED: questions.asked}
+    notes: list[str] = []
+    for control in dict.fromkeys(settings.evaluate.controls):
+        if control == "shuffled":
+            asked[control], notes = shuffled(questions.asked, settings.seed)
+        else:
+            asked[control] = text_only(questions.asked)
+    everything = [conversation for conversations in asked.values() for conversation in conversations]
+    numbers = {c.target for c in questions.asked if isinstance(c.label, int | float)}
+    answered = iter(
+        [
+            prediction
+            for part in stream(
+                everything, settings.checkpoint, settings, questions.candidates, numbers, progress=progress
+            )
+            for prediction in part
+        ]
+    )
+    return {name: [next(answered) for _ in conversations] for name, conversations in asked.items()}, notes
+
+
+def write(folder: Path, assessment: Assessment, cases: Sequence[Case]) -> Path:
+    """Write all files of an evaluation, each there whole or as it was before; returns the page."""
+    with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        page = write_report(Path(temporary), assessment, cases)
+        for condition, rows in assessment.predictions.items():
+            write_predictions(
+                Path(temporary) / f"predictions{'' if condition == AS_ASKED else f'_{condition}'}.jsonl", rows
+            )
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file == page):  # the page last
+            os.replace(file, folder / file.name)
+    return folder / page.name
+
+
+def _cases(settings: Settings, asked: Sequence[Conversation], predictions: Sequence[Prediction]) -> list[Case]:
+    """Where a worker can be, as the model may need a GPU."""
+    resources = settings.resources
+    task = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker or None)(_draw)
+    drawn = ray.get(task.remote(settings, [c.model_dump_json() for c in asked], list(predictions)))
+    if isinstance(drawn, str):
+        raise UserError(drawn)
+    return drawn
+
+
+def _draw(settings: Settings, asked: Sequence[str], predictions: Sequence[Prediction]) -> list[Case] | str:
+    """Best and worst cases, or what is wrong."""
+    from umbrella.assessment.stream import load
+
+    conversations = [Conversation.model_validate_json(one) for one in asked]
+    try:
+        model = load(settings.checkpoint, settings)
+        by_task = {c.task_id: c for c in conversations}
+        return draw_cases(model, by_task, open_store(settings), predictions, settings.evaluate)
+    except UserError as error:
+        return str(error)
+
+
+def _stop() -> None:
+    raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")

@@ -1,0 +1,117 @@
+"""An evaluation in MLflow: in the run of the training that it is of, or in one of its own."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from umbrella.assessment.assessment import AS_ASKED, Assessment
+from umbrella.assessment.report import write_report
+from umbrella.assessment.section import CHIEF
+from umbrella.base import UserError
+from umbrella.config import SETTINGS
+from umbrella.conversations.conversation import Conversation
+from umbrella.tracking.datasets import describe
+from umbrella.tracking.ending import mend
+from umbrella.tracking.privacy import hide, read_salt
+from umbrella.tracking.runs import FOLDER, Tracker, is_metric
+from umbrella.tracking.store import can_wait, open_experiment, store_key, tracking_uri
+from umbrella.training.progress import PROGRESS, read_progress
+
+ARTIFACTS = "evaluation"
+"""Folder of the report among a run's artifacts."""
+PICTURE = re.compile("(data:image/png;base64,[A-Za-z0-9+/=]+)")
+
+
+def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> None:
+    """Tell MLflow what was found, under the names that ``metrics`` gives, and keep report and numbers as artifacts.
+
+    With ``tracking.hash_subjects`` the report is without pictures of single subjects, which show their names.
+
+    Args:
+        folder: of the evaluation, whole.
+    """
+    settings, checkpoint = assessment.settings, Path(assessment.model)
+    storage = Path(settings.resources.storage).absolute()
+    uri = tracking_uri(storage, settings.tracking.uri)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    training = training_of(checkpoint, uri)
+    if training:
+        tracker = training
+    else:
+        mend(uri, experiment, storage)
+        tracker = Tracker.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
+        told = {k: v for k, v in settings.flat().items() if k.split(".")[0] in ("evaluate", "checkpoint", "data")}
+        tracker.params(told)
+        tracker.text(settings.to_yaml(), SETTINGS)
+    found = dict(metrics(assessment))
+    refused = sorted(name for name in found if not is_metric(name))
+    if refused:
+        print(f"note: MLflow takes no such names, so it has not: {', '.join(refused)}", file=sys.stderr)
+    paths = getattr(settings.data, assessment.split)
+    tracker.inputs([describe(assessment.split, asked, str(assessment.facts["data fingerprint"]), paths)])
+    step = read_progress(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
+    tracker.results({name: value for name, value in found.items() if name not in refused}, step)
+    for name, text in _texts(assessment, folder, asked).items():
+        tracker.text(text, f"{ARTIFACTS}/{name}")
+    if not training:
+        tracker.end()
+
+
+def training_of(checkpoint: Path, uri: str) -> Tracker | None:
+    """The run of the training whose folder a checkpoint lies in; None where MLflow has none."""
+    folder = checkpoint.parent
+    if not os.access(folder / FOLDER / store_key(uri), os.W_OK):
+        return None
+    tracker = Tracker(uri, folder)
+    try:
+        run = MlflowClient(uri).get_run(tracker.run_id)
+    except UserError:  # it has no id yet
+        return tracker if tracker.outbox.waiting() else None
+    except MlflowException as error:
+        return tracker if can_wait(error, uri) else None
+    return tracker if run.info.lifecycle_stage == "active" else None
+
+
+def metrics(assessment: Assessment) -> Iterator[tuple[str, float]]:
+    """Names and values for MLflow: ``test/<target>/<way>/<level>/<metric>``, of all of a target's answers.
+
+    Of a control ``test_shuffled/...`` and ``test_text_only/...``; of what a target is judged by also ``.../low`` and
+    ``.../high``. What is not defined is left out.
+    """
+    for condition, groups in assessment.groups.items():
+        prefix = assessment.split if condition == AS_ASKED else f"{assessment.split}_{condition}"
+        for group in (group for group in groups if group.by == "all"):
+            values = {}
+            for name, estimate in group.metrics.items():
+                values[name] = estimate.value
+                if name.split("/")[-1] == CHIEF[group.kind]:
+                    values |= {f"{name}/low": estimate.low, f"{name}/high": estimate.high}
+            values |= group.references
+            if group.invalid is not None:
+                values["invalid"] = group.invalid
+            yield from ((f"{prefix}/{group.target}/{n}", v) for n, v in values.items() if isfinite(v))
+
+
+def _texts(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> dict[str, str]:
+    """Name to content of the files that MLflow gets."""
+    names = ("report.html", "metrics.json")
+    settings = assessment.settings
+    if not settings.tracking.hash_subjects:
+        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    with TemporaryDirectory() as temporary:
+        write_report(Path(temporary), assessment, ())
+        texts = {name: (Path(temporary) / name).read_text(encoding="utf-8") for name in names}
+    subjects, salt = {subject for c in asked for subject in c.subjects}, read_salt(settings.resources.storage)
+
+    def hidden(text: str) -> str:
+        # A short id may well stand between two slashes of a picture's letters.
+        return "".join(p if PICTURE.fullmatch(p) else hide(p, subjects, salt) for p in PICTURE.split(text))
+
+    return {name: hidden(text) for name, text in texts.items()}
