@@ -11,13 +11,11 @@ def main(request: Request) -> None:
     if request.dry_run:
         make_console().print(request.settings.to_yaml(), markup=False, highlight=False)
         return
-    from umbrella.baseline.evaluate import table
+    from umbrella.assessment.summary import print_evaluation
     from umbrella.baseline.run import run_baseline
 
-    console = make_console()
-    for assessment, page in run_baseline(request.settings, progress_bar):
-        console.print(table(assessment))
-        print(f"best checkpoint: {assessment.model}\nreport: {page}\nruns in MLflow: make ui")
+    for evaluated in run_baseline(request.settings, progress_bar):
+        print_evaluation(evaluated, make_console())
 
 
 if __name__ == "__main__":

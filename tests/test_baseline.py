@@ -128,12 +128,14 @@ def cue(folder: Path, split: str, people: int) -> Path:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
-    small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path
+    small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: Any
 ) -> None:
     from mlflow import MlflowClient
 
-    from umbrella.baseline.evaluate import assess, keep, table
+    from umbrella.assessment.summary import print_evaluation
+    from umbrella.baseline.evaluate import evaluate
     from umbrella.baseline.run import make_jobs
+    from umbrella.cli import make_console
     from umbrella.training.job import run_job
     from umbrella.training.run import watch_job
 
@@ -142,10 +144,12 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
     own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 8}
     more = {"resources.storage": str(tmp_path), "tracking.uri": uri, "name": "mine", "evaluate.bootstrap": 100}
     settings = small_settings({**data, **own, **more, "resources.keep_checkpoints": 9})
-    (job,) = make_jobs(settings, lambda things, what: things)
+    splits, (job,) = make_jobs(settings, lambda things, what: things)
     watch_job(job)
-    found = assess(job)
-    page = keep(found, job)
+    evaluated = evaluate(job, splits)
+    found = evaluated.assessment
+    print_evaluation(evaluated, make_console())
+    assert "sex" in capsys.readouterr().out
     (predictions,) = found.predictions.values()
     assert [p.task_id for p in predictions] == [f"test{i}-sex" for i in range(16)]
     assert all(set(p.probabilities) == {"female", "male"} and p.text is None for p in predictions)
@@ -159,8 +163,7 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
     assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
-    assert page.exists()
-    assert table(found).row_count == len(found.groups["as_asked"])
+    assert evaluated.page.exists()
     assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 
@@ -169,4 +172,4 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
         shutil.rmtree(newer)
     run_job(job, here=True)  # goes on in the midst of it, and comes to the same end
     assert sorted(Path(job.folder).glob("step_*")) == steps
-    assert assess(job).predictions == found.predictions
+    assert evaluate(job, splits).assessment.predictions == found.predictions

@@ -1,81 +1,57 @@
-"""What a trained network answered, as any evaluation: its tables, its report, and both in the run of the training."""
+"""What a trained network answered, as any evaluation: tables, files, report, and all of it in the training's run."""
 
-from math import isfinite
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import ray
 
 from umbrella.assessment.assessment import AS_ASKED, Assessment
-from umbrella.assessment.report import interval, named, value, write_report
-from umbrella.assessment.section import CHIEF
+from umbrella.assessment.run import Evaluated, write
+from umbrella.assessment.tracked import log
 from umbrella.base import UserError
 from umbrella.baseline.job import PREDICTIONS, BaselineJob
+from umbrella.baseline.samples import asked
+from umbrella.data.intake import Splits, fingerprint
 from umbrella.evaluation.prediction import read_predictions
 from umbrella.evaluation.tables import tabulate
-from umbrella.tracking.runs import Tracker
-from umbrella.training.progress import best_checkpoint, read_progress
+from umbrella.storage import check_writable
+from umbrella.training.progress import best_checkpoint
 
-if TYPE_CHECKING:
-    from rich.table import Table
+NOTE = "this network sees one volume of each conversation and no words; its numbers are computed, not generated"
 
 
-def assess(job: BaselineJob) -> Assessment:
-    """The assessment of a training that has ended.
+def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
+    """Count, write and track what the network of a training that has ended answered.
 
     Raises:
-        UserError: it has no checkpoint that was evaluated.
+        UserError: it has no checkpoint that was evaluated; a folder that cannot be written to.
     """
-    tune = job.settings.tune
+    tune, split, own = job.settings.tune, job.settings.evaluate.split, job.settings.baseline
     best = best_checkpoint(job.folder, tune.metric, tune.mode)
     if best is None:
         raise UserError(f"{job.folder}: no checkpoint with a {tune.metric}; train anew under another name")
+    folder = Path(job.settings.resources.storage).absolute() / "evaluations" / str(job.tracking["name"])
+    if job.settings.output:  # a folder in it for each target
+        folder = Path(job.settings.output).expanduser().absolute() / job.target.replace("/", "_")
+    check_writable(folder, f"output={folder}")
+    # What a person may have asked of a language model, and this one has not.
     settings = job.settings.with_values({"evaluate.controls": [], "evaluate.generate": False, "evaluate.pictures": 0})
     predictions = read_predictions(Path(job.folder) / PREDICTIONS)
-    labels = list({(sample.subject_id, sample.label): sample.label for sample in ray.get(job.samples)}.values())
+    labels = [c.label for c in splits.train if c.target == job.target and c.label is not None]
     groups = tabulate(predictions, settings.evaluate, settings.seed, {job.target: labels})
-    return Assessment(
-        settings=settings,
-        model=str(best),
-        split=settings.evaluate.split,
-        predictions={AS_ASKED: predictions},
-        groups={AS_ASKED: groups},
-        facts={"network": f"SFCN, a 3D CNN, for {job.target}", **job.data},
-        notes=["This is the baseline: a network that sees one volume of each conversation, and no words."],
-    )
-
-
-def keep(assessment: Assessment, job: BaselineJob) -> Path:
-    """Write the report into the training's folder, and it and the numbers into the training's run; the page."""
-    page = write_report(Path(job.folder) / f"report_{assessment.split}", assessment, ())
-    tracker = Tracker(str(job.tracking["uri"]), job.folder)
-    whole = [group for group in assessment.groups[AS_ASKED] if group.by == "all"]
-    measured = {
-        f"{assessment.split}/{group.target}/{name}": estimate.value
-        for group in whole
-        for name, estimate in group.metrics.items()
-        if isfinite(estimate.value)
+    conversations = getattr(splits, split)
+    facts: dict[str, str | int | float] = {
+        "network": f"SFCN, a 3D CNN, for {job.target}",
+        "data fingerprint": fingerprint({split: conversations}),
+        "quarantined samples": splits.quarantined,
+        "seconds": round(time.time() - job.begun),
     }
-    tracker.metrics(measured, read_progress(assessment.model).step)
-    tracker.flush()
-    for name in ("report.html", "metrics.json"):
-        tracker.artifact(page.with_name(name), f"report_{assessment.split}")
-    return page
-
-
-def table(assessment: Assessment) -> "Table":
-    """The chief metric of every group, with its interval and what is reached without looking."""
-    from rich.table import Table
-
-    drawn = Table("target", "part", "conversations", "subjects", "metric", "value", "interval", "without looking")
-    for group in assessment.groups[AS_ASKED]:
-        chief = CHIEF[group.kind]
-        way = "likelihood" if group.kind == "classes" else "generated"
-        estimate = group.metrics[f"{way}/subjects/{chief}"]
-        blind = group.references.get("chance" if group.kind == "classes" else "mean/mae")
-        part = "all" if group.by == "all" else f"{group.by} {group.value}"
-        counts = (str(group.conversations), str(group.subjects))
-        drawn.add_row(
-            group.target, part, *counts, named(chief), value(estimate.value), interval(estimate), value(blind)
+    of_target = [c for c in conversations if c.target == job.target]
+    answered = [c for c, _ in asked(conversations, job.target, own.modality)]
+    notes = [NOTE]
+    if len(answered) < len(of_target):
+        notes.append(
+            f"{len(answered)} of {len(of_target)} conversations about {job.target} have a {own.modality} to see"
         )
-    return drawn
+    assessment = Assessment(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
+    page = write(folder, assessment, ())
+    log(assessment, folder, answered)
+    return Evaluated(assessment, folder, page)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import ray
 
-from umbrella.assessment.assessment import Assessment
+from umbrella.assessment.run import Evaluated
 from umbrella.base import UserError
-from umbrella.baseline.evaluate import assess, keep
+from umbrella.baseline.evaluate import evaluate
 from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.labels import Bins, Classes, fit
 from umbrella.baseline.samples import asked, samples_of, targets_of
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, load_splits
-from umbrella.data.loading import SPLITS
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.evaluation.prediction import Prediction
 from umbrella.storage import check_writable
@@ -28,26 +27,29 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.run import check_names, start_ray, trainings_that_fit, watch_job
 
 
-def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[tuple[Assessment, Path]]:
-    """Train a network for each target and examine it on the conversations of ``evaluate.split``: what that found, and
-    the page that reports it, of each when it is done.
+def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluated]:
+    """Train a network for each target and evaluate it on ``evaluate.split``; gives each evaluation when it is done.
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended a training.
         Stopped: SIGTERM came; the training saved and stopped.
     """
-    for job in make_jobs(settings, progress):
+    splits, jobs = make_jobs(settings, progress)
+    for job in jobs:
         watch_job(job)
-        assessment = assess(job)
-        yield assessment, keep(assessment, job)
+        yield evaluate(job, splits)
 
 
-def make_jobs(settings: Settings, progress: ProgressBar) -> list[BaselineJob]:
-    """All that is to be trained, checked and ready to run on the Ray that this starts. Raises as ``run_baseline``."""
+def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[BaselineJob]]:
+    """The data, and all that is to be trained, checked and ready to run on the Ray that this starts.
+
+    Raises:
+        UserError: as ``run_baseline``.
+    """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     check_settings(settings)
-    splits = load_splits(settings, progress, names=SPLITS)
+    splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress)  # with the split that is asked
     heads = {target: check(settings, splits, target) for target in pick_targets(settings, splits)}
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
@@ -60,7 +62,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> list[BaselineJob]:
         own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": own, "trial": own}
         jobs.append(make_job(settings, splits, target, head, tracking, str(storage / "trainings" / own)))
-    return jobs
+    return splits, jobs
 
 
 def check_settings(settings: Settings) -> None:
@@ -169,20 +171,7 @@ def make_job(
 
 def questions(conversations: Sequence[Conversation], target: str, modality: str) -> list[Question]:
     """What a network for this target can be asked."""
-    return [(_unanswered(conversation), path) for conversation, path in asked(conversations, target, modality)]
-
-
-def _unanswered(c: Conversation) -> Prediction:
-    return Prediction(
-        task_id=c.task_id,
-        task_type=c.task_type,
-        subject_id=c.subject_id,
-        target=c.target,
-        label=c.label,
-        truth=c.answer,
-        metadata=c.metadata,
-        volumes=tuple((volume.modality, volume.image_path) for volume in c.volumes),
-    )
+    return [(Prediction.of(conversation), path) for conversation, path in asked(conversations, target, modality)]
 
 
 def _needed(settings: Settings) -> list[str]:

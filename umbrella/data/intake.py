@@ -69,7 +69,6 @@ def load_splits(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
-    names: Sequence[str] = (),
 ) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
 
@@ -79,13 +78,12 @@ def load_splits(
         masks: every mask policy that the run trains with; the settings' own when None.
         shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
             themselves when None. A sample that cannot be used with one of them is used with none.
-        names: the splits that are read; when empty, those that a training takes.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
     """
-    asked = {"train", "validation"} | ({settings.evaluate.split} if settings.evaluate.at_end else set())
-    intake = read_splits(settings, progress, names or [name for name in SPLITS if name in asked])
+    asked = {settings.evaluate.split} if settings.evaluate.at_end else set()
+    intake = read_splits(settings, progress, [name for name in SPLITS if name in {"train", "validation"} | asked])
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     open_store(settings)  # it makes its folder
