@@ -55,7 +55,7 @@ def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Call
     space = {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}, "mask.supervise": {"grid": ["last_assistant"]}}
     small = {"tune.space": space, "resources.cpus_per_worker": CPUS, "name": "both", "tune.scheduler": "none"}
     settings = small_settings({**small, "experiment": "nodes"})
-    ended(pair.run(TUNE, str(put(settings))))
+    assert "waiting for" not in ended(pair.run(TUNE, str(put(settings))))
     folder = Path(settings.resources.storage) / "sweeps" / "both"
     told = [line for file in folder.rglob("result.json") for line in file.read_text(encoding="utf-8").splitlines()]
     assert {json.loads(line)["node_ip"] for line in told} == {"127.0.0.2", "127.0.0.3"}
