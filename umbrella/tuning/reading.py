@@ -10,8 +10,18 @@ from umbrella.config import Settings
 from umbrella.tuning.entry import KINDS, LISTED, Entry, in_words
 
 FIXED = (
-    "experiment", "name", "checkpoint", "output", "tune", "resources", "tracking", "cohort", "data", "evaluate", "baseline",
-)  # fmt: skip
+    "experiment",
+    "name",
+    "checkpoint",
+    "output",
+    "tune",
+    "resources",
+    "tracking",
+    "cohort",
+    "data",
+    "evaluate",
+    "baseline",
+)
 IN_THE_WORKER = ("data.bucket_batches", "data.pack", "data.prefetch")
 """What of ``data`` acts in each trial's own workers; the rest was done once, for all of them."""
 COMPANY = 1000
