@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.training.augmentation import _stream, augment, draw_geometry, draw_intensity, move
+from umbrella.training.augmentation import _stream, augment, augment_alone, draw_geometry, draw_intensity, move
 from umbrella.training.settings import AugmentSettings
 
 NAMES = ("two", "none", "three")
@@ -317,3 +317,13 @@ def test_a_gpu_changes_volumes_as_a_cpu_does_but_for_noise_of_its_own(batch: Bat
     assert not same(noisy, there)
     for i in range(3):
         assert same(augment(batch[i].to("cuda"), EVERYTHING), noisy[i])
+
+
+def test_a_volume_that_stands_alone_is_changed_as_the_only_one_of_a_sample(batch: Batch) -> None:
+    batch = with_volumes(batch, sMRI=random(6, 7, 8))
+    batch = replace(batch, num_images_per_sample=torch.tensor([1]))
+    batch = replace(batch, pixel_values={"sMRI": replace(batch.pixel_values["sMRI"], run=torch.tensor([0]))})
+    voxels = batch.pixel_values["sMRI"].voxels
+    alone = augment_alone(voxels[:, None].float(), batch.draws, EVERYTHING)
+    assert torch.equal(alone[:, 0].half(), augment(batch, EVERYTHING).pixel_values["sMRI"].voxels)
+    assert not torch.equal(alone[:, 0].half(), voxels)
