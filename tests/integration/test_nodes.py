@@ -170,7 +170,7 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
 
 
 @pytest.mark.slow
-def test_with_fewer_workers_after_a_lost_node_and_more_on_an_added_one_each_conversation_comes_once_per_epoch(
+def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(
     small_settings: Callable[..., Any],
 ) -> None:
     elastic = {"resources.min_workers": 1, "name": "fewer"}
