@@ -36,6 +36,7 @@ def test_trials_that_fit_beside_each_other_run_at_once(
             "resources.gpus_per_worker": gpus,
             "resources.cpus_per_worker": 0.5,
             "experiment": experiment,
+            "name": experiment,
         }
     )
     answer = run_sweep(settings, frozenset(), lambda things, what: things)

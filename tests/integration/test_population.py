@@ -31,6 +31,7 @@ POPULATION = {
     "optim.schedule": "constant",
     "resources.keep_checkpoints": 9,
     "experiment": "population",
+    "name": "population",
 }
 """10 steps, evaluated at 3, 6, 9 and 10; decided on at 6."""
 
@@ -128,6 +129,6 @@ def test_run_and_report_say_what_was_adopted_from_whom(population: Any) -> None:
 
 
 def test_a_population_that_does_not_fit_at_once_is_refused(small_settings: Any) -> None:
-    settings = small_settings(POPULATION | {"tune.samples": 50})
+    settings = small_settings(POPULATION | {"tune.samples": 50, "name": "crowd"})
     with pytest.raises(UserError, match=r"^tune\.scheduler=pbt: all of its 50 trials run at once, and \d would; take"):
         run_sweep(settings, frozenset(), lambda things, what: things)
