@@ -112,7 +112,10 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
     for conversation in training.splits["train"]:
         if conversation.label is not None:
             labels[conversation.target].append(conversation.label)
-    facts = {"data fingerprint": fingerprint(intake.splits), "quarantined samples": splits.quarantined}
+    facts: dict[str, str | int] = {
+        "data fingerprint": fingerprint(intake.splits),
+        "quarantined samples": splits.quarantined,
+    }
     return Questions(asked, candidates, labels, facts, notes)
 
 
