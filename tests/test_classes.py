@@ -101,3 +101,5 @@ def test_calibration_error_is_the_mean_gap_of_the_bins() -> None:
     gaps = abs((1 + 0) - (sure[0] + sure[1])) + abs(1 - sure[2]) + abs(0 - sure[3])
     found = probability_metrics(truth, probabilities, np.ones((1, 4)))
     assert found["calibration_error"][0] == pytest.approx(gaps / 4)
+    tie = probability_metrics(np.array([0]), np.array([[0.4, 0.4, 0.2]]), np.ones((1, 1)))
+    assert tie["calibration_error"][0] == pytest.approx(0.4)

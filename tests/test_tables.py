@@ -57,7 +57,7 @@ def random_predictions(subjects: int = 30) -> list[Prediction]:
         label = ("male", "female")[i % 3 == 0]
         for _ in range(random.integers(1, 5)):
             male = round(float(random.random()), 1)
-            made.append(prediction(f"s{i}", label, male))
+            made.append(prediction(f"s{i}", label, male, site="AB"[i % 2]))
         made.append(prediction(f"s{i}", ("AD", "CN")[i % 2], target="diagnosis", said="AD", text="AD."))
     return made
 
@@ -185,7 +185,7 @@ def test_copies_of_conversations_change_no_number_and_do_not_shrink_the_interval
         assert b.ties == a.ties
         for name, estimate in a.metrics.items():
             assert b.metrics[name] == pytest.approx(estimate, nan_ok=True), name
-    low, high = once[-1].metrics["likelihood/conversations/accuracy"][1:]
+    low, high = only(once).metrics["likelihood/conversations/accuracy"][1:]
     assert high - low > 0.1
 
 
