@@ -81,12 +81,12 @@ class Request:
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own flags, by ``Option.name``."""
-    paths: tuple[str, ...] = ()
-    """Words that are neither settings nor settings files, of scripts that take such."""
     files: Sequence[str] = ()
     """The settings files that were named, in order."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The settings on the command line, by their dotted names: files and these are laid over the defaults."""
+    paths: tuple[str, ...] = ()
+    """Words that are neither settings nor settings files, of scripts that take such."""
 
 
 def parse(
@@ -129,8 +129,8 @@ def parse(
     if not files and default_file:
         files = [default_file]
     own = {option.name: asked[option.name] for option in options}
-    given = frozenset(overrides)
-    return Request(load_settings(files, overrides), given, asked["dry_run"], own, tuple(others), files, overrides)
+    settings, given = load_settings(files, overrides), frozenset(overrides)
+    return Request(settings, given, asked["dry_run"], own, files, overrides, tuple(others))
 
 
 def run_script(
