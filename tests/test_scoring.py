@@ -1,5 +1,6 @@
 """Scores of answers: likelihoods of whole texts under the model, not the finding of words in other words."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ def scores(renderer: Renderer, store: Any, tokenizer: Any) -> Callable[..., list
     def make(examples: Sequence[Example], policy: MaskPolicy) -> Batch:
         return collate(examples, policy, store, renderer.image_id, tokenizer.pad_token_id)
 
-    return lambda model, conversations, candidates: score(model, conversations, renderer, make, candidates)
+    return lambda model, conversations, candidates, **how: score(
+        model, conversations, renderer, make, candidates, **how
+    )
 
 
 def said(talk: Talk, answer: str, label: Any, target: str = "sex") -> Conversation:
@@ -85,6 +88,14 @@ def test_a_candidate_is_as_likely_as_its_tokens_are_in_the_full_logits(
     assert list(scored.probabilities.values()) == pytest.approx(expected, abs=1e-4)
     assert sum(scored.probabilities.values()) == pytest.approx(1, abs=1e-9)
     assert (scored.subject_id, scored.label, scored.target) == ("a", "male", "T2")
+    untold, _, _ = scores(model, [two, cohort["none"], cohort["three"]], SEX, truth=False)
+    assert untold.probabilities == pytest.approx(scored.probabilities)
+    assert (untold.truth, untold.answer_nll, untold.answer_tokens) == ("", None, 0), "what stands there is not read"
+    shorter = {"T2": {"male": "m", "female": "female."}}
+    (per_text,), (per_token,) = (scores(model, [two], shorter, length_normalised=yes) for yes in (False, True))
+    ratio = [one.probabilities["male"] / one.probabilities["female"] for one in (per_text, per_token)]
+    long, short = -by_hand["female"].item(), -torch.tensor(ratio[0]).log().item() - by_hand["female"].item()
+    assert ratio[1] == pytest.approx(math.exp(long / 9 - short / 3), rel=1e-3)  # with the end and the line break
     # A number has no candidates, and is still as likely as its own text: "63.5" and the end.
     assert (number.probabilities, number.answer_tokens) == ({}, 6)
 

@@ -1,18 +1,55 @@
-"""A checkpoint that answers a split, as experiments/evaluate.py and the end of a training let it."""
+"""A training that ends with an evaluation, and the same checkpoint asked again by experiments/evaluate.py."""
 
+import json
+import shutil
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from mlflow import MlflowClient
+from rich.console import Console
 
-from umbrella.assessment.stream import compose, stream
+from umbrella.assessment.at_end import evaluate_at_end
+from umbrella.assessment.stream import stream
 from umbrella.base import UserError
-from umbrella.data.loading import read_splits
-from umbrella.evaluation.scoring import find_candidates
+from umbrella.config import Settings, load_settings
+from umbrella.evaluation.prediction import read_predictions
+from umbrella.tracking.store import tracking_uri
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.run import run_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+LEARNS = {
+    "name": "learns",
+    "cohort.subjects": 60,
+    "cohort.spacing": 8.0,
+    "cohort.functional_subjects": 0,
+    "cohort.diffusion_subjects": 0,
+    "modalities.sMRI": {"grid": [16, 16, 16], "patch": [8, 8, 8]},
+    "data.task_filter": "sex_classification$",
+    "mask.supervise": "last_assistant",
+    "optim.lr": 3e-3,
+    "train.epochs": 20,
+    "train.evaluate_every": 45,
+    "tracking.model": False,
+    "tracking.hash_subjects": True,
+    "evaluate.batch_size": 3,
+    "evaluate.pictures": 1,
+}
+"""The planted effects of the default cohort in fewer subjects and coarser volumes, and one question about each."""
+SCORE = "likelihood/subjects/balanced_accuracy"
+
+
+class Ended(NamedTuple):
+    """A training that was evaluated at its end."""
+
+    settings: Settings
+    checkpoint: Path
+    folder: Path
+    printed: str
 
 
 def quiet(things: Any, what: str) -> Any:
@@ -20,59 +57,94 @@ def quiet(things: Any, what: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def asked(small_settings: Any) -> Any:
-    """A small training's settings, its best checkpoint, and what its cohort asks, by split."""
-    settings = small_settings({"experiment": "evaluation", "name": "asked", "evaluate.batch_size": 3})
+def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
+    settings = load_settings(overrides=LEARNS | {"resources.storage": str(tmp_path_factory.mktemp("runs"))})
     folder = run_training(settings, quiet)
     checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
-    return settings, checkpoint, read_splits(settings, quiet, ("train", "validation", "test")).splits
+    assert checkpoint
+    page = StringIO()
+    evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
+    return Ended(settings, checkpoint, Path(settings.resources.storage, "evaluations", "learns"), page.getvalue())
 
 
-def test_three_workers_answer_what_one_does(asked: Any) -> None:
-    settings, checkpoint, splits = asked
-    answers = {}
-    for workers in (1, 3):
-        told = settings.with_values({"evaluate.workers": workers, "resources.cpus_per_worker": 0.3})
-        parts = stream(splits["test"], checkpoint, told, find_candidates(splits["train"]), {"age"})
-        answers[workers] = [one for part in parts for one in part]
-    assert answers[1] == answers[3], "to the last bit"
-    assert [one.task_id for one in answers[1]] == [one.task_id for one in splits["test"]]
-    assert all(one.text is not None and one.answer_nll for one in answers[1])
-    assert {len(one.probabilities) for one in answers[1]} == {0, 2}, "of age and of sex"
+def whole(folder: Path, condition: str) -> Any:
+    """The numbers of all answers about sex."""
+    groups = json.loads((folder / "metrics.json").read_text())[condition]
+    return next(group for group in groups if (group["target"], group["by"]) == ("sex", "all"))
 
 
-def test_a_question_without_a_truth_is_answered_and_its_last_turn_not_looked_at(asked: Any, talk: Any) -> None:
-    settings, checkpoint, splits = asked
-    candidates = find_candidates(splits["train"])
-    told = settings.with_values({"evaluate.generate": False})
-    questions = [
-        talk(("user", "Is this subject male or female?"), ("assistant", said), metadata={"target": target})
-        for said, target in (("", "sex"), ("male.", "sex"), ("", "hair"))
-    ]
-    ((one, other, third),) = stream(questions, checkpoint, told, candidates, truth=False)
-    assert set(one.probabilities) == {"female", "male"}
-    assert one == other, "whatever stands there"
-    assert (one.truth, one.answer_nll, one.text, third.probabilities) == ("", None, None, {})
+def run_in_mlflow(settings: Settings, name: str) -> Any:
+    client = MlflowClient(tracking_uri(settings.resources.storage))
+    experiment = client.get_experiment_by_name(settings.experiment)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    return client, run
 
 
-def test_what_cannot_be_used_is_said_in_one_line(asked: Any, tmp_path: Path) -> None:
-    settings, checkpoint, splits = asked
-    gone = splits["test"][0].with_paths(lambda path: str(tmp_path / "gone.nii"))
-    with pytest.raises(UserError, match=r"^.*gone\.nii: .*$"):
-        list(stream([gone], checkpoint, settings, {}))
-    with pytest.raises(UserError, match=r"need 10 CPUs, and Ray has .*evaluate\.workers"):
-        list(
-            stream(
-                splits["test"],
-                checkpoint,
-                settings.with_values({"evaluate.workers": 9, "resources.cpus_per_worker": 1, "evaluate.batch_size": 1}),
-                {},
-            )
-        )
+def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -> None:
+    assert whole(ended.folder, "as_asked")["metrics"][SCORE]["value"] > 0.9
+    for control in ("shuffled", "text_only"):
+        found = whole(ended.folder, control)["metrics"][SCORE]
+        assert found["low"] <= 0.5 <= found["high"]
+        assert found["value"] < 0.8
+    assert "as asked" in ended.printed
+    assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
 
 
-def test_batches_hold_what_is_of_similar_length_and_everything_once(asked: Any) -> None:
-    settings, _, splits = asked
-    batches = compose(splits["train"], settings.modalities, 4)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(splits["train"])))
-    assert {len(batch) for batch in batches[:-1]} == {4}
+def test_an_evaluation_at_the_end_is_in_the_trainings_run_without_anybodys_name(ended: Ended) -> None:
+    client, run = run_in_mlflow(ended.settings, "learns")
+    told, found = run.data.metrics, whole(ended.folder, "as_asked")["metrics"]
+    assert run.info.status == "FINISHED"
+    assert told[f"test/sex/{SCORE}"] == found[SCORE]["value"]
+    assert told[f"test/sex/{SCORE}/low"] == found[SCORE]["low"]
+    assert f"test_shuffled/sex/{SCORE}" in told
+    assert f"test_text_only/sex/{SCORE}/high" in told
+    assert told["test/sex/chance"] == 0.5
+    assert {given.dataset.name for given in run.inputs.dataset_inputs} == {"training", "validation", "test"}
+    assert "sub-0" in (ended.folder / "report.html").read_text()
+    for name in ("report.html", "metrics.json"):
+        assert "sub-0" not in Path(client.download_artifacts(run.info.run_id, f"evaluation/{name}")).read_text()
+
+
+def test_three_workers_answer_what_one_does_to_the_last_bit(
+    ended: Ended, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(ended.checkpoint, tmp_path / "moved" / "step_0000001")
+    words = ["evaluate.workers=3", "resources.cpus_per_worker=0.3", "evaluate.controls=[shuffled]"]
+    done = run("evaluate.py", f"checkpoint={moved}", f"output={tmp_path / 'again'}", "evaluate.pictures=0", *words)
+    assert done.status == 0, done.stderr
+    for name in ("predictions.jsonl", "predictions_shuffled.jsonl"):
+        assert read_predictions(tmp_path / "again" / name) == read_predictions(ended.folder / name)
+    assert not (tmp_path / "again" / "predictions_text_only.jsonl").exists()
+    assert whole(tmp_path / "again", "as_asked") == whole(ended.folder, "as_asked")
+    _, own = run_in_mlflow(ended.settings, "evaluation of moved")
+    assert own.info.status == "FINISHED"
+    assert f"test/sex/{SCORE}" in own.data.metrics
+
+
+def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: Ended, run: Callable[..., Any]) -> None:
+    (train,) = Path(ended.settings.resources.storage).glob("phantom-*/conversations/train.jsonl")
+    words = (f"checkpoint={ended.checkpoint}", "--dry-run", f"data.root={train.parent.parent}")
+    done = run("evaluate.py", *words)
+    assert "test: 12 conversations about 12 subjects" in done.stdout
+    leak = run("evaluate.py", *words, f"data.test={train}")
+    assert leak.status == 2
+    assert leak.stderr.count("\n") == 1
+    assert "is also in data.train" in leak.stderr
+    assert "(and 35 more subjects)" in leak.stderr
+    assert "evaluate.allow_shared_subjects" in leak.stderr
+    allowed = run("evaluate.py", *words, f"data.test={train}", "evaluate.allow_shared_subjects=true")
+    assert allowed.status == 0, allowed.stderr
+    assert "note: " in allowed.stdout
+    assert "is also in data.train" in allowed.stdout
+
+
+def test_a_volume_that_is_gone_ends_it_with_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
+    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male."))
+    told = ended.settings.with_values({"evaluate.generate": False})
+    with pytest.raises(UserError, match=r"^[^\n]*gone\.nii: [^\n]*$"):
+        list(stream([asked], ended.checkpoint, told, {}))
+    more = {"evaluate.workers": 9, "resources.cpus_per_worker": 1, "evaluate.batch_size": 1}
+    with pytest.raises(
+        UserError, match=r"9 workers of 1 CPUs .* lower resources\.cpus_per_worker or evaluate\.workers"
+    ):
+        list(stream([asked] * 9, ended.checkpoint, told.with_values(more), {}))

@@ -198,10 +198,12 @@ def write(folder: Path, assessment: Assessment, cases: Sequence[Case]) -> Path:
 
 
 def _cases(settings: Settings, asked: Sequence[Conversation], predictions: Sequence[Prediction]) -> list[Case]:
-    """Where a worker can be, as the model may need a GPU."""
-    resources = settings.resources
-    task = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker or None)(_draw)
-    drawn = ray.get(task.remote(settings, [c.model_dump_json() for c in asked], list(predictions)))
+    """Here, which saves the start of a process, unless the model needs a GPU."""
+    about = settings, [c.model_dump_json() for c in asked], list(predictions)
+    if settings.resources.gpus_per_worker:
+        drawn = ray.get(ray.remote(num_cpus=0, num_gpus=settings.resources.gpus_per_worker)(_draw).remote(*about))
+    else:
+        drawn = _draw(*about)
     if isinstance(drawn, str):
         raise UserError(drawn)
     return drawn

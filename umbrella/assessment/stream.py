@@ -119,9 +119,11 @@ def load(checkpoint: str, settings: Settings) -> "Umbrella":
         UserError: as ``Umbrella.from_checkpoint``.
     """
     import torch
+    from transformers.utils import logging
 
     from umbrella.evaluation.answering import Umbrella
 
+    logging.disable_progress_bar()
     torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))  # sums depend on how many share them
     device = "cuda" if settings.resources.gpus_per_worker else "cpu"
     return Umbrella.from_checkpoint(checkpoint, device=device, dtype=settings.model.dtype, store=open_store(settings))

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from math import isfinite
 
 from rich.console import Console
 from rich.table import Table
@@ -62,8 +61,7 @@ def print_evaluation(evaluated: Evaluated, console: Console) -> None:
 
 
 def _chief(group: Group) -> Iterator[str]:
-    """What a target is judged by, over subjects in each way."""
+    """What a target is judged by in each way, over subjects."""
     for way in ("likelihood", "generated"):
-        name = f"{way}/subjects/{CHIEF[group.kind]}"
-        if name in group.metrics and isfinite(group.metrics[name].value):
-            yield name
+        names = (f"{way}/{level}/{CHIEF[group.kind]}" for level in ("subjects", "votes", "conversations"))
+        yield from [name for name in names if name in group.metrics][:1]

@@ -1,6 +1,5 @@
 """An evaluation in MLflow: in the run of the training that it is of, or in one of its own."""
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,20 +7,17 @@ from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-
 from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.report import write_report
 from umbrella.assessment.section import CHIEF
-from umbrella.base import UserError
 from umbrella.config import SETTINGS
 from umbrella.conversations.conversation import Conversation
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.ending import mend
+from umbrella.tracking.finding import run_of
 from umbrella.tracking.privacy import hide, read_salt
-from umbrella.tracking.runs import FOLDER, Tracker, is_metric
-from umbrella.tracking.store import can_wait, open_experiment, store_key, tracking_uri
+from umbrella.tracking.runs import Tracker, is_metric
+from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.progress import PROGRESS, read_progress
 
 ARTIFACTS = "evaluation"
@@ -41,7 +37,7 @@ def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> 
     storage = Path(settings.resources.storage).absolute()
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    training = training_of(checkpoint, uri)
+    training = run_of(checkpoint.parent, uri)
     if training:
         tracker = training
     else:
@@ -62,21 +58,6 @@ def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> 
         tracker.text(text, f"{ARTIFACTS}/{name}")
     if not training:
         tracker.end()
-
-
-def training_of(checkpoint: Path, uri: str) -> Tracker | None:
-    """The run of the training whose folder a checkpoint lies in; None where MLflow has none."""
-    folder = checkpoint.parent
-    if not os.access(folder / FOLDER / store_key(uri), os.W_OK):
-        return None
-    tracker = Tracker(uri, folder)
-    try:
-        run = MlflowClient(uri).get_run(tracker.run_id)
-    except UserError:  # it has no id yet
-        return tracker if tracker.outbox.waiting() else None
-    except MlflowException as error:
-        return tracker if can_wait(error, uri) else None
-    return tracker if run.info.lifecycle_stage == "active" else None
 
 
 def metrics(assessment: Assessment) -> Iterator[tuple[str, float]]:
