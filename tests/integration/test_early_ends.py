@@ -22,7 +22,7 @@ from umbrella.training.progress import what_is_wrong
 from umbrella.tuning import monitor
 from umbrella.tuning.sweep import Answer, run_sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 GOOD, BAD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 1e-8, 2e-2, 6e-3
 LONG = 12
 """Epochs of the trials that are to be stopped: 39 steps, each evaluated. The others have 4."""

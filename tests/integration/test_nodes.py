@@ -15,7 +15,7 @@ from .faults import LONGER, TRAIN, TWO, entries, folder_of, go_on, left_by, star
 from .nodes import Nodes, ended, nodes
 from .test_faults import assert_each_once_per_epoch, never_stopped, put  # noqa: F401  # a fixture is used by its name
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 TUNE = TRAIN.with_name("tune.py")
 CPUS = 1.9
@@ -50,7 +50,6 @@ def test_a_training_on_two_nodes_is_to_the_bit_the_one_on_one_node(
     assert left_by(settings, folder_of(settings)) == together
 
 
-@pytest.mark.slow
 def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Callable[..., Any]) -> None:
     space = {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}, "mask.supervise": {"grid": ["last_assistant"]}}
     small = {"tune.space": space, "resources.cpus_per_worker": CPUS, "name": "both", "tune.scheduler": "none"}
@@ -62,7 +61,6 @@ def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Call
     assert len((folder / "ranking.csv").read_text(encoding="utf-8").splitlines()) == 5
 
 
-@pytest.mark.slow
 def test_a_training_that_finds_no_place_says_so_and_starts_on_a_node_that_is_added(
     pair: Nodes, small_settings: Callable[..., Any]
 ) -> None:
@@ -80,7 +78,6 @@ def test_a_training_that_finds_no_place_says_so_and_starts_on_a_node_that_is_add
     assert latest_checkpoint(folder_of(settings)) is not None
 
 
-@pytest.mark.slow
 def test_a_node_that_sees_another_storage_is_named_before_anything_starts(
     pair: Nodes, small_settings: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -97,7 +94,6 @@ def test_a_node_that_sees_another_storage_is_named_before_anything_starts(
     assert not list(tmp_path.glob(".seen*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
@@ -118,7 +114,6 @@ def test_who_has_not_the_clusters_token_is_told_so_in_one_line(
     assert f"error: resources.address={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it_would_have(
     small_settings: Callable[..., Any], together: tuple[list, list]
 ) -> None:
@@ -137,7 +132,6 @@ def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it
     assert left_by(settings, folder) == together
 
 
-@pytest.mark.slow
 def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_checkpoint(
     small_settings: Callable[..., Any],
     never_stopped: tuple[list, list],  # noqa: F811
@@ -169,7 +163,6 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
     assert left_by(settings, folder) == never_stopped
 
 
-@pytest.mark.slow
 def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(
     small_settings: Callable[..., Any],
 ) -> None:

@@ -16,7 +16,7 @@ from umbrella.training.progress import read_metrics
 from umbrella.tuning.results import Trial
 from umbrella.tuning.sweep import Answer, run_sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 POPULATION = {
     "tune.space": {"optim.lr": {"loguniform": [1e-5, 3e-2]}},
     "tune.samples": 2,
