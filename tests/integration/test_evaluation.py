@@ -64,10 +64,7 @@ def quiet(things: Any, what: str) -> Any:
     return things
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
-    settings = load_settings(overrides=LEARNS | {"resources.storage": str(tmp_path_factory.mktemp("runs"))})
-    storage = Path(settings.resources.storage)
+def train_and_evaluate(storage: Path, settings: Settings) -> Ended:
     folder, uri = storage / "trainings" / "learns", tracking_uri(storage)
     tracking = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage), "name": "learns"}
     # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
@@ -77,6 +74,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
     page = StringIO()
     evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
     return Ended(settings, checkpoint, storage / "evaluations" / "learns", page.getvalue())
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
+    storage = tmp_path_factory.mktemp("runs")
+    return train_and_evaluate(storage, load_settings(overrides=LEARNS | {"resources.storage": str(storage)}))
 
 
 def whole(folder: Path, condition: str) -> Any:
@@ -100,6 +103,17 @@ def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -
         assert found["value"] < 0.8
     assert "as asked" in ended.printed
     assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_on_the_default_cohort_other_subjects_volumes_bring_the_score_to_chance(tmp_path: Path) -> None:
+    sweeps_winner = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
+    others = {"tracking.model": False, "resources.storage": str(tmp_path)}
+    folder = train_and_evaluate(tmp_path, load_settings(overrides=sweeps_winner | others)).folder
+    assert whole(folder, "as_asked")["metrics"][SCORE]["value"] > 0.85
+    shuffled = whole(folder, "shuffled")["metrics"][SCORE]
+    assert shuffled["low"] <= 0.5 <= shuffled["high"]
+    assert shuffled["value"] < 0.7
 
 
 def test_an_evaluation_at_the_end_is_in_the_trainings_run_without_anybodys_name(ended: Ended) -> None:
