@@ -1,24 +1,32 @@
 """A training that ends with an evaluation, and the same checkpoint asked again by experiments/evaluate.py."""
 
 import json
+import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
+import ray
 from mlflow import MlflowClient
 from rich.console import Console
 
 from umbrella.assessment.at_end import evaluate_at_end
-from umbrella.assessment.stream import stream
-from umbrella.base import UserError
+from umbrella.assessment.stream import Answerer, Starts, stream
 from umbrella.config import Settings, load_settings
+from umbrella.data.intake import load_splits
+from umbrella.data.loading import read_splits
 from umbrella.evaluation.prediction import read_predictions
-from umbrella.tracking.store import tracking_uri
+from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.job import run_job
 from umbrella.training.progress import best_checkpoint
-from umbrella.training.run import run_training
+from umbrella.training.run import make_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -32,7 +40,7 @@ LEARNS = {
     "data.task_filter": "sex_classification$",
     "mask.supervise": "last_assistant",
     "optim.lr": 3e-3,
-    "train.epochs": 20,
+    "train.epochs": 30,
     "train.evaluate_every": 45,
     "tracking.model": False,
     "tracking.hash_subjects": True,
@@ -59,12 +67,16 @@ def quiet(things: Any, what: str) -> Any:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
     settings = load_settings(overrides=LEARNS | {"resources.storage": str(tmp_path_factory.mktemp("runs"))})
-    folder = run_training(settings, quiet)
+    storage = Path(settings.resources.storage)
+    folder, uri = storage / "trainings" / "learns", tracking_uri(storage)
+    tracking = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage), "name": "learns"}
+    # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
+    run_job(make_job(settings, load_splits(settings, quiet), tracking | {"trial": "learns"}, str(folder)), here=True)
     checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
     assert checkpoint
     page = StringIO()
     evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
-    return Ended(settings, checkpoint, Path(settings.resources.storage, "evaluations", "learns"), page.getvalue())
+    return Ended(settings, checkpoint, storage / "evaluations" / "learns", page.getvalue())
 
 
 def whole(folder: Path, condition: str) -> Any:
@@ -138,13 +150,32 @@ def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: End
     assert "is also in data.train" in allowed.stdout
 
 
-def test_a_volume_that_is_gone_ends_it_with_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
-    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male."))
-    told = ended.settings.with_values({"evaluate.generate": False})
-    with pytest.raises(UserError, match=r"^[^\n]*gone\.nii: [^\n]*$"):
-        list(stream([asked], ended.checkpoint, told, {}))
-    more = {"evaluate.workers": 9, "resources.cpus_per_worker": 1, "evaluate.batch_size": 1}
-    with pytest.raises(
-        UserError, match=r"9 workers of 1 CPUs .* lower resources\.cpus_per_worker or evaluate\.workers"
-    ):
-        list(stream([asked] * 9, ended.checkpoint, told.with_values(more), {}))
+def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
+    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male.")).model_dump_json()
+    starts = ray.remote(num_cpus=0)(Starts).remote(1)
+    first, second = (Answerer(str(ended.checkpoint), ended.settings, {}, (), True, starts) for _ in range(2))
+    assert re.fullmatch(r".*gone\.nii: .*", first({"asked": [asked]})["fault"])
+    assert "died more than 3 times (resources.max_failures)" in second({"asked": [asked]})["fault"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_started_again_and_nothing_is_lost(ended: Ended) -> None:
+    shown = read_splits(ended.settings, quiet, ("test",)).splits["test"]
+    told = ended.settings.with_values({"evaluate.batch_size": 1})
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            time.sleep(0.1)
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if "MapWorker" in process.cmdline()[0] and time.time() - process.create_time() > 5:
+                        process.kill()
+                        killed.append(process.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    answers = [one for part in stream(shown * 20, ended.checkpoint, told, {}) for one in part]
+    thread.join()
+    assert [one.task_id for one in answers] == [c.task_id for c in shown * 20]
+    assert answers[: len(shown)] == answers[-len(shown) :]
