@@ -14,7 +14,8 @@ from umbrella.cli import Request, make_console, progress_bar, run_script
 def main(request: Request) -> None:
     """Evaluate, or say what would be asked."""
     from umbrella.assessment.checkpoints import named_checkpoint
-    from umbrella.assessment.run import evaluate, read_questions, settings_for
+    from umbrella.assessment.questions import read_questions, settings_for
+    from umbrella.assessment.run import evaluate
     from umbrella.assessment.summary import print_evaluation, print_plan
 
     settings = settings_for(named_checkpoint(request.settings), request.files, request.overrides)

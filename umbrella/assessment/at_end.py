@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from umbrella.assessment.run import evaluate, of_checkpoint
+from umbrella.assessment.questions import of_checkpoint
+from umbrella.assessment.run import evaluate
 from umbrella.assessment.summary import print_evaluation
 from umbrella.config import Settings
 from umbrella.data.loading import Progress

@@ -3,44 +3,30 @@
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import ray
 
 from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.cases import Case, draw_cases
 from umbrella.assessment.controls import shuffled, text_only
+from umbrella.assessment.questions import Questions, read_questions
 from umbrella.assessment.report import write_report
 from umbrella.assessment.stream import stream
 from umbrella.assessment.tracked import log
 from umbrella.base import Stopped, UserError
-from umbrella.config import SETTINGS, Settings, load_settings
+from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.intake import check_volumes, fingerprint, measure, open_store, settle
-from umbrella.data.loading import Intake, Progress, counted, read_splits, shared_subjects
+from umbrella.data.intake import open_store
+from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction, write_predictions
-from umbrella.evaluation.scoring import Candidates, check_candidates, find_candidates
 from umbrella.evaluation.tables import tabulate
 from umbrella.storage import check_writable
 from umbrella.training.requests import on_sigterm
 from umbrella.training.run import start_ray
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What a checkpoint is asked, and what of its training data that takes."""
-
-    asked: list[Conversation]
-    candidates: Candidates
-    training: Mapping[str, Sequence[str | float]]
-    """Target to the labels of the training split."""
-    facts: Mapping[str, str | int]
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -52,78 +38,11 @@ class Evaluated:
     page: Path
 
 
-def settings_for(checkpoint: Path, files: Sequence[str] = (), overrides: Mapping[str, Any] = {}) -> Settings:
-    """The settings that a checkpoint was trained with, and over them what a person has given.
-
-    Model and modalities are those of the checkpoint, whatever is given, but for ``model.dtype``.
-
-    Raises:
-        UserError: no checkpoint of UMBRELLA; settings that are refused.
-    """
-    from umbrella.evaluation.answering import settings_of
-
-    trained = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
-    settings = load_settings([*trained, *files], overrides)
-    own = settings_of(checkpoint, settings.model.dtype)
-    name = load_settings(files, overrides).name
-    return of_checkpoint(settings.model_copy(update={"name": name}), checkpoint, own)
-
-
-def of_checkpoint(settings: Settings, checkpoint: Path, own: Settings) -> Settings:
-    """Settings with the model and modalities of a checkpoint, whose ``own`` settings these are."""
-    changes = {"checkpoint": str(checkpoint), "model": own.model, "modalities": own.modalities}
-    return settings.model_copy(update=changes)
-
-
-def read_questions(settings: Settings, progress: Progress, volumes: bool = True) -> Questions | None:
-    """Read what ``evaluate.split`` asks, and check it as trainings check theirs; None where there is no such split.
-
-    Args:
-        volumes: also try every volume, and keep the list of what cannot be used.
-
-    Raises:
-        UserError: what cannot be used, as ``data.on_bad`` says; subjects who are in the training split, too, unless
-            ``evaluate.allow_shared_subjects``; a label that has no candidate.
-    """
-    split, evaluate = settings.evaluate.split, settings.evaluate
-    intake = read_splits(settings, progress, (split,))
-    if not intake.splits:
-        return None
-    training = read_splits(settings, progress, ("train",), check_files=False)
-    notes = []
-    both = Intake({**training.splits, **intake.splits}, places={**training.places, **intake.places})
-    for _, problem in shared_subjects(both):
-        if not evaluate.allow_shared_subjects:
-            raise UserError(f"{problem}; evaluate.allow_shared_subjects=true goes on with a note")
-        notes.append(str(problem))
-    if split == "train":
-        notes.append("the model was trained on what it is asked here")
-    settle(intake, settings, write=False)
-    if volumes:
-        check_volumes(intake, open_store(settings), settings.data.processes, progress)
-        measure(intake, settings, progress)
-    splits = settle(intake, settings, write=volumes)
-    if splits.quarantined:
-        notes.append(f"{counted(splits.quarantined, 'sample')} cannot be used, see {splits.quarantine}")
-    asked = intake.splits[split]
-    candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
-    check_candidates(asked, candidates)
-    labels: dict[str, list[str | float]] = defaultdict(list)
-    for conversation in training.splits["train"]:
-        if conversation.label is not None:
-            labels[conversation.target].append(conversation.label)
-    facts: dict[str, str | int] = {
-        "data fingerprint": fingerprint(intake.splits),
-        "quarantined samples": splits.quarantined,
-    }
-    return Questions(asked, candidates, labels, facts, notes)
-
-
 def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
     """Ask a checkpoint, count, and write and track what was found; None where there is nothing to ask.
 
     Args:
-        settings: see ``settings_for``, and ``of_checkpoint``.
+        settings: see ``questions.settings_for``, and ``of_checkpoint``.
 
     Raises:
         UserError: as ``read_questions`` and ``stream``; a folder that cannot be written to.

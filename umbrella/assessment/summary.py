@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from umbrella.assessment.assessment import AS_ASKED, CONDITIONS
+from umbrella.assessment.questions import Questions
 from umbrella.assessment.report import interval, named, value
-from umbrella.assessment.run import Evaluated, Questions
+from umbrella.assessment.run import Evaluated
 from umbrella.assessment.section import CHIEF, NOT_KNOWN, WORDS
 from umbrella.config import Settings
 from umbrella.data.loading import counted
