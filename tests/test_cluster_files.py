@@ -132,7 +132,8 @@ def test_a_submitted_folder_is_small_and_whole() -> None:
     excluded = _get_excludes(REPOSITORY, documents(CONFIGS / "runtime_env.yaml")[0]["excludes"])
     taken = [name for name in os.listdir(REPOSITORY) if not excluded(REPOSITORY / name)]
     assert {"umbrella", "experiments", "ray_configs", "constraints.txt"} <= set(taken)
-    assert not {".git", "runs", "tests", "docs"} & set(taken)
+    assert not {".git", "tests", "docs"} & set(taken)
+    assert {"/runs/", "/.venv/"} <= set((REPOSITORY / ".gitignore").read_text().split()), "which Ray leaves out, too"
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:

@@ -12,7 +12,7 @@ another store lies behind it, see ``tiers``, what is missing is fetched from the
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -213,7 +213,7 @@ class VolumeStore:
         self._recipes.pop(modality, None)  # somebody may have pruned its folder away
         stamp = file_stamp(source)
         path, target = self.path(source, modality), self.modalities[modality]
-        if self._fetch(path) and self._find(source, modality) is not None:
+        if self._fetch(path) and self._find(source, modality) is not None:  # long enough for a window, too
             return
         raw, values, foreground, array = decode(source, target, self.max_voxels)
         if file_stamp(source) != stamp:
@@ -240,7 +240,7 @@ class VolumeStore:
 
     def _fetch(self, path: Path) -> bool:
         """Bring a file from the store behind, if there is one and it has it."""
-        return self.behind is not None and self.behind.fetch(self._name(path), path)
+        return self.behind is not None and self.behind.fetch(self._name(path), path, READERS[path.suffix])
 
     def _is_behind(self, path: Path) -> bool:
         folder = path.parent.name
@@ -315,3 +315,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _is_array(file: Path) -> bool:
+    try:
+        np.load(file, mmap_mode="r")
+    except (ValueError, EOFError):
+        return False
+    return True
+
+
+READERS: Mapping[str, Callable[[Path], bool]] = {".npy": _is_array, ".json": lambda file: bool(read_json(file))}
+"""Ending of a file of the store to whether one is whole."""

@@ -4,7 +4,7 @@ An address is what pyarrow or fsspec knows: s3://bucket/prefix, gs://..., file:/
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +37,11 @@ class SharedStore:
     def __init__(self, address: str) -> None:
         self.address = address if is_address(address) else str(as_path(address))
 
-    def fetch(self, name: str, to: Path) -> bool:
-        """Copy a file into a folder of this machine, where it appears whole; False where there is none of this name."""
+    def fetch(self, name: str, to: Path, is_whole: Callable[[Path], bool]) -> bool:
+        """Copy a file into a folder of this machine, where it appears whole.
+
+        Returns False where there is none of this name, or ``is_whole`` does not find the copy to be so.
+        """
         filesystem, root = self._place
         partial = to.with_name(f".{to.name}.{uuid4().hex}.partial")
         with self._named():
@@ -50,6 +53,8 @@ class SharedStore:
                 with source, partial.open("xb") as target:
                     while chunk := source.read(CHUNK):
                         target.write(chunk)
+                if not is_whole(partial):  # cut short, or still being written: what lies here already may be better
+                    return False
                 partial.replace(to)
             finally:
                 partial.unlink(missing_ok=True)
