@@ -154,7 +154,7 @@ def _quality(prediction: Prediction) -> float | None:
         return prediction.probabilities.get(label, 0.0) if prediction.probabilities else float(said == label)
     if label is not None:
         return -abs(float(said) - label) if said is not None else None
-    return -prediction.answer_nll / prediction.answer_tokens if prediction.answer_nll is not None else None
+    return None if prediction.nll_per_token is None else -prediction.nll_per_token
 
 
 def _distinct(predictions: Iterator[Prediction], count: int, seen: set[str]) -> list[Prediction]:

@@ -1,6 +1,5 @@
 """The pictures of an evaluation: controls, confusion, ROC, calibration, scatter."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
@@ -9,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbrella.drawing import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, shorten
+from umbrella.evaluation.classes import BINS
 from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.subjects import Answer, mean_number, mean_probability, most_likely
 from umbrella.evaluation.tables import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BINS = 10
-"""Bins of equal width in a reliability diagram."""
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
 """Behind words that lines may cross."""
 CURVES = len(LINES)
@@ -25,21 +24,17 @@ CURVES = len(LINES)
 
 
 def of_subjects(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """One for each subject: mean probabilities, the mean of the numbers that were said, and the first one's rest."""
-    subjects: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        subjects[prediction.subject_id].append(prediction)
-    return [_merged(own) for own in subjects.values()]
-
-
-def _merged(own: Sequence[Prediction]) -> Prediction:
-    likely = [p.probabilities for p in own if p.probabilities]
-    said = [p.said for p in own if isinstance(p.said, int | float)]
-    return replace(
-        own[0],
-        probabilities={label: float(np.mean([p[label] for p in likely])) for label in likely[0]} if likely else {},
-        said=float(np.mean(said)) if said else None,
-    )
+    """One for each subject and label, put together as in tables (``evaluation.subjects``), with the first one's rest."""
+    known = [(p, (p.subject_id, p.label)) for p in predictions if p.label is not None]
+    likely = mean_probability(Answer(*who, None, p.probabilities) for p, who in known if p.probabilities)
+    numbers = mean_number(Answer(*who, p.said) for p, who in known if isinstance(p.said, int | float))
+    mean = {(answer.subject, answer.truth): answer.probabilities for answer in likely}
+    said = {(answer.subject, answer.truth): answer.said for answer in numbers}
+    first = {who: p for p, who in reversed(known)}
+    return [
+        replace(first[who], probabilities=mean.get(who, {}), said=said.get(who))
+        for who in dict.fromkeys(who for _, who in known)
+    ]
 
 
 def draw_controls(rows: Sequence[tuple[str, Estimate, str]], name: str, lines: Sequence[tuple[str, float]]) -> "Figure":
@@ -148,7 +143,7 @@ def _draw_reliability(axes: "Axes", predictions: Sequence[Prediction], classes: 
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
     for rows, colour, words in ((predictions, SKY, "conversations"), (of_subjects(predictions), BLUE, "subjects")):
         sure = np.array([max(p.probabilities.values()) for p in rows])
-        right = np.array([p.probabilities.get(str(p.label)) == max(p.probabilities.values()) for p in rows])
+        right = np.array([most_likely(p.probabilities) == p.label for p in rows])  # a tie is no answer
         place = np.minimum((sure * BINS).astype(int), BINS - 1)
         bins = [place == i for i in range(BINS) if (place == i).any()]
         xs, ys = [sure[b].mean() for b in bins], [right[b].mean() for b in bins]

@@ -28,7 +28,7 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not isfinite(content) else content
 
 
-def write_predictions(file: Path, assessment: Assessment) -> None:
+def write_csv(file: Path, assessment: Assessment) -> None:
     """A row for each answer under each condition; probabilities have a column for each label."""
     rows = [(condition, p) for condition, own in assessment.predictions.items() for p in own]
     labels = sorted({label for _, p in rows for label in p.probabilities})

@@ -15,7 +15,7 @@ from umbrella.assessment.cases import Case, draw_cases
 from umbrella.assessment.controls import shuffled, text_only
 from umbrella.assessment.questions import Questions, read_questions
 from umbrella.assessment.report import write_report
-from umbrella.assessment.stream import stream
+from umbrella.assessment.stream import load, stream
 from umbrella.assessment.tracked import log
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
@@ -130,8 +130,6 @@ def _cases(settings: Settings, asked: Sequence[Conversation], predictions: Seque
 
 def _draw(settings: Settings, asked: Sequence[str], predictions: Sequence[Prediction]) -> list[Case] | str:
     """Best and worst cases, or what is wrong."""
-    from umbrella.assessment.stream import load
-
     conversations = [Conversation.model_validate_json(one) for one in asked]
     try:
         model = load(settings.checkpoint, settings)

@@ -13,6 +13,8 @@ WORDS = {AS_ASKED: "as asked", "shuffled": "other subjects' volumes", "text_only
 """Condition to how the page calls it."""
 CHIEF = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1"}
 """What a target is judged by: over subjects, by likelihood where there is one."""
+REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": ""}
+"""What that is compared with: one of a group's references."""
 BESIDE = {
     "classes": [
         "likelihood/subjects/balanced_accuracy",
@@ -62,7 +64,7 @@ class Section:
     @property
     def reference(self) -> str:
         """Which reference the chief metric is compared with."""
-        return {"classes": "chance", "numbers": "mean/mae", "texts": ""}[self.whole.kind]
+        return REFERENCE[self.whole.kind]
 
     @property
     def compared(self) -> bool:

@@ -10,7 +10,7 @@ from umbrella.assessment.assessment import AS_ASKED, CONDITIONS
 from umbrella.assessment.questions import Questions
 from umbrella.assessment.report import interval, named, value
 from umbrella.assessment.run import Evaluated
-from umbrella.assessment.section import CHIEF, NOT_KNOWN, WORDS
+from umbrella.assessment.section import CHIEF, NOT_KNOWN, REFERENCE, WORDS
 from umbrella.config import Settings
 from umbrella.data.loading import counted
 from umbrella.evaluation.tables import Group
@@ -54,7 +54,7 @@ def print_evaluation(evaluated: Evaluated, console: Console) -> None:
                 between = interval(estimate)
                 cells.append(value(estimate.value) + (f" ({between})" if between else ""))
             way, level, what = metric.split("/", 2)
-            reference = group.references.get({"classes": "chance", "numbers": "mean/mae"}.get(group.kind, ""))
+            reference = group.references.get(REFERENCE[group.kind])
             invalid = f"{group.invalid} of {group.conversations}" if way == "generated" else ""
             table.add_row(target, f"{named(what)}, {way}, {level}", *cells, value(reference), invalid)
     console.print(table)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from umbrella.evaluation.subjects import Answer
 
 BINS = 10
+"""Bins of equal width that calibration is measured and drawn in."""
 
 
 def codes(answers: Sequence[Answer], classes: Sequence[str]) -> tuple[NDArray, NDArray]:
