@@ -124,7 +124,7 @@ def load(checkpoint: str, settings: Settings) -> "Umbrella":
     from umbrella.evaluation.answering import Umbrella
 
     logging.disable_progress_bar()
-    torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))  # sums depend on how many share them
+    torch.set_num_threads(settings.resources.threads)  # sums depend on how many share them
     device = "cuda" if settings.resources.gpus_per_worker else "cpu"
     return Umbrella.from_checkpoint(checkpoint, device=device, dtype=settings.model.dtype, store=open_store(settings))
 

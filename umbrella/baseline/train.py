@@ -30,7 +30,7 @@ from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import CODE, STATE, code_of, rng_state, set_rng_state
 from umbrella.training.optimizer import build_schedule, main_rate
 from umbrella.training.pace import Pace
-from umbrella.training.parallel import autocast, gathered, together
+from umbrella.training.parallel import autocast, gathered, seed_worker, together
 from umbrella.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
 from umbrella.training.requests import Request, Requests
 from umbrella.training.writer import remove_rests, save_state, write_checkpoint
@@ -58,7 +58,7 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
-        torch.set_num_threads(max(1, int(self.settings.resources.cpus_per_worker)))
+        torch.set_num_threads(self.settings.resources.threads)
         torch.backends.cudnn.deterministic = True
         self.dtype = getattr(torch, own.dtype)
         self.store = open_store(self.settings)
@@ -69,8 +69,7 @@ class Worker:
         torch.manual_seed(self.settings.seed)
         self.net = Sfcn(self.shape[1:], own.channels, job.head.size, own.dropout, self.shape[0])
         self.parallel = prepare_model(self.net)
-        # From here on each worker has random numbers of its own.
-        torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.rank)).generate_state(1)[0]))
+        seed_worker(self.settings.seed, self.rank)
         optim = self.settings.optim
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=optim.lr, momentum=own.momentum, weight_decay=optim.weight_decay
@@ -203,8 +202,7 @@ class Worker:
     def _training_batches(self) -> Iterator[Volumes]:
         def make(rows: Rows) -> Volumes:
             samples = [self.samples[int(i)] for i in rows["sample"]]
-            epochs = rows["position"] // self.plan.size
-            draws = [(self.settings.seed, int(e), int(i)) for e, i in zip(epochs, rows["sample"], strict=True)]
+            draws = self.plan.draws(rows)
             soft = torch.tensor(np.stack([self.job.head.soft(sample.label) for sample in samples]))
             return Volumes(self._read([sample.path for sample in samples], draws), soft.float(), draws)
 

@@ -104,6 +104,11 @@ class Plan:
             orders = {epoch: orders[epoch] if epoch in orders else self.order(epoch) for epoch in epochs}
             yield {"position": positions, "sample": self.samples(positions, orders)}
 
+    def draws(self, rows: Rows) -> list[tuple[int, int, int]]:
+        """(seed, epoch, sample) of each row: what its random choices are drawn from."""
+        epochs = rows["position"] // self.size
+        return [(self.seed, int(epoch), int(sample)) for epoch, sample in zip(epochs, rows["sample"], strict=True)]
+
     def order(self, epoch: int) -> np.ndarray:
         """The samples of an epoch in order: ``sample_order``, and with lengths each window of it sorted into steps.
 

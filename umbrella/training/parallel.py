@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +16,11 @@ from umbrella.base import UserError
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.storage import storage_fault
 from umbrella.training.settings import TrainSettings
+
+
+def seed_worker(seed: int, rank: int) -> None:
+    """From here on a worker has random numbers of its own: until then all have the same, and so the same weights."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
 
 
 def parallelise(

@@ -41,6 +41,11 @@ class Progress:
         return 0 < patience <= self.since_best
 
 
+def checkpoint_folder(training: str | Path, step: int) -> Path:
+    """Where a training's checkpoint of a step lies, or would."""
+    return Path(training) / f"step_{step:07d}"
+
+
 def read_progress(folder: str | Path) -> Progress:
     """How far the training of a checkpoint is."""
     return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))

@@ -22,7 +22,7 @@ from umbrella.training.job import AnyJob, Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
-from umbrella.training.progress import NOTHING, Progress, best_checkpoint, goodness, read_metrics
+from umbrella.training.progress import NOTHING, Progress, best_checkpoint, checkpoint_folder, goodness, read_metrics
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
@@ -107,7 +107,7 @@ class Reporter:
                 self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
                 self.tracker.tags(SHOWN_AS)
             if tracking.checkpoint != "none":
-                self.tracker.tags({"best.checkpoint": f"{self.job.folder}/step_{step:07d}"})
+                self.tracker.tags({"best.checkpoint": str(checkpoint_folder(self.job.folder, step))})
         print(progress_line(dict(report)), flush=True)
 
     def _hidden(self, text: str, subjects: Sequence[str]) -> str:

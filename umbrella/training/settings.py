@@ -96,6 +96,11 @@ class ResourceSettings(Section):
     """A folder of each node's own, on a fast disk, to which volumes come from the store when asked for. Empty: none."""
 
     @property
+    def threads(self) -> int:
+        """Threads of a worker's arithmetic. Sums depend on how many share them, so that is not left to the machine."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
     def least_workers(self) -> int:
         """The fewest workers that a training runs on."""
         return self.min_workers or self.workers

@@ -10,7 +10,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
@@ -36,7 +35,7 @@ from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
-from umbrella.training.parallel import gathered, parallelise, together
+from umbrella.training.parallel import gathered, parallelise, seed_worker, together
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.readback import Acting, read_back
 from umbrella.training.reporting import Reporter
@@ -69,7 +68,7 @@ class Worker:
         sys.setswitchinterval(SWITCH)
         self.device = get_device()
         # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
-        torch.set_num_threads(max(1, int(self.settings.resources.cpus_per_worker)))
+        torch.set_num_threads(self.settings.resources.threads)
         self.reporter = Reporter(job, self.device) if self.rank == 0 else None
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.table: pa.Table = ray.get(job.train)
@@ -84,8 +83,7 @@ class Worker:
         apply_options(self.model, self.settings.train)
         self.parallel = parallelise(self.model, self.settings.train, self.device, workers)
         self.parts = parts(self.model)
-        # From here on each worker has random numbers of its own.
-        torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.rank)).generate_state(1)[0]))
+        seed_worker(self.settings.seed, self.rank)
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         latest = latest_checkpoint(job.folder)
         self.progress = read_progress(latest) if latest else Progress()
@@ -198,9 +196,7 @@ class Worker:
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Rows) -> Batch:
             examples = [self.renderer.render(from_table(self.table, int(i))) for i in rows["sample"]]
-            epochs = rows["position"] // self.plan.size
-            draws = [(self.settings.seed, int(e), int(i)) for e, i in zip(epochs, rows["sample"], strict=True)]
-            pack = self.settings.data.pack
+            draws, pack = self.plan.draws(rows), self.settings.data.pack
             return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
 
         rows, name = self.plan.rows(self.rank, self.progress.position), f"{self.job.name}, training, worker {self.rank}"

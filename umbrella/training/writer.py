@@ -21,7 +21,16 @@ from umbrella.model.partial import describe_base, is_whole, write_weights
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.storage import storage_fault
 from umbrella.training.checkpoint import CODE, STATE, Snapshot
-from umbrella.training.progress import METRICS, PROGRESS, Progress, delete, prune, to_disk, write_files
+from umbrella.training.progress import (
+    METRICS,
+    PROGRESS,
+    Progress,
+    checkpoint_folder,
+    delete,
+    prune,
+    to_disk,
+    write_files,
+)
 
 
 class Writer:
@@ -90,7 +99,7 @@ def write_checkpoint(
     Raises:
         UserError: the storage is full, read-only or gone.
     """
-    folder = training / f"step_{progress.step:07d}"
+    folder = checkpoint_folder(training, progress.step)
     # Beside it, so that giving it its name is one step of one file system.
     partial = training / f".{folder.name}.partial"
     try:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from umbrella.storage import link_or_copy
 from umbrella.training.history import read_history
-from umbrella.training.progress import FILES, METRICS, delete, what_is_wrong, write_files
+from umbrella.training.progress import FILES, METRICS, checkpoint_folder, delete, what_is_wrong, write_files
 from umbrella.tuning.space import label
 
 ADOPTED = "adopted.jsonl"
@@ -47,7 +47,7 @@ def stand_at(evaluation: int, *folders: Path) -> bool:
     """Whether all these trials have come to an evaluation, each with its checkpoint, and no further."""
     last = [(read_history(folder) or [{}])[-1] for folder in folders]
     whole = [
-        row.get("evaluation") == evaluation and not what_is_wrong(_checkpoint(folder, row["step"]))
+        row.get("evaluation") == evaluation and not what_is_wrong(checkpoint_folder(folder, row["step"]))
         for folder, row in zip(folders, last, strict=True)
     ]
     return all(whole) and len({row["step"] for row in last}) == 1
@@ -62,14 +62,14 @@ def adopt(
     a trial's best is its own.
     """
     step = read_history(source)[-1]["step"]
-    given = _checkpoint(source, step)
+    given = checkpoint_folder(source, step)
     partial = folder / f".{given.name}.adopted"
     shutil.rmtree(partial, ignore_errors=True)
     own_files = shutil.ignore_patterns(METRICS, FILES)  # to write to a second name would change the other one's file
     shutil.copytree(given, partial, copy_function=link_or_copy, ignore=own_files)
     (partial / METRICS).write_text("{}", encoding="utf-8")
     write_files(partial)
-    own = _checkpoint(folder, step)
+    own = checkpoint_folder(folder, step)
     if own.exists():
         delete(own)
     partial.rename(own)
@@ -84,7 +84,3 @@ def read_adoptions(folder: str | Path) -> tuple[Adoption, ...]:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     found = [Adoption(**json.loads(line)) for line in lines if line.endswith("\n")]
     return tuple({adoption.step: adoption for adoption in found}.values())
-
-
-def _checkpoint(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:07d}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.training.history import read_history
-from umbrella.training.progress import what_is_wrong
+from umbrella.training.progress import checkpoint_folder, what_is_wrong
 from umbrella.tuning.adoption import Adoption, read_adoptions
 from umbrella.tuning.ending import FAILED, UNFINISHED, End, read_end
 from umbrella.tuning.settings import TuneSettings
@@ -89,7 +89,7 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
             metric=_number(row.get(tune.metric)),
             loss=_number(row.get("eval/loss")),
             train_loss=_number(row.get("train/loss")),
-            checkpoint=f"{folder}/step_{row['step']:07d}",
+            checkpoint=str(checkpoint_folder(folder, row["step"])),
         )
         for row in rows
     )
