@@ -9,7 +9,7 @@ from umbrella.assessment.answers import AnswerFile, key_of
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.intake import Splits, check_volumes, fingerprint, measure, open_store, settle
+from umbrella.data.intake import Splits, fingerprint, settle, settle_all
 from umbrella.data.loading import Intake, Progress, read_input
 from umbrella.storage import check_writable
 
@@ -76,15 +76,14 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
         Stopped: SIGTERM came.
     """
     from umbrella.assessment.stream import stream
+    from umbrella.evaluation.scoring import find_numbers
     from umbrella.training.requests import on_sigterm
     from umbrella.training.run import start_ray
 
     settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
     check_writable(path.parent, f"output={path}")
-    check_volumes(intake, open_store(settings), settings.data.processes, progress)
-    measure(intake, settings, progress)
-    splits = settle(intake, settings)
-    numbers = {c.target for c in cohort.conversations if isinstance(c.label, (int, float))}
+    splits = settle_all(intake, settings, progress)
+    numbers = find_numbers(cohort.conversations)
 
     def stop() -> None:
         raise Stopped(f"SIGTERM: what was answered is in {path}; the same command goes on")

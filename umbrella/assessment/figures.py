@@ -24,7 +24,7 @@ CURVES = len(LINES)
 
 
 def of_subjects(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """One for each subject and label, put together as in tables (``evaluation.subjects``), with the first one's rest."""
+    """One for each subject and label, put together as in tables (``evaluation.subjects``); else as its first one."""
     known = [(p, (p.subject_id, p.label)) for p in predictions if p.label is not None]
     likely = mean_probability(Answer(*who, None, p.probabilities) for p, who in known if p.probabilities)
     numbers = mean_number(Answer(*who, p.said) for p, who in known if isinstance(p.said, int | float))

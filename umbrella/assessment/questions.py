@@ -9,7 +9,7 @@ from typing import Any
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.intake import check_volumes, fingerprint, measure, open_store, settle
+from umbrella.data.intake import fingerprint, settle, settle_all
 from umbrella.data.loading import Intake, Progress, counted, read_splits, shared_subjects
 from umbrella.evaluation.scoring import Candidates, check_candidates, find_candidates
 
@@ -72,11 +72,7 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
         notes.append(str(problem))
     if split == "train":
         notes.append("the model was trained on what it is asked here")
-    settle(intake, settings, write=False)
-    if volumes:
-        check_volumes(intake, open_store(settings), settings.data.processes, progress)
-        measure(intake, settings, progress)
-    splits = settle(intake, settings, write=volumes)
+    splits = settle_all(intake, settings, progress) if volumes else settle(intake, settings, write=False)
     if splits.quarantined:
         notes.append(f"{counted(splits.quarantined, 'sample')} cannot be used, see {splits.quarantine}")
     asked = intake.splits[split]

@@ -23,6 +23,7 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction, write_predictions
+from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.tables import tabulate
 from umbrella.storage import check_writable
 from umbrella.training.requests import on_sigterm
@@ -90,7 +91,7 @@ def ask(settings: Settings, questions: Questions, progress: Progress) -> tuple[d
         else:
             asked[control] = text_only(questions.asked)
     everything = [conversation for conversations in asked.values() for conversation in conversations]
-    numbers = {c.target for c in questions.asked if isinstance(c.label, int | float)}
+    numbers = find_numbers(questions.asked)
     answered = iter(
         [
             prediction

@@ -84,6 +84,30 @@ def load_splits(
     """
     asked = {settings.evaluate.split} if settings.evaluate.at_end else set()
     intake = read_splits(settings, progress, [name for name in SPLITS if name in {"train", "validation"} | asked])
+    splits = settle_all(intake, settings, progress, masks, shapes)
+    for line in intake.notices:
+        print(f"note: {line}", file=sys.stderr)
+    if splits.quarantined:
+        left_out = counted(splits.quarantined, "sample")
+        print(f"note: {left_out} cannot be used, see {splits.quarantine}", file=sys.stderr)
+    return splits
+
+
+def settle_all(
+    intake: Intake,
+    settings: "Settings",
+    progress: Progress,
+    masks: Sequence[MaskPolicy] | None = None,
+    shapes: Sequence["Settings"] | None = None,
+) -> Splits:
+    """``settle`` what was read after all of it was tried: by the nodes of the cluster, its volumes, its tokens.
+
+    Args:
+        masks, shapes: as in ``load_splits``.
+
+    Raises:
+        UserError: as ``settle`` and ``check_nodes``.
+    """
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     open_store(settings)  # it makes its folder
@@ -91,13 +115,7 @@ def load_splits(
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
         check_volumes(intake, open_store(shape), settings.data.processes, progress)
     lengths = measure(intake, settings, progress, masks, shapes)
-    splits = replace(settle(intake, settings), lengths=lengths)
-    for line in intake.notices:
-        print(f"note: {line}", file=sys.stderr)
-    if splits.quarantined:
-        left_out = counted(splits.quarantined, "sample")
-        print(f"note: {left_out} cannot be used, see {splits.quarantine}", file=sys.stderr)
-    return splits
+    return replace(settle(intake, settings), lengths=lengths)
 
 
 def open_store(settings: "Settings") -> VolumeStore:

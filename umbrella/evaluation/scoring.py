@@ -34,6 +34,11 @@ def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str
     }
 
 
+def find_numbers(conversations: Iterable[Conversation]) -> set[str]:
+    """The targets whose labels are numbers."""
+    return {c.target for c in conversations if isinstance(c.label, int | float)}
+
+
 def check_candidates(conversations: Iterable[Conversation], candidates: Candidates) -> None:
     """Every class label must be one that the training data have an answer for.
 
