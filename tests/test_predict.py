@@ -16,8 +16,9 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.conversations.files import read_conversations
-from umbrella.evaluation.answering import Umbrella, settings_of
+from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.prediction import Prediction, read_predictions
+from umbrella.evaluation.trained import settings_of
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
     """Read the questions of ``data.input``, and what is in the output already. Writes nothing.
 
     Args:
-        own: those of the checkpoint, see ``answering.settings_of``.
+        own: those of the checkpoint, see ``evaluation.trained``.
 
     Raises:
         UserError: a question that cannot be used, as ``data.on_bad`` says; an output that is of something else.

@@ -34,7 +34,7 @@ def settings_for(checkpoint: Path, files: Sequence[str] = (), overrides: Mapping
     Raises:
         UserError: no checkpoint of UMBRELLA; settings that are refused.
     """
-    from umbrella.evaluation.answering import settings_of
+    from umbrella.evaluation.trained import settings_of
 
     trained = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
     settings = load_settings([*trained, *files], overrides)

@@ -1,6 +1,5 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,30 +8,32 @@ from typing import Any
 import torch
 
 from umbrella.base import UserError
-from umbrella.config import SETTINGS, Settings, load_settings
-from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
+from umbrella.config import SETTINGS, Settings
+from umbrella.conversations.conversation import Conversation, ImageItem
 from umbrella.conversations.images import volume_file
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
+from umbrella.evaluation.chat import (
+    MAX_NEW_TOKENS,
+    Chat,
+    Modalities,
+    Paths,
+    as_conversation,
+    assistant_turn,
+    user_turn,
+)
 from umbrella.evaluation.extraction import said
 from umbrella.evaluation.generation import generate
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.scoring import Candidates, score
+from umbrella.evaluation.trained import settings_of
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
-from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.volumes.decoded import DecodedVolumes
 from umbrella.volumes.reading import count_axes
 from umbrella.volumes.store import VolumeStore
-
-DTYPES = ("float32", "bfloat16")
-MAX_NEW_TOKENS = 64
-
-Paths = str | Path | Sequence[str | Path]
-"""One file, or several in the order in which they are shown."""
-Modalities = str | Sequence[str] | None
-"""The modality of all volumes, or one name for each; None where they can be told by their axes."""
 
 
 class Umbrella:
@@ -253,78 +254,6 @@ class Umbrella:
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.settings.model.dtype)
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
-
-
-class Chat:
-    """A conversation that goes on: each question is asked with all that was said before."""
-
-    def __init__(self, model: Umbrella, system: str = "") -> None:
-        self.turns = [Turn(role="system", content=(TextItem(type="text", text=system),))] if system else []
-        """What was said so far."""
-        self._model = model
-
-    def ask(
-        self,
-        question: str,
-        volumes: Paths = (),
-        modality: Modalities = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        **options: Any,
-    ) -> str:
-        """The answer's text. Volumes, if any, stand before the question; a question that fails was not asked.
-
-        Raises:
-            UserError: as ``Umbrella.answer`` and ``Umbrella.items``.
-        """
-        turns = [*self.turns, user_turn(self._model.items(volumes, modality), question)]
-        asked = as_conversation([*turns, assistant_turn("")])
-        (answer,) = self._model.answer([asked], max_new_tokens, **options)
-        self.turns = [*turns, assistant_turn(answer)]
-        return answer
-
-
-def user_turn(volumes: Sequence[ImageItem], question: str) -> Turn:
-    """Volumes, and then a question about them."""
-    return Turn(role="user", content=(*volumes, TextItem(type="text", text=question)))
-
-
-def assistant_turn(text: str) -> Turn:
-    """An answer."""
-    return Turn(role="assistant", content=(TextItem(type="text", text=text),))
-
-
-def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
-    """Turns as a sample without a name."""
-    volumes = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
-    images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in volumes)
-    sample = {"task_id": "question", "task_type": "question", "conversations": tuple(turns), "images": images}
-    return Conversation.model_validate(sample | {"metadata": metadata})
-
-
-def settings_of(folder: Path, dtype: str | None) -> Settings:
-    """The settings that a checkpoint was trained with, with the model and the modalities that lie in it now."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
-    steps = sorted(path.name for path in folder.glob("step_*"))
-    if steps:
-        raise UserError(f"{folder}: is a training, not one of its checkpoints; name one, {folder / steps[-1]} say")
-    try:
-        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise UserError(
-            f"{folder}: is no checkpoint: it has no config.json that can be read; name a step_... folder of a training"
-        ) from None
-    if kind != UmbrellaConfig.model_type:
-        raise UserError(f"{folder}: is a {kind}, and no model that was trained here")
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(
-            f"{folder}: has no tokenizer; write the one that the model was trained with beside it, with its"
-            " save_pretrained"
-        )
-    trained = load_settings([folder / SETTINGS] if (folder / SETTINGS).is_file() else [])
-    model = {"checkpoint": str(folder), "chat_template": "", "embedder_init": "random", "attention": "sdpa"}
-    changes = {"model": trained.model.model_copy(update=model | ({"dtype": dtype} if dtype else {}))}
-    return trained.model_copy(update=changes | {"modalities": UmbrellaConfig.from_pretrained(folder).modalities})
 
 
 def _on_device(model: UmbrellaForConditionalGeneration, device: str | torch.device | None) -> torch.device:
