@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from umbrella.modality import Modality
-from umbrella.volumes.store import decode, file_stamp
+from umbrella.volumes.files import file_stamp
+from umbrella.volumes.store import decode
 from umbrella.volumes.windows import pick_window
 
 KEPT = 16

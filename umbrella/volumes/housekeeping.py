@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.modality import Modality
+from umbrella.volumes.files import is_current, read_json
 from umbrella.volumes.preparing import recipe
-from umbrella.volumes.store import is_current, read_json
 
 ABANDONED = 24 * 3600
 """Seconds after which a file that nobody finished writing counts as left behind."""
