@@ -33,8 +33,9 @@ def main(words: list[str]) -> None:
     from umbrella.config import load_settings
     from umbrella.data.intake import load_splits
     from umbrella.tracking.store import open_experiment, tracking_uri
+    from umbrella.training.cluster import start_ray
     from umbrella.training.job import run_job
-    from umbrella.training.run import make_job, start_ray
+    from umbrella.training.run import make_job
     from umbrella.tuning import sweep
     from umbrella.tuning.results import Trial, read_trials
 

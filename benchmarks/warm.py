@@ -28,7 +28,7 @@ from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
-from umbrella.training.run import start_ray
+from umbrella.training.cluster import start_ray
 from umbrella.training.settings import ResourceSettings
 from umbrella.volumes.store import VolumeStore
 

@@ -343,7 +343,7 @@ def ray_session() -> Any:
     """The one Ray of the whole test session, started as the scripts start theirs."""
     import ray
 
-    from umbrella.training.run import start_ray
+    from umbrella.training.cluster import start_ray
     from umbrella.training.settings import ResourceSettings
 
     os.environ["RAY_metrics_report_interval_ms"] = "200"  # noqa: SIM112  # 10 s: more than a training here takes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -81,12 +82,24 @@ def left_by(settings: Any, folder: Path) -> tuple[list, list]:
     return losses(settings, folder), samples(folder)
 
 
-def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thread:
-    """Do something once a training's first worker has taken the batch of a step; batches done again count again."""
+def taken(folder: Path) -> int:
+    """How many batches a training's first worker has taken; those done again count again."""
     log = folder / "samples_0.jsonl"
+    return log.read_text(encoding="utf-8").count('"position"') if log.exists() else 0
+
+
+def until(true: Callable[[], Any], script: subprocess.Popen[str]) -> None:
+    """Wait for something to become true while a script runs."""
+    while not true():
+        assert script.poll() is None, "\n".join(script.communicate())
+        time.sleep(0.01)
+
+
+def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thread:
+    """Do something once a training's first worker has taken the batch of a step, see ``taken``."""
 
     def watch() -> None:
-        while not log.exists() or log.read_text(encoding="utf-8").count('"position"') < step:
+        while taken(folder) < step:
             time.sleep(0.005)
         then()
 

@@ -11,7 +11,20 @@ import pytest
 
 from umbrella.training.progress import latest_checkpoint, read_progress
 
-from .faults import LONGER, TRAIN, TWO, entries, folder_of, go_on, left_by, starts, when_step
+from .faults import (
+    LONGER,
+    TRAIN,
+    TWO,
+    entries,
+    folder_of,
+    go_on,
+    left_by,
+    run_of,
+    starts,
+    taken,
+    until,
+    when_step,
+)  # fmt: skip
 from .nodes import Nodes, ended, nodes
 from .test_faults import assert_each_once_per_epoch, never_stopped, put  # noqa: F401  # a fixture is used by its name
 
@@ -161,6 +174,20 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
     assert len(starts(folder)) == 3
     assert starts(folder)[2] == 4 * saved[0], "it went on from what it saved for the drain"
     assert left_by(settings, folder) == never_stopped
+
+
+def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_settings: Callable[..., Any]) -> None:
+    settings = small_settings({**LONGER, "resources.cpus_per_worker": CPUS, "name": "alone"})
+    with nodes(1, 3) as cluster:
+        script = cluster.run(TRAIN, str(put(settings)))
+        until(lambda: taken(folder_of(settings)) > 8, script)
+        cluster.kill(cluster.node_of_worker())
+        script.terminate()
+        errors = ended(script, status=143)
+    line = "SIGTERM: the training stopped at once; the same command, with name=alone, goes on"
+    assert errors.splitlines()[-1] == line
+    _, stopped = run_of(settings, "alone")
+    assert (stopped.info.status, stopped.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
 
 
 def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(

@@ -1,11 +1,16 @@
 """One training on Ray Train, as experiments/train.py runs it: what it learns, says, tracks and keeps."""
 
+import os
+import signal
 import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+import ray
 from mlflow import MlflowClient
+from ray.util import placement_group, remove_placement_group
 
 from umbrella.base import UserError
 from umbrella.data import pipeline
@@ -13,6 +18,7 @@ from umbrella.data.intake import load_splits
 from umbrella.data.pipeline import Plan, batches
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
+from umbrella.training.waiting import own_actors
 
 LONGER = {"train.epochs": 12, "train.evaluate_every": 9, "optim.lr": 1e-2}
 """Long enough to learn something: 39 steps on the small cohort, evaluated five times."""
@@ -81,6 +87,12 @@ def test_ray_listens_on_localhost_only(ray_session: Any) -> None:
     assert ray_session._private.worker.get_dashboard_url().startswith("127.0.0.1:")
 
 
+def test_sigterm_is_not_rays_and_ends_a_script_with_status_143(ray_session: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 143
+
+
 def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(
     ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,3 +145,26 @@ def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small_settings:
     client = MlflowClient(tracking_uri(settings.resources.storage))
     (run,) = client.search_runs([client.get_experiment_by_name("explodes").experiment_id])
     assert run.info.status == "FAILED"
+
+
+def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_settings: Any, run: Any) -> None:
+    settings = small_settings({"name": "no-room", "experiment": "waits"})
+    file = Path(settings.resources.storage) / "no-room.yaml"
+    file.write_text(settings.to_yaml(), encoding="utf-8")
+    taken = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    assert taken.wait(60)
+
+    def stop() -> None:
+        while not any(
+            (actor["ActorClassName"], actor["State"]) == ("TrainController", "ALIVE") for actor in own_actors()
+        ):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=stop, daemon=True).start()
+    try:
+        done = run("train.py", str(file))
+    finally:
+        remove_placement_group(taken)
+    line = "SIGTERM: the training stopped at once; the same command, with name=no-room, goes on\n"
+    assert (done.status, done.stderr) == (143, line)

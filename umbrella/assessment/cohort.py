@@ -77,8 +77,8 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
     """
     from umbrella.assessment.stream import stream
     from umbrella.evaluation.scoring import find_numbers
+    from umbrella.training.cluster import start_ray
     from umbrella.training.requests import on_sigterm
-    from umbrella.training.run import start_ray
 
     settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
     check_writable(path.parent, f"output={path}")

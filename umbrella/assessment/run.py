@@ -26,8 +26,8 @@ from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.tables import tabulate
 from umbrella.storage import check_writable
+from umbrella.training.cluster import start_ray
 from umbrella.training.requests import on_sigterm
-from umbrella.training.run import start_ray
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction
 from umbrella.modality import Modality
-from umbrella.training.run import check_fits, start_ray
+from umbrella.training.cluster import start_ray
+from umbrella.training.run import check_fits
 
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella

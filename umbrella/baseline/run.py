@@ -24,7 +24,8 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.run import check_names, start_ray, trainings_that_fit, watch_job
+from umbrella.training.cluster import start_ray
+from umbrella.training.run import check_names, trainings_that_fit, watch_job
 
 
 def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluated]:

@@ -17,6 +17,7 @@ from typing import Any
 import ray.train
 import torch
 
+from umbrella.base import Stopped
 from umbrella.training.parallel import agreed
 
 FILE_INTERVAL = 0.5
@@ -74,18 +75,32 @@ def stop_file(folder: str | Path) -> Path:
 
 @contextmanager
 def on_sigterm(do: Callable[[], None]) -> Iterator[None]:
-    """While in here, the first SIGTERM does this; a second one ends this process as before."""
+    """While in here, the first SIGTERM does this; a second one does what it would have done outside.
+
+    Raises:
+        Stopped: as ``do``.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
 
+    outcome: list[Stopped] = []
+
     def first(*unused: Any) -> None:
         signal.signal(signal.SIGTERM, before)
-        do()
+        try:
+            do()
+        except Stopped as stopped:
+            outcome.append(stopped)
+            raise KeyboardInterrupt from None  # any other exception is lost where Ray waits for something
 
     before = signal.signal(signal.SIGTERM, first)
     try:
         yield
+    except KeyboardInterrupt:
+        if outcome:
+            raise outcome[0] from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,5 +1,6 @@
 """What a training waits for, where the cluster has no room for it: said, instead of hanging without a word."""
 
+import signal
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ class Waiting:
 
     def __init__(self, resources: ResourceSettings, here: bool = False) -> None:
         self.resources, self.actors = resources, WORKERS if here else WORKERS[:1]
+        self.asked = False
+        """Whether the training was asked to stop. If nothing of it runs then, this process gets a second SIGTERM."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -41,11 +44,15 @@ class Waiting:
         self._thread.join(LOOK)
 
     def _follow(self) -> None:
-        since, said = time.monotonic(), -AGAIN
+        since, said, idle = time.monotonic(), -AGAIN, 0
         while not self._ended.wait(LOOK):
             words = ""
             with suppress(Exception):  # Ray is busy, or gone: nothing that a training should end for
-                words = self._look()
+                actors = own_actors()
+                words = self._look(actors)
+                idle = 0 if train(self.actors, actors) else idle + 1
+            if self.asked and idle == 2:  # at one look only, the workers may just have stopped
+                signal.raise_signal(signal.SIGTERM)
             now = time.monotonic()
             if not words:
                 since = now
@@ -53,11 +60,25 @@ class Waiting:
                 said = now
                 print(f"waiting for {words}", file=sys.stderr, flush=True)
 
-    def _look(self) -> str:
+    def trains(self) -> bool:
+        """Whether a process that trains is there, be it in the making."""
+        return train(self.actors, own_actors())
+
+    def _look(self, actors: list[dict[str, Any]]) -> str:
         state = ray._private.state
-        known = state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id())).values()
         free, have = state.available_resources_per_node(), state.total_resources_per_node()
-        return missing(self.resources, self.actors, [actor for actor in known if actor["State"] != "DEAD"], free, have)
+        return missing(self.resources, self.actors, actors, free, have)
+
+
+def own_actors() -> list[dict[str, Any]]:
+    """The living actors of this process, as Ray describes them."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    return [actor for actor in ray._private.state.actors(job_id=job).values() if actor["State"] != "DEAD"]
+
+
+def train(classes: tuple[str, ...], actors: list[dict[str, Any]]) -> bool:
+    """Whether one of the actors is of a class that trains. Ray makes such a one when it has a place."""
+    return any(actor["ActorClassName"] in classes for actor in actors)
 
 
 def missing(
@@ -66,12 +87,12 @@ def missing(
     """What the trainings of a process wait for, in words; empty where they wait for nothing that a cluster could have.
 
     Args:
-        classes: of the actors that train. They are there, and be it in the making, as soon as they have a place.
+        classes: of the actors that train.
         actors: the process's own, as Ray describes them.
         free, have: what each node has, by its id.
     """
     in_all = f"{_amount(free)} free of {_amount(have)} on {len(have)} node{'s' if len(have) != 1 else ''}"
-    if not any(actor["ActorClassName"] in classes for actor in actors):
+    if not train(classes, actors):
         least, most = resources.least_workers, resources.workers
         cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
         if _room(free.values(), cpus, gpus) >= least:

@@ -19,9 +19,10 @@ from umbrella.storage import check_writable
 from umbrella.tracking.ending import mend
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.cluster import join, start_ray
 from umbrella.training.job import Job
 from umbrella.training.requests import on_sigterm
-from umbrella.training.run import check, join, make_job, start_ray, trainings_that_fit
+from umbrella.training.run import check, make_job, trainings_that_fit
 from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime

@@ -1,0 +1,107 @@
+"""The Ray of a script: a cluster that is joined, or one of this machine's own. Imports little: see ``job``."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from unittest import mock
+
+import ray
+from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
+
+from umbrella.base import UserError
+from umbrella.training.settings import ResourceSettings
+
+LOCALHOST = "127.0.0.1"
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often workers are looked at: 2 s unless told otherwise
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
+    "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Ray's settings for every process of ours; what the person has set stays."""
+
+
+def address_of(resources: ResourceSettings) -> str:
+    """Of the cluster to join; "local" for a Ray of this machine's own."""
+    return resources.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
+    """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
+
+    Args:
+        name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.
+
+    Returns the dashboard's address; empty where there is none, or Ray was started before.
+
+    Raises:
+        UserError: the cluster is not there, or does not let this process in.
+    """
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if ray.is_initialized():
+        return ""
+    address = address_of(resources)
+    if address == "local":
+        # A process per training that asks whether this machine is about to be taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
+    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
+    joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
+    try:
+        # Ray puts the machine's outer address in place of 127.0.0.1, and then listens to the whole network.
+        with _own_sigterm(), mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host):
+            context = ray.init(
+                address=address,
+                log_to_driver=log_to_driver,
+                logging_level="ERROR",
+                job_config=JobConfig(metadata={"job_name": name} if name else {}),
+                **(own if address == "local" else joined),
+            )
+    except (ConnectionError, AuthenticationError) as error:
+        raise UserError(f"resources.address={address}: {_why_not(error, address)}") from None
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
+    """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
+    return "" if address_of(resources) == "local" else start_ray(resources, log_to_driver, name)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM, prints where the process is, and exits with 15. After this, what was there before acts, or an
+    exit with 143, at which Ray ends its processes."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _exit if before in (signal.SIG_DFL, None) else before)
+
+
+def _exit(*unused: Any) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _why_not(error: Exception, address: str) -> str:
+    """Why a cluster cannot be joined. Ray says the same of one that is not there and of one with another token."""
+    remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+    if isinstance(error, AuthenticationError):
+        return f"asks for a token, and there is none here; {remedy}"
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as fault:
+            return f"nobody answers there ({fault.strerror or fault}); start the cluster, or name another address"
+        return f"a cluster answers, and does not let this process in; {remedy} (other versions of Ray do the same)"
+    return " ".join(str(error).split())[:300]
