@@ -17,6 +17,7 @@ def main(request: Request) -> None:
     from umbrella.data.intake import check_volumes, measure, open_store, settle
     from umbrella.data.loading import SPLITS, count_samples, phantom_folder, read_splits
     from umbrella.inspection.report import write_report
+    from umbrella.training.cluster import join
     from umbrella.volumes.housekeeping import holdings
 
     settings, console = request.settings, make_console()
@@ -28,10 +29,12 @@ def main(request: Request) -> None:
     if request.dry_run and not made:  # a dry run does not make it
         say("samples", ", ".join(f"{name} {count}" for name, count in count_samples(settings).items()))
         return
+    if not request.dry_run:
+        join(settings.resources, log_to_driver=False, name="prepare")
     intake = read_splits(settings, progress_bar, SPLITS)
     if not request.dry_run:
+        check_volumes(intake, settings, progress_bar)
         store = open_store(settings)
-        check_volumes(intake, store, settings.data.processes, progress_bar)
         measure(intake, settings, progress_bar)
         page = write_report(Path(settings.resources.storage).absolute() / "report", intake, store, progress_bar)
     say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in intake.splits.items()))

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from umbrella.base import UserError
-from umbrella.storage import storage_fault
+from umbrella.storage import check_writable, storage_fault
 
 PACKAGES = ("umbrella-mri", "ray", "torch", "transformers")
 """What makes other numbers in another version, or does not understand the other one's messages."""
@@ -56,13 +56,16 @@ def check_nodes(folders: Mapping[str, Path], files: Sequence[Path]) -> None:
         folders, files: see ``Shared``.
 
     Raises:
-        UserError: a line for each fault: which node cannot see what, and the remedy.
+        UserError: a folder that this node cannot write to; or a line for each fault: which node cannot see what, and
+            the remedy.
     """
     if not several_nodes():
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    for setting, folder in folders.items():
+        check_writable(folder, f"{setting}={folder}")
     with _token(folders) as token:
         shared, versions = Shared(folders, files, token), own_versions()
         remote = ray.remote(num_cpus=0, max_retries=0)(faults)

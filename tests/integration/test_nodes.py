@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from umbrella.data.loading import SPLITS, phantom_folder, read_splits
 from umbrella.training.progress import latest_checkpoint, read_progress
 
 from .faults import (
@@ -91,20 +92,32 @@ def test_a_training_that_finds_no_place_says_so_and_starts_on_a_node_that_is_add
     assert latest_checkpoint(folder_of(settings)) is not None
 
 
-def test_a_node_that_sees_another_storage_is_named_before_anything_starts(
-    pair: Nodes, small_settings: Callable[..., Any], tmp_path: Path
+def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volume_is_decoded(
+    pair: Nodes, small_settings: Callable[..., Any], learnt: Path, tmp_path: Path
 ) -> None:
     settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
+    read_splits(settings, lambda things, what: things, SPLITS)  # makes the cohort
+    cohort, file, checkpoint = phantom_folder(settings), str(put(settings)), f"checkpoint={learnt}"
+    commands = {
+        "train.py": [file],
+        "baseline.py": [file],
+        "prepare.py": [file],
+        "evaluate.py": [file, checkpoint],
+        "predict.py": [file, checkpoint, f"data.root={cohort}", f"data.input={cohort}/conversations/test.jsonl"],
+    }
     node = pair.add(1, blind=tmp_path)
-    errors = ended(pair.run(TRAIN, str(put(settings))), status=2).splitlines()
+    scripts = {name: pair.run(TRAIN.with_name(name), *words) for name, words in commands.items()}
+    errors = {name: ended(script, status=2).splitlines() for name, script in scripts.items()}
     pair.kill(node)
-    named = [re.sub(r"127.0.0.\d+ \(.*\)", "(the blind one)", line) for line in errors if "127.0.0." in line]
-    assert named == [
-        f"error: node (the blind one): resources.storage={tmp_path} is another folder here; mount the same one at this"
-        " path on every node"
-    ]
-    assert not (tmp_path / "trainings").exists()
-    assert not list(tmp_path.glob(".seen*"))
+    for lines in errors.values():
+        named = [re.sub(r"127.0.0.\d+ \(.*\)", "(the blind one)", line) for line in lines if "127.0.0." in line]
+        assert named == [
+            f"error: node (the blind one): resources.storage={tmp_path} is another folder here; mount the same one at"
+            " this path on every node"
+        ]
+    left = {path.name for path in tmp_path.iterdir() if path != cohort}
+    assert left == {Path(file).name, "volumes", "evaluations"}
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 @pytest.mark.parametrize(

@@ -77,25 +77,25 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
     """
     from umbrella.assessment.stream import stream
     from umbrella.evaluation.scoring import find_numbers
-    from umbrella.training.cluster import start_ray
+    from umbrella.training.cluster import join
     from umbrella.training.requests import on_sigterm
 
     settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
     check_writable(path.parent, f"output={path}")
-    splits = settle_all(intake, settings, progress)
-    numbers = find_numbers(cohort.conversations)
 
     def stop() -> None:
         raise Stopped(f"SIGTERM: what was answered is in {path}; the same command goes on")
 
-    start_ray(settings.resources, log_to_driver=False, name=settings.name)  # here, as it takes SIGTERM for itself
-    with cohort.answers.opened() as file, on_sigterm(stop):
-        left = cohort.left()
-        parts = stream(
-            left, cohort.checkpoint, settings, settings.evaluate.candidates, numbers, truth=False, progress=progress
-        )
-        for predictions in parts:
-            file.write(predictions)
+    with on_sigterm(stop):
+        join(settings.resources, log_to_driver=False, name=settings.name)
+        splits = settle_all(intake, settings, progress)
+        numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
+        with cohort.answers.opened() as file:
+            left = cohort.left()
+            for predictions in stream(
+                left, cohort.checkpoint, settings, candidates, numbers, truth=False, progress=progress
+            ):
+                file.write(predictions)
     return splits
 
 

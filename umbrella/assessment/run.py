@@ -26,7 +26,7 @@ from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.tables import tabulate
 from umbrella.storage import check_writable
-from umbrella.training.cluster import start_ray
+from umbrella.training.cluster import join
 from umbrella.training.requests import on_sigterm
 
 
@@ -54,11 +54,11 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
     storage = Path(settings.resources.storage).absolute()
     folder = Path(settings.output).expanduser().absolute() if settings.output else storage / "evaluations" / name
     check_writable(folder, f"output={folder}")
-    questions = read_questions(settings, progress)
-    if questions is None:
-        return None
-    start_ray(settings.resources, log_to_driver=False, name=name)  # here, as it takes SIGTERM for itself
     with on_sigterm(_stop):
+        join(settings.resources, log_to_driver=False, name=name)
+        questions = read_questions(settings, progress)
+        if questions is None:
+            return None
         predictions, notes = ask(settings, questions, progress)
         told = settings.evaluate
         groups = {

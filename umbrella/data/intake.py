@@ -111,10 +111,7 @@ def settle_all(
     """
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
-    open_store(settings)  # it makes its folder
-    check_nodes(shared_folders(settings), _some_volumes(intake))
-    for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
-        check_volumes(intake, open_store(shape), settings.data.processes, progress)
+    check_volumes(intake, settings, progress, shapes)
     lengths = measure(intake, settings, progress, masks, shapes)
     return replace(settle(intake, settings), lengths=lengths)
 
@@ -145,8 +142,26 @@ def _some_volumes(intake: Intake) -> list[Path]:
     return [Path(path).absolute() for paths in splits for path in sorted({*paths[:1], *paths[-1:]})]
 
 
-def check_volumes(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
-    """Bring every volume into the store; conversations about a volume that cannot be used are set aside."""
+def check_volumes(
+    intake: Intake, settings: "Settings", progress: Progress, shapes: Sequence["Settings"] | None = None
+) -> None:
+    """Bring every volume into the store; conversations about a volume that cannot be used are set aside.
+
+    The nodes of a cluster that this process has joined do so, after each was asked whether it sees what it needs.
+
+    Args:
+        shapes: as in ``load_splits``.
+
+    Raises:
+        UserError: as ``check_nodes``; the store cannot be written.
+    """
+    open_store(settings)  # it makes its folder
+    check_nodes(shared_folders(settings), _some_volumes(intake))
+    for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
+        _decode(intake, open_store(shape), settings.data.processes, progress)
+
+
+def _decode(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
     everything = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
     new = sorted(volume for volume in everything if not _is_ready(store, *volume))
     many = sum(map(_size, new)) > WORTH_PROCESSES
