@@ -13,6 +13,7 @@ from umbrella.data.loading import SPLITS, phantom_folder, read_splits
 from umbrella.training.progress import latest_checkpoint, read_progress
 
 from .faults import (
+    COHORT,
     LONGER,
     TRAIN,
     TWO,
@@ -21,6 +22,7 @@ from .faults import (
     go_on,
     left_by,
     run_of,
+    samples,
     starts,
     taken,
     until,
@@ -187,6 +189,29 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
     assert len(starts(folder)) == 3
     assert starts(folder)[2] == 4 * saved[0], "it went on from what it saved for the drain"
     assert left_by(settings, folder) == never_stopped
+
+
+def test_a_training_on_fewer_workers_grows_onto_a_node_that_is_added_and_each_conversation_comes_once_per_epoch(
+    small_settings: Callable[..., Any],
+) -> None:
+    long = {"train.epochs": 1000, "train.evaluate_every": 20, "name": "grows"}
+    settings = small_settings({**LONGER, **APART, **long, "resources.min_workers": 1, "resources.grow_every": 1})
+    folder = folder_of(settings)
+
+    def workers() -> list[int]:
+        return [entry["workers"] for entry in entries(folder) if "start" in entry]
+
+    with nodes(3) as cluster:
+        script = cluster.run(TRAIN, str(put(settings)))
+        until(lambda: taken(folder) > 30, script)
+        cluster.add(3)
+        until(lambda: workers() == [1, 2, 2], script)
+        before = taken(folder)
+        until(lambda: taken(folder) > before + 30, script)
+        script.terminate()
+        ended(script, status=143)
+    assert starts(folder)[1] == starts(folder)[2] >= 2 * 20, "it went on from a checkpoint"
+    assert_each_once_per_epoch(folder, len(samples(folder)) // COHORT)
 
 
 def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_settings: Callable[..., Any]) -> None:

@@ -176,6 +176,7 @@ def make_trainer(job: AnyJob, here: bool = False) -> TorchTrainer:
             num_workers=0 if here else most if least == most else (least, most),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=resources.grow_every,
             placement_strategy="PACK",  # as few hosts as there can be: gradients then stay within them
         ),
         run_config=RunConfig(

@@ -80,6 +80,8 @@ class ResourceSettings(Section):
     """Data-parallel workers per training."""
     min_workers: int = Field(0, ge=0)
     """With fewer workers than ``workers`` a training starts or goes on too, down to this many. 0: it waits for all."""
+    grow_every: float = Field(60.0, gt=0)
+    """Seconds between two looks for room for more workers, with ``min_workers``: they start anew from the last checkpoint."""  # noqa: E501
     cpus_per_worker: float = Field(0.5, gt=0)
     """CPUs reserved for each worker. Ray's own helpers need one whole CPU beside all workers."""
     gpus_per_worker: float = Field(0, ge=0)
