@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 from conftest import SMALL
-from integration.faults import LONGER, STEPS, kill_workers, plain_environment
+from integration.faults import LONGER, STEPS, kill_workers, plain_environment, taken
 from mlflow import MlflowClient
 
 from umbrella.config import Settings, load_settings
@@ -60,8 +60,7 @@ def start(settings: Settings, go_on: bool) -> subprocess.Popen:
 
 def batches_taken(settings: Settings) -> int:
     """How many batches all trials have taken so far."""
-    logs = Path(settings.resources.storage).glob("sweeps/*/trials/*/samples_0.jsonl")
-    return sum(log.read_text(encoding="utf-8").count('"position"') for log in logs)
+    return sum(taken(trial) for trial in Path(settings.resources.storage).glob("sweeps/*/trials/*/"))
 
 
 def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, say: Callable[[str], None]) -> int:

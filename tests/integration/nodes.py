@@ -61,6 +61,15 @@ class Nodes:
         """A node with a training worker, other than the head."""
         return next(node for node in self.nodes[1:] if training_workers(node.pid))
 
+    def node_of_trial(self, folder: Path) -> psutil.Process:
+        """The node on which the trial of a folder trains: some process there has its log of samples open."""
+        log = str(folder / "samples_0.jsonl")
+
+        def writes(node: psutil.Process) -> bool:
+            return any(log == file.path for process in node.children(recursive=True) for file in process.open_files())
+
+        return next(node for node in self.nodes if writes(node))
+
     def drain(self, node: psutil.Process) -> None:
         """Say that a node will be taken away within a minute, as the autoscaler of a cloud says it."""
         raylet = next(process for process in node.children() if process.name() == "raylet")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_kills import faults_in, question
 
 from umbrella.data.loading import SPLITS, phantom_folder, read_splits
 from umbrella.training.progress import latest_checkpoint, read_progress
+from umbrella.tuning.ending import read_end
 
 from .faults import (
     COHORT,
@@ -226,6 +228,33 @@ def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_sett
     assert errors.splitlines()[-1] == line
     _, stopped = run_of(settings, "alone")
     assert (stopped.info.status, stopped.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
+
+
+def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_for_each_trial(tmp_path: Path) -> None:
+    settings = question(tmp_path, trials=3).with_values({"resources.cpus_per_worker": CPUS, "name": "lost"})
+
+    def trials() -> list[Path]:
+        return [point.parent for point in tmp_path.glob("sweeps/lost/trials/*/point.json")]
+
+    with nodes(0, 3, 3) as cluster:
+        script = cluster.run(TUNE, str(put(settings)))
+        until(lambda: any(map(taken, trials())), script)
+        moved = max(trials(), key=taken)
+        node = cluster.node_of_trial(moved)
+        until(lambda: taken(moved) > 11, script)
+        cluster.kill(node)
+        cluster.add(3)
+        until(lambda: len(starts(moved)) == 2, script)
+        node, before = cluster.node_of_trial(moved), taken(moved)
+        until(lambda: taken(moved) > before + 11 and any(map(read_end, trials())), script)
+        script.kill()
+        cluster.kill(node)
+        done = {trial: taken(trial) for trial in trials() if read_end(trial)}
+        ended(cluster.run(TUNE, "--resume", "lost", f"resources.storage={tmp_path}"))
+    first, second, third = starts(moved)
+    assert first < second < third, "it went on from its checkpoints"
+    assert done == {trial: taken(trial) for trial in done}, "what was finished was not run again"
+    assert faults_in(settings) == []
 
 
 def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(
