@@ -36,6 +36,7 @@ from umbrella.tuning.trial import TrialRunner, runs_here, trial_resources
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # after Ctrl-C its fit returns, as if the sweep had come to its end
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how often it notes what trials there are; its own choice is every 10 s
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
