@@ -4,15 +4,23 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
+from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.runs import Tracker
+from umbrella.tracking.store import open_experiment
 from umbrella.training.history import HISTORY
 from umbrella.training.progress import METRICS, PROGRESS, latest_checkpoint, read_metrics, what_is_wrong, write_files
 from umbrella.tuning.adoption import ADOPTED, Adoption, adopt, read_adoptions, read_point, settle, stand_at
+from umbrella.tuning.ending import BUDGET, write_end
 from umbrella.tuning.folder import trial_folder
+from umbrella.tuning.monitor import Monitor
+from umbrella.tuning.settings import TuneSettings
 
 BEFORE, DONOR, AFTER = {"optim.lr": 1e-4}, {"optim.lr": 1e-2}, {"optim.lr": 1.2e-2}
 
@@ -27,7 +35,7 @@ def evaluate(folder: Path, step: int, evaluation: int | None) -> Path:
     write_files(checkpoint)
     if evaluation:
         with (folder / HISTORY).open("a", encoding="utf-8") as file:
-            print(json.dumps({"step": step, "evaluation": evaluation}), file=file)
+            print(json.dumps({"step": step, "evaluation": evaluation, "begun": 0.0, "time": 1.0}), file=file)
     return checkpoint
 
 
@@ -125,3 +133,20 @@ def test_who_goes_back_to_after_an_adoption_keeps_it(tmp_path: Path) -> None:
     settle(taker)
     assert read_point(taker) == AFTER
     assert [adoption.step for adoption in read_adoptions(taker)] == [6]
+
+
+def test_the_run_of_a_trial_says_what_it_has_adopted_where_it_ended_before_its_first_step_after_that(
+    mlflow_store: Callable[[Path], str], tmp_path: Path
+) -> None:
+    uri = mlflow_store(tmp_path)
+    experiment = open_experiment(uri, "x", tmp_path)
+    taker, giver = pair(tmp_path / "sweep")
+    runs = [Tracker.start(uri, experiment, folder.name, folder=folder).run_id for folder in (taker, giver)]
+    adopt(taker, giver, BEFORE, DONOR, AFTER)
+    for folder in (taker, giver):
+        write_end(folder, BUDGET, "after 1 hours")
+    with Monitor(tmp_path / "sweep", uri, 2, TuneSettings()):
+        found = [MlflowClient(uri).get_run(run).data.tags for run in runs]
+    said = f"after step 6 from {giver.name} (lr=0.01); lr=1e-4 became lr=0.012"
+    assert [tags.get("adopted") for tags in found] == [said, None]
+    assert [tags[OUTCOME] for tags in found] == [BUDGET, BUDGET]
