@@ -6,11 +6,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from umbrella.config import load_settings
 from umbrella.tracking.delivery import OUTCOME
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment
@@ -20,6 +22,7 @@ from umbrella.tuning.adoption import ADOPTED, Adoption, adopt, read_adoptions, r
 from umbrella.tuning.ending import BUDGET, write_end
 from umbrella.tuning.folder import trial_folder
 from umbrella.tuning.monitor import Monitor
+from umbrella.tuning.schedulers import make_scheduler
 from umbrella.tuning.settings import TuneSettings
 
 BEFORE, DONOR, AFTER = {"optim.lr": 1e-4}, {"optim.lr": 1e-2}, {"optim.lr": 1.2e-2}
@@ -133,6 +136,25 @@ def test_who_goes_back_to_after_an_adoption_keeps_it(tmp_path: Path) -> None:
     settle(taker)
     assert read_point(taker) == AFTER
     assert [adoption.step for adoption in read_adoptions(taker)] == [6]
+
+
+def test_a_trial_goes_on_with_its_folders_point_whatever_ray_tune_has_noted_or_lost(tmp_path: Path) -> None:
+    from ray.train._internal.storage import StorageContext
+    from ray.tune.experiment import Trial
+
+    sweep = tmp_path / "sweep"
+    taker, giver = pair(sweep)
+    adopt(taker, giver, BEFORE, DONOR, AFTER)
+    tune = {"space": {"optim.lr": {"loguniform": [1e-5, 1e-1]}}, "scheduler": "pbt"}
+    population: Any = make_scheduler(load_settings(overrides={f"tune.{name}": value for name, value in tune.items()}))
+    population.set_search_properties("eval/loss", "min")
+    storage = StorageContext(str(tmp_path), sweep.name)
+    for ray_id in ("ray_0", "of a sweep begun anew"):
+        trial = Trial("Trial", trial_id=ray_id, config=dict(BEFORE), storage=storage, stub=True)
+        population.on_trial_add(SimpleNamespace(search_alg=None), trial)
+        assert trial.config == AFTER
+        assert trial.status == Trial.PAUSED
+        assert trial_folder(sweep, ray_id, trial.config) == taker
 
 
 def test_the_run_of_a_trial_says_what_it_has_adopted_where_it_ended_before_its_first_step_after_that(
