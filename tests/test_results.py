@@ -8,10 +8,10 @@ from umbrella.training.history import HISTORY
 from umbrella.training.live import EARLY, FINISHED
 from umbrella.training.progress import write_files
 from umbrella.tuning.ending import FAILED, STOPPED, UNFINISHED, read_end, reopen, write_end
+from umbrella.tuning.folder import POINT, trial_folder
 from umbrella.tuning.ranking import rank, trials_of
 from umbrella.tuning.results import Trial, read_trials
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.trial import POINT, trial_folder
 
 METRIC = "eval/balanced_accuracy"
 Evaluation = tuple[int, float, float, bool]
@@ -112,4 +112,4 @@ def test_a_trials_folder_is_named_by_the_point_that_it_began_with(tmp_path: Path
     assert trial_folder(tmp_path, "ray_2", {"seed": 1, "optim.lr": 0.1}) == first  # Ray's note of the first was lost
     assert trial_folder(tmp_path, "ray_3", {"optim.lr": 0.1, "seed": 2}) != first
     assert trial_folder(tmp_path, "ray_1", {"optim.lr": 0.2, "seed": 1}) == first  # changed on the way
-    assert json.loads((first / POINT).read_text()) == {"optim.lr": 0.2, "seed": 1}
+    assert json.loads((first / POINT).read_text()) == {"optim.lr": 0.1, "seed": 1}

@@ -1,5 +1,6 @@
 """Ray Tune takes the searches and schedulers: on trials that only count, in actors that are used again."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import ray
 from ray import cloudpickle, tune
 
 from umbrella.config import load_settings
-from umbrella.tuning.schedulers import make_scheduler
+from umbrella.tuning.schedulers import Population, make_scheduler
 from umbrella.tuning.search import make_search
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -43,14 +44,35 @@ class Counting(tune.Trainable):
         self.count = int((Path(checkpoint) / "count").read_text())
 
 
-def fit(folder: Path, **of_tune: Any) -> Any:
+class Retelling(Counting):
+    """It tells all again whenever it begins, as trainings do; at a clip of 3 its process dies once, in leg 2."""
+
+    def setup(self, config: dict[str, Any], died: Path) -> None:
+        self.config, self.count, self.died = config, 0, died
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.config, self.count = new_config, 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        self.count += 1
+        if self.count == 3 and self.config["optim.clip"] == 3 and not self.died.exists():
+            self.died.touch()
+            os._exit(1)
+        return {"eval/loss": self.count, "count": self.count, "evaluation": self.count, "done": self.count >= 5}
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Its count is told from the start."""
+
+
+def fit(folder: Path, trial: Any = Counting, max_failures: int = 0, **of_tune: Any) -> Any:
     space = {"optim.lr": {"loguniform": [1e-5, 1e-3]}, "optim.clip": {"choice": [1.0, 2.0]}}
     values = {"space": space, "metric": "eval/loss", "mode": "min"} | of_tune
     settings = load_settings(overrides={f"tune.{name}": value for name, value in values.items()})
     search = make_search(settings)
     return tune.Tuner(
         # One at a time, and in turns where the scheduler says so: which comes first is then no matter of chance.
-        tune.with_resources(Counting, {"CPU": ray.cluster_resources()["CPU"]}),
+        tune.with_resources(trial, {"CPU": ray.cluster_resources()["CPU"]}),
         param_space=search.param_space,
         tune_config=tune.TuneConfig(
             metric="eval/loss",
@@ -59,9 +81,14 @@ def fit(folder: Path, **of_tune: Any) -> Any:
             num_samples=search.num_samples,
             scheduler=make_scheduler(settings),
             reuse_actors=True,
-            time_budget_s=60,
+            time_budget_s=240,
         ),
-        run_config=tune.RunConfig(name="search", storage_path=str(folder), verbose=0),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=str(folder),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            verbose=0,
+        ),
     ).fit()
 
 
@@ -78,3 +105,20 @@ def test_a_population_comes_to_its_end_where_one_fails_that_the_others_wait_for(
     results = fit(tmp_path, space=space, scheduler="pbt", perturb_every=2)
     assert sorted(result.metrics["count"] for result in results) == [1, 4, 4]
     assert len(results.errors) == 1
+
+
+@pytest.mark.slow
+def test_a_population_decides_on_trials_at_one_evaluation_where_one_tells_all_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[int] = []
+    monkeypatch.setattr(
+        Population, "_checkpoint_or_exploit",
+        lambda self, trial, *others: decided.append(self._trial_state[trial].last_result["evaluation"]),
+    )  # fmt: skip
+    space = {"optim.lr": {"loguniform": [1e-5, 1e-3]}, "optim.clip": {"grid": [1.0, 3.0]}}
+    trial = tune.with_parameters(Retelling, died=tmp_path / "died")
+    results = fit(tmp_path, trial, 1, space=space, scheduler="pbt", perturb_every=2)
+    assert (tmp_path / "died").exists()
+    assert [result.metrics["count"] for result in results] == [5, 5]
+    assert decided == [2, 2, 4, 4]

@@ -1,10 +1,16 @@
 """A sweep whose script, trials and workers are killed ends with the runs of one that was left alone."""
 
 import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from sweep_kills import faults_in, question, sweep_with_kills
+from mlflow import MlflowClient
+from sweep_kills import batches_taken, faults_in, question, start, sweep_with_kills
+
+from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.store import tracking_uri
 
 pytestmark = pytest.mark.slow
 
@@ -13,3 +19,19 @@ def test_a_killed_sweep_goes_on_to_one_true_run_per_trial(tmp_path: Path) -> Non
     settings = question(tmp_path, trials=4)
     assert sweep_with_kills(settings, random.Random(3), kills=3, say=print) == 3
     assert faults_in(settings) == []
+
+
+def test_a_sweep_that_is_stopped_by_the_keyboard_gives_no_answer(tmp_path: Path) -> None:
+    settings = question(tmp_path, trials=2)
+    script = start(settings, go_on=False)
+    while batches_taken(settings) < 20:
+        assert script.poll() is None
+        time.sleep(0.01)
+    script.send_signal(signal.SIGINT)
+    assert script.wait(60) == 130
+    assert "stopped by the keyboard" in (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("sweeps/*/report.html"))
+    client = MlflowClient(tracking_uri(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name(settings.experiment).experiment_id])
+    assert len(runs) >= 2
+    assert {(run.info.status, run.data.tags[OUTCOME]) for run in runs} == {("KILLED", "killed")}

@@ -1,8 +1,9 @@
 """Runs whose end nobody wrote down: of workers that were stopped, and of scripts that were killed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from mlflow import MlflowClient
 from mlflow.entities import RunTag
@@ -20,17 +21,22 @@ TRAININGS = ("trainings/*", "sweeps/*", "sweeps/*/trials/*", "evaluations/*")
 LEFT = "its script was killed"
 
 
-def close_trial(uri: str, folder: str | Path, status: str, outcome: str) -> None:
+def close_trial(
+    uri: str, folder: str | Path, status: str, outcome: str, tags: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """End the run of a training from its driver: the worker may have been stopped before it could.
 
     Args:
         folder: of the training. What waits there is sent first. A run that was ended stays as it is.
         status, outcome: as in ``Tracker.end``.
+        tags: that its worker may not have set.
     """
     if not Path(folder, FOLDER, store_key(uri)).is_dir():  # no worker came so far
         return
     try:
         tracker = Tracker(uri, folder)
+        if tags:
+            tracker.tags(tags)
         if not tracker.ended:
             tracker.end(status, outcome, wait=0)
         else:

@@ -12,12 +12,12 @@ from rich.table import Table
 from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
-from umbrella.tuning.adoption import read_adoptions
+from umbrella.tuning.adoption import read_adoptions, tags_of
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
+from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
-from umbrella.tuning.trial import name_of, trial_folder
 
 STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
 """How MLflow calls what did not end by itself."""
@@ -146,7 +146,9 @@ class Monitor:
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
 
     def _close(self, name: str, end: End) -> None:
-        close_trial(self.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
+        # It may have ended between an adoption and its first step after that.
+        place = self._place(name)
+        close_trial(self.uri, place, STATUS.get(end.state, "FINISHED"), end.state, tags_of(place))
 
     def _place(self, name: str) -> Path:
         return self.folder / "trials" / name.rpartition("-")[2]

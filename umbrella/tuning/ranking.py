@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from umbrella.tuning.adoption import in_words
 from umbrella.tuning.results import Trial, order
 from umbrella.tuning.space import label
 
@@ -142,5 +143,5 @@ def write_csv(contenders: Sequence[Contender], metric: str, file: Path) -> None:
             for t in c.trials:
                 row = [place, t.trial_id, *(t.point.get(name, "") for name in names), t.state, t.reason]
                 row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.half, len(c.measured), t.seconds]
-                row += [" | ".join(a.in_words for a in t.adopted)] if adopted else []
+                row += [in_words(t.adopted)] if adopted else []
                 writer.writerow([*row, t.checkpoint])

@@ -1,6 +1,5 @@
 """The trials of a sweep as they ended, from what lies in its folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -9,11 +8,11 @@ from typing import Any
 
 from umbrella.training.history import read_history
 from umbrella.training.progress import checkpoint_folder, what_is_wrong
-from umbrella.tuning.adoption import Adoption, read_adoptions
+from umbrella.tuning.adoption import Adoption, read_adoptions, read_point
 from umbrella.tuning.ending import FAILED, UNFINISHED, End, read_end
+from umbrella.tuning.folder import POINT, name_of
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
-from umbrella.tuning.trial import POINT, name_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
     best = min(kept, key=lambda e: order(e.metric, e.loss, tune.mode), default=None)
     return Trial(
         trial_id=name_of(folder),
-        point=json.loads((folder / POINT).read_text(encoding="utf-8")),
+        point=read_point(folder),
         state=end.state,
         metric=best.metric if best else None,
         loss=best.loss if best else None,

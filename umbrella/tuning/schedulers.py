@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ray.tune.experiment import Trial
@@ -18,10 +18,10 @@ from ray.tune.schedulers import (
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.tuning.adoption import adopt, stand_at
+from umbrella.tuning.adoption import adopt, read_point, settle, stand_at
 from umbrella.tuning.entry import Entry
+from umbrella.tuning.folder import POINT, find_folder, trial_folder
 from umbrella.tuning.space import is_given, read_space
-from umbrella.tuning.trial import trial_folder
 
 ON_THE_WAY = ("optim.", "mask.", "train.augment.")
 """Settings that a training can change at a checkpoint: they change neither its weights' shapes nor its plan."""
@@ -55,10 +55,31 @@ class Population(PopulationBasedTraining):
 
     The worst then go on from checkpoints of the best that are of the same step. Out of step, a trial would take an
     earlier checkpoint and have two values for the steps in between, or a later one and have none.
+
+    A trial that waits holds nothing, so more than fit at once take turns.
     """
+
+    at_once: ClassVar[float] = inf
+    """Trials that this process runs at once. Ray keeps the scheduler with the sweep, which may go on elsewhere."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(synch=True, log_config=False, **options)
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial is new, goes on after a kill, or is to be tried again."""
+        if (self._folder(trial) / POINT).exists():
+            folder = trial_folder(trial.storage.experiment_fs_path, trial.trial_id, trial.config)
+            settle(folder)
+            trial.set_config(read_point(folder))  # Ray's note may be older, or of what was not done any more
+        if trial not in self._trial_state and trial.status == Trial.PENDING:
+            trial.set_status(Trial.PAUSED)  # whatever is pending, Ray starts as soon as there are resources
+        super().on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on after an evaluation, or waits for the others."""
+        if result[EVALUATIONS] < self._next_perturbation_sync:  # an earlier decision's may be told again
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The next one; where the last that the others wait for has ended, they are decided on first."""
@@ -69,20 +90,24 @@ class Population(PopulationBasedTraining):
                 state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
             else:
                 alive.append(trial)
-        states = [self._trial_state[trial] for trial in alive if trial.status == Trial.PAUSED]
-        if alive and sum(state.last_train_time >= self._next_perturbation_sync for state in states) == len(alive):
-            self.on_trial_result(tune_controller, alive[0], states[0].last_result)
-        return super().choose_trial_to_run(tune_controller)
+        paused = [trial for trial in alive if trial.status == Trial.PAUSED]
+        due = [trial for trial in paused if self._trial_state[trial].last_train_time < self._next_perturbation_sync]
+        if alive and len(paused) == len(alive) and not due:
+            self.on_trial_result(tune_controller, alive[0], self._trial_state[alive[0]].last_result)
+            due = alive
+        free = len(alive) - len(paused) < self.at_once
+        return min(due, key=lambda trial: self._trial_state[trial].last_train_time) if due and free else None
 
     def _exploit(self, tune_controller: Any, trial: Trial, trial_to_clone: Trial) -> None:
-        sweep = Path(trial.storage.experiment_fs_path)
         before, donor = trial.config, trial_to_clone.config
-        here = trial_folder(sweep, trial.trial_id, before)
-        there = trial_folder(sweep, trial_to_clone.trial_id, donor)
+        here, there = self._folder(trial), self._folder(trial_to_clone)
         # A sweep that goes on after a kill is told of evaluations again that its trials have left behind.
         if stand_at(self._trial_state[trial].last_train_time, here, there):
             super()._exploit(tune_controller, trial, trial_to_clone)
             adopt(here, there, before, donor, trial.config)
+
+    def _folder(self, trial: Trial) -> Path:
+        return find_folder(trial.storage.experiment_fs_path, trial.trial_id, trial.config)
 
 
 def make_scheduler(settings: Settings, given: frozenset[str] = frozenset()) -> TrialScheduler:

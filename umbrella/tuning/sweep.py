@@ -30,13 +30,14 @@ from umbrella.tuning.question import Question, check_data, claimed, sweeps_folde
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
 from umbrella.tuning.results import Trial, read_trials
-from umbrella.tuning.schedulers import make_scheduler
+from umbrella.tuning.schedulers import Population, make_scheduler
 from umbrella.tuning.search import Search, make_search
 from umbrella.tuning.space import covers, read_space, variants
 from umbrella.tuning.trial import TrialRunner, runs_here, trial_resources
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # after Ctrl-C its fit returns, as if the sweep had come to its end
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how often it notes what trials there are; its own choice is every 10 s
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -94,11 +95,6 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
             print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
         at_once = min(at_once, settings.tune.concurrent or at_once)
-        if settings.tune.scheduler == "pbt" and at_once < search.trials:
-            raise UserError(
-                f"tune.scheduler=pbt: all of its {search.trials} trials run at once, and {at_once} would; take fewer"
-                " (tune.samples), or less for each (resources.cpus_per_worker, .gpus_per_worker, tune.concurrent)"
-            )
 
         parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
         swept = [entry.name for entry in entries]
@@ -155,6 +151,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
     settings, folder = job.settings.tune, Path(job.folder)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    Population.at_once = at_once
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
     trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
     trial.__name__ = trial.__qualname__ = "Trial"  # as Ray's dashboard calls its process, and ``training.waiting`` it
@@ -168,7 +165,8 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             mode=settings.mode,
             num_samples=search.num_samples,
             search_alg=search.search_alg,
-            max_concurrent_trials=at_once,
+            # A population is there as a whole, and takes turns.
+            max_concurrent_trials=None if settings.scheduler == "pbt" else at_once,
             scheduler=scheduler,
             reuse_actors=True,
         ),

@@ -1,32 +1,29 @@
 """One trial of a sweep: what Ray Tune's trial process runs. It imports little, see ``training.job``."""
 
 import gc
-import json
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from umbrella.base import Stopped, UserError
-from umbrella.storage import put_text
-from umbrella.training.history import read_history
+from umbrella.training.history import cut, read_history
 from umbrella.training.job import Job, run_job
+from umbrella.training.progress import latest_checkpoint, read_progress
 from umbrella.training.requests import stop_file
 from umbrella.training.settings import ResourceSettings
-from umbrella.tuning.adoption import read_adoptions
+from umbrella.tuning.adoption import tags_of
 from umbrella.tuning.ending import FAILED, STOPPED, how_it_ended, read_end, write_end
+from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.space import label
 
 POLL = 0.1
 """Seconds between looks at what the training has noted."""
-POINT = "point.json"
 
 
 class TrialRunner(tune.Trainable):
@@ -103,7 +100,10 @@ class TrialRunner(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self.told, self.training = set(), None
         self.folder = trial_folder(self.sweep.folder, self.trial_id, config)
-        tune, adopted = self.sweep.settings.tune, " | ".join(a.in_words for a in read_adoptions(self.folder))
+        if not read_end(self.folder):  # what was evaluated without a checkpoint is done again, and told then
+            latest = latest_checkpoint(self.folder)
+            cut(self.folder, read_progress(latest).step if latest else 0)
+        tune = self.sweep.settings.tune
         self.job = replace(
             self.sweep,
             settings=self.sweep.settings.with_values(config),
@@ -111,7 +111,7 @@ class TrialRunner(tune.Trainable):
             tracking={**self.sweep.tracking, "name": label(config), "trial": name_of(self.folder)},
             folder=str(self.folder),
             leg=tune.perturb_every if tune.scheduler == "pbt" else 0,
-            tags={"adopted": adopted} if adopted else {},
+            tags=tags_of(self.folder),
         )
 
     def _start(self) -> "Future[None]":
@@ -156,25 +156,3 @@ def trial_resources(resources: ResourceSettings) -> dict[str, float]:
         return {"CPU": resources.cpus_per_worker, **gpus}
     # It waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
     return {"node:__internal_head__": 0.001}
-
-
-def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
-    """Where a trial's training lies: named by the point that it began with, so that a lost note of Ray's is no loss."""
-    trials = Path(sweep) / "trials"
-    known = trials / f"{ray_id}.txt"
-    text = json.dumps(point, sort_keys=True)
-    trials.mkdir(parents=True, exist_ok=True)
-    if not known.exists():  # population-based training changes the values later
-        put_text(known, sha256(text.encode()).hexdigest()[:10])
-    folder = trials / known.read_text(encoding="utf-8")
-    folder.mkdir(exist_ok=True)
-    file, written = folder / POINT, json.dumps(point)
-    if not file.exists() or file.read_text(encoding="utf-8") != written:
-        put_text(file, written)
-    return folder
-
-
-def name_of(folder: str | Path) -> str:
-    """A trial's name among all sweeps, which its run in MLflow is tagged with."""
-    folder = Path(folder)
-    return f"{folder.parent.parent.name}-{folder.name}"
