@@ -24,6 +24,7 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.mirror import mirrored
 from umbrella.training.run import check_names, start_ray, trainings_that_fit, watch_job
 
 
@@ -36,8 +37,11 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     """
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
-        watch_job(job)
-        yield evaluate(job, splits)
+        folder = Path(job.folder)
+        with mirrored(settings.resources, folder, progress, [folder.parents[1] / "evaluations" / folder.name]):
+            watch_job(job)
+            evaluated = evaluate(job, splits)
+        yield evaluated
 
 
 def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[BaselineJob]]:
