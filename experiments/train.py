@@ -4,6 +4,7 @@ Without arguments: the defaults on a phantom cohort, which is made when it is no
 """
 
 from math import nan
+from pathlib import Path
 
 from umbrella.cli import Request, make_console, progress_bar, run_script
 
@@ -20,16 +21,18 @@ def main(request: Request) -> None:
     from umbrella.training.progress import best_checkpoint, read_metrics
     from umbrella.training.run import run_training
 
-    folder = run_training(settings, progress_bar)
-    metric = settings.tune.metric
-    best = best_checkpoint(folder, metric, settings.tune.mode)
-    if best:
-        print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
-    print(f"checkpoints: {folder}\nruns in MLflow: make ui")
-    if best and settings.evaluate.at_end:
-        from umbrella.assessment.at_end import evaluate_at_end
+    def tell(folder: Path) -> None:
+        metric = settings.tune.metric
+        best = best_checkpoint(folder, metric, settings.tune.mode)
+        if best:
+            print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
+        print(f"checkpoints: {folder}\nruns in MLflow: make ui")
+        if best and settings.evaluate.at_end:
+            from umbrella.assessment.at_end import evaluate_at_end
 
-        evaluate_at_end(settings, best, folder.name, progress_bar, make_console())
+            evaluate_at_end(settings, best, folder.name, progress_bar, make_console())
+
+    run_training(settings, progress_bar, tell)
 
 
 if __name__ == "__main__":

@@ -18,29 +18,38 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
     from umbrella.tuning.describe import dry_run, print_answer
-    from umbrella.tuning.question import newest, read_question, sweeps_folder
-    from umbrella.tuning.sweep import run_sweep
+    from umbrella.tuning.question import find_sweep, read_question
+    from umbrella.tuning.sweep import Answer, run_sweep
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
         others = sorted(given_name for given_name in given if not given_name.startswith("resources."))
         if others:
             raise UserError(f"--resume takes the sweep's own settings; leave out {', '.join(others)}")
-        sweeps = sweeps_folder(settings)
-        folder = newest(sweeps) if name == "last" else sweeps / name
+        folder, away = find_sweep(settings, name)
+        if away and request.dry_run:
+            print(f"would fetch {folder} from resources.mirror, and go on with it")
+            return
+        if away:
+            from umbrella.training.mirror import Mirror
+
+            Mirror(settings.resources, folder).open(progress_bar)
         changed = {given_name: settings.flat()[given_name] for given_name in given}
         settings, given = read_question(folder)
         settings = settings.with_values(changed)
     if request.dry_run:
         dry_run(settings, given, console)
-    else:
-        answer = run_sweep(settings, given, progress_bar, folder)
+        return
+
+    def tell(answer: Answer) -> None:
         print_answer(answer, console)
         best = answer.trials[0].checkpoint
         if best and settings.evaluate.at_end:
             from umbrella.assessment.at_end import evaluate_at_end
 
             evaluate_at_end(answer.best, Path(best), answer.folder.name, progress_bar, console)
+
+    run_sweep(settings, given, progress_bar, folder, tell)
 
 
 if __name__ == "__main__":

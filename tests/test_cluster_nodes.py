@@ -8,8 +8,8 @@ import pytest
 from umbrella.data.decoding import _by_nodes, reasons_of
 from umbrella.modality import Modality
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
+from umbrella.shared_store import SharedStore
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.tiers import SharedStore
 
 CUBE = Modality(grid=(4, 4, 4), patch=(2, 2, 2))
 

@@ -15,9 +15,9 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.intake import open_store, shared_folders
 from umbrella.modality import Modality
+from umbrella.shared_store import SharedStore
 from umbrella.volumes import store as rooms
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.tiers import SharedStore
 
 MODALITIES = {"sMRI": Modality(grid=(4, 4, 4), patch=(2, 2, 2))}
 

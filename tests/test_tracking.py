@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service import utils as mlflow_utils
 
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.tracking import environment
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.delivery import OUTCOME
 from umbrella.tracking.environment import code_version, environment_json
 from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.history import note
+from umbrella.training.job import AnyJob
+from umbrella.training.reporting import open_run
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,50 @@ def test_a_trial_that_starts_again_continues_its_run(uri: str, experiment: str, 
     assert Tracker.start(uri, experiment, "lr=0.1", trial="two").run_id != first.run_id
     assert len({Tracker.start(uri, experiment, "a sweep").run_id for _ in range(2)}) == 2  # no trial: always new
     assert len(client.search_runs([experiment])) == 4
+
+
+def test_a_training_whose_database_is_another_one_now_has_a_new_run_with_its_evaluations_and_says_so(
+    mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def train(machine: str, training: Path, *steps: int) -> tuple[MlflowClient, Tracker]:
+        storage = tmp_path / machine
+        storage.mkdir()
+        uri = mlflow_store(storage)
+        told = {"uri": uri, "experiment": open_experiment(uri, "x", storage), "name": "first", "trial": "first"}
+        settings = load_settings(overrides={"resources.storage": str(storage)})
+        job = AnyJob(settings=settings, data={}, tracking=told, folder=str(training))
+        tracker = open_run(job, torch.device("cpu"), {})
+        for step in steps:
+            tracker.metrics({"train/loss": float(step)}, step)
+            if step % 2 == 0:
+                tracker.metrics({"eval/loss": step / 2}, step)
+                tracker.flush()
+                note(training, {"step": step, "steps": 8, "train/loss": float(step), "eval/loss": step / 2})
+        return MlflowClient(uri), tracker
+
+    training = tmp_path / "first"  # as it comes from a mirror
+    training.mkdir()
+    _, first = train("one", training, 1, 2, 3, 4)
+    capsys.readouterr()
+    client, again = train("two", training, 5, 6)
+    again.end()
+    assert again.run_id != first.run_id
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1
+    assert f"has no run {first.run_id} of first: a new one begins" in said
+    found = {name: client.get_metric_history(again.run_id, name) for name in ("train/loss", "eval/loss")}
+    assert [(m.step, m.value) for m in found["eval/loss"]] == [(2, 1.0), (4, 2.0), (6, 3.0)]
+    assert [m.step for m in found["train/loss"]] == [2, 4, 5, 6]
+    assert client.get_run(again.run_id).info.status == "FINISHED"
+
+
+def test_what_waits_and_lost_its_file_while_it_was_copied_has_been_sent(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    tracker = Tracker.start(uri, experiment, "x", folder=tmp_path)
+    tracker.outbox.put({"do": "file", "path": "files/gone/predictions.json", "to": ""})
+    tracker.tags({"after": "it"})
+    assert client.get_run(tracker.run_id).data.tags["after"] == "it"
 
 
 def test_a_run_that_goes_on_from_before_its_last_metrics_has_each_step_once(

@@ -25,6 +25,7 @@ from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import join, start_ray
+from umbrella.training.mirror import mirrored
 from umbrella.training.run import check_names, trainings_that_fit, watch_job
 
 
@@ -37,8 +38,11 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     """
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
-        watch_job(job)
-        yield evaluate(job, splits)
+        folder = Path(job.folder)
+        with mirrored(settings.resources, folder, progress, [folder.parents[1] / "evaluations" / folder.name]):
+            watch_job(job)
+            evaluated = evaluate(job, splits)
+        yield evaluated
 
 
 def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[BaselineJob]]:

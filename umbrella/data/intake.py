@@ -17,10 +17,10 @@ from umbrella.data.decoding import reasons_of
 from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.nodes import check_nodes
+from umbrella.shared_store import SharedStore, as_path, is_address
 from umbrella.volumes.files import write_whole
 from umbrella.volumes.reading import image_files
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.tiers import SharedStore, as_path, is_address
 
 if TYPE_CHECKING:
     from umbrella.config import Settings

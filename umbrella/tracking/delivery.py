@@ -73,7 +73,10 @@ class Delivery:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            self.remember(until=-1)  # it was in a database that is gone, and all its steps with it
+            self.remember(until=-1)  # it is in another database, and all its steps with it
+            gone = f"MLflow at {masked(self.uri)} has no run {self.state['run_id']} of {self.folder.parents[1].name}"
+            kept = "a new one begins; each step so far is in the database that had it"
+            print(f"note: {gone}: {kept}", file=sys.stderr, flush=True)
             return None
 
     def send_params(self, message: Message) -> None:
@@ -95,7 +98,9 @@ class Delivery:
         self.client.log_inputs(self.state["run_id"], [to_input(told) for told in message["values"]])
 
     def send_file(self, message: Message) -> None:
-        self.client.log_artifact(self.state["run_id"], str(self.folder / message["path"]), message["to"] or None)
+        # Of a copy that was taken while it was sent, the file may be gone: with the last message all of them are.
+        if (self.folder / message["path"]).exists():
+            self.client.log_artifact(self.state["run_id"], str(self.folder / message["path"]), message["to"] or None)
 
     def send_folder(self, message: Message) -> None:
         self.client.log_artifacts(self.state["run_id"], message["path"], message["to"])

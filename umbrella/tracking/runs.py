@@ -57,6 +57,8 @@ class Tracker:
         self._machine: Machine | None = None
         self._next_try, self._said = 0.0, False
         self._known_until = -1
+        self.anew = False
+        """Whether the run is a new one, in place of one that this store does not have."""
 
     @classmethod
     def start(
@@ -77,12 +79,14 @@ class Tracker:
         """
         tracker = cls(uri, folder)
         driver = driver or driver_id()
+        before = tracker._delivery.state.get("run_id")
         tracker._delivery.remember(driver=driver, ended=False)
         tags = {"mlflow.source.name": "umbrella", **code_version(), DRIVER: driver}
         tags |= {PARENT: parent} if parent else {}
         tags |= {TRIAL: trial} if trial else {}
         tracker._put({"do": "start", "experiment": experiment, "name": name, "tags": tags, "time": _now()})
         tracker._deliver()
+        tracker.anew = before not in (None, tracker._delivery.state.get("run_id"))
         # Of a training that goes on: up to this step everything is sent, or will be.
         waiting = [message["until"] for message in tracker.outbox.waiting() if "until" in message]
         tracker._known_until = max([tracker._delivery.state.get("until", -1), *waiting])

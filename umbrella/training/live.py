@@ -12,6 +12,7 @@ from typing import Any
 from ray.util.metrics import Gauge
 
 from umbrella.storage import put_text
+from umbrella.training.progress import LIVE
 
 STARTING, BUILDING, FIRST, TRAINING = "starting workers", "building the model", "first step", "training"
 EVALUATING, FINISHED, EARLY = "evaluating", "finished", "stopped early"
@@ -81,7 +82,7 @@ def gauge_name(metric: str) -> str:
 
 def live_file(folder: str | Path) -> Path:
     """Where a training with this folder tells what it does."""
-    return Path(folder) / "live.json"
+    return Path(folder) / LIVE
 
 
 def read_live(folder: str | Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from umbrella.evaluation.prediction import Prediction
 from umbrella.tracking.environment import environment_json
 from umbrella.tracking.figures import curves
 from umbrella.tracking.privacy import hide, read_salt
-from umbrella.tracking.runs import Tracker
+from umbrella.tracking.runs import Tracker, is_metric
+from umbrella.training.history import read_history
 from umbrella.training.job import AnyJob, Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
@@ -147,7 +148,10 @@ class Reporter:
 
 
 def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Tracker:
-    """A training's run in MLflow, with what is told of each: settings, data, machine. ``tags``: of this one."""
+    """A training's run in MLflow, with what is told of each: settings, data, machine. ``tags``: of this one.
+
+    A run that had to begin anew has the evaluations until then; the steps between them are where the old one is.
+    """
     tracker = Tracker.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
     flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.idle}
     tracker.params(flat | dict(job.data))
@@ -156,6 +160,11 @@ def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Trac
     tracker.inputs(job.datasets)
     tracker.text(job.settings.to_yaml(), "settings.yaml")
     tracker.text(environment_json(), "environment.json")
+    if tracker.anew:
+        for row in read_history(job.folder):
+            measured = {name: value for name, value in row.items() if "/" in name and is_metric(name)}
+            tracker.metrics(measured, row["step"])
+        tracker.flush()
     return tracker
 
 

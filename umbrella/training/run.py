@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +26,7 @@ from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import join, start_ray
 from umbrella.training.job import AnyJob, Job, run_job
+from umbrella.training.mirror import BEGUN, mirrored
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop, on_sigterm
 from umbrella.training.settings import ResourceSettings
@@ -144,8 +145,11 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
     )
 
 
-def run_training(settings: Settings, progress: ProgressBar) -> Path:
+def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path], None] = lambda folder: None) -> Path:
     """One training from settings to checkpoints; returns the folder that they lie in.
+
+    Args:
+        then: what comes after it, given the folder; what that writes into it is mirrored, too.
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or what ended the training.
@@ -154,6 +158,15 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
+    folder = storage / "trainings" / name
+    with mirrored(settings.resources, folder, progress, [storage / "evaluations" / name]):
+        _train(settings, progress, folder)
+        then(folder)
+    return folder
+
+
+def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
+    name, storage = folder.name, folder.parent.parent
     join(settings.resources, log_to_driver=True, name=name)
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
@@ -163,14 +176,13 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
-    job = make_job(settings, splits, tracking, str(storage / "trainings" / name))
+    job = make_job(settings, splits, tracking, str(folder))
     watch_job(job)
-    best = best_checkpoint(job.folder, settings.tune.metric, settings.tune.mode)
+    best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
     if best and settings.tracking.model:
         from umbrella.tracking.model import keep_model  # seconds, which only the end needs
 
-        keep_model(settings.tracking, uri, Tracker(uri, job.folder).run_id, best)
-    return Path(job.folder)
+        keep_model(settings.tracking, uri, Tracker(uri, folder).run_id, best)
 
 
 def watch_job(job: AnyJob) -> None:
@@ -209,7 +221,7 @@ def check_same(job: AnyJob) -> None:
         UserError: names what differs: a setting that a training depends on, or the data. With patience what it waits
             for belongs to the training, too.
     """
-    file = Path(job.folder) / "begun_with.json"
+    file = Path(job.folder) / BEGUN["trainings"]
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
     free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.idle)
     asked = ("data.test", "data.input")

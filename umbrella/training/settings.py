@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from umbrella.base import Section
 
@@ -92,6 +92,8 @@ class ResourceSettings(Section):
     """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
     storage: str = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""
+    mirror: str = ""
+    """An address, such as s3://bucket/runs, to which trainings and sweeps are copied while they run, and from which they come where this machine does not have them. Empty: none."""  # noqa: E501
     store: str = ""
     """Where prepared volumes are kept for all: a folder, or an address such as s3://bucket/volumes. Empty: <storage>/volumes."""  # noqa: E501
     node_store: str = ""
@@ -106,6 +108,16 @@ class ResourceSettings(Section):
     def least_workers(self) -> int:
         """The fewest workers that a training runs on."""
         return self.min_workers or self.workers
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_a_folder(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError(
+                "storage is a folder that is written to, not an address; give a folder of this machine, and"
+                f" resources.mirror={storage} to have what runs write copied there"
+            )
+        return storage
 
     @model_validator(mode="after")
     def _least_is_not_most(self) -> "ResourceSettings":

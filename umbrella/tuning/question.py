@@ -4,14 +4,16 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from umbrella.base import UserError
+from umbrella.base import UserError, masked
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
+from umbrella.training.mirror import in_mirror
 
 GIVEN, FINGERPRINT, LOCK = "given.json", "data.json", "lock"
 
@@ -59,16 +61,39 @@ def check_data(folder: Path, fingerprint: str) -> None:
         )
 
 
-def newest(folder: Path) -> Path:
+def newest(folder: Path, elsewhere: Mapping[str, float] = MappingProxyType({})) -> Path:
     """The sweep that was begun last.
+
+    Args:
+        elsewhere: sweeps of the mirror, and when each was begun.
 
     Raises:
         UserError: there is none.
     """
-    begun = sorted(folder.glob(f"*/{SETTINGS}"), key=lambda file: file.stat().st_mtime)
+    begun = dict(elsewhere) | {file.parent.name: file.stat().st_mtime for file in folder.glob(f"*/{SETTINGS}")}
     if not begun:
         raise UserError(f"--resume: {folder} holds no sweep")
-    return begun[-1].parent
+    return folder / max(begun, key=begun.__getitem__)
+
+
+def find_sweep(settings: Settings, name: str) -> tuple[Path, bool]:
+    """The folder of the sweep of this name, or of the one that was begun last; and whether only the mirror has it.
+
+    Args:
+        name: of the sweep, or "last".
+
+    Raises:
+        UserError: there is none.
+    """
+    folder, elsewhere = sweeps_folder(settings), {}
+    if name == "last" or not (folder / name / SETTINGS).is_file():
+        elsewhere = in_mirror(settings.resources, "sweeps")
+    found = newest(folder, elsewhere) if name == "last" else folder / name
+    here = (found / SETTINGS).is_file()
+    if not here and elsewhere and found.name not in elsewhere:
+        there = f"resources.mirror={masked(settings.resources.mirror)} has {', '.join(elsewhere)}"
+        raise UserError(f"--resume: there is no sweep {found}; {there}")
+    return found, not here and bool(elsewhere)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import join, start_ray
 from umbrella.training.job import Job
+from umbrella.training.mirror import in_mirror, mirrored
 from umbrella.training.requests import on_sigterm
 from umbrella.training.run import check, make_job, trainings_that_fit
 from umbrella.training.waiting import Waiting
@@ -56,7 +58,13 @@ class Answer:
     tracking: str
 
 
-def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, folder: Path | None = None) -> Answer:
+def run_sweep(
+    settings: Settings,
+    given: frozenset[str],
+    progress: Progress,
+    folder: Path | None = None,
+    then: Callable[[Answer], None] = lambda answer: None,
+) -> Answer:
     """Run every trial of ``tune.space`` and rank them.
 
     Args:
@@ -64,18 +72,33 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
         progress: draws a bar over slow preparations.
         folder: a sweep that was begun with these settings, and goes on: what has ended is not run again, and what was
             interrupted goes on from its checkpoint.
+        then: what comes after it; what that writes into the sweep's folder is mirrored, too.
 
     Raises:
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
         Stopped: SIGTERM came.
     """
-    search, scheduler = make_search(settings, given), make_scheduler(settings, given)
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    entries = read_space(settings, given)
-    masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
     goes_on = folder is not None
     folder = folder or sweeps_folder(settings) / (settings.name or time.strftime("sweep-%Y%m%d-%H%M%S"))
+    if not goes_on and folder.name in in_mirror(settings.resources, "sweeps"):
+        raise _is_there(folder.name)
+    with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
+        answer = _run(settings, given, progress, folder, goes_on)
+        then(answer)
+    return answer
+
+
+def _is_there(name: str) -> UserError:
+    return UserError(f"name={name}: there is such a sweep; go on with --resume {name}, or rename")
+
+
+def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, goes_on: bool) -> Answer:
+    search, scheduler = make_search(settings, given), make_scheduler(settings, given)
+    storage = folder.parent.parent
+    entries = read_space(settings, given)
+    masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
     dashboard = join(settings.resources, log_to_driver=False, name=folder.name)
     splits = load_splits(settings, progress, masks, shapes)
     check(settings, splits, masks, settings.tune.metric, shapes)
@@ -84,7 +107,7 @@ def run_sweep(settings: Settings, given: frozenset[str], progress: Progress, fol
         if goes_on:
             check_data(folder, splits.fingerprint)
         elif (folder / SETTINGS).exists():
-            raise UserError(f"name={folder.name}: there is such a sweep; go on with --resume {folder.name}, or rename")
+            raise _is_there(folder.name)
         else:
             write_question(folder, Question(settings, given), splits.fingerprint)
         uri = tracking_uri(storage, settings.tracking.uri)

@@ -93,6 +93,8 @@ class TrialRunner(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Ray Tune asks for it where a trial pauses. The training's folder holds all of it."""
+        # Not empty: Ray looks for the folder, and a mirror in an object store keeps files only.
+        (Path(checkpoint_dir) / "trial.txt").write_text(self.folder.name, encoding="utf-8")
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """The training goes on from its folder, where another trial's checkpoint lies if it is to take that."""

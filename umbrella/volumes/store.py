@@ -6,7 +6,7 @@
     <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``Facts``
 
 Any number of processes and nodes may share the folder: a file appears whole, by renaming, and never changes. Where
-another store lies behind it, see ``tiers``, what is missing is fetched from there, and what is made is put into both.
+another one lies behind it, a ``SharedStore``, what is missing is fetched from there, and what is made is put into both.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
+from umbrella.shared_store import SharedStore
 from umbrella.volumes.files import READERS, file_stamp, read_json, write_whole
 from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
 from umbrella.volumes.reading import RawVolume, content_id, read_volume
-from umbrella.volumes.tiers import SharedStore
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 

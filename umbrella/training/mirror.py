@@ -1,0 +1,278 @@
+"""Trainings and sweeps in ``resources.mirror``: copied there while they run, fetched where this machine lacks them."""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from umbrella.base import UserError
+from umbrella.config import SETTINGS
+from umbrella.data.loading import Progress, counted
+from umbrella.shared_store import SharedStore
+from umbrella.storage import put_text, storage_fault
+from umbrella.training.copying import Copy, Stamp, bring
+from umbrella.training.settings import ResourceSettings
+
+BEGUN = {"trainings": "begun_with.json", "sweeps": SETTINGS}
+"""The file without which a folder below these is no training, or no sweep."""
+SETTING = "resources.mirror"
+NOTE = ".mirror.json"
+"""In the mirror: who writes there. Beside the files that are copied: who has, from here, and what is there."""
+EVERY = 10.0
+"""Seconds between two looks for what is new."""
+SILENT = 30.0
+"""Seconds without a sign after which whoever wrote to a mirror is taken to be gone. Several times ``EVERY``."""
+LAST_WAIT = 20.0
+"""Seconds that the end of a script waits for a mirror that takes nothing."""
+TRIES = 3
+"""How often the end tries again at least where the mirror takes something, and then fails."""
+SAY = 10.0
+"""Seconds between two lines about how much the end still waits for."""
+
+
+@contextmanager
+def mirrored(
+    resources: ResourceSettings, folder: Path, progress: Progress, also: Collection[Path] = ()
+) -> Iterator[None]:
+    """While in here, a training or sweep is copied to the mirror, if there is one; with all that is new at the end.
+
+    Args:
+        folder: of it. Where it is not here and the mirror has it, it is fetched first.
+        also: more folders that are copied with it.
+
+    Raises:
+        UserError: as ``Mirror.open``.
+    """
+    if not resources.mirror:
+        yield
+        return
+    with Mirror(resources, folder, also).open(progress):
+        yield
+
+
+class Mirror:
+    """One training's or sweep's place in the mirror, for one script."""
+
+    def __init__(self, resources: ResourceSettings, folder: Path, also: Collection[Path] = ()) -> None:
+        self.store = SharedStore(resources.mirror, SETTING)
+        self.folder, self.storage = folder, folder.parent.parent
+        self.name, self.begun = f"{folder.parent.name}/{folder.name}", BEGUN[folder.parent.name]
+        others = [str(path.relative_to(self.storage)) for path in also]
+        self.copy = Copy(self.store, self.storage, self.name, self.begun, others, self._live)
+        self.session, self._beat, self._before, self._saved = uuid4().hex, 0, "", ""
+        self._ending, self._given_up = threading.Event(), threading.Event()
+        self._failed, self._lost, self._signed = "", "", 0.0
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+
+    @property
+    def here(self) -> bool:
+        """Whether this machine has the training or sweep."""
+        return (self.folder / self.begun).is_file()
+
+    @property
+    def there(self) -> bool:
+        """Whether the mirror has it."""
+        return self.begun in self.store.names(self.name)
+
+    def open(self, progress: Progress) -> "Mirror":
+        """Look whether the mirror can be written to, and fetch what this machine lacks.
+
+        Raises:
+            UserError: it cannot; another machine has gone on with this, or is at it.
+        """
+        if self.store.address == str(self.storage):
+            raise UserError(f"{self.store}: is resources.storage itself; name another place, or none")
+        with _refusing(self.store):
+            probe = f".{uuid4().hex}.probe"
+            self.store.put(probe, b"may this be written?")
+            self.store.delete(probe)
+            owner = self.owner()
+            if self.here and owner and owner["session"] not in self._own()["sessions"]:
+                raise UserError(
+                    f"{self.store}: {self.name} went on elsewhere (on {owner['host']}) since it was here; to go on with"
+                    f" that one, delete {self.folder} or move it away; to keep this one, take another mirror"
+                )
+            if not self.here:
+                self._wait_for_silence(owner)
+                self._before = owner.get("session", "")
+                if self.there:
+                    self._fetch(progress, owner)
+            self.copy.look(self._own()["copied"])
+        return self
+
+    def _fetch(self, progress: Progress, owner: dict[str, Any]) -> None:
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is in the way of what {self.store} has; delete it or move it away")
+        first = self.folder.with_name(f".{self.folder.name}.fetched")
+        shutil.rmtree(first, ignore_errors=True)
+        copied = bring(self.store, self.name, self.begun, first, progress)
+        begun = first / self.begun
+        os.utime(begun, (owner["begun"], owner["begun"]))
+        copied[f"{self.name}/{self.begun}"] = begun.stat().st_size, begun.stat().st_mtime_ns
+        self._remember([owner["session"]], copied, first)
+        first.rename(self.folder)
+
+    def __enter__(self) -> "Mirror":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        """Copy what is new, for as long as that goes on."""
+        self._ending.set()
+        began = moved = said = time.monotonic()
+        bytes_then = self.copy.bytes
+        while self._thread.is_alive():
+            self._thread.join(0.1)
+            now = time.monotonic()
+            if self.copy.bytes != bytes_then:
+                bytes_then, moved = self.copy.bytes, now
+            if now - moved > LAST_WAIT:
+                self._given_up.set()
+                break
+            if now - said > SAY:
+                said = now
+                print(f"{now - began:.0f} s: copying to {self.store}; left: {self._left()}", flush=True)
+        if not self._lost and (self._failed or self._thread.is_alive()):
+            why = self._failed or f"{self.store}: does not answer"
+            _note(f"{self._left()} of {self.name} not copied: {why}; {self._again} copies them")
+
+    @property
+    def _again(self) -> str:
+        if self.folder.parent.name == "sweeps":
+            return f"experiments/tune.py --resume {self.folder.name}"
+        return f"the same command, with name={self.folder.name},"
+
+    def _left(self) -> str:
+        from rich.filesize import decimal
+
+        files, size = self.copy.left()
+        return f"{counted(files, 'file')} ({decimal(size)})"
+
+    def _run(self) -> None:
+        while not self._ending.wait(EVERY) and not self._lost:
+            self._round()
+        failed, first = 0, 0.0
+        while not (self._lost or self._round(last=True) or self._given_up.wait(1.0)):
+            failed, first = failed + 1, first or time.monotonic()
+            if failed >= TRIES and time.monotonic() - first > LAST_WAIT:
+                break
+
+    def _round(self, last: bool = False) -> bool:
+        """Copy once; returns whether that worked. What does not is said once, and once when it works again."""
+        if not self.here:
+            return True
+        try:
+            self._claim()
+            if self._lost:
+                return False
+            try:
+                self.copy.round()
+            finally:
+                self._remember(self._own()["sessions"], self.copy.copied)
+            if last:
+                self._sign(writing=False)
+        except Exception as error:  # whatever it is: no training ends for want of its copy
+            if not self._failed:
+                _note(f"{_words(error, self.store)}; {self.name} is not copied for now, and tried again")
+            self._failed = _words(error, self.store)
+            return False
+        if self._failed:
+            _note(f"{self.store}: works again, and has all of {self.name}")
+        self._failed = ""
+        return True
+
+    def _claim(self) -> None:
+        """Let others see that this script writes here, unless another one does."""
+        owner, sessions = self.owner(), self._own()["sessions"]
+        own = {self.session} if self._beat else {self.session, self._before, *sessions}
+        if owner and owner["session"] not in own:
+            self._lost = f"{self.name} is being copied there from {owner['host']} now"
+            _note(f"{self.store}: {self._lost}; nothing more is copied from here")
+            return
+        if self.session not in sessions:
+            self._remember([*sessions, self.session], self.copy.copied)
+        self._sign(writing=True)
+
+    def _sign(self, writing: bool) -> None:
+        self._beat += 1
+        told = {"session": self.session, "host": socket.gethostname(), "beat": self._beat, "writing": writing}
+        told["begun"] = (self.folder / self.begun).stat().st_mtime
+        self.store.put(f"{self.name}/{NOTE}", json.dumps(told).encode())
+        self._signed = time.monotonic()
+
+    def _live(self) -> None:
+        if time.monotonic() - self._signed > EVERY:
+            self._sign(writing=True)
+
+    def owner(self) -> dict[str, Any]:
+        """Who wrote there last: session, host, how many signs, whether it may still do; and when all this was begun."""
+        return json.loads(self.store.read(f"{self.name}/{NOTE}") or b"{}")
+
+    def _wait_for_silence(self, owner: dict[str, Any]) -> None:
+        if not owner.get("writing"):
+            return
+        _note(f"{self.name} was not ended on {owner['host']}: waiting {SILENT:g} s for a sign that it goes on there")
+        until = time.monotonic() + SILENT
+        while time.monotonic() < until:
+            time.sleep(min(1.0, SILENT / 10))
+            if self.owner() != owner:
+                raise UserError(f"{self.store}: {self.name} is being copied there from {owner['host']}; stop it there")
+
+    def _own(self) -> dict[str, Any]:
+        """What is known here: the sessions that have written from this folder, and what lies there."""
+        try:
+            known = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            known = {"sessions": [], "copied": {}}
+        return known | {"copied": {name: tuple(stamp) for name, stamp in known["copied"].items()}}
+
+    def _remember(self, sessions: list[str], copied: dict[str, Stamp], folder: Path | None = None) -> None:
+        text = json.dumps({"sessions": sessions, "copied": copied})
+        if text != self._saved:
+            put_text((folder or self.folder) / NOTE, text)
+            self._saved = text
+
+
+def in_mirror(resources: ResourceSettings, kind: str) -> dict[str, float]:
+    """The trainings or sweeps that the mirror has, by name, and when each was begun, in seconds since 1970.
+
+    Args:
+        kind: "trainings" or "sweeps".
+
+    Raises:
+        UserError: the mirror does not answer.
+    """
+    if not resources.mirror:
+        return {}
+    place = Path(resources.storage).absolute() / kind
+    with _refusing(SharedStore(resources.mirror, SETTING)) as store:
+        known = [Mirror(resources, place / name) for name in sorted(store.names(kind))]
+        return {mirror.folder.name: mirror.owner()["begun"] for mirror in known if mirror.there}
+
+
+@contextmanager
+def _refusing(store: SharedStore) -> Iterator[SharedStore]:
+    """Let what the store does not do end the script in a line."""
+    try:
+        yield store
+    except OSError as error:
+        raise UserError(f"{_words(error, store)}; is it the right address, and may you write there?") from None
+
+
+def _words(error: Exception, store: SharedStore) -> str:
+    said = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename:
+        said = storage_fault(error) or str(error)
+    return said if said.startswith(f"{store}") else f"{store}: {said}"
+
+
+def _note(words: str) -> None:
+    print(f"note: {words}", file=sys.stderr, flush=True)
