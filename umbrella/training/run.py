@@ -24,7 +24,7 @@ from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.cluster import join, start_ray
+from umbrella.training.cluster import start_for_training
 from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop, on_sigterm
@@ -153,14 +153,14 @@ def run_training(settings: Settings, progress: ProgressBar) -> Path:
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
-    join(settings.resources, log_to_driver=True, name=name)
+    settings = settings.named("train")
+    name = settings.name
+    start_for_training(settings)
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(storage / "trainings" / name))

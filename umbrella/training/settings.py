@@ -107,6 +107,11 @@ class ResourceSettings(Section):
         """The fewest workers that a training runs on."""
         return self.min_workers or self.workers
 
+    @property
+    def alone(self) -> bool:
+        """Whether a training always has one worker. A trial's then runs in the trial's own process."""
+        return self.workers == self.least_workers == 1
+
     @model_validator(mode="after")
     def _least_is_not_most(self) -> "ResourceSettings":
         if self.min_workers > self.workers:
