@@ -11,14 +11,18 @@ from umbrella.cli import Request, make_console, progress_bar, run_script
 
 def main(request: Request) -> None:
     """Run the training, or say what it would run."""
-    from umbrella.tuning.describe import dry_run
-
     settings = request.settings
     settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # one point, no sweep
     if request.dry_run:
+        from umbrella.tuning.describe import dry_run
+
         dry_run(settings, request.given, make_console())
         return
+    from umbrella.training.cluster import start_for_training
     from umbrella.training.progress import best_checkpoint, read_metrics
+
+    settings = settings.named("train")
+    start_for_training(settings)  # its processes import while this one does
     from umbrella.training.run import run_training
 
     def tell(folder: Path) -> None:

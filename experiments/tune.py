@@ -17,9 +17,7 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
-    from umbrella.tuning.describe import dry_run, print_answer
     from umbrella.tuning.question import find_sweep, read_question
-    from umbrella.tuning.sweep import Answer, run_sweep
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
@@ -38,8 +36,17 @@ def main(request: Request) -> None:
         settings, given = read_question(folder)
         settings = settings.with_values(changed)
     if request.dry_run:
+        from umbrella.tuning.describe import dry_run
+
         dry_run(settings, given, console)
         return
+    from umbrella.training.cluster import start_for_sweep
+    from umbrella.tuning.search import make_search
+
+    settings = settings.named("sweep")
+    start_for_sweep(settings, make_search(settings, given).trials)  # its processes import while this one does
+    from umbrella.tuning.describe import print_answer
+    from umbrella.tuning.sweep import Answer, run_sweep
 
     def tell(answer: Answer) -> None:
         print_answer(answer, console)

@@ -4,6 +4,7 @@ Each room keeps its settings in a ``settings.py`` of its own, beside what they c
 """
 
 import difflib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,10 @@ class Settings(Section):
         for name, value in values.items():
             _put(raw, name, value)
         return _validate(raw)
+
+    def named(self, kind: str) -> "Settings":
+        """These settings with a name: their own, else made of a kind of work and the time."""
+        return self if self.name else self.model_copy(update={"name": time.strftime(f"{kind}-%Y%m%d-%H%M%S")})
 
     def flat(self) -> dict[str, Any]:
         """Dotted name to value, one entry per leaf."""

@@ -49,8 +49,8 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
         UserError: as ``read_questions`` and ``stream``; a folder that cannot be written to.
         Stopped: SIGTERM came.
     """
-    began, name = time.monotonic(), settings.name or time.strftime("evaluation-%Y%m%d-%H%M%S")
-    settings = settings.model_copy(update={"name": name})
+    began, settings = time.monotonic(), settings.named("evaluation")
+    name = settings.name
     storage = Path(settings.resources.storage).absolute()
     folder = Path(settings.output).expanduser().absolute() if settings.output else storage / "evaluations" / name
     check_writable(folder, f"output={folder}")

@@ -24,7 +24,7 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.cluster import join, start_ray
+from umbrella.training.cluster import start_ray
 from umbrella.training.mirror import mirrored
 from umbrella.training.run import check_names, trainings_that_fit, watch_job
 
@@ -54,14 +54,13 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     check_settings(settings)
-    name = settings.name or time.strftime("baseline-%Y%m%d-%H%M%S")
-    join(settings.resources, log_to_driver=True, name=name)
+    name = settings.named("baseline").name
+    start_ray(settings.resources, log_to_driver=True, name=name)
     splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress)  # with the split that is asked
     heads = {target: check(settings, splits, target) for target in pick_targets(settings, splits)}
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     jobs = []
     for target, head in heads.items():

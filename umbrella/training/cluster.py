@@ -15,6 +15,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from umbrella.base import UserError
+from umbrella.config import Settings
+from umbrella.training import preload
 from umbrella.training.settings import ResourceSettings
 
 LOCALHOST = "127.0.0.1"
@@ -25,8 +27,12 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
     "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train wants it for its own processes
 }
 """Ray's settings for every process of ours; what the person has set stays."""
+
+RAYS_OWN = 4
+"""Processes that Ray Train and Ray Data take for themselves before a training's first worker gets one."""
 
 
 def address_of(resources: ResourceSettings) -> str:
@@ -34,11 +40,12 @@ def address_of(resources: ResourceSettings) -> str:
     return resources.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
+def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", preloaded: int = 0) -> str:
     """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
 
     Args:
         name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.
+        preloaded: so many processes of a Ray of our own import at once what a training needs, see ``preload``.
 
     Returns the dashboard's address; empty where there is none, or Ray was started before.
 
@@ -55,6 +62,8 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if preloaded:
+            preload.prepare(preloaded)
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
     own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
@@ -70,12 +79,30 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
             )
     except (ConnectionError, AuthenticationError) as error:
         raise UserError(f"resources.address={address}: {_why_not(error, address)}") from None
+    if address == "local" and preloaded:
+        preload.want_no_environment()
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
 def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
     """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
     return "" if address_of(resources) == "local" else start_ray(resources, log_to_driver, name)
+
+
+def start_for_training(settings: Settings) -> None:
+    """The Ray of a training, before its data are read: a cluster's nodes are asked then, and decode."""
+    processes = RAYS_OWN + settings.resources.workers
+    start_ray(settings.resources, log_to_driver=True, name=settings.name, preloaded=processes)
+
+
+def start_for_sweep(settings: Settings, trials: int) -> None:
+    """The Ray of a sweep, as ``start_for_training``; says where its dashboard is."""
+    at_once = min(trials, settings.tune.concurrent or trials)
+    resources = settings.resources
+    processes = at_once if resources.alone else RAYS_OWN + at_once * (1 + resources.workers)
+    dashboard = start_ray(resources, log_to_driver=False, name=settings.name, preloaded=processes)
+    if dashboard:
+        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.cluster import join, start_ray
+from umbrella.training.cluster import start_for_training
 from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.mirror import BEGUN, mirrored
 from umbrella.training.progress import best_checkpoint
@@ -157,9 +157,9 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    name = settings.name or time.strftime("train-%Y%m%d-%H%M%S")
-    folder = storage / "trainings" / name
-    with mirrored(settings.resources, folder, progress, [storage / "evaluations" / name]):
+    settings = settings.named("train")
+    folder = storage / "trainings" / settings.name
+    with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
         _train(settings, progress, folder)
         then(folder)
     return folder
@@ -167,13 +167,12 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
 
 def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     name, storage = folder.name, folder.parent.parent
-    join(settings.resources, log_to_driver=True, name=name)
+    start_for_training(settings)
     splits = load_splits(settings, progress)
     check(settings, splits, [settings.mask], settings.tune.metric)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    start_ray(settings.resources, log_to_driver=True, name=name)
     trainings_that_fit(settings.resources, ray.cluster_resources())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(folder))

@@ -109,6 +109,11 @@ class ResourceSettings(Section):
         """The fewest workers that a training runs on."""
         return self.min_workers or self.workers
 
+    @property
+    def alone(self) -> bool:
+        """Whether a training always has one worker. A trial's then runs in the trial's own process."""
+        return self.workers == self.least_workers == 1
+
     @field_validator("storage")
     @classmethod
     def _storage_is_a_folder(cls, storage: str) -> str:

@@ -25,7 +25,7 @@ class Waiting:
     """While in here, says on standard error when nothing of this process's trains and the cluster has no room.
 
     Args:
-        here: trials train in their own process, see ``tuning.trial.runs_here``.
+        here: trials train in their own process, see ``ResourceSettings.alone``.
     """
 
     def __init__(self, resources: ResourceSettings, here: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from umbrella.storage import check_writable
 from umbrella.tracking.ending import mend
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.cluster import join, start_ray
+from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
 from umbrella.training.mirror import in_mirror, mirrored
 from umbrella.training.requests import on_sigterm
@@ -35,7 +34,7 @@ from umbrella.tuning.results import Trial, read_trials
 from umbrella.tuning.schedulers import Population, make_scheduler
 from umbrella.tuning.search import Search, make_search
 from umbrella.tuning.space import covers, read_space, variants
-from umbrella.tuning.trial import TrialRunner, runs_here, trial_resources
+from umbrella.tuning.trial import TrialRunner, trial_resources
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
@@ -81,7 +80,8 @@ def run_sweep(
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     goes_on = folder is not None
-    folder = folder or sweeps_folder(settings) / (settings.name or time.strftime("sweep-%Y%m%d-%H%M%S"))
+    settings = settings.named("sweep")
+    folder = folder or sweeps_folder(settings) / settings.name
     if not goes_on and folder.name in in_mirror(settings.resources, "sweeps"):
         raise _is_there(folder.name)
     with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
@@ -99,7 +99,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     storage = folder.parent.parent
     entries = read_space(settings, given)
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
-    dashboard = join(settings.resources, log_to_driver=False, name=folder.name)
+    start_for_sweep(settings, search.trials)
     splits = load_splits(settings, progress, masks, shapes)
     check(settings, splits, masks, settings.tune.metric, shapes)
     check_writable(folder, "the folder of the sweep")
@@ -113,9 +113,6 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
         mend(uri, experiment, storage)
-        dashboard = dashboard or start_ray(settings.resources, log_to_driver=False, name=folder.name)
-        if dashboard:
-            print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
         at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
         at_once = min(at_once, settings.tune.concurrent or at_once)
 
@@ -130,7 +127,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
             reopen(trial)
         monitor = Monitor(folder, uri, search.trials, settings.tune)
         try:
-            waiting = Waiting(settings.resources, runs_here(settings.resources))
+            waiting = Waiting(settings.resources, settings.resources.alone)
             # Trials keep what their last checkpoints hold.
             with monitor, waiting, on_sigterm(lambda: _stop(folder.name)):
                 try:

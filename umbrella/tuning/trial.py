@@ -119,7 +119,7 @@ class TrialRunner(tune.Trainable):
     def _start(self) -> "Future[None]":
         job = replace(self.job, begun=time.time())
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="training")
-        return self.pool.submit(run_job, job, runs_here(job.settings.resources))
+        return self.pool.submit(run_job, job, job.settings.resources.alone)
 
     def _finish(self) -> None:
         """Wait for the end of the training, or of its leg; raises what it stopped for."""
@@ -146,14 +146,9 @@ class TrialRunner(tune.Trainable):
             sys.modules["torch"].cuda.empty_cache()
 
 
-def runs_here(resources: ResourceSettings) -> bool:
-    """Whether a trial's training runs in the trial's own process."""
-    return resources.workers == resources.least_workers == 1
-
-
 def trial_resources(resources: ResourceSettings) -> dict[str, float]:
     """What Ray Tune reserves for a trial's own process."""
-    if runs_here(resources):
+    if resources.alone:
         gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
         return {"CPU": resources.cpus_per_worker, **gpus}
     # It waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
