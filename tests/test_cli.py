@@ -1,6 +1,7 @@
 """The command line: flags, files and overrides land in the settings, and a user's error is one line and status 2."""
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,18 @@ def test_a_users_error_inside_the_script_has_no_traceback_either(
     with pytest.raises(SystemExit) as left:
         run(main)
     assert (left.value.code, capsys.readouterr().err) == (2, "error: volume.nii: cannot be read\n")
+
+
+def test_sigterm_ends_a_script_in_one_line_and_status_143_whatever_it_is_at(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(request: Request) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert (left.value.code, capsys.readouterr().err) == (143, "stopped by SIGTERM\n")
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(run: Callable[..., Any]) -> None:

@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings, describe, has_space, load_settings
+from umbrella.sigterm import on_sigterm
 from umbrella.storage import storage_fault
 
 if TYPE_CHECKING:
@@ -144,8 +145,13 @@ def run_script(
 
     That is 0, 2 for a user error and for a disk that is full or read-only, or 143 after SIGTERM.
     """
+
+    def stop() -> NoReturn:
+        raise Stopped("stopped by SIGTERM")
+
     try:
-        main(parse(sys.argv[1:], doc, default_file, options, paths))
+        with on_sigterm(stop):  # while nothing knows better
+            main(parse(sys.argv[1:], doc, default_file, options, paths))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

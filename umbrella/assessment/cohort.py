@@ -11,6 +11,7 @@ from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, fingerprint, settle, settle_all
 from umbrella.data.loading import Intake, Progress, read_input
+from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 
 DECIDES = ("generate", "max_new_tokens", "length_normalised", "candidates")
@@ -78,7 +79,6 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
     from umbrella.assessment.stream import stream
     from umbrella.evaluation.scoring import find_numbers
     from umbrella.training.cluster import join
-    from umbrella.training.requests import on_sigterm
 
     settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
     check_writable(path.parent, f"output={path}")

@@ -25,9 +25,9 @@ from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.tables import tabulate
+from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.training.cluster import join
-from umbrella.training.requests import on_sigterm
 
 
 @dataclass(frozen=True)

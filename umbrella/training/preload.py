@@ -7,7 +7,6 @@ it goes on while the script itself still imports and reads.
 
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 TICKETS = "UMBRELLA_PRELOAD"
@@ -29,13 +28,17 @@ def prepare(processes: int) -> None:
 
 def take() -> None:
     """Import, if there is a ticket left for this process."""
+    if TICKETS not in os.environ:
+        return
     for ticket in Path(os.environ[TICKETS]).glob("*"):
-        with suppress(FileNotFoundError):  # another one was faster
+        try:
             ticket.unlink()
-            import umbrella.training.worker  # noqa: F401
+        except FileNotFoundError:  # another process was faster
+            continue
+        import umbrella.training.worker  # noqa: F401
 
-            want_no_environment()
-            return
+        want_no_environment()
+        return
 
 
 def want_no_environment() -> None:

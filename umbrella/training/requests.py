@@ -4,20 +4,14 @@ A request to stop is an empty file in the training's folder, which every worker'
 at SIGTERM. That a node is to be taken away Ray says, where it knows: see ``ray.train.get_preemption_info``.
 """
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
 
-from umbrella.base import Stopped
 from umbrella.training.parallel import agreed
 
 FILE_INTERVAL = 0.5
@@ -71,38 +65,6 @@ class Requests:
 def stop_file(folder: str | Path) -> Path:
     """The file by which a training is asked to stop."""
     return Path(folder) / "stop"
-
-
-@contextmanager
-def on_sigterm(do: Callable[[], None]) -> Iterator[None]:
-    """While in here, the first SIGTERM does this; a second one does what it would have done outside.
-
-    Raises:
-        Stopped: as ``do``.
-    """
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
-        yield
-        return
-
-    outcome: list[Stopped] = []
-
-    def first(*unused: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        try:
-            do()
-        except Stopped as stopped:
-            outcome.append(stopped)
-            raise KeyboardInterrupt from None  # any other exception is lost where Ray waits for something
-
-    before = signal.signal(signal.SIGTERM, first)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if outcome:
-            raise outcome[0] from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def ask_to_stop(folder: str | Path) -> None:

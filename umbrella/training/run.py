@@ -18,6 +18,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
+from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
@@ -28,7 +29,7 @@ from umbrella.training.cluster import start_for_training
 from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.mirror import BEGUN, mirrored
 from umbrella.training.progress import best_checkpoint
-from umbrella.training.requests import ask_to_stop, on_sigterm
+from umbrella.training.requests import ask_to_stop
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.statement import audited
 from umbrella.training.waiting import SPARE_CPUS, Waiting

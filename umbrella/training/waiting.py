@@ -50,8 +50,9 @@ class Waiting:
             with suppress(Exception):  # Ray is busy, or gone: nothing that a training should end for
                 actors = own_actors()
                 words = self._look(actors)
-                idle = 0 if train(self.actors, actors) else idle + 1
-            if self.asked and idle == 2:  # at one look only, the workers may just have stopped
+                idle = idle + 1 if self.asked and not train(self.actors, actors) else 0
+            if idle == 2:  # at one look only, the workers may just have stopped
+                self.asked = False
                 signal.raise_signal(signal.SIGTERM)
             now = time.monotonic()
             if not words:

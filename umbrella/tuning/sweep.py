@@ -15,6 +15,7 @@ from umbrella.config import SETTINGS, Settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
+from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.ending import mend
 from umbrella.tracking.runs import Tracker
@@ -22,7 +23,6 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
 from umbrella.training.mirror import in_mirror, mirrored
-from umbrella.training.requests import on_sigterm
 from umbrella.training.run import check, make_job, trainings_that_fit
 from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
