@@ -19,7 +19,7 @@ SCRIPT = """
     from ray import train, tune
     from ray.train.torch import TorchTrainer
     from umbrella.config import load_settings
-    from umbrella.training.cluster import start_for_sweep
+    from umbrella.training.cluster import start_ray
     from umbrella.training.preload import TICKETS
 
     def found():
@@ -34,7 +34,7 @@ SCRIPT = """
             return {"found": self.found, "done": True}
 
     settings = load_settings(overrides={"resources.storage": sys.argv[1]})
-    start_for_sweep(settings, trials=1)
+    start_ray(settings.resources, log_to_driver=False, preloaded=2)
     (trial,) = tune.Tuner(
         tune.with_resources(Trial, {"CPU": 0.5}), run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0)
     ).fit()
@@ -61,5 +61,21 @@ def test_trials_and_workers_take_processes_that_are_there(tmp_path: Path) -> Non
     assert said.returncode == 0, said.stderr
     found = json.loads(said.stdout.splitlines()[-1])
     assert found["trial"] == {"imported": True, "environment": {}}
-    assert found["worker"]["environment"] == {}, "it would get a new process"
+    assert found["worker"]["environment"] == {}, "it gets a new process"
     assert found["left"] == [], "no process came for the ticket"
+
+
+LOOK = """
+    import torch
+
+    asked = []
+    for name in ("is_available", "device_count", "current_device", "get_device_capability", "_lazy_init", "init"):
+        setattr(torch.cuda, name, lambda *rest, name=name: asked.append(name))
+    import umbrella.training.worker
+    print(asked)
+"""
+
+
+def test_what_is_imported_before_ray_says_which_gpus_are_for_it_asks_for_none() -> None:
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(LOOK)], capture_output=True, text=True, timeout=120)
+    assert said.stdout == "[]\n", said.stderr
