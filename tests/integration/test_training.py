@@ -154,10 +154,14 @@ def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_setting
     taken = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     assert taken.wait(60)
 
+    def controllers() -> set[str]:
+        told = [(actor["ActorClassName"], actor["State"], actor["ActorID"]) for actor in own_actors()]
+        return {actor for kind, state, actor in told if (kind, state) == ("TrainController", "ALIVE")}
+
+    earlier = controllers()  # of other tests' trainings, which may not have gone yet
+
     def stop() -> None:
-        while not any(
-            (actor["ActorClassName"], actor["State"]) == ("TrainController", "ALIVE") for actor in own_actors()
-        ):
+        while not controllers() - earlier:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
