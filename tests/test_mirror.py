@@ -286,6 +286,30 @@ def test_another_machine_fetches_goes_on_and_the_first_one_is_refused(address: s
     assert latest_checkpoint(one / FIRST) == checkpoint_folder(one / FIRST, 2)
 
 
+def test_an_evaluation_that_another_machine_made_stays_in_the_mirror_beside_what_is_written_here(
+    address: str, tmp_path: Path
+) -> None:
+    def evaluated(home: Path, *names: str) -> None:
+        also = home / "evaluations/first"
+        with mirrored(resources(home, address), home / FIRST, all_of, [also]):
+            if not (home / FIRST).exists():
+                begin(home / FIRST)
+            for name in names:
+                also.mkdir(parents=True, exist_ok=True)
+                (also / name).write_text(home.name, encoding="utf-8")
+            for file in set(also.glob("*")) - {also / name for name in names}:
+                file.unlink()
+
+    store, two = SharedStore(address), tmp_path / "two"
+    evaluated(tmp_path / "one", "table.csv", "page.html")
+    evaluated(two)
+    assert set(store.sizes("evaluations")) == {f"evaluations/first/{name}" for name in ("table.csv", "page.html")}
+    evaluated(two, "table.csv", "chart.html")
+    assert store.read("evaluations/first/table.csv") == b"two"
+    evaluated(two, "table.csv")
+    assert set(store.sizes("evaluations")) == {f"evaluations/first/{name}" for name in ("table.csv", "page.html")}
+
+
 def test_a_second_machine_is_refused_while_the_first_one_lives_and_one_that_was_taken_over_stops_copying(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

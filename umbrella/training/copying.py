@@ -54,6 +54,7 @@ class Copy:
         self.copied: dict[str, Stamp] = {}
         """Files that lie there as they were when they had this stamp."""
         self.there: set[str] = set()
+        """Files there that go when they are gone here: not an evaluation that another machine made."""
         self.bytes = 0
         """Copied so far: tells whether it goes on."""
 
@@ -62,8 +63,9 @@ class Copy:
         sizes = {name: size for part in self.parts for name, size in self.store.sizes(part).items()}
         for name in [name for name in sizes if name.endswith(".partial")]:  # of a machine that was lost
             self.store.delete(name)
-        self.there = {name for name in sizes if travels(name)}
         self.copied = {name: stamp for name, stamp in copied.items() if sizes.get(name) == stamp[0]}
+        ours = [name for name in sizes if name.startswith(f"{self.folder}/") or name in self.copied]
+        self.there = set(filter(travels, ours))
 
     def left(self) -> tuple[int, int]:
         """How many files are not there as they are here, and their bytes."""
