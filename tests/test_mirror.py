@@ -338,6 +338,41 @@ def test_a_second_machine_is_refused_while_the_first_one_lives_and_one_that_was_
     assert second._round()
 
 
+@pytest.mark.parametrize("at", ["put", "delete"])
+def test_one_that_is_taken_over_in_the_midst_of_a_round_changes_nothing_more_and_leaves_the_mirror_to_the_other(
+    at: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setattr(rooms, "SILENT", 0.2)
+    for name in ("a.txt", "b.txt"):
+        (begin(one / FIRST) if name == "a.txt" else one / FIRST).joinpath(name).touch()
+    first = Mirror(resources(one, address), one / FIRST).open(all_of)
+    assert first._round()
+    for name in ("a.txt", "b.txt"):
+        (one / FIRST / name).unlink() if at == "delete" else (one / FIRST / name).write_text("new", encoding="utf-8")
+    takers: list[Mirror] = []
+    change = getattr(SharedStore, at)
+
+    def hanging(store: SharedStore, name: str, *about: Any) -> None:
+        if store is first.store and name.endswith(".txt") and not takers:
+            takers.append(Mirror(resources(two, address), two / FIRST).open(all_of))
+            assert takers[0]._round()
+        change(store, name, *about)
+
+    monkeypatch.setattr(SharedStore, at, hanging)
+    capsys.readouterr()
+    assert not first._round()
+    with first:
+        pass
+    assert takers[0].owner()["session"] == takers[0].session
+    assert takers[0]._round(), "it goes on"
+    said = capsys.readouterr().err
+    assert said.count("nothing more is copied from here") == 1
+    assert "tried again" not in said
+    contents = [SharedStore(address).read(f"{FIRST}/{name}") for name in ("a.txt", "b.txt")]
+    assert contents.count(b"") >= 1, "no change but the one that hung, at most"
+
+
 def until(true: Callable[[], Any]) -> None:
     end = time.monotonic() + 20
     while not true():

@@ -37,7 +37,8 @@ class Copy:
         folder: the training's or sweep's, as in "trainings/first".
         begun: the file of it without which it is none.
         also: more folders, such as of its evaluation.
-        while_copying: called now and then while a large file is copied.
+        while_copying: called before each change, and now and then while a large file is copied. What it raises ends the
+            round.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Copy:
     def _put(self, name: str, stamp: Stamp, content: Path | bytes | None = None) -> None:
         if self.copied.get(name) == stamp:
             return
+        self._while_copying()
         path = self.storage / name
         try:
             self.store.put(name, path if content is None else content, self._count)
@@ -156,7 +158,7 @@ class Copy:
         held = folder.with_name(f".{folder.name}.copied")
         try:
             shutil.rmtree(held, ignore_errors=True)
-            shutil.copytree(folder, held, copy_function=link_or_copy)
+            shutil.copytree(folder, held, copy_function=self._hold)
             if what_is_wrong(held):
                 return False
             if mark in self.there:
@@ -175,6 +177,10 @@ class Copy:
             shutil.rmtree(held, ignore_errors=True)
         return True
 
+    def _hold(self, source: str, target: str) -> None:
+        link_or_copy(source, target)
+        self._while_copying()  # copies take long
+
     def _remove(self, files: Collection[str], whole: Collection[str]) -> None:
         """Delete there what is gone here. A training's newest checkpoint stays until a newer one is there, whole."""
         newest = {os.path.dirname(checkpoint): checkpoint for checkpoint in sorted(whole)}
@@ -187,6 +193,7 @@ class Copy:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
+        self._while_copying()
         self.copied.pop(name, None)
         self.store.delete(name)
         self.there.discard(name)
