@@ -5,20 +5,22 @@ each round looks in one order and copies in another:
 
     looks: ends of trials, and Ray's notes · which checkpoints are whole · outboxes · everything else
     copies: everything else · outboxes · checkpoints, what makes each whole last · ends, Ray's notes, the begun file
+
+A trial's note of whose checkpoint it took goes with its checkpoints: where it is, they are those that it tells of.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.progress import FILES, LIVE, what_is_wrong
+from umbrella.training.progress import FILES, LIVE, checkpoint_folder, read_metrics, what_is_wrong
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""
@@ -26,8 +28,8 @@ STAYS = {"lock", "outbox.lock", "outbox.sending", LIVE}
 """Files that say nothing elsewhere, or later."""
 MAIL = ("outbox.jsonl", "run.json")
 """Of ``tracking``, in the order of copying: run.json says up to which step all is sent or in the outbox."""
-ENDS = ("end.json", "adopted.jsonl")
-"""Of a trial: how it ended, and whose checkpoint it took."""
+END, ADOPTED = "end.json", "adopted.jsonl"
+"""Of a trial: how it ended, and at which steps it took another one's checkpoint."""
 
 
 class Copy:
@@ -87,11 +89,11 @@ class Copy:
         mail = self._taken(name for name in files if _is_mail(name))
         files = self._files()
         for name, stamp in files.items():
-            if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name)):
+            if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name) or name.endswith(f"/{ADOPTED}")):
                 self._put(name, stamp)
         self._put_all(mail, lambda name: MAIL.index(os.path.basename(name)))
         whole |= {checkpoint for checkpoint in new if self._put_checkpoint(checkpoint)}
-        self._put_all(notes, lambda name: (name == self.begun, os.path.basename(name) not in ENDS))
+        self._put_all(notes, lambda name: (name == self.begun, os.path.basename(name) != END))
         if (self.storage / self.begun).is_file():
             self._remove(files, whole)
 
@@ -110,9 +112,9 @@ class Copy:
         """Whether a file tells of others: that a trial has ended, what Ray Tune knows, that there is a training."""
         place, _, last = name.removeprefix(f"{self.folder}/").rpartition("/")
         of_ray = self.folder.startswith("sweeps/") and place.split("/")[0] not in ("trials", "tracking")
-        return name == self.begun or last in ENDS or (of_ray and name.startswith(f"{self.folder}/"))
+        return name == self.begun or last == END or (of_ray and name.startswith(f"{self.folder}/"))
 
-    def _taken(self, names: Iterator[str]) -> dict[str, tuple[Stamp, bytes]]:
+    def _taken(self, names: Iterable[str]) -> dict[str, tuple[Stamp, bytes]]:
         """What is in files now, of those that are not there yet; one that is half written waits for the next round."""
         taken = {}
         for name in names:
@@ -159,7 +161,7 @@ class Copy:
         try:
             shutil.rmtree(held, ignore_errors=True)
             shutil.copytree(folder, held, copy_function=self._hold)
-            if what_is_wrong(held):
+            if what_is_wrong(held) or not self._put_adopted(folder, held):
                 return False
             if mark in self.there:
                 self._delete(mark)
@@ -175,6 +177,22 @@ class Copy:
             return False  # it was pruned before it had its second names; or a worker that starts took these for rests
         finally:
             shutil.rmtree(held, ignore_errors=True)
+        return True
+
+    def _put_adopted(self, folder: Path, held: Path) -> bool:
+        """Copy what the trial of a checkpoint has adopted, before the checkpoint.
+
+        Returns whether they go together: not where this one is about to make room for an adopted one.
+        """
+        for name, (stamp, content) in self._taken([str(folder.with_name(ADOPTED).relative_to(self.storage))]).items():
+            steps = [json.loads(line)["step"] for line in content.splitlines()]
+            adopted = [checkpoint_folder(folder.parent, step) for step in steps]
+            if folder in adopted and read_metrics(held):  # what is adopted was not measured
+                return False
+            for mark in (str((checkpoint / FILES).relative_to(self.storage)) for checkpoint in adopted):
+                if mark in self.there and self.copied.get(mark) != stamp_of(self.storage / mark):
+                    self._delete(mark)  # there it may be the trial's own still
+            self._put(name, stamp, content)
         return True
 
     def _hold(self, source: str, target: str) -> None:
