@@ -77,11 +77,11 @@ def run_sweep(
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
         Stopped: SIGTERM came.
     """
-    storage = Path(settings.resources.storage).absolute()
-    check_writable(storage, f"resources.storage={settings.resources.storage}")
     goes_on = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweeps_folder(settings) / settings.name
+    storage = folder.parent.parent
+    check_writable(storage, f"resources.storage={storage}")
     if not goes_on and folder.name in in_mirror(settings.resources, "sweeps"):
         raise _is_there(folder.name)
     with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
