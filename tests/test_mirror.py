@@ -26,7 +26,7 @@ from umbrella.shared_store import SharedStore
 from umbrella.training import mirror as rooms
 from umbrella.training.copying import Copy, bring
 from umbrella.training.history import read_history
-from umbrella.training.mirror import BEGUN, Mirror, mirrored
+from umbrella.training.mirror import BEGUN, Mirror, in_mirror, mirrored
 from umbrella.training.progress import (
     METRICS,
     PROGRESS,
@@ -524,6 +524,46 @@ def test_a_mirror_that_cannot_be_written_or_is_the_storage_is_refused(tmp_path: 
         Mirror(resources(tmp_path, f"{tmp_path}/file/runs"), tmp_path / FIRST).open(all_of)
     with pytest.raises(UserError, match=r"is resources\.storage itself"):
         Mirror(resources(tmp_path, f"file://{tmp_path}"), tmp_path / FIRST).open(all_of)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"is resources\.storage itself"):
+        Mirror(resources(tmp_path, f"{tmp_path}/link"), tmp_path / FIRST).open(all_of)
+
+
+def test_what_was_put_there_by_hand_is_left_out_and_not_fetched(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    home, sweep = tmp_path / "home", tmp_path / "home/sweeps/known"
+    with mirrored(resources(home, address), sweep, all_of):
+        sweep.mkdir(parents=True)
+        (sweep / SETTINGS).touch()
+    SharedStore(address).put(f"sweeps/by_hand/{SETTINGS}", b"a: 1")
+    assert set(in_mirror(resources(home, address), "sweeps")) == {"known"}
+    said = capsys.readouterr().err
+    assert (said.count("\n"), said.endswith(": by_hand\n")) == (1, True)
+    with pytest.raises(UserError, match=r"sweeps/by_hand is there, but no \.mirror\.json"):
+        Mirror(resources(home, address), home / "sweeps/by_hand").open(all_of)
+    assert not (home / "sweeps/by_hand").exists()
+
+
+def test_what_is_sent_or_waits_is_read_before_what_waits(address: str, tmp_path: Path) -> None:
+    """A step is told of between two reads: run.json is older than the outbox then, and never the other way round."""
+    folder = begin(tmp_path / FIRST)
+    tracking = folder / "tracking/sqlite"
+    tracking.mkdir(parents=True)
+    (tracking / "run.json").write_text('{"until": 1}', encoding="utf-8")
+
+    class Told(Copy):
+        def _taken(self, names: Any) -> Any:
+            names = list(names)
+            found = super()._taken(names)
+            if any(name.endswith(("run.json", "outbox.jsonl")) for name in names):
+                (tracking / "outbox.jsonl").write_text('{"until": 2}', encoding="utf-8")
+                (tracking / "run.json").write_text('{"until": 2}', encoding="utf-8")
+            return found
+
+    Told(SharedStore(address), tmp_path, FIRST, BEGUN["trainings"]).round()
+    assert SharedStore(address).read(f"{FIRST}/tracking/sqlite/run.json") == b'{"until": 1}'
+    assert SharedStore(address).read(f"{FIRST}/tracking/sqlite/outbox.jsonl") == b'{"until": 2}'
 
 
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "tune.py"])

@@ -3,7 +3,7 @@
 What tells of other files has to be older than they are, or the same: a machine may be lost between any two files. So
 each round looks in one order and copies in another:
 
-    looks: ends of trials, and Ray's notes · which checkpoints are whole · outboxes · everything else
+    looks: ends of trials, and Ray's notes · which checkpoints are whole · run.json · outboxes · everything else
     copies: everything else · outboxes · checkpoints, what makes each whole last · ends, Ray's notes, the begun file
 
 A trial's note of whose checkpoint it took goes with its checkpoints: where it is, they are those that it tells of.
@@ -26,8 +26,8 @@ Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""
 STAYS = {"lock", "outbox.lock", "outbox.sending", LIVE}
 """Files that say nothing elsewhere, or later."""
-MAIL = ("outbox.jsonl", "run.json")
-"""Of ``tracking``, in the order of copying: run.json says up to which step all is sent or in the outbox."""
+OUTBOX, RUN = "outbox.jsonl", "run.json"
+"""Of ``tracking``. The second says up to which step all is sent or in the first: it is read first, and put last."""
 END, ADOPTED = "end.json", "adopted.jsonl"
 """Of a trial: how it ended, and at which steps it took another one's checkpoint."""
 
@@ -86,12 +86,13 @@ class Copy:
         checkpoints = by_checkpoint(files)
         whole = {c for c, own in checkpoints.items() if f"{c}/{FILES}" in own and own.items() <= self.copied.items()}
         new = [c for c in sorted(checkpoints.keys() - whole) if not what_is_wrong(self.storage / c)]
-        mail = self._taken(name for name in files if _is_mail(name))
+        mail = self._taken(name for name in files if os.path.basename(name) == RUN)
+        mail |= self._taken({f"{os.path.dirname(name)}/{OUTBOX}" for name in files if _is_mail(name)})
         files = self._files()
         for name, stamp in files.items():
             if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name) or name.endswith(f"/{ADOPTED}")):
                 self._put(name, stamp)
-        self._put_all(mail, lambda name: MAIL.index(os.path.basename(name)))
+        self._put_all(mail, lambda name: os.path.basename(name) == RUN)
         whole |= {checkpoint for checkpoint in new if self._put_checkpoint(checkpoint)}
         self._put_all(notes, lambda name: (name == self.begun, os.path.basename(name) != END))
         if (self.storage / self.begun).is_file():
@@ -231,7 +232,7 @@ def _is_whole(name: str, content: bytes) -> bool:
 
 
 def _is_mail(name: str) -> bool:
-    return os.path.basename(name) in MAIL
+    return os.path.basename(name) in (OUTBOX, RUN)
 
 
 def checkpoint_of(name: str) -> str:

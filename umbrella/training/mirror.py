@@ -16,7 +16,7 @@ from uuid import uuid4
 from umbrella.base import UserError
 from umbrella.config import SETTINGS
 from umbrella.data.loading import Progress, counted
-from umbrella.shared_store import SharedStore
+from umbrella.shared_store import SharedStore, is_address
 from umbrella.storage import put_text, storage_fault
 from umbrella.training.copying import Copy, Stamp, bring
 from umbrella.training.settings import ResourceSettings
@@ -90,7 +90,7 @@ class Mirror:
         Raises:
             UserError: it cannot; another machine has gone on with this, or is at it.
         """
-        if self.store.address == str(self.storage):
+        if not is_address(self.store.address) and Path(self.store.address).resolve() == self.storage.resolve():
             raise UserError(f"{self.store}: is resources.storage itself; name another place, or none")
         with _refusing(self.store):
             probe = f".{uuid4().hex}.probe"
@@ -113,6 +113,8 @@ class Mirror:
     def _fetch(self, progress: Progress, owner: dict[str, Any]) -> dict[str, Stamp]:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is in the way of what {self.store} has; delete it or move it away")
+        if not owner:
+            raise UserError(f"{self.store}: {self.name} is there, but no {NOTE} of who copied it; copy it here by hand")
         first = self.folder.with_name(f".{self.folder.name}.fetched")
         shutil.rmtree(first, ignore_errors=True)
         copied = bring(self.store, self.name, self.begun, first, progress)
@@ -263,7 +265,23 @@ def in_mirror(resources: ResourceSettings, kind: str) -> dict[str, float]:
     place = Path(resources.storage).absolute() / kind
     with _refusing(SharedStore(resources.mirror, SETTING)) as store:
         known = [Mirror(resources, place / name) for name in sorted(store.names(kind))]
-        return {mirror.folder.name: mirror.owner()["begun"] for mirror in known if mirror.there}
+        owners = {mirror.folder.name: mirror.owner() for mirror in known if mirror.there}
+    if strange := [name for name, owner in owners.items() if not owner]:
+        _note(f"{store}: left out, since no {NOTE} tells who copied them there: {', '.join(strange)}")
+    return {name: owner["begun"] for name, owner in owners.items() if owner}
+
+
+def is_in_mirror(resources: ResourceSettings, folder: Path) -> bool:
+    """Whether the mirror, if there is one, has a training or sweep of this name.
+
+    Raises:
+        UserError: the mirror does not answer.
+    """
+    if not resources.mirror:
+        return False
+    mirror = Mirror(resources, folder)
+    with _refusing(mirror.store):
+        return mirror.there
 
 
 @contextmanager
