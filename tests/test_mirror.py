@@ -402,6 +402,18 @@ def test_a_second_machine_is_refused_while_the_first_one_lives_and_one_that_was_
     assert second._round()
 
 
+def test_of_two_that_begin_the_same_new_name_the_second_is_refused_before_the_first_has_written_anything(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "SILENT", 30.0)  # it gives a sign much sooner
+    with mirrored(resources(tmp_path / "one", address), tmp_path / "one" / FIRST, all_of):
+        until(lambda: SharedStore(address).sizes(FIRST))
+        with pytest.raises(UserError, match=r"is being copied there from .*; stop it there"):
+            Mirror(resources(tmp_path / "two", address), tmp_path / "two" / FIRST).open(all_of)
+    assert not list(tmp_path.glob("*/trainings"))
+    assert SharedStore(address).sizes(FIRST) == {}, "nothing was begun"
+
+
 @pytest.mark.parametrize("at", ["put", "delete"])
 def test_one_that_is_taken_over_in_the_midst_of_a_round_changes_nothing_more_and_leaves_the_mirror_to_the_other(
     at: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

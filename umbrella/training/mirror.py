@@ -162,8 +162,10 @@ class Mirror:
         return f"{counted(files, 'file')} ({decimal(size)})"
 
     def _run(self) -> None:
-        while not self._ending.wait(EVERY) and not self._lost:
-            self._round()
+        while not self._lost:
+            self._round()  # the first one at once: others see that this name is taken
+            if self._ending.wait(EVERY):
+                break
         failed, first = 0, 0.0
         while not (self._lost or self._round(last=True) or self._given_up.wait(1.0)):
             failed, first = failed + 1, first or time.monotonic()
@@ -172,12 +174,14 @@ class Mirror:
 
     def _round(self, last: bool = False) -> bool:
         """Copy once; returns whether that worked. What does not is said once, and once when it works again."""
-        if not self.here:
-            return True
         try:
             self._claim()
             if self._lost:
                 return False
+            if not self.here:
+                if last and not self.there:  # nothing was begun
+                    self.store.delete(f"{self.name}/{NOTE}")
+                return True
             try:
                 self.copy.round()
             finally:
@@ -205,13 +209,14 @@ class Mirror:
             return
         if self.session not in self.sessions:
             self.sessions.append(self.session)
+        if self.here:
             self._remember(self.copy.copied)
         self._sign(writing=True)
 
     def _sign(self, writing: bool) -> None:
         self._beat += 1
         told = {"session": self.session, "host": socket.gethostname(), "beat": self._beat, "writing": writing}
-        told["begun"] = (self.folder / self.begun).stat().st_mtime
+        told["begun"] = (self.folder / self.begun).stat().st_mtime if self.here else time.time()
         self.store.put(f"{self.name}/{NOTE}", json.dumps(told).encode())
         self._signed = time.monotonic()
 
