@@ -7,9 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,9 +26,18 @@ from umbrella.shared_store import SharedStore
 from umbrella.training import mirror as rooms
 from umbrella.training.copying import Copy, bring
 from umbrella.training.history import read_history
-from umbrella.training.mirror import BEGUN, Mirror, mirrored
-from umbrella.training.progress import checkpoint_folder, delete, latest_checkpoint, what_is_wrong, write_files
+from umbrella.training.mirror import BEGUN, Mirror, in_mirror, mirrored
+from umbrella.training.progress import (
+    METRICS,
+    PROGRESS,
+    checkpoint_folder,
+    delete,
+    latest_checkpoint,
+    what_is_wrong,
+    write_files,
+)
 from umbrella.training.settings import ResourceSettings
+from umbrella.tuning import adoption
 from umbrella.tuning.question import Question, write_question
 
 FIRST = "trainings/first"
@@ -85,6 +96,8 @@ def evaluate(folder: Path, step: int, writing: str = "a") -> Path:
     (partial / "adapter").mkdir(parents=True)
     for name in ("model.safetensors", "adapter/config", "state.pt"):
         (partial / name).write_text(f"{step} {writing}", encoding="utf-8")
+    (partial / METRICS).write_text('{"eval/loss": 1}', encoding="utf-8")
+    (partial / PROGRESS).write_text(json.dumps({"step": step}), encoding="utf-8")
     write_files(partial)
     checkpoint = checkpoint_folder(folder, step)
     if checkpoint.exists():
@@ -152,6 +165,57 @@ def test_at_whatever_moment_the_machine_is_lost_another_one_goes_on_with_whole_c
         changes += 1
     assert changes > 20
     assert seen == {1, 2, 3}
+
+
+def population_life(trials: Path, copy: Copy, rounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two trials one adopts at the first evaluation. ``rounds``: when there are some, besides the last one."""
+
+    own = evaluate(trials / "taker", 1, "taker")
+    evaluate(trials / "giver", 1, "giver")
+    if "measured" in rounds:
+        copy.round()
+    with monkeypatch.context() as killed:  # between note and checkpoint
+        killed.setattr(adoption, "_take", lambda folder, step: None)
+        adoption.adopt(trials / "taker", trials / "giver", {"lr": 1}, {"lr": 2}, {"lr": 3})
+    if "noted" in rounds:
+        copy.round()
+    adoption.settle(trials / "taker")
+    if "taken" in rounds:
+        copy.round()
+    evaluate(trials / "taker", 2, "taker")
+    delete(own)
+    copy.round()
+
+
+@pytest.mark.parametrize("rounds", ["measured noted taken", "measured", "noted taken"])
+def test_at_whatever_moment_the_machine_is_lost_a_trials_weights_are_those_that_its_note_tells_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: str
+) -> None:
+    changes, seen, lost = 0, set(), True
+    while lost:
+        home, away, store = (tmp_path / f"{name}-{changes}" for name in ("home", "away", "store"))
+        for name in ("taker", "giver"):
+            (home / "sweeps/s/trials" / name).mkdir(parents=True)
+        (home / "sweeps/s" / SETTINGS).touch()
+        fragile = Fragile(str(store))
+        fragile.left, lost = changes, False
+        try:
+            copy = Copy(fragile, home, "sweeps/s", SETTINGS)
+            population_life(home / "sweeps/s/trials", copy, rounds, monkeypatch)
+        except Lost:
+            lost = True
+        if "sweeps/s/settings.yaml" in SharedStore(str(store)).sizes("sweeps/s"):
+            bring(SharedStore(str(store)), "sweeps/s", SETTINGS, away / "sweeps/s", all_of)
+            taker = away / "sweeps/s/trials/taker"
+            adoption.settle(taker)
+            latest = latest_checkpoint(taker)
+            adopted = [told.step for told in adoption.read_adoptions(taker)]
+            weights = (latest / "model.safetensors").read_text() if latest else ""
+            seen.add((weights, *adopted))
+        changes += 1
+    between = {("1 taker",)} if "measured" in rounds else set()
+    between |= {("1 giver", 1)} if "taken" in rounds else set()
+    assert seen == {("",), ("2 taker", 1)} | between
 
 
 def test_what_arrives_is_what_was_sent_and_rests_locks_and_the_state_of_the_moment_stay(
@@ -286,6 +350,30 @@ def test_another_machine_fetches_goes_on_and_the_first_one_is_refused(address: s
     assert latest_checkpoint(one / FIRST) == checkpoint_folder(one / FIRST, 2)
 
 
+def test_an_evaluation_that_another_machine_made_stays_in_the_mirror_beside_what_is_written_here(
+    address: str, tmp_path: Path
+) -> None:
+    def evaluated(home: Path, *names: str) -> None:
+        also = home / "evaluations/first"
+        with mirrored(resources(home, address), home / FIRST, all_of, [also]):
+            if not (home / FIRST).exists():
+                begin(home / FIRST)
+            for name in names:
+                also.mkdir(parents=True, exist_ok=True)
+                (also / name).write_text(home.name, encoding="utf-8")
+            for file in set(also.glob("*")) - {also / name for name in names}:
+                file.unlink()
+
+    store, two = SharedStore(address), tmp_path / "two"
+    evaluated(tmp_path / "one", "table.csv", "page.html")
+    evaluated(two)
+    assert set(store.sizes("evaluations")) == {f"evaluations/first/{name}" for name in ("table.csv", "page.html")}
+    evaluated(two, "table.csv", "chart.html")
+    assert store.read("evaluations/first/table.csv") == b"two"
+    evaluated(two, "table.csv")
+    assert set(store.sizes("evaluations")) == {f"evaluations/first/{name}" for name in ("table.csv", "page.html")}
+
+
 def test_a_second_machine_is_refused_while_the_first_one_lives_and_one_that_was_taken_over_stops_copying(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +400,53 @@ def test_a_second_machine_is_refused_while_the_first_one_lives_and_one_that_was_
     assert capsys.readouterr().err.count("nothing more is copied from here") == 1
     assert f"{FIRST}/step_0000002/files.json" not in SharedStore(address).sizes(FIRST)
     assert second._round()
+
+
+def test_of_two_that_begin_the_same_new_name_the_second_is_refused_before_the_first_has_written_anything(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "SILENT", 30.0)  # it gives a sign much sooner
+    with mirrored(resources(tmp_path / "one", address), tmp_path / "one" / FIRST, all_of):
+        until(lambda: SharedStore(address).sizes(FIRST))
+        with pytest.raises(UserError, match=r"is being copied there from .*; stop it there"):
+            Mirror(resources(tmp_path / "two", address), tmp_path / "two" / FIRST).open(all_of)
+    assert not list(tmp_path.glob("*/trainings"))
+    assert SharedStore(address).sizes(FIRST) == {}, "nothing was begun"
+
+
+@pytest.mark.parametrize("at", ["put", "delete"])
+def test_one_that_is_taken_over_in_the_midst_of_a_round_changes_nothing_more_and_leaves_the_mirror_to_the_other(
+    at: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setattr(rooms, "SILENT", 0.2)
+    for name in ("a.txt", "b.txt"):
+        (begin(one / FIRST) if name == "a.txt" else one / FIRST).joinpath(name).touch()
+    first = Mirror(resources(one, address), one / FIRST).open(all_of)
+    assert first._round()
+    for name in ("a.txt", "b.txt"):
+        (one / FIRST / name).unlink() if at == "delete" else (one / FIRST / name).write_text("new", encoding="utf-8")
+    takers: list[Mirror] = []
+    change = getattr(SharedStore, at)
+
+    def hanging(store: SharedStore, name: str, *about: Any) -> None:
+        if store is first.store and name.endswith(".txt") and not takers:
+            takers.append(Mirror(resources(two, address), two / FIRST).open(all_of))
+            assert takers[0]._round()
+        change(store, name, *about)
+
+    monkeypatch.setattr(SharedStore, at, hanging)
+    capsys.readouterr()
+    assert not first._round()
+    with first:
+        pass
+    assert takers[0].owner()["session"] == takers[0].session
+    assert takers[0]._round(), "it goes on"
+    said = capsys.readouterr().err
+    assert said.count("nothing more is copied from here") == 1
+    assert "tried again" not in said
+    contents = [SharedStore(address).read(f"{FIRST}/{name}") for name in ("a.txt", "b.txt")]
+    assert contents.count(b"") >= 1, "no change but the one that hung, at most"
 
 
 def until(true: Callable[[], Any]) -> None:
@@ -401,6 +536,46 @@ def test_a_mirror_that_cannot_be_written_or_is_the_storage_is_refused(tmp_path: 
         Mirror(resources(tmp_path, f"{tmp_path}/file/runs"), tmp_path / FIRST).open(all_of)
     with pytest.raises(UserError, match=r"is resources\.storage itself"):
         Mirror(resources(tmp_path, f"file://{tmp_path}"), tmp_path / FIRST).open(all_of)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"is resources\.storage itself"):
+        Mirror(resources(tmp_path, f"{tmp_path}/link"), tmp_path / FIRST).open(all_of)
+
+
+def test_what_was_put_there_by_hand_is_left_out_and_not_fetched(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    home, sweep = tmp_path / "home", tmp_path / "home/sweeps/known"
+    with mirrored(resources(home, address), sweep, all_of):
+        sweep.mkdir(parents=True)
+        (sweep / SETTINGS).touch()
+    SharedStore(address).put(f"sweeps/by_hand/{SETTINGS}", b"a: 1")
+    assert set(in_mirror(resources(home, address), "sweeps")) == {"known"}
+    said = capsys.readouterr().err
+    assert (said.count("\n"), said.endswith(": by_hand\n")) == (1, True)
+    with pytest.raises(UserError, match=r"sweeps/by_hand is there, but no \.mirror\.json"):
+        Mirror(resources(home, address), home / "sweeps/by_hand").open(all_of)
+    assert not (home / "sweeps/by_hand").exists()
+
+
+def test_what_is_sent_or_waits_is_read_before_what_waits(address: str, tmp_path: Path) -> None:
+    """A step is told of between two reads: run.json is older than the outbox then, and never the other way round."""
+    folder = begin(tmp_path / FIRST)
+    tracking = folder / "tracking/sqlite"
+    tracking.mkdir(parents=True)
+    (tracking / "run.json").write_text('{"until": 1}', encoding="utf-8")
+
+    class Told(Copy):
+        def _taken(self, names: Any) -> Any:
+            names = list(names)
+            found = super()._taken(names)
+            if any(name.endswith(("run.json", "outbox.jsonl")) for name in names):
+                (tracking / "outbox.jsonl").write_text('{"until": 2}', encoding="utf-8")
+                (tracking / "run.json").write_text('{"until": 2}', encoding="utf-8")
+            return found
+
+    Told(SharedStore(address), tmp_path, FIRST, BEGUN["trainings"]).round()
+    assert SharedStore(address).read(f"{FIRST}/tracking/sqlite/run.json") == b'{"until": 1}'
+    assert SharedStore(address).read(f"{FIRST}/tracking/sqlite/outbox.jsonl") == b'{"until": 2}'
 
 
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "tune.py"])
@@ -486,3 +661,65 @@ def test_an_object_store_that_takes_calls_and_does_not_answer_is_one_line_too(
         with pytest.raises(UserError, match=r"^resources\.mirror=s3://bucket/runs.*Timeout was reached") as raised:
             Mirror(resources(tmp_path, place), tmp_path / FIRST).open(all_of)
     assert "\n" not in str(raised.value)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """As much of S3 as an upload needs; it takes no part until it may."""
+
+    may_take = threading.Event()
+    asked = threading.Event()
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        kind = "InitiateMultipartUploadResult" if self.path.endswith("uploads") else "CompleteMultipartUploadResult"
+        self.answer(f"<{kind}><UploadId>1</UploadId><ETag>1</ETag></{kind}>".encode())
+
+    def do_PUT(self) -> None:
+        size = int(self.headers["Content-Length"] or 0)
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline(), 16):
+                self.rfile.read(size + 2)
+            self.rfile.readline()
+        self.rfile.read(size)
+        if "partNumber" in self.path:
+            self.asked.set()
+            self.may_take.wait(20)
+        self.answer()
+
+    def answer(self, content: bytes = b"") -> None:
+        self.send_response(200)
+        for name, value in {"ETag": '"1"', "Content-Length": str(len(content)), "Content-Type": "text/xml"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *unused: object) -> None:
+        pass
+
+
+def test_an_upload_to_s3_is_told_of_as_it_goes_on_and_not_held_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    (tmp_path / "weights").write_bytes(bytes(2**26))
+    told: list[int] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = SharedStore(
+            f"s3://bucket/runs?region=x&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
+        )
+        upload = threading.Thread(target=store.put, args=("weights", tmp_path / "weights", told.append), daemon=True)
+        upload.start()
+        assert Slow.asked.wait(20)
+        time.sleep(0.5)
+        before = sum(told)
+        Slow.may_take.set()
+        upload.join(20)
+        server.shutdown()
+    assert before < 2**25
+    assert sum(told) == 2**26

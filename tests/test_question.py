@@ -12,6 +12,7 @@ import pytest
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.tuning.question import Question, check_data, claimed, newest, read_question, write_question
+from umbrella.tuning.sweep import run_sweep
 
 SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
 HOLD = "import sys; from pathlib import Path; from umbrella.tuning.question import claimed\n"
@@ -33,6 +34,22 @@ def test_a_question_is_read_back_as_it_was_asked(sweep: Path) -> None:
     assert settings.tune.space == SPACE
     assert given == {"optim.warmup"}
     assert newest(sweep.parent) == sweep
+
+
+def test_a_sweep_that_was_moved_writes_where_it_lies_now(sweep: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    sweep.parent.rename(moved / "sweeps")
+    assert read_question(moved / "sweeps/first").settings.resources.storage == str(moved)
+
+
+def test_a_sweep_that_was_moved_goes_on_with_a_mirror(sweep: Path, tmp_path: Path) -> None:
+    words = {"tune.space": {"optim.lr": {"no such": 1}}, "resources.storage": str(tmp_path / "before")}
+    settings = load_settings(overrides={**words, "resources.mirror": f"file://{tmp_path}/mirror"})
+    with pytest.raises(UserError, match=r"tune\.space.*no such"):  # which it comes to in the mirror
+        run_sweep(settings, frozenset(), lambda things, what: things, sweep)
+    assert (tmp_path / "mirror/sweeps/first/settings.yaml").exists()
+    assert not (tmp_path / "before").exists()
 
 
 def test_a_sweep_that_there_is_not_is_named_with_those_that_there_are(sweep: Path) -> None:

@@ -173,7 +173,8 @@ def _impatient(filesystem: Any) -> Any:
 
     limits: dict[str, Any] = {}
     if filesystem.type_name == "s3":
-        limits = {"connect_timeout": PATIENCE, "request_timeout": PATIENCE}
+        # What is written in the background is held in memory, and only sent while the file is closed.
+        limits = {"connect_timeout": PATIENCE, "request_timeout": PATIENCE, "background_writes": False}
         limits["retry_strategy"] = known.AwsStandardS3RetryStrategy(max_attempts=TRIES)
     elif filesystem.type_name == "gcs":
         limits = {"retry_time_limit": timedelta(seconds=PATIENCE * TRIES)}

@@ -3,31 +3,33 @@
 What tells of other files has to be older than they are, or the same: a machine may be lost between any two files. So
 each round looks in one order and copies in another:
 
-    looks: ends of trials, and Ray's notes · which checkpoints are whole · outboxes · everything else
+    looks: ends of trials, and Ray's notes · which checkpoints are whole · run.json · outboxes · everything else
     copies: everything else · outboxes · checkpoints, what makes each whole last · ends, Ray's notes, the begun file
+
+A trial's note of whose checkpoint it took goes with its checkpoints: where it is, they are those that it tells of.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.progress import FILES, LIVE, what_is_wrong
+from umbrella.training.progress import FILES, LIVE, checkpoint_folder, read_metrics, what_is_wrong
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""
 STAYS = {"lock", "outbox.lock", "outbox.sending", LIVE}
 """Files that say nothing elsewhere, or later."""
-MAIL = ("outbox.jsonl", "run.json")
-"""Of ``tracking``, in the order of copying: run.json says up to which step all is sent or in the outbox."""
-ENDS = ("end.json", "adopted.jsonl")
-"""Of a trial: how it ended, and whose checkpoint it took."""
+OUTBOX, RUN = "outbox.jsonl", "run.json"
+"""Of ``tracking``. The second says up to which step all is sent or in the first: it is read first, and put last."""
+END, ADOPTED = "end.json", "adopted.jsonl"
+"""Of a trial: how it ended, and at which steps it took another one's checkpoint."""
 
 
 class Copy:
@@ -37,7 +39,8 @@ class Copy:
         folder: the training's or sweep's, as in "trainings/first".
         begun: the file of it without which it is none.
         also: more folders, such as of its evaluation.
-        while_copying: called now and then while a large file is copied.
+        while_copying: called before each change, and now and then while a large file is copied. What it raises ends the
+            round.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Copy:
         self.copied: dict[str, Stamp] = {}
         """Files that lie there as they were when they had this stamp."""
         self.there: set[str] = set()
+        """Files there that go when they are gone here: not an evaluation that another machine made."""
         self.bytes = 0
         """Copied so far: tells whether it goes on."""
 
@@ -62,8 +66,9 @@ class Copy:
         sizes = {name: size for part in self.parts for name, size in self.store.sizes(part).items()}
         for name in [name for name in sizes if name.endswith(".partial")]:  # of a machine that was lost
             self.store.delete(name)
-        self.there = {name for name in sizes if travels(name)}
         self.copied = {name: stamp for name, stamp in copied.items() if sizes.get(name) == stamp[0]}
+        ours = [name for name in sizes if name.startswith(f"{self.folder}/") or name in self.copied]
+        self.there = set(filter(travels, ours))
 
     def left(self) -> tuple[int, int]:
         """How many files are not there as they are here, and their bytes."""
@@ -81,14 +86,15 @@ class Copy:
         checkpoints = by_checkpoint(files)
         whole = {c for c, own in checkpoints.items() if f"{c}/{FILES}" in own and own.items() <= self.copied.items()}
         new = [c for c in sorted(checkpoints.keys() - whole) if not what_is_wrong(self.storage / c)]
-        mail = self._taken(name for name in files if _is_mail(name))
+        mail = self._taken(name for name in files if os.path.basename(name) == RUN)
+        mail |= self._taken({f"{os.path.dirname(name)}/{OUTBOX}" for name in files if _is_mail(name)})
         files = self._files()
         for name, stamp in files.items():
-            if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name)):
+            if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name) or name.endswith(f"/{ADOPTED}")):
                 self._put(name, stamp)
-        self._put_all(mail, lambda name: MAIL.index(os.path.basename(name)))
+        self._put_all(mail, lambda name: os.path.basename(name) == RUN)
         whole |= {checkpoint for checkpoint in new if self._put_checkpoint(checkpoint)}
-        self._put_all(notes, lambda name: (name == self.begun, os.path.basename(name) not in ENDS))
+        self._put_all(notes, lambda name: (name == self.begun, os.path.basename(name) != END))
         if (self.storage / self.begun).is_file():
             self._remove(files, whole)
 
@@ -107,9 +113,9 @@ class Copy:
         """Whether a file tells of others: that a trial has ended, what Ray Tune knows, that there is a training."""
         place, _, last = name.removeprefix(f"{self.folder}/").rpartition("/")
         of_ray = self.folder.startswith("sweeps/") and place.split("/")[0] not in ("trials", "tracking")
-        return name == self.begun or last in ENDS or (of_ray and name.startswith(f"{self.folder}/"))
+        return name == self.begun or last == END or (of_ray and name.startswith(f"{self.folder}/"))
 
-    def _taken(self, names: Iterator[str]) -> dict[str, tuple[Stamp, bytes]]:
+    def _taken(self, names: Iterable[str]) -> dict[str, tuple[Stamp, bytes]]:
         """What is in files now, of those that are not there yet; one that is half written waits for the next round."""
         taken = {}
         for name in names:
@@ -130,6 +136,7 @@ class Copy:
     def _put(self, name: str, stamp: Stamp, content: Path | bytes | None = None) -> None:
         if self.copied.get(name) == stamp:
             return
+        self._while_copying()
         path = self.storage / name
         try:
             self.store.put(name, path if content is None else content, self._count)
@@ -154,8 +161,8 @@ class Copy:
         held = folder.with_name(f".{folder.name}.copied")
         try:
             shutil.rmtree(held, ignore_errors=True)
-            shutil.copytree(folder, held, copy_function=link_or_copy)
-            if what_is_wrong(held):
+            shutil.copytree(folder, held, copy_function=self._hold)
+            if what_is_wrong(held) or not self._put_adopted(folder, held):
                 return False
             if mark in self.there:
                 self._delete(mark)
@@ -173,6 +180,26 @@ class Copy:
             shutil.rmtree(held, ignore_errors=True)
         return True
 
+    def _put_adopted(self, folder: Path, held: Path) -> bool:
+        """Copy what the trial of a checkpoint has adopted, before the checkpoint.
+
+        Returns whether they go together: not where this one is about to make room for an adopted one.
+        """
+        for name, (stamp, content) in self._taken([str(folder.with_name(ADOPTED).relative_to(self.storage))]).items():
+            steps = [json.loads(line)["step"] for line in content.splitlines()]
+            adopted = [checkpoint_folder(folder.parent, step) for step in steps]
+            if folder in adopted and read_metrics(held):  # what is adopted was not measured
+                return False
+            for mark in (str((checkpoint / FILES).relative_to(self.storage)) for checkpoint in adopted):
+                if mark in self.there and self.copied.get(mark) != stamp_of(self.storage / mark):
+                    self._delete(mark)  # there it may be the trial's own still
+            self._put(name, stamp, content)
+        return True
+
+    def _hold(self, source: str, target: str) -> None:
+        link_or_copy(source, target)
+        self._while_copying()  # copies take long
+
     def _remove(self, files: Collection[str], whole: Collection[str]) -> None:
         """Delete there what is gone here. A training's newest checkpoint stays until a newer one is there, whole."""
         newest = {os.path.dirname(checkpoint): checkpoint for checkpoint in sorted(whole)}
@@ -185,6 +212,7 @@ class Copy:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
+        self._while_copying()
         self.copied.pop(name, None)
         self.store.delete(name)
         self.there.discard(name)
@@ -204,7 +232,7 @@ def _is_whole(name: str, content: bytes) -> bool:
 
 
 def _is_mail(name: str) -> bool:
-    return os.path.basename(name) in MAIL
+    return os.path.basename(name) in (OUTBOX, RUN)
 
 
 def checkpoint_of(name: str) -> str:

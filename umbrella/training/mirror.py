@@ -16,7 +16,7 @@ from uuid import uuid4
 from umbrella.base import UserError
 from umbrella.config import SETTINGS
 from umbrella.data.loading import Progress, counted
-from umbrella.shared_store import SharedStore
+from umbrella.shared_store import SharedStore, is_address
 from umbrella.storage import put_text, storage_fault
 from umbrella.training.copying import Copy, Stamp, bring
 from umbrella.training.settings import ResourceSettings
@@ -67,7 +67,9 @@ class Mirror:
         self.name, self.begun = f"{folder.parent.name}/{folder.name}", BEGUN[folder.parent.name]
         others = [str(path.relative_to(self.storage)) for path in also]
         self.copy = Copy(self.store, self.storage, self.name, self.begun, others, self._live)
-        self.session, self._beat, self._before, self._saved = uuid4().hex, 0, "", ""
+        self.session, self._beat, self._saved = uuid4().hex, 0, ""
+        self.sessions: list[str] = []
+        """Those that have written there what is here, or what this is to go on from."""
         self._ending, self._given_up = threading.Event(), threading.Event()
         self._failed, self._lost, self._signed = "", "", 0.0
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -88,37 +90,40 @@ class Mirror:
         Raises:
             UserError: it cannot; another machine has gone on with this, or is at it.
         """
-        if self.store.address == str(self.storage):
+        if not is_address(self.store.address) and Path(self.store.address).resolve() == self.storage.resolve():
             raise UserError(f"{self.store}: is resources.storage itself; name another place, or none")
         with _refusing(self.store):
             probe = f".{uuid4().hex}.probe"
             self.store.put(probe, b"may this be written?")
             self.store.delete(probe)
-            owner = self.owner()
-            if self.here and owner and owner["session"] not in self._own()["sessions"]:
+            owner, (self.sessions, copied) = self.owner(), self._known()
+            if self.here and owner and owner["session"] not in self.sessions:
                 raise UserError(
                     f"{self.store}: {self.name} went on elsewhere (on {owner['host']}) since it was here; to go on with"
                     f" that one, delete {self.folder} or move it away; to keep this one, take another mirror"
                 )
             if not self.here:
                 self._wait_for_silence(owner)
-                self._before = owner.get("session", "")
+                self.sessions = [owner["session"]] if owner else []
                 if self.there:
-                    self._fetch(progress, owner)
-            self.copy.look(self._own()["copied"])
+                    copied = self._fetch(progress, owner)
+            self.copy.look(copied)
         return self
 
-    def _fetch(self, progress: Progress, owner: dict[str, Any]) -> None:
+    def _fetch(self, progress: Progress, owner: dict[str, Any]) -> dict[str, Stamp]:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is in the way of what {self.store} has; delete it or move it away")
+        if not owner:
+            raise UserError(f"{self.store}: {self.name} is there, but no {NOTE} of who copied it; copy it here by hand")
         first = self.folder.with_name(f".{self.folder.name}.fetched")
         shutil.rmtree(first, ignore_errors=True)
         copied = bring(self.store, self.name, self.begun, first, progress)
         begun = first / self.begun
         os.utime(begun, (owner["begun"], owner["begun"]))
         copied[f"{self.name}/{self.begun}"] = begun.stat().st_size, begun.stat().st_mtime_ns
-        self._remember([owner["session"]], copied, first)
+        self._remember(copied, first)
         first.rename(self.folder)
+        return copied
 
     def __enter__(self) -> "Mirror":
         self._thread.start()
@@ -157,8 +162,10 @@ class Mirror:
         return f"{counted(files, 'file')} ({decimal(size)})"
 
     def _run(self) -> None:
-        while not self._ending.wait(EVERY) and not self._lost:
-            self._round()
+        while not self._lost:
+            self._round()  # the first one at once: others see that this name is taken
+            if self._ending.wait(EVERY):
+                break
         failed, first = 0, 0.0
         while not (self._lost or self._round(last=True) or self._given_up.wait(1.0)):
             failed, first = failed + 1, first or time.monotonic()
@@ -167,19 +174,23 @@ class Mirror:
 
     def _round(self, last: bool = False) -> bool:
         """Copy once; returns whether that worked. What does not is said once, and once when it works again."""
-        if not self.here:
-            return True
         try:
             self._claim()
             if self._lost:
                 return False
+            if not self.here:
+                if last and not self.there:  # nothing was begun
+                    self.store.delete(f"{self.name}/{NOTE}")
+                return True
             try:
                 self.copy.round()
             finally:
-                self._remember(self._own()["sessions"], self.copy.copied)
+                self._remember(self.copy.copied)
             if last:
                 self._sign(writing=False)
         except Exception as error:  # whatever it is: no training ends for want of its copy
+            if self._lost:
+                return False
             if not self._failed:
                 _note(f"{_words(error, self.store)}; {self.name} is not copied for now, and tried again")
             self._failed = _words(error, self.store)
@@ -191,26 +202,30 @@ class Mirror:
 
     def _claim(self) -> None:
         """Let others see that this script writes here, unless another one does."""
-        owner, sessions = self.owner(), self._own()["sessions"]
-        own = {self.session} if self._beat else {self.session, self._before, *sessions}
+        owner, own = self.owner(), {self.session} if self._beat else {self.session, *self.sessions}
         if owner and owner["session"] not in own:
             self._lost = f"{self.name} is being copied there from {owner['host']} now"
             _note(f"{self.store}: {self._lost}; nothing more is copied from here")
             return
-        if self.session not in sessions:
-            self._remember([*sessions, self.session], self.copy.copied)
+        if self.session not in self.sessions:
+            self.sessions.append(self.session)
+        if self.here:
+            self._remember(self.copy.copied)
         self._sign(writing=True)
 
     def _sign(self, writing: bool) -> None:
         self._beat += 1
         told = {"session": self.session, "host": socket.gethostname(), "beat": self._beat, "writing": writing}
-        told["begun"] = (self.folder / self.begun).stat().st_mtime
+        told["begun"] = (self.folder / self.begun).stat().st_mtime if self.here else time.time()
         self.store.put(f"{self.name}/{NOTE}", json.dumps(told).encode())
         self._signed = time.monotonic()
 
     def _live(self) -> None:
-        if time.monotonic() - self._signed > EVERY:
-            self._sign(writing=True)
+        """Give a sign now and then in a long round; raises OSError where another script has taken over meanwhile."""
+        if not self._lost and time.monotonic() - self._signed > EVERY:
+            self._claim()
+        if self._lost:
+            raise OSError(self._lost)
 
     def owner(self) -> dict[str, Any]:
         """Who wrote there last: session, host, how many signs, whether it may still do; and when all this was begun."""
@@ -226,16 +241,16 @@ class Mirror:
             if self.owner() != owner:
                 raise UserError(f"{self.store}: {self.name} is being copied there from {owner['host']}; stop it there")
 
-    def _own(self) -> dict[str, Any]:
+    def _known(self) -> tuple[list[str], dict[str, Stamp]]:
         """What is known here: the sessions that have written from this folder, and what lies there."""
         try:
             known = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            known = {"sessions": [], "copied": {}}
-        return known | {"copied": {name: tuple(stamp) for name, stamp in known["copied"].items()}}
+            return [], {}
+        return known["sessions"], {name: tuple(stamp) for name, stamp in known["copied"].items()}
 
-    def _remember(self, sessions: list[str], copied: dict[str, Stamp], folder: Path | None = None) -> None:
-        text = json.dumps({"sessions": sessions, "copied": copied})
+    def _remember(self, copied: dict[str, Stamp], folder: Path | None = None) -> None:
+        text = json.dumps({"sessions": self.sessions, "copied": copied})
         if text != self._saved:
             put_text((folder or self.folder) / NOTE, text)
             self._saved = text
@@ -255,7 +270,23 @@ def in_mirror(resources: ResourceSettings, kind: str) -> dict[str, float]:
     place = Path(resources.storage).absolute() / kind
     with _refusing(SharedStore(resources.mirror, SETTING)) as store:
         known = [Mirror(resources, place / name) for name in sorted(store.names(kind))]
-        return {mirror.folder.name: mirror.owner()["begun"] for mirror in known if mirror.there}
+        owners = {mirror.folder.name: mirror.owner() for mirror in known if mirror.there}
+    if strange := [name for name, owner in owners.items() if not owner]:
+        _note(f"{store}: left out, since no {NOTE} tells who copied them there: {', '.join(strange)}")
+    return {name: owner["begun"] for name, owner in owners.items() if owner}
+
+
+def is_in_mirror(resources: ResourceSettings, folder: Path) -> bool:
+    """Whether the mirror, if there is one, has a training or sweep of this name.
+
+    Raises:
+        UserError: the mirror does not answer.
+    """
+    if not resources.mirror:
+        return False
+    mirror = Mirror(resources, folder)
+    with _refusing(mirror.store):
+        return mirror.there
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def write_question(folder: Path, question: Question, fingerprint: str) -> None:
 
 
 def read_question(folder: Path) -> Question:
-    """What a sweep was begun with.
+    """What a sweep was begun with; its storage is where it lies now.
 
     Raises:
         UserError: there is no such sweep; names those that there are.
@@ -48,7 +48,7 @@ def read_question(folder: Path) -> Question:
         raise UserError(
             f"--resume: there is no sweep {folder}; {'there are ' + ', '.join(there) if there else 'none is'}"
         )
-    settings = load_settings([folder / SETTINGS])
+    settings = load_settings([folder / SETTINGS], {"resources.storage": str(folder.parent.parent)})
     return Question(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
 
 

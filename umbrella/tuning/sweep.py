@@ -22,7 +22,7 @@ from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
-from umbrella.training.mirror import in_mirror, mirrored
+from umbrella.training.mirror import is_in_mirror, mirrored
 from umbrella.training.run import check, make_job, trainings_that_fit
 from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
@@ -77,12 +77,12 @@ def run_sweep(
         UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
         Stopped: SIGTERM came.
     """
-    storage = Path(settings.resources.storage).absolute()
-    check_writable(storage, f"resources.storage={settings.resources.storage}")
     goes_on = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweeps_folder(settings) / settings.name
-    if not goes_on and folder.name in in_mirror(settings.resources, "sweeps"):
+    storage = folder.parent.parent
+    check_writable(storage, f"resources.storage={storage}")
+    if not goes_on and is_in_mirror(settings.resources, folder):
         raise _is_there(folder.name)
     with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
         answer = _run(settings, given, progress, folder, goes_on)
