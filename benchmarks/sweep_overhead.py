@@ -67,13 +67,13 @@ def main(words: list[str]) -> None:
         ray.shutdown()
         return spans
 
-    def script(name: str, **more: Any) -> float:
+    def script(file: str, **more: Any) -> float:
         words = [
             f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in (fixed | more).items()
         ]
         words = [word.removesuffix("...").strip() for word in words]
         begun = time.time()
-        subprocess.run([sys.executable, str(SCRIPTS / name), *words], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, str(SCRIPTS / file), *words], check=True, stdout=subprocess.DEVNULL)
         return time.time() - begun
 
     def swept(name: str) -> dict[str, Any]:

@@ -23,7 +23,10 @@ def test_a_killed_sweep_goes_on_to_one_true_run_per_trial(tmp_path: Path) -> Non
 
 def test_a_sweep_that_is_stopped_by_the_keyboard_gives_no_answer(tmp_path: Path) -> None:
     settings = question(tmp_path, trials=2)
+    # A shell that runs the tests in the background has it ignored, and the script would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     script = start(settings, go_on=False)
+    signal.signal(signal.SIGINT, before)
     while batches_taken(settings) < 20:
         assert script.poll() is None
         time.sleep(0.01)
