@@ -41,10 +41,10 @@ def main(request: Request) -> None:
         dry_run(settings, given, console)
         return
     from umbrella.training.cluster import start_for_sweep
-    from umbrella.tuning.search import make_search
+    from umbrella.tuning.search import count_trials
 
     settings = settings.named("sweep")
-    start_for_sweep(settings, make_search(settings, given).trials)  # its processes import while this one does
+    start_for_sweep(settings, count_trials(settings, given))  # its processes import while this one does
     from umbrella.tuning.describe import print_answer
     from umbrella.tuning.sweep import Answer, run_sweep
 

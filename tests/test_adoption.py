@@ -16,9 +16,10 @@ from umbrella.config import load_settings
 from umbrella.tracking.delivery import OUTCOME
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment
+from umbrella.training.filenames import ADOPTED
 from umbrella.training.history import HISTORY
 from umbrella.training.progress import METRICS, PROGRESS, latest_checkpoint, read_metrics, what_is_wrong, write_files
-from umbrella.tuning.adoption import ADOPTED, Adoption, adopt, read_adoptions, read_point, settle, stand_at
+from umbrella.tuning.adoption import Adoption, adopt, read_adoptions, read_point, settle, stand_at
 from umbrella.tuning.ending import BUDGET, write_end
 from umbrella.tuning.folder import trial_folder
 from umbrella.tuning.monitor import Monitor

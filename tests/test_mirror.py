@@ -25,8 +25,9 @@ from umbrella.config import SETTINGS, load_settings
 from umbrella.shared_store import SharedStore
 from umbrella.training import mirror as rooms
 from umbrella.training.copying import Copy, bring
+from umbrella.training.filenames import BEGUN
 from umbrella.training.history import read_history
-from umbrella.training.mirror import BEGUN, Mirror, in_mirror, mirrored
+from umbrella.training.mirror import Mirror, in_mirror, mirrored
 from umbrella.training.progress import (
     METRICS,
     PROGRESS,

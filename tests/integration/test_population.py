@@ -22,9 +22,9 @@ from sweep_kills import batches_taken, start
 from umbrella.config import Settings
 from umbrella.tracking.delivery import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
+from umbrella.training.filenames import ADOPTED
 from umbrella.training.history import read_history
 from umbrella.training.progress import read_metrics
-from umbrella.tuning.adoption import ADOPTED
 from umbrella.tuning.results import Trial
 from umbrella.tuning.sweep import Answer, run_sweep
 

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from umbrella.base import masked
 from umbrella.storage import put_text
 from umbrella.tracking.datasets import to_input
-from umbrella.tracking.outbox import Message
+from umbrella.tracking.outbox import RUN, Message
 from umbrella.tracking.store import can_wait, is_refusal, short
 
 TRIAL, PARENT = "ray.trial_id", "mlflow.parentRunId"
@@ -29,7 +29,7 @@ class Delivery:
 
     def __init__(self, uri: str, client: MlflowClient, folder: Path) -> None:
         self.uri, self.client, self.folder = uri, client, folder
-        self._file = folder / "run.json"
+        self._file = folder / RUN
         self._lock, self._refused = threading.Lock(), False
         known = self._file.read_text(encoding="utf-8") if self._file.exists() else "{}"
         self.state: dict[str, Any] = json.loads(known)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbrella.base import masked
 from umbrella.tracking.delivery import DRIVER, OUTCOME
 from umbrella.tracking.drivers import announce, gone
+from umbrella.tracking.outbox import OUTBOX
 from umbrella.tracking.runs import FOLDER, Tracker
 from umbrella.tracking.store import can_wait, short, store_key
 
@@ -71,7 +72,7 @@ def mend(uri: str, experiment: str, storage: str | Path) -> None:
 
 def _folders_with_mail(uri: str, storage: str | Path) -> Iterator[Path]:
     for pattern in TRAININGS:
-        for file in Path(storage).absolute().glob(f"{pattern}/{FOLDER}/{store_key(uri)}/outbox.jsonl"):
+        for file in Path(storage).absolute().glob(f"{pattern}/{FOLDER}/{store_key(uri)}/{OUTBOX}"):
             yield file.parents[2]
 
 

@@ -12,6 +12,11 @@ from typing import Any
 
 Message = Mapping[str, Any]
 
+OUTBOX, RUN = "outbox.jsonl", "run.json"
+"""Files of ``tracking`` in a training's folder. The second, see ``delivery``, says up to which step all is sent, or in
+the first."""
+LOCKS = WRITING, SENDING = "outbox.lock", "outbox.sending"
+
 
 class Outbox:
     """Messages in their order. Several threads and processes of one machine may put and send.
@@ -23,11 +28,11 @@ class Outbox:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "outbox.jsonl"
+        self.file = self.folder / OUTBOX
 
     def put(self, message: Message) -> None:
         """Add a message: all of it or, if this process is killed meanwhile, nothing."""
-        with self._locked("lock"), self.file.open("ab") as file:
+        with self._locked(WRITING), self.file.open("ab") as file:
             whole = len(self._content())
             if file.tell() != whole:  # half a line of a process that was killed
                 file.truncate(whole)
@@ -50,7 +55,7 @@ class Outbox:
         Raises:
             whatever ``send`` does; its message, and those behind it, stay.
         """
-        with self._locked("sending", wait=False) as alone:
+        with self._locked(SENDING, wait=False) as alone:
             while alone and (lines := self._content().splitlines(keepends=True)):
                 done = 0
                 try:
@@ -69,7 +74,7 @@ class Outbox:
         return content[: content.rfind(b"\n") + 1]
 
     def _drop(self, size: int) -> None:
-        with self._locked("lock"):
+        with self._locked(WRITING):
             content = self._content()
             if len(content) > size:
                 rest = self.folder / "outbox.rest"
@@ -83,7 +88,7 @@ class Outbox:
     @contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Gives whether this one has the lock. A process that is killed gives its locks back."""
-        with (self.folder / f"outbox.{name}").open("w") as file:
+        with (self.folder / name).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

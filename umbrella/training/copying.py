@@ -20,16 +20,14 @@ from typing import Any
 
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.progress import FILES, LIVE, checkpoint_folder, read_metrics, what_is_wrong
+from umbrella.tracking.outbox import LOCKS, OUTBOX, RUN
+from umbrella.training.filenames import ADOPTED, END, LIVE, LOCK
+from umbrella.training.progress import FILES, checkpoint_folder, read_metrics, what_is_wrong
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""
-STAYS = {"lock", "outbox.lock", "outbox.sending", LIVE}
+STAYS = {LOCK, *LOCKS, LIVE}
 """Files that say nothing elsewhere, or later."""
-OUTBOX, RUN = "outbox.jsonl", "run.json"
-"""Of ``tracking``. The second says up to which step all is sent or in the first: it is read first, and put last."""
-END, ADOPTED = "end.json", "adopted.jsonl"
-"""Of a trial: how it ended, and at which steps it took another one's checkpoint."""
 
 
 class Copy:

@@ -12,7 +12,7 @@ from typing import Any
 from ray.util.metrics import Gauge
 
 from umbrella.storage import put_text
-from umbrella.training.progress import LIVE
+from umbrella.training.filenames import LIVE
 
 STARTING, BUILDING, FIRST, TRAINING = "starting workers", "building the model", "first step", "training"
 EVALUATING, FINISHED, EARLY = "evaluating", "finished", "stopped early"

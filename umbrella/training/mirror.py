@@ -14,15 +14,13 @@ from typing import Any
 from uuid import uuid4
 
 from umbrella.base import UserError
-from umbrella.config import SETTINGS
 from umbrella.data.loading import Progress, counted
 from umbrella.shared_store import SharedStore, is_address
 from umbrella.storage import put_text, storage_fault
 from umbrella.training.copying import Copy, Stamp, bring
+from umbrella.training.filenames import BEGUN
 from umbrella.training.settings import ResourceSettings
 
-BEGUN = {"trainings": "begun_with.json", "sweeps": SETTINGS}
-"""The file without which a folder below these is no training, or no sweep."""
 SETTING = "resources.mirror"
 NOTE = ".mirror.json"
 """In the mirror: who writes there. Beside the files that are copied: who has, from here, and what is there."""

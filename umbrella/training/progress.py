@@ -10,8 +10,6 @@ from math import inf, isnan, nan
 from pathlib import Path
 
 PROGRESS, METRICS, FILES = "progress.json", "metrics.json", "files.json"
-LIVE = "live.json"
-"""The file in a training's folder that says what it does at this moment, see ``live``."""
 NOTHING = (-inf, -inf)
 """The ``goodness`` of what was not evaluated."""
 

@@ -26,8 +26,9 @@ from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_training
+from umbrella.training.filenames import BEGUN
 from umbrella.training.job import AnyJob, Job, run_job
-from umbrella.training.mirror import BEGUN, mirrored
+from umbrella.training.mirror import mirrored
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop
 from umbrella.training.settings import ResourceSettings

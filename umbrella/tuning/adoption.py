@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbrella.storage import link_or_copy, put_text
+from umbrella.training.filenames import ADOPTED
 from umbrella.training.history import read_history
 from umbrella.training.progress import (
     FILES,
@@ -30,8 +31,6 @@ from umbrella.training.progress import (
 )
 from umbrella.tuning.folder import POINT
 from umbrella.tuning.space import label
-
-ADOPTED = "adopted.jsonl"
 
 
 class Adoption(NamedTuple):

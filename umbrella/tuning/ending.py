@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbrella.storage import put_text
+from umbrella.training.filenames import END
 from umbrella.training.live import EARLY, FINISHED
 
 STOPPED, FAILED, BUDGET = "stopped by the scheduler", "failed", "out of time"
@@ -22,14 +23,14 @@ class End(NamedTuple):
 
 def write_end(folder: str | Path, state: str, reason: str = "") -> None:
     """Keep how a trial ended. What was kept before stays."""
-    file = Path(folder) / "end.json"
+    file = Path(folder) / END
     if file.parent.is_dir() and not file.exists():
         put_text(file, json.dumps({"state": state, "reason": reason}))
 
 
 def read_end(folder: str | Path) -> End | None:
     """How a trial ended, or nothing: it did not yet."""
-    file = Path(folder) / "end.json"
+    file = Path(folder) / END
     return End(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
@@ -37,7 +38,7 @@ def reopen(folder: str | Path) -> None:
     """Let a trial that failed, or that time ran out for, go on."""
     end = read_end(folder)
     if end and end.state in (FAILED, BUDGET):
-        (Path(folder) / "end.json").unlink()
+        (Path(folder) / END).unlink()
 
 
 def how_it_ended(report: Mapping[str, Any]) -> str:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from umbrella.base import UserError, masked
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
+from umbrella.training.filenames import LOCK
 from umbrella.training.mirror import in_mirror
 
-GIVEN, FINGERPRINT, LOCK = "given.json", "data.json", "lock"
+GIVEN, FINGERPRINT = "given.json", "data.json"
 
 
 class Question(NamedTuple):
