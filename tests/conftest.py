@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import nibabel as nib
 import numpy as np
@@ -385,3 +386,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return Done(status, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(params=["file", "memory"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a store that machines share, and that is empty."""
+    return {"file": f"file://{tmp_path}/mirror", "memory": f"memory://{uuid4().hex}"}[request.param]

@@ -14,7 +14,7 @@ from umbrella.base import UserError, masked
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
 from umbrella.training.filenames import LOCK
-from umbrella.training.mirror import in_mirror
+from umbrella.training.mirror import sweeps_in_mirror
 
 GIVEN, FINGERPRINT = "given.json", "data.json"
 
@@ -88,7 +88,7 @@ def find_sweep(settings: Settings, name: str) -> tuple[Path, bool]:
     """
     folder, elsewhere = sweeps_folder(settings), {}
     if name == "last" or not (folder / name / SETTINGS).is_file():
-        elsewhere = in_mirror(settings.resources, "sweeps")
+        elsewhere = sweeps_in_mirror(settings.resources)
     found = newest(folder, elsewhere) if name == "last" else folder / name
     here = (found / SETTINGS).is_file()
     if not here and elsewhere and found.name not in elsewhere:
