@@ -16,7 +16,7 @@ from conftest import Done
 from sweep_kills import TUNE, faults_in, question
 
 from umbrella.config import Settings
-from umbrella.training import mirror
+from umbrella.training import ownership
 from umbrella.training.history import read_history
 from umbrella.training.progress import latest_checkpoint
 
@@ -49,15 +49,15 @@ def lose(settings: Settings, script: Path, folder: Path, enough: Callable[[], An
 def test_a_training_whose_folder_is_lost_goes_on_from_the_mirror_bit_for_bit(
     small_settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = small_settings({**LONGER, "name": "alone"})
+    alone = small_settings({**LONGER, "name": "undisturbed"})
     undisturbed = left_by(alone, go_on(alone))
 
-    settings = small_settings({**LONGER, "name": "lost", "resources.mirror": f"file://{tmp_path}/mirror"})
-    folder, there = folder_of(settings), tmp_path / "mirror/trainings/lost"
+    settings = small_settings({**LONGER, "name": "moved-away", "resources.mirror": f"file://{tmp_path}/mirror"})
+    folder, there = folder_of(settings), tmp_path / "mirror/trainings/moved-away"
     lose(settings, TRAIN, folder, lambda: list(there.glob("step_*/files.json")))
     kept = latest_checkpoint(there)
     assert kept is not None
-    monkeypatch.setattr(mirror, "SILENT", 1.0)
+    monkeypatch.setattr(ownership, "SILENT", 1.0)
     go_on(settings)
     step = int(kept.name.removeprefix("step_"))
     assert starts(folder) == [0, 4 * step]
@@ -75,7 +75,7 @@ def test_a_sweep_of_which_only_the_mirror_is_left_goes_on_to_one_true_run_per_tr
     lose(settings, TUNE, folder, lambda: list(there.glob("trials/*/end.json")))
     ended = {file.parent.name: read_history(file.parent) for file in there.glob("trials/*/end.json")}
     assert 1 <= len(ended) < 3
-    monkeypatch.setattr(mirror, "SILENT", 1.0)
+    monkeypatch.setattr(ownership, "SILENT", 1.0)
     done = run("tune.py", "--resume", "last", f"resources.storage={tmp_path}", f"resources.mirror={address}")
     assert done.status == 0, done.stderr
     assert faults_in(settings) == []

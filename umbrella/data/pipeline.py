@@ -6,6 +6,7 @@ conversations. The table is one Arrow column of JSON in Ray's object store, shar
 Rows are made a stretch at a time, so that a training of millions of samples needs no more memory than a short one.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -167,6 +168,8 @@ def batches(
         name: what Ray's dashboard calls this.
     """
     from ray.data.collate_fn import NumpyBatchCollateFn
+
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there are no bars
 
     class Collate(NumpyBatchCollateFn):
         def __call__(self, rows: Rows) -> Any:
