@@ -12,7 +12,7 @@ from integration.faults import plain_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SCRIPT = """
+START = """
     import json, os, sys, time
     from pathlib import Path
     import ray
@@ -22,47 +22,55 @@ SCRIPT = """
     from umbrella.training.cluster import start_ray
     from umbrella.training.preload import TICKETS
 
-    def found():
+    def found(*unused):
         environment = ray.get_runtime_context().get_runtime_env_string()
         return {"imported": "umbrella.training.worker" in sys.modules, "environment": json.loads(environment)}
 
-    class Trial(tune.Trainable):
-        def setup(self, config):
-            self.found = found()
-
-        def step(self):
-            return {"found": self.found, "done": True}
-
     settings = load_settings(overrides={"resources.storage": sys.argv[1]})
     start_ray(settings.resources, log_to_driver=False, preloaded=2)
-    (trial,) = tune.Tuner(
-        tune.with_resources(Trial, {"CPU": 0.5}), run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0)
+"""
+TRIALS = """
+    class Trial(tune.Trainable):
+        def step(self):
+            return {"found": found(), "done": True}
+
+    time.sleep(5)  # idle processes are ended after one second, unless Ray is told to keep them
+    trials = tune.Tuner(
+        tune.with_resources(Trial, {"CPU": 0.5}),
+        tune_config=tune.TuneConfig(num_samples=2),
+        run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0),
     ).fit()
+    print(json.dumps({"trials": [trial.metrics["found"] for trial in trials], "left": os.listdir(os.environ[TICKETS])}))
+"""
+WORKER = """
     trained = TorchTrainer(
-        lambda: found(),
+        found,
         scaling_config=train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
         run_config=train.RunConfig(storage_path=sys.argv[1]),
     ).fit()
-    left = os.listdir(os.environ[TICKETS])
-    print(json.dumps({"trial": trial.metrics["found"], "worker": trained.return_value, "left": left}))
+    print(json.dumps(trained.return_value))
 """
 
 
-def test_trials_and_workers_take_processes_that_are_there(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+def last_line(script: str, folder: Path) -> dict:
+    """What a script says at last."""
+    file = folder / "script.py"
+    file.write_text(textwrap.dedent(START) + textwrap.dedent(script), encoding="utf-8")
     said = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=plain_environment(),
-        timeout=300,
+        [sys.executable, str(file), str(folder)], capture_output=True, text=True, env=plain_environment(), timeout=300
     )
     assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout.splitlines()[-1])
-    assert found["trial"] == {"imported": True, "environment": {}}
-    assert found["worker"]["environment"] == {}, "it gets a new process"
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def test_trials_take_the_processes_that_have_imported(tmp_path: Path) -> None:
+    found = last_line(TRIALS, tmp_path)
+    assert found["trials"] == [{"imported": True, "environment": {}}] * 2
     assert found["left"] == [], "no process came for the ticket"
+
+
+def test_a_worker_brings_no_environment_for_which_ray_would_start_a_process(tmp_path: Path) -> None:
+    assert last_line(WORKER, tmp_path)["environment"] == {}
 
 
 LOOK = """

@@ -17,7 +17,7 @@ from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction
 from umbrella.modality import Modality
 from umbrella.training.cluster import start_ray
-from umbrella.training.run import check_fits
+from umbrella.training.room import check_fits
 
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella

@@ -26,7 +26,8 @@ from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_ray
 from umbrella.training.mirror import mirrored
-from umbrella.training.run import check_names, trainings_that_fit, watch_job
+from umbrella.training.room import trainings_that_fit
+from umbrella.training.run import check_names, watch_job
 
 
 def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluated]:

@@ -17,6 +17,7 @@ from ray.job_config import JobConfig
 from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.training import preload
+from umbrella.training.room import this_machine, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
 
 LOCALHOST = "127.0.0.1"
@@ -63,7 +64,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
         # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         if preloaded:
-            preload.prepare(preloaded)
+            preload.prepare(min(preloaded, int(this_machine()["CPU"])))
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
     own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
@@ -96,10 +97,15 @@ def start_for_training(settings: Settings) -> None:
 
 
 def start_for_sweep(settings: Settings, trials: int) -> None:
-    """The Ray of a sweep, as ``start_for_training``; says where its dashboard is."""
-    at_once = min(trials, settings.tune.concurrent or trials)
-    resources = settings.resources
-    processes = at_once if resources.alone else RAYS_OWN + at_once * (1 + resources.workers)
+    """The Ray of a sweep, as ``start_for_training``; says where its dashboard is.
+
+    Raises:
+        UserError: this machine has no room for one trial; as ``start_ray``.
+    """
+    resources, processes = settings.resources, 0
+    if address_of(resources) == "local":
+        at_once = min(trials, settings.tune.concurrent or trials, trainings_that_fit(resources, this_machine()))
+        processes = at_once if resources.alone else RAYS_OWN + at_once * (1 + resources.workers)
     dashboard = start_ray(resources, log_to_driver=False, name=settings.name, preloaded=processes)
     if dashboard:
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)

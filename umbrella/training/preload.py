@@ -13,16 +13,22 @@ TICKETS = "UMBRELLA_PRELOAD"
 """Names the folder that holds a file for each process that is to import. Later ones may be for something else."""
 MOST = 8
 """How many import at once. Each takes 430 MB then, and sixteen read the disk against each other."""
+KEPT = "600000"
+"""Milliseconds that they stay without work: a second unless told otherwise, after which one of them sometimes went."""
 _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def prepare(processes: int) -> None:
-    """Let so many of the processes import that the Ray which this one starts next begins with."""
+    """Let so many of the processes import that the Ray which this one starts next begins with.
+
+    No more than it has CPUs: what is left over, Ray's own helpers would take later, and import for nothing.
+    """
     folder = tempfile.TemporaryDirectory(prefix="umbrella_preload_")
     _kept.append(folder)
     for number in range(min(processes, MOST)):
         (Path(folder.name) / str(number)).touch()
     os.environ[TICKETS] = folder.name
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", KEPT)
     os.environ["RAY_preload_python_modules"] = "umbrella.training.preloaded"  # noqa: SIM112  # Ray's own name
 
 

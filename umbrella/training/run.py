@@ -31,47 +31,10 @@ from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.mirror import mirrored
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop
-from umbrella.training.settings import ResourceSettings
+from umbrella.training.room import trainings_that_fit
 from umbrella.training.statement import audited
-from umbrella.training.waiting import SPARE_CPUS, Waiting
+from umbrella.training.waiting import Waiting
 from umbrella.training.watch import Watch
-
-
-def trainings_that_fit(resources: ResourceSettings, available: dict[str, float]) -> int:
-    """How many trainings run at once on a cluster: as many as their reservations allow, and no more workers than CPUs.
-
-    Raises:
-        UserError: not even one does; says what is short.
-    """
-    check_fits(resources, resources.least_workers, "resources.workers", available)
-    have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
-    # Beside each other, trainings have all the workers that they may have.
-    by_cpu = min(
-        (have_cpus - SPARE_CPUS) / (resources.workers * resources.cpus_per_worker), have_cpus / resources.workers
-    )
-    gpus = resources.workers * resources.gpus_per_worker
-    return max(1, int(min(by_cpu, have_gpus / gpus if gpus else by_cpu)))
-
-
-def check_fits(resources: ResourceSettings, workers: int, setting: str, available: dict[str, float]) -> None:
-    """Raise UserError where a cluster has not enough for so many workers; says what is short.
-
-    Args:
-        setting: what says how many workers there are.
-    """
-    cpus, gpus = workers * resources.cpus_per_worker, workers * resources.gpus_per_worker
-    have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
-    if cpus + SPARE_CPUS > have_cpus:
-        raise UserError(
-            f"resources: {workers} workers of {resources.cpus_per_worker:g} CPUs and {SPARE_CPUS:g} for Ray's"
-            f" helpers need {cpus + SPARE_CPUS:g} CPUs, and Ray has {have_cpus:g}; lower resources.cpus_per_worker or"
-            f" {setting}"
-        )
-    if gpus > have_gpus:
-        raise UserError(
-            f"resources: {workers} workers of {resources.gpus_per_worker:g} GPUs need {gpus:g} GPUs, and Ray"
-            f" has {have_gpus:g}; lower resources.gpus_per_worker or {setting}"
-        )
 
 
 def check(

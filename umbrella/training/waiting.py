@@ -9,13 +9,11 @@ from typing import Any
 
 import ray
 
+from umbrella.training.room import SPARE_CPUS
 from umbrella.training.settings import ResourceSettings
 
 LOOK, PATIENCE, AGAIN = 5.0, 30.0, 300.0
 """Seconds between two looks, before the first word, and between two words."""
-SPARE_CPUS = 1.0
-"""What must stay free beside the workers: Ray Train and Ray Data place helpers that ask for one CPU to be placed and
-none to run. Where less than one is free they wait for ever, and the trainings with them, without a word."""
 WORKERS = ("RayTrainWorker", "Trial")
 """Classes of the actors that train, as Ray knows them: workers, and the trials that train in their own process."""
 Nodes = dict[str, dict[str, float]]

@@ -9,8 +9,7 @@ from rich.console import Console
 from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples, counted
-from umbrella.training.run import trainings_that_fit
-from umbrella.training.waiting import SPARE_CPUS
+from umbrella.training.room import SPARE_CPUS, this_machine, trainings_that_fit
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
 from umbrella.tuning.schedulers import make_scheduler
@@ -43,9 +42,7 @@ def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
     if not (resources.address or os.environ.get("RAY_ADDRESS")):
-        import torch
-
-        machine = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+        machine = this_machine()
         at_once = trainings_that_fit(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
     counts = count_samples(settings)

@@ -23,7 +23,8 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
 from umbrella.training.mirror import is_in_mirror, mirrored
-from umbrella.training.run import check, make_job, trainings_that_fit
+from umbrella.training.room import trainings_that_fit
+from umbrella.training.run import check, make_job
 from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
