@@ -260,6 +260,9 @@ def test_the_machine_is_watched_to_the_end_of_a_run_in_seconds_since_its_start(
     uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
 
     def seen(run_id: str) -> list[tuple[int, int]]:
         history = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
@@ -282,6 +285,7 @@ def test_the_machine_is_watched_to_the_end_of_a_run_in_seconds_since_its_start(
     written = client.get_run(run_id).data.metrics
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= written.keys()
     assert "umbrella-machine" not in {thread.name for thread in threading.enumerate()}
+    assert list(elsewhere.iterdir()) == [], "MLflow made a database where the process stands"
 
 
 def test_a_target_is_a_name_exactly_where_mlflow_takes_its_metrics(

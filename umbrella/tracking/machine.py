@@ -4,10 +4,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from mlflow.environment_variables import MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
 
 INTERVAL = 10.0
 """Seconds between looks, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise."""
@@ -21,9 +27,9 @@ Point = tuple[str, float, int, int]
 class Machine(threading.Thread):
     """Looks at the machine from a thread; steps are seconds since the run began.
 
-    MLflow's own thread asks the store at each look whether the run goes on, and ends for good when it has no answer.
-    This one also sends what waits in the outbox, so that a store that is back need not wait for an evaluation.
-    GPUs are seen where nvidia-ml-py is installed.
+    MLflow's own thread asks the store at each look whether the run goes on, and ends for good when it has no answer;
+    and it makes a database where the process stands, which took more than a second of each trial. This one also sends
+    what waits in the outbox, so that a store that is back need not wait for an evaluation.
 
     Args:
         start: when the run began, ms.
@@ -32,8 +38,7 @@ class Machine(threading.Thread):
 
     def __init__(self, start: int, put: Callable[[Mapping[str, Any]], None], deliver: Callable[[], None]) -> None:
         super().__init__(name="umbrella-machine", daemon=True)
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it says when there is no GPU
-        self.monitors = SystemMetricsMonitor("").monitors
+        self.monitors = _monitors()
         self.interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or INTERVAL
         self.may_write = False
         """Not before the first evaluation: MLflow's compare page opens with the metric that was written first."""
@@ -74,3 +79,13 @@ class Machine(threading.Thread):
             monitor.clear_metrics()
             step = max(0, (now - self._start_ms) // 1000)
             self._points += [(f"system/{name}", float(value), now, step) for name, value in values.items()]
+
+
+def _monitors() -> list[BaseMetricsMonitor]:
+    """Those of MLflow's that see something here; GPUs where nvidia-ml-py, or pyrsmi for AMD's, is installed."""
+    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    for kind in (GPUMonitor, ROCMMonitor):
+        with suppress(Exception):  # there is no such card, or no library for it
+            monitors.append(kind())
+            break
+    return monitors
