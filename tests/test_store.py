@@ -76,6 +76,19 @@ def test_reading_gives_what_the_map_has_and_of_a_series_one_window(tmp_path: Pat
     assert seen == set(range(5))
 
 
+def test_arrays_are_read_without_pythons_parser_which_fails_now_and_then_among_threads(
+    tmp_path: Path, brain: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "s.nii", brain)
+    made = np.array(open_store(tmp_path).get(path, "sMRI"))
+    np.testing.assert_array_equal(made, np.load(arrays(tmp_path)[0]))
+    monkeypatch.setattr("ast.parse", lambda *unused, **options: pytest.fail("parsed"))
+    into = np.empty((4, 4, 4), np.float16)
+    open_store(tmp_path).read(path, "sMRI", into)
+    np.testing.assert_array_equal(into, made)
+    np.testing.assert_array_equal(open_store(tmp_path).get(path, "sMRI"), made)
+
+
 @pytest.mark.parametrize("size", [0, 50, 200])
 def test_reading_an_array_that_was_cut_short_makes_it_again(tmp_path: Path, brain: np.ndarray, size: int) -> None:
     path = save(tmp_path / "s.nii", brain)

@@ -5,14 +5,24 @@ environment of their own. Importing takes a training's process 7 s on two cores,
 it goes on while the script itself still imports and reads.
 """
 
+import gc
 import os
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 TICKETS = "UMBRELLA_PRELOAD"
 """Names the folder that holds a file for each process that is to import. Later ones may be for something else."""
 MOST = 8
 """How many import at once. Each takes 430 MB then, and sixteen read the disk against each other."""
+MODULES = (
+    "umbrella.training.worker",
+    "ray.data._internal.execution.streaming_executor",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+)
+"""What a training imports, and what Ray Data, MLflow and the first evaluation import within it."""
 KEPT = "600000"
 """Milliseconds that they stay without work: a second unless told otherwise, after which one of them sometimes went."""
 _kept: list[tempfile.TemporaryDirectory[str]] = []
@@ -41,8 +51,9 @@ def take() -> None:
             ticket.unlink()
         except FileNotFoundError:  # another process was faster
             continue
-        import umbrella.training.worker  # noqa: F401
-
+        for module in MODULES:
+            import_module(module)
+        gc.freeze()  # it is there to stay: a trial's end, which collects what cycles keep, need not look at it
         want_no_environment()
         return
 

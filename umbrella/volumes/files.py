@@ -2,15 +2,23 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import numpy as np
 
 from umbrella.base import UserError
 from umbrella.volumes.reading import image_files
+
+HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \((\d+(?:, \d+)*)\), \} *\n", re.DOTALL
+)
+"""How a file of NumPy's begins that holds an array of the store: two bytes say how long the braces are."""
+LONGEST = 256
+"""Bytes of a header, at most."""
 
 
 def write_whole(path: Path, content: bytes | np.ndarray) -> None:
@@ -30,6 +38,33 @@ def write_whole(path: Path, content: bytes | np.ndarray) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
+    """The shape of an array of the store, and where in its file the values begin.
+
+    NumPy takes this header for a Python expression, and Python's parser now and then fails in one of several threads
+    (python/cpython#106905): a trial of ours died of that.
+
+    Raises:
+        ValueError: it is no such array, or is cut short in its header.
+    """
+    found = HEADER.match(file.read(LONGEST))
+    if not found:
+        raise ValueError("not an array of the store")
+    return tuple(map(int, found[1].split(b", "))), found.end()
+
+
+def map_array(path: Path) -> np.ndarray:
+    """An array of the store: float16, memory-mapped and read-only.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no such array, or is cut short.
+    """
+    with path.open("rb") as file:
+        shape, start = read_header(file)
+        return np.memmap(file, np.float16, "r", start, shape)
 
 
 def is_current(record: Mapping[str, Any]) -> bool:
@@ -60,8 +95,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_array(file: Path) -> bool:
     try:
-        np.load(file, mmap_mode="r")
-    except (ValueError, EOFError):
+        map_array(file)
+    except ValueError:
         return False
     return True
 

@@ -23,7 +23,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.shared_store import SharedStore
-from umbrella.volumes.files import READERS, file_stamp, read_json, write_whole
+from umbrella.volumes.files import READERS, file_stamp, map_array, read_header, read_json, write_whole
 from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
 from umbrella.volumes.reading import RawVolume, content_id, read_volume
 from umbrella.volumes.windows import has_window, num_windows, pick_window
@@ -145,8 +145,8 @@ class VolumeStore:
     def _find(self, source: str | Path, modality: str) -> np.ndarray | None:
         """The array, if it is there, whole, and long enough for a window."""
         try:
-            array = np.load(self.path(source, modality), mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):  # not there, or cut short
+            array = map_array(self.path(source, modality))
+        except (FileNotFoundError, ValueError):  # not there, or cut short
             return None
         target = self.modalities[modality]
         return array if not target.is_series or has_window(len(array), target) else None
@@ -156,11 +156,10 @@ class VolumeStore:
         target = self.modalities[modality]
         try:
             with self.path(source, modality).open("rb", buffering=0) as file:
-                np.lib.format.read_magic(file)
-                shape, _, _ = np.lib.format.read_array_header_1_0(file)
-                start = file.tell()
+                shape, start = read_header(file)
                 if os.fstat(file.fileno()).st_size != start + prod(shape) * into.itemsize:
                     return False
+                file.seek(start)
                 if not target.is_series:
                     return file.readinto(into.data) == into.nbytes
                 if not has_window(shape[0], target):
@@ -170,7 +169,7 @@ class VolumeStore:
                     if file.readinto(into[frame].data) != into[frame].nbytes:
                         return False
                 return True
-        except (FileNotFoundError, ValueError, EOFError):
+        except (FileNotFoundError, ValueError):
             return False
 
     def _recipe_folder(self, modality: str) -> Path:
