@@ -4,6 +4,7 @@ Where Ray Train starts them, three processes of a training unpickle this file: t
 the worker. Only the worker needs the model, so only the worker imports it: seconds each time.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,8 @@ class Job(AnyJob):
         """See ``training.worker``."""
         from umbrella.training.worker import Worker
 
+        # What was imported is there to stay. Python looks at all of it every ten seconds or so, for half a second.
+        gc.freeze()
         return Worker(self)
 
     def plan(self, workers: int, sorted_by: int) -> Plan:

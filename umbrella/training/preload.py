@@ -5,7 +5,6 @@ environment of their own. Importing takes a training's process 7 s on two cores,
 it goes on while the script itself still imports and reads.
 """
 
-import gc
 import os
 import tempfile
 from importlib import import_module
@@ -53,7 +52,6 @@ def take() -> None:
             continue
         for module in MODULES:
             import_module(module)
-        gc.freeze()  # it is there to stay: a trial's end, which collects what cycles keep, need not look at it
         want_no_environment()
         return
 
