@@ -83,8 +83,10 @@ class Job(AnyJob):
         """See ``training.worker``."""
         from umbrella.training.worker import Worker
 
-        # What was imported is there to stay. Python looks at all of it every ten seconds or so, for half a second.
-        gc.freeze()
+        # What was imported is there to stay. Python looks at all of it every ten seconds or so, for half a second. Only
+        # before a process's first training: a later one would also keep what is left of those before it.
+        if not gc.get_freeze_count():
+            gc.freeze()
         return Worker(self)
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
