@@ -1,5 +1,6 @@
 """Settings: defaults, files and overrides become one frozen tree; a refusal names the key and what is allowed."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,20 @@ def test_later_files_win_over_earlier_ones_and_overrides_over_all(tmp_path: Path
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
-    assert load_settings([write(tmp_path / "a.yaml", "# nothing yet\n")]) == Settings()
+    assert load_settings([write(tmp_path / "a.yaml", "# nothing yet\n")]) == load_settings()
+
+
+def test_a_relative_folder_is_of_where_the_script_started_also_in_a_process_with_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(overrides={"resources.node_store": "fast", "resources.store": "s3://bucket/volumes"})
+    sent = pickle.dumps(settings)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resources = pickle.loads(sent).with_values({"optim.lr": 0.5}).resources
+    assert (resources.storage, resources.node_store) == (str(tmp_path / "runs"), str(tmp_path / "fast"))
+    assert (resources.store, resources.mirror) == ("s3://bucket/volumes", "")
 
 
 def test_an_override_reaches_into_one_modality_and_leaves_the_others() -> None:

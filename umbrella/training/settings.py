@@ -1,5 +1,6 @@
 """Settings of the optimizer, of one training, and of what it runs on."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -123,6 +124,12 @@ class ResourceSettings(Section):
                 f" resources.mirror={storage} to have what runs write copied there"
             )
         return storage
+
+    @field_validator("storage", "mirror", "store", "node_store")
+    @classmethod
+    def _means_the_same_in_every_process(cls, place: str) -> str:
+        """Ray gives workers and trials working folders of their own; a relative path is of where the script runs."""
+        return place if not place or "://" in place else str(Path(place).absolute())
 
     @model_validator(mode="after")
     def _least_is_not_most(self) -> "ResourceSettings":
