@@ -232,7 +232,8 @@ def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_sett
 
 
 def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_for_each_trial(tmp_path: Path) -> None:
-    settings = question(tmp_path, trials=3).with_values({"resources.cpus_per_worker": CPUS, "name": "lost"})
+    slow = {"train.evaluate_every": 1}  # so that a trial is not over before a node has started
+    settings = question(tmp_path, trials=3).with_values({**slow, "resources.cpus_per_worker": CPUS, "name": "lost"})
 
     def trials() -> list[Path]:
         return [point.parent for point in tmp_path.glob("sweeps/lost/trials/*/point.json")]
@@ -247,7 +248,7 @@ def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_fo
         cluster.add(3)
         until(lambda: len(starts(moved)) == 2, script)
         node, before = cluster.node_of_trial(moved), taken(moved)
-        until(lambda: taken(moved) > before + 11 and any(map(read_end, trials())), script)
+        until(lambda: taken(moved) > before + 3 and any(map(read_end, trials())), script)
         script.kill()
         cluster.kill(node)
         done = {trial: taken(trial) for trial in trials() if read_end(trial)}
