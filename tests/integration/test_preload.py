@@ -14,7 +14,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 START = """
     import json, os, sys, time
-    from pathlib import Path
     import ray
     from ray import train, tune
     from ray.train.torch import TorchTrainer

@@ -1,6 +1,5 @@
 """What a sweep would run, and what it found, in words."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import count_samples, counted
+from umbrella.training.cluster import address_of
 from umbrella.training.room import SPARE_CPUS, this_machine, trainings_that_fit
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
@@ -41,7 +41,7 @@ def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
-    if not (resources.address or os.environ.get("RAY_ADDRESS")):
+    if address_of(resources) == "local":
         machine = this_machine()
         at_once = trainings_that_fit(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
