@@ -103,7 +103,7 @@ def start_for_sweep(settings: Settings, trials: int) -> None:
         UserError: this machine has no room for one trial; as ``start_ray``.
     """
     resources, processes = settings.resources, 0
-    if address_of(resources) == "local":
+    if address_of(resources) == "local" and not ray.is_initialized():  # one that is there may have more or less
         at_once = min(trials, settings.tune.concurrent or trials, trainings_that_fit(resources, this_machine()))
         processes = at_once if resources.alone else RAYS_OWN + at_once * (1 + resources.workers)
     dashboard = start_ray(resources, log_to_driver=False, name=settings.name, preloaded=processes)
