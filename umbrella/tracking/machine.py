@@ -38,7 +38,7 @@ class Machine(threading.Thread):
 
     def __init__(self, start: int, put: Callable[[Mapping[str, Any]], None], deliver: Callable[[], None]) -> None:
         super().__init__(name="umbrella-machine", daemon=True)
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it says at each look what a GPU does not tell
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else a line per look
         self.monitors = _monitors()
         self.interval = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or INTERVAL
         self.may_write = False
