@@ -1,5 +1,7 @@
 """What is found out before a training starts: whether it fits the cluster, and whether the data give what decides."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,14 @@ def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_
         trainings_that_fit(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
     with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
         trainings_that_fit(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
+
+
+def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
+    light = ["umbrella.training.run", "umbrella.tuning.sweep", "umbrella.training.job", "umbrella.tuning.trial"]
+    heavy = ["umbrella.model.umbrella_llava", "transformers.generation.utils", "sklearn", "torch.distributed.fsdp"]
+    looked = f"import {', '.join(light)}, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", looked], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_fewer_workers_than_the_fewest_start() -> None:

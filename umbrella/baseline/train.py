@@ -28,11 +28,11 @@ from umbrella.evaluation.subjects import Answer, mean_number
 from umbrella.tracking.environment import code_version
 from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import CODE, STATE, code_of, rng_state, set_rng_state
+from umbrella.training.heeding import Request, Requests
 from umbrella.training.optimizer import build_schedule, main_rate
 from umbrella.training.pace import Pace
 from umbrella.training.parallel import autocast, gathered, seed_worker, together
 from umbrella.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
-from umbrella.training.requests import Request, Requests
 from umbrella.training.writer import remove_rests, save_state, write_checkpoint
 
 WEIGHTS = "weights.pt"

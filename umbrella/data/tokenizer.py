@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from umbrella.base import UserError
@@ -70,6 +70,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # brings all models with it: seconds that scripts without one do not need
+
     where = f"model.checkpoint={checkpoint}"
     # It reads the configuration too, and warns of the kind of our own models, which lies in a room unknown to this one.
     log = logging.getLogger("transformers.configuration_utils")

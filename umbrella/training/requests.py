@@ -1,65 +1,11 @@
-"""What is asked of a training from outside: to stop, or to save what it has, because its machine is to be taken away.
+"""What is asked of a training from outside: to stop.
 
-A request to stop is an empty file in the training's folder, which every worker's machine shares; the script makes it
-at SIGTERM. That a node is to be taken away Ray says, where it knows: see ``ray.train.get_preemption_info``.
+It is an empty file in the training's folder, which every worker's machine shares; the script makes it at SIGTERM.
+Workers look for it, see ``heeding``. Whoever asks need not import what they do.
 """
 
 import sys
-import time
-from enum import IntEnum
 from pathlib import Path
-
-import ray.train
-import torch
-
-from umbrella.training.parallel import agreed
-
-FILE_INTERVAL = 0.5
-"""Seconds between two looks for the file."""
-RAY_INTERVAL = 5.0
-"""Seconds between two questions to Ray, each of which takes as long as several messages between processes do, while
-the GPUs wait. Nodes are drained with more notice than that."""
-
-
-class Request(IntEnum):
-    """What the workers are to do after this step."""
-
-    NOTHING = 0
-    LOOK = 1
-    """Ask Ray, all together; ``look`` never returns it."""
-    SAVE = 2
-    STOP = 3
-    """Save and return."""
-
-
-class Requests:
-    """Where the workers of a training look for requests. All must: what one did alone, the others would wait for."""
-
-    def __init__(self, folder: str | Path, rank: int, device: torch.device) -> None:
-        self._file, self._rank, self._device = stop_file(folder), rank, device
-        self._next_look, self._next_question, self._known = 0.0, 0.0, None
-
-    def look(self) -> Request:
-        """What is asked, the same on every worker. To be called by all of them after each step."""
-        request = Request(agreed(self._own() if self._rank == 0 else Request.NOTHING, self._device))
-        if request is not Request.LOOK:
-            return request
-        preemption = ray.train.get_preemption_info()  # waits for all workers
-        if preemption is None or preemption == self._known:
-            return Request.NOTHING
-        self._known = preemption
-        return Request.SAVE
-
-    def _own(self) -> Request:
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + FILE_INTERVAL
-            if self._file.exists():
-                return Request.STOP
-        if now < self._next_question:
-            return Request.NOTHING
-        self._next_question = now + RAY_INTERVAL
-        return Request.LOOK
 
 
 def stop_file(folder: str | Path) -> Path:

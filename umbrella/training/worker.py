@@ -30,6 +30,7 @@ from umbrella.tracking.environment import code_version
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.evaluating import Evaluator
+from umbrella.training.heeding import Request, Requests
 from umbrella.training.history import cut, note
 from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
@@ -39,7 +40,6 @@ from umbrella.training.parallel import gathered, parallelise, seed_worker, toget
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.readback import Acting, read_back
 from umbrella.training.reporting import Reporter
-from umbrella.training.requests import Request, Requests
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
 from umbrella.training.writer import Writer
