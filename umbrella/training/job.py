@@ -7,6 +7,7 @@ the worker. Only the worker needs the model, so only the worker imports it: seco
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -83,10 +84,7 @@ class Job(AnyJob):
         """See ``training.worker``."""
         from umbrella.training.worker import Worker
 
-        # What was imported is there to stay. Python looks at all of it every ten seconds or so, for half a second. Only
-        # before a process's first training: a later one would also keep what is left of those before it.
-        if not gc.get_freeze_count():
-            gc.freeze()
+        _keep_imports()
         return Worker(self)
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
@@ -103,6 +101,15 @@ class Job(AnyJob):
             lengths=self.train_lengths,
             window=self.settings.data.bucket_batches,
         )
+
+
+@cache
+def _keep_imports() -> None:
+    """What was imported is there to stay. Python looks at all of it every ten seconds or so, for half a second.
+
+    Only before a process's first training: a later one would also keep what is left of those before it.
+    """
+    gc.freeze()
 
 
 def train_loop(config: dict[str, AnyJob]) -> str | int | None:
