@@ -51,6 +51,7 @@ class TrialRunner(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another trial, in the process of the one before."""
         self._leave()
+        _make_room()
         self._begin(new_config)
         return True
 
@@ -85,6 +86,7 @@ class TrialRunner(tune.Trainable):
         elif self.training and self.job.leg and row["evaluation"] % self.job.leg == 0:
             self._finish()
             self._leave()
+            _make_room()
         return {**row, "done": last}
 
     def cleanup(self) -> None:
@@ -141,9 +143,13 @@ class TrialRunner(tune.Trainable):
             self.training.result()
         self.pool.shutdown()
         self.training = None
-        gc.collect()
-        if "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
+
+
+def _make_room() -> None:
+    """For another training in this process: what is left of the one before refers to itself, a model on the GPU too."""
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def trial_resources(resources: ResourceSettings) -> dict[str, float]:
