@@ -17,6 +17,7 @@ MOST = 8
 MODULES = (
     "umbrella.training.worker",
     "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.planner.planner",
     "mlflow.store.tracking.sqlalchemy_store",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
@@ -52,6 +53,7 @@ def take() -> None:
             continue
         for module in MODULES:
             import_module(module)
+        import_module("umbrella.tracking.environment").environment_json()  # once in a process
         want_no_environment()
         return
 

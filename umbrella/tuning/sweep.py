@@ -15,6 +15,7 @@ from umbrella.config import SETTINGS, Settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
+from umbrella.drawing import import_ahead
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.ending import mend
@@ -127,6 +128,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         for trial in folder.glob("trials/*/"):
             reopen(trial)
         monitor = Monitor(folder, uri, search.trials, settings.tune)
+        import_ahead()
         try:
             waiting = Waiting(settings.resources, settings.resources.alone)
             # Trials keep what their last checkpoints hold.
