@@ -7,6 +7,7 @@ from math import nan
 from pathlib import Path
 
 from umbrella.cli import Request, make_console, progress_bar, run_script
+from umbrella.importing import importing
 
 
 def main(request: Request) -> None:
@@ -18,12 +19,14 @@ def main(request: Request) -> None:
 
         dry_run(settings, request.given, make_console())
         return
-    from umbrella.training.cluster import start_for_training
-    from umbrella.training.progress import best_checkpoint, read_metrics
+    with importing():
+        from umbrella.training.cluster import start_for_training
+        from umbrella.training.progress import best_checkpoint, read_metrics
 
     settings = settings.named("train")
     start_for_training(settings)  # its processes import while this one does
-    from umbrella.training.run import run_training
+    with importing():
+        from umbrella.training.run import run_training
 
     def tell(folder: Path) -> None:
         metric = settings.tune.metric

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from umbrella.base import UserError
 from umbrella.cli import Option, Request, make_console, progress_bar, run_script
+from umbrella.importing import importing
 
 RESUME = Option("--resume", "go on with a sweep: its name, or last", value="NAME")
 QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
@@ -17,7 +18,8 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
-    from umbrella.tuning.question import find_sweep, read_question
+    with importing():
+        from umbrella.tuning.question import find_sweep, read_question
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
@@ -40,13 +42,15 @@ def main(request: Request) -> None:
 
         dry_run(settings, given, console)
         return
-    from umbrella.training.cluster import start_for_sweep
-    from umbrella.tuning.search import count_trials
+    with importing():
+        from umbrella.training.cluster import start_for_sweep
+        from umbrella.tuning.search import count_trials
 
     settings = settings.named("sweep")
     start_for_sweep(settings, count_trials(settings, given))  # its processes import while this one does
-    from umbrella.tuning.describe import print_answer
-    from umbrella.tuning.sweep import Answer, run_sweep
+    with importing():
+        from umbrella.tuning.describe import print_answer
+        from umbrella.tuning.sweep import Answer, run_sweep
 
     def tell(answer: Answer) -> None:
         print_answer(answer, console)

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 START = """
     import json, os, sys, time
+    from pathlib import Path
     import ray
     from ray import train, tune
     from ray.train.torch import TorchTrainer
@@ -26,7 +27,7 @@ START = """
         return {"imported": "umbrella.training.worker" in sys.modules, "environment": json.loads(environment)}
 
     settings = load_settings(overrides={"resources.storage": sys.argv[1]})
-    start_ray(settings.resources, log_to_driver=False, preloaded=2)
+    start_ray(settings.resources, log_to_driver=False, preloaded=int(sys.argv[2]))
 """
 TRIALS = """
     class Trial(tune.Trainable):
@@ -34,12 +35,14 @@ TRIALS = """
             return {"found": found(), "done": True}
 
     time.sleep(5)  # idle processes are ended after one second, unless Ray is told to keep them
+    logs = ray._private.worker._global_node.get_logs_dir_path()
+    begun = len(list(Path(logs).glob("python-core-worker-*")))
     trials = tune.Tuner(
         tune.with_resources(Trial, {"CPU": 0.5}),
-        tune_config=tune.TuneConfig(num_samples=2),
+        tune_config=tune.TuneConfig(num_samples=int(sys.argv[2])),
         run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0),
     ).fit()
-    print(json.dumps({"trials": [trial.metrics["found"] for trial in trials], "left": os.listdir(os.environ[TICKETS])}))
+    print(json.dumps({"trials": [trial.metrics["found"] for trial in trials], "left": os.listdir(os.environ[TICKETS]), "begun": begun}))
 """
 WORKER = """
     trained = TorchTrainer(
@@ -51,25 +54,28 @@ WORKER = """
 """
 
 
-def last_line(script: str, folder: Path) -> dict:
-    """What a script says at last."""
+def last_line(script: str, folder: Path, processes: int) -> dict:
+    """What a script says at last that has so many processes import."""
     file = folder / "script.py"
     file.write_text(textwrap.dedent(START) + textwrap.dedent(script), encoding="utf-8")
     said = subprocess.run(
-        [sys.executable, str(file), str(folder)], capture_output=True, text=True, env=plain_environment(), timeout=300
-    )
+        [sys.executable, str(file), str(folder), str(processes)],
+        capture_output=True, text=True, env=plain_environment(), timeout=300,
+    )  # fmt: skip
     assert said.returncode == 0, said.stderr
     return json.loads(said.stdout.splitlines()[-1])
 
 
-def test_trials_take_the_processes_that_have_imported(tmp_path: Path) -> None:
-    found = last_line(TRIALS, tmp_path)
-    assert found["trials"] == [{"imported": True, "environment": {}}] * 2
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trials_take_the_processes_that_have_imported(tmp_path: Path, processes: int) -> None:
+    found = last_line(TRIALS, tmp_path, processes)
+    assert found["trials"] == [{"imported": True, "environment": {}}] * processes
     assert found["left"] == [], "no process came for the ticket"
+    assert found["begun"] == processes, "which of several comes first to a trial is chance"
 
 
 def test_a_worker_brings_no_environment_for_which_ray_would_start_a_process(tmp_path: Path) -> None:
-    assert last_line(WORKER, tmp_path)["environment"] == {}
+    assert last_line(WORKER, tmp_path, 2)["environment"] == {}
 
 
 LOOK = """

@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -63,14 +63,19 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        if preloaded:
-            preload.prepare(min(preloaded, int(this_machine()["CPU"])))
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
     own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
+    at_first: AbstractContextManager[None] = nullcontext()
+    if address == "local" and preloaded:
+        at_first = preload.prepared(min(preloaded, int(this_machine()["CPU"])))
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
         # Ray puts the machine's outer address in place of 127.0.0.1, and then listens to the whole network.
-        with _own_sigterm(), mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host):
+        with (
+            _own_sigterm(),
+            at_first,
+            mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host),
+        ):
             context = ray.init(
                 address=address,
                 log_to_driver=log_to_driver,
@@ -80,8 +85,6 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
             )
     except (ConnectionError, AuthenticationError) as error:
         raise UserError(f"resources.address={address}: {_why_not(error, address)}") from None
-    if address == "local" and preloaded:
-        preload.want_no_environment()
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 

@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
 from umbrella.data.pipeline import Plan
+from umbrella.importing import importing
 from umbrella.storage import check_writable
 from umbrella.training.progress import latest_checkpoint
 from umbrella.training.requests import stop_file
@@ -82,7 +83,8 @@ class Job(AnyJob):
 
     def worker(self) -> "Runs":
         """See ``training.worker``."""
-        from umbrella.training.worker import Worker
+        with importing():
+            from umbrella.training.worker import Worker
 
         _keep_imports()
         return Worker(self)

@@ -1,14 +1,22 @@
 """Processes that have imported what a training needs before it asks for them.
 
-A Ray of our own starts a process per CPU with itself, and gives them, the oldest first, to actors that want no
-environment of their own. Importing takes a training's process 7 s on two cores, and 17 s were seen on a GPU host. Here
-it goes on while the script itself still imports and reads.
+A Ray of our own starts processes with itself, and gives them to actors that want no environment of their own. Importing
+takes a training's process 6 s on two cores, and 17 s were seen on a GPU host. Here it goes on while the script itself
+still imports and reads.
 """
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ray._private import services
+
+from umbrella.importing import importing
 
 TICKETS = "UMBRELLA_PRELOAD"
 """Names the folder that holds a file for each process that is to import. Later ones may be for something else."""
@@ -25,21 +33,35 @@ MODULES = (
 """What a training imports, and what Ray Data, MLflow and the first evaluation import within it."""
 KEPT = "600000"
 """Milliseconds that they stay without work: a second unless told otherwise, after which one of them sometimes went."""
+FIRST = "--num_prestart_python_workers"
+"""Ray's own option: how many processes it begins with. Its choice is one per CPU."""
 _kept: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def prepare(processes: int) -> None:
-    """Let so many of the processes import that the Ray which this one starts next begins with.
+@contextmanager
+def prepared(processes: int) -> Iterator[None]:
+    """Let the Ray that is started in here begin with so many processes, all of which import.
 
-    No more than it has CPUs: what is left over, Ray's own helpers would take later, and import for nothing.
+    With no others, since which of them comes first to be given away is chance. No more than it has CPUs: they would
+    wait for each other.
     """
+    processes = min(processes, MOST)
     folder = tempfile.TemporaryDirectory(prefix="umbrella_preload_")
     _kept.append(folder)
-    for number in range(min(processes, MOST)):
+    for number in range(processes):
         (Path(folder.name) / str(number)).touch()
     os.environ[TICKETS] = folder.name
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", KEPT)
     os.environ["RAY_preload_python_modules"] = "umbrella.training.preloaded"  # noqa: SIM112  # Ray's own name
+    start = services.start_ray_process
+
+    def start_with_fewer(command: Sequence[str], *rest: Any, **more: Any) -> Any:
+        command = [f"{FIRST}={processes}" if str(word).startswith(FIRST) else word for word in command]
+        return start(command, *rest, **more)
+
+    with mock.patch.object(services, "start_ray_process", start_with_fewer):
+        yield
+    want_no_environment()
 
 
 def take() -> None:
@@ -51,10 +73,11 @@ def take() -> None:
             ticket.unlink()
         except FileNotFoundError:  # another process was faster
             continue
-        for module in MODULES:
-            import_module(module)
-        import_module("umbrella.tracking.environment").environment_json()  # once in a process
-        want_no_environment()
+        with importing():
+            for module in MODULES:
+                import_module(module)
+            import_module("umbrella.tracking.environment").environment_json()  # once in a process
+            want_no_environment()
         return
 
 
