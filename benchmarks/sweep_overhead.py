@@ -2,11 +2,12 @@
 
     python benchmarks/sweep_overhead.py [trials=6] [rounds=3] [any setting=...]
 
-The trainings are those of the default question on the phantom cohort, as many as it has trials. Bare means: in this process, which has imported
-everything, each from an empty folder to its last checkpoint, with MLflow, its reports and Ray Data, but without Ray
-Tune and without a process of its own. Sweep and single training are the scripts that people run, in processes and a Ray
-of their own. A sweep's time is that of its parent run in MLflow: Ray is there, what follows is processes, imports, all
-trials, what Ray Tune does between them, and the report. A script's is all of it, with the start of Ray.
+The trainings are those of the default question on the phantom cohort, as many as it has trials. Bare means: in this
+process, which has imported everything, each from an empty folder to its last checkpoint, with MLflow, its reports and
+Ray Data, but without Ray Tune and without a process of its own. Sweep and single training are the scripts that people
+run, in processes and a Ray of their own. A sweep's time is that of its parent run in MLflow: Ray is there, what follows
+is processes, imports, all trials, what Ray Tune does between them, and the report. A script's is all of it, with the
+start of Ray.
 
 Each round takes all bare trainings, one by `train.py`, and one sweep; every second round takes the scripts first, so
 that a machine that gets slower or warmer counts for both. One bare training comes before. Sums and ratios are of one

@@ -42,7 +42,8 @@ TRIALS = """
         tune_config=tune.TuneConfig(num_samples=int(sys.argv[2])),
         run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0),
     ).fit()
-    print(json.dumps({"trials": [trial.metrics["found"] for trial in trials], "left": os.listdir(os.environ[TICKETS]), "begun": begun}))
+    seen = [trial.metrics["found"] for trial in trials]
+    print(json.dumps({"trials": seen, "left": os.listdir(os.environ[TICKETS]), "begun": begun}))
 """
 WORKER = """
     trained = TorchTrainer(
