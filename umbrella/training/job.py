@@ -121,7 +121,8 @@ def train_loop(config: dict[str, AnyJob]) -> str | int | None:
     or its leg is over; else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a
     file could not be written where the storage is full or gone.
     """
-    from umbrella.training.parallel import Agreed, together
+    with importing():
+        from umbrella.training.parallel import Agreed, together
 
     try:
         with together():
