@@ -58,16 +58,16 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
     if ray.is_initialized():
         return ""
     address = address_of(resources)
+    at_first: AbstractContextManager[None] = nullcontext()
     if address == "local":
         # A process per training that asks whether this machine is about to be taken away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if preloaded:
+            at_first = preload.prepared(min(preloaded, int(this_machine()["CPU"])))
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
     own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
-    at_first: AbstractContextManager[None] = nullcontext()
-    if address == "local" and preloaded:
-        at_first = preload.prepared(min(preloaded, int(this_machine()["CPU"])))
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
         # Ray puts the machine's outer address in place of 127.0.0.1, and then listens to the whole network.
