@@ -113,7 +113,8 @@ class Nodes:
         with log.open("w") as file:
             started = subprocess.Popen(words, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
         node = psutil.Process(started.pid)
-        while "Ray runtime started" not in (said := log.read_text(encoding="utf-8")):
+        # The line before it, "Ray runtime started", comes while a head has yet to write its address down.
+        while "will now block" not in (said := log.read_text(encoding="utf-8")):
             if started.poll() is not None:
                 if blind and ("unshare" in said or "mount" in said):
                     pytest.skip(f"only root may give a node other folders: {said.strip()}")
