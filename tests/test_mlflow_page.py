@@ -19,6 +19,7 @@ from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment
 
 UI = Path(__file__).resolve().parent.parent / "experiments" / "ui.py"
+ENDS = {(1e-4, "all"): ("KILLED", "stopped by the scheduler"), (3e-3, "all"): ("FAILED", "failed")}
 POINTS = [(rate, mask) for rate in (1e-4, 1e-3, 3e-3) for mask in ("all", "last_assistant")]
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,7 @@ def links(mlflow_store: Callable[[Path], str], tmp_path_factory: pytest.TempPath
             if step % 10 == 0:
                 trial.metrics({"eval/balanced_accuracy": best * step / 30, "eval/loss": 4 / step}, step)
                 trial.flush()
-        trial.end()
+        trial.end(*ENDS.get((rate, mask), ()))
     parent.metrics({"best/eval/balanced_accuracy": 0.9375}, 0)
     parent.end()
     with socket.socket() as free:
@@ -98,10 +99,15 @@ def test_the_compare_page_opens_with_the_metric_the_swept_settings_and_the_winne
     assert "lr=0.001 supervise=last_assistant" in text
 
 
-def test_the_table_of_runs_opens_with_the_winner_first_and_what_was_swept(browser: Any, links: dict[str, str]) -> None:
+def test_the_table_of_runs_opens_with_the_winner_first_what_was_swept_and_how_each_ended(
+    browser: Any, links: dict[str, str]
+) -> None:
     text = seen(browser, links["runs, best first"], "lr=0.001 supervise=last_assistant")
-    for column in ("eval/balanced_accuracy", "mask.supervise", "optim.lr"):
+    for column in ("eval/balanced_accuracy", "mask.supervise", "optim.lr", "umbrella.outcome"):
         assert column[:12] in text
+    cells = [line.strip() for line in text.splitlines()]
+    counts = {outcome: cells.count(outcome) for outcome in ("finished", "stopped by the scheduler", "failed")}
+    assert counts == {"finished": 5, "stopped by the scheduler": 1, "failed": 1}, "the sweep's own run, too"
     names = [line for line in text.splitlines() if line.startswith("lr=")]
     assert names[0] == "lr=0.001 supervise=last_assistant"
     assert len(names) == 6

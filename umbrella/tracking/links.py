@@ -6,7 +6,7 @@ from urllib.parse import quote
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.tracking.delivery import PARENT
+from umbrella.tracking.delivery import OUTCOME, PARENT
 
 VIEW = "umbrella"
 """Key of the view of the table of runs that is kept in a tag of the experiment, as MLflow's "Share" keeps one."""
@@ -17,7 +17,8 @@ TRAINING = "workflowType=machine_learning"
 def pages(uri: str, experiment: str, page: str, metric: str, mode: str) -> dict[str, str]:
     """What to look at, in words, to its address: all runs, best first, and the newest sweep's trials side by side.
 
-    The table of runs gets columns for the metric and for whatever the newest sweep's trials differ in.
+    The table of runs gets columns for the metric, for whatever the newest sweep's trials differ in, and for how each
+    run ended: to MLflow's own sign a trial that the scheduler stopped and one that failed are alike.
 
     Args:
         page: the address under which MLflow is served.
@@ -27,7 +28,8 @@ def pages(uri: str, experiment: str, page: str, metric: str, mode: str) -> dict[
     trials = _newest_trials(client, experiment)
     order = f"metrics.`{metric}`"
     shown = list(dict.fromkeys([order, "metrics.`eval/loss`"]))
-    columns = [*shown, *(f"params.`{name}`" for name in _differing(trials)), "attributes.`Duration`"]
+    swept = [f"params.`{name}`" for name in _differing(trials)]
+    columns = [*shown, *swept, f"tags.`{OUTCOME}`", "attributes.`Duration`"]
     view = {"selectedColumns": columns, "orderByKey": order, "orderByAsc": mode == "min"}
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
     found = {"runs, best first": f"{page}/#/experiments/{experiment}/runs?{TRAINING}&viewStateShareKey={VIEW}"}
