@@ -18,9 +18,11 @@ from umbrella.assessment.assessment import AS_ASKED, CONDITIONS, Assessment
 from umbrella.assessment.cases import Case, pick
 from umbrella.assessment.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter, of_subjects
 from umbrella.assessment.report import interval, named, value, write_report
+from umbrella.assessment.tracked import nameless
 from umbrella.config import Settings
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.tables import Estimate, Group
+from umbrella.tracking.privacy import hashed
 
 CLASSES = {"sex": ("female", "male"), "diagnosis": ("AD", "CN", "MCI"), "age": ()}
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "f1")
@@ -247,6 +249,20 @@ def test_what_people_wrote_is_never_taken_as_html(tmp_path: Path) -> None:
     tame, page = page_of("x"), page_of(EVIL)
     assert page.tags == tame.tags
     assert page.text.count(EVIL) > 12
+
+
+def test_subjects_are_hashed_and_no_number_changes_where_ids_are_numbers(tmp_path: Path) -> None:
+    named = assessment(notes=["two subjects are also in the training split: 24, 0"])
+    hidden = nameless(named, {"24", "0", "1", "50"}, "salt")
+    assert hidden.notes == [
+        f"two subjects are also in the training split: {hashed('24', 'salt')}, {hashed('0', 'salt')}"
+    ]
+    for name, told in (("named", named), ("hidden", hidden)):
+        write_report(tmp_path / name, told, ())
+    before, after = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("named", "hidden"))
+    for condition, groups in before.items():
+        for group, other in zip(groups, after[condition], strict=True):
+            assert group | {"value": ""} == other | {"value": ""}
 
 
 def test_metrics_json_has_all_groups_and_null_for_what_is_not_defined(tmp_path: Path) -> None:

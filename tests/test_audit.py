@@ -169,6 +169,19 @@ def test_the_page_shows_every_part_with_its_kind_weight_and_text(hostile: Exampl
     ]
 
 
+def test_what_is_hidden_of_a_conversation_leaves_the_pages_own_words_and_numbers(
+    hostile: Example, tokenizer: Any
+) -> None:
+    policy = MaskPolicy()
+    page = audit_html(
+        audit([hostile], policy), [hostile], policy, tokenizer, hide=lambda text: re.sub("[a-z0-9]", "*", text)
+    )
+    plain = audit_html(audit([hostile], policy), [hostile], policy, tokenizer)
+    assert page.split("<h2>Samples")[0] == plain.split("<h2>Samples")[0]
+    assert [about for _, about, _ in Reading(page).parts] == [about for _, about, _ in Reading(plain).parts]
+    assert not re.search("script|alert|nii", page.split("</p>")[-1])
+
+
 def test_nothing_of_a_conversation_is_taken_as_html_and_the_page_needs_no_other_file(
     hostile: Example, tokenizer: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_subjects_are_hidden_wherever_they_stand_and_nothing_else_is() -> None:
 
 
 def scored(task: str, probabilities: dict[str, float], label: str | float, subject: str = "sub-7") -> Prediction:
-    found = {"probabilities": probabilities, "answer_nll": 6.0, "answer_tokens": 3}
+    found = {"probabilities": probabilities, "answer_nll": 6.0, "answer_tokens": 3, "subjects": (subject,)}
     return Prediction(task, "T1", subject, "sex", label, str(label), **found)
 
 
@@ -94,6 +95,8 @@ def test_predictions_are_of_the_same_questions_in_every_run_and_hide_subjects_wh
     first = json.loads(predictions_json(rows, 8, lambda text, subjects: text))
     assert json.loads(predictions_json(rows[::-1], 8, lambda text, subjects: text)) == first
     assert len(first["data"]) == 8
+    compared = replace(scored("sub-1_vs_sub-2", {}, "male", "sub-1"), subjects=("sub-1", "sub-2"))
+    assert "sub-" not in predictions_json([compared], 1, lambda text, subjects: hide(text, subjects, "salt"))
     hidden = predictions_json(rows, 8, lambda text, subjects: hide(text, subjects, "salt"))
     assert "sub-" not in hidden
     assert len({row[3] for row in json.loads(hidden)["data"]}) == 8

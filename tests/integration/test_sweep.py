@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from umbrella.tracking.delivery import PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.waiting import WORKERS
+from umbrella.tuning.ending import read_end
 from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -75,16 +76,22 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     assert good.data.tags["best.checkpoint"] == best.checkpoint
     table = json.loads(Path(client.download_artifacts(good.info.run_id, "predictions.json")).read_text())
     assert len(table["data"]) > 2
-    for name in files:
-        assert "sub-0" not in Path(client.download_artifacts(good.info.run_id, name)).read_bytes().decode("latin-1"), (
-            name
-        )
-    assert "sub-0" not in str(good.to_dictionary())
     rights = [row[table["columns"].index("right")] for row in table["data"]]
     step = [m.step for m in client.get_metric_history(good.info.run_id, "eval/sex/accuracy")].index(best.step)
     accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
     assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
     assert not list(answer.folder.rglob("outbox.jsonl")), "nothing waits"
+
+
+def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
+    answer, client, parent, children = swept
+    failed = answer.trials[1]
+    assert "sub-0" in read_end(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
+    assert "subject-" in failed.reason
+    for run in (parent, *children.values()):
+        assert "sub-0" not in str(run.to_dictionary())
+        for file in Path(client.download_artifacts(run.info.run_id, "")).rglob("*.*"):
+            assert "sub-0" not in file.read_bytes().decode("latin-1"), file.name
 
 
 def test_who_says_what_trials_wait_for_knows_them_by_their_class(swept: Any, ray_session: Any) -> None:

@@ -1,8 +1,9 @@
 """An evaluation in MLflow: in the run of the training that it is of, or in one of its own."""
 
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,6 @@ from umbrella.training.progress import PROGRESS, read_progress
 
 ARTIFACTS = "evaluation"
 """Folder of the report among a run's artifacts."""
-PICTURE = re.compile("(data:image/png;base64,[A-Za-z0-9+/=]+)")
 
 
 def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> None:
@@ -86,13 +86,15 @@ def _texts(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) 
     settings = assessment.settings
     if not settings.tracking.hash_subjects:
         return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    subjects = {subject for c in asked for subject in c.subjects}
     with TemporaryDirectory() as temporary:
-        write_report(Path(temporary), assessment, ())
-        texts = {name: (Path(temporary) / name).read_text(encoding="utf-8") for name in names}
-    subjects, salt = {subject for c in asked for subject in c.subjects}, read_salt(settings.resources.storage)
+        write_report(Path(temporary), nameless(assessment, subjects, read_salt(settings.resources.storage)), ())
+        return {name: (Path(temporary) / name).read_text(encoding="utf-8") for name in names}
 
-    def hidden(text: str) -> str:
-        # A short id may well stand between two slashes of a picture's letters.
-        return "".join(p if PICTURE.fullmatch(p) else hide(p, subjects, salt) for p in PICTURE.split(text))
 
-    return {name: hidden(text) for name, text in texts.items()}
+def nameless(assessment: Assessment, subjects: Collection[str], salt: str) -> Assessment:
+    """The same, with these subjects hashed in all that a report without pictures of subjects tells beside numbers."""
+    # Not on the page that is made of it: there an id such as 24 looks like any count.
+    hidden = partial(hide, subjects=subjects, salt=salt)
+    groups = {c: [replace(group, value=hidden(group.value)) for group in own] for c, own in assessment.groups.items()}
+    return replace(assessment, groups=groups, notes=[hidden(note) for note in assessment.notes])

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -133,12 +133,14 @@ def audit_html(
     policy: MaskPolicy,
     tokenizer: PreTrainedTokenizerBase,
     notes: Sequence[str] = (),
+    hide: Callable[[str], str] = str,
 ) -> str:
     """A page that stands for itself: the policy in words, the table, and these examples with their targets marked.
 
     Args:
         rows: the table, as ``audit`` gives it.
         notes: what else the reader should know, a sentence each.
+        hide: what conversations say to that as it may be kept.
     """
     samples = []
     for example in examples:
@@ -148,7 +150,7 @@ def audit_html(
     weights = [piece.weight for _, turns in samples for turn in turns for piece in turn]
     return render(
         Path(__file__).with_name("audit.html"),
-        {"visible": visible, "shown": shown},
+        {"visible": visible, "shown": shown, "kept": hide},
         rows=rows,
         weighted=is_weighted(rows),
         samples=samples,

@@ -40,6 +40,8 @@ class Prediction:
     """The answer in the model's own words; None: none was asked for."""
     said: str | float | None = None
     """The label or number found in ``text``; None: it fits none (invalid), or the answer is free text."""
+    subjects: tuple[str, ...] = ()
+    """Everybody who is shown, the reference too."""
 
     @classmethod
     def of(cls, conversation: Conversation, truth: bool = True) -> "Prediction":
@@ -53,6 +55,7 @@ class Prediction:
             truth=conversation.answer if truth else "",
             metadata=conversation.metadata,
             volumes=tuple((volume.modality, volume.image_path) for volume in conversation.volumes),
+            subjects=tuple(sorted(conversation.subjects)),
         )
 
     @property
@@ -68,7 +71,8 @@ class Prediction:
     def from_json(cls, line: str) -> "Prediction":
         """What ``to_json`` wrote, to the same."""
         raw = json.loads(line)
-        return cls(**raw | {"volumes": tuple(map(tuple, raw["volumes"]))})
+        tuples = {"volumes": tuple(map(tuple, raw["volumes"])), "subjects": tuple(raw.get("subjects", ()))}
+        return cls(**raw | tuples)
 
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:

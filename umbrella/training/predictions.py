@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.subjects import most_likely
@@ -13,7 +13,7 @@ SHOWN_AS = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"
 COLUMNS = ("task_id", "task_type", "target", "subject", "truth", "chosen", "right", "probabilities", "nll_per_token")
 
 
-def predictions_json(scored: Sequence[Prediction], count: int, hide: Callable[[str, Sequence[str]], str]) -> str:
+def predictions_json(scored: Sequence[Prediction], count: int, hide: Callable[[str, Collection[str]], str]) -> str:
     """A table of so many questions, of all of them by chance but the same in every run on the same data.
 
     ``probabilities`` are of the candidate answers; ``chosen`` is the most likely one, nothing where two are equally so.
@@ -27,7 +27,7 @@ def predictions_json(scored: Sequence[Prediction], count: int, hide: Callable[[s
     for s in sorted(drawn, key=lambda s: s.task_id):
         chosen = most_likely(s.probabilities)
         values = (
-            hide(s.task_id, [s.subject_id]),
+            hide(s.task_id, s.subjects),
             s.task_type,
             s.target,
             hide(s.subject_id, [s.subject_id]),

@@ -2,7 +2,8 @@
 
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -61,9 +62,9 @@ class Reporter:
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited", **job.tags}
         self.tracker = open_run(job, self.device, tags)
         self.tracker.text(text, "statement.txt")
-        page = mask_page(rows, examples, renderer, settings.mask, read)
-        subjects = [subject for example in examples for subject in example.conversation.subjects]
-        self.tracker.text(self._hidden(page, subjects), "mask_audit.html")
+        subjects = {subject for example in examples for subject in example.conversation.subjects}
+        hide = partial(self._hidden, subjects=subjects)
+        self.tracker.text(mask_page(rows, examples, renderer, settings.mask, read, hide), "mask_audit.html")
         self.tracker.watch_system()
         print(text, flush=True)
         self.live.say(FIRST)
@@ -111,7 +112,7 @@ class Reporter:
                 self.tracker.tags({"best.checkpoint": str(checkpoint_folder(self.job.folder, step))})
         print(progress_line(dict(report)), flush=True)
 
-    def _hidden(self, text: str, subjects: Sequence[str]) -> str:
+    def _hidden(self, text: str, subjects: Collection[str]) -> str:
         return hide(text, subjects, self._salt) if self._salt else text
 
     def end(self, progress: Progress, place: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """What a training says at its start: the loss, the mask, the tokens it sees, the weights that move."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,11 +32,16 @@ def share(examples: Sequence[Example], conversations: Sequence[Conversation]) ->
 
 
 def mask_page(
-    table: Sequence[Row], examples: Sequence[Example], renderer: Renderer, policy: MaskPolicy, read: str
+    table: Sequence[Row],
+    examples: Sequence[Example],
+    renderer: Renderer,
+    policy: MaskPolicy,
+    read: str,
+    hide: Callable[[str], str] = str,
 ) -> str:
     """The audit of these examples as a page of HTML, with a few of them in full; see ``audit_html``."""
     notes = [f"Read from {read}."] + ([] if renderer.stops else [f"Note: {NEVER_STOPS}."])
-    return audit_html(table, pick(examples), policy, renderer.tokenizer, notes)
+    return audit_html(table, pick(examples), policy, renderer.tokenizer, notes, hide)
 
 
 def statement(

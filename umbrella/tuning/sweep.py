@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -12,13 +12,14 @@ from ray.tune.schedulers import TrialScheduler
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import SETTINGS, Settings
-from umbrella.data.intake import load_splits
+from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
 from umbrella.drawing import import_ahead
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.ending import mend
+from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_sweep
@@ -137,7 +138,10 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
                     _tuner(job, search, scheduler, at_once).fit()
                 except OutOfTime:
                     monitor.stop_all()
-            contenders = rank(read_trials(folder, settings.tune), settings.tune.mode)
+            trials = read_trials(folder, settings.tune)
+            if settings.tracking.hash_subjects:
+                trials = _nameless(trials, splits, read_salt(storage))
+            contenders = rank(trials, settings.tune.mode)
             files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
             for file in files.all:
                 parent.artifact(file)
@@ -164,6 +168,12 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
         UserError: swept values that do not go together.
     """
     return [variant.mask for variant in variants(settings, read_space(settings, given), "mask")]
+
+
+def _nameless(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
+    """What ended a trial names samples and files; the report leaves the storage."""
+    subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
+    return [replace(trial, reason=hide(trial.reason, subjects, salt)) for trial in trials]
 
 
 def _stop(name: str) -> None:
