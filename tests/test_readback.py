@@ -3,20 +3,25 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
+from umbrella.data.batching import collate
 from umbrella.data.masking import loss_weights
 from umbrella.data.pipeline import Plan
+from umbrella.model.inflation import inflate
 from umbrella.model.selection import parts
-from umbrella.training.checkpoint import restore
-from umbrella.training.optimizer import build_optimizer, build_schedule, rate_factor
-from umbrella.training.readback import Acting, read_back
+from umbrella.training.augmentation import augment
+from umbrella.training.optimizer import build_optimizer, build_schedule
+from umbrella.training.readback import read_back
+from umbrella.training.readers import Acting
+from umbrella.volumes.decoded import DecodedVolumes
 
 NAMES = ("two", "three", "none")
 SET = {
@@ -33,13 +38,15 @@ SET = {
     "train.batch_size": 3,
     "train.accumulate": 1,
     "train.epochs": 2,
+    "train.augment.shift": 0.1,
     "seed": 7,
 }
+DRAWS = [(7, 0, 5), (7, 0, 3), (7, 0, 8)]
 
 
 @pytest.fixture
 def acting(
-    build: Callable[..., Any], batch_of: Callable[..., Any], examples: dict[str, Any], modalities: Any
+    build: Callable[..., Any], batch_of: Callable[..., Any], examples: dict[str, Any], modalities: Any, tokenizer: Any
 ) -> Acting:
     """A training at its first step, with settings of every kind."""
     own = {"modalities": {name: modality.model_dump() for name, modality in modalities.items()}}
@@ -49,17 +56,27 @@ def acting(
     optimizer = build_optimizer(model, settings.optim)
     schedule = build_schedule(optimizer, settings.optim, 6)
     plan = Plan(size=9, seed=7, epochs=2, workers=1, batch_size=3, accumulate=1, sorted_by=0, lengths=None, window=1)
-    batch, of = batch_of(*NAMES), [examples[name] for name in NAMES]
+    batch, of = batch_of(*NAMES, draws=DRAWS), [examples[name] for name in NAMES]
     for row, example in zip(batch.loss_weights, of, strict=True):
         row[: len(example.input_ids)] = torch.from_numpy(loss_weights(example, settings.mask))
-    return Acting(settings, model, parts(model), optimizer, schedule, 6, plan, [batch], of, torch.float32)
+    image_id, pad_id = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
+
+    def again(settings: Any) -> Any:
+        volumes = DecodedVolumes(settings.modalities, settings.data.max_voxels)
+        return collate(of, settings.mask, volumes, image_id, pad_id, draws=DRAWS)
+
+    fed = [augment(batch, settings.train.augment)]
+    return Acting(settings, model, parts(model), optimizer, schedule, 6, plan, [batch], fed, of, again, torch.float32)
 
 
 def test_every_value_is_read_where_it_acts(acting: Acting) -> None:
     grid = list(acting.settings.modalities["sMRI"].grid)
-    swept = SET | {"modalities.sMRI.grid": grid, "model.dtype": "float32"}
-    found, blind = read_back(acting, swept)
-    assert {name: found[name] for name in SET} == SET
+    shown = SET | {
+        "model.dtype": "float32", "model.embedder_init": "random", "modalities.sMRI.intensity": "zscore",
+        "modalities.fMRI.window_stride": 1,
+    }  # fmt: skip
+    found, blind = read_back(acting, shown | {"modalities.sMRI.grid": grid})
+    assert {name: found[name] for name in shown} == shown
     assert blind == []
 
 
@@ -88,6 +105,18 @@ def wrong_weights(acting: Acting) -> Acting:
     return acting
 
 
+def wrong_start(acting: Acting) -> Acting:
+    for modality in acting.model.embedder.by_modality.values():
+        torch.nn.init.constant_(modality.projection.weight, 0.1)
+    return acting
+
+
+def wrong_volumes(acting: Acting) -> Acting:
+    for group in acting.batches[0].pixel_values.values():
+        group.voxels[0] += 1
+    return acting
+
+
 def wrong_parts(acting: Acting) -> Acting:
     for weight in acting.parts["tower"]:
         weight.requires_grad_(True)
@@ -101,6 +130,7 @@ def wrong_parts(acting: Acting) -> Acting:
         (wrong_schedule, "optim.schedule"),
         (wrong_weights, "mask.supervise"),
         (wrong_parts, "model.train"),
+        (lambda acting: replace(acting, fed=acting.batches), "train.augment.shift"),
         (lambda acting: replace(acting, plan=replace(acting.plan, seed=8)), "seed"),
         (lambda acting: replace(acting, batches=acting.batches * 2), "train.accumulate"),
     ],
@@ -111,28 +141,33 @@ def test_a_value_that_did_not_arrive_is_found(acting: Acting, spoil: Callable[[A
         read_back(spoil(acting), {name: SET[name]})
 
 
-def test_a_training_that_goes_on_under_another_rate_has_it(
-    build: Callable[..., Any], save_step: Callable[..., Any], tmp_path: Any
+@pytest.mark.parametrize(
+    ("spoil", "name", "value"),
+    [
+        (wrong_start, "model.embedder_init", "random"),
+        (wrong_volumes, "modalities.sMRI.intensity", "zscore"),
+        (wrong_volumes, "modalities.fMRI.frame_stride", 1),
+    ],
+)
+def test_another_start_of_the_embedder_and_other_volumes_are_found(
+    acting: Acting, spoil: Callable[[Acting], Acting], name: str, value: Any
 ) -> None:
-    class Training:
-        def __init__(self, rate: float) -> None:
-            self.settings = load_settings(overrides={"optim.lr": rate, "optim.warmup": 1}).optim
-            self.model = build(train="embedder")
-            self.optimizer = build_optimizer(self.model, self.settings)
-            self.schedule = build_schedule(self.optimizer, self.settings, 6)
+    assert read_back(acting, {name: value}) == ({name: value}, [])
+    with pytest.raises(UserError, match=rf"^tune\.space\.{name}: was to be {value} and is "):
+        read_back(spoil(acting), {name: value})
 
-    one = Training(1e-2)
-    for _ in range(3):
-        one.optimizer.step()
-        one.schedule.step()
-    step = save_step(tmp_path, one, 3)
-    other = Training(5e-3)
-    restore(step, other.model, [name for name, _ in other.model.named_parameters()], other.optimizer, other.schedule)
-    for ahead in (3, 4):
-        rates = {group["lr"] for group in other.optimizer.param_groups}
-        assert rates == {5e-3 * rate_factor(ahead, other.settings, 6)}
-        other.optimizer.step()
-        other.schedule.step()
+
+def test_an_inflated_embedder_is_told_from_a_random_one_until_it_has_moved(acting: Acting) -> None:
+    flat = SiglipVisionEmbeddings(SiglipVisionConfig(hidden_size=16, num_attention_heads=1, image_size=8, patch_size=4))
+    inflate(acting.model.embedder, flat)
+    inflated = acting.settings.model.model_copy(update={"embedder_init": "inflated"})
+    one = replace(acting, settings=acting.settings.model_copy(update={"model": inflated}))
+    assert read_back(one, {"model.embedder_init": "inflated"}) == ({"model.embedder_init": "inflated"}, [])
+    with pytest.raises(UserError, match=r"embedder_init: was to be random and is inflated where it acts"):
+        read_back(one, {"model.embedder_init": "random"})
+    one.optimizer.step()
+    one.schedule.step()
+    assert read_back(one, {"model.embedder_init": "inflated"})[1] == ["model.embedder_init"]
 
 
 def under(acting: Acting, model: Any = None, **values: Any) -> Acting:
@@ -169,7 +204,7 @@ def test_an_embedder_without_a_rate_of_its_own_has_that_of_the_others(acting: Ac
         ("projector", "optim.embedder_lr", 1e-4),
         ("projector", "model.lora_rank", 16),
         ("projector", "mask.task_weights", {"T9": 1.0}),  # no such sample in the batch
-        ("projector", "modalities.sMRI.intensity", "zscore"),
+        ("projector", "optim.clip", 1.0),
     ],
 )
 def test_what_acts_on_nothing_that_is_there_is_not_said_to_be_read_and_stops_nobody(
@@ -180,13 +215,14 @@ def test_what_acts_on_nothing_that_is_there_is_not_said_to_be_read_and_stops_nob
     _, blind = read_back(one, {name: value})
     assert blind == ["mask.task_weights.T9" if set_too else name]
     if not set_too:
-        other = {"zscore": "percentiles"}.get(value) or value * 2
+        other = value * 2
         with pytest.raises(UserError, match=rf"{name}: was to be {other} and is {value} in the settings"):
             read_back(one, {name: other})
 
 
 def test_of_a_section_that_is_swept_as_a_whole_each_setting_is_read(acting: Acting) -> None:
-    found, blind = read_back(acting, {"mask": {"turn_header": True}, "optim": {"lr": 3e-3, "warmup": 1}})
+    swept = {"mask": {"turn_header": True}, "optim": {"lr": 3e-3, "warmup": 1}, "train.augment": {}}
+    found, blind = read_back(acting, swept)
     assert (found, blind) == ({"mask.turn_header": True, "optim.lr": 3e-3, "optim.warmup": 1}, [])
 
 
@@ -222,28 +258,3 @@ def test_another_patch_of_the_embedder_a_part_without_an_optimizer_and_other_dra
     acting.optimizer.param_groups[:] = kept
     with pytest.raises(UserError, match=r"model\.train: was to be embedder\+projector and is embedder "):
         read_back(acting, {"model.train": "embedder+projector"})
-
-
-def test_a_training_that_goes_on_under_other_settings_keeps_its_moments_and_has_their_decay(
-    build: Callable[..., Any], save_step: Callable[..., Any], tmp_path: Any
-) -> None:
-    def training(**values: float) -> Any:
-        settings = load_settings(overrides={f"optim.{name}": value for name, value in values.items()}).optim
-        model = build(train="embedder+projector")
-        optimizer = build_optimizer(model, settings)
-        return SimpleNamespace(model=model, optimizer=optimizer, schedule=build_schedule(optimizer, settings, 6))
-
-    one = training(lr=1e-2, weight_decay=0.1)
-    for weight in one.model.parameters():
-        weight.grad = torch.ones_like(weight) if weight.requires_grad else None
-    one.optimizer.step()
-    one.schedule.step()
-    other = training(lr=1e-3, embedder_lr=5e-3, weight_decay=0.3)
-    step = save_step(tmp_path, one, 1)
-    restore(step, other.model, [name for name, _ in other.model.named_parameters()], other.optimizer, other.schedule)
-    for group in other.optimizer.param_groups:
-        assert group["weight_decay"] == (0.3 if group["name"].endswith(".decayed") else 0)
-        assert group["initial_lr"] == (5e-3 if group["name"].startswith("embedder.") else 1e-3)
-    moments = one.optimizer.state_dict()["state"]
-    assert moments
-    torch.testing.assert_close(other.optimizer.state_dict()["state"], moments, rtol=0, atol=0)

@@ -20,7 +20,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 @pytest.fixture(scope="module")
 def swept(small_settings: Any, ray_session: Any) -> Any:
     """The answer of a sweep over a good rate and one that explodes; its run, and its trials' runs by trial."""
-    space = {"optim.lr": {"grid": [3e-3, 1e30]}, "mask.supervise": {"grid": ["last_assistant"]}}
+    space = {
+        "optim.lr": {"grid": [3e-3, 1e30]},
+        "mask.supervise": {"grid": ["last_assistant"]},
+        "modalities.sMRI.intensity": {"grid": ["zscore_foreground"]},
+        "train.augment": {"grid": [{"shift": 0.05}]},
+    }
     settings = small_settings(
         {"tune.space": space, "optim.warmup": 0, "experiment": "sweep", "tracking.hash_subjects": True}
     )
@@ -53,7 +58,12 @@ def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
     rates = [m.value for m in client.get_metric_history(good.info.run_id, "train/lr")]
     assert max(rates) == pytest.approx(3e-3)
     read = {name: value for name, value in good.data.tags.items() if name.startswith("acts.")}
-    assert read == {"acts.optim.lr": "0.003", "acts.mask.supervise": "last_assistant"}
+    assert read == {
+        "acts.optim.lr": "0.003",
+        "acts.mask.supervise": "last_assistant",
+        "acts.modalities.sMRI.intensity": "zscore_foreground",
+        "acts.train.augment.shift": "0.05",
+    }
     assert (
         "mask: supervise=last_assistant"
         in Path(client.download_artifacts(good.info.run_id, "statement.txt")).read_text()

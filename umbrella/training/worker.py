@@ -18,6 +18,7 @@ import transformers
 from ray.train.torch import get_device
 
 from umbrella.base import UserError
+from umbrella.config import Settings
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
@@ -38,7 +39,8 @@ from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
 from umbrella.training.parallel import gathered, parallelise, seed_worker, together
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
-from umbrella.training.readback import Acting, read_back
+from umbrella.training.readback import read_back
+from umbrella.training.readers import Acting
 from umbrella.training.reporting import Reporter
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
@@ -136,10 +138,11 @@ class Worker:
             if self.progress.out_of_patience(patience):
                 break
             with pace.waiting():
-                micro_batches = [next(stream) for _ in range(self.settings.train.accumulate)]
+                made = [next(stream) for _ in range(self.settings.train.accumulate)]
+            micro_batches = [augment(batch, self.settings.train.augment) for batch in made]
             if self.unread:
-                self._read_back(micro_batches)
-            micro_batches = [augment(batch, self.settings.train.augment) for batch in micro_batches]
+                self._read_back(made, micro_batches)
+            del made  # volumes on the GPU
             clip = self.settings.optim.clip
             try:
                 result = train_step(
@@ -180,12 +183,18 @@ class Worker:
                 self.reporter.end(self.progress, self._place())
         return None
 
-    def _read_back(self, batches: Sequence[Batch]) -> None:
+    def _read_back(self, made: Sequence[Batch], fed: Sequence[Batch]) -> None:
         """Compare what a sweep has set with what is there, before the first step."""
-        examples = [self.renderer.render(from_table(self.table, int(i))) for i in batches[0].sample_indices]
+        first = made[0]
+        examples = [self.renderer.render(from_table(self.table, int(i))) for i in first.sample_indices]
+
+        def again(settings: Settings) -> Batch:
+            collate = Collator(self.renderer, open_store(settings))
+            return collate(examples, settings.mask, draws=first.draws, pack=settings.data.pack)
+
         acting = Acting(
-            self.settings, self.model, self.parts, self.optimizer, self.schedule, self.steps, self.plan, batches,
-            examples, self.dtype,
+            self.settings, self.model, self.parts, self.optimizer, self.schedule, self.steps, self.plan, made, fed,
+            examples, again, self.dtype,
         )  # fmt: skip
         with together():
             found, blind = read_back(acting, self.unread)
