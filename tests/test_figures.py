@@ -70,6 +70,13 @@ def test_trials_at_one_place_are_drawn_side_by_side_and_within_the_panel() -> No
     assert all(axes.bbox.x0 < x < axes.bbox.x1 for x, _ in places)
 
 
+def test_settings_without_a_panel_are_counted() -> None:
+    trials = [trial(f"t{i}", {f"optim.some{k:02}": i * k for k in range(1, 15)}, 0.5) for i in (1, 2)]
+    figure = draw_metric(ranked(trials), METRIC)
+    assert len(figure.axes) == 12
+    assert figure.get_supxlabel() == "2 more swept settings: see ranking.csv"
+
+
 def test_single_points_over_decades_lie_within_the_panel() -> None:
     trials = [trial(f"t{i}", {"optim.lr": 10.0**-i, "optim.weight_decay": 0.1 * i}, 0.5) for i in range(7)]
     rate, _ = (figure := draw_metric(ranked(trials), METRIC)).axes

@@ -71,7 +71,7 @@ def links(mlflow_store: Callable[[Path], str], tmp_path_factory: pytest.TempPath
                 break
             time.sleep(0.1)
         printed = (storage / "log").read_text(encoding="utf-8")
-        yield dict(line.split(": ", 1) for line in printed.splitlines() if ": http" in line)
+        yield dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -84,6 +84,11 @@ def seen(browser: Any, address: str, *words: str) -> str:
     for some in words:
         page.get_by_text(some).first.wait_for(timeout=60_000)
     return page.inner_text("body")
+
+
+def test_it_is_said_where_both_pages_are(links: dict[str, str]) -> None:
+    assert links["MLflow"].startswith("http://127.0.0.1:")
+    assert "http://127.0.0.1:8265" in links["Ray dashboard"], "or where it will be"
 
 
 def test_the_compare_page_opens_with_the_metric_the_swept_settings_and_the_winner(

@@ -20,6 +20,8 @@ SWEEP = {
     "tune.mode": "min",
     "tune.grace": 5,
     "train.patience": 3,
+    "resources.store": "voxels",
+    "resources.mirror": "s3://bucket/runs",
 }
 POINT = {"optim.lr": 1e-5, "seed": 7, "modalities.sMRI.grid": [8, 8, 8], "optim.embedder_lr": 1.25e-7}
 
@@ -35,6 +37,7 @@ def trained(settings: Settings) -> dict[str, Any]:
 def winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The winner of a sweep that was started in a folder of its own."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "voxels").mkdir()
     return as_training(load_settings(overrides=SWEEP), POINT)
 
 
@@ -42,6 +45,7 @@ def test_the_training_is_the_trial_but_for_its_place(winner: Settings, tmp_path:
     paths = {
         "data.train": [f"{tmp_path}/with space/*.json", f"{tmp_path}/b.json"],
         "resources.storage": f"{tmp_path}/runs",
+        "resources.store": f"{tmp_path}/voxels",
     }
     assert trained(winner) == trained(load_settings(overrides=SWEEP).with_values(POINT)) | paths
     assert winner.name == ""  # else it would go on with another training of this name

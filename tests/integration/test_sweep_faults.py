@@ -15,9 +15,9 @@ from umbrella.tracking.store import tracking_uri
 pytestmark = pytest.mark.slow
 
 
-def test_a_killed_sweep_goes_on_to_one_true_run_per_trial(tmp_path: Path) -> None:
-    settings = question(tmp_path, trials=4)
-    assert sweep_with_kills(settings, random.Random(3), kills=3, say=print) == 3
+def test_a_sweep_of_eight_trials_that_is_killed_five_times_ends_with_eight_true_runs(tmp_path: Path) -> None:
+    settings = question(tmp_path, trials=8)
+    assert sweep_with_kills(settings, random.Random(3), kills=5, say=print) == 5
     assert faults_in(settings) == []
 
 

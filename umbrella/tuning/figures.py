@@ -49,6 +49,8 @@ def draw_metric(contenders: Sequence[Contender], metric: str) -> "Figure":
         axes.set_xlabel(f"{name}\n({lacking} trials without it)" if lacking else name)
         axes.set_ylabel(metric if i % columns == 0 else "")
         axes.set_ylim(low - space, high + space)
+    if more := len(names[PANELS:]):
+        figure.supxlabel(f"{more} more swept setting{'s' * (more > 1)}: see ranking.csv", fontsize=9)
     return figure
 
 

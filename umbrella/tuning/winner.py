@@ -13,8 +13,8 @@ from umbrella.tuning.settings import TuneSettings
 SCRIPT = "experiments/train.py"
 PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
 """Settings that are paths."""
-MAYBE = ("model.checkpoint", "model.chat_template")
-"""Settings that are paths where something lies there."""
+MAYBE = ("model.checkpoint", "model.chat_template", "resources.store", "resources.node_store", "resources.mirror")
+"""Settings that are paths where something lies there; else names on the Hub, or addresses."""
 
 
 def as_training(settings: Settings, point: dict[str, Any]) -> Settings:
