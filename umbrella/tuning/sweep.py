@@ -18,7 +18,9 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.drawing import import_ahead
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
+from umbrella.tracking.delivery import PARENT
 from umbrella.tracking.ending import mend
+from umbrella.tracking.finding import run_of
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_sweep
@@ -127,6 +129,8 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         parent.inputs(job.datasets)
         for trial in folder.glob("trials/*/"):
             reopen(trial)
+            if parent.anew and (run := run_of(trial, uri)):
+                run.tags({PARENT: parent.run_id})
         monitor = Monitor(folder, uri, search.trials, settings.tune)
         import_ahead()
         try:
