@@ -272,6 +272,7 @@ def test_a_run_that_somebody_deleted_goes_on_as_a_new_one_and_the_way_back_is_sa
     folder = tmp_path / "night"
     first = Tracker.start(uri, experiment, "x", trial="deleted", folder=folder)
     first.metrics({"train/loss": 1.0}, 1)
+    first.results({"best/eval/loss": 1.0}, 0)
     first.flush()
     client.delete_run(first.run_id)
     again = Tracker.start(uri, experiment, "x", trial="deleted", folder=folder)
@@ -281,13 +282,27 @@ def test_a_run_that_somebody_deleted_goes_on_as_a_new_one_and_the_way_back_is_sa
         f" is in the deleted one, which `mlflow runs restore --run-id {first.run_id}` brings back\n"
     )
     again.metrics({"train/loss": 1.0}, 1)
+    again.results({"best/eval/loss": 1.0}, 0)
     again.end()
     (found,) = client.search_runs([experiment])
     assert (found.info.run_id, found.info.status) == (again.run_id, "FINISHED")
-    assert found.data.metrics == {"train/loss": 1.0}
+    assert found.data.metrics == {"train/loss": 1.0, "best/eval/loss": 1.0}
     client.restore_run(first.run_id)
     once_more = Tracker.start(uri, experiment, "x", trial="deleted", folder=folder)
     assert (once_more.run_id, once_more.anew) == (again.run_id, False)
+
+
+def test_a_result_that_changed_is_the_runs_and_one_that_did_not_is_there_once(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    name = "best/eval/balanced_accuracy"
+    for best in (0.75, 0.75, 0.5):
+        tracker = Tracker.start(uri, experiment, "sweep", trial="sweep", folder=tmp_path)
+        tracker.results({name: best}, 0)
+        tracker.end()
+        assert client.get_run(tracker.run_id).data.metrics == {name: best}
+    history = client.get_metric_history(tracker.run_id, name)
+    assert [(metric.step, metric.value) for metric in history] == [(0, 0.75), (0, 0.5)]
 
 
 def test_what_mlflow_refuses_is_named_once_and_kept_and_the_training_goes_on(

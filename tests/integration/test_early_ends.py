@@ -144,10 +144,12 @@ def test_the_winner_alone_is_logged_and_registered_and_the_sweeps_run_points_at_
 
 
 def test_a_sweep_that_time_ended_goes_on_with_what_ran_and_what_never_started(swept: Any) -> None:
-    settings, before, client, _, runs = swept
+    settings, before, client, parent, runs = swept
     again = run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
     assert ends(again)[BEST] == ends(again)[NEVER] == ("finished", "")
     assert ends(again)[BAD] == ends(before)[BAD]
     told = client.get_metric_history(runs[BEST].info.run_id, "eval/loss")
     assert [point.step for point in told] == list(range(1, 40))
     assert in_mlflow(client.get_run(runs[BEST].info.run_id)) == ("FINISHED", "finished")
+    assert again.trials[0].metric < before.trials[0].metric
+    assert client.get_run(parent.info.run_id).data.metrics == {"best/eval/loss": again.trials[0].metric}

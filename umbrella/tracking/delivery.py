@@ -59,7 +59,7 @@ class Delivery:
         run, what, where = self._known_run()
         run = run or find_run(self.client, message["experiment"], message["tags"].get(KEY))
         if what:
-            self.remember(until=-1)  # all its steps are with it
+            self.remember(until=-1, results={})  # all its steps are with it
             goes_on = f"it goes on in {run.info.run_id}" if run else "a new one begins"
             print(f"note: {what}: {goes_on}; each step so far is in {where}", file=sys.stderr, flush=True)
         if run is None:

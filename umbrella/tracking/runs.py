@@ -134,9 +134,17 @@ class Tracker:
             self._pending += [(name, float(value), now, step) for name, value in values.items()]
 
     def results(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics of what came after a step, such as an evaluation of its checkpoint; the run may have ended."""
-        now = _now()
-        self._send({"do": "metrics", "values": [(name, float(value), now, step) for name, value in values.items()]})
+        """Log metrics of what came after a step, such as an evaluation of its checkpoint; the run may have ended.
+
+        What was logged so before is logged again where it has changed, and is then the metric's value.
+        """
+        now, told = _now(), {name: [step, float(value)] for name, value in values.items()}
+        known = self._delivery.state.get("results", {})
+        new = [(name, value, now, step) for name, (step, value) in told.items() if known.get(name) != told[name]]
+        if new:
+            self._put({"do": "metrics", "values": new})
+            self._delivery.remember(results=known | told)
+        self._deliver()
 
     def flush(self) -> None:
         """Write the gathered metrics, and what the machine did meanwhile."""

@@ -146,7 +146,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
             for file in files.all:
                 parent.artifact(file)
             answer = _answer(settings, contenders, files, folder, uri)
-            parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
+            parent.results({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
             parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
             parent.end()
             if settings.tracking.model and (best := answer.trials[0].checkpoint):
