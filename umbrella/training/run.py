@@ -24,7 +24,7 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.keys import run_key
-from umbrella.tracking.runs import Tracker, is_name
+from umbrella.tracking.runs import is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_training
 from umbrella.training.filenames import BEGUN
@@ -147,7 +147,7 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     if best and settings.tracking.model:
         from umbrella.tracking.model import keep_model  # seconds, which only the end needs
 
-        keep_model(settings.tracking, uri, Tracker(uri, folder).run_id, best)
+        keep_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
 def watch_job(job: AnyJob) -> None:
