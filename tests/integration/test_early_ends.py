@@ -187,3 +187,20 @@ def test_a_model_that_cannot_be_logged_costs_nothing_else_and_the_resume_that_is
     assert len(client.get_run(parent.info.run_id).outputs.model_outputs) == 2
     metric = client.get_metric_history(parent.info.run_id, "best/eval/loss")
     assert [point.value for point in metric] == [before.trials[0].metric, answer.trials[0].metric]
+
+
+def test_a_sweep_whose_run_somebody_deleted_has_its_trials_under_a_new_one(
+    swept: Any, capsys: pytest.CaptureFixture
+) -> None:
+    settings, before, client, parent, runs = swept
+    client.delete_run(parent.info.run_id)
+    capsys.readouterr()
+    run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
+    assert f"note: somebody deleted the run {parent.info.run_id} of {before.folder.name} in " in capsys.readouterr().err
+    found = client.search_runs([parent.info.experiment_id])
+    (new,) = [run for run in found if PARENT not in run.data.tags]
+    assert in_mlflow(new) == ("FINISHED", "finished")
+    assert {run.info.run_id for run in found if run.data.tags.get(PARENT) == new.info.run_id} >= {
+        run.info.run_id for run in runs.values()
+    }
+    assert len(found) == 1 + len(before.trials) + 1, "the one that had never started was made meanwhile"
