@@ -52,15 +52,14 @@ def main(request: Request) -> None:
         from umbrella.tuning.describe import print_answer
         from umbrella.tuning.sweep import Answer, run_sweep
 
-    def tell(answer: Answer) -> None:
-        print_answer(answer, console)
+    def evaluate(answer: Answer) -> None:
         best = answer.trials[0].checkpoint
         if best and settings.evaluate.at_end:
             from umbrella.assessment.at_end import evaluate_at_end
 
             evaluate_at_end(answer.best, Path(best), answer.folder.name, progress_bar, console)
 
-    run_sweep(settings, given, progress_bar, folder, tell)
+    run_sweep(settings, given, progress_bar, folder, lambda answer: print_answer(answer, console), evaluate)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.tracking import environment
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.delivery import OUTCOME, TRIAL, Delivery
 from umbrella.tracking.environment import code_version, environment_json
 from umbrella.tracking.runs import Tracker, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.history import note
 from umbrella.training.job import AnyJob
 from umbrella.training.reporting import open_run
+from umbrella.training.run import check_same
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +109,79 @@ def test_what_is_tracked_is_read_back(uri: str, experiment: str, client: MlflowC
     assert [file.path for file in client.list_artifacts(tracker.run_id, "tables")] == ["tables/ranking.csv"]
 
 
-def test_a_trial_that_starts_again_continues_its_run(uri: str, experiment: str, client: MlflowClient) -> None:
-    first = Tracker.start(uri, experiment, "lr=0.1", trial="one")
+def test_a_trial_that_starts_again_continues_its_run(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    first = Tracker.start(uri, experiment, "lr=0.1", trial="one", folder=tmp_path / "one")
     first.metrics({"train/loss": 3.0}, 1)
     first.end("FAILED", "failed")
-    again = Tracker.start(uri, experiment, "lr=0.1", trial="one")
+    again = Tracker.start(uri, experiment, "lr=0.1", trial="one", folder=tmp_path / "one")
     assert again.run_id == first.run_id
     assert client.get_run(again.run_id).info.status == "RUNNING"
     again.metrics({"train/loss": 2.0}, 2)
     again.end()
     assert [m.value for m in client.get_metric_history(again.run_id, "train/loss")] == [3.0, 2.0]
-    assert Tracker.start(uri, experiment, "lr=0.1", trial="two").run_id != first.run_id
-    assert len({Tracker.start(uri, experiment, "a sweep").run_id for _ in range(2)}) == 2  # no trial: always new
+    other = Tracker.start(uri, experiment, "lr=0.1", trial="two", folder=tmp_path / "two")
+    assert other.run_id != first.run_id
+    assert len({Tracker.start(uri, experiment, "a sweep").run_id for _ in range(2)}) == 2  # no folder: always new
     assert len(client.search_runs([experiment])) == 4
+
+
+def test_runs_of_one_name_are_one_only_where_their_folder_or_their_sweep_is(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    def start(folder: str, parent: str | None = None, trial: str = "night") -> str:
+        return Tracker.start(uri, experiment, "night", parent=parent, trial=trial, folder=tmp_path / folder).run_id
+
+    sweep, training, other = (start(place) for place in ("sweeps/night", "trainings/night", "colleague/sweeps/night"))
+    trials = [start(f"{name}/trials/a", parent, "night-a") for name, parent in (("mine", sweep), ("theirs", other))]
+    assert len({sweep, training, other, *trials}) == 5
+    assert start("trainings/night") == training
+    shutil.rmtree(tmp_path / "trainings")
+    assert start("trainings/night") not in {sweep, training, other}, "it was deleted, and began again"
+    assert len(client.search_runs([experiment])) == 6
+
+
+@pytest.mark.parametrize("of", ["training", "trial"])
+def test_a_run_that_was_made_and_not_remembered_is_found_here_and_on_another_machine(
+    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of: str
+) -> None:
+    here, elsewhere = tmp_path / "here" / "night", tmp_path / "elsewhere" / "night"
+    told: dict[str, Any] = {"name": "night", "trial": "night", "parent": "f" * 32 if of == "trial" else None}
+    if of == "training":  # as it is begun, before a worker is asked for
+        job = AnyJob(settings=load_settings(), data={"data.fingerprint": ""}, tracking={}, folder=str(here))
+        check_same(job)
+    else:
+        here.mkdir(parents=True)
+    shutil.copytree(here, elsewhere)  # what a mirror has when the machine is lost
+    remember = Delivery.remember
+
+    def die(delivery: Delivery, **values: Any) -> None:
+        if "run_id" in values:
+            raise SystemExit
+        remember(delivery, **values)
+
+    monkeypatch.setattr(Delivery, "remember", die)
+    with pytest.raises(SystemExit):
+        Tracker.start(uri, experiment, **told, folder=here)
+    monkeypatch.undo()
+    (made,) = client.search_runs([experiment])
+    Tracker(uri, here).flush()  # its message comes again
+    for folder in (here, elsewhere):
+        assert Tracker.start(uri, experiment, **told, folder=folder).run_id == made.info.run_id
+    assert len(client.search_runs([experiment])) == 1
+
+
+def test_a_folder_of_before_there_were_keys_goes_on_with_its_run(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    run = client.create_run(experiment, tags={TRIAL: "night"})
+    state = tmp_path / "tracking" / "sqlite" / "run.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"run_id": run.info.run_id, "until": 7}), encoding="utf-8")
+    assert Tracker.start(uri, experiment, "night", trial="night", folder=tmp_path).run_id == run.info.run_id
+    state.unlink()
+    assert Tracker.start(uri, experiment, "night", trial="night", folder=tmp_path).run_id == run.info.run_id
 
 
 def test_a_training_whose_database_is_another_one_now_has_a_new_run_with_its_evaluations_and_says_so(
@@ -195,7 +256,7 @@ def test_a_run_that_is_gone_is_made_anew_with_all_its_steps(
     first = Tracker.start(uri, experiment, "x", trial="gone", folder=tmp_path / "a")
     first.metrics({"train/loss": 1.0}, 1)
     first.flush()
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("key"))
     known = next((tmp_path / "b").rglob("run.json"))
     known.write_text(known.read_text(encoding="utf-8").replace(first.run_id, "f" * 32), encoding="utf-8")
     again = Tracker.start(uri, experiment, "x", trial="not gone", folder=tmp_path / "b")
@@ -203,6 +264,45 @@ def test_a_run_that_is_gone_is_made_anew_with_all_its_steps(
     again.end()
     assert again.run_id not in (first.run_id, "f" * 32)
     assert [m.step for m in client.get_metric_history(again.run_id, "train/loss")] == [1]
+
+
+def test_a_run_that_somebody_deleted_goes_on_as_a_new_one_and_the_way_back_is_said(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "night"
+    first = Tracker.start(uri, experiment, "x", trial="deleted", folder=folder)
+    first.metrics({"train/loss": 1.0}, 1)
+    first.results({"best/eval/loss": 1.0}, 0)
+    first.flush()
+    client.delete_run(first.run_id)
+    again = Tracker.start(uri, experiment, "x", trial="deleted", folder=folder)
+    assert again.anew
+    assert capsys.readouterr().err == (
+        f"note: somebody deleted the run {first.run_id} of night in MLflow at {uri}: a new one begins; each step so far"
+        f" is in the deleted one, which `mlflow runs restore --run-id {first.run_id}` brings back\n"
+    )
+    again.metrics({"train/loss": 1.0}, 1)
+    again.results({"best/eval/loss": 1.0}, 0)
+    again.end()
+    (found,) = client.search_runs([experiment])
+    assert (found.info.run_id, found.info.status) == (again.run_id, "FINISHED")
+    assert found.data.metrics == {"train/loss": 1.0, "best/eval/loss": 1.0}
+    client.restore_run(first.run_id)
+    once_more = Tracker.start(uri, experiment, "x", trial="deleted", folder=folder)
+    assert (once_more.run_id, once_more.anew) == (again.run_id, False)
+
+
+def test_a_result_that_changed_is_the_runs_and_one_that_did_not_is_there_once(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    name = "best/eval/balanced_accuracy"
+    for best in (0.75, 0.75, 0.5):
+        tracker = Tracker.start(uri, experiment, "sweep", trial="sweep", folder=tmp_path)
+        tracker.results({name: best}, 0)
+        tracker.end()
+        assert client.get_run(tracker.run_id).data.metrics == {name: best}
+    history = client.get_metric_history(tracker.run_id, name)
+    assert [(metric.step, metric.value) for metric in history] == [(0, 0.75), (0, 0.5)]
 
 
 def test_what_mlflow_refuses_is_named_once_and_kept_and_the_training_goes_on(
@@ -324,7 +424,7 @@ def test_artifacts_are_found_and_written_where_the_storage_lies_now(
     shutil.copytree(Path(uri.removeprefix("sqlite:///")).parent, old)
     name = request.node.name
     assert open_experiment(tracking_uri(old), name, old) == experiment
-    run = Tracker.start(tracking_uri(old), experiment, "one", trial="one")
+    run = Tracker.start(tracking_uri(old), experiment, "one", trial="one", folder=old / "trainings/one")
     run.text("before", "before.txt")
     if way == "moved":
         old.rename(new)
@@ -334,7 +434,7 @@ def test_artifacts_are_found_and_written_where_the_storage_lies_now(
         new.symlink_to(old)
     monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())  # which another process has not
     assert open_experiment(tracking_uri(new), name, new) == experiment
-    again = Tracker.start(tracking_uri(new), experiment, "one", trial="one")
+    again = Tracker.start(tracking_uri(new), experiment, "one", trial="one", folder=new / "trainings/one")
     assert again.run_id == run.run_id
     again.text("after", "after.txt")
     files = {file.path for file in again.client.list_artifacts(run.run_id)}

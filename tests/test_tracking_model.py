@@ -1,9 +1,12 @@
 """A checkpoint as a model in MLflow: loaded by MLflow alone, in a process of its own, it answers as it does here."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +20,9 @@ from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.answering import Umbrella
 from umbrella.modality import Modality
-from umbrella.tracking.model import EXAMPLE, AnsweringModel, log_model
+from umbrella.tracking.model import EXAMPLE, AnsweringModel, keep_model, log_model
 from umbrella.tracking.runs import Tracker
+from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
@@ -142,6 +146,55 @@ def test_what_was_trained_on_a_base_is_logged_whole_or_as_it_is(
     loaded = AnsweringModel()
     loaded.load_context(SimpleNamespace(artifacts={"checkpoint": str(answering)}, model_config={"device": "cpu"}))
     assert loaded.model.score([], "Sex?", ["male.", "female."]) == expected
+
+
+def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_training_goes_on(
+    mlflow_store: Callable[[Path], str], save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    uri, folder = mlflow_store(tmp_path), tmp_path / "trainings" / "night"
+    tracker = Tracker.start(uri, open_experiment(uri, "x", tmp_path), "night", folder=folder)
+    client, models = MlflowClient(uri), tmp_path / "artifacts" / "models"
+
+    def keep(checkpoint: Path, name: str = "") -> tuple[int, int]:
+        keep_model(TrackingSettings(registered_as=name), uri, folder, checkpoint, "the same command")
+        versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
+        return len(client.get_run(tracker.run_id).outputs.model_outputs), len(versions)
+
+    first = save(folder)
+    models.parent.mkdir()
+    models.write_text("in the way", encoding="utf-8")
+    assert keep(first) == (0, 0)
+    assert re.fullmatch(
+        f"note: {first} was not logged as a model in MLflow: .*Not a directory.*; the same command logs it\n",
+        capsys.readouterr().err,
+    )
+    models.unlink()
+    assert keep(first) == keep(first) == (1, 0)
+    assert keep(first, "brains") == keep(first, "brains") == (1, 1)
+    second = first.with_name("step_0000002")
+    shutil.copytree(first, second)
+    assert keep(second, "brains") == (2, 2)
+    client.delete_logged_model(client.get_run(tracker.run_id).outputs.model_outputs[0].model_id)
+    assert keep(first, "brains") == (3, 3), "somebody deleted the model, and asks for it again"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a library\nraised"), KeyboardInterrupt()])
+def test_whatever_ends_the_logging_of_a_model_is_a_line_with_the_way_to_have_it_later(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*unused: Any, **more: Any) -> None:
+        raise error
+
+    experiment = open_experiment(uri, "answering", Path(uri.removeprefix("sqlite:///")).parent)
+    Tracker.start(uri, experiment, "night", folder=tmp_path)
+    monkeypatch.setattr(MlflowClient, "search_logged_models", fail)
+    stops = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+        keep_model(TrackingSettings(), uri, tmp_path, "step_1", "the same command")
+    why = "it was stopped" if stops else "a library raised"
+    said = f"note: step_1 was not logged as a model in MLflow: {why}; the same command logs it\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_cannot_be_logged_is_named_and_leaves_no_model(

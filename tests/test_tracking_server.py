@@ -1,4 +1,4 @@
-"""A tracking server that is killed and comes back has all of a training: each step once, and the files."""
+"""A tracking server that is killed and comes back has all of a training, each step once, and the files; and a sweep."""
 
 import os
 import signal
@@ -16,9 +16,15 @@ from mlflow import MlflowClient
 
 from umbrella.tracking import runs
 from umbrella.tracking.delivery import OUTCOME
-from umbrella.tracking.ending import mend
+from umbrella.tracking.ending import close_trial, mend
+from umbrella.tracking.model import keep_model
 from umbrella.tracking.runs import Tracker
+from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
+from umbrella.tuning.ending import write_end
+from umbrella.tuning.folder import name_of, trial_folder
+from umbrella.tuning.monitor import STATUS, Monitor
+from umbrella.tuning.settings import TuneSettings
 
 pytestmark = pytest.mark.slow
 
@@ -123,3 +129,66 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
     found = MlflowClient(server.uri).search_runs([experiment])
     assert {(run.info.run_name, run.info.status) for run in found} == {("first", "FINISHED"), ("second", "FAILED")}
     assert steps(Tracker(server.uri, second)) == list(range(1, 11))
+
+
+def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once_it_is_resumed(
+    server: Server, learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(runs, "RETRY", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    sweep, client = tmp_path / "runs" / "sweeps" / "night", MlflowClient(server.uri)
+    experiment, again = open_experiment(server.uri, "x", tmp_path / "runs"), "tune.py --resume night"
+    points = {"finished": {"lr": 0.1}, "stopped by the scheduler": {"lr": 0.2}, "failed": {"lr": 0.3}}
+    folders = {state: trial_folder(sweep, state, point) for state, point in points.items()}
+
+    def begin() -> Tracker:
+        return Tracker.start(server.uri, experiment, "night", trial="night", folder=sweep)
+
+    def start(state: str, parent: Tracker) -> Tracker:
+        told = {"parent": parent.run_id, "trial": name_of(folders[state]), "folder": folders[state]}
+        return Tracker.start(server.uri, experiment, state, **told)
+
+    def end(parent: Tracker) -> None:
+        parent.results({"best/eval/loss": 0.5}, 0)
+        parent.text("<p>", "report.html")
+        parent.end(wait=0)
+        keep_model(TrackingSettings(registered_as="brains"), server.uri, sweep, learnt, again)
+
+    parent = begin()
+    trials = [start(state, parent) for state in ("finished", "stopped by the scheduler")]
+    server.kill()
+    trials.append(start("failed", parent))  # known to no server so far
+    for step, tracker in enumerate(trials, 1):
+        tracker.metrics({"train/loss": 1.0}, step)
+        tracker.flush()
+    trials[0].end(wait=0)
+    for state, folder in folders.items():  # as the sweep's monitor does, whose workers could not
+        write_end(folder, state)
+        close_trial(server.uri, folder, STATUS.get(state, "FINISHED"), state)
+    end(parent)
+    assert f"note: {learnt} was not logged as a model in MLflow: " in (said := capsys.readouterr().err)
+    assert said.endswith(f"; {again} logs it\n")
+
+    server.start()
+    for _ in range(2):
+        parent = begin()
+        with Monitor(sweep, server.uri, 3, TuneSettings()):
+            end(parent)
+    assert "note: " not in capsys.readouterr().err
+    found = {run.info.run_name: run for run in client.search_runs([experiment])}
+    assert len(client.search_runs([experiment])) == 4
+    assert {name: (run.info.status, run.data.tags[OUTCOME]) for name, run in found.items()} == {
+        "night": ("FINISHED", "finished"),
+        "finished": ("FINISHED", "finished"),
+        "stopped by the scheduler": ("KILLED", "stopped by the scheduler"),
+        "failed": ("FAILED", "failed"),
+    }
+    night = found.pop("night")
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {night.info.run_id}
+    assert [steps(tracker) for tracker in (Tracker(server.uri, folder) for folder in folders.values())] == [
+        [1],
+        [2],
+        [3],
+    ]
+    assert [value.value for value in client.get_metric_history(night.info.run_id, "best/eval/loss")] == [0.5]
+    assert len(client.search_model_versions("name = 'brains'")) == 1

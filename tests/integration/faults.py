@@ -13,7 +13,7 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.tracking.delivery import find_trial
+from umbrella.tracking.delivery import TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 
@@ -65,8 +65,8 @@ def samples(folder: Path) -> list[str]:
 def run_of(settings: Any, name: str) -> tuple[MlflowClient, Run]:
     """A training's one run in MLflow."""
     client = MlflowClient(tracking_uri(settings.resources.storage))
-    run = find_trial(client, client.get_experiment_by_name(settings.experiment).experiment_id, name)
-    assert run is not None
+    experiment = client.get_experiment_by_name(settings.experiment)
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`{TRIAL}` = '{name}'")
     return client, run
 
 

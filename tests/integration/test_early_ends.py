@@ -144,10 +144,63 @@ def test_the_winner_alone_is_logged_and_registered_and_the_sweeps_run_points_at_
 
 
 def test_a_sweep_that_time_ended_goes_on_with_what_ran_and_what_never_started(swept: Any) -> None:
-    settings, before, client, _, runs = swept
+    settings, before, client, parent, runs = swept
     again = run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
     assert ends(again)[BEST] == ends(again)[NEVER] == ("finished", "")
     assert ends(again)[BAD] == ends(before)[BAD]
     told = client.get_metric_history(runs[BEST].info.run_id, "eval/loss")
     assert [point.step for point in told] == list(range(1, 40))
     assert in_mlflow(client.get_run(runs[BEST].info.run_id)) == ("FINISHED", "finished")
+    assert again.trials[0].metric < before.trials[0].metric
+    assert client.get_run(parent.info.run_id).data.metrics == {"best/eval/loss": again.trials[0].metric}
+
+
+def test_a_model_that_cannot_be_logged_costs_nothing_else_and_the_resume_that_is_named_logs_it_once(
+    swept: Any, capsys: pytest.CaptureFixture
+) -> None:
+    settings, before, client, parent, _ = swept
+    models = Path(settings.resources.storage) / "artifacts" / "models"
+    models.rename(models.with_name("kept"))
+    models.write_text("in the way", encoding="utf-8")
+
+    def go_on() -> Answer:
+        told: list[Any] = []
+        answer = run_sweep(settings, frozenset(), lambda *_: _[0], before.folder, told.append, told.append)
+        assert told == [answer, answer]
+        assert in_mlflow(client.get_run(parent.info.run_id)) == ("FINISHED", "finished")
+        return answer
+
+    def versions() -> int:
+        return len(client.search_model_versions("name = 'small-brains'"))
+
+    capsys.readouterr()
+    answer = go_on()
+    said = capsys.readouterr().err
+    assert f"note: {answer.trials[0].checkpoint} was not logged as a model in MLflow: " in said
+    assert f"; python experiments/tune.py --resume {before.folder.name} logs it\n" in said
+    assert versions() == 1
+    models.unlink()
+    models.with_name("kept").rename(models)
+    for _ in range(2):
+        go_on()
+        assert versions() == 2
+    assert len(client.get_run(parent.info.run_id).outputs.model_outputs) == 2
+    metric = client.get_metric_history(parent.info.run_id, "best/eval/loss")
+    assert [point.value for point in metric] == [before.trials[0].metric, answer.trials[0].metric]
+
+
+def test_a_sweep_whose_run_somebody_deleted_has_its_trials_under_a_new_one(
+    swept: Any, capsys: pytest.CaptureFixture
+) -> None:
+    settings, before, client, parent, runs = swept
+    client.delete_run(parent.info.run_id)
+    capsys.readouterr()
+    run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
+    assert f"note: somebody deleted the run {parent.info.run_id} of {before.folder.name} in " in capsys.readouterr().err
+    found = client.search_runs([parent.info.experiment_id])
+    (new,) = [run for run in found if PARENT not in run.data.tags]
+    assert in_mlflow(new) == ("FINISHED", "finished")
+    assert {run.info.run_id for run in found if run.data.tags.get(PARENT) == new.info.run_id} >= {
+        run.info.run_id for run in runs.values()
+    }
+    assert len(found) == 1 + len(before.trials) + 1, "the one that had never started was made meanwhile"

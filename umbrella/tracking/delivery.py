@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from umbrella.base import masked
 from umbrella.storage import put_text
 from umbrella.tracking.datasets import to_input
+from umbrella.tracking.keys import KEY
 from umbrella.tracking.outbox import RUN, Message
 from umbrella.tracking.store import can_wait, is_refusal, short
 
@@ -55,7 +56,12 @@ class Delivery:
             self._refused = True
 
     def send_start(self, message: Message) -> None:
-        run = self._known_run() or find_trial(self.client, message["experiment"], message["tags"].get(TRIAL))
+        run, what, where = self._known_run()
+        run = run or find_run(self.client, message["experiment"], message["tags"].get(KEY))
+        if what:
+            self.remember(until=-1, results={})  # all its steps are with it
+            goes_on = f"it goes on in {run.info.run_id}" if run else "a new one begins"
+            print(f"note: {what}: {goes_on}; each step so far is in {where}", file=sys.stderr, flush=True)
         if run is None:
             run = self.client.create_run(
                 message["experiment"], start_time=message["time"], run_name=message["name"], tags=message["tags"]
@@ -65,19 +71,21 @@ class Delivery:
             self.client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in message["tags"].items()])
         self.remember(run_id=run.info.run_id, start=run.info.start_time)
 
-    def _known_run(self) -> Run | None:
+    def _known_run(self) -> tuple[Run | None, str, str]:
+        """The run so far; if that cannot go on, what became of it, and where its steps are."""
         if "run_id" not in self.state:
-            return None
+            return None, "", ""
+        run_id, name, store = self.state["run_id"], self.folder.parents[1].name, f"MLflow at {masked(self.uri)}"
         try:
-            return self.client.get_run(self.state["run_id"])
+            run = self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            self.remember(until=-1)  # it is in another database, and all its steps with it
-            gone = f"MLflow at {masked(self.uri)} has no run {self.state['run_id']} of {self.folder.parents[1].name}"
-            kept = "a new one begins; each step so far is in the database that had it"
-            print(f"note: {gone}: {kept}", file=sys.stderr, flush=True)
-            return None
+            return None, f"{store} has no run {run_id} of {name}", "the database that had it"
+        if run.info.lifecycle_stage == "active":
+            return run, "", ""
+        deleted = f"the deleted one, which `mlflow runs restore --run-id {run_id}` brings back"
+        return None, f"somebody deleted the run {run_id} of {name} in {store}", deleted
 
     def send_params(self, message: Message) -> None:
         known = self.client.get_run(self.state["run_id"]).data.params
@@ -110,7 +118,7 @@ class Delivery:
         self.client.set_terminated(self.state["run_id"], message["status"], message["time"])
 
 
-def find_trial(client: MlflowClient, experiment: str, trial: str | None) -> Run | None:
-    """The run of a trial, by its tag."""
-    found = client.search_runs([experiment], f"tags.`{TRIAL}` = '{trial}'", max_results=1) if trial else []
+def find_run(client: MlflowClient, experiment: str, key: str | None) -> Run | None:
+    """The run that was made, although whoever made it was killed before it could remember which."""
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1) if key else []
     return found[0] if found else None

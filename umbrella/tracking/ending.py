@@ -13,8 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbrella.base import masked
 from umbrella.tracking.delivery import DRIVER, OUTCOME
 from umbrella.tracking.drivers import announce, gone
-from umbrella.tracking.outbox import OUTBOX
-from umbrella.tracking.runs import FOLDER, Tracker
+from umbrella.tracking.outbox import FOLDER, OUTBOX
+from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import can_wait, short, store_key
 
 TRAININGS = ("trainings/*", "sweeps/*", "sweeps/*/trials/*", "evaluations/*")

@@ -7,7 +7,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from umbrella.base import UserError
-from umbrella.tracking.runs import FOLDER, Tracker
+from umbrella.tracking.outbox import FOLDER
+from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import can_wait, store_key
 
 

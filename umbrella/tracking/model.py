@@ -11,21 +11,24 @@ from typing import Any
 
 import pandas as pd
 from mlflow import MlflowClient, pyfunc
-from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella import __version__
 from umbrella.base import UserError, masked
 from umbrella.storage import link_or_copy
+from umbrella.tracking.runs import Tracker
 from umbrella.tracking.settings import TrackingSettings
+from umbrella.tracking.store import short
 
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
 CHECKPOINT = "checkpoint"
+CHECKPOINT_TAG = "umbrella.checkpoint"
+"""Of a logged model: which checkpoint of its run it is."""
 LEFT_BEHIND = ("state.pt", "files.json")
 """What only a training that goes on needs: the optimizer's state is twice as large as all that was trained."""
 LIBRARIES = ("torch", "transformers", "peft", "nibabel", "mlflow")
@@ -76,15 +79,29 @@ class AnsweringModel(PythonModel):
         return self.model.answer(asked, **(params or {}))
 
 
-def keep_model(settings: TrackingSettings, uri: str, run_id: str, checkpoint: str | Path) -> None:
-    """Log a checkpoint as ``settings.model`` and ``.registered_as`` say; what does not work is said, and no more."""
-    if not settings.model:
-        return
+def keep_model(settings: TrackingSettings, uri: str, training: Path, checkpoint: str | Path, again: str) -> None:
+    """Log a checkpoint, and register it as settings say, unless that was done; what does not work is said, and no more.
+
+    Args:
+        training: folder of the training or sweep whose run gets it.
+        again: what would try again, in words.
+    """
+    client, why = MlflowClient(uri), "it was stopped"
     try:
-        log_model(uri, run_id, checkpoint, register=settings.registered_as or None)
-    except (MlflowException, SQLAlchemyError, UserError, OSError) as error:
-        why = masked(" ".join(str(error).split())[:300])
-        print(f"note: {checkpoint} was not logged as a model in MLflow: {why}", file=sys.stderr)
+        tracker = Tracker(uri, training)
+        tracker.flush()  # its start may wait still
+        logged = _logged(client, tracker.run_id, Path(checkpoint))
+        if not logged:
+            address = log_model(uri, tracker.run_id, checkpoint)
+            logged = client.get_logged_model(address.rpartition("/")[2])
+        if settings.registered_as and not _is_registered(client, settings.registered_as, logged):
+            _register(client, settings.registered_as, logged)
+        why = ""
+    except Exception as error:  # of whatever library: what was trained weighs more
+        why = short(error) or type(error).__name__
+    finally:
+        if why:
+            print(f"note: {checkpoint} was not logged as a model in MLflow: {why}; {again} logs it", file=sys.stderr)
 
 
 def log_model(
@@ -116,9 +133,10 @@ def log_model(
         raise UserError(f"{folder}: is no checkpoint: it has no config.json")
     try:
         run = client.get_run(run_id)
-        logged = client.create_logged_model(run.info.experiment_id, name, run_id, params=run.data.params)
+        told = {"params": run.data.params, "tags": {CHECKPOINT_TAG: _short_name(folder)}}
+        logged = client.create_logged_model(run.info.experiment_id, name, run_id, **told)
     except MlflowException as error:
-        raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"MLflow at {masked(uri)}: {short(error)}") from None
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -162,6 +180,23 @@ def _save(folder: Path, checkpoint: Path, described: Model) -> None:
         pip_requirements=needed,
         mlflow_model=described,
     )
+
+
+def _logged(client: MlflowClient, run_id: str, checkpoint: Path) -> LoggedModel | None:
+    """The whole model that a run has of a checkpoint."""
+    experiment, wanted = client.get_run(run_id).info.experiment_id, (LoggedModelStatus.READY, _short_name(checkpoint))
+    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    return next((model for model in found if (model.status, model.tags.get(CHECKPOINT_TAG)) == wanted), None)
+
+
+def _short_name(checkpoint: Path) -> str:
+    """Tells a checkpoint from the others of its training or sweep, wherever that lies."""
+    return "/".join(checkpoint.absolute().parts[-2:])
+
+
+def _is_registered(client: MlflowClient, name: str, model: LoggedModel) -> bool:
+    versions = client.search_model_versions(f"run_id = '{model.source_run_id}'")
+    return any(version.name == name and version.source == model.artifact_location for version in versions)
 
 
 def _register(client: MlflowClient, name: str, model: LoggedModel) -> None:

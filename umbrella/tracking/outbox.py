@@ -12,8 +12,10 @@ from typing import Any
 
 Message = Mapping[str, Any]
 
+FOLDER = "tracking"
+"""Where a training's folder holds what MLflow does not know yet, and which run is its own."""
 OUTBOX, RUN = "outbox.jsonl", "run.json"
-"""Files of ``tracking`` in a training's folder. The second, see ``delivery``, says up to which step all is sent, or in
+"""Files of it, one of each per store. The second, see ``delivery``, says up to which step all is sent, or in
 the first."""
 LOCKS = WRITING, SENDING = "outbox.lock", "outbox.sending"
 

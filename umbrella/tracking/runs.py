@@ -15,16 +15,15 @@ from umbrella.base import UserError, masked
 from umbrella.tracking.delivery import DRIVER, PARENT, TRIAL, Delivery
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.environment import code_version
+from umbrella.tracking.keys import KEY, run_key, trial_key
 from umbrella.tracking.machine import Machine
-from umbrella.tracking.outbox import Outbox
+from umbrella.tracking.outbox import FOLDER, Outbox
 from umbrella.tracking.store import can_wait, is_local, store_key
 
 RETRY = 30.0
 """Seconds after which a store that did not answer is asked again."""
 LAST_WAIT = 20.0
 """Seconds that the end of a run waits for a store that does not answer."""
-FOLDER = "tracking"
-"""Where a training's folder holds what MLflow does not know yet."""
 
 
 def is_name(target: str) -> bool:
@@ -58,7 +57,7 @@ class Tracker:
         self._next_try, self._said = 0.0, False
         self._known_until = -1
         self.anew = False
-        """Whether the run is a new one, in place of one that this store does not have."""
+        """Whether the run is another one than before, which this store does not have or somebody deleted there."""
 
     @classmethod
     def start(
@@ -72,9 +71,10 @@ class Tracker:
         driver: str | None = None,
         folder: str | Path | None = None,
     ) -> "Tracker":
-        """A new run, or the one that this training or trial already has.
+        """A new run, or the one that this training or trial already has, see ``keys``.
 
         Args:
+            trial: the training's name among all; of a trial of ``parent`` it also tells it from the others.
             driver: the script that the run belongs to, see ``drivers``; this process when None.
         """
         tracker = cls(uri, folder)
@@ -84,6 +84,7 @@ class Tracker:
         tags = {"mlflow.source.name": "umbrella", **code_version(), DRIVER: driver}
         tags |= {PARENT: parent} if parent else {}
         tags |= {TRIAL: trial} if trial else {}
+        tags[KEY] = trial_key(parent, trial) if parent and trial else run_key(tracker.folder.parents[1])
         tracker._put({"do": "start", "experiment": experiment, "name": name, "tags": tags, "time": _now()})
         tracker._deliver()
         tracker.anew = before not in (None, tracker._delivery.state.get("run_id"))
@@ -133,9 +134,17 @@ class Tracker:
             self._pending += [(name, float(value), now, step) for name, value in values.items()]
 
     def results(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics of what came after a step, such as an evaluation of its checkpoint; the run may have ended."""
-        now = _now()
-        self._send({"do": "metrics", "values": [(name, float(value), now, step) for name, value in values.items()]})
+        """Log metrics of what came after a step, such as an evaluation of its checkpoint; the run may have ended.
+
+        What was logged so before is logged again where it has changed, and is then the metric's value.
+        """
+        now, told = _now(), {name: [step, float(value)] for name, value in values.items()}
+        known = self._delivery.state.get("results", {})
+        new = [(name, value, now, step) for name, (step, value) in told.items() if known.get(name) != told[name]]
+        if new:
+            self._put({"do": "metrics", "values": new})
+            self._delivery.remember(results=known | told)
+        self._deliver()
 
     def flush(self) -> None:
         """Write the gathered metrics, and what the machine did meanwhile."""

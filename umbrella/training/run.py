@@ -23,7 +23,8 @@ from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
-from umbrella.tracking.runs import Tracker, is_name
+from umbrella.tracking.keys import run_key
+from umbrella.tracking.runs import is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.cluster import start_for_training
 from umbrella.training.filenames import BEGUN
@@ -146,7 +147,7 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     if best and settings.tracking.model:
         from umbrella.tracking.model import keep_model  # seconds, which only the end needs
 
-        keep_model(settings.tracking, uri, Tracker(uri, folder).run_id, best)
+        keep_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
 def watch_job(job: AnyJob) -> None:
@@ -197,7 +198,7 @@ def check_same(job: AnyJob) -> None:
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        run_key(file.parent)  # first, so that whoever has the folder from a mirror has the key
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
         return
     then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}

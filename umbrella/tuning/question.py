@@ -13,6 +13,7 @@ from typing import NamedTuple
 from umbrella.base import UserError, masked
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
+from umbrella.tracking.keys import run_key
 from umbrella.training.filenames import LOCK
 from umbrella.training.mirror import sweeps_in_mirror
 
@@ -33,6 +34,7 @@ def sweeps_folder(settings: Settings) -> Path:
 
 def write_question(folder: Path, question: Question, fingerprint: str) -> None:
     """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
+    run_key(folder)  # so that whoever has the folder from a mirror has the key of its run
     (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
     put_text(folder / SETTINGS, question.settings.to_yaml())

@@ -18,7 +18,9 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.drawing import import_ahead
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
+from umbrella.tracking.delivery import PARENT
 from umbrella.tracking.ending import mend
+from umbrella.tracking.finding import run_of
 from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
@@ -65,6 +67,7 @@ def run_sweep(
     given: frozenset[str],
     progress: Progress,
     folder: Path | None = None,
+    tell: Callable[[Answer], None] = lambda answer: None,
     then: Callable[[Answer], None] = lambda answer: None,
 ) -> Answer:
     """Run every trial of ``tune.space`` and rank them.
@@ -74,6 +77,7 @@ def run_sweep(
         progress: draws a bar over slow preparations.
         folder: a sweep that was begun with these settings, and goes on: what has ended is not run again, and what was
             interrupted goes on from its checkpoint.
+        tell: shows the answer, before its best checkpoint is logged as a model, which takes a while and may fail.
         then: what comes after it; what that writes into the sweep's folder is mirrored, too.
 
     Raises:
@@ -88,7 +92,7 @@ def run_sweep(
     if not goes_on and is_in_mirror(settings.resources, folder):
         raise _is_there(folder.name)
     with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
-        answer = _run(settings, given, progress, folder, goes_on)
+        answer = _run(settings, given, progress, folder, goes_on, tell)
         then(answer)
     return answer
 
@@ -97,7 +101,14 @@ def _is_there(name: str) -> UserError:
     return UserError(f"name={name}: there is such a sweep; go on with --resume {name}, or rename")
 
 
-def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, goes_on: bool) -> Answer:
+def _run(
+    settings: Settings,
+    given: frozenset[str],
+    progress: Progress,
+    folder: Path,
+    goes_on: bool,
+    tell: Callable[[Answer], None],
+) -> Answer:
     search, scheduler = make_search(settings, given), make_scheduler(settings, given)
     storage = folder.parent.parent
     entries = read_space(settings, given)
@@ -128,6 +139,8 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         parent.inputs(job.datasets)
         for trial in folder.glob("trials/*/"):
             reopen(trial)
+            if parent.anew and (run := run_of(trial, uri)):
+                run.tags({PARENT: parent.run_id})
         monitor = Monitor(folder, uri, search.trials, settings.tune)
         import_ahead()
         try:
@@ -146,18 +159,20 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
             for file in files.all:
                 parent.artifact(file)
             answer = _answer(settings, contenders, files, folder, uri)
-            parent.metrics({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
+            parent.results({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
             parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
             parent.end()
-            if settings.tracking.model and (best := answer.trials[0].checkpoint):
-                from umbrella.tracking.model import keep_model  # seconds, which only the end needs
-
-                keep_model(settings.tracking, uri, parent.run_id, best)
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | Stopped)
             monitor.close("killed")
-            parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
+            if not parent.ended:
+                parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
             raise
+        tell(answer)
+        if settings.tracking.model and (best := answer.trials[0].checkpoint):
+            from umbrella.tracking.model import keep_model  # seconds, which only the end needs
+
+            keep_model(settings.tracking, uri, folder, best, f"python experiments/tune.py --resume {folder.name}")
     return answer
 
 
