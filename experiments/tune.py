@@ -19,7 +19,8 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
     with importing():
-        from umbrella.tuning.question import find_sweep, read_question
+        from umbrella.training.claim import claimed
+        from umbrella.tuning.question import find_sweep, read_question, sweeps_folder
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
@@ -33,7 +34,8 @@ def main(request: Request) -> None:
         if away:
             from umbrella.training.mirror import Mirror
 
-            Mirror(settings.resources, folder).open(progress_bar)
+            with claimed(folder):
+                Mirror(settings.resources, folder).open(progress_bar)
         changed = {given_name: settings.flat()[given_name] for given_name in given}
         settings, given = read_question(folder)
         settings = settings.with_values(changed)
@@ -47,6 +49,8 @@ def main(request: Request) -> None:
         from umbrella.tuning.search import count_trials
 
     settings = settings.named("sweep")
+    with claimed(folder or sweeps_folder(settings) / settings.name):  # or it is refused here, before a Ray is started
+        pass
     start_for_sweep(settings, count_trials(settings, given))  # its processes import while this one does
     with importing():
         from umbrella.tuning.describe import print_answer

@@ -1,8 +1,6 @@
-"""A sweep's folder: what was asked, of which data, and by whom it is being run."""
+"""A sweep's folder: what was asked, and of which data."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,10 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.tuning.question import Question, check_data, claimed, newest, read_question, write_question
+from umbrella.tuning.question import Question, check_data, newest, read_question, write_question
 from umbrella.tuning.sweep import run_sweep
 
 SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
-HOLD = "import sys; from pathlib import Path; from umbrella.tuning.question import claimed\n"
-HOLD += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
 
 
 @pytest.fixture
@@ -63,18 +59,6 @@ def test_a_sweep_does_not_go_on_with_other_data(sweep: Path) -> None:
     check_data(sweep, "a" * 64)
     with pytest.raises(UserError, match="first was begun with other data"):
         check_data(sweep, "b" * 64)
-
-
-def test_a_second_script_is_refused_until_the_first_one_is_dead(sweep: Path) -> None:
-    first = subprocess.Popen([sys.executable, "-c", HOLD, sweep], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert first.stdout is not None
-    assert first.stdout.readline() == b"mine\n"
-    with pytest.raises(UserError, match=rf"^first is being run already, by process {first.pid} on "), claimed(sweep):
-        pass
-    first.kill()
-    first.communicate()
-    with claimed(sweep):
-        pass
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,7 @@
-"""A sweep's folder: the question that it was begun with, and who is at it."""
+"""A sweep's folder: the question that it was begun with."""
 
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -13,7 +9,6 @@ from typing import NamedTuple
 from umbrella.base import UserError, masked
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
-from umbrella.training.filenames import LOCK
 from umbrella.training.mirror import sweeps_in_mirror
 
 GIVEN, FINGERPRINT = "given.json", "data.json"
@@ -95,23 +90,3 @@ def find_sweep(settings: Settings, name: str) -> tuple[Path, bool]:
         there = f"resources.mirror={masked(settings.resources.mirror)} has {', '.join(elsewhere)}"
         raise UserError(f"--resume: there is no sweep {found}; {there}")
     return found, not here and bool(elsewhere)
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """While in here, the sweep is this process's. The claim goes with the process, however that ends.
-
-    Raises:
-        UserError: it is another one's; says whose.
-    """
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"{folder.name} is being run already, by {lock.read().strip() or 'another process'}"
-            ) from None
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
-        yield
