@@ -1,5 +1,6 @@
 """Of two scripts on one training or sweep the second is refused, and the first one goes on as if it had not come."""
 
+import fcntl
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from written import all_of
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.shared_store import SharedStore
-from umbrella.training import claim, cluster, mirror
+from umbrella.training import cluster, mirror
 from umbrella.training.claim import claimed
 from umbrella.training.filenames import BEGUN
 from umbrella.training.mirror import mirrored
@@ -123,7 +124,7 @@ def test_a_claim_is_not_in_the_way_of_what_the_mirror_has(kind: str, address: st
 def test_a_lock_that_its_holder_deletes_as_it_leaves_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, lock, left = tmp_path / "sweeps/first", claim.fcntl.flock, []
+    folder, lock, left = tmp_path / "sweeps/first", fcntl.flock, []
 
     def late(file: Any, how: int) -> None:
         if not left:  # between its opening and its locking here
@@ -131,7 +132,7 @@ def test_a_lock_that_its_holder_deletes_as_it_leaves_is_taken_anew(
             left[0].unlink()
         lock(file, how)
 
-    monkeypatch.setattr(claim.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with claimed(folder):
         with pytest.raises(UserError, match=r"^first is being run already"), claimed(folder):
             pass

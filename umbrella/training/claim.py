@@ -1,6 +1,5 @@
 """Whose a training or sweep is: one script's at a time, of all that have its storage."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from umbrella.base import UserError
+from umbrella.locking import lock
 from umbrella.storage import check_writable
 
 
@@ -19,7 +19,7 @@ def claimed(folder: Path) -> Iterator[None]:
     It is a lock on a file beside the folder, which need not be there yet, and is not made: the mirror may have it.
 
     Raises:
-        UserError: it is another one's; says whose. The storage cannot be written to.
+        UserError: it is another one's; says whose. The storage cannot be written to, or has no locks.
     """
     storage = folder.parent.parent
     check_writable(storage, f"resources.storage={storage}")
@@ -42,15 +42,13 @@ def _locked(path: Path) -> IO[str]:
         with suppress(FileNotFoundError):  # whoever leaves takes the empty folder along
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not lock(file):
                 with file:
                     file.seek(0)
                     whose = file.read().strip() or "another process"
                 name = path.name.removeprefix(".").removesuffix(".lock")
                 remedy = f"stop that first, or, if its machine is lost, delete {path}"
-                raise UserError(f"{name} is being run already, by {whose}; {remedy}") from None
+                raise UserError(f"{name} is being run already, by {whose}; {remedy}")
             if _is_still(file, path):
                 return file
             file.close()
