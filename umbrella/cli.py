@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from umbrella.base import Stopped, UserError
+from umbrella.base import Stopped, UserError, masked
 from umbrella.config import Settings, describe, has_space, load_settings
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import storage_fault
@@ -199,7 +199,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise UserError(f"{name}={text}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
+        raise UserError(f"{name}={masked(text)}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
 
 
 def _settings_help() -> str:
