@@ -20,10 +20,14 @@ def main(request: Request) -> None:
         dry_run(settings, request.given, make_console())
         return
     with importing():
+        from umbrella.training.claim import claimed
         from umbrella.training.cluster import start_for_training
+        from umbrella.training.filenames import training_folder
         from umbrella.training.progress import best_checkpoint, read_metrics
 
     settings = settings.named("train")
+    with claimed(training_folder(settings)):  # or it is refused here, before a Ray is started
+        pass
     start_for_training(settings)  # its processes import while this one does
     with importing():
         from umbrella.training.run import run_training

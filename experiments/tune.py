@@ -2,13 +2,12 @@
 
 Without arguments: ray_configs/tune.yaml on a phantom cohort, which is made when it is not there yet. Files that say
 nothing of tune.space leave that question. A setting that is given on the command line is fixed and no longer swept.
-A sweep that was stopped or killed goes on with --resume and its name, or --resume last; of the settings, only those of
-resources can then be given.
+A sweep that was stopped or killed goes on with --resume and its name, or --resume last, by itself or beside what began
+it; of the settings, only those of resources can then be others.
 """
 
 from pathlib import Path
 
-from umbrella.base import UserError
 from umbrella.cli import Option, Request, make_console, progress_bar, run_script
 from umbrella.importing import importing
 
@@ -19,13 +18,11 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
     with importing():
-        from umbrella.tuning.question import find_sweep, read_question
+        from umbrella.training.claim import claimed
+        from umbrella.tuning.question import ask_again, find_sweep, sweeps_folder
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
-        others = sorted(given_name for given_name in given if not given_name.startswith("resources."))
-        if others:
-            raise UserError(f"--resume takes the sweep's own settings; leave out {', '.join(others)}")
         folder, away = find_sweep(settings, name)
         if away and request.dry_run:
             print(f"would fetch {folder} from resources.mirror, and go on with it")
@@ -33,10 +30,9 @@ def main(request: Request) -> None:
         if away:
             from umbrella.training.mirror import Mirror
 
-            Mirror(settings.resources, folder).open(progress_bar)
-        changed = {given_name: settings.flat()[given_name] for given_name in given}
-        settings, given = read_question(folder)
-        settings = settings.with_values(changed)
+            with claimed(folder):
+                Mirror(settings.resources, folder).open(progress_bar)
+        settings, given = ask_again(folder, request.files, request.overrides)
     if request.dry_run:
         from umbrella.tuning.describe import dry_run
 
@@ -44,10 +40,14 @@ def main(request: Request) -> None:
         return
     with importing():
         from umbrella.training.cluster import start_for_sweep
+        from umbrella.tuning.schedulers import make_scheduler
         from umbrella.tuning.search import count_trials
 
-    settings = settings.named("sweep")
-    start_for_sweep(settings, count_trials(settings, given))  # its processes import while this one does
+    settings, trials = settings.named("sweep"), count_trials(settings, given)
+    make_scheduler(settings, given)  # or what it cannot change is refused here
+    with claimed(folder or sweeps_folder(settings) / settings.name):  # or it is refused here, before a Ray is started
+        pass
+    start_for_sweep(settings, trials)  # its processes import while this one does
     with importing():
         from umbrella.tuning.describe import print_answer
         from umbrella.tuning.sweep import Answer, run_sweep

@@ -69,6 +69,7 @@ def test_the_default_question_is_asked_unless_a_file_has_one_of_its_own(tmp_path
     assert read(other) == read("--config", other) == (2, ["optim.lr"])
     assert read(other, own) == (2, ["train.epochs"])
     assert read(none) == (0, [])
+    assert parse([str(other)], "", str(default)).files == [str(other)], "what was named"
 
 
 def test_help_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

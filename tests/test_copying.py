@@ -159,7 +159,7 @@ def test_what_arrives_is_what_was_sent_and_rests_locks_and_the_state_of_the_mome
 ) -> None:
     folder = begin(tmp_path / "home" / FIRST)
     evaluate(folder, 1)
-    for name in ("lock", "live.json", ".hidden", "rest.partial", "tracking/sqlite/outbox.lock"):
+    for name in ("live.json", ".hidden", "rest.partial", "tracking/sqlite/outbox.lock"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / "empty.txt").touch()
@@ -170,7 +170,7 @@ def test_what_arrives_is_what_was_sent_and_rests_locks_and_the_state_of_the_mome
     sent = {
         file.relative_to(folder): file.read_bytes()
         for file in folder.rglob("*")
-        if file.is_file() and file.name not in ("lock", "live.json", ".hidden", "rest.partial", "outbox.lock")
+        if file.is_file() and file.name not in ("live.json", ".hidden", "rest.partial", "outbox.lock")
     }
     away = tmp_path / "away" / FIRST
     assert {file.relative_to(away): file.read_bytes() for file in away.rglob("*") if file.is_file()} == sent

@@ -10,6 +10,7 @@ import pytest
 from umbrella.base import UserError, masked
 from umbrella.config import load_settings
 from umbrella.evaluation.prediction import Prediction
+from umbrella.shared_store import SharedStore
 from umbrella.tracking.privacy import hashed, hide, read_salt
 from umbrella.tracking.store import open_experiment, short, tracking_uri
 from umbrella.training.predictions import predictions_json
@@ -36,11 +37,61 @@ def test_an_address_is_printed_without_its_password(uri: str) -> None:
     assert "example" in masked(uri) or "host" in masked(uri)
 
 
-def test_settings_hold_no_password_since_they_are_written_to_many_places() -> None:
-    with pytest.raises(UserError, match=r"^tracking\.uri=.*MLFLOW_TRACKING_PASSWORD") as error:
-        load_settings(overrides={"tracking.uri": "http://anna:s3cr3t@host"})
-    assert "s3cr3t" not in str(error.value)
-    assert load_settings(overrides={"tracking.uri": "http://host:5000"}).tracking.uri == "http://host:5000"
+SECRETS = [
+    "https://anna:s3cr3t@host:5000",
+    "https://s3cr3t@host",
+    "postgresql://db/mlflow?user=anna&password=s3cr3t",
+    "mysql://db/mlflow?sslpassword=s3cr3t",
+    "s3://KEY:s3cr3t@bucket/runs",
+    "s3://KEY:s3/cr3t+s3cr3t@bucket/runs",
+    "s3://bucket/runs?region=x&secret_key=s3cr3t",
+    "s3://bucket/runs?Secret=s3cr3t&key=s3cr3t",
+    "abfss://runs:s3cr3t@account.dfs.core.windows.net",
+    "abfss://runs@account.dfs.core.windows.net?account_key=s3cr3t",
+    "https://host/x?sv=1&sig=s3cr3t",
+    "gs://bucket?access_token=s3cr3t",
+]
+PLAIN = [
+    "http://host:5000",
+    "http://host:5000/x@y",
+    "postgresql://anna@db/mlflow?sslkey=/keys/mine&ssl_key=/keys/mine",
+    "s3://bucket/keys?region=x&scheme=http&endpoint_override=127.0.0.1:9000",
+    "gs://anonymous@bucket/runs",
+    "abfss://runs@account.dfs.core.windows.net/x",
+    "/disk/key=1/a:b@c",
+    "s3://bucket/key=1/x",
+    "file:///disk/token",
+]
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_settings_hold_no_secret_since_they_are_written_to_many_places(address: str) -> None:
+    remedies = {
+        "tracking.uri": "MLFLOW_TRACKING_PASSWORD",
+        "resources.mirror": "AWS_SECRET_ACCESS_KEY",
+        "resources.store": "~/.aws/credentials",
+        "resources.node_store": "AWS_SECRET_ACCESS_KEY",
+    }
+    for name, remedy in remedies.items():
+        with pytest.raises(UserError) as error:
+            load_settings(overrides={name: address})
+        said = str(error.value)
+        assert said.startswith(f"{name}='{address.split('://')[0]}://")
+        assert "so they hold no password, token or key; leave it out and " in said
+        assert remedy in said
+        assert "\n" not in said
+        assert "cr3t" not in said
+    assert "cr3t" not in masked(f"no answer from {address} (twice)")
+    assert "cr3t" not in str(SharedStore(address))
+    with pytest.raises(UserError, match="storage is a folder") as error:
+        load_settings(overrides={"resources.storage": address})
+    assert "cr3t" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", [*PLAIN, ""])
+def test_an_address_without_a_secret_is_a_setting(address: str) -> None:
+    settings = load_settings(overrides={"tracking.uri": address, "resources.mirror": address})
+    assert (settings.tracking.uri, settings.resources.mirror) == (address, address)
 
 
 def test_a_store_that_fails_is_named_without_its_password(tmp_path: Path) -> None:

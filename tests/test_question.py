@@ -1,8 +1,6 @@
-"""A sweep's folder: what was asked, of which data, and by whom it is being run."""
+"""A sweep's folder: what was asked, and of which data."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,10 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.tuning.question import Question, check_data, claimed, newest, read_question, write_question
+from umbrella.tuning.question import Question, check_data, newest, read_question, write_question
 from umbrella.tuning.sweep import run_sweep
 
 SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
-HOLD = "import sys; from pathlib import Path; from umbrella.tuning.question import claimed\n"
-HOLD += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
 
 
 @pytest.fixture
@@ -65,18 +61,6 @@ def test_a_sweep_does_not_go_on_with_other_data(sweep: Path) -> None:
         check_data(sweep, "b" * 64)
 
 
-def test_a_second_script_is_refused_until_the_first_one_is_dead(sweep: Path) -> None:
-    first = subprocess.Popen([sys.executable, "-c", HOLD, sweep], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert first.stdout is not None
-    assert first.stdout.readline() == b"mine\n"
-    with pytest.raises(UserError, match=rf"^first is being run already, by process {first.pid} on "), claimed(sweep):
-        pass
-    first.kill()
-    first.communicate()
-    with claimed(sweep):
-        pass
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -98,3 +82,45 @@ def test_what_is_resumed_is_the_sweeps_own_question(sweep: Path, run: Callable[.
     assert done.status == 0
     assert "trials: 2" in done.stdout
     assert "lr=1e-4" in done.stdout
+
+
+QUESTION = "tune: {space: {optim.lr: {grid: [1.0e-3, 1.0e-4]}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "differs"),
+    [
+        (
+            "tune: {space: {optim.lr: {grid: [1.0, 2.0]}}}",
+            [],
+            "tune.space.optim.lr.grid (was [0.001, 1e-4], is [1, 2])",
+        ),
+        ("tune: {space: {optim.lr: null}}", [], "tune.space.optim.lr.grid (was [0.001, 1e-4], is unset)"),
+        (f"{QUESTION}optim: {{warmup: 5}}", [], "optim.warmup (was 20, is 5)"),
+        (f"{QUESTION}name: other", ["--config", "{}"], 'name (was "", is other)'),
+        (QUESTION, ["optim.lr=0.001"], "optim.lr (is swept)"),
+        ("optim: {clip: 2.0}\nseed: 1", [], "optim.clip (was 1, is 2), seed (was 0, is 1)"),
+    ],
+)
+def test_what_a_file_or_a_word_beside_resume_asks_otherwise_is_refused_by_name(
+    sweep: Path, tmp_path: Path, run: Callable[..., Any], asked: str, words: list[str], differs: str
+) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text(asked, encoding="utf-8")
+    words = [str(file), *(word.format(file) for word in words)]
+    done = run("tune.py", *words, f"resources.storage={sweep.parents[1]}", "--resume", "first", "--dry-run")
+    assert (done.status, done.stderr.count("\n")) == (2, 1)
+    assert f"--resume takes the sweep's own settings; leave out {differs}" in done.stderr
+
+
+def test_what_began_a_sweep_may_stand_beside_resume_with_other_resources(
+    sweep: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    began, here = tmp_path / "began.yaml", tmp_path / "here.yaml"
+    began.write_text(f"{QUESTION}optim: {{warmup: 5}}\n", encoding="utf-8")
+    here.write_text("resources: {max_failures: 7, keep_checkpoints: 5}\n", encoding="utf-8")
+    words = [str(began), "optim.warmup=20", str(here), "resources.keep_checkpoints=6"]
+    done = run("tune.py", *words, f"resources.storage={sweep.parents[1]}", "--resume", "first", "--dry-run")
+    assert (done.status, done.stderr) == (0, "")
+    assert "trials: 2" in done.stdout
+    assert re.search(r"max_failures: 7, keep_checkpoints: 6\b", " ".join(done.stdout.split()))

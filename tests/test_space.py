@@ -68,7 +68,12 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
         ("optim.lr", {"grid": [0.1, -1]}, "optim.lr=-1: Input should be greater than 0"),
         ("mask.supervise", {"choice": ["some"]}, "mask.supervise='some': Input should be 'assistant'"),
         ("optim.lr", {"normal": [0, 1]}, "{'normal': [0, 1]} is none of grid, choice, uniform, loguniform, quniform"),
-        ("optim.lr", {"grid": [1], "choice": [1]}, "is none of grid, choice"),
+        ("optim.lr", {"grid": [1], "choice": [1]}, "grid and choice are kinds, and it has one; leave the others out"),
+        ("optim.lr", {"grid": [1], "wen": {}}, "wen: beside grid there can only be when; leave it out"),
+        ("optim", {"lr": {"grid": [1]}}, "names are written with dots; write optim.lr: {...}"),
+        ("optim", {"lr": {"grid": [1]}, "clip": {}}, "with dots; write optim.lr: {...}, optim.clip: {...}"),
+        ("modalities", {"sMRI": {"grid": {"grid": [[8] * 3]}}}, "with dots; write modalities.sMRI.grid: {...}"),
+        ("modalities.sMRI", {"grid": {"grid": [[8] * 3]}}, "with dots; write modalities.sMRI.grid: {...}"),
         ("optim.lr", {}, "{} is none of grid"),
         ("optim.lr", {"grid": []}, "grid takes a list of at least one value, not []"),
         ("optim.lr", {"grid": 0.1}, "grid takes a list of at least one value, not 0.1"),
@@ -97,6 +102,7 @@ def test_what_cannot_be_swept_is_refused_by_name(name: str, entry: dict[str, Any
         read_space(sweep({name: entry}))
     assert str(caught.value).startswith(f"tune.space.{name}: ")
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 MASK = {"grid": ["all", "assistant"]}
@@ -121,6 +127,19 @@ MASK = {"grid": ["all", "assistant"]}
             "tune.space.optim.lr: when: optim.clip is not swept by a grid or a choice",
         ),
         (
+            {"optim.clip": {"grid": [1, 2]}, "optim.lr": {"grid": [1], "when": {"optim.clip": ["one"]}}},
+            "tune.space.optim.lr: when: optim.clip='one': Input should be a valid number, unable to parse string as a"
+            " number; write its values as a list, optim.clip: [1.0, 2.0]",
+        ),
+        (
+            {
+                "modalities.fMRI.grid": {"grid": [[16, 16, 16, 6], [16, 16, 16, 12]]},
+                "optim.lr": {"grid": [1], "when": {"modalities.fMRI.grid": [[16, 16, 16]]}},
+            },
+            "tune.space.optim.lr: when: modalities.fMRI: grid (16, 16, 16) and patch (8, 8, 8, 3) have different"
+            " numbers of axes; write its values as a list, modalities.fMRI.grid: [[16, 16, 16, 6], [16, 16, 16, 12]]",
+        ),
+        (
             {"modalities.sMRI.grid": {"grid": [[24] * 3, [32] * 3]}, "modalities.sMRI.patch": {"grid": [[6] * 3]}},
             "tune.space.modalities.sMRI.grid: sMRI.grid=32x32x32 sMRI.patch=6x6x6 do not go together: modalities.sMRI:"
             " patch (6, 6, 6) does not divide grid (32, 32, 32) along every axis; leave such values out, or sweep",
@@ -135,6 +154,16 @@ def test_what_does_not_go_together_is_found_before_the_start(space: dict, messag
     with pytest.raises(UserError) as caught:
         read_space(sweep(space))
     assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", [[16, 16, 16, 6], [[16, 16, 16, 6]], [[16, 16, 16, 6], [16, 16, 16, 12]]])
+def test_a_condition_takes_one_value_that_is_a_list_or_several(written: list) -> None:
+    series = {"grid": [[16, 16, 16, 6], [16, 16, 16, 12], [16, 16, 16, 24]]}
+    stride = {"choice": [1, 2], "when": {"modalities.fMRI.grid": written}}
+    entries = read_space(sweep({"modalities.fMRI.grid": series, "modalities.fMRI.frame_stride": stride}))
+    values = written if isinstance(written[0], list) else [written]
+    assert [entry.when for entry in entries] == [{}, {"modalities.fMRI.grid": values}]
 
 
 def test_values_that_only_go_with_a_neighbours_are_taken() -> None:

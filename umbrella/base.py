@@ -4,6 +4,16 @@ import re
 
 from pydantic import BaseModel, ConfigDict
 
+QUERY = re.compile(
+    r"(?i)(?<![\w./-])(?!ssl[_-]?key=)([\w.-]*(?:passw|pwd|token|secret|credential)[\w.-]*"
+    r"|(?:[\w.-]*[_.-])?(?:api|access|account|private)?key(?:[_.-][\w.-]*)?|sig(?:nature)?)=[^&\s]+"
+)
+"""A secret that stands in an address by its name: password=..., secret_key=..., sig=...; ssl_key names a file."""
+PASSWORD = re.compile(r"://[^/?#\s:@]*:(?!\d+(?:[/?#\s]|$))\S*@")
+"""One behind a user's name, were there a slash in it; a port is none."""
+TOKEN = re.compile(r"(?i)https?://[^/?#\s]+@")
+"""One in the place of the name. In other addresses a name alone is no secret."""
+
 
 class Section(BaseModel):
     """A frozen group of settings. The docstring under a field is its line in ``--help``."""
@@ -28,5 +38,21 @@ class UserError(Exception):
 
 def masked(text: str) -> str:
     """A text, such as an address or an error about one, without the credentials in it."""
-    text = re.sub(r"://[^/\s]*@", "://***@", text)
-    return re.sub(r"(?i)\b(password|token|secret)=[^&\s]+", r"\1=***", text)
+    text = PASSWORD.sub("://***@", QUERY.sub(r"\1=***", text))
+    return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+def without_secret(address: str, instead: str) -> str:
+    """An address, for a setting.
+
+    Args:
+        instead: where what is secret belongs: "set NAME".
+
+    Raises:
+        ValueError: there is a secret in it.
+    """
+    if any(secret.search(address) for secret in (QUERY, PASSWORD, TOKEN)):
+        raise ValueError(
+            "settings are written to many places, so they hold no password, token or key; leave it out and " + instead
+        )
+    return address

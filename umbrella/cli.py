@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from umbrella.base import Stopped, UserError
+from umbrella.base import Stopped, UserError, masked
 from umbrella.config import Settings, describe, has_space, load_settings
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import storage_fault
@@ -83,7 +83,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The script's own flags, by ``Option.name``."""
     files: Sequence[str] = ()
-    """The settings files that were named, in order."""
+    """The settings files that were named, in order; not the script's default file."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The settings on the command line, by their dotted names: files and these are laid over the defaults."""
     paths: tuple[str, ...] = ()
@@ -127,10 +127,9 @@ def parse(
         else:
             files.append(word)
     overrides |= {name: asked[name] for name in flags.values() if asked[name] is not None}
-    if default_file and not any(map(has_space, files)):
-        files = [default_file, *files]
+    default = [default_file] if default_file and not any(map(has_space, files)) else []
     own = {option.name: asked[option.name] for option in options}
-    settings, given = load_settings(files, overrides), frozenset(overrides)
+    settings, given = load_settings([*default, *files], overrides), frozenset(overrides)
     return Request(settings, given, asked["dry_run"], own, files, overrides, tuple(others))
 
 
@@ -200,7 +199,7 @@ def _value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise UserError(f"{name}={text}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
+        raise UserError(f"{name}={masked(text)}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
 
 
 def _settings_help() -> str:

@@ -1,16 +1,16 @@
 """The file that a cohort's answers gather in, line by line, and what keeps it from holding answers of two kinds."""
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from umbrella.base import UserError
 from umbrella.evaluation.prediction import Prediction
+from umbrella.locking import NoLocks, lock
 from umbrella.storage import put_text
 
 
@@ -72,12 +72,9 @@ class AnswerFile:
             UserError: another process writes to it.
         """
         with self.path.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"output={self.path}: another process is writing to it") from None
-            except OSError:  # a file system without locks
-                pass
+            with suppress(NoLocks):  # an answer that is there twice is found
+                if not lock(file):
+                    raise UserError(f"output={self.path}: another process is writing to it")
             put_text(self.beside, json.dumps(self.about, indent=1))
             os.truncate(self.path, _whole_lines(self.path))
             yield Appender(file)

@@ -24,6 +24,7 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.mirror import mirrored
 from umbrella.training.room import trainings_that_fit
@@ -40,7 +41,8 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
         folder = Path(job.folder)
-        with mirrored(settings.resources, folder, progress, [folder.parents[1] / "evaluations" / folder.name]):
+        also = [folder.parents[1] / "evaluations" / folder.name]
+        with claimed(folder), mirrored(settings.resources, folder, progress, also):
             watch_job(job)
             evaluated = evaluate(job, splits)
         yield evaluated

@@ -4,7 +4,6 @@ A script holds a lock on a file of its own in the storage folder for as long as 
 takes the lock away.
 """
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+from umbrella.locking import NoLocks, lock
 
 _held: dict[Path, IO[str]] = {}
 
@@ -30,8 +31,8 @@ def announce(storage: str | Path, what: str) -> None:
     if path not in _held:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
-        with suppress(OSError):  # this process has it already, if the storage was moved; or there are no locks here
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(NoLocks):  # then nobody can see it
+            lock(file)  # or this process has it already, if the storage was moved
         _held[path] = file
 
 
@@ -45,8 +46,10 @@ def gone(storage: str | Path, what: str) -> Iterator[str]:
             continue
         with path.open("r+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # it lives, or this storage has no locks and nothing can be said
+                lives = not lock(file)
+            except NoLocks:  # nothing can be said
+                continue
+            if lives:
                 continue
             yield path.name
             path.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """What MLflow is to be told, on disk until it has been: a file of JSON lines in the training's folder."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from umbrella.locking import lock
 
 Message = Mapping[str, Any]
 
@@ -25,6 +26,8 @@ class Outbox:
 
     A message is here before it is sent, and goes when it was: a process that is killed in between sends it again. So
     messages must be such that sending one twice is the same as once.
+
+    Each method that changes it raises NoLocks where the folder has none: what several write would be lost.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -91,9 +94,4 @@ class Outbox:
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Gives whether this one has the lock. A process that is killed gives its locks back."""
         with (self.folder / name).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            yield lock(file, wait)

@@ -1,11 +1,10 @@
 """Settings of what MLflow holds."""
 
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from umbrella.base import Section
+from umbrella.base import Section, without_secret
 
 
 class TrackingSettings(Section):
@@ -26,10 +25,9 @@ class TrackingSettings(Section):
 
     @field_validator("uri")
     @classmethod
-    def _holds_no_password(cls, uri: str) -> str:
-        if urlsplit(uri).password is not None:  # settings are printed, and stored with every checkpoint
-            raise ValueError(
-                "settings are written to many places, so they hold no password; leave it out and set"
-                " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or set MLFLOW_TRACKING_URI instead"
-            )
-        return uri
+    def _holds_no_secret(cls, uri: str) -> str:
+        return without_secret(
+            uri,
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or set"
+            " MLFLOW_TRACKING_URI instead",
+        )

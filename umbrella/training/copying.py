@@ -21,12 +21,12 @@ from typing import Any
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
 from umbrella.tracking.outbox import LOCKS, OUTBOX, RUN
-from umbrella.training.filenames import ADOPTED, END, LIVE, LOCK
+from umbrella.training.filenames import ADOPTED, END, LIVE
 from umbrella.training.progress import FILES, checkpoint_folder, read_metrics, what_is_wrong
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""
-STAYS = {LOCK, *LOCKS, LIVE}
+STAYS = {*LOCKS, LIVE}
 """Files that say nothing elsewhere, or later."""
 
 

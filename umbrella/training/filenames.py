@@ -1,6 +1,11 @@
-"""Files in the folders of trainings and sweeps that more than one part of the code knows. Imports little."""
+"""Folders of trainings, and files in them and in those of sweeps, that more than one part of the code knows.
 
-from umbrella.config import SETTINGS
+Imports little.
+"""
+
+from pathlib import Path
+
+from umbrella.config import SETTINGS, Settings
 
 BEGUN = {"trainings": "begun_with.json", "sweeps": SETTINGS}
 """The file without which a folder below these is no training, or no sweep."""
@@ -8,5 +13,8 @@ LIVE = "live.json"
 """Of a training: what it does at this moment, see ``live``."""
 END, ADOPTED = "end.json", "adopted.jsonl"
 """Of a trial: how it ended, and at which steps it took another one's checkpoint."""
-LOCK = "lock"
-"""Of a sweep: held by the script that runs it."""
+
+
+def training_folder(settings: Settings) -> Path:
+    """Where the training lies that these settings name."""
+    return Path(settings.resources.storage).absolute() / "trainings" / settings.name

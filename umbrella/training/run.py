@@ -19,15 +19,15 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, find_candidates
 from umbrella.sigterm import on_sigterm
-from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.keys import run_key
 from umbrella.tracking.runs import is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_for_training
-from umbrella.training.filenames import BEGUN
+from umbrella.training.filenames import BEGUN, training_folder
 from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.mirror import mirrored
 from umbrella.training.progress import best_checkpoint
@@ -118,14 +118,14 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         then: what comes after it, given the folder; what that writes into it is mirrored, too.
 
     Raises:
-        UserError: whatever is wrong with settings or data, before anything starts; or what ended the training.
+        UserError: whatever is wrong with settings or data, or another script runs it, before anything starts; or what
+            ended the training.
         Stopped: SIGTERM came; the training saved and stopped.
     """
-    storage = Path(settings.resources.storage).absolute()
-    check_writable(storage, f"resources.storage={settings.resources.storage}")
     settings = settings.named("train")
-    folder = storage / "trainings" / settings.name
-    with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
+    folder = training_folder(settings)
+    also = [folder.parent.parent / "evaluations" / folder.name]
+    with claimed(folder), mirrored(settings.resources, folder, progress, also):
         _train(settings, progress, folder)
         then(folder)
     return folder

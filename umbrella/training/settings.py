@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from umbrella.base import Section
+from umbrella.base import Section, masked, without_secret
 
 
 class OptimSettings(Section):
@@ -121,9 +121,18 @@ class ResourceSettings(Section):
         if "://" in storage:
             raise ValueError(
                 "storage is a folder that is written to, not an address; give a folder of this machine, and"
-                f" resources.mirror={storage} to have what runs write copied there"
+                f" resources.mirror={masked(storage)} to have what runs write copied there"
             )
         return storage
+
+    @field_validator("mirror", "store", "node_store")
+    @classmethod
+    def _holds_no_secret(cls, place: str) -> str:
+        return without_secret(
+            place,
+            "have it where the address's library looks: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or"
+            " ~/.aws/credentials, GOOGLE_APPLICATION_CREDENTIALS, or what fsspec's package for it reads",
+        )
 
     @field_validator("storage", "mirror", "store", "node_store")
     @classmethod

@@ -1,21 +1,18 @@
-"""A sweep's folder: the question that it was begun with, and who is at it."""
+"""A sweep's folder: the question that it was begun with."""
 
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from umbrella.base import UserError, masked
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
 from umbrella.tracking.keys import run_key
-from umbrella.training.filenames import LOCK
 from umbrella.training.mirror import sweeps_in_mirror
+from umbrella.tuning.entry import in_words
+from umbrella.tuning.space import is_given
 
 GIVEN, FINGERPRINT = "given.json", "data.json"
 
@@ -53,6 +50,32 @@ def read_question(folder: Path) -> Question:
         )
     settings = load_settings([folder / SETTINGS], {"resources.storage": str(folder.parent.parent)})
     return Question(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
+
+
+def ask_again(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> Question:
+    """What a sweep was begun with, with what is said anew of ``resources``.
+
+    Args:
+        files: of settings that were named beside ``--resume``.
+        overrides: settings on the command line beside it, by their dotted names.
+
+    Raises:
+        UserError: as ``read_question``; they ask something else, and not the same once more.
+    """
+    own = read_question(folder)
+    where = {"resources.storage": own.settings.resources.storage}
+    again = load_settings([folder / SETTINGS, *files], {**overrides, **where})
+    then, now = own.settings.flat(), again.flat()
+    swept = [name for name in own.settings.tune.space if not is_given(name, own.given)]
+    others = {name: "is swept" for name in overrides if any(is_given(entry, frozenset({name})) for entry in swept)}
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name) and not name.startswith("resources."):
+            was, is_now = (in_words(flat[name]) if name in flat else "unset" for flat in (then, now))
+            others[name] = f"was {was}, is {is_now}"
+    if others:
+        told = ", ".join(f"{name} ({why})" for name, why in sorted(others.items()))
+        raise UserError(f"--resume takes the sweep's own settings; leave out {told}, or begin another sweep")
+    return Question(again, own.given)
 
 
 def check_data(folder: Path, fingerprint: str) -> None:
@@ -97,23 +120,3 @@ def find_sweep(settings: Settings, name: str) -> tuple[Path, bool]:
         there = f"resources.mirror={masked(settings.resources.mirror)} has {', '.join(elsewhere)}"
         raise UserError(f"--resume: there is no sweep {found}; {there}")
     return found, not here and bool(elsewhere)
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """While in here, the sweep is this process's. The claim goes with the process, however that ends.
-
-    Raises:
-        UserError: it is another one's; says whose.
-    """
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"{folder.name} is being run already, by {lock.read().strip() or 'another process'}"
-            ) from None
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
-        yield

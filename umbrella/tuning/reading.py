@@ -1,6 +1,6 @@
 """One line of ``tune.space`` from its YAML: its values as the setting has them, its range and conditions checked."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, product
 from typing import Any
@@ -42,8 +42,16 @@ def read_entry(name: str, names: Sequence[str], settings: Settings) -> Entry:
     if section_of(name) in FIXED and name not in IN_THE_WORKER:
         raise UserError(f"{where}: {section_of(name)} settings are the same for every trial and cannot be swept")
     when = entry.pop("when", {})
-    if len(entry) != 1 or next(iter(entry)) not in KINDS:
+    if nested := list(_nested(name, entry, settings.flat())):
+        raise UserError(f"{where}: names are written with dots; write {', '.join(f'{n}: {{...}}' for n in nested)}")
+    kinds = [kind for kind in entry if kind in KINDS]
+    if len(kinds) > 1:
+        raise UserError(f"{where}: {' and '.join(kinds)} are kinds, and it has one; leave the others out")
+    if not kinds:
         raise UserError(f"{where}: {entry} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")
+    if len(entry) > 1:
+        others = ", ".join(str(key) for key in entry if key not in kinds)
+        raise UserError(f"{where}: {others}: beside {kinds[0]} there can only be when; leave it out")
     ((kind, raw),) = entry.items()
     if section_of(name) == "modalities" and kind not in LISTED:
         raise UserError(f"{where}: volumes are prepared for each value before the start; list the values, as a grid")
@@ -54,6 +62,14 @@ def read_entry(name: str, names: Sequence[str], settings: Settings) -> Entry:
     else:
         values = _range(name, kind, raw, names, settings)
     return Entry(name, kind, values, _conditions(name, when, names, settings))
+
+
+def _nested(name: str, entry: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
+    """The dotted names of settings that are written as sections in sections."""
+    for key, value in entry.items():
+        inner = f"{name}.{key}"
+        if isinstance(value, Mapping) and any(covers(inner, other) for other in known):
+            yield from list(_nested(inner, value, known)) or [inner]
 
 
 def _range(name: str, kind: str, raw: Sequence[Any], names: Sequence[str], settings: Settings) -> list[Any]:
@@ -83,10 +99,13 @@ def _number(raw: Any) -> Any:
         return raw
 
 
-def _accepted(name: str, value: Any, names: Sequence[str], settings: Settings) -> Any:
+def _accepted(name: str, value: Any, names: Sequence[str], settings: Settings, where: str = "", how: str = "") -> Any:
     """The value as the setting has it: YAML reads 1e-4 as a text.
 
     A value that is refused alone may go with one of another swept name of its section.
+
+    Args:
+        where: it stands, if that is not the entry of the name; how: it is written there.
     """
     try:
         return _taken(settings.with_values({name: value}).flat(), name, value)
@@ -94,7 +113,8 @@ def _accepted(name: str, value: Any, names: Sequence[str], settings: Settings) -
         for others in _company(name, names, settings):
             with suppress(UserError):
                 return _taken(settings.with_values({name: value, **others}).flat(), name, value)
-        raise UserError(f"tune.space.{name}: {error}") from None
+        why = "; ".join(str(error).splitlines())
+        raise UserError(f"{where or f'tune.space.{name}'}: {why}{how}") from None
 
 
 def _company(name: str, names: Sequence[str], settings: Settings) -> Iterator[dict[str, Any]]:
@@ -121,9 +141,10 @@ def _conditions(name: str, when: Any, names: Sequence[str], settings: Settings) 
         kinds = [kind for kind in LISTED if kind in (entry or {})]
         if not kinds or other == name:
             raise UserError(f"{where}: {other} is not swept by a grid or a choice; sweep it so, or leave the condition")
-        values = raw if isinstance(raw, list) else [raw]
         has = [_accepted(other, value, names, settings) for value in (entry or {})[kinds[0]]]
-        wanted = [_accepted(other, value, names, settings) for value in values]
+        values = raw if isinstance(raw, list) and not _is_one_list(raw, has) else [raw]
+        how = f"; write its values as a list, {other}: [{', '.join(map(str, has))}]"
+        wanted = [_accepted(other, value, names, settings, where, how) for value in values]
         for value in wanted:
             if value not in has:
                 listed = ", ".join(in_words(v) for v in has)
@@ -132,6 +153,16 @@ def _conditions(name: str, when: Any, names: Sequence[str], settings: Settings) 
             raise UserError(f"{where}: {other} needs at least one value")
         conditions[other] = wanted
     return conditions
+
+
+def _is_one_list(raw: Sequence[Any], has: Sequence[Any]) -> bool:
+    """Whether a list is one value of a setting whose values are lists, and not several of them."""
+    return bool(raw) and all(isinstance(value, list) for value in has) and not any(isinstance(v, list) for v in raw)
+
+
+def covers(name: str, other: str) -> bool:
+    """Whether ``other`` is that name, or lies within the section of that name."""
+    return other == name or other.startswith(f"{name}.")
 
 
 def section_of(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from umbrella.base import UserError
 from umbrella.config import Settings
 from umbrella.tuning.entry import Entry, combine, in_words
-from umbrella.tuning.reading import FIXED, read_entry, section_of
+from umbrella.tuning.reading import FIXED, covers, read_entry, section_of
 
 CHECKED = 50_000
 """Combinations of a section that are checked at most, in a few seconds; each point is, before it runs."""
@@ -85,11 +85,6 @@ def with_seeds(point: dict[str, Any], settings: Settings) -> list[dict[str, Any]
     """The point once for each of ``tune.seeds``; with one seed, it keeps the settings' and does not name it."""
     seeds = settings.tune.seeds
     return [{**point, "seed": settings.seed + k} if seeds > 1 else point for k in range(seeds)]
-
-
-def covers(name: str, other: str) -> bool:
-    """Whether ``other`` is that name, or lies within the section of that name."""
-    return other == name or other.startswith(f"{name}.")
 
 
 def is_given(name: str, given: frozenset[str]) -> bool:

@@ -24,6 +24,7 @@ from umbrella.tracking.finding import run_of
 from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
 from umbrella.training.mirror import is_in_mirror, mirrored
@@ -32,7 +33,7 @@ from umbrella.training.run import check, make_job
 from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
-from umbrella.tuning.question import Question, check_data, claimed, sweeps_folder, write_question
+from umbrella.tuning.question import Question, check_data, sweeps_folder, write_question
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
 from umbrella.tuning.results import Trial, read_trials
@@ -81,19 +82,26 @@ def run_sweep(
         then: what comes after it; what that writes into the sweep's folder is mirrored, too.
 
     Raises:
-        UserError: whatever is wrong with settings or data, before anything starts; or no trial succeeded.
+        UserError: whatever is wrong with settings or data, or another script runs it, before anything starts; or no
+            trial succeeded.
         Stopped: SIGTERM came.
     """
     goes_on = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweeps_folder(settings) / settings.name
-    storage = folder.parent.parent
-    check_writable(storage, f"resources.storage={storage}")
-    if not goes_on and is_in_mirror(settings.resources, folder):
-        raise _is_there(folder.name)
-    with mirrored(settings.resources, folder, progress, [storage / "evaluations" / folder.name]):
-        answer = _run(settings, given, progress, folder, goes_on, tell)
-        then(answer)
+    also = [folder.parent.parent / "evaluations" / folder.name]
+    with claimed(folder):  # before the mirror is: who is refused must not have signed there
+        if not goes_on and is_in_mirror(settings.resources, folder):
+            raise _is_there(folder.name)
+        with mirrored(settings.resources, folder, progress, also):
+            answer = _run(settings, given, progress, folder, goes_on)
+            tell(answer)
+            if settings.tracking.model and (best := answer.trials[0].checkpoint):
+                from umbrella.tracking.model import keep_model  # seconds, which only the end needs
+
+                again = f"python experiments/tune.py --resume {folder.name}"
+                keep_model(settings.tracking, answer.tracking, folder, best, again)
+            then(answer)
     return answer
 
 
@@ -101,14 +109,7 @@ def _is_there(name: str) -> UserError:
     return UserError(f"name={name}: there is such a sweep; go on with --resume {name}, or rename")
 
 
-def _run(
-    settings: Settings,
-    given: frozenset[str],
-    progress: Progress,
-    folder: Path,
-    goes_on: bool,
-    tell: Callable[[Answer], None],
-) -> Answer:
+def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, goes_on: bool) -> Answer:
     search, scheduler = make_search(settings, given), make_scheduler(settings, given)
     storage = folder.parent.parent
     entries = read_space(settings, given)
@@ -117,62 +118,56 @@ def _run(
     splits = load_splits(settings, progress, masks, shapes)
     check(settings, splits, masks, settings.tune.metric, shapes)
     check_writable(folder, "the folder of the sweep")
-    with claimed(folder):
-        if goes_on:
-            check_data(folder, splits.fingerprint)
-        elif (folder / SETTINGS).exists():
-            raise _is_there(folder.name)
-        else:
-            write_question(folder, Question(settings, given), splits.fingerprint)
-        uri = tracking_uri(storage, settings.tracking.uri)
-        experiment = open_experiment(uri, settings.experiment, storage)
-        mend(uri, experiment, storage)
-        at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
-        at_once = min(at_once, settings.tune.concurrent or at_once)
+    if goes_on:
+        check_data(folder, splits.fingerprint)
+    elif (folder / SETTINGS).exists():
+        raise _is_there(folder.name)
+    else:
+        write_question(folder, Question(settings, given), splits.fingerprint)
+    uri = tracking_uri(storage, settings.tracking.uri)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    mend(uri, experiment, storage)
+    at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
+    at_once = min(at_once, settings.tune.concurrent or at_once)
 
-        parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
-        swept = [entry.name for entry in entries]
-        parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
-        parent.text(settings.to_yaml(), SETTINGS)
-        job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
-        parent.params(job.data)
-        parent.inputs(job.datasets)
-        for trial in folder.glob("trials/*/"):
-            reopen(trial)
-            if parent.anew and (run := run_of(trial, uri)):
-                run.tags({PARENT: parent.run_id})
-        monitor = Monitor(folder, uri, search.trials, settings.tune)
-        import_ahead()
-        try:
-            waiting = Waiting(settings.resources, settings.resources.alone)
-            # Trials keep what their last checkpoints hold.
-            with monitor, waiting, on_sigterm(lambda: _stop(folder.name)):
-                try:
-                    _tuner(job, search, scheduler, at_once).fit()
-                except OutOfTime:
-                    monitor.stop_all()
-            trials = read_trials(folder, settings.tune)
-            if settings.tracking.hash_subjects:
-                trials = _nameless(trials, splits, read_salt(storage))
-            contenders = rank(trials, settings.tune.mode)
-            files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
-            for file in files.all:
-                parent.artifact(file)
-            answer = _answer(settings, contenders, files, folder, uri)
-            parent.results({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
-            parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
-            parent.end()
-        except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | Stopped)
-            monitor.close("killed")
-            if not parent.ended:
-                parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
-            raise
-        tell(answer)
-        if settings.tracking.model and (best := answer.trials[0].checkpoint):
-            from umbrella.tracking.model import keep_model  # seconds, which only the end needs
-
-            keep_model(settings.tracking, uri, folder, best, f"python experiments/tune.py --resume {folder.name}")
+    parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
+    swept = [entry.name for entry in entries]
+    parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
+    parent.text(settings.to_yaml(), SETTINGS)
+    job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
+    parent.params(job.data)
+    parent.inputs(job.datasets)
+    for trial in folder.glob("trials/*/"):
+        reopen(trial)
+        if parent.anew and (run := run_of(trial, uri)):
+            run.tags({PARENT: parent.run_id})
+    monitor = Monitor(folder, uri, search.trials, settings.tune)
+    import_ahead()
+    try:
+        waiting = Waiting(settings.resources, settings.resources.alone)
+        # Trials keep what their last checkpoints hold.
+        with monitor, waiting, on_sigterm(lambda: _stop(folder.name)):
+            try:
+                _tuner(job, search, scheduler, at_once).fit()
+            except OutOfTime:
+                monitor.stop_all()
+        trials = read_trials(folder, settings.tune)
+        if settings.tracking.hash_subjects:
+            trials = _nameless(trials, splits, read_salt(storage))
+        contenders = rank(trials, settings.tune.mode)
+        files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
+        for file in files.all:
+            parent.artifact(file)
+        answer = _answer(settings, contenders, files, folder, uri)
+        parent.results({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
+        parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
+        parent.end()
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | Stopped)
+        monitor.close("killed")
+        if not parent.ended:
+            parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
+        raise
     return answer
 
 

@@ -1,0 +1,58 @@
+"""A file system without locks is named in one line, and nobody is taken for another one's holder of a lock."""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella.assessment.answers import AnswerFile
+from umbrella.base import UserError
+from umbrella.tracking.drivers import announce, gone
+from umbrella.tracking.outbox import Outbox
+from umbrella.training import cluster
+from umbrella.training.claim import claimed
+
+
+@pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"], autouse=True)
+def why(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """No file can be locked; gives the system's words for it, which differ by file system."""
+    number = getattr(errno, request.param)
+
+    def refuse(file: Any, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    return os.strerror(number)
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["tune.py"]])
+def test_storage_without_locks_ends_a_script_in_one_line_before_a_ray_is_started(
+    words: list[str], why: str, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "start_ray", lambda *about, **more: pytest.fail("a Ray is started"))
+    done = run(*words, f"resources.storage={tmp_path}")
+    assert (done.status, done.stderr.count("\n")) == (2, 1)
+    kind = "trainings" if words == ["train.py"] else "sweeps"
+    assert done.stderr.startswith(f"error: {tmp_path}/{kind}: files cannot be locked here ({why})")
+    assert done.stderr.endswith("; have it mounted with locks (Lustre: -o flock), or take another folder\n")
+
+
+def test_where_nothing_could_be_kept_from_being_lost_the_folder_is_named(why: str, tmp_path: Path) -> None:
+    for use in (lambda: Outbox(tmp_path / "box").put({"n": 0}), claimed(tmp_path / "box/sweeps/first").__enter__):
+        with pytest.raises(UserError, match=r"/box\S*: files cannot be locked here") as refused:
+            use()
+        assert "is being run already" not in str(refused.value)
+    assert Outbox(tmp_path / "box").waiting() == []
+
+
+def test_where_nothing_can_be_said_of_others_work_goes_on_and_nobody_is_taken_for_dead(tmp_path: Path) -> None:
+    announce(tmp_path, "x")
+    (tmp_path / f".drivers/x/{socket.gethostname()} 1 0.00").touch()
+    assert list(gone(tmp_path, "x")) == []
+    with AnswerFile(tmp_path / "answers.jsonl", {"a": 1}).opened():
+        pass

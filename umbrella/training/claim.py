@@ -1,0 +1,61 @@
+"""Whose a training or sweep is: one script's at a time, of all that have its storage."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from umbrella.base import UserError
+from umbrella.locking import lock
+from umbrella.storage import check_writable
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """While in here, the training or sweep is this process's. The claim goes with the process, however that ends.
+
+    It is a lock on a file beside the folder, which need not be there yet, and is not made: the mirror may have it.
+
+    Raises:
+        UserError: it is another one's; says whose. The storage cannot be written to, or has no locks.
+    """
+    storage = folder.parent.parent
+    check_writable(storage, f"resources.storage={storage}")
+    path = folder.with_name(f".{folder.name}.lock")
+    with _locked(path) as file:
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the storage was moved or is gone, or there are others beside it
+                if _is_still(file, path):
+                    path.unlink()
+                folder.parent.rmdir()
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, open and locked."""
+    while True:
+        with suppress(FileNotFoundError):  # whoever leaves takes the empty folder along
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+            if not lock(file):
+                with file:
+                    file.seek(0)
+                    whose = file.read().strip() or "another process"
+                name = path.name.removeprefix(".").removesuffix(".lock")
+                remedy = f"stop that first, or, if its machine is lost, delete {path}"
+                raise UserError(f"{name} is being run already, by {whose}; {remedy}")
+            if _is_still(file, path):
+                return file
+            file.close()
+
+
+def _is_still(file: IO[str], path: Path) -> bool:
+    """Whether the path is that of the open file: one who left may have deleted it, and another one made it anew."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
