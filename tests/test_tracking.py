@@ -228,8 +228,9 @@ def test_what_waits_and_lost_its_file_while_it_was_copied_has_been_sent(
     assert client.get_run(tracker.run_id).data.tags["after"] == "it"
 
 
+@pytest.mark.parametrize("place", ["here", "mirror"])
 def test_a_run_that_goes_on_from_before_its_last_metrics_has_each_step_once(
-    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path, place: str
 ) -> None:
     def train(tracker: Tracker, steps: range) -> None:
         for step in steps:
@@ -238,9 +239,11 @@ def test_a_run_that_goes_on_from_before_its_last_metrics_has_each_step_once(
                 tracker.metrics({"eval/loss": step / 2}, step)
                 tracker.flush()
 
-    first = Tracker.start(uri, experiment, "x", trial="killed", folder=tmp_path)
-    train(first, range(1, 6))  # killed: what came after step 4 was never written
-    again = Tracker.start(uri, experiment, "x", trial="killed", folder=tmp_path)
+    first = Tracker.start(uri, experiment, "x", trial="killed", folder=tmp_path / "here")
+    train(first, range(1, 4))
+    shutil.copytree(tmp_path / "here", tmp_path / "mirror")
+    train(first, range(4, 6))  # killed: what came after step 4 was never written
+    again = Tracker.start(uri, experiment, "x", trial="killed", folder=tmp_path / place)
     train(again, range(3, 9))  # its checkpoint was of step 2
     again.end()
     assert again.run_id == first.run_id

@@ -36,7 +36,10 @@ class Delivery:
         self.state: dict[str, Any] = json.loads(known)
 
     def remember(self, **values: Any) -> None:
-        """Keep in the run's folder: its id, its driver, its start in ms, the last step that was written."""
+        """Keep in the run's folder: its id, its driver, its start in ms, the last step that was written.
+
+        ``ahead``: the last step of each metric that the store has and the folder did not know of.
+        """
         with self._lock:
             self.state |= values
             put_text(self._file, json.dumps(self.state))
@@ -59,7 +62,7 @@ class Delivery:
         run, what, where = self._known_run()
         run = run or find_run(self.client, message["experiment"], message["tags"].get(KEY))
         if what:
-            self.remember(until=-1, results={})  # all its steps are with it
+            self.remember(until=-1, ahead={}, results={})  # all its steps are with it
             goes_on = f"it goes on in {run.info.run_id}" if run else "a new one begins"
             print(f"note: {what}: {goes_on}; each step so far is in {where}", file=sys.stderr, flush=True)
         if run is None:
@@ -69,6 +72,9 @@ class Delivery:
         else:
             self.client.update_run(run.info.run_id, status="RUNNING")
             self.client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in message["tags"].items()])
+            # A mirror's copy of this folder may be older than what was sent.
+            until, newest = self.state.get("until", -1), run.data.to_proto().metrics
+            self.remember(ahead={metric.key: metric.step for metric in newest if metric.step > until})
         self.remember(run_id=run.info.run_id, start=run.info.start_time)
 
     def _known_run(self) -> tuple[Run | None, str, str]:
@@ -98,7 +104,8 @@ class Delivery:
 
     def send_metrics(self, message: Message) -> None:
         # A metric of the same name, value, step and time is one to MLflow: sent again, it is there once.
-        metrics = [Metric(*metric) for metric in message["values"]]
+        ahead = self.state.get("ahead", {}) if "until" in message else {}
+        metrics = [Metric(*metric) for metric in message["values"] if metric[3] > ahead.get(metric[0], -1)]
         for i in range(0, len(metrics), MAX_METRICS):
             self.client.log_batch(self.state["run_id"], metrics=metrics[i : i + MAX_METRICS])
 
