@@ -228,6 +228,15 @@ def test_what_waits_and_lost_its_file_while_it_was_copied_has_been_sent(
     assert client.get_run(tracker.run_id).data.tags["after"] == "it"
 
 
+def test_who_waited_for_the_store_goes_on_with_the_run_that_another_process_told_it_of(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    worker = Tracker(uri, tmp_path)
+    driver = Tracker.start(uri, experiment, "x", folder=tmp_path)
+    worker.tags({"said": "by the worker"})
+    assert client.get_run(driver.run_id).data.tags["said"] == "by the worker"
+
+
 @pytest.mark.parametrize("place", ["here", "mirror"])
 def test_a_run_that_goes_on_from_before_its_last_metrics_has_each_step_once(
     uri: str, experiment: str, client: MlflowClient, tmp_path: Path, place: str

@@ -32,8 +32,10 @@ class Delivery:
         self.uri, self.client, self.folder = uri, client, folder
         self._file = folder / RUN
         self._lock, self._refused = threading.Lock(), False
-        known = self._file.read_text(encoding="utf-8") if self._file.exists() else "{}"
-        self.state: dict[str, Any] = json.loads(known)
+        self.state: dict[str, Any] = self._known()
+
+    def _known(self) -> dict[str, Any]:
+        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
 
     def remember(self, **values: Any) -> None:
         """Keep in the run's folder: its id, its driver, its start in ms, the last step that was written.
@@ -46,6 +48,8 @@ class Delivery:
 
     def __call__(self, message: Message) -> None:
         """Send one. Raises what ``can_wait`` is true of, and what is wrong with the storage."""
+        if "run_id" not in self.state:  # another process may have sent the start meanwhile
+            self.state |= self._known()
         try:
             getattr(self, f"send_{message['do']}")(message)
         except Exception as error:
