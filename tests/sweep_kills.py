@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from conftest import SMALL
-from integration.faults import LONGER, STEPS, kill_workers, plain_environment, samples, taken
+from integration.faults import LONGER, STEPS, kill, kill_workers, named, plain_environment, samples, taken
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -42,14 +42,8 @@ TUNE = Path(__file__).resolve().parents[1] / "experiments" / "tune.py"
 
 def kill_trial(script: subprocess.Popen, draw: random.Random) -> int:
     """SIGKILL to one process that a trial runs in; returns how many were killed."""
-    trials = [
-        process
-        for process in psutil.Process(script.pid).children(recursive=True)
-        if any(name in " ".join(process.cmdline()) for name in ("ray::Trial.",))
-    ]
-    for process in trials[:1] and [draw.choice(trials)]:
-        process.kill()
-    return len(trials[:1])
+    trials = [p for p in psutil.Process(script.pid).children(recursive=True) if "ray::Trial." in named(p)]
+    return kill(trials and [draw.choice(trials)])
 
 
 KINDS: dict[str, Callable[[subprocess.Popen, random.Random], int]] = {

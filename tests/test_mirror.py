@@ -173,10 +173,21 @@ def until(true: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def turn(link: Path, to: Path) -> None:
+    """Let a link point elsewhere, in one moment: whoever writes there meanwhile finds the one place or the other."""
+    new = link.with_name("new")
+    new.symlink_to(to)
+    new.replace(link)
+
+
 def test_a_mirror_that_fails_for_a_while_is_said_once_and_catches_up(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     place, folder, said = tmp_path / "mirror", tmp_path / "home" / FIRST, list[str]()
+    disk, unplugged = tmp_path / "disk", tmp_path / "unplugged"
+    disk.mkdir()
+    unplugged.touch()  # nothing can be written below a file
+    turn(place, disk)
 
     def says(words: str) -> bool:
         said.append(capsys.readouterr().err)
@@ -185,13 +196,11 @@ def test_a_mirror_that_fails_for_a_while_is_said_once_and_catches_up(
     with mirrored(resources(tmp_path / "home", str(place)), folder, all_of):
         evaluate(begin(folder), 1)
         until(lambda: (place / FIRST / "begun_with.json").exists())
-        place.rename(tmp_path / "unplugged")
-        place.touch()  # nothing can be written below a file
+        turn(place, unplugged)
         evaluate(folder, 2)
         until(lambda: says("tried again"))
         time.sleep(0.3)
-        place.unlink()
-        (tmp_path / "unplugged").rename(place)
+        turn(place, disk)
         until(lambda: what_is_wrong(place / FIRST / "step_0000002") == "")
         until(lambda: says("works again"))
     assert not says("not once more")
@@ -203,13 +212,16 @@ def test_at_the_end_a_mirror_that_is_gone_or_hangs_is_waited_for_so_long_and_wha
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     place, folder = tmp_path / "mirror", tmp_path / "home" / FIRST
+    disk, unplugged = tmp_path / "disk", tmp_path / "unplugged"
+    disk.mkdir()
+    unplugged.touch()
+    turn(place, disk)
 
     def train() -> None:
         with mirrored(resources(tmp_path / "home", str(place)), folder, all_of):
             evaluate(begin(folder), 1)
             until(lambda: (place / FIRST / "begun_with.json").exists())
-            shutil.rmtree(place)
-            place.touch()
+            turn(place, unplugged)
             evaluate(folder, 2)
             raise KeyError
 
@@ -222,7 +234,7 @@ def test_at_the_end_a_mirror_that_is_gone_or_hangs_is_waited_for_so_long_and_wha
     assert " of trainings/first not copied: resources.mirror=" in last
     assert last.endswith("the same command, with name=first, copies them")
 
-    place.unlink()
+    turn(place, disk)
     os.mkfifo(folder / "silent.txt")  # nobody ever writes to it: whoever reads, hangs
     began = time.monotonic()
     with mirrored(resources(tmp_path / "home", str(place)), folder, all_of):

@@ -77,12 +77,14 @@ def links(mlflow_store: Callable[[Path], str], tmp_path_factory: pytest.TempPath
         server.wait()
 
 
-def seen(browser: Any, address: str, *words: str) -> str:
-    """The text of a page once it shows all these words."""
+def seen(browser: Any, address: str, *words: str, finished: int = 0) -> str:
+    """The text of a page once it shows all these words, and so many runs as finished."""
     page = browser.new_page(viewport={"width": 1600, "height": 900})
     page.goto(address)
     for some in words:
         page.get_by_text(some).first.wait_for(timeout=60_000)
+    if finished:
+        page.get_by_text("finished", exact=True).nth(finished - 1).wait_for(timeout=60_000)
     return page.inner_text("body")
 
 
@@ -107,7 +109,8 @@ def test_the_compare_page_opens_with_the_metric_the_swept_settings_and_the_winne
 def test_the_table_of_runs_opens_with_the_winner_first_what_was_swept_and_how_each_ended(
     browser: Any, links: dict[str, str]
 ) -> None:
-    text = seen(browser, links["runs, best first"], "lr=0.001 supervise=last_assistant")
+    names = [f"lr={rate:g} supervise={mask}" for rate, mask in POINTS]
+    text = seen(browser, links["runs, best first"], *names, "stopped by the scheduler", finished=5)
     for column in ("eval/balanced_accuracy", "mask.supervise", "optim.lr", "umbrella.outcome"):
         assert column[:12] in text
     cells = [line.strip() for line in text.splitlines()]

@@ -179,11 +179,11 @@ def test_eight_trials_that_write_at_once_to_one_sqlite_file_lose_nothing_and_say
 
 
 HOLD = """
-import sqlite3, sys, time
+import sqlite3, sys
 database = sqlite3.connect(sys.argv[1], isolation_level=None)
 database.execute("BEGIN EXCLUSIVE")
 print("locked", flush=True)
-time.sleep(float(sys.argv[2]))
+sys.stdin.read()
 """
 
 
@@ -197,15 +197,17 @@ def test_a_database_that_is_locked_for_longer_than_mlflow_waits_gets_everything_
     tracker.metrics({"train/loss": 1.0}, 1)
     tracker.flush()
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "mlflow.db"), "25"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path / "mlflow.db")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "locked\n"
     tracker.metrics({"train/loss": 2.0}, 2)
     tracker.flush()  # MLflow gives up after 20 s
-    assert holder.poll() is None
     assert tracker.outbox.waiting()
-    holder.wait()
+    holder.communicate()  # it lets go
     tracker.end()
     assert tracker.history("train/loss") == [(1, 1.0), (2, 2.0)]
     said = capfd.readouterr()

@@ -5,7 +5,8 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,31 @@ def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thr
     return thread
 
 
+def named(process: psutil.Process) -> str:
+    """A process's command line; nothing where it has ended meanwhile."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def kill(processes: Iterable[psutil.Process]) -> int:
+    """SIGKILL to processes; returns how many there still were."""
+    killed = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            killed += 1
+    return killed
+
+
 def training_workers(of: int | None = None) -> list[psutil.Process]:
     """The training workers that a process (this one, unless told) has started."""
-    started = psutil.Process(of).children(recursive=True)
-    return [p for p in started if p.name().startswith("ray::") and "RayTrainWorker" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process(of).children(recursive=True) if named(p).startswith("ray::RayTrainWorker")]
 
 
 def kill_workers(of: int | None = None) -> int:
     """SIGKILL to the training workers of a process; returns how many there were."""
-    workers = training_workers(of)
-    for worker in workers:
-        worker.kill()
-    return len(workers)
+    return kill(training_workers(of))
 
 
 def plain_environment() -> dict[str, str]:

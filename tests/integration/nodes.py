@@ -12,13 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from .faults import plain_environment, training_workers
+from .faults import kill, plain_environment, training_workers
 
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 ANY_PORT = ["min-worker", "max-worker", "node-manager", "object-manager", "metrics-export", "runtime-env-agent"]
@@ -34,23 +34,25 @@ QUICKLY = {
 class Nodes:
     """The cluster, its address and its nodes, the head first."""
 
-    def __init__(self, head_cpus: int) -> None:
+    def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="um", dir="/tmp"))  # sockets have to have short names
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         self.environment = plain_environment() | QUICKLY | token | {"RAY_USAGE_STATS_ENABLED": "0"}
         self.nodes: list[psutil.Process] = []
         self.address = ""
-        head = ["--head", "--port=0", "--include-dashboard=false", f"--temp-dir={self.folder}", "--dashboard-port=0"]
-        self._start(head, head_cpus)
-        self.address = (self.folder / "ray_current_cluster").read_text(encoding="utf-8").strip()
 
     def add(self, cpus: int, blind: Path | None = None) -> psutil.Process:
-        """Start a node; returns its ``ray start``.
+        """Start a node, the first one as the head; returns its ``ray start``.
 
         Args:
             blind: a folder that is another, empty one on this node. Skips the test where only root may do that.
         """
-        return self._start([f"--address={self.address}"], cpus, blind)
+        if self.address:
+            return self._start([f"--address={self.address}"], cpus, blind)
+        head = ["--head", "--port=0", "--include-dashboard=false", f"--temp-dir={self.folder}", "--dashboard-port=0"]
+        node = self._start(head, cpus)
+        self.address = (self.folder / "ray_current_cluster").read_text(encoding="utf-8").strip()
+        return node
 
     def kill(self, node: psutil.Process) -> None:
         """Take a node away without a word, as a power cut does."""
@@ -66,7 +68,11 @@ class Nodes:
         log = str(folder / "samples_0.jsonl")
 
         def writes(node: psutil.Process) -> bool:
-            return any(log == file.path for process in node.children(recursive=True) for file in process.open_files())
+            for process in node.children(recursive=True):
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    if any(log == file.path for file in process.open_files()):
+                        return True
+            return False
 
         return next(node for node in self.nodes if writes(node))
 
@@ -113,22 +119,23 @@ class Nodes:
         with log.open("w") as file:
             started = subprocess.Popen(words, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
         node = psutil.Process(started.pid)
+        self.nodes.append(node)
         # The line before it, "Ray runtime started", comes while a head has yet to write its address down.
         while "will now block" not in (said := log.read_text(encoding="utf-8")):
             if started.poll() is not None:
+                self.kill(node)
                 if blind and ("unshare" in said or "mount" in said):
                     pytest.skip(f"only root may give a node other folders: {said.strip()}")
                 raise RuntimeError(said)
             time.sleep(0.05)
-        self.nodes.append(node)
         return node
 
 
 def _kill(node: psutil.Process) -> None:
-    family = [node, *node.children(recursive=True)]
-    for process in family:
-        if process.is_running():
-            process.kill()
+    family = [node]
+    with suppress(psutil.NoSuchProcess):
+        family += node.children(recursive=True)
+    kill(family)
     psutil.wait_procs(family, 10)
 
 
@@ -146,10 +153,10 @@ def ended(process: subprocess.Popen[str], status: int = 0, within: float = 400) 
 @contextmanager
 def nodes(*cpus: int) -> Iterator[Nodes]:
     """A cluster with so many CPUs on each of its nodes, the head first."""
-    cluster = Nodes(cpus[0])
+    cluster = Nodes()
     try:
-        for more in cpus[1:]:
-            cluster.add(more)
+        for one in cpus:
+            cluster.add(one)
         yield cluster
     finally:
         cluster.close()

@@ -3,10 +3,7 @@
 import json
 import re
 import shutil
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,8 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.job import run_job
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.run import make_job
+
+from .faults import kill, named
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -176,20 +175,11 @@ def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk:
 def test_a_process_that_dies_is_started_again_and_nothing_is_lost(ended: Ended) -> None:
     shown = read_splits(ended.settings, quiet, ("test",)).splits["test"]
     told = ended.settings.with_values({"evaluate.batch_size": 1})
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not killed:
-            time.sleep(0.1)
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    if "MapWorker" in process.cmdline()[0] and time.time() - process.create_time() > 5:
-                        process.kill()
-                        killed.append(process.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    answers = [one for part in stream(shown * 20, ended.checkpoint, told, {}) for one in part]
-    thread.join()
+    killed = 0
+    answers: list[Any] = []
+    for part in stream(shown * 20, ended.checkpoint, told, {}):
+        answers += part
+        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "MapWorker" in named(p))
+    assert killed
     assert [one.task_id for one in answers] == [c.task_id for c in shown * 20]
     assert answers[: len(shown)] == answers[-len(shown) :]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Done
 
@@ -30,6 +31,8 @@ from .faults import (
     run_of,
     samples,
     starts,
+    taken,
+    until,
     when_step,
 )  # fmt: skip
 
@@ -117,11 +120,15 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     run: Callable[..., Done],
     capsys: pytest.CaptureFixture,
 ) -> None:
-    settings = small_settings({**LONGER, "name": "again"})
+    often = {"train.evaluate_every": 1, "name": "again"}  # it lasts until it has heard
+    settings = small_settings({**LONGER, **often})
     folder, file = folder_of(settings), put(settings)
     driver = subprocess.Popen([sys.executable, TRAIN, file], stdout=subprocess.DEVNULL, env=plain_environment())
-    when_step(folder, 18, driver.kill).join(100)
+    until(lambda: taken(folder) >= 18, driver)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
     assert driver.wait(60) == -signal.SIGKILL
+    psutil.wait_procs(family, 60)  # its worker goes on until it sees that it is alone
     newest = latest_checkpoint(folder)
     assert newest is not None
     model = newest / "model.safetensors"
@@ -132,8 +139,8 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     assert older < newest
     assert f"{newest} cannot be used: model.safetensors has" in capsys.readouterr().err
 
-    taken = (folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
-    asker = when_step(folder, taken + draw(9, "SIGTERM"), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    asked = taken(folder) + draw(9, "SIGTERM")
+    asker = when_step(folder, asked, lambda: os.kill(os.getpid(), signal.SIGTERM))
     done = run("train.py", str(file))
     asker.join(1)
     step = read_step(latest_checkpoint(folder))

@@ -34,9 +34,13 @@ TRIALS = """
         def step(self):
             return {"found": found(), "done": True}
 
+    logs, until = Path(ray._private.worker._global_node.get_logs_dir_path()), time.monotonic() + 120
+    def begun():
+        return len(list(logs.glob("python-core-worker-*")))
+    while (os.listdir(os.environ[TICKETS]) or begun() < int(sys.argv[2])) and time.monotonic() < until:
+        time.sleep(0.1)
     time.sleep(5)  # idle processes are ended after one second, unless Ray is told to keep them
-    logs = ray._private.worker._global_node.get_logs_dir_path()
-    begun = len(list(Path(logs).glob("python-core-worker-*")))
+    begun = begun()
     trials = tune.Tuner(
         tune.with_resources(Trial, {"CPU": 0.5}),
         tune_config=tune.TuneConfig(num_samples=int(sys.argv[2])),

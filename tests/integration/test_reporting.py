@@ -75,8 +75,11 @@ def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
 
     def scrape() -> None:
         while not ended.wait(0.3):
-            with urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
-                page = answer.read().decode()
+            try:
+                with urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=5) as answer:
+                    page = answer.read().decode()
+            except OSError:
+                continue  # Ray is busy
             runs.update(re.findall(r'ray_train_run_name="([^"]*)"', page))
             own = [line for line in page.splitlines() if 'run="patient"' in line]
             over = any(line.endswith(" NaN") for line in own)  # it has ended

@@ -4,6 +4,7 @@ How a stop is asked for: see ``requests``. That a node is to be taken away Ray s
 ``ray.train.get_preemption_info``.
 """
 
+import os
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -16,9 +17,9 @@ from umbrella.training.requests import stop_file
 
 FILE_INTERVAL = 0.5
 """Seconds between two looks for the file."""
-RAY_INTERVAL = 5.0
-"""Seconds between two questions to Ray, each of which takes as long as several messages between processes do, while
-the GPUs wait. Nodes are drained with more notice than that."""
+RAY_INTERVAL = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+"""Seconds between two questions to Ray, as between two of its own to the cluster: each takes as long as several
+messages between processes do, while the GPUs wait. Nodes are drained with more notice than that."""
 
 
 class Request(IntEnum):
