@@ -253,13 +253,14 @@ def test_what_people_wrote_is_never_taken_as_html(tmp_path: Path) -> None:
 
 def test_subjects_are_hashed_and_no_number_changes_where_ids_are_numbers(tmp_path: Path) -> None:
     named = assessment(notes=["two subjects are also in the training split: 24, 0"])
-    hidden = nameless(named, {"24", "0", "1", "50"}, "salt")
+    hidden = nameless(named, {"24", "0", "1", "40"}, "salt")
     assert hidden.notes == [
         f"two subjects are also in the training split: {hashed('24', 'salt')}, {hashed('0', 'salt')}"
     ]
     for name, told in (("named", named), ("hidden", hidden)):
         write_report(tmp_path / name, told, ())
     before, after = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("named", "hidden"))
+    assert "40 to 60" in [group["value"] for group in after["as_asked"]]
     for condition, groups in before.items():
         for group, other in zip(groups, after[condition], strict=True):
             assert group | {"value": ""} == other | {"value": ""}

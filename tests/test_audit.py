@@ -174,11 +174,16 @@ def test_what_is_hidden_of_a_conversation_leaves_the_pages_own_words_and_numbers
 ) -> None:
     policy = MaskPolicy()
     page = audit_html(
-        audit([hostile], policy), [hostile], policy, tokenizer, hide=lambda text: re.sub("[a-z0-9]", "*", text)
+        audit([hostile], policy),
+        [hostile],
+        policy,
+        tokenizer,
+        hide=lambda text, subjects: re.sub("[a-z0-9]", "*", text),
     )
     plain = audit_html(audit([hostile], policy), [hostile], policy, tokenizer)
     assert page.split("<h2>Samples")[0] == plain.split("<h2>Samples")[0]
     assert [about for _, about, _ in Reading(page).parts] == [about for _, about, _ in Reading(plain).parts]
+    assert Reading(page).parts[1][2].startswith("<image: 2 tokens, sMRI, *")
     assert not re.search("script|alert|nii", page.split("</p>")[-1])
 
 

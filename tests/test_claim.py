@@ -66,7 +66,11 @@ def test_a_second_script_is_refused_until_the_first_one_is_dead(tmp_path: Path, 
     first.communicate()
     with claimed(folder):
         assert not folder.exists()
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.parent.iterdir()) == []
+    folder.parent.rmdir()
+    with claimed(folder):
+        pass
+    assert list(tmp_path.iterdir()) == [], "a folder that was not there"
 
 
 @pytest.mark.parametrize("kind", BEGUN)

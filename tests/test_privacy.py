@@ -50,6 +50,8 @@ SECRETS = [
     "abfss://runs@account.dfs.core.windows.net?account_key=s3cr3t",
     "https://host/x?sv=1&sig=s3cr3t",
     "gs://bucket?access_token=s3cr3t",
+    "s3://bucket/x?X-Amz-Signature=s3cr3t",
+    "az://bucket?sas=s3cr3t",
 ]
 PLAIN = [
     "http://host:5000",
@@ -61,6 +63,8 @@ PLAIN = [
     "/disk/key=1/a:b@c",
     "s3://bucket/key=1/x",
     "file:///disk/token",
+    "/disk/run,seed=0,max_tokens=5",
+    "sqlite:////disk/a key=3.db",
 ]
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,7 +158,7 @@ def test_another_start_of_the_embedder_and_other_volumes_are_found(
         read_back(spoil(acting), {name: value})
 
 
-def test_an_inflated_embedder_is_told_from_a_random_one_until_it_has_moved(acting: Acting) -> None:
+def test_an_inflated_embedder_is_told_from_a_random_one_until_it_has_moved(acting: Acting, tmp_path: Path) -> None:
     flat = SiglipVisionEmbeddings(SiglipVisionConfig(hidden_size=16, num_attention_heads=1, image_size=8, patch_size=4))
     inflate(acting.model.embedder, flat)
     inflated = acting.settings.model.model_copy(update={"embedder_init": "inflated"})
@@ -165,6 +166,10 @@ def test_an_inflated_embedder_is_told_from_a_random_one_until_it_has_moved(actin
     assert read_back(one, {"model.embedder_init": "inflated"}) == ({"model.embedder_init": "inflated"}, [])
     with pytest.raises(UserError, match=r"embedder_init: was to be random and is inflated where it acts"):
         read_back(one, {"model.embedder_init": "random"})
+    one.model.save_pretrained(tmp_path)
+    again = inflated.model_copy(update={"checkpoint": str(tmp_path)})
+    trained = replace(one, settings=acting.settings.model_copy(update={"model": again}))
+    assert read_back(trained, {"model.embedder_init": "inflated"})[1] == ["model.embedder_init"], "it keeps its own"
     one.optimizer.step()
     one.schedule.step()
     assert read_back(one, {"model.embedder_init": "inflated"})[1] == ["model.embedder_init"]

@@ -170,11 +170,12 @@ def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_train
     )
     models.unlink()
     assert keep(first) == keep(first) == (1, 0)
+    [of_first] = client.get_run(tracker.run_id).outputs.model_outputs
     assert keep(first, "brains") == keep(first, "brains") == (1, 1)
     second = first.with_name("step_0000002")
     shutil.copytree(first, second)
     assert keep(second, "brains") == (2, 2)
-    client.delete_logged_model(client.get_run(tracker.run_id).outputs.model_outputs[0].model_id)
+    client.delete_logged_model(of_first.model_id)
     assert keep(first, "brains") == (3, 3), "somebody deleted the model, and asks for it again"
     assert capsys.readouterr().err == ""
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 QUERY = re.compile(
     r"(?i)(?<![\w./-])(?!ssl[_-]?key=)([\w.-]*(?:passw|pwd|token|secret|credential)[\w.-]*"
-    r"|(?:[\w.-]*[_.-])?(?:api|access|account|private)?key(?:[_.-][\w.-]*)?|sig(?:nature)?)=[^&\s]+"
+    r"|(?:[\w.-]*[_.-])?(?:api|access|account|private)?key(?:[_.-][\w.-]*)?|[\w.-]*sig(?:nature)?|sas)=[^&\s]+"
 )
 """A secret that stands in an address by its name: password=..., secret_key=..., sig=...; ssl_key names a file."""
 PASSWORD = re.compile(r"://[^/?#\s:@]*:(?!\d+(?:[/?#\s]|$))\S*@")
@@ -51,7 +51,8 @@ def without_secret(address: str, instead: str) -> str:
     Raises:
         ValueError: there is a secret in it.
     """
-    if any(secret.search(address) for secret in (QUERY, PASSWORD, TOKEN)):
+    place, _, query = address.partition("?")  # a folder may be named key=1
+    if "://" in place and (QUERY.search(query) or PASSWORD.search(address) or TOKEN.search(address)):
         raise ValueError(
             "settings are written to many places, so they hold no password, token or key; leave it out and " + instead
         )

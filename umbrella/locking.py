@@ -1,10 +1,14 @@
 """Locks on open files. The system takes one away with the process that holds it, however that ends."""
 
+import errno
 import fcntl
 from pathlib import Path
 from typing import IO, Any
 
 from umbrella.base import UserError
+
+NONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What a file system without locks says."""
 
 
 class NoLocks(UserError):
@@ -19,12 +23,15 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
 
     Raises:
         NoLocks: its file system has none.
+        OSError: something else is wrong with the storage.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
+        if error.errno not in NONE:
+            raise
         raise NoLocks(
             f"{Path(file.name).absolute().parent}: files cannot be locked here ({error.strerror}), by which scripts"
             " know of each other; have it mounted with locks (Lustre: -o flock), or take another folder"

@@ -13,6 +13,7 @@ from umbrella.assessment.report import write_report
 from umbrella.assessment.section import CHIEF
 from umbrella.config import SETTINGS
 from umbrella.conversations.conversation import Conversation
+from umbrella.evaluation.parts import band_names
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.ending import mend
 from umbrella.tracking.finding import run_of
@@ -96,5 +97,9 @@ def nameless(assessment: Assessment, subjects: Collection[str], salt: str) -> As
     """The same, with these subjects hashed in all that a report without pictures of subjects tells beside numbers."""
     # Not on the page that is made of it: there an id such as 24 looks like any count.
     hidden = partial(hide, subjects=subjects, salt=salt)
-    groups = {c: [replace(group, value=hidden(group.value)) for group in own] for c, own in assessment.groups.items()}
+    bands = band_names(assessment.settings.evaluate.bands)
+    groups = {
+        condition: [replace(g, value=g.value if g.value in bands else hidden(g.value)) for g in own]
+        for condition, own in assessment.groups.items()
+    }
     return replace(assessment, groups=groups, notes=[hidden(note) for note in assessment.notes])

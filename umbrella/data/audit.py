@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -20,6 +20,8 @@ from umbrella.pages import render
 SHOWN = 6
 """Samples on the page."""
 
+Hide = Callable[[str, Collection[str]], str]
+"""A text and the subjects that may be named in it, to the text as it may be kept."""
 Row = Mapping[str, Any]
 """role, kind, tokens, supervised (how many of the tokens are targets), weight (the sum of theirs)."""
 
@@ -85,8 +87,16 @@ def shown(number: float) -> str:
     return f"{round(number, 4):.12g}"
 
 
-def pieces(example: Example, policy: MaskPolicy, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The example cut wherever its span or weight changes, in order."""
+def as_it_is(text: str, subjects: Collection[str]) -> str:
+    """What a conversation says, with its subjects in it."""
+    return text
+
+
+def pieces(
+    example: Example, policy: MaskPolicy, tokenizer: PreTrainedTokenizerBase, hide: Hide = as_it_is
+) -> list[Piece]:
+    """The example cut wherever its span or weight changes, in order. ``hide``: see ``audit_html``."""
+    subjects = example.conversation.subjects
     ids, weights = example.input_ids, loss_weights(example, policy)
     volumes = iter(example.conversation.volumes)
     found = []
@@ -96,10 +106,10 @@ def pieces(example: Example, policy: MaskPolicy, tokenizer: PreTrainedTokenizerB
         for start, stop in pairwise(cuts):
             if span.kind == "image":
                 volume = next(volumes)
-                name = os.path.basename(volume.image_path)
+                name = hide(os.path.basename(volume.image_path), subjects)
                 text = f"<image: {stop - start} tokens, {volume.modality}, {name}>"
             else:
-                text = _decoded(tokenizer, ids, start, stop)
+                text = hide(_decoded(tokenizer, ids, start, stop), subjects)
             found.append(Piece(span.turn, span.role, span.kind, text, stop - start, float(weights[start])))
     return found
 
@@ -133,18 +143,18 @@ def audit_html(
     policy: MaskPolicy,
     tokenizer: PreTrainedTokenizerBase,
     notes: Sequence[str] = (),
-    hide: Callable[[str], str] = str,
+    hide: Hide = as_it_is,
 ) -> str:
     """A page that stands for itself: the policy in words, the table, and these examples with their targets marked.
 
     Args:
         rows: the table, as ``audit`` gives it.
         notes: what else the reader should know, a sentence each.
-        hide: what conversations say to that as it may be kept.
+        hide: applied to what conversations say.
     """
     samples = []
     for example in examples:
-        found = pieces(example, policy, tokenizer)
+        found = pieces(example, policy, tokenizer, hide)
         turns = [list(of_turn) for _, of_turn in groupby(found, key=lambda piece: piece.turn)]
         samples.append((example.conversation, turns))
     weights = [piece.weight for _, turns in samples for turn in turns for piece in turn]

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from umbrella.evaluation.prediction import Prediction
@@ -61,6 +61,11 @@ def _split(
         elif value is not None and value != "":
             found[len(settings.bands) + 1, str(value)].append(prediction)
     return ((name, part) for (_, name), part in sorted(found.items(), key=lambda item: item[0]))
+
+
+def band_names(bands: Sequence[float]) -> set[str]:
+    """What the parts are called that numbers are cut into."""
+    return {_band(number, sorted(bands))[1] for number in (-inf, *bands)}
 
 
 def _band(number: float, bands: Sequence[float]) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from umbrella.base import masked
 from umbrella.storage import put_text
 from umbrella.tracking.datasets import to_input
 from umbrella.tracking.keys import KEY
+from umbrella.tracking.machine import SYSTEM
 from umbrella.tracking.outbox import RUN, Message
 from umbrella.tracking.store import can_wait, is_refusal, short
 
@@ -76,9 +77,10 @@ class Delivery:
         else:
             self.client.update_run(run.info.run_id, status="RUNNING")
             self.client.log_batch(run.info.run_id, tags=[RunTag(*tag) for tag in message["tags"].items()])
-            # A mirror's copy of this folder may be older than what was sent.
-            until, newest = self.state.get("until", -1), run.data.to_proto().metrics
-            self.remember(ahead={metric.key: metric.step for metric in newest if metric.step > until})
+            # A mirror's copy of this folder may be older than what was sent. The machine's steps are seconds.
+            newest = {m.key: m.step for m in run.data.to_proto().metrics if not m.key.startswith(SYSTEM)}
+            known = message.get("known", -1)
+            self.remember(ahead={name: step for name, step in newest.items() if step > known})
         self.remember(run_id=run.info.run_id, start=run.info.start_time)
 
     def _known_run(self) -> tuple[Run | None, str, str]:

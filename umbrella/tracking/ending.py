@@ -10,7 +10,7 @@ from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.base import masked
+from umbrella.base import UserError, masked
 from umbrella.tracking.delivery import DRIVER, OUTCOME
 from umbrella.tracking.drivers import announce, gone
 from umbrella.tracking.outbox import FOLDER, OUTBOX
@@ -42,7 +42,8 @@ def close_trial(
             tracker.end(status, outcome, wait=0)
         else:
             tracker.flush()
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # the disk is full: said already, and weighs more
+    except (MlflowException, SQLAlchemyError, OSError, UserError) as error:
+        # A full disk, say, was told already and weighs more.
         note = f"MLflow at {masked(uri)} does not know that {Path(folder).name} has ended: {short(error)}"
         print(f"note: {note}", file=sys.stderr)
 

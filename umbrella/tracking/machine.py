@@ -20,6 +20,8 @@ INTERVAL = 10.0
 WRITE = 60.0
 """Seconds after which they are written though no evaluation comes."""
 
+SYSTEM = "system/"
+"""What the names of these metrics begin with."""
 Point = tuple[str, float, int, int]
 """Name, value, time in ms, step."""
 
@@ -79,7 +81,7 @@ class Machine(threading.Thread):
             values = monitor.aggregate_metrics()
             monitor.clear_metrics()
             step = max(0, (now - self._start_ms) // 1000)
-            self._points += [(f"system/{name}", float(value), now, step) for name, value in values.items()]
+            self._points += [(f"{SYSTEM}{name}", float(value), now, step) for name, value in values.items()]
 
 
 def _monitors() -> list[BaseMetricsMonitor]:

@@ -85,7 +85,8 @@ class Tracker:
         tags |= {PARENT: parent} if parent else {}
         tags |= {TRIAL: trial} if trial else {}
         tags[KEY] = trial_key(parent, trial) if parent and trial else run_key(tracker.folder.parents[1])
-        tracker._put({"do": "start", "experiment": experiment, "name": name, "tags": tags, "time": _now()})
+        start = {"do": "start", "experiment": experiment, "name": name, "tags": tags, "time": _now()}
+        tracker._put(start | {"known": tracker._delivery.state.get("until", -1)})
         tracker._deliver()
         tracker.anew = before not in (None, tracker._delivery.state.get("run_id"))
         # Of a training that goes on: up to this step everything is sent, or will be.

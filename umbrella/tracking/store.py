@@ -55,7 +55,7 @@ def tracking_uri(storage: str | Path, uri: str = "") -> str:
 
 def short(error: BaseException) -> str:
     """What an error says, in one line of at most 300 characters without credentials."""
-    return masked(" ".join(str(error).split()))[:300]
+    return masked(" ".join(str(error)[:3000].split()))[:300]
 
 
 def is_local(uri: str) -> bool:

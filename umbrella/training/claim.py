@@ -24,25 +24,35 @@ def claimed(folder: Path) -> Iterator[None]:
     storage = folder.parent.parent
     check_writable(storage, f"resources.storage={storage}")
     path = folder.with_name(f".{folder.name}.lock")
-    with _locked(path) as file:
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # the storage was moved or is gone, or there are others beside it
-                if _is_still(file, path):
-                    path.unlink()
-                folder.parent.rmdir()
+    is_new = not path.parent.exists()
+    try:
+        with _locked(path) as file:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # the storage was moved or is gone
+                    if _is_still(file, path):
+                        path.unlink()
+    finally:
+        if is_new:
+            with suppress(OSError):  # there is something in it now
+                path.parent.rmdir()
 
 
 def _locked(path: Path) -> IO[str]:
     """The file, open and locked."""
     while True:
-        with suppress(FileNotFoundError):  # whoever leaves takes the empty folder along
+        with suppress(FileNotFoundError):  # whoever leaves may take the empty folder along
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-            if not lock(file):
+            try:
+                is_mine = lock(file)
+            except UserError:  # no locks here
+                path.unlink()
+                raise
+            if not is_mine:
                 with file:
                     file.seek(0)
                     whose = file.read().strip() or "another process"

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 
+from umbrella.data.audit import Hide
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.subjects import most_likely
 
@@ -13,14 +14,14 @@ SHOWN_AS = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"
 COLUMNS = ("task_id", "task_type", "target", "subject", "truth", "chosen", "right", "probabilities", "nll_per_token")
 
 
-def predictions_json(scored: Sequence[Prediction], count: int, hide: Callable[[str, Collection[str]], str]) -> str:
+def predictions_json(scored: Sequence[Prediction], count: int, hide: Hide) -> str:
     """A table of so many questions, of all of them by chance but the same in every run on the same data.
 
     ``probabilities`` are of the candidate answers; ``chosen`` is the most likely one, nothing where two are equally so.
     Questions without candidates (numbers) have ``nll_per_token`` alone: nats per token of the true answer.
 
     Args:
-        hide: (text, subject ids in it) to the text as it may be kept.
+        hide: applied to what names subjects.
     """
     drawn = sorted(scored, key=lambda s: hashlib.sha256(s.task_id.encode()).digest())[:count]
     rows = []

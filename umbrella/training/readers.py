@@ -14,6 +14,7 @@ from umbrella.data.masking import loss_weights
 from umbrella.data.pipeline import Plan
 from umbrella.data.rendering import Example
 from umbrella.model.embedder import ModalityEmbedder
+from umbrella.model.loading import embedders_of
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
 from umbrella.training.optimizer import rate_factor
@@ -112,11 +113,11 @@ def _model(acting: Acting, name: str, wanted: Any) -> Any:
 def _embedder(acting: Acting, name: str, wanted: str) -> Any:
     if acting.schedule.last_epoch:
         return UNSEEN  # its weights have moved
-    kinds = set()
-    for embedder in acting.model.embedder.by_modality.values():
+    kinds, known = set(), embedders_of(acting.settings.model)
+    for modality, embedder in acting.model.embedder.by_modality.items():
         assert isinstance(embedder, ModalityEmbedder)
         depth, height, width, *frames = embedder.patch
-        if depth * math.prod(frames) > 1:  # over which inflated weights are spread evenly
+        if modality not in known and depth * math.prod(frames) > 1:  # over which inflated weights are spread evenly
             kernels = whole(embedder.projection.weight).reshape(-1, depth, height * width, math.prod(frames))
             kinds.add("inflated" if torch.equal(kernels, kernels[:, :1, :, :1].expand_as(kernels)) else "random")
     return next((kind for kind in kinds if kind != wanted), wanted if kinds else UNSEEN)

@@ -3,7 +3,6 @@
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -62,9 +61,8 @@ class Reporter:
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited", **job.tags}
         self.tracker = open_run(job, self.device, tags)
         self.tracker.text(text, "statement.txt")
-        subjects = {subject for example in examples for subject in example.conversation.subjects}
-        hide = partial(self._hidden, subjects=subjects)
-        self.tracker.text(mask_page(rows, examples, renderer, settings.mask, read, hide), "mask_audit.html")
+        page = mask_page(rows, examples, renderer, settings.mask, read, self._hidden)
+        self.tracker.text(page, "mask_audit.html")
         self.tracker.watch_system()
         print(text, flush=True)
         self.live.say(FIRST)

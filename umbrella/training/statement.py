@@ -1,11 +1,11 @@
 """What a training says at its start: the loss, the mask, the tokens it sees, the weights that move."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.audit import Row, audit_html, is_weighted, pick, shown
+from umbrella.data.audit import Hide, Row, as_it_is, audit_html, is_weighted, pick, shown
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -37,7 +37,7 @@ def mask_page(
     renderer: Renderer,
     policy: MaskPolicy,
     read: str,
-    hide: Callable[[str], str] = str,
+    hide: Hide = as_it_is,
 ) -> str:
     """The audit of these examples as a page of HTML, with a few of them in full; see ``audit_html``."""
     notes = [f"Read from {read}."] + ([] if renderer.stops else [f"Note: {NEVER_STOPS}."])

@@ -181,9 +181,9 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
 
 
 def _nameless(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
-    """What ended a trial names samples and files; the report leaves the storage."""
+    """What a trial failed of names samples and files; the report leaves the storage."""
     subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
-    return [replace(trial, reason=hide(trial.reason, subjects, salt)) for trial in trials]
+    return [replace(t, reason=hide(t.reason, subjects, salt)) if t.failed else t for t in trials]
 
 
 def _stop(name: str) -> None:
