@@ -52,7 +52,9 @@ def links(mlflow_store: Callable[[Path], str], tmp_path_factory: pytest.TempPath
         for step in range(1, 31):
             trial.metrics({"train/loss": 3 / step, "train/lr": rate}, step)
             if step % 10 == 0:
-                trial.metrics({"eval/balanced_accuracy": best * step / 30, "eval/loss": 4 / step}, step)
+                last = {"eval/balanced_accuracy": 0.25, "eval/loss": 4 / step} if step == 30 else {}
+                now = {"eval/balanced_accuracy": best * step / 20, "eval/loss": 4 / step}
+                trial.metrics(last or now | {f"best/{name}": value for name, value in now.items()}, step)
                 trial.flush()
         trial.end(*ENDS.get((rate, mask), ()))
     parent.metrics({"best/eval/balanced_accuracy": 0.9375}, 0)
@@ -101,7 +103,7 @@ def test_the_compare_page_opens_with_the_metric_the_swept_settings_and_the_winne
     assert "Comparing 6 Runs" in text
     chosen, drawn = text.split("Parameters:")[1].split("Run details")[0].split("Clear All")
     assert chosen.split("Metrics:")[0].split() == ["mask.supervise", "optim.lr"]
-    assert chosen.split("Metrics:")[1].split() == ["eval/balanced_accuracy"]
+    assert chosen.split("Metrics:")[1].split() == ["best/eval/balanced_accuracy"]
     assert "0.93750" in drawn, "the winner's value, at the end of the axis"
     assert "lr=0.001 supervise=last_assistant" in text
 
@@ -111,7 +113,7 @@ def test_the_table_of_runs_opens_with_the_winner_first_what_was_swept_and_how_ea
 ) -> None:
     names = [f"lr={rate:g} supervise={mask}" for rate, mask in POINTS]
     text = seen(browser, links["runs, best first"], *names, "stopped by the scheduler", finished=5)
-    for column in ("eval/balanced_accuracy", "mask.supervise", "optim.lr", "umbrella.outcome"):
+    for column in ("best/eval/balanced_accuracy", "mask.supervise", "optim.lr", "umbrella.outcome"):
         assert column[:12] in text
     cells = [line.strip() for line in text.splitlines()]
     counts = {outcome: cells.count(outcome) for outcome in ("finished", "stopped by the scheduler", "failed")}

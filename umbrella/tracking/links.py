@@ -17,8 +17,9 @@ TRAINING = "workflowType=machine_learning"
 def pages(uri: str, experiment: str, page: str, metric: str, mode: str) -> dict[str, str]:
     """What to look at, in words, to its address: all runs, best first, and the newest sweep's trials side by side.
 
-    The table of runs gets columns for the metric, for whatever the newest sweep's trials differ in, and for how each
-    run ended: to MLflow's own sign a trial that the scheduler stopped and one that failed are alike.
+    The table of runs gets columns for the metric at each run's best evaluation, for whatever the newest sweep's trials
+    differ in, and for how each run ended: to MLflow's own sign a trial that the scheduler stopped and one that failed
+    are alike.
 
     Args:
         page: the address under which MLflow is served.
@@ -26,8 +27,8 @@ def pages(uri: str, experiment: str, page: str, metric: str, mode: str) -> dict[
     """
     client = MlflowClient(uri)
     trials = _newest_trials(client, experiment)
-    order = f"metrics.`{metric}`"
-    shown = list(dict.fromkeys([order, "metrics.`eval/loss`"]))
+    order = f"metrics.`best/{metric}`"
+    shown = list(dict.fromkeys([order, "metrics.`best/eval/loss`"]))
     swept = [f"params.`{name}`" for name in _differing(trials)]
     columns = [*shown, *swept, f"tags.`{OUTCOME}`", "attributes.`Duration`"]
     view = {"selectedColumns": columns, "orderByKey": order, "orderByAsc": mode == "min"}

@@ -154,7 +154,7 @@ class Tracker:
         if self._machine:
             pending += self._machine.taken()
             self._machine.may_write = True
-        # By name: MLflow's compare page opens with the metric that was written first, and eval/... is what decides.
+        # By name: MLflow's compare page opens with the metric that was written first, and best/... is what decides.
         if pending:
             self._put({"do": "metrics", "values": sorted(pending, key=lambda metric: metric[0])} | _until(until))
         if until >= 0:

@@ -96,11 +96,13 @@ class Reporter:
         self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Prediction]
     ) -> None:
         """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
-        self.tracker.metrics(measured, step)
-        self.tracker.flush()
-        self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         tracking, tune = self.job.settings.tracking, self.job.settings.tune
         good = goodness(measured, tune.metric, tune.mode)
+        # MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
+        best = {f"best/{n}": measured[n] for n in (tune.metric, "eval/loss") if n in measured and good > self._best}
+        self.tracker.metrics({**measured, **best}, step)
+        self.tracker.flush()
+        self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         if good > self._best:
             self._best = good
             if tracking.predictions:
