@@ -84,6 +84,8 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
         assert set(told["training"]["labels"]["sex"]) == {"female", "male"}
     assert {"device", "host", "ray.job", "umbrella.driver", "mlflow.source.git.commit"} <= good.data.tags.keys()
     assert good.data.tags["best.checkpoint"] == best.checkpoint
+    assert good.data.metrics["best/eval/balanced_accuracy"] == best.metric
+    assert good.data.metrics["best/eval/loss"] == best.loss
     table = json.loads(Path(client.download_artifacts(good.info.run_id, "predictions.json")).read_text())
     assert len(table["data"]) > 2
     rights = [row[table["columns"].index("right")] for row in table["data"]]

@@ -10,6 +10,7 @@ from umbrella.baseline.job import BaselineJob
 from umbrella.data.pipeline import Plan
 from umbrella.training.job import progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
+from umbrella.training.progress import as_best, best_so_far, goodness
 from umbrella.training.reporting import open_run
 
 
@@ -25,6 +26,8 @@ class Reporter:
         print(f"SFCN, {size} parameters, {net.blocks} blocks, for {job.target}\n{plan.in_words}", flush=True)
         self.live.say(FIRST)
         self._began: tuple[float, float] | None = None
+        self._tune = job.settings.tune
+        self._best = best_so_far(job.folder, self._tune.metric, self._tune.mode)
 
     def step(self, values: Mapping[str, float], place: Mapping[str, float]) -> None:
         """Note what a step did. ``place``: step, steps and epoch."""
@@ -41,7 +44,10 @@ class Reporter:
 
     def evaluation(self, shown: Mapping[str, float], measured: Mapping[str, float], place: Mapping[str, float]) -> None:
         """Write down an evaluation, and with it all steps before. ``shown``: with the values of the step."""
-        self.tracker.metrics(measured, int(place["step"]))
+        good = goodness(measured, self._tune.metric, self._tune.mode)
+        best = as_best(measured, self._tune.metric) if good > self._best else {}
+        self._best = max(self._best, good)
+        self.tracker.metrics({**measured, **best}, int(place["step"]))
         self.tracker.flush()
         self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         print(progress_line({**place, **shown}), flush=True)

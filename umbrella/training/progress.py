@@ -102,6 +102,20 @@ def goodness(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[floa
     return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
 
+def best_so_far(training: str | Path, metric: str, mode: str) -> tuple[float, float]:
+    """The ``goodness`` of a training's best checkpoint."""
+    best = best_checkpoint(training, metric, mode)
+    return goodness(read_metrics(best), metric, mode) if best else NOTHING
+
+
+def as_best(metrics: Mapping[str, float], metric: str) -> dict[str, float]:
+    """What else is logged of an evaluation that is the best so far.
+
+    MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
+    """
+    return {f"best/{name}": metrics[name] for name in (metric, "eval/loss") if name in metrics}
+
+
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:
     """What the evaluation at a checkpoint gave, by the metrics' names."""
     return json.loads((Path(checkpoint) / METRICS).read_text(encoding="utf-8"))

@@ -23,7 +23,15 @@ from umbrella.training.job import AnyJob, Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
-from umbrella.training.progress import NOTHING, Progress, best_checkpoint, checkpoint_folder, goodness, read_metrics
+from umbrella.training.progress import (
+    NOTHING,
+    Progress,
+    as_best,
+    best_checkpoint,
+    best_so_far,
+    checkpoint_folder,
+    goodness,
+)
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
@@ -36,8 +44,7 @@ class Reporter:
         self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
         self.live.say(BUILDING)
         self._first: tuple[float, float] | None = None
-        tune, best = job.settings.tune, best_checkpoint(job.folder, job.settings.tune.metric, job.settings.tune.mode)
-        self._best = goodness(read_metrics(best), tune.metric, tune.mode) if best else NOTHING
+        self._best = best_so_far(job.folder, job.settings.tune.metric, job.settings.tune.mode)
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(
@@ -98,8 +105,7 @@ class Reporter:
         """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
         tracking, tune = self.job.settings.tracking, self.job.settings.tune
         good = goodness(measured, tune.metric, tune.mode)
-        # MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
-        best = {f"best/{n}": measured[n] for n in (tune.metric, "eval/loss") if n in measured and good > self._best}
+        best = as_best(measured, tune.metric) if good > self._best else {}
         self.tracker.metrics({**measured, **best}, step)
         self.tracker.flush()
         self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
@@ -162,9 +168,12 @@ def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Trac
     tracker.text(job.settings.to_yaml(), "settings.yaml")
     tracker.text(environment_json(), "environment.json")
     if tracker.anew:
+        best, tune = NOTHING, job.settings.tune
         for row in read_history(job.folder):
             measured = {name: value for name, value in row.items() if "/" in name and is_metric(name)}
-            tracker.metrics(measured, row["step"])
+            good = goodness(row, tune.metric, tune.mode)
+            tracker.metrics(measured | (as_best(row, tune.metric) if good > best else {}), row["step"])
+            best = max(best, good)
         tracker.flush()
     return tracker
 
