@@ -10,7 +10,7 @@ from umbrella.baseline.job import BaselineJob
 from umbrella.data.pipeline import Plan
 from umbrella.training.job import progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
-from umbrella.training.progress import as_best, best_so_far, goodness
+from umbrella.training.progress import Best
 from umbrella.training.reporting import open_run
 
 
@@ -26,8 +26,7 @@ class Reporter:
         print(f"SFCN, {size} parameters, {net.blocks} blocks, for {job.target}\n{plan.in_words}", flush=True)
         self.live.say(FIRST)
         self._began: tuple[float, float] | None = None
-        self._tune = job.settings.tune
-        self._best = best_so_far(job.folder, self._tune.metric, self._tune.mode)
+        self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
 
     def step(self, values: Mapping[str, float], place: Mapping[str, float]) -> None:
         """Note what a step did. ``place``: step, steps and epoch."""
@@ -44,10 +43,7 @@ class Reporter:
 
     def evaluation(self, shown: Mapping[str, float], measured: Mapping[str, float], place: Mapping[str, float]) -> None:
         """Write down an evaluation, and with it all steps before. ``shown``: with the values of the step."""
-        good = goodness(measured, self._tune.metric, self._tune.mode)
-        best = as_best(measured, self._tune.metric) if good > self._best else {}
-        self._best = max(self._best, good)
-        self.tracker.metrics({**measured, **best}, int(place["step"]))
+        self.tracker.metrics({**measured, **self._best.news(measured)}, int(place["step"]))
         self.tracker.flush()
         self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         print(progress_line({**place, **shown}), flush=True)

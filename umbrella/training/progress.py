@@ -102,18 +102,31 @@ def goodness(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[floa
     return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
 
 
-def best_so_far(training: str | Path, metric: str, mode: str) -> tuple[float, float]:
-    """The ``goodness`` of a training's best checkpoint."""
-    best = best_checkpoint(training, metric, mode)
-    return goodness(read_metrics(best), metric, mode) if best else NOTHING
+class Best:
+    """The best evaluation so far, by its ``goodness``."""
 
+    def __init__(self, metric: str, mode: str) -> None:
+        self.metric, self.mode = metric, mode
+        self._good = NOTHING
 
-def as_best(metrics: Mapping[str, float], metric: str) -> dict[str, float]:
-    """What else is logged of an evaluation that is the best so far.
+    @classmethod
+    def of(cls, training: str | Path, metric: str, mode: str) -> "Best":
+        """That of a training's best checkpoint."""
+        best, checkpoint = cls(metric, mode), best_checkpoint(training, metric, mode)
+        if checkpoint:
+            best.news(read_metrics(checkpoint))
+        return best
 
-    MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
-    """
-    return {f"best/{name}": metrics[name] for name in (metric, "eval/loss") if name in metrics}
+    def news(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What else is logged of an evaluation that is better than all before; of another one nothing.
+
+        MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
+        """
+        good = goodness(metrics, self.metric, self.mode)
+        if good <= self._good:
+            return {}
+        self._good = good
+        return {f"best/{name}": metrics[name] for name in (self.metric, "eval/loss") if name in metrics}
 
 
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:

@@ -23,15 +23,7 @@ from umbrella.training.job import AnyJob, Job, progress_line
 from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
-from umbrella.training.progress import (
-    NOTHING,
-    Progress,
-    as_best,
-    best_checkpoint,
-    best_so_far,
-    checkpoint_folder,
-    goodness,
-)
+from umbrella.training.progress import Best, Progress, best_checkpoint, checkpoint_folder
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
@@ -44,7 +36,7 @@ class Reporter:
         self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
         self.live.say(BUILDING)
         self._first: tuple[float, float] | None = None
-        self._best = best_so_far(job.folder, job.settings.tune.metric, job.settings.tune.mode)
+        self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(
@@ -103,14 +95,11 @@ class Reporter:
         self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Prediction]
     ) -> None:
         """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
-        tracking, tune = self.job.settings.tracking, self.job.settings.tune
-        good = goodness(measured, tune.metric, tune.mode)
-        best = as_best(measured, tune.metric) if good > self._best else {}
+        tracking, best = self.job.settings.tracking, self._best.news(measured)
         self.tracker.metrics({**measured, **best}, step)
         self.tracker.flush()
         self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
-        if good > self._best:
-            self._best = good
+        if best:
             if tracking.predictions:
                 self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
                 self.tracker.tags(SHOWN_AS)
@@ -168,12 +157,10 @@ def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Trac
     tracker.text(job.settings.to_yaml(), "settings.yaml")
     tracker.text(environment_json(), "environment.json")
     if tracker.anew:
-        best, tune = NOTHING, job.settings.tune
+        best = Best(job.settings.tune.metric, job.settings.tune.mode)
         for row in read_history(job.folder):
             measured = {name: value for name, value in row.items() if "/" in name and is_metric(name)}
-            good = goodness(row, tune.metric, tune.mode)
-            tracker.metrics(measured | (as_best(row, tune.metric) if good > best else {}), row["step"])
-            best = max(best, good)
+            tracker.metrics(measured | best.news(row), row["step"])
         tracker.flush()
     return tracker
 
