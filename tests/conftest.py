@@ -332,6 +332,27 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], s
     return put
 
 
+@pytest.fixture
+def uri(mlflow_store: Callable[[Path], str], tmp_path: Path) -> str:
+    """The address of this test's own store."""
+    return mlflow_store(tmp_path)
+
+
+@pytest.fixture
+def experiment(uri: str, tmp_path: Path) -> str:
+    """An experiment in it."""
+    from umbrella.tracking.store import open_experiment
+
+    return open_experiment(uri, "x", tmp_path)
+
+
+@pytest.fixture
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from umbrella.volumes.store import VolumeStore

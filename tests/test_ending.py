@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from umbrella.tracking.delivery import OUTCOME
 from umbrella.tracking.drivers import announce, driver_id, gone
 from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.runs import DRIVER, Tracker
-from umbrella.tracking.store import open_experiment
 
 SCRIPT = """
 import sys, time
@@ -29,16 +27,6 @@ tracker._put({"do": "metrics", "values": [["train/loss", 2.0, 5, 2]], "until": 2
 print("running", flush=True)
 time.sleep(600)
 """  # noqa: E501
-
-
-@pytest.fixture
-def uri(mlflow_store: Callable[[Path], str], tmp_path: Path) -> str:
-    return mlflow_store(tmp_path)
-
-
-@pytest.fixture
-def experiment(uri: str, tmp_path: Path) -> str:
-    return open_experiment(uri, "x", tmp_path)
 
 
 def test_runs_of_a_script_that_was_killed_become_killed_and_all_others_stay(
