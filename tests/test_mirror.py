@@ -124,7 +124,7 @@ def test_of_two_that_begin_the_same_new_name_the_second_is_refused_before_the_fi
 ) -> None:
     monkeypatch.setattr(ownership, "SILENT", 30.0)  # it gives a sign much sooner
     with mirrored(resources(tmp_path / "one", address), tmp_path / "one" / FIRST, all_of):
-        until(lambda: SharedStore(address).sizes(FIRST))
+        until(lambda: is_written(address))
         with pytest.raises(UserError, match=r"is being copied there from .*; stop it there"):
             Mirror(resources(tmp_path / "two", address), tmp_path / "two" / FIRST).open(all_of)
     assert not list(tmp_path.glob("*/trainings"))
@@ -164,6 +164,12 @@ def test_one_that_is_taken_over_in_the_midst_of_a_round_changes_nothing_more_and
     assert "tried again" not in said
     contents = [SharedStore(address).read(f"{FIRST}/{name}") for name in ("a.txt", "b.txt")]
     assert contents.count(b"") >= 1, "no change but the one that hung, at most"
+
+
+def is_written(address: str) -> bool:
+    """Whether there are files and all of them have content: a store may show a file before it has any."""
+    sizes = SharedStore(address).sizes(FIRST)
+    return bool(sizes) and all(sizes.values())
 
 
 def until(true: Callable[[], Any]) -> None:

@@ -79,6 +79,7 @@ def readable(moved: list[Path]) -> None:
         array.replace(array.with_suffix(".npy"))
 
 
+@pytest.mark.ci
 def test_a_worker_killed_and_one_that_raises_are_started_again_and_what_all_attempts_meet_ends_it_in_one_line(
     small_settings: Callable[..., Any], never_stopped: tuple[list, list]
 ) -> None:
@@ -114,6 +115,7 @@ def read_step(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+@pytest.mark.ci
 def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the_command_is_given_again(
     small_settings: Callable[..., Any],
     never_stopped: tuple[list, list],

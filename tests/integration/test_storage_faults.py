@@ -50,6 +50,7 @@ def steps_of(storage: Path) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
+@pytest.mark.ci
 def test_a_disk_that_checkpoints_fill_ends_the_training_at_once_and_with_more_room_it_goes_on(
     train: Callable[..., Any], small_disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
