@@ -92,6 +92,7 @@ def test_a_new_range_replaces_the_one_before_it_and_does_not_mix_with_it(tmp_pat
         ("batch_size", "did you mean train.batch_size?"),
         ("optm.lr", "did you mean optim?"),
         ("optim.lr.peak", "optim.lr.peak: there is no such setting"),
+        ("evaluate.length_normalised", "there is no such setting; it was removed: candidates are compared"),
         ("cohort.xyzzy", "there are cohort.subjects, cohort.seed"),
         ("modalities.sMRI.patches", "did you mean modalities.sMRI.patch?"),
     ],

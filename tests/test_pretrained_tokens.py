@@ -5,10 +5,13 @@ import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from math import exp
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,9 +19,11 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
+from umbrella.data.collator import Collator
 from umbrella.data.parts import MARK
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.tokenizer import CHATML, TEMPLATES, load_tokenizer
+from umbrella.evaluation.scoring import score
 
 # Processors of LLaVAs want lists of items: images are written first, then texts.
 WITH_ITEMS = {
@@ -363,6 +368,26 @@ def test_a_prompt_is_what_stands_before_any_answer(
         assert example.input_ids[:length].tolist() == prompt.input_ids.tolist()
         blank = renderer.tokenizer.convert_ids_to_tokens(example.input_ids[length:first].tolist())
         assert blank in ([], ["▁"], ["Ġ"]) if answer == "63.5" else not blank
+
+
+def test_candidates_that_differ_in_the_token_before_the_answer_are_compared_there(
+    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], store: Any
+) -> None:
+    renderer = renderers["llama", "llava 1.5"]  # "▁male" is one token; "▁" before "4" belongs to the header
+    label = {"subject_label": "male", "target": "answer"}
+    asked = talk(("user", "Sex or age?"), ("assistant", "male"), metadata=label)
+
+    class ByToken(torch.nn.Module):
+        def forward(self, input_ids: Any, loss_weights: Any, **others: Any) -> Any:
+            return SimpleNamespace(token_nll=torch.where(loss_weights != 0, nats[input_ids], 0))
+
+    nats = torch.full((len(renderer.tokenizer),), 9.0)
+    nats[renderer.tokenizer.convert_tokens_to_ids(["▁male", "▁"])] = torch.tensor([0.1, 2.0])
+    collator = Collator(renderer, store)
+    [scored] = score(ByToken(), [asked], renderer, collator, {"answer": {"male": "male", "4": "4"}})
+    assert scored.probabilities == pytest.approx({"male": 1 / (1 + exp(-1.9)), "4": 1 / (1 + exp(1.9))}, abs=1e-5)
+    (male,) = (span for span in renderer.render(asked).spans if (span.turn, span.kind) == (1, "text"))
+    assert scored.answer_tokens >= male.stop - male.start, "the header is no part of the answer's loss"
 
 
 def test_the_tokens_that_end_an_answer_are_the_templates_and_the_end_of_a_text(

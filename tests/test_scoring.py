@@ -1,6 +1,5 @@
 """Scores of answers: likelihoods of whole texts under the model, not the finding of words in other words."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from umbrella.data.batching import Batch, collate
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.scoring import check_candidates, find_candidates, score
+from umbrella.evaluation.scoring import check_candidates, find_branchings, find_candidates, score
 from umbrella.modality import Modality
 
 Talk = Callable[..., Conversation]
@@ -62,7 +61,7 @@ def test_a_label_that_the_training_data_never_say_is_named(talk: Talk) -> None:
         check_candidates([said(talk, "CN.", "CN", "diagnosis")], candidates)
 
 
-def test_a_candidate_is_as_likely_as_its_tokens_are_in_the_full_logits(
+def test_candidates_share_what_is_likely_where_their_tokens_branch(
     build: Callable[..., Any],
     cohort: dict[str, Conversation],
     renderer: Renderer,
@@ -71,33 +70,84 @@ def test_a_candidate_is_as_likely_as_its_tokens_are_in_the_full_logits(
 ) -> None:
     model = build().eval()
     two = cohort["two"]
-    by_hand = {}
+    logits, answer = {}, {}
     for label, text in SEX["T2"].items():
         example = renderer.render(two, text)
         batch = collate([example], MaskPolicy(supervise="all"), store, renderer.image_id, 0)
         with torch.no_grad():
-            logits = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits[0]
-        answer = len(text) + 2  # a token per letter, <|im_end|> and the line break
-        targets = batch.input_ids[0, -answer:, None]
-        by_hand[label] = logits[-answer - 1 : -1].log_softmax(-1).gather(1, targets).double().sum()
+            full = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits[0]
+        tokens = len(text) + 2  # a token per letter, <|im_end|> and the line break
+        logits[label], answer[label] = full[-tokens - 1 : -1].double(), batch.input_ids[0, -tokens:]
+    nll = -logits["male"].log_softmax(-1).gather(1, answer["male"][:, None]).sum()
+    first = logits["male"][0, [answer["female"][0], answer["male"][0]]]  # "f" or "m"
 
     [_, scored, number] = scores(model, [cohort["none"], two, cohort["three"]], SEX)
-    assert (scored.answer_nll, scored.answer_tokens) == (pytest.approx(-by_hand["male"].item(), abs=1e-4), 7)
-    expected = torch.stack([by_hand["female"], by_hand["male"]]).softmax(0).tolist()
+    assert (scored.answer_nll, scored.answer_tokens) == (pytest.approx(nll.item(), abs=1e-4), 7)
     assert list(scored.probabilities) == ["female", "male"]
-    assert list(scored.probabilities.values()) == pytest.approx(expected, abs=1e-4)
-    assert sum(scored.probabilities.values()) == pytest.approx(1, abs=1e-9)
+    assert list(scored.probabilities.values()) == pytest.approx(first.softmax(0).tolist(), abs=1e-5)
     assert (scored.subject_id, scored.label, scored.target) == ("a", "male", "T2")
     untold, _, _ = scores(model, [two, cohort["none"], cohort["three"]], SEX, truth=False)
     assert untold.probabilities == pytest.approx(scored.probabilities)
-    assert (untold.truth, untold.answer_nll, untold.answer_tokens) == ("", None, 0), "what stands there is not read"
-    shorter = {"T2": {"male": "m", "female": "female."}}
-    (per_text,), (per_token,) = (scores(model, [two], shorter, length_normalised=yes) for yes in (False, True))
-    ratio = [one.probabilities["male"] / one.probabilities["female"] for one in (per_text, per_token)]
-    long, short = -by_hand["female"].item(), -torch.tensor(ratio[0]).log().item() - by_hand["female"].item()
-    assert ratio[1] == pytest.approx(math.exp(long / 9 - short / 3), rel=1e-3)  # with the end and the line break
+    assert (untold.truth, untold.answer_nll, untold.answer_tokens) == ("", None, 0), "the last answer is not read"
     # A number has no candidates, and is still as likely as its own text: "63.5" and the end.
     assert (number.probabilities, number.answer_tokens) == ({}, 6)
+
+    # "m" ends where "ma" goes on: "f" or "m", and then the end of the turn or "a".
+    nested = {"T2": {"m": "m", "ma": "ma", "female": "female."}}
+    [among] = scores(model, [two], nested)
+    second = logits["male"][1, [answer["male"][-2], answer["male"][1]]].softmax(0).tolist()
+    female, m = first.softmax(0).tolist()
+    expected = {"m": m * second[0], "ma": m * second[1], "female": female}
+    assert among.probabilities == pytest.approx(expected, abs=1e-5)
+    assert sum(among.probabilities.values()) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "branchings"),
+    [
+        ({}, []),
+        ({4: [1, 2]}, []),
+        ({0: [1, 2, 9], 1: [1, 3, 9]}, [(1, [[0], [1]])]),
+        ({0: [1, 2], 1: [1, 2]}, []),
+        ({0: [1], 1: [1, 2]}, []),
+        (
+            {7: [1, 2, 9], 8: [1, 2, 3, 9], 9: [4], 6: [1, 5]},
+            [(0, [[7, 8, 6], [9]]), (1, [[7, 8], [6]]), (2, [[7], [8]])],
+        ),
+    ],
+)
+def test_branchings_are_where_tokens_differ_after_the_same_beginning(sequences: Any, branchings: Any) -> None:
+    assert find_branchings(sequences) == branchings
+
+
+@pytest.mark.parametrize("taught", ["yes.", "there is no sign of it in this image as far as one can tell."])
+def test_a_long_answer_that_is_hardly_learnt_is_as_likely_as_it_is_generated(
+    build: Callable[..., Any],
+    cohort: dict[str, Conversation],
+    renderer: Renderer,
+    scores: Callable[..., list[Prediction]],
+    store: Any,
+    tokenizer: Any,
+    taught: str,
+) -> None:
+    model = build()
+    batch = collate([renderer.render(cohort["two"], taught)], MaskPolicy(), store, renderer.image_id, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(**batch.model_inputs()).token_nll.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    answers = {"yes": "yes.", "no": "there is no sign of it in this image as far as one can tell."}
+    [scored] = scores(model.eval(), [cohort["two"]], {"T2": answers})
+    prompt = renderer.prompt(cohort["two"])
+    asked = collate([prompt], MaskPolicy(), store, renderer.image_id, 0)
+    with torch.no_grad():
+        next_token = model(asked.input_ids, asked.attention_mask, asked.pixel_values).logits[0, -1].softmax(-1)
+    yes, there = next_token[tokenizer.convert_tokens_to_ids(["y", "t"])].tolist()
+    assert scored.probabilities == pytest.approx({"yes": yes / (yes + there), "no": there / (yes + there)}, abs=1e-5)
+    label = next(label for label, text in answers.items() if text == taught)
+    assert scored.probabilities[label] > 0.5
+    assert model(**batch.model_inputs()).token_nll.sum() > 10, "it is hardly learnt"
 
 
 @pytest.mark.parametrize("taught", ["female", "male"])

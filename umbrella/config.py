@@ -27,6 +27,10 @@ from umbrella.tuning.settings import TuneSettings
 SPACE = "tune.space."
 SETTINGS = "settings.yaml"
 """The file of a checkpoint that says with what settings it was trained."""
+REMOVED = {
+    "evaluate.length_normalised": "candidates are compared where their tokens differ, whatever their lengths; leave it out",  # noqa: E501
+}
+"""Settings of earlier versions, and what to do instead."""
 
 
 class Settings(Section):
@@ -165,7 +169,8 @@ def _validate(raw: dict[str, Any]) -> Settings:
         for issue in error.errors():
             name = ".".join(str(part) for part in issue["loc"])
             if issue["type"] == "extra_forbidden":
-                problems.append(f"{name}: there is no such setting{_nearest(name)}")
+                hint = f"; it was removed: {REMOVED[name]}" if name in REMOVED else _nearest(name)
+                problems.append(f"{name}: there is no such setting{hint}")
             elif issue["type"] == "missing":
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:

@@ -14,7 +14,7 @@ from umbrella.data.loading import Intake, Progress, read_input
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 
-DECIDES = ("generate", "max_new_tokens", "length_normalised", "candidates")
+DECIDES = ("generate", "max_new_tokens", "candidates")
 """Settings of ``evaluate`` that decide what an answer is."""
 WEIGHED = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """Files of a checkpoint that do."""

@@ -162,7 +162,6 @@ class Answerer:
             "candidates": candidates,
             "numbers": numbers,
             "truth": truth,
-            "length_normalised": evaluate.length_normalised,
             "max_new_tokens": evaluate.max_new_tokens if evaluate.generate else 0,
         }
         self.fault = ""

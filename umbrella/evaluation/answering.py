@@ -143,9 +143,9 @@ class Umbrella:
     def score(
         self, volumes: Paths, question: str, answers: Sequence[str], modality: Modalities = None
     ) -> dict[str, float]:
-        """How likely each of these answers is, as evaluations in training score them: they add up to 1.
+        """The probability of each of these answers among them; they add up to 1.
 
-        That is the softmax of the log likelihoods of the whole texts with their end of turn, whatever their lengths.
+        Evaluations in trainings, sweeps and reports use the same: see ``scoring.score``.
 
         Raises:
             UserError: as ``answer``; no answers.
@@ -164,13 +164,12 @@ class Umbrella:
         numbers: Collection[str] = (),
         *,
         truth: bool = True,
-        length_normalised: bool = False,
         max_new_tokens: int = 0,
     ) -> list[Prediction]:
         """One batch, answered in both ways: how likely candidates are, and what the model itself says.
 
         Args:
-            candidates: target to label to answer text, see ``scoring.score``; so are ``truth``, ``length_normalised``.
+            candidates: target to label to answer text, see ``scoring.score``; so is ``truth``.
             numbers: targets whose labels are numbers, which are looked for in the model's own words.
             max_new_tokens: of the model's own words; 0: none are asked for.
 
@@ -188,7 +187,6 @@ class Umbrella:
                 candidates,
                 self.model.device,
                 truth=truth,
-                length_normalised=length_normalised,
             )
         if not max_new_tokens:
             return found

@@ -1,8 +1,9 @@
-"""Score answers by their likelihood under the model: which of a task's candidate answers does it find most likely?"""
+"""Score answers by their likelihood under the model: which of a task's candidates is the most likely?"""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import nn
@@ -64,17 +65,20 @@ def score(
     device: torch.device | str = "cpu",
     *,
     truth: bool = True,
-    length_normalised: bool = False,
 ) -> list[Prediction]:
     """Score each conversation's last answer: the true text and, for classes, every candidate text in its place.
 
-    A candidate's score is the log likelihood of its text and end of turn, given all before; probabilities are their
-    softmax. Texts are scored in one forward pass, each as a row of its own.
+    Candidates are compared where they differ. Their token sequences, with the end of turn, form a tree. At each
+    branching the model's next-token distribution is renormalised over the tokens that continue a candidate, and a
+    candidate's probability is the product along its path. Tokens that follow the last branching of a path do not
+    count, so a long answer has no disadvantage against a short one. Each text is a row of one forward pass.
 
     Args:
-        truth: what stands in the last answer is the truth, and its label tells whether there are classes. False: it is
-            not looked at, and candidates of its target are scored whether or not there is a label.
-        length_normalised: a score is that log likelihood per token.
+        truth: whether the last answer is the truth, and its label tells whether there are classes. If False, the last
+            answer is ignored, and the candidates of the target are scored with or without a label.
+
+    Returns:
+        One prediction per conversation, in order.
     """
     options = [_options(c, candidates, truth) for c in conversations]
     texts = [
@@ -84,21 +88,66 @@ def score(
     examples = [renderer.render(c, text) for c, row in zip(conversations, texts, strict=True) for text in row]
     if not examples:
         return [Prediction.of(c, truth) for c in conversations]
-    batch = collate(examples, ANSWER_ONLY).to(device)
-    nll = model(**batch.model_inputs()).token_nll.sum(1).tolist()
-    tokens = batch.loss_weights[:, 1:].count_nonzero(1).tolist()
-    measured = iter(zip(nll, tokens, strict=True))
+    batch = collate(examples, ANSWER_ONLY)
+    answer_tokens = batch.loss_weights != 0
+    row = count()
+    rows = [{text: next(row) for text in row_texts} for row_texts in texts]
+    choices = [[of_text[text] for text in of.values()] for of_text, of in zip(rows, options, strict=True)]
+    branchings = [find_branchings({i: examples[i].input_ids.tolist() for i in choice}) for choice in choices]
+    for position, branches in (branching for of_one in branchings for branching in of_one):
+        # A tokenizer may join the end of the turn's header with the first letter of one candidate and not of another.
+        batch.loss_weights[[branch[0] for branch in branches], position] = 1
+    token_nll = model(**batch.to(device).model_inputs()).token_nll.cpu()
+    nll = torch.where(answer_tokens, token_nll, 0).sum(1).tolist()
+    tokens = answer_tokens[:, 1:].count_nonzero(1).tolist()
     scored = []
-    for conversation, row, of in zip(conversations, texts, options, strict=True):
-        by_text = {text: next(measured) for text in row}
-        scores = [-by_text[text][0] / (by_text[text][1] if length_normalised else 1) for text in of.values()]
-        likely = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0).tolist()
-        found = replace(Prediction.of(conversation, truth), probabilities=dict(zip(of, likely, strict=True)))
+    for i, (conversation, of) in enumerate(zip(conversations, options, strict=True)):
+        probabilities = _probabilities(choices[i], branchings[i], token_nll)
+        found = replace(Prediction.of(conversation, truth), probabilities=dict(zip(of, probabilities, strict=True)))
         if truth:
-            answer_nll, answer_tokens = by_text[conversation.answer]
-            found = replace(found, answer_nll=answer_nll, answer_tokens=answer_tokens)
+            true = rows[i][conversation.answer]
+            found = replace(found, answer_nll=nll[true], answer_tokens=tokens[true])
         scored.append(found)
     return scored
+
+
+Branching = tuple[int, list[list[int]]]
+"""A position, and the sequences that meet there, grouped by their token at it: two groups or more."""
+
+
+def find_branchings(sequences: Mapping[int, Sequence[int]]) -> list[Branching]:
+    """Find where token sequences branch.
+
+    Args:
+        sequences: number of each sequence to its tokens.
+
+    Returns:
+        The branchings of the tree of the sequences. A sequence that ends where others go on takes no part in that one.
+    """
+    found: list[Branching] = []
+    open_groups = [(0, list(sequences))]
+    while open_groups:
+        position, members = open_groups.pop()
+        branches: dict[int, list[int]] = defaultdict(list)
+        for i in members:
+            if position < len(sequences[i]):
+                branches[sequences[i][position]].append(i)
+        if len(branches) > 1:
+            found.append((position, list(branches.values())))
+        open_groups += [(position + 1, branch) for branch in branches.values() if len(branch) > 1]
+    return found
+
+
+def _probabilities(choice: Sequence[int], branchings: Sequence[Branching], token_nll: torch.Tensor) -> list[float]:
+    """The probability of each row of ``choice``; ``token_nll`` (B, L) has the nats of the tokens at the branchings."""
+    log_probability = dict.fromkeys(choice, 0.0)
+    for position, branches in branchings:
+        nats = token_nll[[branch[0] for branch in branches], position].double()
+        for branch, value in zip(branches, (-nats).log_softmax(0).tolist(), strict=True):
+            for i in branch:
+                log_probability[i] += value
+    # They add up to one already, unless two candidates are the same tokens.
+    return torch.tensor([log_probability[i] for i in choice], dtype=torch.float64).softmax(0).tolist()
 
 
 def _options(conversation: Conversation, candidates: Candidates, truth: bool) -> Mapping[str, str]:

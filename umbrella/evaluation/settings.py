@@ -22,8 +22,6 @@ class EvaluateSettings(Section):
     """Also let the model answer in its own words; without it, only the likelihood of candidate answers is measured."""
     max_new_tokens: int = Field(32, ge=1)
     """An answer that has not ended by then is cut off."""
-    length_normalised: bool = False
-    """Candidates are compared by log likelihood per token instead of by that of the whole text."""
     candidates: dict[str, dict[str, str]] = Field({})
     """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: each label's most frequent text in the training data; for predict.py: none."""  # noqa: E501
     controls: list[Literal["shuffled", "text_only"]] = Field(["shuffled", "text_only"])
