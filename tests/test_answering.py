@@ -47,8 +47,18 @@ def test_a_checkpoint_says_what_it_was_taught_alone_side_by_side_and_in_a_conver
     assert model.ask([s2, d], "", modality=["sMRI", "dMRI"]) == "Seen."
 
 
-def test_answers_end_at_the_end_of_a_turn_or_at_max_new_tokens(model: Umbrella, said: list[Conversation]) -> None:
+def test_answers_end_at_the_end_of_a_turn_or_are_cut_at_a_limit_and_counted(
+    model: Umbrella, said: list[Conversation], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert model.answer(said[:1], max_new_tokens=2) == ["ma"]
+    assert capsys.readouterr().err.startswith("note: 1 of 1 generated answers were cut before they ended; raise")
+    assert model.answer(said[:1], max_new_tokens=6) == ["male."]
+    assert [one.cut for one in model.predict(said, {}, max_new_tokens=6)] == [False, True, True]
+    monkeypatch.setattr(model.model.config, "longest_answer", 13)
+    assert [one.cut for one in model.predict(said, {}, max_new_tokens=None)] == [False, False, True]
+    monkeypatch.setattr(model.model.config, "longest_answer", 10**6)
+    assert model.max_new_tokens == 1024
+    assert capsys.readouterr().err == ""
     drawn = {model.ask([], "Who?", do_sample=True, temperature=50.0, max_new_tokens=8) for _ in range(3)}
     assert len(drawn) > 1
 
@@ -71,6 +81,7 @@ def test_differently_long_prompts_are_answered_side_by_side_as_one_by_one(
     lengths = [len(prompt.input_ids) for prompt in prompts]
     assert max(lengths) > 2 * min(lengths)
     together = generate(model, prompts, renderer, collate, max_new_tokens=12)
+    assert all(answer.cut for answer in together)
     alone = [generate(model, [prompt], renderer, collate, max_new_tokens=12)[0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) == 3
@@ -191,7 +202,7 @@ def test_a_modality_is_told_by_the_axes_or_named(model: Umbrella, said: list[Con
     assert [item.modality for item in model.items([s2, d], ["sMRI", "dMRI"])] == ["sMRI", "dMRI"]
     with pytest.raises(UserError, match=r"s2\.nii: has 3 axes and may be dMRI or sMRI; name its modality: "):
         model.ask(s2, "?")
-    with pytest.raises(UserError, match="modality='CT': this model knows dMRI, fMRI, sMRI"):
+    with pytest.raises(UserError, match="modality='CT': this model was trained on dMRI, fMRI, sMRI"):
         model.ask(s2, "?", modality="CT")
     with pytest.raises(UserError, match="1 names for 2 volumes"):
         model.ask([s2, d], "?", modality=["sMRI"])
@@ -231,3 +242,18 @@ def test_what_cannot_be_answered_is_one_clear_line(model: Umbrella, learnt: Path
     with pytest.raises(UserError):
         chat.ask("?", tmp_path / "none.nii")
     assert [turn.role for turn in chat.turns] == ["system"]
+
+
+def test_a_checkpoint_answers_about_the_modalities_that_it_was_trained_on(
+    build: Callable[..., Any], save_model: Callable[..., Path], cohort: dict[str, Conversation], tmp_path: Path
+) -> None:
+    s1, dmri = cohort["two"].volumes[1].image_path, cohort["three"].volumes[1].image_path
+    trained = build()
+    trained.config.trained_modalities = ["sMRI"]
+    model = Umbrella.from_checkpoint(save_model(tmp_path / "training", trained), device="cpu")
+    assert list(model.modalities) == ["sMRI"]
+    assert [item.modality for item in model.items([s1])] == ["sMRI"]
+    with pytest.raises(UserError, match="modality='dMRI': this model was trained on sMRI"):
+        model.ask(dmri, "What is this?", modality="dMRI")
+    model.save_pretrained(tmp_path / "saved")
+    assert list(Umbrella.from_checkpoint(tmp_path / "saved", device="cpu").modalities) == ["sMRI"]

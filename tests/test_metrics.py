@@ -2,7 +2,7 @@
 
 import pytest
 
-from umbrella.evaluation.metrics import metric_names, summarise
+from umbrella.evaluation.metrics import metric_names, notes_on, summarise
 from umbrella.evaluation.prediction import Prediction
 
 
@@ -62,6 +62,19 @@ def test_targets_are_averaged_and_the_loss_is_per_token() -> None:
         "test/sex/accuracy": 1.0,
         "test/balanced_accuracy": 0.75,
     }
+
+
+def test_generated_answers_that_are_cut_or_differ_from_the_scored_ones_are_reported() -> None:
+    sure = {"female": 0.2, "male": 0.8}
+    agree = [Prediction("t", "T1", "a", "sex", "male", "male.", text="male.", said="male", probabilities=sure)] * 9
+    [differs] = [Prediction("t", "T1", "a", "sex", "male", "male.", text="", cut=True, probabilities=sure)]
+    [number] = [Prediction("t", "T1", "a", "age", 40, "40.", text="40.", said=40.0)]
+    [silent] = [Prediction("t", "T1", "a", "sex", "male", "male.", probabilities=sure)]
+    assert notes_on([*agree, number, silent]) == []
+    cut = "1 of 11 generated answers were cut before they ended; raise evaluate.max_new_tokens"
+    assert notes_on([*agree, differs, number, silent]) == [cut], "one of ten is no more than a tenth"
+    _, note = notes_on([*agree[1:], differs, number])
+    assert note.startswith("sex: in 1 of 9 conversations the generated answer is not the candidate with the highest")
 
 
 def test_without_classes_there_is_only_the_loss() -> None:

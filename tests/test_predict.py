@@ -59,7 +59,7 @@ def test_a_conversation_goes_on_line_by_line_with_volumes_that_are_added(
     done = chat(f"/add '{f2}' fMRI\nHi\nAnd this?\n\nNever asked\n")
     assert (done.status, len(done.stdout.splitlines())) == (0, 2)
     assert chat("/add /none.nii\nHi\n") == (2, "", "error: /none.nii does not exist\n")
-    assert chat(f"/add {f2} CT\nHi\n").stderr.startswith("error: modality='CT': this model knows")
+    assert chat(f"/add {f2} CT\nHi\n").stderr.startswith("error: modality='CT': this model was trained on")
     assert chat("/sub a.nii\n").stderr.startswith("error: /sub a.nii: write /add FILE")
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_asked_is_one_line_and_status_2(
     cases: list[tuple[Callable[[], Done], str]] = [
         (lambda: ask("/none.nii", "--ask", "?"), "/none.nii does not exist"),
         (lambda: ask(s2, "--ask", "?"), f"{s2}: has 3 axes and may be dMRI or sMRI; name its modality: "),
-        (lambda: ask(s2, "--ask", "?", "--modality", "CT"), "modality='CT': this model knows dMRI, fMRI, sMRI"),
+        (lambda: ask(s2, "--ask", "?", "--modality", "CT"), "modality='CT': this model was trained on dMRI, fMRI, sMRI"),
         (lambda: ask(s2), "there is no question; give --ask "),
         (lambda: ask("--chat", "--ask", "?"), "--ask and --chat cannot go together; give "),
         (lambda: ask(s2, f"data.input={none}"), f"{s2}: does not go with data.input"),

@@ -159,6 +159,7 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
         nothing = np.zeros(0)
         data = {"data.fingerprint": fingerprint}
         tables = {"train": None, "validation": None, "train_lengths": nothing, "validation_lengths": nothing}
+        tables |= {"modalities": ["sMRI"], "longest_answer": 9}
         folder = str(tmp_path / "mine")
         check_same(Job(settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder))
 

@@ -104,6 +104,15 @@ def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -
     assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
 
 
+def test_a_checkpoint_knows_its_modalities_and_its_longest_answer(ended: Ended, run: Callable[..., Any]) -> None:
+    config = json.loads((ended.checkpoint / "config.json").read_text())
+    assert sorted(config["umbrella_modalities"]) == ["dMRI", "fMRI", "sMRI"]
+    assert (config["trained_modalities"], config["longest_answer"]) == (["sMRI"], len("female.") + 2)
+    scan = next((ended.checkpoint.parent.parent.parent).glob("phantom-*/**/*.nii.gz"))
+    done = run("predict.py", str(scan), f"checkpoint={ended.checkpoint}", "--ask", "Sex?", "--modality", "dMRI")
+    assert (done.status, done.stderr) == (2, "error: modality='dMRI': this model was trained on sMRI\n")
+
+
 @pytest.mark.slow
 def test_on_the_default_cohort_other_subjects_volumes_bring_the_score_to_chance(tmp_path: Path) -> None:
     sweeps_winner = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}

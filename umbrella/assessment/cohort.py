@@ -1,6 +1,7 @@
 """The questions of ``data.input``, answered into one file by a checkpoint, however often that is stopped."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
         Stopped: SIGTERM came.
     """
     from umbrella.assessment.stream import stream
+    from umbrella.evaluation.metrics import notes_on
+    from umbrella.evaluation.prediction import read_predictions
     from umbrella.evaluation.scoring import find_numbers
     from umbrella.training.cluster import join
 
@@ -96,6 +99,8 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
                 left, cohort.checkpoint, settings, candidates, numbers, truth=False, progress=progress
             ):
                 file.write(predictions)
+    for note in notes_on(read_predictions(path)):
+        print(f"note: {note}", file=sys.stderr)
     return splits
 
 

@@ -12,7 +12,7 @@ from umbrella.evaluation.answering import Umbrella
 HELP = """Ask, a line each. /add FILE [MODALITY] shows a volume with the next question; an empty line or Ctrl-D ends."""
 
 
-def converse(model: Umbrella, shown: Sequence[ImageItem], max_new_tokens: int) -> None:
+def converse(model: Umbrella, shown: Sequence[ImageItem], max_new_tokens: int | None) -> None:
     """Answer lines of standard input until an empty one or its end; the first question is about the volumes ``shown``.
 
     At a terminal, what is wrong is said and the conversation goes on. From a pipe nobody could put it right:

@@ -22,6 +22,7 @@ from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
+from umbrella.evaluation.metrics import notes_on
 from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.tables import tabulate
@@ -69,7 +70,7 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
         where = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
         facts = {**questions.facts, "processes": f"{told.workers} on {where}"}
         facts |= {"seconds": round(time.monotonic() - began)}
-        notes = [*questions.notes, *notes]
+        notes = [*questions.notes, *notes, *notes_on(predictions[AS_ASKED])]
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         assessment = Assessment(settings, settings.checkpoint, told.split, predictions, groups, facts, notes)

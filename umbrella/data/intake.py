@@ -42,6 +42,8 @@ class Splits:
     """The JSON Lines file that lists them."""
     lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Split to its conversations' ``Example.bucket_length``, (size,) each."""
+    longest_answer: int = 0
+    """Tokens of the longest assistant turn of the training split, see ``Example.longest_answer``."""
 
     @property
     def fingerprint(self) -> str:
@@ -112,8 +114,8 @@ def settle_all(
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
     check_volumes(intake, settings, progress, shapes)
-    lengths = measure(intake, settings, progress, masks, shapes)
-    return replace(settle(intake, settings), lengths=lengths)
+    lengths, longest_answer = measure(intake, settings, progress, masks, shapes)
+    return replace(settle(intake, settings), lengths=lengths, longest_answer=longest_answer)
 
 
 def open_store(settings: "Settings") -> VolumeStore:
@@ -195,11 +197,14 @@ def measure(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
-) -> dict[str, np.ndarray]:
-    """Render every conversation, set aside what cannot be used, and give ``Splits.lengths``, of the first shape.
+) -> tuple[dict[str, np.ndarray], int]:
+    """Render every conversation, and set aside what cannot be used.
 
     Set aside is what is too long or cannot be rendered, and in the training split what one of the masks, as in
     ``load_splits``, leaves without a target: it would cost a place in every epoch and teach nothing.
+
+    Returns:
+        ``Splits.lengths``, of the first shape, and ``Splits.longest_answer``, over all shapes.
     """
     from umbrella.data.masking import loss_weights
     from umbrella.data.rendering import load_renderer
@@ -212,6 +217,7 @@ def measure(
     everything = [(name, c) for name, conversations in intake.splits.items() for c in conversations]
     lengths: dict[str, list[int]] = {name: [] for name in intake.splits}
     reasons = {}
+    longest_answer = 0
     for name, conversation in progress(everything, "rendering conversations"):
         try:
             examples = [renderer.render(conversation) for renderer in renderers]
@@ -224,8 +230,10 @@ def measure(
             reasons[name, conversation.task_id] = [("conversations", _no_target(policy)) for policy in blind]
         else:
             lengths[name].append(example.bucket_length)
+            if name == "train":
+                longest_answer = max(longest_answer, *(e.longest_answer for e in examples))
     intake.set_aside(reasons)
-    return {name: np.array(of_split, np.int32) for name, of_split in lengths.items()}
+    return {name: np.array(of_split, np.int32) for name, of_split in lengths.items()}, longest_answer
 
 
 def _no_target(policy: MaskPolicy) -> str:

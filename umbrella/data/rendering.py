@@ -5,6 +5,7 @@ are tokenized together, as a pretrained model has seen them: a token may begin i
 "▁male" does after "ASSISTANT: ", and belongs to the part that it ends in.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,6 +47,15 @@ class Example:
     conversation: Conversation
     input_ids: np.ndarray
     spans: tuple[Span, ...]
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest assistant turn, with its end of turn and without its header."""
+        lengths: Counter[int] = Counter()
+        for span in self.spans:
+            if span.role == "assistant" and span.kind != "header":
+                lengths[span.turn] += span.stop - span.start
+        return max(lengths.values(), default=0)
 
     @property
     def bucket_length(self) -> int:

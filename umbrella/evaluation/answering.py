@@ -1,5 +1,6 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,26 +15,21 @@ from umbrella.conversations.images import volume_file
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
-from umbrella.evaluation.chat import (
-    MAX_NEW_TOKENS,
-    Chat,
-    Modalities,
-    Paths,
-    as_conversation,
-    assistant_turn,
-    user_turn,
-)
+from umbrella.evaluation.chat import Chat, Modalities, Paths, as_conversation, assistant_turn, user_turn
 from umbrella.evaluation.extraction import said
-from umbrella.evaluation.generation import generate
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.generation import Generated, generate
+from umbrella.evaluation.prediction import Prediction, cut_note
 from umbrella.evaluation.scoring import Candidates, score
 from umbrella.evaluation.trained import settings_of
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
 from umbrella.volumes.decoded import DecodedVolumes
 from umbrella.volumes.reading import count_axes
 from umbrella.volumes.store import VolumeStore
+
+UNKNOWN_LENGTH, MOST_TOKENS = 64, 1024
+"""Default limits of a generated answer in tokens: where the longest training answer is not known, and in any case."""
 
 
 class Umbrella:
@@ -78,7 +74,8 @@ class Umbrella:
         settings = settings_of(folder, dtype)
         renderer = load_renderer(settings)
         modalities = settings.modalities
-        model = build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
+        embedded = UmbrellaConfig.from_pretrained(folder).modalities
+        model = build_model(settings.model, embedded, len(renderer.tokenizer), renderer.image_id)
         where = _on_device(model, device)
         voxels = settings.data.max_voxels
         if isinstance(store, str | Path):
@@ -88,15 +85,20 @@ class Umbrella:
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
-        """The kinds of volumes that the model knows."""
+        """The modalities that the model was trained on."""
         return self.settings.modalities
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Default limit of an answer: the tokens of the longest answer in the training data, at most 1024."""
+        return min(self.model.config.longest_answer or UNKNOWN_LENGTH, MOST_TOKENS)
 
     def ask(
         self,
         volumes: Paths,
         question: str,
         modality: Modalities = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> str:
         """One question about volumes, which stand before it, to the answer's text. Same as ``chat().ask``."""
@@ -113,25 +115,35 @@ class Umbrella:
     def answer(
         self,
         conversations: Sequence[Conversation],
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         batch_size: int = 8,
         **options: Any,
     ) -> list[str]:
         """The last assistant turn of each conversation in the model's words; what stands there is not looked at.
 
-        The likeliest token follows the other, unless ``options`` of transformers' ``generate`` say otherwise.
+        The likeliest token follows the other, unless ``options`` of transformers' ``generate`` say otherwise. How many
+        answers reached the limit before they ended is printed.
 
         Args:
+            max_new_tokens: limit of an answer; ``Umbrella.max_new_tokens`` when None.
             batch_size: conversations that are answered side by side. Answers do not depend on it.
 
         Raises:
             UserError: a volume that cannot be used, or of an unknown modality; what cannot be rendered.
         """
+        answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size, **options)
+        if note := cut_note(sum(answer.cut for answer in answers), len(answers)):
+            print(f"note: {note}", file=sys.stderr)
+        return [answer.text for answer in answers]
+
+    def _generate(
+        self, conversations: Sequence[Conversation], max_new_tokens: int, batch_size: int, **options: Any
+    ) -> list[Generated]:
         prompts = []
         for conversation in conversations:
             self._check_volumes(conversation)
             prompts.append(self.renderer.prompt(conversation))
-        answers: list[str] = []
+        answers: list[Generated] = []
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             with self._autocast():
@@ -164,14 +176,14 @@ class Umbrella:
         numbers: Collection[str] = (),
         *,
         truth: bool = True,
-        max_new_tokens: int = 0,
+        max_new_tokens: int | None = 0,
     ) -> list[Prediction]:
         """One batch, answered in both ways: how likely candidates are, and what the model itself says.
 
         Args:
             candidates: target to label to answer text, see ``scoring.score``; so is ``truth``.
             numbers: targets whose labels are numbers, which are looked for in the model's own words.
-            max_new_tokens: of the model's own words; 0: none are asked for.
+            max_new_tokens: limit of the model's own words; None: as ``answer``; 0: none are generated.
 
         Raises:
             UserError: as ``answer``.
@@ -188,12 +200,17 @@ class Umbrella:
                 self.model.device,
                 truth=truth,
             )
-        if not max_new_tokens:
+        if max_new_tokens == 0:
             return found
-        texts = self.answer(conversations, max_new_tokens, batch_size=len(conversations))
+        answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size=len(conversations))
         return [
-            replace(one, text=text, said=said(text, candidates.get(one.target, {}), one.target in numbers))
-            for one, text in zip(found, texts, strict=True)
+            replace(
+                one,
+                text=answer.text,
+                cut=answer.cut,
+                said=said(answer.text, candidates.get(one.target, {}), one.target in numbers),
+            )
+            for one, answer in zip(found, answers, strict=True)
         ]
 
     def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
@@ -242,7 +259,7 @@ class Umbrella:
 
     def _check_modality(self, name: str) -> str:
         if name not in self.modalities:
-            raise UserError(f"modality={name!r}: this model knows {', '.join(self.modalities)}")
+            raise UserError(f"modality={name!r}: this model was trained on {', '.join(self.modalities) or 'text only'}")
         return name
 
     def _check_volumes(self, conversation: Conversation) -> None:

@@ -9,8 +9,6 @@ from umbrella.conversations.conversation import Conversation, ImageItem, TextIte
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella
 
-MAX_NEW_TOKENS = 64
-
 Paths = str | Path | Sequence[str | Path]
 """One file, or several in the order in which they are shown."""
 Modalities = str | Sequence[str] | None
@@ -30,7 +28,7 @@ class Chat:
         question: str,
         volumes: Paths = (),
         modality: Modalities = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> str:
         """The answer's text. Volumes, if any, stand before the question; a question that fails was not asked.

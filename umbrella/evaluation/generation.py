@@ -1,7 +1,7 @@
 """Answers in the model's own words: a batch of prompts, each continued up to its end of turn."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,6 +9,15 @@ from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.scoring import ANSWER_ONLY
+
+
+class Generated(NamedTuple):
+    """A generated answer."""
+
+    text: str
+    """Without special tokens and without blanks around it."""
+    cut: bool
+    """Whether it reached the limit of tokens before it ended."""
 
 
 @torch.no_grad()
@@ -20,7 +29,7 @@ def generate(
     device: torch.device | str = "cpu",
     max_new_tokens: int = 64,
     **options: Any,
-) -> list[str]:
+) -> list[Generated]:
     """Answer a batch of prompts, each as if it were alone: the likeliest token after the other, unless told otherwise.
 
     Args:
@@ -28,9 +37,6 @@ def generate(
         prompts: as ``Renderer.prompt`` gives them.
         max_new_tokens: an answer that has not ended by then is cut off.
         options: of transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
-
-    Returns:
-        Texts without special tokens and without blanks around them.
     """
     batch = collate(prompts, ANSWER_ONLY).to(device)
     length, stops = batch.input_ids.shape[1], renderer.stop_ids()
@@ -43,7 +49,7 @@ def generate(
         pad_token_id=renderer.tokenizer.pad_token_id or 0,
         **{"do_sample": False} | options,
     )[:, length:].tolist()
-    return [_text(row, set(stops), renderer) for row in new]
+    return [_answer(row, set(stops), renderer) for row in new]
 
 
 def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -53,7 +59,7 @@ def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     return tokens.gather(1, places % length)
 
 
-def _text(new: list[int], stops: set[int], renderer: Renderer) -> str:
+def _answer(new: list[int], stops: set[int], renderer: Renderer) -> Generated:
     end = next((i for i, token in enumerate(new) if token in stops), len(new))
     text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.strip()
+    return Generated(text.strip(), cut=end == len(new))

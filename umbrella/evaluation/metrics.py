@@ -6,8 +6,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from umbrella.evaluation.classes import balanced_accuracy, codes, confusion
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.prediction import Prediction, cut_note
 from umbrella.evaluation.subjects import Answer, mean_probability, most_likely
+
+DISAGREEING = 0.1
+"""Share of a target's conversations in which scored and generated answers may differ before it is reported."""
 
 
 def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
@@ -45,3 +48,20 @@ def summarise(scored: Iterable[Prediction], prefix: str = "eval") -> dict[str, f
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
     return metrics
+
+
+def notes_on(predictions: Iterable[Prediction]) -> list[str]:
+    """Sentences on generated answers that were cut, and on targets where they disagree with the scored ones."""
+    generated = [p for p in predictions if p.text is not None]
+    notes = [cut_note(sum(p.cut for p in generated), len(generated))]
+    by_target: dict[str, list[bool]] = defaultdict(list)
+    for p in generated:
+        if p.probabilities:
+            by_target[p.target].append(p.said != most_likely(p.probabilities))
+    for target, differs in sorted(by_target.items()):
+        if sum(differs) > DISAGREEING * len(differs):
+            notes.append(
+                f"{target}: in {sum(differs)} of {len(differs)} conversations the generated answer is not the candidate"
+                " with the highest probability; train longer, or compare both in the predictions"
+            )
+    return [note for note in notes if note]

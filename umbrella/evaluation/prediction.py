@@ -38,6 +38,8 @@ class Prediction:
     answer_tokens: int = 0
     text: str | None = None
     """The answer in the model's own words; None: none was asked for."""
+    cut: bool = False
+    """Whether ``text`` reached ``evaluate.max_new_tokens`` before the model ended it."""
     said: str | float | None = None
     """The label or number found in ``text``; None: it fits none (invalid), or the answer is free text."""
     subjects: tuple[str, ...] = ()
@@ -73,6 +75,13 @@ class Prediction:
         raw = json.loads(line)
         tuples = {"volumes": tuple(map(tuple, raw["volumes"])), "subjects": tuple(raw.get("subjects", ()))}
         return cls(**raw | tuples)
+
+
+def cut_note(cut: int, answers: int) -> str:
+    """Say how many generated answers were cut; empty if none was."""
+    if not cut:
+        return ""
+    return f"{cut} of {answers} generated answers were cut before they ended; raise evaluate.max_new_tokens"
 
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:

@@ -20,8 +20,8 @@ class EvaluateSettings(Section):
     """Processes that each hold the model and answer batches; resources.cpus_per_worker and .gpus_per_worker are of one."""  # noqa: E501
     generate: bool = True
     """Also let the model answer in its own words; without it, only the likelihood of candidate answers is measured."""
-    max_new_tokens: int = Field(32, ge=1)
-    """An answer that has not ended by then is cut off."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Tokens after which a generated answer is cut. None: those of the longest answer in the training data, at most 1024."""  # noqa: E501
     candidates: dict[str, dict[str, str]] = Field({})
     """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: each label's most frequent text in the training data; for predict.py: none."""  # noqa: E501
     controls: list[Literal["shuffled", "text_only"]] = Field(["shuffled", "text_only"])

@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def settings_of(folder: Path, dtype: str | None) -> Settings:
-    """The settings that a checkpoint was trained with, with the model and the modalities that lie in it now."""
+    """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
     steps = sorted(path.name for path in folder.glob("step_*"))
@@ -33,4 +33,4 @@ def settings_of(folder: Path, dtype: str | None) -> Settings:
     trained = load_settings([folder / SETTINGS] if (folder / SETTINGS).is_file() else [])
     model = {"checkpoint": str(folder), "chat_template": "", "embedder_init": "random", "attention": "sdpa"}
     changes = {"model": trained.model.model_copy(update=model | ({"dtype": dtype} if dtype else {}))}
-    return trained.model_copy(update=changes | {"modalities": UmbrellaConfig.from_pretrained(folder).modalities})
+    return trained.model_copy(update=changes | {"modalities": UmbrellaConfig.from_pretrained(folder).known_modalities})

@@ -28,16 +28,30 @@ BASE = "base.json"
 
 
 class UmbrellaConfig(LlavaConfig):
-    """A LLaVA configuration and ``umbrella_modalities``: name to grid and patch."""
+    """A LLaVA configuration, the modalities that the model has an embedder for, and what it was trained on.
+
+    Args:
+        umbrella_modalities: name to grid and patch of each modality.
+        trained_modalities: names of the modalities that occur in the training data; None where this is not recorded.
+        longest_answer: tokens of the longest assistant turn in the training data, with its end of turn.
+    """
 
     model_type = "umbrella_llava"
 
     umbrella_modalities: dict[str, Any] | None = None
+    trained_modalities: list[str] | None = None
+    longest_answer: int | None = None
 
     @property
     def modalities(self) -> dict[str, Modality]:
         """The modalities as their own type."""
         return {name: Modality.model_validate(raw) for name, raw in (self.umbrella_modalities or {}).items()}
+
+    @property
+    def known_modalities(self) -> dict[str, Modality]:
+        """The modalities that the model was trained on; all of its modalities where this is not recorded."""
+        trained = self.trained_modalities
+        return {name: m for name, m in self.modalities.items() if trained is None or name in trained}
 
 
 @dataclass

@@ -42,7 +42,7 @@ SIGNATURE = ModelSignature(
         ]
     ),
     outputs=Schema([ColSpec(DataType.string, "answer")]),
-    params=ParamSchema([ParamSpec(TOKENS, DataType.long, 64)]),
+    params=ParamSchema([ParamSpec(TOKENS, DataType.long, 0)]),
 )
 EXAMPLE = [{"volumes": ["scan.nii.gz"], "question": "What does this scan show?"}]
 """Shows the form. It names no file that there is, and nobody's."""
@@ -69,7 +69,7 @@ class AnsweringModel(PythonModel):
 
         Args:
             model_input: a row for each record. MLflow makes it of what it is given: a DataFrame, records, or JSON.
-            params: ``max_new_tokens``.
+            params: ``max_new_tokens``, see ``Umbrella.answer``; 0 stands for its default.
         """
         asked = []
         for record in model_input.to_dict("records"):

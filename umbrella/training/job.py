@@ -73,6 +73,10 @@ class Job(AnyJob):
     validation_lengths: np.ndarray
     candidates: Mapping[str, Mapping[str, str]]
     """See ``evaluation.scoring.Candidates``."""
+    modalities: Sequence[str]
+    """Names of the modalities that occur in the training split."""
+    longest_answer: int
+    """See ``data.intake.Splits.longest_answer``."""
     swept: Mapping[str, Any] = field(default_factory=dict)
     """Of a trial, its point: names of settings to the values that Ray Tune was given."""
     leg: int = 0

@@ -100,6 +100,8 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         train_lengths=splits.lengths["train"],
         validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train),
+        modalities=sorted({volume.modality for c in splits.train for volume in c.volumes}),
+        longest_answer=splits.longest_answer,
         data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking | {"driver": driver_id()},
         folder=folder,

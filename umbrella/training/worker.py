@@ -82,6 +82,9 @@ class Worker:
         self.model = build_model(
             self.settings.model, self.settings.modalities, len(self.renderer.tokenizer), self.renderer.image_id
         )
+        config = self.model.config
+        config.trained_modalities = sorted({*(config.trained_modalities or ()), *job.modalities})
+        config.longest_answer = job.longest_answer
         apply_options(self.model, self.settings.train)
         self.parallel = parallelise(self.model, self.settings.train, self.device, workers)
         self.parts = parts(self.model)
