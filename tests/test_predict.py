@@ -93,7 +93,10 @@ def test_what_cannot_be_asked_is_one_line_and_status_2(
     cases: list[tuple[Callable[[], Done], str]] = [
         (lambda: ask("/none.nii", "--ask", "?"), "/none.nii does not exist"),
         (lambda: ask(s2, "--ask", "?"), f"{s2}: has 3 axes and may be dMRI or sMRI; name its modality: "),
-        (lambda: ask(s2, "--ask", "?", "--modality", "CT"), "modality='CT': this model was trained on dMRI, fMRI, sMRI"),
+        (
+            lambda: ask(s2, "--ask", "?", "--modality", "CT"),
+            "modality='CT': this model was trained on dMRI, fMRI, sMRI",
+        ),
         (lambda: ask(s2), "there is no question; give --ask "),
         (lambda: ask("--chat", "--ask", "?"), "--ask and --chat cannot go together; give "),
         (lambda: ask(s2, f"data.input={none}"), f"{s2}: does not go with data.input"),
