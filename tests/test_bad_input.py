@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from bad_input.dataset import SERIES, Break, packed, sample, write_good
+from bad_input.dataset import BRAIN, SERIES, Break, nii, packed, sample, write_good
 from bad_input.files import FILES
 from bad_input.samples import SAMPLES
 from bad_input.splits import SETTINGS, SPLITS
@@ -81,6 +82,7 @@ def test_bad_input_ends_in_one_clear_line_and_status_2(
 def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_ones(run: Run, tmp_path: Path) -> None:
     def spoil(folder: Path) -> None:
         (folder / "text.nii").write_text("no image")
+        (folder / "sheared.nii").write_bytes(nii(BRAIN, np.array([[1, 1e38, 0, 0], *np.eye(4)[1:]])))
         packed(SERIES[..., :5])(folder)  # that of the last validation sample
         long = sample("h", "a.nii")["conversations"]
         long[0]["content"][1]["text"] *= 100
@@ -90,6 +92,7 @@ def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_
             sample("a", "a.nii"),
             sample("g", "nowhere.nii") | {"task_type": 3},
             sample("h", "a.nii") | {"conversations": long},
+            sample("i", "sheared.nii"),
         ]
         with (folder / "train.jsonl").open("a") as file:
             file.write("\n{not JSON\n" + "\n".join(map(json.dumps, written)))
@@ -99,10 +102,10 @@ def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_
     assert (done.status, done.stderr) == (0, "")
     assert "samples:        train 2, validation 1" in done.stdout
     [quarantine] = (tmp_path / "runs").glob("quarantine-*.jsonl")
-    assert f"7 samples, see {quarantine}" in done.stdout
+    assert f"8 samples, see {quarantine}" in done.stdout
     entries = [json.loads(line) for line in quarantine.read_text().replace(f"{tmp_path}/data/", "").splitlines()]
     reasons = {entry["where"]: [reason.split(";")[0] for reason in entry["reasons"]] for entry in entries}
-    unreadable = 'cannot be read as an image: ImageFileError: Cannot work out file type of "text.nii"'
+    unreadable = "cannot be read as an image: ValueError: it is in no format that nibabel knows"
     assert reasons == {
         "train.jsonl:3": ["not JSON: Expecting property name enclosed in double quotes, column 2"],
         "train.jsonl:4": [f"image_path: text.nii: {unreadable}"],
@@ -110,6 +113,7 @@ def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_
         "train.jsonl:6": ["task_id: a/sex is already used at train.jsonl:1"],
         "train.jsonl:7": ["task_type: must be a text, not 3", "image_path: nowhere.nii does not exist"],
         "train.jsonl:8": ["conversations: becomes 429 tokens, more than data.max_tokens=200"],
+        "train.jsonl:9": ["image_path: sheared.nii: its affine does not say where the axes point"],
         "validation.jsonl:2": [
             "image_path: d.nii.gz: has 5 frames, and a window of 6 frames at frame_stride 1 needs 6",
         ],

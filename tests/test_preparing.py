@@ -129,7 +129,9 @@ def test_a_recipe_is_of_what_decides_the_array_and_not_of_windows_or_patches() -
         {"fit": "spacing", "spacing": 2.0},
         {"intensity": "percentiles"},
         {"background": 1},
+        {"nan": "background"},
     ]
     mine = recipe(Modality(**base))
+    assert "nan" not in mine  # nor was it in the recipes of older stores
     assert all(recipe(Modality(**base | change)) == mine for change in same)
     assert all(recipe(Modality(**base | change)) != mine for change in other)

@@ -25,6 +25,8 @@ class Modality(Section):
     """Percentiles of all voxels that become 0 and 1, for ``intensity: percentiles``; what lies beyond is clipped."""
     background: float = 0.0
     """The value outside the head: padding has it, and the foreground is what differs from it."""
+    nan: Literal["refuse", "background"] = "refuse"
+    """What happens to a volume with NaN or infinite voxels: it is refused, or these voxels become ``background``."""
     frame_stride: int = Field(1, ge=1)
     """Frames from one frame of a window to its next."""
     window_stride: int = Field(1, ge=1)

@@ -66,7 +66,8 @@ def packed(voxels: np.ndarray) -> Break:
 
 
 def header(place: int, form: str, *values: float) -> Break:
-    """b.nii with other values at a byte of its header: 40 dim, 70 datatype, 112 slope, 296 the affine's second row."""
+    """b.nii with other values at a byte of its header: 40 dim, 70 datatype, 112 slope, 252 qform_code and
+    sform_code, 284 the affine's first shear, 296 its second row."""
     content = bytearray(nii(BRAIN))
     struct.pack_into("<" + form, content, place, *values)
     return file("b.nii", bytes(content))

@@ -41,7 +41,11 @@ VOLUMES = [
     case("packed, cut short", file("d.nii.gz", PACKED[:-20]), D_UNREADABLE),
     case("packed after it was cut short", file("d.nii.gz", pack(nii(SERIES)[:500])), D_UNREADABLE),
     case("packed, a wrong checksum", file("d.nii.gz", PACKED[:-8] + bytes(4) + PACKED[-4:]), D_UNREADABLE),
-    case("not packed", file("d.nii.gz", nii(SERIES)), D_UNREADABLE),
+    case(
+        "not packed",
+        file("d.nii.gz", nii(SERIES)),
+        f"{D_NII}cannot be read as an image: its name ends with .gz, and its content is not compressed; take .gz ...",
+    ),
     case("of an unknown type", header(70, "h", 9999), B_UNREADABLE),
     case(
         "three axes for a series",
@@ -108,7 +112,7 @@ VOLUMES = [
     case(
         "colours",
         file("b.nii", nii(np.zeros((5, 4, 4), [(colour, "u1") for colour in "RGB"]))),
-        f"{B_NII}holds [('R', 'u1'), ...] voxels, and a volume has one real number per voxel; convert the file",
+        f"{B_NII}is a colour image, and a volume has one number per voxel; convert it to grey values",
     ),
     case(
         "absurd sizes",
@@ -123,6 +127,11 @@ VOLUMES = [
     case(
         "a singular affine",
         header(296, "4f", 0, 0, 0, 0),
+        f"{B_NII}its affine does not say where the axes point; write a proper one into the header",
+    ),
+    case(
+        "an affine with a huge shear",
+        header(284, "f", 1e38),
         f"{B_NII}its affine does not say where the axes point; write a proper one into the header",
     ),
 ]

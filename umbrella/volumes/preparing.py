@@ -21,9 +21,9 @@ SMALLEST, LARGEST = 1e-14, 1e14
 
 def recipe(modality: Modality) -> dict[str, Any]:
     """What decides the array that ``prepare`` makes of a volume; windows and patches do not."""
-    decides = {"fit", "spacing", "intensity", "background"} | (
-        {"percentiles"} if modality.intensity == "percentiles" else set()
-    )
+    decides = {"fit", "spacing", "intensity", "background"}
+    decides |= {"percentiles"} if modality.intensity == "percentiles" else set()
+    decides |= {"nan"} if modality.nan != "refuse" else set()  # recipes of older stores are without it
     grid = {"grid": list(modality.grid[:3]), "series": modality.is_series, "version": VERSION}
     return grid | modality.model_dump(mode="json", include=decides)
 

@@ -261,7 +261,8 @@ def decode(
     Raises:
         UserError: the volume cannot be used; names the file.
     """
-    raw = read_volume(source, len(target.grid), max_voxels)
+    fill = target.background if target.nan == "background" else None
+    raw = read_volume(source, len(target.grid), max_voxels, fill)
     try:
         if target.is_series:
             num_windows(raw.voxels.shape[3], target)
