@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_input.dataset import BRAIN, SERIES, Break, nii, packed, sample, write_good
+from bad_input.dataset import BRAIN, SERIES, Break, header, nii, packed, sample, write_good
 from bad_input.files import FILES
 from bad_input.samples import SAMPLES
 from bad_input.splits import SETTINGS, SPLITS
@@ -119,3 +119,15 @@ def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_
         ],
     }
     assert all(entry["sample"] for entry in entries)
+
+
+def test_a_header_without_directions_is_a_note_and_a_flag_also_when_the_volume_is_in_the_store(
+    run: Run, tmp_path: Path
+) -> None:
+    assumed = "orientation assumed: qform_code and sform_code are 0 in the header"
+    for change in (header(252, "2h", 0, 0), lambda folder: None):
+        done = run(change)
+        assert (done.status, done.stderr) == (0, f"note: 1 volume, first b.nii: {assumed}\n")
+        assert "b.nii,sMRI,1,train,b,5; 4; 4,1.0; 1.0; 1.0,LAS" in (tmp_path / "runs/report/volumes.csv").read_text()
+        assert assumed in (tmp_path / "runs/report/volumes.csv").read_text()
+        assert f'<span class="flag">{assumed}</span>' in (tmp_path / "runs/report/index.html").read_text()

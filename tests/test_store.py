@@ -18,7 +18,7 @@ from umbrella.modality import Modality
 from umbrella.volumes import store as store_module
 from umbrella.volumes.housekeeping import holdings, prune
 from umbrella.volumes.preparing import prepare
-from umbrella.volumes.reading import RawVolume
+from umbrella.volumes.reading import RawVolume, content_id
 from umbrella.volumes.store import VolumeStore
 
 LIMIT = 2**31
@@ -170,6 +170,35 @@ def test_what_was_seen_of_a_volume_is_kept_beside_its_array(tmp_path: Path) -> N
     assert (facts.shape, facts.spacing, facts.orientation, facts.dtype) == ((4, 4, 4), (2, 1, 1.5), "LAS", "int16")
     assert (facts.minimum, facts.maximum, facts.mean, facts.foreground) == (0, 30, 10, 0.5)
     assert facts.deviation == pytest.approx(np.std([0, 0, 10, 30]))
+
+
+def test_a_store_of_an_older_version_keeps_all_arrays_but_those_that_are_read_otherwise_now(
+    tmp_path: Path, brain: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, micron = save(tmp_path / "usual.nii", brain), tmp_path / "micron.nii"
+    image = nib.Nifti1Image(brain, np.diag([2000, 2000, 2000, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, micron)
+    made = {}
+    for path in (usual, micron):
+        open_store(tmp_path).get(path, "sMRI")
+        made[path] = open_store(tmp_path).path(path, "sMRI")
+        # Older records have no notes, and name an array by the content of the file alone.
+        [record] = [r for r in (tmp_path / "store/sources").iterdir() if str(path) in r.read_text()]
+        older = json.loads(record.read_text())
+        older["content"] = content_id(path)
+        del older["notes"]
+        record.write_text(json.dumps(older))
+    made[micron].rename(made[micron].with_stem(content_id(micron)))
+    store = open_store(tmp_path)
+    assert store.get(micron, "sMRI").shape == (4, 4, 4)
+    assert made[micron].exists()
+    assert store.notes(micron) == ("the unit in the header is micrometres, converted to millimetres",)
+    monkeypatch.setattr(store_module, "read_volume", None)  # neither decoded nor read again
+    monkeypatch.setattr(store_module, "content_id", None)
+    store.get(usual, "sMRI")
+    assert (store.path(usual, "sMRI"), store.notes(usual)) == (made[usual], ())
+    assert open_store(tmp_path).holds(usual, "sMRI")
 
 
 def fill(folder: Path, paths: list[Path]) -> list[bytes]:

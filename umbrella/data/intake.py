@@ -149,6 +149,7 @@ def check_volumes(
 ) -> None:
     """Bring every volume into the store; conversations about a volume that cannot be used are set aside.
 
+    What is unusual in the headers of the others becomes a notice of the intake, one for each kind with a count.
     The nodes of a cluster that this process has joined do so, after each was asked whether it sees what it needs.
 
     Args:
@@ -160,7 +161,13 @@ def check_volumes(
     open_store(settings)  # it makes its folder
     check_nodes(shared_folders(settings), _some_volumes(intake))
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
-        _decode(intake, open_store(shape), settings.data.processes, progress)
+        store = open_store(shape)
+        _decode(intake, store, settings.data.processes, progress)
+    noted: dict[str, list[str]] = {}
+    for path in sorted({v.image_path for cs in intake.splits.values() for c in cs for v in c.volumes}):
+        for note in store.notes(path):
+            noted.setdefault(note, []).append(path)
+    intake.notices += [f"{counted(len(paths), 'volume')}, first {paths[0]}: {note}" for note, paths in noted.items()]
 
 
 def _decode(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:

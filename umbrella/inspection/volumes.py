@@ -34,7 +34,7 @@ class VolumeRow:
     facts: Facts | None
     """None where the store has none."""
     flags: tuple[str, ...] = ()
-    """In what it is unlike the other volumes of its modality."""
+    """What is unusual in its header, and in what it is unlike the other volumes of its modality."""
 
 
 def survey(intake: Intake, store: VolumeStore, progress: Progress) -> list[VolumeRow]:
@@ -59,6 +59,7 @@ def survey(intake: Intake, store: VolumeStore, progress: Progress) -> list[Volum
             # A comparison shows two subjects, and does not say which volume is whose: whoever is always there is.
             subjects=tuple(sorted(set.intersection(*used_by) or set.union(*used_by))),
             facts=_known(store.facts, path, modality),
+            flags=_known(lambda path, _: store.notes(path), path, modality) or (),
         )
         rows.append(row)
     names = {row.modality for row in rows}
@@ -67,7 +68,7 @@ def survey(intake: Intake, store: VolumeStore, progress: Progress) -> list[Volum
 
 
 def flag(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
-    """The same volumes of one modality, with what is unlike the others in each."""
+    """The same volumes of one modality, with what is unlike the others added to the flags of each."""
     rows = list(rows)
     facts = [row.facts for row in rows if row.facts]
     flags: list[list[str]] = [[] for _ in facts]
@@ -80,7 +81,7 @@ def flag(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
         for own, score in zip(flags, scores, strict=True):
             own += [f"{name} {score:+.1f} σ"] if abs(score) > FAR else []
     found = iter(flags)
-    return [replace(row, flags=tuple(next(found))) if row.facts else row for row in rows]
+    return [replace(row, flags=(*row.flags, *next(found))) if row.facts else row for row in rows]
 
 
 def robust_z(values: Sequence[float]) -> np.ndarray:

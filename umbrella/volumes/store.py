@@ -1,6 +1,6 @@
 """The volume store: one fp16 array per volume and recipe, mapped or read, shared by every epoch, trial and worker.
 
-    <folder>/sources/<key of the path>.json    path, size and time of a file, and the name of its content
+    <folder>/sources/<key of the path>.json    path, size and time of a file, the name of its content, and its notes
     <folder>/<recipe>/recipe.json              what is done to the volumes of this folder
     <folder>/<recipe>/<content>.npy            the array
     <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``Facts``
@@ -25,7 +25,7 @@ from umbrella.modality import Modality
 from umbrella.shared_store import SharedStore
 from umbrella.volumes.files import READERS, file_stamp, map_array, read_header, read_json, write_whole
 from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
-from umbrella.volumes.reading import RawVolume, content_id, read_volume
+from umbrella.volumes.reading import RawVolume, content_id, header_notes, read_volume
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 
@@ -71,7 +71,7 @@ class VolumeStore:
         self.folder, self.behind = Path(folder), behind
         self.modalities = modalities
         self.max_voxels = max_voxels
-        self._contents: dict[str, tuple[tuple[int, int], str]] = {}
+        self._seen: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {}
         self._recipes: dict[str, Path] = {}
         self._there: dict[str, set[str]] = {}
         (self.folder / "sources").mkdir(parents=True, exist_ok=True)
@@ -124,10 +124,11 @@ class VolumeStore:
         Of the store behind, names are looked at, once: an array that was cut short there is found in its use.
         """
         source = os.path.abspath(source)
-        content = self._known(source, file_stamp(source))
-        if content is None:
+        stamp = file_stamp(source)
+        record = self._known(source, stamp)
+        if "notes" not in record:
             return False
-        self._contents[source] = (file_stamp(source), content)
+        self._seen[source] = (stamp, record["content"], tuple(record["notes"]))
         return self._find(source, modality) is not None or self._is_behind(self.path(source, modality))
 
     def facts(self, source: str | Path, modality: str) -> Facts:
@@ -138,9 +139,13 @@ class VolumeStore:
         raw = json.loads(file.read_text(encoding="utf-8"))
         return Facts(**raw | {"shape": tuple(raw["shape"]), "spacing": tuple(raw["spacing"])})
 
+    def notes(self, source: str | Path) -> tuple[str, ...]:
+        """What is unusual in the header of a volume, see ``header_notes``; kept in the store."""
+        return self._identity(source)[1]
+
     def path(self, source: str | Path, modality: str) -> Path:
         """Where the array of a volume lies: a name made of the recipe and of the content of the file."""
-        return self._recipe_folder(modality) / f"{self._content(source)}.npy"
+        return self._recipe_folder(modality) / f"{self._identity(source)[0]}.npy"
 
     def _find(self, source: str | Path, modality: str) -> np.ndarray | None:
         """The array, if it is there, whole, and long enough for a window."""
@@ -182,28 +187,35 @@ class VolumeStore:
             self._recipes[modality] = folder
         return self._recipes[modality]
 
-    def _content(self, source: str | Path) -> str:
-        """The name of a file's content; the file is read for it when it is new, or has another size or time."""
+    def _identity(self, source: str | Path) -> tuple[str, tuple[str, ...]]:
+        """The name of a file's content, and its notes; the file is read when it is new, or has another size or time.
+
+        The notes are part of the name, because what they state decides how the bytes are read. Records of older
+        versions have none: their arrays of files with notes may hold other values, and are not found by the new name.
+        """
         source = os.path.abspath(source)
         stamp = file_stamp(source)
-        content = self._known(source, stamp)
-        if content is None:
-            content = content_id(source)
-            record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content}
-            self._write(self._record(source), json.dumps(record).encode())
-        self._contents[source] = (stamp, content)
-        return content
-
-    def _known(self, source: str, stamp: tuple[int, int]) -> str | None:
-        """The name of a file's content, if the file is still as it was when it was read."""
-        seen = self._contents.get(source)
+        seen = self._seen.get(source)
         if seen and seen[0] == stamp:
-            return seen[1]
+            return seen[1:]
+        record = self._known(source, stamp)
+        if "notes" not in record:
+            notes = header_notes(source)
+            content = record.get("content") or content_id(source)
+            if notes:
+                content += "-" + hashlib.sha256("\n".join(notes).encode()).hexdigest()[:8]
+            record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content, "notes": notes}
+            self._write(self._record(source), json.dumps(record).encode())
+        self._seen[source] = (stamp, record["content"], tuple(record["notes"]))
+        return self._seen[source][1:]
+
+    def _known(self, source: str, stamp: tuple[int, int]) -> dict[str, Any]:
+        """The record of a file, if the file is still as it was when it was read; else nothing."""
         file = self._record(source)
         record = read_json(file)
         if self.behind and (record.get("size"), record.get("time")) != stamp and self._fetch(file):
             record = read_json(file)
-        return record["content"] if (record.get("size"), record.get("time")) == stamp else None
+        return record if (record.get("size"), record.get("time")) == stamp else {}
 
     def _record(self, source: str) -> Path:
         return self.folder / "sources" / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.json"
