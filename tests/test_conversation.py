@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from umbrella.conversations.conversation import Conversation, TextItem
+from umbrella.conversations.conversation import Conversation, TextItem, entity
 from umbrella.conversations.wording import explain, plain, show
 
 
@@ -170,6 +170,40 @@ def test_null_is_a_name_or_label_that_is_not_given() -> None:
     metadata = {"subject_id": None, "reference_id": None, "subject_label": None}
     conversation = Conversation.model_validate(sample(metadata=metadata, subject_ids=None))
     assert (conversation.subject_id, conversation.subjects, conversation.label) == ("t", {"t"}, None)
+
+
+@pytest.mark.parametrize(
+    ("stated", "subject"),
+    [
+        ({"metadata": {"subject_id": 7}}, "7"),
+        ({"metadata": {"subject_id": 7.0}}, "7"),
+        ({"metadata": {"subject_id": "7 "}}, "7"),
+        ({"metadata": {"patient_id": 7.5}}, "7.5"),
+        ({"metadata": {}, "subject_id": " 7"}, "7"),
+        ({"metadata": {}, "patient_id": 7}, "7"),
+        ({"metadata": {"reference_id": 8}, "subject_ids": ["8", 7.0]}, "7"),
+        ({"metadata": {}, "subject_ids": ["8", 7.0]}, "t"),
+    ],
+)
+def test_a_subject_is_the_same_however_it_is_stated(stated: dict, subject: str) -> None:
+    conversation = Conversation.model_validate(sample(**stated))
+    assert conversation.subject_id == subject
+    assert subject in conversation.subjects
+
+
+@pytest.mark.parametrize(
+    ("path", "subject"),
+    [
+        ("sub-01_ses-2_T1w.nii.gz", "sub-01"),
+        ("/a/sub-01/ses-2/T1w.nii", "sub-01"),
+        ("C:\\a\\sub-01\\T1w.nii", "sub-01"),
+        ("/sub-study/sub-01/sub-02_T1w.nii", "sub-02"),
+        ("/a/mysub-01_T1w.nii", None),
+        ("/a/subject-01/T1w.nii", None),
+    ],
+)
+def test_the_last_bids_entity_of_a_path_names_the_subject(path: str, subject: str | None) -> None:
+    assert entity(path) == subject
 
 
 def test_values_are_shown_as_json_has_them_and_short() -> None:

@@ -87,7 +87,7 @@ def owners(conversations: Iterable[Conversation]) -> dict[str, dict[str, list[st
         else:
             several.append(c)
     for c in several:
-        reference = str(c.metadata.get("reference_id") or min(c.subjects - {c.subject_id}))
+        reference = c.reference_id or min(c.subjects - {c.subject_id})
         turns = [[v for v in c.volumes if v in turn.content] for turn in c.conversations]
         shown = [volumes for volumes in turns if volumes]
         for place, volumes in enumerate(shown):
@@ -105,9 +105,9 @@ def _labels(conversations: Iterable[Conversation]) -> dict[str, dict[str, str | 
     for c in conversations:
         if c.label is not None:
             labels[c.target].setdefault(c.subject_id, c.label)
-            reference, theirs = c.metadata.get("reference_id"), c.metadata.get("reference_label")
+            reference, theirs = c.reference_id, c.metadata.get("reference_label")
             if reference is not None and isinstance(theirs, type(c.label)):
-                labels[c.target].setdefault(str(reference), theirs)
+                labels[c.target].setdefault(reference, theirs)
     return labels
 
 

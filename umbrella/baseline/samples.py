@@ -22,17 +22,8 @@ def targets_of(conversations: Iterable[Conversation]) -> list[str]:
 
 
 def own_volume(conversation: Conversation, modality: str) -> str | None:
-    """The volume of a modality that the label belongs to: the last one of the subject's own.
-
-    With others beside the subject the label is about who is shown last: everything in the last turn that shows
-    something, where turns before it show the others; else the last volume alone.
-    """
-    shown = [[v for v in turn.content if v.type == "image"] for turn in conversation.conversations]
-    turns = [volumes for volumes in shown if volumes]
-    own = conversation.volumes
-    if len(conversation.subjects) > 1:
-        own = turns[-1] if len(turns) > 1 else own[-1:]
-    of_modality = [volume.image_path for volume in own if volume.modality == modality]
+    """The volume of a modality that the label belongs to: the last one of ``Conversation.asked_volumes``."""
+    of_modality = [volume.image_path for volume in conversation.asked_volumes if volume.modality == modality]
     return of_modality[-1] if of_modality else None
 
 

@@ -1,5 +1,6 @@
 """Conversations about volumes: the one type that every sample becomes."""
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from umbrella.conversations.images import disagreements
 from umbrella.conversations.items import image_items, images_can_be_counted, objects_in
 from umbrella.conversations.values import faulty_values
+
+ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")
+"""The BIDS entity of the subject in a path."""
 
 
 class _Part(BaseModel):
@@ -108,16 +112,57 @@ class Conversation(_Part):
         return [item for turn in self.conversations for item in turn.content if isinstance(item, ImageItem)]
 
     @property
+    def stated_subject(self) -> str | None:
+        """The subject as the sample states it; None where it does not.
+
+        It is the first of ``subject_id`` and ``patient_id``, in ``metadata`` or else beside it, or the only entry of
+        ``subject_ids`` that is not the reference.
+        """
+        extra = self.model_extra or {}
+        keys = [(place, key) for place in (self.metadata, extra) for key in ("subject_id", "patient_id")]
+        named = [name for place, key in keys if (name := as_name(place.get(key))) is not None]
+        others = {as_name(one) for one in extra.get("subject_ids") or []} - {None, self.reference_id}
+        return named[0] if named else others.pop() if len(others) == 1 else None
+
+    @property
     def subject_id(self) -> str:
         """Whom the last answer is about; predictions are combined over this."""
-        subject = self.metadata.get("subject_id")
-        return self.task_id if subject is None else str(subject)
+        return self.stated_subject or self.task_id
+
+    @property
+    def reference_id(self) -> str | None:
+        """Whom the subject is compared with, where the sample states it."""
+        return as_name(self.metadata.get("reference_id"))
+
+    @property
+    def family_id(self) -> str | None:
+        """The group of subjects that must stay in one split, such as a family, where the sample states it."""
+        return as_name(self.metadata.get("family_id", (self.model_extra or {}).get("family_id")))
 
     @property
     def subjects(self) -> set[str]:
         """Everybody who is shown, as far as the sample says: ``subject_ids``, the subject and the reference."""
-        others = [self.metadata.get("reference_id"), *((self.model_extra or {}).get("subject_ids") or [])]
-        return {self.subject_id, *(str(other) for other in others if other is not None)}
+        others = map(as_name, (self.model_extra or {}).get("subject_ids") or [])
+        return {self.subject_id, *(other for other in (self.reference_id, *others) if other is not None)}
+
+    @property
+    def asked_volumes(self) -> list[ImageItem]:
+        """The volumes that the last answer is about: all of them, unless a reference is shown too.
+
+        Then they are those whose path names the subject. Without such a path they are the volumes of the last turn
+        that shows any, where earlier turns show others, or else the last volume.
+        """
+        if len(self.subjects) == 1:
+            return self.volumes
+        own = [volume for volume in self.volumes if entity(volume.image_path) == self.subject_id]
+        shown = self.volumes_by_turn
+        return own or (shown[-1] if len(shown) > 1 else self.volumes[-1:])
+
+    @property
+    def volumes_by_turn(self) -> list[list[ImageItem]]:
+        """The volumes of each turn that shows any."""
+        shown = [[item for item in turn.content if isinstance(item, ImageItem)] for turn in self.conversations]
+        return [volumes for volumes in shown if volumes]
 
     @property
     def label(self) -> str | float | None:
@@ -147,6 +192,19 @@ class Conversation(_Part):
         for image in raw["images"]:
             image["path"] = rewrite(image["path"])
         return Conversation.model_validate(raw)
+
+
+def as_name(value: Any) -> str | None:
+    """An identifier as text: without blanks around it, and 7.0 as "7". None stays None."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None else str(value).strip()
+
+
+def entity(path: str) -> str | None:
+    """The last ``sub-...`` in a path, which by BIDS names the subject; None without one."""
+    found = ENTITY.findall(path)
+    return found[-1] if found else None
 
 
 def _wrong(what: str, kind: str = "inconsistent") -> PydanticCustomError:

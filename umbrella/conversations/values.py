@@ -31,10 +31,12 @@ def faulty_values(raw: Any) -> Iterator[Finding]:
     elif people is not None:
         yield ("subject_ids",), f"must be a list, not {show(people)}"
     metadata = raw.get("metadata")
+    for key in ("subject_id", "patient_id", "reference_id", "family_id"):
+        if raw.get(key) is not None:
+            yield from _faulty_name((key,), raw[key], "name the subject, or leave it out")
+        if isinstance(metadata, dict) and metadata.get(key) is not None:
+            yield from _faulty_name(("metadata", key), metadata[key], "name the subject, or leave it out")
     if isinstance(metadata, dict):
-        for key in ("subject_id", "reference_id"):
-            if metadata.get(key) is not None:
-                yield from _faulty_name(("metadata", key), metadata[key], "name the subject, or leave it out")
         label = metadata.get("subject_label")
         if not (label is None or isinstance(label, str) or _is_number(label)):
             yield ("metadata", "subject_label"), f"must be a text or a finite number, not {show(label)}"
