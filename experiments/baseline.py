@@ -9,7 +9,12 @@ from umbrella.cli import Request, make_console, progress_bar, run_script
 def main(request: Request) -> None:
     """Train and evaluate, or say what would be."""
     if request.dry_run:
+        from umbrella.baseline.run import load_checked
+
         make_console().print(request.settings.to_yaml(), markup=False, highlight=False)
+        _, heads = load_checked(request.settings, progress_bar, dry_run=True)
+        for target, head in heads.items():
+            make_console().print(f"would learn {target}: {head.in_words}", markup=False, highlight=False)
         return
     from umbrella.assessment.summary import print_evaluation
     from umbrella.baseline.run import run_baseline

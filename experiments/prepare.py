@@ -1,7 +1,8 @@
 """Check all data before anything learns from it: read every conversation, decode every volume once, write a report.
 
 Without arguments: the phantom cohort, which is made when it is not there yet. The report is written also when there are
-problems, as <storage>/report/index.html. --dry-run reads and checks the conversations only.
+problems, as <storage>/report/index.html. Everything that a training checks before its start is checked. --dry-run
+leaves out the volumes, and writes nothing.
 """
 
 import sys
@@ -15,9 +16,10 @@ def main(request: Request) -> None:
     from rich.filesize import decimal
 
     from umbrella.data.intake import check_volumes, measure, open_store, settle
-    from umbrella.data.loading import SPLITS, count_samples, phantom_folder, read_splits
+    from umbrella.data.loading import SPLITS, read_splits
     from umbrella.inspection.report import write_report
     from umbrella.training.cluster import join
+    from umbrella.training.run import check, check_model
     from umbrella.volumes.housekeeping import holdings
 
     settings, console = request.settings, make_console()
@@ -25,17 +27,15 @@ def main(request: Request) -> None:
     def say(what: str, value: str) -> None:
         console.print(f"{what + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
 
-    made = settings.data.train or (phantom_folder(settings) / "cohort.json").exists()
-    if request.dry_run and not made:  # a dry run does not make it
-        say("samples", ", ".join(f"{name} {count}" for name, count in count_samples(settings).items()))
-        return
+    check_model(settings)
     if not request.dry_run:
         join(settings.resources, log_to_driver=False, name="prepare")
-    intake = read_splits(settings, progress_bar, SPLITS)
+    intake = read_splits(settings, progress_bar, SPLITS, dry_run=request.dry_run)
     if not request.dry_run:
         check_volumes(intake, settings, progress_bar)
         store = open_store(settings)
-        measure(intake, settings, progress_bar)
+    measure(intake, settings, progress_bar)
+    if not request.dry_run:
         page = write_report(Path(settings.resources.storage).absolute() / "report", intake, store, progress_bar)
     say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in intake.splits.items()))
     if not request.dry_run:
@@ -49,6 +49,7 @@ def main(request: Request) -> None:
     splits = settle(intake, settings, write=not request.dry_run)
     if splits.quarantined:
         say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")
+    check(settings, splits, [settings.mask], settings.tune.metric)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main(request: Request) -> None:
     if request.dry_run:
         from umbrella.tuning.describe import dry_run
 
-        dry_run(settings, request.given, make_console())
+        dry_run(settings, request.given, progress_bar, make_console())
         return
     with importing():
         from umbrella.training.claim import claimed

@@ -36,7 +36,7 @@ def main(request: Request) -> None:
     if request.dry_run:
         from umbrella.tuning.describe import dry_run
 
-        dry_run(settings, given, console)
+        dry_run(settings, given, progress_bar, console)
         return
     with importing():
         from umbrella.training.cluster import start_for_sweep

@@ -97,7 +97,7 @@ def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_
         with (folder / "train.jsonl").open("a") as file:
             file.write("\n{not JSON\n" + "\n".join(map(json.dumps, written)))
 
-    words = "data.on_bad=quarantine", "data.max_bad_fraction=1", "data.max_tokens=200"
+    words = "data.on_bad=quarantine", "data.max_bad_fraction=1", "data.max_tokens=200", "tune.metric=eval/loss"
     done = run(spoil, *words)
     assert (done.status, done.stderr) == (0, "")
     assert "samples:        train 2, validation 1" in done.stdout

@@ -12,7 +12,9 @@ from conftest import make_conversation
 
 from umbrella.base import UserError
 from umbrella.baseline.labels import Bins, Classes, fit
+from umbrella.baseline.run import resolved
 from umbrella.baseline.samples import own_volume, samples_of
+from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 
 CHANNELS = [32, 64, 128, 256, 256, 64]
@@ -70,6 +72,19 @@ def test_labels_that_cannot_be_learned_are_refused() -> None:
         fit("x", ["male", "male"], 40)
     with pytest.raises(UserError, match="has classes \\(male\\) and numbers"):
         fit("x", ["male", 3], 40)
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "metric"),
+    [
+        (Classes(("female", "male")), {"female", "male"}, "eval/x/balanced_accuracy"),
+        (Classes(("female", "male")), {"male"}, "eval/loss"),
+        (Bins(0, 1, 40), set(), "eval/x/mae"),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_a_metric_that_there_is(head: Any, labels: set, metric: str) -> None:
+    tune = resolved(load_settings(), "x", head, labels).tune
+    assert (tune.metric, tune.mode) == (metric, "max" if metric.endswith("accuracy") else "min")
 
 
 def about(subject: str, *turns: Any, label: Any = "male", **metadata: Any) -> Conversation:

@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.intake import Splits, load_splits, open_store
-from umbrella.data.loading import count_samples, phantom_folder
+from umbrella.data.loading import phantom_folder
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 
@@ -79,7 +79,7 @@ def tasks(splits: Splits) -> list[list[str]]:
 def test_filters_keep_a_modality_a_task_type_or_task_ids(folder: Path, filters: dict, kept: list) -> None:
     settings = settings_of(folder, **filters)
     assert tasks(load_splits(settings, plain)) == kept
-    assert count_samples(settings) == {"train": len(kept[0]), "validation": len(kept[1])}
+    assert tasks(load_splits(settings, plain, dry_run=True)) == kept
 
 
 def test_a_task_type_is_not_also_looked_for_in_task_ids(folder: Path) -> None:
@@ -133,6 +133,117 @@ def test_a_held_out_subject_must_be_nowhere_in_training_also_not_as_a_reference(
         UserError, match=r"validation\.jsonl:2: subject_id: d is also in data\.train, at .*train\.jsonl:3; split"
     ):
         load_splits(settings_of(folder), plain)
+
+
+def shown(task: str, *paths: str, metadata: dict | None = None, **keys: Any) -> dict[str, Any]:
+    """A sample that shows one volume a turn, and asks about the last."""
+    turns = [{"role": "user", "content": [{"type": "image", "modality": "sMRI", "image_path": p}]} for p in paths]
+    return {
+        "task_id": task,
+        "task_type": "T3" if len(paths) > 1 else "T1",
+        "images": [{"path": path, "modality": "sMRI"} for path in paths],
+        "conversations": [t for turn in turns for t in (turn, {"role": "assistant", "content": "male."})],
+        "metadata": metadata or {},
+        **keys,
+    }
+
+
+def write_shown(folder: Path, **splits: list[dict[str, Any]]) -> None:
+    """Write splits and their volumes: files whose names are the same up to an underscore have the same content."""
+    for split, samples in splits.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, samples)), encoding="utf-8")
+        for path in {image["path"] for sample in samples for image in sample["images"]}:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            draw = np.random.default_rng(list(Path(path).stem.split("_")[0].encode()))
+            nib.save(nib.Nifti1Image(draw.normal(size=(5, 4, 4)).astype(np.float32), np.eye(4)), folder / path)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "line"),
+    [
+        pytest.param(
+            [shown("a", "sub-1_T1w.nii"), shown("b", "sub-2_T1w.nii")],
+            [shown("c", "sub-1_T1w.nii"), shown("d", "sub-2_T1w.nii")],
+            r"validation\.jsonl:1: subject_id: sub-1 is also in data\.train, at .*:1 \(and 1 more subject\); split by",
+            id="the same file",
+        ),
+        pytest.param(
+            [shown("a", "sub-1/ses-1/x.nii")],
+            [shown("c", "sub-1/ses-2/y.nii")],
+            "subject_id: sub-1 is also in data\\.train",
+            id="another session",
+        ),
+        pytest.param(
+            [shown("a", "x.nii")],
+            [shown("c", "x_2.nii")],
+            "subject_id: volume-[0-9a-f]{16} is also",
+            id="a nameless copy",
+        ),
+        pytest.param(
+            [shown("a", "x.nii", metadata={"subject_id": "p"})],
+            [shown("c", "x_2.nii", metadata={"subject_id": "q"})],
+            r"validation\.jsonl:1: image_path: .*x.*\.nii is also in data\.train, at .*train\.jsonl:1;",
+            id="a copy under another subject",
+        ),
+        pytest.param(
+            [shown("a", "x.nii", patient_id="7 ")],
+            [shown("c", "y.nii", metadata={"subject_id": 7.0})],
+            "subject_id: 7 is also",
+            id="a number and a text",
+        ),
+        pytest.param(
+            [shown("a", "sub-1.nii", family_id=3)],
+            [shown("c", "sub-2.nii", metadata={"family_id": "3"})],
+            "family_id: 3 is also",
+            id="a family",
+        ),
+        pytest.param(
+            [shown("a", "sub-1.nii")],
+            [shown("c", "sub-1.nii", "sub-2.nii")],
+            r"train\.jsonl:1: subject_id: sub-1 is also in data\.validation",
+            id="a reference that training asks about",
+        ),
+    ],
+)
+def test_what_one_split_asks_about_is_in_no_other_split(
+    tmp_path: Path, train: list, validation: list, line: str
+) -> None:
+    write_shown(tmp_path, train=train, validation=validation)
+    with pytest.raises(UserError, match=line) as error:
+        load_splits(settings_of(tmp_path), plain)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_reference_may_be_in_several_splits_and_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    stated = {"subject_id": "b", "reference_id": "r"}
+    write_shown(
+        tmp_path,
+        train=[shown("a", "sub-r.nii", "sub-a.nii"), shown("b", "sub-r.nii", "b.nii", metadata=stated)],
+        validation=[shown("c", "sub-r_2.nii", "sub-C.nii"), shown("d", "y.nii")],
+        test=[shown("e", "sub-c.nii")],
+    )
+    settings = settings_of(tmp_path, test=str(tmp_path / "test.jsonl"))
+    splits = load_splits(settings.with_values({"evaluate.at_end": True}), plain)
+    assert [c.subject_id for c in splits.train] == ["sub-a", "b"]
+    assert splits.validation[0].subjects == {"sub-r", "sub-C"}
+    assert [v.image_path for v in splits.train[1].asked_volumes] == [str(tmp_path / "b.nii")]
+    said = capsys.readouterr().err
+    for note in (
+        "1 volume in several splits, in each as a reference only",
+        "3 samples without a subject: sub-... in the path",
+        "1 sample without a subject: the content of the volume",
+        "subjects sub-C and sub-c differ by case only",
+    ):
+        assert f"note: {note}" in said
+
+
+def test_a_file_of_equal_size_and_other_content_is_another_scan(tmp_path: Path) -> None:
+    write_shown(tmp_path, train=[shown("a", "x.nii")], validation=[shown("c", "y.nii")])
+    (one, two) = (tmp_path / f"{name}.nii" for name in "xy")
+    content = bytearray(one.read_bytes())
+    content[-1] ^= 1  # the middle, which is compared first, is the same
+    two.write_bytes(content)
+    assert len(load_splits(settings_of(tmp_path), plain).train) == 1
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_place(folder: Path) -> None:
@@ -320,13 +431,12 @@ def test_without_data_a_phantom_cohort_is_made_once_and_counted_before(
 
     filters: list[dict] = [{}, {"data.task_filter": "T3"}, {"data.modality": "sMRI"}, {"data.task_filter": "age"}]
     every = [small_settings(base | others) for others in filters]
-    before = [count_samples(settings) for settings in every]
+    before = [tasks(load_splits(settings, plain, dry_run=True)) for settings in every]
     assert list(tmp_path.iterdir()) == []
     for settings, drawn in zip(every, before, strict=True):
-        splits = load_splits(settings, watch)
-        assert drawn == count_samples(settings) == {"train": len(splits.train), "validation": len(splits.validation)}
+        assert drawn == tasks(load_splits(settings, watch)) == tasks(load_splits(settings, plain, dry_run=True))
     assert made.count("making the phantom cohort") == 1
     assert {path.name for path in tmp_path.iterdir()} == {phantom_folder(every[0]).name, "volumes"}
 
     with pytest.raises(UserError, match=r"data\.train: none of its"):
-        count_samples(small_settings(base | {"cohort.seed": 1, "data.task_filter": "nothing"}))
+        load_splits(small_settings(base | {"cohort.seed": 1, "data.task_filter": "nothing"}), plain, dry_run=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from umbrella.evaluation.metrics import metric_names, notes_on, summarise
+from umbrella.evaluation.metrics import chance, metric_names, notes_on, summarise
 from umbrella.evaluation.prediction import Prediction
 
 
@@ -30,7 +30,7 @@ def test_a_subject_is_predicted_by_the_mean_probability_of_its_conversations() -
 
 def test_equal_probabilities_predict_nothing() -> None:
     metrics = summarise(
-        [scored("a", "m", m=0.5, f=0.5), scored("b", "m", m=0.25, f=0.75), scored("b", "m", m=0.75, f=0.25)]
+        [scored("a", "m", m=0.5, f=0.5), scored("b", "f", m=0.25, f=0.75), scored("b", "f", m=0.75, f=0.25)]
     )
     assert metrics["eval/sex/balanced_accuracy"] == 0
     assert metrics["eval/sex/accuracy"] == 1 / 3
@@ -47,7 +47,9 @@ def test_a_subject_whose_label_differs_between_conversations_counts_once_for_eac
 def test_targets_are_averaged_and_the_loss_is_per_token() -> None:
     metrics = summarise(
         [
-            scored("a", "m", nll=6.0, tokens=3, m=0.9, f=0.1),
+            scored("a", "m", nll=3.0, tokens=2, m=0.9, f=0.1),
+            scored("b", "f", nll=3.0, tokens=1, m=0.1, f=0.9),
+            scored("a", "old", "group", nll=0.0, tokens=0, old=0.9, young=0.1),
             scored("a", "AD", "diagnosis", nll=1.0, tokens=1, AD=0.1, CN=0.9),
             scored("b", "CN", "diagnosis", nll=1.0, tokens=1, AD=0.1, CN=0.9),
             scored("a", 63.5, "age", nll=4.0, tokens=5),
@@ -58,6 +60,7 @@ def test_targets_are_averaged_and_the_loss_is_per_token() -> None:
         "test/loss": 12 / 10,
         "test/diagnosis/balanced_accuracy": 0.5,
         "test/diagnosis/accuracy": 0.5,
+        "test/group/accuracy": 1.0,  # all are old: no balanced accuracy
         "test/sex/balanced_accuracy": 1.0,
         "test/sex/accuracy": 1.0,
         "test/balanced_accuracy": 0.75,
@@ -81,7 +84,16 @@ def test_without_classes_there_is_only_the_loss() -> None:
     assert summarise([scored("a", 63.5, "age", nll=2.0, tokens=4)]) == {"eval/loss": 0.5}
 
 
-@pytest.mark.parametrize("targets", [[], ["sex"], ["sex", "diagnosis"]])
-def test_the_names_of_all_metrics_are_known_before_there_are_any(targets: list[str]) -> None:
-    metrics = summarise([scored("a", 63.5, "age"), *(scored("a", "m", target, m=0.9, f=0.1) for target in targets)])
-    assert sorted(metrics) == sorted(metric_names(targets))
+@pytest.mark.parametrize("classes", [{}, {"sex": 2}, {"sex": 1}, {"sex": 1, "diagnosis": 2}])
+def test_the_names_of_all_metrics_are_known_before_there_are_any(classes: dict[str, int]) -> None:
+    labels = [(target, "mf"[i]) for target, number in classes.items() for i in range(number)]
+    metrics = summarise([scored("a", 63.5, "age"), *(scored("a", label, of, m=0.9, f=0.1) for of, label in labels)])
+    assert sorted(metrics) == sorted(metric_names(classes))
+
+
+def test_chance_is_the_mean_over_the_targets_of_one_in_the_number_of_classes() -> None:
+    classes = {"sex": 2, "diagnosis": 4}
+    assert chance("eval/diagnosis/balanced_accuracy", classes) == 0.25
+    assert chance("eval/balanced_accuracy", classes) == 0.375
+    assert chance("eval/loss", classes) is None
+    assert chance("eval/balanced_accuracy", {}) is None

@@ -22,7 +22,8 @@ GRID = "modalities.sMRI={grid: [8, 8, 8], patch: [4, 4, 4]}"
 def run(run: Run, tmp_path: Path) -> Run:
     """Runs a script on the cohort of ``data``, with the storage folder ``runs`` and more words."""
     data = [f"data.{name}={tmp_path}/data/{name}.jsonl" for name in ("train", "validation", "test")]
-    return lambda script, *words: run(script, f"resources.storage={tmp_path}/runs", GRID, *data, *words)
+    loss = ["tune.metric=eval/loss", "tune.mode=min"]  # a split of one subject has one class
+    return lambda script, *words: run(script, f"resources.storage={tmp_path}/runs", GRID, *loss, *data, *words)
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +46,16 @@ def data(tmp_path: Path) -> Path:
 def sample(subject: str) -> dict[str, Any]:
     image = {"path": f"{subject}.nii", "modality": "sMRI"}
     shown = {"type": "image", "modality": "sMRI", "image_path": f"{subject}.nii"}
+    sex = "male" if subject in "acef" else "female"
     return {
         "task_id": f"{subject}/sex",
         "task_type": "T1",
         "images": [image],
         "conversations": [
             {"role": "user", "content": [shown, {"type": "text", "text": "Sex?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "male."}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"{sex}."}]},
         ],
-        "metadata": {"subject_id": subject, "subject_label": "male", "target": "sex"},
+        "metadata": {"subject_id": subject, "subject_label": sex, "target": "sex"},
     }
 
 
@@ -106,10 +108,38 @@ def test_a_sample_too_long_for_the_model_is_a_problem(run: Run, tmp_path: Path) 
 
 def test_a_dry_run_counts_and_makes_nothing(run: Run, tmp_path: Path) -> None:
     done = run("prepare.py", "--dry-run")
-    assert (done.status, done.stdout) == (0, "samples:        train 4, validation 1, test 1\n")
+    assert (done.status, done.stdout.splitlines()[-1]) == (0, "samples:        train 4, validation 1, test 1")
     phantom = run("prepare.py", "--dry-run", "data.train=", "data.validation=", "data.test=")
     assert "samples:        train 2" in phantom.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("prepare.py", []),
+        ("prepare.py", ["--dry-run"]),
+        ("train.py", ["--dry-run"]),
+        ("tune.py", ["--dry-run"]),
+        ("baseline.py", ["--dry-run"]),
+    ],
+)
+def test_what_would_end_a_training_at_its_start_ends_whatever_checks_it(
+    run: Run, data: Path, tmp_path: Path, script: str, words: list[str]
+) -> None:
+    file = data / "train.jsonl"
+    good = file.read_text()
+    female = good.replace('"male."', '"female."', 1)
+    assert (fine := run(script, *words)).status == 0, fine.stderr
+    faults = {
+        good.replace('"subject_id": "a"', '"subject_id": "e"'): "subject_id: e is also in data.train",
+        female.replace('"subject_label": "male"', '"subject_label": "Female"', 1): "'Female', 'female' differ by case",
+    }
+    for content, line in faults.items():
+        file.write_text(content)
+        done = run(script, *words)
+        assert done.status == 2
+        assert line in done.stderr
 
 
 def test_inspect_decodes_the_one_volume_that_it_draws(run: Run, tmp_path: Path) -> None:

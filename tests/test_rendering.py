@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,27 @@ def test_too_many_tokens_name_both_numbers_and_the_remedy(tokenizer: Any, talk: 
     assert len(Renderer(tokenizer, {}, max_tokens=29).render(conversation).input_ids) == 29
     with pytest.raises(UserError, match=r"^becomes 29 tokens, more than data\.max_tokens=28; raise that"):
         Renderer(tokenizer, {}, max_tokens=28).render(conversation)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 259}, r"its tokenizer has 260 tokens, and the model's embedding has 259 rows; use the"),
+        ({"max_position_embeddings": 28}, r"^becomes 29 tokens, and model\.checkpoint has 28 positions"),
+        ({"vocab_size": 512, "max_position_embeddings": 29}, ""),
+    ],
+)
+def test_a_checkpoint_without_a_place_for_each_token_is_an_error(
+    talk: Callable[..., Conversation], tmp_path: Path, sizes: dict[str, int], message: str
+) -> None:
+    from transformers import LlavaConfig, Qwen2Config
+
+    byte_tokenizer().save_pretrained(tmp_path)
+    LlavaConfig(text_config=Qwen2Config(**sizes)).save_pretrained(tmp_path)
+    settings = load_settings(overrides={"model.checkpoint": str(tmp_path)})
+    conversation = talk(("user", "abcd"), ("assistant", "efgh"))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        assert len(load_renderer(settings).render(conversation).input_ids) == 29
 
 
 def test_a_candidate_may_be_longer_than_the_limit_for_what_was_answered(

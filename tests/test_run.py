@@ -81,14 +81,14 @@ def test_what_a_worker_raised_is_named_with_its_kind() -> None:
     assert cause(UserError("x.npy: is gone")) == "x.npy: is gone"
 
 
-def splits(talk: Callable[..., Conversation], target: str) -> Splits:
-    """Two training conversations and one for validation, about the sex of three subjects."""
+def splits(talk: Callable[..., Conversation], target: str, held_out: int = 2) -> Splits:
+    """Two training conversations about the sex of two subjects, and as many of them as are held out for validation."""
     about = {"target": target, "subject_label": "male"}
-    one, two, three = (
+    one, two = (
         talk(("user", "?"), ("assistant", answer), task_id=answer, metadata=about | {"subject_label": answer})
-        for answer in ("male", "female", "male")
+        for answer in ("male", "female")
     )
-    return Splits([one, two], [three])
+    return Splits([one, two], [one, two][:held_out])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,37 @@ def test_a_metric_that_cannot_be_had_is_found_before_the_start(
     settings = load_settings()
     with pytest.raises(UserError, match=message):
         check(settings, splits(talk, target), [settings.mask], metric)
+
+
+def test_one_class_in_validation_leaves_no_balanced_accuracy_to_rank_by(talk: Callable[..., Conversation]) -> None:
+    settings, alike = load_settings(), splits(talk, "sex", held_out=1)
+    with pytest.raises(UserError, match=r"these data give eval/loss, eval/sex/accuracy .* one class only of sex$"):
+        check(settings, alike, [settings.mask], "eval/balanced_accuracy")
+    check(settings, alike, [settings.mask], "eval/loss")
+
+
+@pytest.mark.parametrize(
+    ("answers", "line"),
+    [
+        (
+            {"male": "male.", "Male": "male.", "female": "female."},
+            "'male', 'Male' differ by case or blanks only; write",
+        ),
+        ({"male": "male.", "male ": "Male."}, "'male', 'male ' differ by case or blanks only; write them alike"),
+        ({"yes": "Yes.", "no": "Yes."}, "'yes', 'no' have the same answer; give each label an answer of its own"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_found_before_the_start(
+    talk: Callable[..., Conversation], answers: dict[str, str], line: str
+) -> None:
+    settings = load_settings()
+    samples = [
+        talk(("user", "?"), ("assistant", text), metadata={"target": "sex", "subject_label": label})
+        for label, text in sorted(answers.items(), reverse=True)
+    ]
+    with pytest.raises(UserError, match=f"^labels of 'sex': .*{line[-40:]}") as error:
+        check(settings, Splits(samples, samples), [settings.mask], "eval/loss")
+    assert all(repr(label) in str(error.value) for label in answers if label != "female")
 
 
 def test_a_mask_that_supervises_nothing_is_found_before_the_start(talk: Callable[..., Conversation]) -> None:

@@ -126,6 +126,16 @@ def test_trainings_and_tables_give_the_same_numbers_for_the_same_predictions() -
     assert np.isnan(overall([]))
 
 
+def test_one_true_class_gives_no_balanced_accuracy() -> None:
+    rows = [prediction("a", "male", 0.9), prediction("b", "male", 0.9)]
+    rows += [prediction("a", "male", 0.9, target="other"), prediction("b", "female", 0.9, target="other")]
+    groups = tabulate(rows, SETTINGS)
+    name = "likelihood/subjects/balanced_accuracy"
+    assert np.isnan(values(only(groups))[name])
+    assert values(only(groups))["likelihood/subjects/accuracy"] == 1
+    assert overall(groups) == values(only(groups, target="other"))[name] == 0.5
+
+
 def test_an_invalid_class_is_wrong_and_an_invalid_number_is_left_out() -> None:
     rows = [
         prediction("a", "male", said="male", text="male"),

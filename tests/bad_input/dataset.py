@@ -22,15 +22,16 @@ SERIES = np.arange(4 * 4 * 4 * 8, dtype=np.float32).reshape(4, 4, 4, 8)
 
 def sample(name: str, path: str, modality: str = "sMRI") -> dict[str, Any]:
     image = {"type": "image", "modality": modality, "image_path": path}
+    sex = "female" if name in ("a", "c") else "male"
     return {
         "task_id": f"{name}/sex",
         "task_type": "T1",
         "images": [{"path": path, "modality": modality}],
         "conversations": [
             {"role": "user", "content": [image, {"type": "text", "text": "Sex?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "male."}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"{sex}."}]},
         ],
-        "metadata": {"subject_id": name, "subject_label": "male", "target": "sex"},
+        "metadata": {"subject_id": name, "subject_label": sex, "target": "sex"},
     }
 
 
@@ -44,8 +45,8 @@ def pack(content: bytes) -> bytes:
 
 def write_good(folder: Path) -> None:
     """Two samples in train.jsonl, two in validation.jsonl, a volume each: the last one is a packed series."""
-    for name in "abc":
-        (folder / f"{name}.nii").write_bytes(nii(BRAIN))
+    for i, name in enumerate("abc"):
+        (folder / f"{name}.nii").write_bytes(nii(BRAIN + i))
     (folder / "d.nii.gz").write_bytes(pack(nii(SERIES)))
     samples = {
         "train": [sample("a", "a.nii"), sample("b", "b.nii")],

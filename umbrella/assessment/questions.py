@@ -9,9 +9,10 @@ from typing import Any
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.intake import fingerprint, settle, settle_all
-from umbrella.data.loading import Intake, Progress, counted, read_splits, shared_subjects
-from umbrella.evaluation.scoring import Candidates, check_candidates, find_candidates
+from umbrella.data.intake import fingerprint, settle_all
+from umbrella.data.loading import Intake, Progress, counted, read_splits, shared_between
+from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates
+from umbrella.training.run import check_model
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,22 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
     if not intake.splits:
         return None
     training = read_splits(settings, progress, ("train",), check_files=False)
-    notes = []
     both = Intake({**training.splits, **intake.splits}, places={**training.places, **intake.places})
-    for _, problem in shared_subjects(both):
-        if not evaluate.allow_shared_subjects:
-            raise UserError(f"{problem}; evaluate.allow_shared_subjects=true goes on with a note")
-        notes.append(str(problem))
+    shared, notes = shared_between(both)
+    problems = [str(problem) for _, problem in shared]
+    if problems and not evaluate.allow_shared_subjects:
+        raise UserError("\n".join(problems) + "; evaluate.allow_shared_subjects=true goes on with a note")
+    notes += [*intake.notices, *problems]
     if split == "train":
         notes.append("the model was trained on what it is asked here")
-    splits = settle_all(intake, settings, progress) if volumes else settle(intake, settings, write=False)
+    check_model(settings)
+    splits = settle_all(intake, settings, progress, dry_run=not volumes)
     if splits.quarantined:
-        notes.append(f"{counted(splits.quarantined, 'sample')} cannot be used, see {splits.quarantine}")
+        see = f", see {splits.quarantine}" if splits.quarantine else ""
+        notes.append(f"{counted(splits.quarantined, 'sample')} cannot be used{see}")
     asked = intake.splits[split]
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
+    check_labels(candidates)
     check_candidates(asked, candidates)
     labels: dict[str, list[str | float]] = defaultdict(list)
     for conversation in training.splits["train"]:

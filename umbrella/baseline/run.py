@@ -18,7 +18,9 @@ from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import Progress as ProgressBar
+from umbrella.data.loading import classes_of
 from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.scoring import check_labels
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
@@ -56,11 +58,10 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    check_settings(settings)
+    check_settings(settings)  # before a Ray is started
     name = settings.named("baseline").name
     start_ray(settings.resources, log_to_driver=True, name=name)
-    splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress)  # with the split that is asked
-    heads = {target: check(settings, splits, target) for target in pick_targets(settings, splits)}
+    splits, heads = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
@@ -71,6 +72,23 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": own, "trial": own}
         jobs.append(make_job(settings, splits, target, head, tracking, str(storage / "trainings" / own)))
     return splits, jobs
+
+
+def load_checked(
+    settings: Settings, progress: ProgressBar, dry_run: bool = False
+) -> tuple[Splits, dict[str, Classes | Bins]]:
+    """The data, and what the network of each target says, after every check that is made before the start.
+
+    Args:
+        dry_run: as in ``load_splits``.
+
+    Raises:
+        UserError: as ``run_baseline``.
+    """
+    check_settings(settings)
+    # With the split that is asked.
+    splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress, dry_run=dry_run)
+    return splits, {target: check(settings, splits, target) for target in pick_targets(settings, splits)}
 
 
 def check_settings(settings: Settings) -> None:
@@ -119,6 +137,8 @@ def check(settings: Settings, splits: Splits, target: str) -> Classes | Bins:
         if not asked(getattr(splits, name), target, own.modality):
             raise UserError(f"baseline.target={target}: {_nothing(name, target, own.modality)}")
     head = fit(target, [sample.label for sample in samples_of(splits.train, target, own.modality)], own.bins)
+    if isinstance(head, Classes):
+        check_labels({target: {label: label for label in head.names}})
     for name in _needed(settings):
         for conversation, _ in asked(getattr(splits, name), target, own.modality):
             if not head.knows(conversation.label):
@@ -129,10 +149,17 @@ def check(settings: Settings, splits: Splits, target: str) -> Classes | Bins:
     return head
 
 
-def resolved(settings: Settings, target: str, head: Classes | Bins) -> Settings:
-    """The settings under the names that a training goes by: those of ``optim``, ``train`` and ``tune`` are true too."""
+def resolved(settings: Settings, target: str, head: Classes | Bins, labels: set[str]) -> Settings:
+    """The settings under the names that a training goes by: those of ``optim``, ``train`` and ``tune`` are true too.
+
+    Args:
+        labels: the classes of the validation split. With one of them there is no balanced accuracy, and the loss
+            decides.
+    """
     own = settings.baseline
-    by_class = isinstance(head, Classes)
+    metric = f"eval/{target}/mae" if isinstance(head, Bins) else f"eval/{target}/balanced_accuracy"
+    if isinstance(head, Classes) and len(labels) == 1:
+        metric = "eval/loss"
     return settings.with_values(
         {
             "baseline.target": target,
@@ -142,8 +169,8 @@ def resolved(settings: Settings, target: str, head: Classes | Bins) -> Settings:
             "train.epochs": own.epochs,
             "train.batch_size": own.batch_size,
             "train.accumulate": 1,
-            "tune.metric": f"eval/{target}/{'balanced_accuracy' if by_class else 'mae'}",
-            "tune.mode": "max" if by_class else "min",
+            "tune.metric": metric,
+            "tune.mode": "max" if metric.endswith("balanced_accuracy") else "min",
         }
     )
 
@@ -160,7 +187,7 @@ def make_job(
     modality, fingerprint = settings.baseline.modality, splits.fingerprint
     used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
     return BaselineJob(
-        settings=resolved(settings, target, head),
+        settings=resolved(settings, target, head, classes_of(used["validation"])[target]),
         data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking | {"driver": driver_id()},
         folder=folder,

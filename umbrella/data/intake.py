@@ -72,6 +72,7 @@ def load_splits(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
+    dry_run: bool = False,
 ) -> Splits:
     """The data of a run, all of it checked: conversations read, every volume decoded into the store.
 
@@ -81,18 +82,21 @@ def load_splits(
         masks: every mask policy that the run trains with; the settings' own when None.
         shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
             themselves when None. A sample that cannot be used with one of them is used with none.
+        dry_run: check everything but the volumes, and write nothing.
 
     Raises:
         UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
     """
     asked = {settings.evaluate.split} if settings.evaluate.at_end else set()
-    intake = read_splits(settings, progress, [name for name in SPLITS if name in {"train", "validation"} | asked])
-    splits = settle_all(intake, settings, progress, masks, shapes)
+    names = [name for name in SPLITS if name in {"train", "validation"} | asked]
+    intake = read_splits(settings, progress, names, dry_run=dry_run)
+    splits = settle_all(intake, settings, progress, masks, shapes, dry_run)
     for line in intake.notices:
         print(f"note: {line}", file=sys.stderr)
     if splits.quarantined:
         left_out = counted(splits.quarantined, "sample")
-        print(f"note: {left_out} cannot be used, see {splits.quarantine}", file=sys.stderr)
+        where = "" if dry_run else f", see {splits.quarantine}"
+        print(f"note: {left_out} cannot be used{where}", file=sys.stderr)
     return splits
 
 
@@ -102,20 +106,22 @@ def settle_all(
     progress: Progress,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
+    dry_run: bool = False,
 ) -> Splits:
     """``settle`` what was read after all of it was tried: by the nodes of the cluster, its volumes, its tokens.
 
     Args:
-        masks, shapes: as in ``load_splits``.
+        masks, shapes, dry_run: as in ``load_splits``.
 
     Raises:
         UserError: as ``settle`` and ``check_nodes``.
     """
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
     settle(intake, settings, write=False)
-    check_volumes(intake, settings, progress, shapes)
+    if not dry_run:
+        check_volumes(intake, settings, progress, shapes)
     lengths, longest_answer = measure(intake, settings, progress, masks, shapes)
-    return replace(settle(intake, settings), lengths=lengths, longest_answer=longest_answer)
+    return replace(settle(intake, settings, write=not dry_run), lengths=lengths, longest_answer=longest_answer)
 
 
 def open_store(settings: "Settings") -> VolumeStore:

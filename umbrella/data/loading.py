@@ -2,15 +2,19 @@
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.conversation import Conversation, entity
 from umbrella.conversations.files import Problem, Reading, read_conversations
+from umbrella.volumes.files import file_stamp
+from umbrella.volumes.reading import content_id, image_files
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -64,11 +68,13 @@ def read_splits(
     progress: Progress,
     names: Sequence[str] = ("train", "validation"),
     check_files: bool = True,
+    dry_run: bool = False,
 ) -> Intake:
     """Read splits; without ``data.train``, the phantom cohort's, which is made when it is not there yet.
 
     Args:
         check_files: look whether each volume file exists.
+        dry_run: a phantom cohort that is not there yet is not made: its conversations are, without their volumes.
 
     Raises:
         UserError: a file or folder that does not exist; a split without a path, or with nothing left after the filters.
@@ -79,12 +85,16 @@ def read_splits(
         raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
     if data.train and not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
-    phantom = phantom_folder(settings)
+    phantom, intake = phantom_folder(settings), Intake()
     if not data.train and own.keys() != set(names):
-        from umbrella.cohort.phantom import make_cohort
+        if not dry_run:
+            from umbrella.cohort.phantom import make_cohort
 
-        make_cohort(phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort"))
-    intake = Intake()
+            make_cohort(phantom, settings.cohort, lambda people: progress(list(people), "making the phantom cohort"))
+        elif not (phantom / "cohort.json").exists():
+            intake.splits = keep(_drawn(settings, names), settings)
+            intake.places = {(name, c.task_id): "the phantom" for name, cs in intake.splits.items() for c in cs}
+            return intake
     for name in names:
         root: str | Path | None = data.root or None
         paths: Sequence[str | Path] = own.get(name, ())
@@ -95,7 +105,10 @@ def read_splits(
             intake.add(name, reading)
     if not intake.problems or any(intake.splits.values()):
         intake.splits = keep(intake.splits, settings)
-    for name, problem in shared_subjects(intake):
+    name_subjects(intake, progress)
+    shared, notices = shared_between(intake)
+    intake.notices += [*notices, *_one_class(intake)]
+    for name, problem in shared:
         if name == "test" and settings.evaluate.allow_shared_subjects:
             intake.notices.append(str(problem))
         else:
@@ -115,6 +128,7 @@ def read_input(settings: "Settings") -> Intake:
         "input", read_conversations(data.input, root, data.path_map, data.format, settings.modalities, questions=True)
     )
     intake.splits = keep(intake.splits, settings)
+    name_subjects(intake, lambda things, what: things)
     return intake
 
 
@@ -145,25 +159,18 @@ def keep(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict
     return kept
 
 
-def count_samples(settings: "Settings") -> dict[str, int]:
-    """How many conversations each split has. Nothing is made: a phantom cohort that is not there is only drawn.
-
-    Raises:
-        UserError: as ``read_splits``; problems that end a run.
-    """
-    from umbrella.data.intake import settle
-
-    if settings.data.train or (phantom_folder(settings) / "cohort.json").exists():
-        splits = settle(read_splits(settings, lambda things, what: things), settings, write=False)
-        return {"train": len(splits.train), "validation": len(splits.validation)}
+def _drawn(settings: "Settings", names: Sequence[str]) -> dict[str, list[Conversation]]:
+    """The conversations of the phantom cohort, without its volumes."""
     from umbrella.cohort.questions import draw_subjects, split_conversations
 
     subjects = draw_subjects(settings.cohort)
-    drawn = {}
-    for name in ("train", "validation"):
-        samples = split_conversations([s for s in subjects if s.split == name], settings.cohort.seed)
-        drawn[name] = [Conversation.model_validate(sample) for sample in samples]
-    return {name: len(conversations) for name, conversations in keep(drawn, settings).items()}
+    return {
+        name: [
+            Conversation.model_validate(sample)
+            for sample in split_conversations([s for s in subjects if s.split == name], settings.cohort.seed)
+        ]
+        for name in names
+    }
 
 
 def phantom_folder(settings: "Settings") -> Path:
@@ -177,18 +184,158 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
-def shared_subjects(intake: Intake) -> Iterator[tuple[str, Problem]]:
-    """Each split, and what is wrong where a subject whose answer it asks for is also in a split before it."""
-    for name, conversations in intake.splits.items():
-        asked = {c.subject_id: c.task_id for c in conversations}
-        for other in list(intake.splits)[: list(intake.splits).index(name)]:
-            shared = sorted(asked.keys() & {s for c in intake.splits[other] for s in c.subjects})
-            if shared:
-                place = intake.places[name, asked[shared[0]]]
-                theirs = next(c for c in intake.splits[other] if shared[0] in c.subjects)
+def name_subjects(intake: Intake, progress: Progress) -> None:
+    """Give each sample that states no subject one, as ``metadata.subject_id``, and note how many there are.
+
+    The subject is the entity ``sub-...`` in the path of the last volume, else the content of that volume. Other
+    subjects that the paths name become ``subject_ids`` where the sample states nobody else.
+    """
+    unnamed = [c for conversations in intake.splits.values() for c in conversations if not c.stated_subject]
+    nameless = sorted({v.image_path for c in unnamed for v in c.volumes if not entity(v.image_path)})
+    contents = {}
+    for path in progress(nameless, "reading volumes without a subject") if nameless else ():
+        with suppress(UserError):  # a file that cannot be read is reported elsewhere
+            contents[path] = f"volume-{content_id(path)[:16]}"
+    ways: Counter[str] = Counter()
+
+    def named(c: Conversation) -> Conversation:
+        if not c.volumes:
+            return c
+        stated, last = c.stated_subject, c.volumes_by_turn[-1]
+        names = {
+            path: entity(path) or (None if stated else contents.get(path)) for v in c.volumes if (path := v.image_path)
+        }
+        own = stated if stated in names.values() else names[last[-1].image_path]
+        # Volumes of one turn whose paths name nobody are taken for one subject's.
+        others = {names[v.image_path] for v in c.volumes if entity(v.image_path) or v not in last} - {own, stated, None}
+        changes: dict[str, Any] = {}
+        if not stated:
+            ways["path" if entity(last[-1].image_path) else "content"] += 1
+            changes["metadata"] = {**c.metadata, "subject_id": own or c.task_id}
+        if others and len(c.subjects) == 1:
+            changes["subject_ids"] = sorted({stated or own or c.task_id, *others})
+        return c.model_copy(update=changes) if changes else c
+
+    intake.splits = {name: [named(c) for c in conversations] for name, conversations in intake.splits.items()}
+    told = {
+        "path": "sub-... in the path of the volume names it",
+        "content": "the content of the volume names it, so another scan of the same subject is not recognised",
+    }
+    intake.notices += [
+        f"{counted(number, 'sample')} without a subject: {told[way]}; metadata.subject_id states it"
+        for way, number in sorted(ways.items())
+    ]
+    spelt: dict[str, set[str]] = defaultdict(set)
+    for subject in {subject for cs in intake.splits.values() for c in cs for subject in c.subjects}:
+        spelt[subject.casefold()].add(subject)
+    variants = sorted(sorted(alike) for alike in spelt.values() if len(alike) > 1)
+    if variants:
+        more = f" (and {counted(len(variants) - 1, 'more name')})" if len(variants) > 1 else ""
+        intake.notices.append(f"subjects {' and '.join(variants[0])}{more} differ by case only and are kept apart")
+
+
+def shared_between(intake: Intake) -> tuple[list[tuple[str, Problem]], list[str]]:
+    """What one split asks about and another one shows: subjects, groups of them, and volumes of the same content.
+
+    Returns:
+        (the later of the two splits, what is wrong), one for each kind of thing; and a note on the volumes that splits
+        may share, because each shows them as references only.
+    """
+    contents = _shared_contents(intake.splits)
+    asks: dict[str, Callable[[Conversation], Iterable[str | None]]] = {
+        "subject_id": lambda c: [c.subject_id],
+        "family_id": lambda c: [c.family_id],
+        "image_path": lambda c: [contents.get(v.image_path) for v in c.asked_volumes],
+    }
+    shows = asks | {
+        "subject_id": lambda c: c.subjects,
+        "image_path": lambda c: [contents.get(v.image_path) for v in c.volumes],
+    }
+    nouns = {"subject_id": "more subject", "family_id": "more group", "image_path": "more volume"}
+    problems = []
+    leaked: set[str] = set()
+    for one, two in combinations(intake.splits, 2):
+        reported: set[str] = set()
+        for key, noun in nouns.items():
+            found: dict[str, tuple[str, Conversation, str, Conversation]] = {}
+            for asking, other in ((one, two), (two, one)):
+                asked, shown = (_first(intake.splits[n], of[key]) for n, of in ((asking, asks), (other, shows)))
+                found |= {thing: (asking, asked[thing], other, shown[thing]) for thing in asked.keys() & shown.keys()}
+            leaked |= found.keys()
+            # What belongs to a subject that is reported already is not reported again.
+            found = {thing: where for thing, where in found.items() if where[1].subject_id not in reported}
+            reported |= found.keys()
+            if found:
+                thing = min(found)
+                asking, c, other, theirs = found[thing]
                 what = (
-                    f"{shared[0]} is also in data.{other}, at {intake.places[other, theirs.task_id]}"
-                    + (f" (and {counted(len(shared) - 1, 'more subject')})" if len(shared) > 1 else "")
+                    f"{thing} is also in data.{other}, at {intake.places[other, theirs.task_id]}"
+                    + (f" (and {counted(len(found) - 1, noun)})" if len(found) > 1 else "")
                     + "; split by subject, or the score means nothing"
                 )
-                yield name, Problem(place, "subject_id", what)
+                problems.append((two, Problem(intake.places[asking, c.task_id], key, what)))
+    references = len(set(contents.values()) - leaked)
+    note = f"{counted(references, 'volume')} in several splits, in each as a reference only, which is allowed"
+    return problems, [note] if references else []
+
+
+def _first(conversations: Iterable[Conversation], of: Callable[[Conversation], Iterable[str | None]]) -> dict:
+    """Each thing that conversations ask about or show, with the first of them."""
+    found: dict[str, Conversation] = {}
+    for c in conversations:
+        for thing in of(c):
+            if thing is not None:
+                found.setdefault(thing, c)
+    return found
+
+
+def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, str]:
+    """Path of each volume whose content is in several splits, to one path for each content."""
+    users: dict[str, set[str]] = defaultdict(set)
+    for name, conversations in splits.items():
+        for c in conversations:
+            for volume in c.volumes:
+                users[volume.image_path].add(name)
+    groups = [list(users)]
+    # Whole files are read only where size and middle are the same: volumes that are not compressed are of one size.
+    for key in (_size, _middle, content_id):
+        finer = []
+        for group in groups:
+            alike: dict[Hashable, list[str]] = defaultdict(list)
+            for path in group:
+                with suppress(OSError, UserError):  # a file that cannot be read is reported elsewhere
+                    alike[key(path)].append(path)
+            finer += [paths for paths in alike.values() if len(set().union(*(users[p] for p in paths))) > 1]
+        groups = finer
+    return {path: paths[0] for paths in groups for path in paths}
+
+
+def _size(path: str) -> int:
+    return file_stamp(path)[0]
+
+
+def _middle(path: str) -> bytes:
+    file = image_files(path)[-1]
+    with file.open("rb") as stream:
+        stream.seek(file.stat().st_size // 2)
+        return stream.read(2**12)
+
+
+def _one_class(intake: Intake) -> list[str]:
+    """A note for each target of which a held-out split has one class, so that there is no balanced accuracy."""
+    notes = []
+    for name in intake.splits.keys() - {"train"}:
+        for target, labels in classes_of(intake.splits[name]).items():
+            if len(labels) == 1:
+                what = f"every label of {target!r} is {labels.pop()!r}, so it has no balanced accuracy"
+                notes.append(f"data.{name}: {what}")
+    return sorted(notes)
+
+
+def classes_of(conversations: Iterable[Conversation]) -> dict[str, set[str]]:
+    """Target to its labels that are classes."""
+    classes: dict[str, set[str]] = defaultdict(set)
+    for c in conversations:
+        if isinstance(c.label, str):
+            classes[c.target].add(c.label)
+    return classes

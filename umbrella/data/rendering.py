@@ -8,7 +8,7 @@ are tokenized together, as a pretrained model has seen them: a token may begin i
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -78,6 +78,7 @@ class Renderer:
         modalities: name to grid and patch, for the number of placeholders per volume.
         max_tokens: a conversation longer than this is an error.
         class_tokens: placeholders per volume beside those of its patches; see ``umbrella.modality.class_tokens``.
+        positions: that the language model has; a conversation longer than this is an error.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class Renderer:
         modalities: Mapping[str, Modality],
         max_tokens: int = 2**31,
         class_tokens: int = 0,
+        positions: int = 2**31,
     ) -> None:
         self.tokenizer = tokenizer
         self.modalities = modalities
         self.max_tokens = max_tokens
         self.class_tokens = class_tokens
+        self.positions = positions
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.template = tokenizer.chat_template or CHATML
         self._parts = PartTokenizer(tokenizer)
@@ -113,9 +116,9 @@ class Renderer:
         line break otherwise. Two in a row are kept apart by a line break too where the template writes nothing.
 
         Raises:
-            UserError: more tokens than ``max_tokens``, unless ``answer`` is given; a template that does not write
-                turns one after another, or refuses these roles, or changes what is said; words that the tokenizer
-                makes a special token of; volumes that the tokenizer makes one of.
+            UserError: more tokens than ``max_tokens`` or ``positions``, unless ``answer`` is given; a template that
+                does not write turns one after another, or refuses these roles, or changes what is said; words that the
+                tokenizer makes a special token of; volumes that the tokenizer makes one of.
         """
         turns = conversation.conversations
         contents = [turn.content for turn in turns]
@@ -139,6 +142,11 @@ class Renderer:
             raise UserError(
                 f"becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}; raise that, shorten the"
                 " text or take larger patches"
+            )
+        if answer is None and len(ids) > self.positions:
+            raise UserError(
+                f"becomes {len(ids)} tokens, and model.checkpoint has {self.positions} positions"
+                " (max_position_embeddings); shorten the text or take larger patches"
             )
         example = Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
         self._check_volumes(example.input_ids, sum(part.kind == "image" for part in parts))
@@ -215,20 +223,40 @@ def load_renderer(settings: "Settings") -> Renderer:
     """The renderer of these settings: tokenizer and chat template of the checkpoint, modalities, ``data.max_tokens``.
 
     Raises:
-        UserError: the checkpoint's tokenizer or configuration cannot be loaded; no such chat template.
+        UserError: the checkpoint's tokenizer or configuration cannot be loaded; the tokenizer has more tokens than the
+            model's embedding; no such chat template.
     """
     model = settings.model
     tokenizer = load_tokenizer(model.checkpoint, model.chat_template)
-    kept = _class_tokens(model.checkpoint) if model.checkpoint else 0
-    return Renderer(tokenizer, settings.modalities, settings.data.max_tokens, kept)
+    if not model.checkpoint:
+        return Renderer(tokenizer, settings.modalities, settings.data.max_tokens)
+    config = _config(model.checkpoint)
+    tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    kept = class_tokens(tower, config.get("vision_feature_select_strategy", "default"))
+    text = _text_config(config)
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, text.get("vocab_size", 2**31)
+    if tokens > rows:
+        raise UserError(
+            f"model.checkpoint={model.checkpoint}: its tokenizer has {tokens} tokens, and the model's embedding has"
+            f" {rows} rows; use the model's own tokenizer, or save the model after resize_token_embeddings({tokens})"
+        )
+    positions = text.get("max_position_embeddings", 2**31)
+    return Renderer(tokenizer, settings.modalities, settings.data.max_tokens, kept, positions)
 
 
-def _class_tokens(checkpoint: str) -> int:
+def _config(checkpoint: str) -> dict[str, Any]:
     # As a file and not as a class: the class of our own models lies in a room that this one does not know.
     try:
-        config, _ = PretrainedConfig.get_config_dict(checkpoint)
+        return PretrainedConfig.get_config_dict(checkpoint)[0]
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.checkpoint={checkpoint}: its configuration cannot be loaded: {reason}") from None
-    tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    return class_tokens(tower, config.get("vision_feature_select_strategy", "default"))
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's configuration, with the defaults of its kind; empty where the kind is not known."""
+    from transformers import CONFIG_MAPPING
+
+    own = config.get("text_config") or {}
+    kind = own.get("model_type", "llama")  # the default of LLaVA's configurations
+    return {**CONFIG_MAPPING[kind]().to_dict(), **own} if "text_config" in config and kind in CONFIG_MAPPING else {}

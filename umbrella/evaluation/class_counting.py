@@ -75,6 +75,8 @@ def _measure(answers: Sequence[Answer], shown: Sequence[str], classes: Sequence[
     def measure(weights: NDArray) -> dict[str, NDArray]:
         drawn = weights[:, subject]
         metrics = class_metrics(confusion(truth, said, len(classes), drawn), classes)
+        if len(set(truth.tolist())) < 2:  # always saying the one class would give 1
+            metrics["balanced_accuracy"] = np.full(len(weights), np.nan)
         if answers[0].probabilities:
             metrics |= probability_metrics(truth, probabilities, drawn)
         if compared.any():

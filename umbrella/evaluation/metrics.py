@@ -1,7 +1,7 @@
 """Metrics that trainings report as they go; ``tables.py`` has the same ones and more, with intervals."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -13,11 +13,30 @@ DISAGREEING = 0.1
 """Share of a target's conversations in which scored and generated answers may differ before it is reported."""
 
 
-def metric_names(targets: Iterable[str], prefix: str = "eval") -> list[str]:
-    """What ``summarise`` gives where these targets have classes."""
-    targets = sorted(targets)
-    names = [f"{prefix}/loss", *([f"{prefix}/balanced_accuracy"] if targets else [])]
-    return names + [f"{prefix}/{target}/{name}" for target in targets for name in ("balanced_accuracy", "accuracy")]
+def metric_names(classes: Mapping[str, int], prefix: str = "eval") -> list[str]:
+    """What ``summarise`` gives.
+
+    Args:
+        classes: target to the number of its classes among the labels that are scored.
+    """
+    several = {target for target, number in classes.items() if number > 1}
+    names = [f"{prefix}/loss", *([f"{prefix}/balanced_accuracy"] if several else [])]
+    for target in sorted(classes):
+        names += [f"{prefix}/{target}/balanced_accuracy"] if target in several else []
+        names += [f"{prefix}/{target}/accuracy"]
+    return names
+
+
+def chance(metric: str, classes: Mapping[str, int], prefix: str = "eval") -> float | None:
+    """What guessing gives for a balanced accuracy, as a share; None for another metric.
+
+    Args:
+        classes: target to the number of its candidates, for the targets that have a balanced accuracy.
+    """
+    shares = {f"{prefix}/{target}/balanced_accuracy": 1 / number for target, number in classes.items()}
+    if metric == f"{prefix}/balanced_accuracy" and shares:
+        return sum(shares.values()) / len(shares)
+    return shares.get(metric)
 
 
 def summarise(scored: Iterable[Prediction], prefix: str = "eval") -> dict[str, float]:
@@ -26,9 +45,9 @@ def summarise(scored: Iterable[Prediction], prefix: str = "eval") -> dict[str, f
     ``<prefix>/loss``: mean nats per token of the true last answers.
     ``<prefix>/<target>/balanced_accuracy``: over subjects. A subject's prediction is the label of the highest mean
     probability over the subject's conversations; equal means predict nothing. A subject whose label differs between
-    conversations counts once for each label.
+    conversations counts once for each label. Absent where all labels are of one class.
     ``<prefix>/<target>/accuracy``: over conversations.
-    ``<prefix>/balanced_accuracy``: the mean of the above over targets; absent where no target has classes.
+    ``<prefix>/balanced_accuracy``: the mean of the balanced accuracies; absent where there is none.
     """
     scored = list(scored)
     metrics = {f"{prefix}/loss": sum(s.answer_nll or 0.0 for s in scored) / sum(s.answer_tokens for s in scored)}
@@ -39,11 +58,13 @@ def summarise(scored: Iterable[Prediction], prefix: str = "eval") -> dict[str, f
             by_target[s.target].append(answer)
     over_subjects = []
     for target, answers in sorted(by_target.items()):
-        classes = sorted({str(a.truth) for a in answers}.union(*(a.probabilities for a in answers)))
-        subjects = mean_probability(answers)
-        counts = confusion(*codes(subjects, classes), len(classes), np.ones((1, len(subjects))))
-        over_subjects.append(float(balanced_accuracy(counts)[0]))
-        metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
+        true = {str(a.truth) for a in answers}
+        if len(true) > 1:
+            classes = sorted(true.union(*(a.probabilities for a in answers)))
+            subjects = mean_probability(answers)
+            counts = confusion(*codes(subjects, classes), len(classes), np.ones((1, len(subjects))))
+            over_subjects.append(float(balanced_accuracy(counts)[0]))
+            metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
         metrics[f"{prefix}/{target}/accuracy"] = sum(a.said == a.truth for a in answers) / len(answers)
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)

@@ -55,6 +55,30 @@ def check_candidates(conversations: Iterable[Conversation], candidates: Candidat
             )
 
 
+def check_labels(candidates: Candidates) -> None:
+    """Check that the labels of each target can be told apart, by their spelling and by their answers.
+
+    Raises:
+        UserError: a line for each target whose labels cannot, naming them.
+    """
+    wrong = []
+    for target, answers in candidates.items():
+        spelling, said = defaultdict(list), defaultdict(list)
+        for label, text in answers.items():
+            spelling[" ".join(label.split()).casefold()].append(label)
+            said[text.strip()].append(label)
+        for alike, what in (
+            (spelling, "differ by case or blanks only; write them alike"),
+            (said, "have the same answer; give each label an answer of its own"),
+        ):
+            same = [", ".join(map(repr, labels)) for labels in alike.values() if len(labels) > 1]
+            if same:
+                wrong.append(f"labels of {target!r}: {' and '.join(same)} {what}")
+                break
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
 @torch.no_grad()
 def score(
     model: nn.Module,

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
+from math import isnan, nan
 from statistics import fmean
 from typing import Literal
 
@@ -112,12 +112,13 @@ def kind_of(prediction: Prediction) -> Kind:
 
 
 def overall(groups: Iterable[Group], metric: str = "likelihood/subjects/balanced_accuracy") -> float:
-    """The mean of a metric over the targets that have it, each as a whole; NaN where none has.
+    """The mean of a metric over the targets for which it is defined, each as a whole; NaN where there is none.
 
     By default the same number as ``eval/balanced_accuracy`` of trainings, for the same predictions.
     """
     values = [group.metrics[metric].value for group in groups if group.by == "all" and metric in group.metrics]
-    return fmean(values) if values else nan
+    defined = [value for value in values if not isnan(value)]
+    return fmean(defined) if defined else nan
 
 
 def _classes(predictions: Sequence[Prediction], training: Sequence[str | float]) -> tuple[str, ...]:

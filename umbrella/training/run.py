@@ -13,11 +13,12 @@ from umbrella.config import Settings
 from umbrella.data.audit import audit
 from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import Progress as ProgressBar
+from umbrella.data.loading import classes_of
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
-from umbrella.evaluation.scoring import check_candidates, find_candidates
+from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
@@ -38,6 +39,37 @@ from umbrella.training.waiting import Waiting
 from umbrella.training.watch import Watch
 
 
+def load_checked(
+    settings: Settings,
+    progress: ProgressBar,
+    masks: Sequence[MaskPolicy] | None = None,
+    shapes: Sequence[Settings] | None = None,
+    dry_run: bool = False,
+) -> Splits:
+    """The data of a training or a sweep, after every check that is made before the start.
+
+    Args:
+        masks, shapes, dry_run: as in ``load_splits``.
+
+    Raises:
+        UserError: as ``check_model``, ``load_splits`` and ``check``.
+    """
+    for shape in shapes or [settings]:
+        check_model(shape)  # takes seconds, and decoding volumes may take hours
+    splits = load_splits(settings, progress, masks, shapes, dry_run)
+    check(settings, splits, [settings.mask] if masks is None else masks, settings.tune.metric, shapes)
+    return splits
+
+
+def check_model(settings: Settings) -> None:
+    """Raise UserError where no model and tokenizer can be made of ``settings.model``."""
+    load_renderer(settings)
+    if settings.model.checkpoint:
+        from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
+
+        check_checkpoint(settings.model, settings.modalities)
+
+
 def check(
     settings: Settings,
     splits: Splits,
@@ -45,23 +77,16 @@ def check(
     metric: str,
     shapes: Sequence[Settings] | None = None,
 ) -> None:
-    """Find what would end a training at its start, or leave it without the metric that decides, before anything starts.
+    """Check that these data can be trained on, scored, and ranked by a metric.
 
     Args:
         shapes: as in ``load_splits``.
 
     Raises:
-        UserError: a checkpoint that does not fit; a policy that supervises no token, or weighs a task that the data do
-            not have; a label without a candidate answer; a metric that these data do not give.
+        UserError: a policy that supervises no token, or weighs a task that the data do not have; labels that cannot be
+            told apart; a label without a candidate answer; a metric that these data do not give.
     """
-    shapes = shapes or [settings]
-    renderer = load_renderer(shapes[0])
-    for shape in shapes:
-        if shape.model.checkpoint:
-            from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
-
-            check_checkpoint(shape.model, shape.modalities)
-    examples = audited(splits.train, renderer)
+    examples = audited(splits.train, load_renderer((shapes or [settings])[0]))
     task_types = sorted({c.task_type for c in splits.train})
     for policy in policies:
         unknown = sorted(policy.task_weights.keys() - set(task_types))
@@ -72,12 +97,16 @@ def check(
             )
         audit(examples, policy)
     candidates = find_candidates(splits.train)
+    check_labels(candidates)
     check_candidates(splits.validation, candidates)
-    targets = sorted({c.target for c in splits.validation if isinstance(c.label, str)})
-    check_names(targets)
-    known = metric_names(targets)
+    check_candidates(splits.test, {**candidates, **settings.evaluate.candidates})
+    classes = {target: len(labels) for target, labels in classes_of(splits.validation).items()}
+    check_names(sorted(classes))
+    known = metric_names(classes)
     if metric not in known:
-        raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss)")
+        one = sorted(target for target, number in classes.items() if number == 1)
+        why = f"; data.validation has one class only of {', '.join(one)}" if one else ""
+        raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss){why}")
 
 
 def check_names(targets: Iterable[str]) -> None:
@@ -136,8 +165,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
 def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     name, storage = folder.name, folder.parent.parent
     start_for_training(settings)
-    splits = load_splits(settings, progress)
-    check(settings, splits, [settings.mask], settings.tune.metric)
+    splits = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)

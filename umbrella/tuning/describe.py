@@ -7,23 +7,28 @@ from rich.console import Console
 
 from umbrella.base import masked
 from umbrella.config import Settings
-from umbrella.data.loading import count_samples, counted
+from umbrella.data.loading import Progress, counted
 from umbrella.training.cluster import address_of
 from umbrella.training.room import SPARE_CPUS, this_machine, trainings_that_fit
+from umbrella.training.run import load_checked
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
 from umbrella.tuning.schedulers import make_scheduler
 from umbrella.tuning.search import count_trials, points
-from umbrella.tuning.space import is_given, label, read_space
-from umbrella.tuning.sweep import Answer
+from umbrella.tuning.space import is_given, label, read_space, variants
+from umbrella.tuning.sweep import Answer, possible_masks
 from umbrella.tuning.winner import command
 
 SHOWN = 20
 """Trials that a dry run lists."""
 
 
-def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None:
-    """Print the resolved settings, the trials, the resources asked for and the sample counts; start nothing."""
+def dry_run(settings: Settings, given: frozenset[str], progress: Progress, console: Console) -> None:
+    """Print the resolved settings, the trials, the resources asked for and the sample counts; start nothing.
+
+    Raises:
+        UserError: as ``load_checked``.
+    """
     entries, total = read_space(settings, given), count_trials(settings, given)
     make_scheduler(settings, given)
     resources = settings.resources
@@ -45,8 +50,9 @@ def dry_run(settings: Settings, given: frozenset[str], console: Console) -> None
         machine = this_machine()
         at_once = trainings_that_fit(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
-    counts = count_samples(settings)
-    console.print("samples: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    shapes = variants(settings, entries, "modalities", "model")
+    splits = load_checked(settings, progress, possible_masks(settings, given), shapes, dry_run=True)
+    console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 
 def how(settings: Settings, entries: Sequence[Entry]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import SETTINGS, Settings
-from umbrella.data.intake import Splits, load_splits
+from umbrella.data.intake import Splits
 from umbrella.data.loading import Progress
 from umbrella.data.settings import MaskPolicy
 from umbrella.drawing import import_ahead
@@ -29,7 +29,7 @@ from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
 from umbrella.training.mirror import is_in_mirror, mirrored
 from umbrella.training.room import trainings_that_fit
-from umbrella.training.run import check, make_job
+from umbrella.training.run import load_checked, make_job
 from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
@@ -115,8 +115,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     entries = read_space(settings, given)
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
     start_for_sweep(settings, search.trials)
-    splits = load_splits(settings, progress, masks, shapes)
-    check(settings, splits, masks, settings.tune.metric, shapes)
+    splits = load_checked(settings, progress, masks, shapes)
     check_writable(folder, "the folder of the sweep")
     if goes_on:
         check_data(folder, splits.fingerprint)
