@@ -58,10 +58,10 @@ class Page(HTMLParser):
 
 
 def report(
-    folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0
+    folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0, warning: str = ""
 ) -> tuple[Files, Page]:
     folder.mkdir(exist_ok=True)
-    files = write_report(rank(trials, "max"), Settings(), folder, subjects)
+    files = write_report(rank(trials, "max"), Settings(), folder, subjects, warning)
     return files, Page(files.page.read_text(encoding="utf-8"))
 
 
@@ -142,10 +142,19 @@ def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files, _ = report(tmp_path / "my sweep", TRIALS)
+    files, page = report(tmp_path / "my sweep", TRIALS, warning="No trial learnt the task.")
+    assert "No trial learnt the task." in page.text
     contenders = rank(TRIALS, "max")
     best = load_settings([files.best] if files.best else [])
-    answer = Answer(contenders, trials_of(contenders), best, tmp_path, files, "sqlite:///runs/mlflow.db")
+    answer = Answer(
+        contenders,
+        trials_of(contenders),
+        best,
+        tmp_path,
+        files,
+        "sqlite:///runs/mlflow.db",
+        "No trial learnt the task.",
+    )
     console = Console(width=120, record=True, file=(tmp_path / "log").open("w", encoding="utf-8"))
     print_answer(answer, console)
     said = console.export_text()
@@ -153,3 +162,4 @@ def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
     assert "python experiments/train.py 'my sweep/best.yaml'" in said
     assert f"file://{tmp_path}/my%20sweep/report.html" in said
     assert "1 finished, 1 stopped by the scheduler, 1 failed" in said
+    assert said.endswith("\nNo trial learnt the task.\n")

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from umbrella.training.history import HISTORY
 from umbrella.training.live import EARLY, FINISHED
 from umbrella.training.progress import write_files
 from umbrella.tuning.ending import FAILED, STOPPED, UNFINISHED, read_end, reopen, write_end
 from umbrella.tuning.folder import POINT, trial_folder
 from umbrella.tuning.ranking import rank, trials_of
-from umbrella.tuning.results import Trial, read_trials
+from umbrella.tuning.results import Trial, at_chance, read_trials
 from umbrella.tuning.settings import TuneSettings
 
 METRIC = "eval/balanced_accuracy"
@@ -66,6 +68,29 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
     assert trials[0].name == "lr=0.001"
     by_loss = trials_of(rank(read(tmp_path, "eval/loss", "min"), "min"))
     assert [(t.trial_id[-1], t.metric) for t in by_loss[:3]] == [("3", 0.1), ("2", 0.2), ("1", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("best", "chance", "subjects", "said"),
+    [
+        (0.5, 0.5, 12, True),
+        (0.75, 0.5, 12, True),
+        (0.8, 0.5, 12, False),
+        (0.75, 0.5, 100, False),
+        (0.45, 0.25, 12, True),
+        (1.0, 0.5, 2, False),
+        (0.5, None, 12, False),
+        (None, 0.5, 12, False),
+    ],
+)
+def test_a_sweep_without_a_trial_above_chance_is_told_in_a_sentence(
+    best: float | None, chance: float | None, subjects: int, said: bool
+) -> None:
+    trials = [Trial("a", {}, FINISHED, 0.3), Trial("b", {}, FINISHED, best)] if best else [Trial("c", {}, FAILED)]
+    sentence = at_chance(trials, TuneSettings(), chance, subjects)
+    assert bool(sentence) == said
+    if said:
+        assert sentence.startswith(f"No trial learnt the task: the best eval/balanced_accuracy, {best:.4g}, is not")
 
 
 def test_how_a_trial_ended_is_what_was_written_first(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def print_answer(answer: Answer, console: Console) -> None:
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
+    if answer.warning:
+        console.print(answer.warning, markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(path: str | Path) -> str:

@@ -64,13 +64,16 @@ def cost(trials: Sequence[Trial], resources: ResourceSettings) -> Cost:
     return Cost(hours, held * resources.cpus_per_worker, held * resources.gpus_per_worker)
 
 
-def write_report(contenders: Sequence[Contender], settings: Settings, folder: Path, subjects: int = 0) -> Files:
+def write_report(
+    contenders: Sequence[Contender], settings: Settings, folder: Path, subjects: int = 0, warning: str = ""
+) -> Files:
     """Write ``ranking.csv``, ``best.yaml``, the PNGs and ``report.html`` into the sweep's folder.
 
     Args:
         contenders: as ``rank`` gives them.
         settings: the sweep's.
         subjects: that the metric is measured on; 0 if unknown.
+        warning: a sentence on all trials, see ``at_chance``.
     """
     trials, metric = trials_of(contenders), settings.tune.metric
     ranking = folder / "ranking.csv"
@@ -120,6 +123,7 @@ def write_report(contenders: Sequence[Contender], settings: Settings, folder: Pa
         images={name: embedded(picture.read_bytes()) for name, picture in pictures.items()},
         importance=found,
         subjects=subjects,
+        warning=warning,
         noise=_binomial(contenders[0].mean, subjects) if best and "accuracy" in metric else None,
         wall=max((t.started + (t.seconds or 0) for t in trials if t.started is not None), default=0.0)
         - min(starts, default=0.0),

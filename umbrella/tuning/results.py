@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,24 @@ def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
     """
     trials = [_trial(file.parent, tune) for file in Path(sweep).glob(f"trials/*/{POINT}")]
     return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
+
+
+def at_chance(trials: Sequence[Trial], tune: TuneSettings, chance: float | None, subjects: int) -> str:
+    """A sentence for a sweep in which no trial is better than guessing; empty where one is, or where it is not known.
+
+    Args:
+        chance: what guessing gives, as a share.
+        subjects: that the metric is measured on. Two standard errors above chance are taken for chance.
+    """
+    best = max((t.metric for t in trials if t.metric is not None), default=None)
+    if chance is None or best is None or not subjects:
+        return ""
+    if best >= min(1.0, chance + 2 * sqrt(chance * (1 - chance) / subjects)):
+        return ""
+    return (
+        f"No trial learnt the task: the best {tune.metric}, {best:.4g}, is not distinguishable from chance"
+        f" ({chance:.4g}, {subjects} subjects). Try more epochs (train.epochs) or larger rates (optim.lr)."
+    )
 
 
 def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:

@@ -13,9 +13,10 @@ from ray.tune.schedulers import TrialScheduler
 from umbrella.base import Stopped, UserError
 from umbrella.config import SETTINGS, Settings
 from umbrella.data.intake import Splits
-from umbrella.data.loading import Progress
+from umbrella.data.loading import Progress, classes_of
 from umbrella.data.settings import MaskPolicy
 from umbrella.drawing import import_ahead
+from umbrella.evaluation.metrics import chance
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.delivery import PARENT
@@ -36,7 +37,7 @@ from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
 from umbrella.tuning.question import Question, check_data, sweeps_folder, write_question
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
-from umbrella.tuning.results import Trial, read_trials
+from umbrella.tuning.results import Trial, at_chance, read_trials
 from umbrella.tuning.schedulers import Population, make_scheduler
 from umbrella.tuning.search import Search, make_search
 from umbrella.tuning.space import covers, read_space, variants
@@ -61,6 +62,8 @@ class Answer:
     folder: Path
     files: Files
     tracking: str
+    warning: str = ""
+    """See ``at_chance``."""
 
 
 def run_sweep(
@@ -154,10 +157,14 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         if settings.tracking.hash_subjects:
             trials = _nameless(trials, splits, read_salt(storage))
         contenders = rank(trials, settings.tune.mode)
-        files = write_report(contenders, settings, folder, len({c.subject_id for c in splits.validation}))
+        subjects = len({c.subject_id for c in splits.validation})
+        held_out = classes_of(splits.validation)
+        classes = {target: len(said) for target, said in job.candidates.items() if len(held_out[target]) > 1}
+        warning = at_chance(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
+        files = write_report(contenders, settings, folder, subjects, warning)
         for file in files.all:
             parent.artifact(file)
-        answer = _answer(settings, contenders, files, folder, uri)
+        answer = replace(_answer(settings, contenders, files, folder, uri), warning=warning)
         parent.results({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
         parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
         parent.end()
