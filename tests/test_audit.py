@@ -169,6 +169,20 @@ def test_the_page_shows_every_part_with_its_kind_weight_and_text(hostile: Exampl
     ]
 
 
+@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}], ids=str)
+def test_the_page_shows_a_turn_that_is_out_of_the_loss_and_counts_none_of_its_tokens(
+    example: Example, tokenizer: Any, modalities: dict[str, Modality], flag: dict
+) -> None:
+    raw = example.conversation.model_dump(mode="json")
+    raw["conversations"][1] |= flag
+    flagged = Renderer(tokenizer, modalities).render(Conversation.model_validate(raw))
+    rows = audit([flagged], MaskPolicy())
+    assert sum(row["supervised"] for row in rows) == 4  # the second answer and its end
+    page = audit_html(rows, [flagged], MaskPolicy(), tokenizer)
+    assert re.findall(r'<div class="role">(.*?)</div>', page) == ["user", "assistant, loss: false", "user", "assistant"]
+    assert ["text", "assistant text, 2 tokens, no target", "A1"] in Reading(page).parts
+
+
 def test_what_is_hidden_of_a_conversation_leaves_the_pages_own_words_and_numbers(
     hostile: Example, tokenizer: Any
 ) -> None:

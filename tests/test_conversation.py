@@ -166,6 +166,21 @@ def test_names_and_labels_that_cannot_be_used_are_refused(changes: dict, field: 
     assert refusals(sample(**changes)) == [(field, message)]
 
 
+@pytest.mark.parametrize(
+    ("flags", "field", "message"),
+    [
+        ({"weight": 0.5}, ".weight", "must be true or false, or 1 or 0, not 0.5"),
+        ({"train": "no"}, ".train", "must be true or false, or 1 or 0, not 'no'"),
+        ({"loss": True, "weight": 0}, "", "its loss flags contradict each other (loss: true, weight: 0); keep one of"),
+    ],
+)
+def test_loss_flags_that_say_neither_yes_nor_no_are_refused(flags: dict, field: str, message: str) -> None:
+    user, answer = sample()["conversations"]
+    [(found, what)] = refusals(sample(conversations=[user, answer | flags]))
+    assert found == f"conversations.1{field}"
+    assert what.startswith(message)
+
+
 def test_null_is_a_name_or_label_that_is_not_given() -> None:
     metadata = {"subject_id": None, "reference_id": None, "subject_label": None}
     conversation = Conversation.model_validate(sample(metadata=metadata, subject_ids=None))

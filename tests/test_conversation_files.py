@@ -222,6 +222,15 @@ def test_conversion_problems_hide_none_of_the_others_and_bear_the_names_of_the_f
     ]
 
 
+def test_the_system_text_of_a_sample_does_not_shift_the_turns_that_a_problem_names(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "?"}, {"role": "bot", "content": "x"}, {"role": "assistant", "content": ""}]
+    raw = {"id": "t", "system": "Be brief.", "messages": talk}
+    assert [p.split(": ")[1] for p in problems(write(tmp_path / "c.jsonl", raw))] == [
+        "messages.1.role",
+        "messages.2.content",
+    ]
+
+
 def test_missing_volumes_folders_and_unknown_modalities_name_the_setting_to_change(tmp_path: Path) -> None:
     (tmp_path / "a.nii").unlink()
     (tmp_path / "folder.nii").mkdir()

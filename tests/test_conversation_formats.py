@@ -280,3 +280,42 @@ def test_fields_are_named_as_in_the_file() -> None:
     assert field_in_file("conversations.0.role", "llava") == "conversations.0.from"
     assert field_in_file("conversations.0.content.1.text", "llava") == "conversations.0.value"
     assert field_in_file("conversations.0.content.1.text", "v1") == "conversations.0.content.1.text"
+
+
+def loss_of(conversation: Conversation) -> list[bool]:
+    return [turn.in_loss for turn in conversation.conversations]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("mask", [[1, 0], [True, False], [1.0, 0.0]])
+def test_the_loss_mask_of_a_sample_is_that_of_its_turns_and_its_system_text_the_first_turn(
+    format: str, mask: list
+) -> None:
+    plain = turns(read(SAMPLES[format]))
+    conversation = read(SAMPLES[format] | {"loss_mask": mask, "system": "Be brief."})
+    assert turns(conversation) == [("system", ["Be brief."]), *plain]
+    assert loss_of(conversation) == [True, True, False]
+    assert turns(read(SAMPLES[format] | {"loss_mask": None, "system": " "})) == plain
+
+
+def test_a_system_text_that_stands_twice_is_one_turn_and_two_texts_are_refused() -> None:
+    raw = LLAVA | {"conversations": [{"from": "system", "value": "Be brief.\n"}, *LLAVA["conversations"]]}
+    assert [role for role, _ in turns(read(raw | {"system": "Be brief."}))] == ["system", "user", "assistant"]
+    assert refusals(raw | {"system": "Be long."}) == [
+        ("system", "differs from the text of the system turn; keep one of them")
+    ]
+    assert refusals(LLAVA | {"system": 3}) == [("system", "must be a text, not 3")]
+
+
+@pytest.mark.parametrize(
+    ("mask", "flags", "field", "what"),
+    [
+        ([1], {}, "loss_mask", "has 1 entries for 2 turns; write one for each turn"),
+        ([1, 2], {}, "loss_mask", "must be a list of true or false, or 1 or 0, one for each turn, not [1, 2]"),
+        ("01", {}, "loss_mask", "must be a list of true or false, or 1 or 0, one for each turn, not '01'"),
+        ([1, 1], {"loss": False}, "loss_mask.1", "contradicts the `loss` of this turn; keep one of them"),
+    ],
+)
+def test_a_loss_mask_that_does_not_fit_its_turns_is_refused(mask: Any, flags: dict, field: str, what: str) -> None:
+    talk = [CHAT["messages"][0], CHAT["messages"][1] | flags]
+    assert refusals(CHAT | {"messages": talk, "loss_mask": mask}) == [(field, what)]

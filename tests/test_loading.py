@@ -370,7 +370,8 @@ def test_a_training_sample_that_the_mask_leaves_without_a_target_is_an_error_or_
     policy = "supervise=assistant, end_of_turn=False, turn_header=False, normalize=token"
     assert str(caught.value) == (
         f"{folder}/train.jsonl:1: conversations: the mask policy ({policy}) supervises none of its tokens; choose"
-        " another mask, or leave it out with data.on_bad=quarantine (and 1 more conversation)"
+        " another mask, correct the loss flags of its turns, or leave it out with data.on_bad=quarantine"
+        " (and 1 more conversation)"
     )
     splits = loaded(False, on_bad="quarantine", max_bad_fraction=0.5)
     assert tasks(splits) == [["a_all"], ["c_sex", "d_age"]]

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from conftest import MODALITIES
 
 from umbrella.base import UserError
 from umbrella.cli import parse
@@ -15,12 +16,18 @@ from umbrella.data.batching import collate
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import PRESETS, MaskPolicy
+from umbrella.evaluation.scoring import ANSWER_ONLY
 from umbrella.modality import Modality
 from umbrella.volumes.store import VolumeStore
 
 END = "<|im_end|>\n"
 USER = "<|im_start|>user\n"
 ASSISTANT = "<|im_start|>assistant\n"
+CHOICES = {
+    name: get_args(MaskPolicy.model_fields[name].annotation) or (False, True)
+    for name in ("supervise", "end_of_turn", "turn_header", "normalize")
+}
+POLICIES = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
 
 
 @pytest.fixture
@@ -104,18 +111,51 @@ def test_every_target_has_exactly_this_weight(
 
 
 def test_no_policy_makes_targets_of_placeholders_or_of_the_first_token(examples: dict[str, Example]) -> None:
-    choices = {
-        name: get_args(MaskPolicy.model_fields[name].annotation) or (False, True)
-        for name in ("supervise", "end_of_turn", "turn_header", "normalize")
-    }
-    policies = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
-    assert len(policies) == 3 * 2 * 2 * 3
-    for policy, example in product(policies, examples.values()):
+    assert len(POLICIES) == 3 * 2 * 2 * 3
+    for policy, example in product(POLICIES, examples.values()):
         weights = loss_weights(example, MaskPolicy(**policy, task_weights={"T1": 2}))
         assert len(weights) == len(example.input_ids)
         assert weights.any()
         assert weights[0] == 0
         assert not any(weights[span.start : span.stop].any() for span in example.spans if span.kind == "image")
+
+
+FLAGS: list[dict[str, Any]] = [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}]
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=str)
+def test_a_turn_that_is_flagged_out_of_the_loss_loses_its_targets_and_no_other_turn_does(
+    example: Example, tokenizer: Any, flag: dict
+) -> None:
+    raw = example.conversation.model_dump(mode="json")
+    opposite = {key: not value for key, value in flag.items()}
+    raw["conversations"][1] |= flag
+    raw["conversations"][2] |= opposite
+    raw["conversations"][3] |= opposite
+    flagged = Renderer(tokenizer, MODALITIES).render(Conversation.model_validate(raw))
+    assert flagged.input_ids.tolist() == example.input_ids.tolist()
+    for policy in POLICIES:
+        expected = loss_weights(example, MaskPolicy(**policy | {"normalize": "token"}))
+        for span in example.spans:
+            if span.turn == 1:
+                expected[span.start : span.stop] = 0
+        weights = loss_weights(flagged, MaskPolicy(**policy))
+        assert (weights > 0).tolist() == (expected > 0).tolist()
+        if policy["normalize"] != "token" and expected.any():
+            turns = {s.turn for s in example.spans if expected[s.start : s.stop].any()}
+            assert weights.sum() == pytest.approx(len(turns) if policy["normalize"] == "turn" else 1)
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=str)
+def test_a_last_answer_out_of_the_loss_is_scored_and_not_replaced_by_an_earlier_one(
+    tokenizer: Any, talk: Callable[..., Conversation], flag: dict
+) -> None:
+    raw = talk(("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")).model_dump(mode="json")
+    raw["conversations"][3] |= flag
+    conversation, renderer = Conversation.model_validate(raw), Renderer(tokenizer, {})
+    assert not loss_weights(renderer.render(conversation), MaskPolicy(supervise="last_assistant")).any()
+    scored = renderer.render(conversation, "A2")
+    assert tokenizer.decode(scored.input_ids[loss_weights(scored, ANSWER_ONLY) == 1]) == f"A2{END}"
 
 
 def test_a_user_who_speaks_last_is_not_the_last_assistant_turn(

@@ -63,16 +63,18 @@ class Checker:
                 return None, None, [half]
             kind = recognise(raw) if self.format == "auto" else self.format
             sample, problems = convert(raw, kind)
+            written, turns = raw.get("messages" if kind == "chat" else "conversations"), sample.get("conversations")
+            added = len(turns) - len(written) if isinstance(turns, list) and isinstance(written, list) else 0
             if self.questions:
                 _leave_open(sample)
             conversation = Conversation.model_validate(sample).with_paths(rewrite)
         except FormatError as error:
             return None, None, error.problems
         except ValidationError as error:
-            problems += [(field_in_file(name, kind), what) for name, what in explain(error)]
+            problems += [(field_in_file(name, kind, added), what) for name, what in explain(error)]
         except (RecursionError, ValueError):  # the latter from with_paths
             return None, None, [("sample", DEEP)]
-        problems += [(field_in_file(name, kind), what) for name, what in _blank_turns(sample, self.questions)]
+        problems += [(field_in_file(name, kind, added), what) for name, what in _blank_turns(sample, self.questions)]
         for item in image_items(sample):
             problems += self._check_volume(item, rewrite)
         problems = list(dict.fromkeys(problems))

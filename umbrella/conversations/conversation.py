@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from umbrella.conversations.images import disagreements
 from umbrella.conversations.items import image_items, images_can_be_counted, objects_in
-from umbrella.conversations.values import faulty_values
+from umbrella.conversations.values import LOSS_FLAGS, faulty_values
 
 ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")
 """The BIDS entity of the subject in a path."""
@@ -58,6 +58,12 @@ class Turn(_Part):
         if not content:
             raise _wrong("is empty; write a text, or leave the turn out")
         return content
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the training loss may supervise the turn: false with ``loss: false``, ``weight: 0``, ``train: false``."""
+        extra = self.model_extra or {}
+        return all(extra.get(flag) is None or bool(extra[flag]) for flag in LOSS_FLAGS)
 
 
 class Conversation(_Part):

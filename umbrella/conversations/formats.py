@@ -9,6 +9,7 @@ from typing import Any
 
 from umbrella.conversations.images import Problems, name_files, path_in, tell_modalities, text_or_unknown
 from umbrella.conversations.items import TOKEN, image_items, images_can_be_counted, objects_in, v2_turn
+from umbrella.conversations.values import is_flag
 from umbrella.conversations.wording import plain, show
 
 FORMATS = ("v2", "v1", "llava", "chat")
@@ -82,8 +83,9 @@ def convert(raw: Any, format: str, modality: str = "") -> tuple[dict[str, Any], 
         if isinstance(turns, list):
             turns = [v2_turn(turn, format, cut=format == "llava" or bool(files)) for turn in turns]
         sample["conversations"] = turns
+    problems = _spread_loss_mask(sample)
+    problems += _add_system_turn(sample, format, cut=format == "llava" or bool(files))
     shown, whole = image_items(sample), images_can_be_counted(sample)
-    problems: Problems = []
     if outside:
         places = f"`{TOKEN}` placeholders" if format == "llava" else f"image items and `{TOKEN}` placeholders"
         problems += name_files(shown, files, files_key, places, whole)
@@ -97,13 +99,59 @@ def convert(raw: Any, format: str, modality: str = "") -> tuple[dict[str, Any], 
     return sample, problems
 
 
-def field_in_file(field: str, format: str) -> str:
-    """A field of the v2 object under its name in the file: ``messages.0.role`` for ``conversations.0.role`` in chat."""
+def field_in_file(field: str, format: str, added: int = 0) -> str:
+    """A field of the v2 object under its name in the file: ``messages.0.role`` for ``conversations.0.role`` in chat.
+
+    Args:
+        added: how many turns ``convert`` put before those of the file.
+    """
     names = {"llava": {"role": "from", "content": "value"}, "chat": {"conversations": "messages"}}.get(format, {})
     parts = field.split(".")
+    if parts[0] == "conversations" and parts[1:2] and parts[1].isdigit():
+        if int(parts[1]) < added:
+            return "system"
+        parts[1] = str(int(parts[1]) - added)
     if format == "llava" and "content" in parts:
         parts = parts[: parts.index("content") + 1]  # a value is one text: its items have no place in the file
     return ".".join(names.get(part, part) for part in parts)
+
+
+def _spread_loss_mask(sample: dict[str, Any]) -> Problems:
+    """Write the sample's ``loss_mask``, a list of one flag for each turn, into the turns as ``loss``."""
+    mask, turns = sample.pop("loss_mask", None), sample.get("conversations")
+    if mask is None or not isinstance(turns, list):
+        return []
+    if not isinstance(mask, list) or not all(map(is_flag, mask)):
+        return [("loss_mask", f"must be a list of true or false, or 1 or 0, one for each turn, not {show(mask)}")]
+    if len(mask) != len(turns):
+        return [("loss_mask", f"has {len(mask)} entries for {len(turns)} turns; write one for each turn")]
+    problems = []
+    for i, (turn, flag) in enumerate(zip(turns, mask, strict=True)):
+        if isinstance(turn, dict):
+            if is_flag(turn.get("loss")) and turn["loss"] != flag:
+                problems.append((f"loss_mask.{i}", "contradicts the `loss` of this turn; keep one of them"))
+            turn["loss"] = bool(flag)
+    return problems
+
+
+def _add_system_turn(sample: dict[str, Any], format: str, cut: bool) -> Problems:
+    """Make the sample's ``system`` text its first turn, unless a system turn says the same."""
+    text, turns = sample.get("system"), sample.get("conversations")
+    if text is None or not isinstance(turns, list):
+        return []
+    if not isinstance(text, str):
+        return [("system", f"must be a text, not {show(text)}")]
+    del sample["system"]
+    written = [
+        "\n".join(str(i.get("text")) for i in objects_in(turn, "content")) or str(turn.get("content"))
+        for turn in objects_in(sample, "conversations")
+        if turn.get("role") == "system"
+    ]
+    if text.strip() and text.strip() not in map(str.strip, written):
+        if written:
+            return [("system", "differs from the text of the system turn; keep one of them")]
+        turns.insert(0, v2_turn({"role": "system", "content": text}, format, cut))
+    return []
 
 
 def _complete(sample: dict[str, Any], shown: list[dict[str, Any]], files: list[Any]) -> None:

@@ -10,6 +10,8 @@ from umbrella.conversations.wording import plain, show
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Characters that break a line, or worse, where a name is printed."""
+LOSS_FLAGS = ("loss", "weight", "train")
+"""Keys of a turn that say whether the training loss may supervise it: true or false, 1 or 0."""
 HALF = re.compile("[\ud800-\udfff]")
 """Halves of a character, which JSON can write (``\\ud800``) and no Unicode text can hold."""
 
@@ -30,6 +32,7 @@ def faulty_values(raw: Any) -> Iterator[Finding]:
             yield from _faulty_name(("subject_ids", i), person, "name a subject, or leave it out")
     elif people is not None:
         yield ("subject_ids",), f"must be a list, not {show(people)}"
+    yield from _faulty_loss_flags(raw.get("conversations"))
     metadata = raw.get("metadata")
     for key in ("subject_id", "patient_id", "reference_id", "family_id"):
         if raw.get(key) is not None:
@@ -40,6 +43,22 @@ def faulty_values(raw: Any) -> Iterator[Finding]:
         label = metadata.get("subject_label")
         if not (label is None or isinstance(label, str) or _is_number(label)):
             yield ("metadata", "subject_label"), f"must be a text or a finite number, not {show(label)}"
+
+
+def _faulty_loss_flags(turns: Any) -> Iterator[Finding]:
+    for i, turn in enumerate(turns if isinstance(turns, (list, tuple)) else ()):
+        flags = {key: turn[key] for key in LOSS_FLAGS if turn.get(key) is not None} if isinstance(turn, dict) else {}
+        wrong = [(key, value) for key, value in flags.items() if not is_flag(value)]
+        for key, value in wrong:
+            yield ("conversations", i, key), f"must be true or false, or 1 or 0, not {show(value)}"
+        if not wrong and len({bool(value) for value in flags.values()}) > 1:
+            written = ", ".join(f"{key}: {show(value)}" for key, value in flags.items())
+            yield ("conversations", i), f"its loss flags contradict each other ({written}); keep one of them"
+
+
+def is_flag(value: Any) -> bool:
+    """Whether the value says yes or no: true, false, 1 or 0."""
+    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def _faulty_name(location: tuple[str | int, ...], name: Any, remedy: str) -> Iterator[Finding]:

@@ -37,6 +37,8 @@ class Piece:
     tokens: int
     weight: float
     """Of each token, as a target of the loss; 0 where it is none."""
+    in_loss: bool = True
+    """Whether the sample lets the loss supervise the turn; see ``Turn.in_loss``."""
 
     @property
     def supervised(self) -> bool:
@@ -110,7 +112,8 @@ def pieces(
                 text = f"<image: {stop - start} tokens, {volume.modality}, {name}>"
             else:
                 text = hide(_decoded(tokenizer, ids, start, stop), subjects)
-            found.append(Piece(span.turn, span.role, span.kind, text, stop - start, float(weights[start])))
+            weight = float(weights[start])
+            found.append(Piece(span.turn, span.role, span.kind, text, stop - start, weight, span.in_loss))
     return found
 
 

@@ -250,7 +250,7 @@ def measure(
 
 
 def _no_target(policy: MaskPolicy) -> str:
-    remedy = "choose another mask, or leave it out with data.on_bad=quarantine"
+    remedy = "choose another mask, correct the loss flags of its turns, or leave it out with data.on_bad=quarantine"
     return f"the mask policy ({policy.in_words}) supervises none of its tokens; {remedy}"
 
 

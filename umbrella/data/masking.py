@@ -22,11 +22,11 @@ def loss_weights(example: Example, policy: MaskPolicy) -> np.ndarray:
 
 
 def is_supervised(span: Span, policy: MaskPolicy, last_assistant_turn: int) -> bool:
-    """Whether the policy makes targets of this span."""
+    """Whether the policy makes targets of this span. A turn that the sample takes out of the loss never is one."""
     turn = {
         "assistant": span.role == "assistant",
         "last_assistant": span.turn == last_assistant_turn,
         "all": True,
     }[policy.supervise]
     kind = {"header": policy.turn_header, "text": True, "image": False, "end": policy.end_of_turn}[span.kind]
-    return turn and kind
+    return span.in_loss and turn and kind

@@ -38,6 +38,8 @@ class Span:
     turn: int
     role: str
     kind: Kind
+    in_loss: bool = True
+    """Whether the training loss may supervise it; see ``Turn.in_loss``."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,15 @@ class Renderer:
             content = self._content(i, contents[i], frame)
             parts += [Part(i, "header", frame.header), *content, Part(i, "end", frame.end)]
         parts = list(keep_volumes_apart(parts))
+        # An answer that is given is one to be scored: the flags of its turn concern the training loss only.
+        in_loss = [answer is not None or turn.in_loss for turn in turns]
         ids: list[int] = []
         spans: list[Span] = []
         for part, tokens in zip(parts, self._parts.encode([part.text for part in parts]), strict=True):
             if tokens:
                 start = len(ids)
                 ids += tokens * part.times
-                spans.append(Span(start, len(ids), part.turn, turns[part.turn].role, part.kind))
+                spans.append(Span(start, len(ids), part.turn, turns[part.turn].role, part.kind, in_loss[part.turn]))
         if answer is None and len(ids) > self.max_tokens:
             raise UserError(
                 f"becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}; raise that, shorten the"

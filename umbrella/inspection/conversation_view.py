@@ -52,6 +52,7 @@ def turns(found: Sequence[Piece], colours: bool) -> Text:
         parts = list(of_turn)
         view.append(f"\nturn {turn + 1}, {parts[0].role}", "bold")
         weight = max(piece.weight for piece in parts)  # the targets of a turn all have one
+        view.append("" if parts[0].in_loss else ", loss: false")
         view.append(f", {weight:.4g} per target\n" if weight not in (0, 1) else "\n")
         for supervised, alike in groupby(parts, key=lambda piece: piece.supervised):
             opening, closing = (OPEN, CLOSE) if supervised and not colours else ("", "")
