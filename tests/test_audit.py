@@ -98,6 +98,14 @@ def test_a_piece_ends_where_the_weight_changes(example: Example, tokenizer: Any)
     ]
 
 
+def test_the_texts_of_the_pieces_are_those_of_the_tokens_wherever_they_stand(tokenizer: Any, talk: Talk) -> None:
+    texts = [f"é{i} 👩‍⚕️" for i in range(20)]
+    long = Renderer(tokenizer, {}).render(talk(*(("user" if i % 2 else "assistant", t) for i, t in enumerate(texts))))
+    found = pieces(long, MaskPolicy(), tokenizer)
+    assert [piece.text for piece in found if piece.kind == "text"] == texts
+    assert "".join(piece.text for piece in found) == tokenizer.decode(long.input_ids)
+
+
 def test_the_samples_of_the_page_are_of_every_task_and_evenly_drawn(tokenizer: Any, talk: Talk) -> None:
     render = Renderer(tokenizer, {}).render
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,34 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, data: bytes) -> None:
     assert (problem.where, problem.sample) == (str(file), None)
     assert problem.what.startswith("cannot be unpacked: ")
     assert problem.what.endswith("; copy or compress it again")
+
+
+def test_a_file_that_unpacks_beyond_all_measure_is_refused_and_a_repetitive_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("umbrella.conversations.json_files.MIN_UNPACKED", 1000)
+    good = write(tmp_path / "good.jsonl.gz", *(sample(str(i)) for i in range(1000)))
+    assert len(ids(read_conversations(good))) == 1000
+    bomb = tmp_path / "bomb.jsonl.gz"
+    bomb.write_bytes(gzip.compress(b" " * 2**22 + json.dumps(sample()).encode()))
+    [problem] = read_conversations(bomb).problems
+    assert problem.what.startswith("unpacks to more than 300 times its size, ")
+    assert problem.sample is None
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_a_sample_of_too_many_characters_or_turns_is_a_problem_of_its_own(tmp_path: Path, form: str) -> None:
+    turn = {"role": "user", "content": "?"}
+    long = sample("long", note="x" * 1_000_000)
+    many = {"id": "many", "messages": [*[turn] * 10_000, {"role": "assistant", "content": "x"}]}
+    file = write(tmp_path / "c.json", sample("a"), long, many, sample("b"), form=form)
+    reading = read_conversations(file)
+    assert [c.task_id for c in reading.conversations] == ["a", "b"]
+    assert [re.sub(r"\d{7} char", "N char", p.what) for p in reading.problems] == [
+        "has N characters, and a sample may have 1000000; shorten it, or split it into several",
+        "has 10001 turns, and a sample may have 10000; split it",
+    ]
+    assert len(reading.problems[0].sample) == 1000  # the quarantine file shall not grow by what is too long
 
 
 def test_one_bad_file_does_not_hide_another(tmp_path: Path) -> None:

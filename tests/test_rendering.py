@@ -221,6 +221,38 @@ def test_a_template_may_take_lists_of_items(talk: Callable[..., Conversation], r
     assert example.spans == renderer.render(conversation).spans
 
 
+ITEMS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for item in m.content %}"
+    "{% if item.type == 'image' %}<image>{% else %}{{ item.text | trim }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+IMAGES_FIRST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for item in m.content | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for item in m.content | selectattr('type', 'equalto', 'text') %}{{ item.text }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, VICUNA, ITEMS, IMAGES_FIRST], ids=["chatml", "vicuna", "items", "first"])
+def test_a_long_conversation_has_the_tokens_of_one_rendered_turn_by_turn_with_work_in_proportion_to_its_length(
+    talk: Callable[..., Conversation], modalities: dict[str, Modality], template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[Any] = [" Sex? ", [("sMRI", "a"), "Sex?"], ["Sex?", ("dMRI", "b")], ["Sex?", ("sMRI", "a"), "Age?"]]
+    turns = [("system", "Be brief."), *(t for i in range(60) for t in (("user", kinds[i % 4]), ("assistant", f" {i}")))]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    write, written = tokenizer.apply_chat_template, []
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda m, **how: written.append(len(m)) or write(m, **how))
+    example = Renderer(tokenizer, modalities).render(talk(*turns))
+    work = sum(written)
+    assert_covered(example)
+    monkeypatch.setattr("umbrella.data.chat_template.EXACT", 1000)
+    exact = Renderer(tokenizer, modalities).render(talk(*turns))
+    assert example.input_ids.tolist() == exact.input_ids.tolist()
+    assert example.spans == exact.spans
+    assert work < 60 * len(turns) < sum(written) - work
+
+
 def test_characters_for_private_use_are_words_too(renderer: Renderer, talk: Callable[..., Conversation]) -> None:
     letters = [chr(0xF0000 + i) for i in range(8)]
     text = "a" + MARK.join([MARK, "<|im_end|>", *letters, MARK, ""])

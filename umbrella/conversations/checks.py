@@ -15,6 +15,8 @@ from umbrella.conversations.items import image_items, objects_in
 from umbrella.conversations.values import half_characters
 from umbrella.conversations.wording import explain, show
 
+MAX_TURNS = 10_000
+"""Turns that a sample may have."""
 DEEP = "is nested too deep; flatten it"
 
 
@@ -64,6 +66,8 @@ class Checker:
             kind = recognise(raw) if self.format == "auto" else self.format
             sample, problems = convert(raw, kind)
             written, turns = raw.get("messages" if kind == "chat" else "conversations"), sample.get("conversations")
+            if isinstance(turns, list) and len(turns) > MAX_TURNS:
+                return None, None, [("sample", f"has {len(turns)} turns, and a sample may have {MAX_TURNS}; split it")]
             added = len(turns) - len(written) if isinstance(turns, list) and isinstance(written, list) else 0
             if self.questions:
                 _leave_open(sample)

@@ -4,10 +4,16 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+MAX_CHARACTERS = 1_000_000
+"""Characters of JSON that a sample may have: about 250,000 tokens, more than a model takes in."""
+MAX_RATIO = 300
+"""Size of an unpacked file over that of the packed one. Repetitive conversations reach 200; gzip itself, 1,000."""
+MIN_UNPACKED = 2**26
+"""Bytes up to which every packed file is read, whatever the ratio."""
 EXTENSIONS = tuple(f".{name}{gz}" for name in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
 
 
@@ -26,8 +32,12 @@ class Entry:
 def entries(file: Path) -> Iterator[Entry]:
     """Every sample of a file in order. In JSON Lines a bad line is a fault of that line alone, else of the file."""
     try:
-        data = gzip.decompress(file.read_bytes()) if file.name.lower().endswith(".gz") else file.read_bytes()
-        text = data.decode("utf-8-sig")
+        packed = file.name.lower().endswith(".gz")
+        if packed and _unpacks_too_far(file):
+            what = f"unpacks to more than {MAX_RATIO} times its size, which conversations do not; is it the right file?"
+            yield Entry(None, None, f"{what} if so, unpack it")
+            return
+        text = (gzip.decompress(file.read_bytes()) if packed else file.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield Entry(None, None, f"is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -51,10 +61,28 @@ def entries(file: Path) -> Iterator[Entry]:
             yield from _of_stream(text)
 
 
+def _unpacks_too_far(file: Path) -> bool:
+    # In a pass of its own, which keeps nothing: what is refused shall not fill the memory first.
+    most, size = max(MIN_UNPACKED, MAX_RATIO * file.stat().st_size), 0
+    with gzip.open(file) as unpacked:
+        while size <= most and (part := unpacked.read(2**20)):
+            size += len(part)
+    return size > most
+
+
+def _too_long(text: str, start: int, end: int) -> Entry | None:
+    if end - start <= MAX_CHARACTERS:
+        return None
+    what = f"has {end - start} characters, and a sample may have {MAX_CHARACTERS}; shorten it, or split it into several"
+    return Entry(None, text[start : start + 1000], what)
+
+
 def _of_lines(lines: list[str]) -> Iterator[Entry]:
     reader = _Reader()
     for number, line in enumerate(lines, start=1):
-        if line.strip():
+        if long := _too_long(line, 0, len(line)):
+            yield replace(long, line=number)
+        elif line.strip():
             raw, end, fault = reader.read(line, len(line) - len(line.lstrip()))
             if not fault and line[end:].strip():
                 fault = f"not JSON: more text after the object, column {end + 1}; write one object per line"
@@ -77,7 +105,7 @@ def _of_stream(text: str) -> Iterator[Entry]:
         if fault and end == position:
             yield Entry(reader.line or line + 1, None, fault)
             return
-        yield Entry(line + 1, raw, fault)
+        yield replace(_too_long(text, position, end) or Entry(0, raw, fault), line=line + 1)
         line += text.count("\n", position, end)
         position = end
 

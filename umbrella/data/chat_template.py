@@ -17,6 +17,10 @@ from umbrella.data.parts import MARK
 from umbrella.data.tokenizer import IMAGE_TOKEN
 
 
+EXACT = 16
+"""Turns up to which every beginning of a conversation is rendered. The work for that grows as the square of the turns."""
+
+
 class TurnShape(NamedTuple):
     """A turn without what it says: its role, and "text" or "image" for each of its items."""
 
@@ -58,8 +62,9 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequenc
             frames = _read_frame(tokenizer, template, roles, known)
         except UserError:
             raise error from None
-    for i, turn in enumerate(turns):
-        given = [*known[:i], turn, *known[i + 1 :]]
+    # One by one in short conversations; in long ones, turns of one shape together.
+    for group in range(len(turns)) if len(turns) <= EXACT else dict.fromkeys(turns):
+        given = [turn if group in (i, turn) else known[i] for i, turn in enumerate(turns)]
         with suppress(UserError):
             frames = _read_frame(tokenizer, template, roles, given)
             known = given
@@ -73,6 +78,8 @@ def _read_frame(
     shapes: Sequence[TurnShape | None],
     as_text: bool = False,
 ) -> list[Frame]:
+    # Where a turn ends is seen where it is the last one. After EXACT turns, a turn that is written like an earlier one of
+    # its kind ends like that one; the check against the whole conversation at the end holds for all.
     def write(contents: Sequence[Sequence[str]]) -> str:
         messages = [
             {"role": role, "content": content[0] if as_text else [_item(text) for text in content]}
@@ -92,30 +99,43 @@ def _read_frame(
         "the tokenizer's chat template changes what turns say, or says it twice; all it may do is strip the blanks on"
         " both sides"
     )
-    around = []
+    whole = write(contents) if len(contents) > EXACT else ""
+    around: list[list[str]] = []
+    like: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}  # what was written around an earlier turn of this kind
     before = ""
     for i, content in enumerate(contents):
+        kind = (roles[i - 1] if i else "", roles[i], kinds[i])
+        if EXACT <= i < len(contents) - 1 and kind in like:
+            turn = "".join(gap + item for gap, item in zip(like[kind], [*content, ""], strict=True))
+            if whole.startswith(turn, len(before)):
+                around.append(like[kind])
+                before += turn
+                continue
         rendered = write(contents[: i + 1])
-        pieces = re.split(f"({'|'.join(content)})", rendered.removeprefix(before))
+        own = f"{MARK}{i}/[0-9]+{MARK}" + (f"|{IMAGE_TOKEN}" if IMAGE_TOKEN in content else "")
+        pieces = re.split(f"({own})", rendered.removeprefix(before))
         gaps, found = pieces[::2], pieces[1::2]
         if not rendered.startswith(before) or set(found) != set(content):
             raise UserError("the tokenizer's chat template does not write each turn after the ones before it")
         if found != content:
             raise changed
         around.append(gaps)
+        like[kind] = gaps
         before = rendered
 
     padded = [[item if item == IMAGE_TOKEN else f" \n{item}\n " for item in content] for content in contents]
     rendered = write(padded)
+    kept_blanks = set(re.findall(f"(?<= \n){MARK}[0-9]+/[0-9]+{MARK}(?=\n )", rendered))
     frames = []
-    written = ""
+    written = []
     for shape, content, pads, gaps in zip(shapes, contents, padded, around, strict=True):
-        texts = [pad for pad in pads if pad != IMAGE_TOKEN]
-        strips = bool(texts) and not any(pad in rendered for pad in texts)
+        texts = [item for item in content if item != IMAGE_TOKEN]
+        strips = bool(texts) and not kept_blanks.intersection(texts)
         kept = content if strips else pads
-        written += "".join(gap + item for gap, item in zip(gaps, [*kept, ""], strict=True))
+        written += [gap + item for gap, item in zip(gaps, [*kept, ""], strict=True)]
         frames.append(Frame(gaps[0], gaps[-1], strips, tuple(gaps[1:-1]) if shape else None))
-    if rendered != written or any(written.count(item) > 1 for content in contents for item in content if MARK in item):
+    marks = re.findall(f"{MARK}[0-9]+/[0-9]+{MARK}", "".join(written))
+    if rendered != "".join(written) or len(marks) > len(set(marks)):
         raise changed
     return frames
 
