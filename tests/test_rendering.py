@@ -223,7 +223,8 @@ def test_a_template_may_take_lists_of_items(talk: Callable[..., Conversation], r
 
 ITEMS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for item in m.content %}"
-    "{% if item.type == 'image' %}<image>{% else %}{{ item.text | trim }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if item.type == 'image' %}<image>{% else %}{{ item.text | trim }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
 )
 IMAGES_FIRST = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

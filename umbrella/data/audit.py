@@ -118,8 +118,8 @@ def pieces(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, start: int, stop: int) -> str:
-    # Not these tokens alone: many a tokenizer drops the first space of what it decodes. A character has at most 4 bytes,
-    # so some tokens before are enough, and all of them would take time that grows as the square of the tokens.
+    # Not these tokens alone: many a tokenizer drops the first space of what it decodes. A few tokens before are enough,
+    # as a character has at most 4 bytes. To decode all of them takes time that grows as the square of the tokens.
     first = max(start - 16, 0)
     before, through = (
         str(tokenizer.decode(ids[first:n].tolist(), clean_up_tokenization_spaces=False)) for n in (start, stop)

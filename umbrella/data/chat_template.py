@@ -16,9 +16,8 @@ from umbrella.base import UserError
 from umbrella.data.parts import MARK
 from umbrella.data.tokenizer import IMAGE_TOKEN
 
-
 EXACT = 16
-"""Turns up to which every beginning of a conversation is rendered. The work for that grows as the square of the turns."""
+"""Turns up to which every beginning of a conversation is rendered: work that grows as the square of the turns."""
 
 
 class TurnShape(NamedTuple):
@@ -78,8 +77,8 @@ def _read_frame(
     shapes: Sequence[TurnShape | None],
     as_text: bool = False,
 ) -> list[Frame]:
-    # Where a turn ends is seen where it is the last one. After EXACT turns, a turn that is written like an earlier one of
-    # its kind ends like that one; the check against the whole conversation at the end holds for all.
+    # Where a turn ends is seen where it is the last one. After EXACT turns, a turn that is written like an earlier one
+    # of its kind ends like that one. The check against the whole conversation at the end covers both.
     def write(contents: Sequence[Sequence[str]]) -> str:
         messages = [
             {"role": role, "content": content[0] if as_text else [_item(text) for text in content]}
