@@ -142,6 +142,21 @@ def test_beginnings_of_paths_are_mapped(tmp_path: Path, path: str, expected: str
     assert conversation.volumes[0].image_path == conversation.images[0].path == expected
 
 
+@pytest.mark.parametrize("path", [r"D:\scans\a.nii", "D:/scans/a.nii", "file:///D:/scans/a.nii", r"\\pc\scans\a.nii"])
+@pytest.mark.parametrize("slash", ["\\", "/"])
+def test_windows_paths_are_mapped_whichever_slash_they_and_the_map_are_written_with(
+    tmp_path: Path, path: str, slash: str
+) -> None:
+    file = write(tmp_path / "c.jsonl", sample(path=path), sample("u", r"rel\a.nii"))
+    keys = ["D:/scans", "//pc/scans", "rel"]
+    path_map = {key.replace("/", slash): str(tmp_path) for key in keys}
+    assert {c.volumes[0].image_path for c in read_conversations(file, path_map=path_map).conversations} == {
+        f"{tmp_path}/a.nii"
+    }
+    [problem, _] = problems(file)
+    assert f"image_path: {path.removeprefix('file:///')} does not exist; see" in problem
+
+
 def test_formats_mix_in_one_file_unless_one_is_stated(tmp_path: Path) -> None:
     llava = {"id": 2, "image": "a.nii", "modality": "sMRI"}
     llava["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]

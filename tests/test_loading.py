@@ -13,8 +13,10 @@ from tokenizers import normalizers
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
+from umbrella.conversations.files import Problem
+from umbrella.conversations.images import MISSING
 from umbrella.data.intake import Splits, load_splits, open_store
-from umbrella.data.loading import phantom_folder
+from umbrella.data.loading import Intake, phantom_folder
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 
@@ -299,6 +301,33 @@ def test_a_run_with_bad_samples_ends_with_every_reason_conversations_before_volu
     assert damaged.endswith("; copy or convert the file anew (and 1 more conversation)")
     assert empty.startswith(f"{folder}/validation.jsonl:2: image_path: {folder}/d_sMRI.nii: every voxel is 0; ")
     assert len(list(open_store(settings_of(folder)).folder.rglob("*.npy"))) == 3  # the good ones are kept
+
+
+def test_problems_of_one_kind_are_one_line_with_their_number_common_folder_and_first_names() -> None:
+    def lines(field: str, *texts: str) -> list[str]:
+        return Intake(problems=[Problem(f"c.jsonl:{i}", field, text) for i, text in enumerate(texts, 1)]).lines()
+
+    gone = [f"/old/disk/scans/{name}.nii" for name in ("a", "b/x", "c", "d", "a")]
+    assert lines("image_path", *(f"{path}{MISSING}" for path in [*gone, "D:\\x\\a.nii", "D:/x/b.nii"])) == [
+        "c.jsonl:1: image_path: 4 files below /old/disk/scans do not exist, first a.nii, b/x.nii, c.nii;"
+        " data.path_map={/old/disk/scans: /your/folder}, or data.root for relative paths",
+        "c.jsonl:6: image_path: 2 files below D:/x do not exist, first a.nii, b.nii;"
+        " data.path_map={D:/x: /your/folder}, or data.root for relative paths",
+    ]
+    assert lines("image_path", *[f"{gone[0]}{MISSING}"] * 2) == [
+        f"c.jsonl:1: image_path: {gone[0]}{MISSING} (and 1 more conversation)"
+    ]
+    assert lines("image_path", *(f"{path}: has 5 axes (1, 2), neither; correct it" for path in gone)) == [
+        f"c.jsonl:1: image_path: {gone[0]}: has 5 axes (1, 2), neither; correct it"
+        " (and 4 more conversations below /old/disk/scans, next b/x.nii, c.nii)"
+    ]
+    assert lines("conversations.3.role", "'a/b' is not known", "'a/c' is not known", "# is not known") == [
+        "c.jsonl:1: conversations.3.role: 'a/b' is not known (and 2 more conversations)"
+    ]
+    assert lines("conversations", "becomes 529 tokens", "becomes 530 tokens", "is empty") == [
+        "c.jsonl:1: conversations: becomes 529 tokens (and 1 more conversation, next 530)",
+        "c.jsonl:3: conversations: is empty",
+    ]
 
 
 def test_quarantine_lists_every_bad_sample_with_its_reasons_and_the_run_goes_on(

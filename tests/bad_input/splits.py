@@ -41,7 +41,7 @@ SPLITS = [
     case(
         "a whole split in quarantine",
         gone("a.nii", "b.nii"),
-        "train.jsonl:1: image_path: ...\ntrain.jsonl:2: image_path: ...\n"
+        "train.jsonl:1: image_path: 2 files below ... do not exist, first a.nii, b.nii; data.path_map={...: ...}...\n"
         "data.train: holds no conversation that can be used",
         *("data.on_bad=quarantine", "data.max_bad_fraction=1"),
     ),

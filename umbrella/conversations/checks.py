@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from umbrella.conversations.conversation import Conversation
 from umbrella.conversations.formats import FormatError, convert, field_in_file, recognise
-from umbrella.conversations.images import UNKNOWN, Problems, fault_of_path, path_in
+from umbrella.conversations.images import UNKNOWN, Problems, fault_of_path, is_windows, path_in
 from umbrella.conversations.items import image_items, objects_in
 from umbrella.conversations.values import half_characters
 from umbrella.conversations.wording import explain, show
@@ -28,16 +28,23 @@ class PathRewriter:
     path_map: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, path: str) -> str:
-        return os.path.abspath(os.path.join(self.base, self.mapped(path)))
+        path = self.mapped(path)
+        return path if is_windows(path) else os.path.abspath(os.path.join(self.base, path))
 
     def mapped(self, path: str) -> str:
         """With its beginning replaced as ``path_map`` says, and as it was written otherwise."""
         path = path_in(path)
+        slashed = _slashed(path)
         for old in sorted(self.path_map, key=len, reverse=True):
-            beginning = old.rstrip("/")
-            if path == beginning or path.startswith(beginning + "/"):
-                return os.path.join(self.path_map[old], path[len(beginning) :].lstrip("/"))
+            beginning = _slashed(old).rstrip("/")
+            if slashed == beginning or slashed.startswith(beginning + "/"):
+                return os.path.join(self.path_map[old], slashed[len(beginning) :].lstrip("/"))
         return path
+
+
+def _slashed(path: str) -> str:
+    """A path of Windows with forward slashes; on other systems a backslash is a letter of a file's name."""
+    return path.replace("\\", "/") if is_windows(path) or "/" not in path else path
 
 
 @dataclass

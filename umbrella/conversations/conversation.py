@@ -61,7 +61,7 @@ class Turn(_Part):
 
     @property
     def in_loss(self) -> bool:
-        """Whether the training loss may supervise the turn. ``loss: false``, ``weight: 0``, ``train: false`` forbid it."""
+        """Whether the training loss may supervise the turn. ``loss: false``, ``weight: 0``, ``train: false`` say no."""
         extra = self.model_extra or {}
         return all(extra.get(flag) is None or bool(extra[flag]) for flag in LOSS_FLAGS)
 

@@ -18,6 +18,8 @@ SUFFIXES = {
     "bold": "fMRI",
 }
 
+MISSING = " does not exist; see `data.root` and `data.path_map`"
+"""What is said of a path that leads nowhere, after the path."""
 Problems = list[tuple[str, str]]
 """(field, what is wrong; the remedy)."""
 
@@ -27,8 +29,14 @@ def path_in(named: Any) -> Any:
     if isinstance(named, dict):
         return next((path_in(named[key]) for key in PATH_KEYS if key in named), None)
     if isinstance(named, str) and named.startswith("file://"):
-        return unquote(urlparse(named).path)
+        path = unquote(urlparse(named).path)
+        return path[1:] if is_windows(path[1:]) else path
     return named
+
+
+def is_windows(path: str) -> bool:
+    """Whether the path is absolute on Windows: ``D:\\scans``, ``D:/scans`` or ``\\\\server\\scans``."""
+    return bool(re.match(r"[A-Za-z]:[\\/]|\\\\", path))
 
 
 def name_files(shown: list[dict[str, Any]], files: list[Any], key: str, what_shows: str, whole: bool) -> Problems:
@@ -103,7 +111,7 @@ def fault_of_path(path: str, as_written: str, on_disk: bool) -> str:
         return ""
     if os.path.isdir(path):
         return f"{plain(path)} is a folder; name the image file"
-    return f"{plain(path)} does not exist; see `data.root` and `data.path_map`"
+    return plain(path) + MISSING
 
 
 def volume_file(path: str | os.PathLike[str]) -> str:

@@ -5,14 +5,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation, entity
 from umbrella.conversations.files import Problem, Reading, read_conversations
+from umbrella.conversations.images import MISSING
 from umbrella.volumes.files import file_stamp
 from umbrella.volumes.reading import content_id, image_files
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 Progress = Callable[[Sequence, str], Iterable]
 """(things, what is done with them) to the same things, drawing a bar as they are taken."""
 SPLITS = ("train", "validation", "test")
+VARYING = re.compile(
+    r"""'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" | \d+(?:\.\d+)?
+    | (?:^|(?<=\ ))(?:/|[A-Za-z]:[\\/]|\\\\).+?(?=[:;,]\ |\ does\ not\ |\ is\ a\ |\ \(|$)""",
+    re.VERBOSE,
+)
+"""What may differ between messages of one kind: quoted values, absolute paths, numbers."""
 
 
 @dataclass
@@ -52,15 +59,40 @@ class Intake:
             self.splits[name] = [c for c in conversations if (name, c.task_id) not in reasons]
 
     def lines(self) -> list[str]:
-        """One line per problem; what is wrong with many samples in the same way is said once, with their number."""
-        first: dict[tuple[str, str], Problem] = {}
+        """One line per kind of problem: the first of its kind, how many more there are, and the names of some."""
+        kinds: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
-            first.setdefault((problem.field, problem.what), problem)
-        counts = Counter((problem.field, problem.what) for problem in self.problems)
-        return [
-            str(problem) + (f" (and {counted(counts[key] - 1, 'more conversation')})" if counts[key] > 1 else "")
-            for key, problem in first.items()
-        ]
+            kind = (
+                re.sub(r"\.\d+", ".#", problem.field),
+                VARYING.sub(lambda found: _root(found[0]) or "#", problem.what),
+            )
+            kinds.setdefault(kind, []).append(problem)
+        return [_in_one_line(problems) for problems in kinds.values()]
+
+
+def _root(value: str) -> str:
+    """The first folder of an absolute path; empty for what is none. Files below different roots are told apart."""
+    found = re.match(r"/[^/]*/|[A-Za-z]:|\\\\[^\\]*", value)
+    return found[0] if found else ""
+
+
+def _in_one_line(problems: Sequence[Problem]) -> str:
+    first, others = problems[0], f"and {counted(len(problems) - 1, 'more conversation')}"
+    values = zip(*(VARYING.findall(problem.what) for problem in problems), strict=False)
+    names = next((found for value in values if len(found := list(dict.fromkeys(value))) > 1), [])
+    if not names:
+        return f"{first} ({others})" if len(problems) > 1 else str(first)
+    if not all(map(_root, names)):
+        return f"{first} ({others}, next {', '.join(names[1:3])})"
+    paths = [name.replace("\\", "/").split("/") for name in names]
+    levels = zip(*(path[:-1] for path in paths), strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    folder, names = "/".join(common), ["/".join(path[len(common) :]) for path in paths]
+    if first.what.endswith(MISSING):
+        listed = f"{len(names)} files below {folder} do not exist, first {', '.join(names[:3])}"
+        remedy = f"data.path_map={{{folder}: /your/folder}}, or data.root for relative paths"
+        return str(replace(first, what=f"{listed}; {remedy}"))
+    return f"{first} ({others} below {folder}, next {', '.join(names[1:3])})"
 
 
 def read_splits(
