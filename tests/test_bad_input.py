@@ -110,7 +110,7 @@ def test_quarantine_takes_every_bad_sample_with_its_reasons_and_leaves_the_good_
         "train.jsonl:3": ["not JSON: Expecting property name enclosed in double quotes, column 2"],
         "train.jsonl:4": [f"image_path: text.nii: {unreadable}"],
         "train.jsonl:5": ["image_path: nowhere.nii does not exist"],
-        "train.jsonl:6": ["task_id: a/sex is already used at train.jsonl:1"],
+        "train.jsonl:6": ["sample: is the same as the one at train.jsonl:1"],
         "train.jsonl:7": ["task_type: must be a text, not 3", "image_path: nowhere.nii does not exist"],
         "train.jsonl:8": ["conversations: becomes 429 tokens, more than data.max_tokens=200"],
         "train.jsonl:9": ["image_path: sheared.nii: its affine does not say where the axes point"],

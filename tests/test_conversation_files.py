@@ -203,6 +203,8 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path: Path) -> None:
         [1, 2],
         sample("good"),
         sample("good", "gone.nii", task_type=1, images=[]),
+        sample("nothing asked", conversations=[{"role": "system", "content": "?"}, turns[1]], images=[]),
+        sample("nothing answered", conversations=[*turns, turns[0] | {"content": "?"}]),
     ]
     reading = read_conversations(write(tmp_path / "c.jsonl", *samples), modalities=["sMRI"])
     assert [(p.where.split(":")[1], p.field) for p in reading.problems] == [
@@ -213,11 +215,12 @@ def test_every_problem_is_listed_not_only_the_first(tmp_path: Path) -> None:
         ("5", "metadata"),
         ("6", "conversations.0.content.0.image_path"),
         ("7", "sample"),
-        ("8", "task_id"),
+        ("8", "sample"),
         ("9", "task_type"),
         ("9", "images"),
         ("9", "image_path"),
-        ("9", "task_id"),
+        ("10", "conversations"),
+        ("11", "conversations"),
     ]
     assert [c.task_id for c in reading.conversations] == ["good"]
     for problem in reading.problems:
@@ -282,22 +285,91 @@ def test_a_turn_without_words_or_volumes_is_a_problem(tmp_path: Path, content: A
     assert problems(file) == ["c.jsonl:1: conversations.0.content: is empty; write a text, or leave the turn out"]
 
 
-def test_a_task_id_used_twice_names_both_places(tmp_path: Path) -> None:
+def test_samples_that_share_a_task_id_are_numbered_in_the_order_of_the_files_with_one_note(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    first = write(folder / "1.jsonl", sample("x"), sample("y", note=1))
-    second = write(folder / "2.jsonl", sample("y", note=2), sample("z"))
-    reading = read_conversations(folder, root=tmp_path)
-    what = f"y is already used at {first}:2; give each sample a name of its own"
-    assert reading.problems == [Problem(f"{second}:1", "task_id", what, sample("y", note=2))]
-    assert [(c.task_id, c.model_dump().get("note")) for c in reading.conversations] == [
-        ("x", None),
-        ("y", 1),
-        ("z", None),
+    one = [sample("x"), sample("y", note=1), sample("y#2"), sample("y", note=2)]
+    first = write(folder / "1.jsonl", *one)
+    second = write(folder / "2.jsonl", sample("y", note=3), sample("y#2", note=4), sample("z"))
+    for _ in range(2):
+        reading = read_conversations(folder, root=tmp_path)
+        assert [(c.task_id, c.model_dump().get("note")) for c in reading.conversations] == [
+            *[("x", None), ("y", 1), ("y#2", None), ("y#3", 2)],
+            *[("y#4", 3), ("y#2#2", 4), ("z", None)],
+        ]
+        assert reading.problems == []
+        assert reading.notices == [
+            f"{first}:4: the task_id is used before with other content; such samples are numbered: id, id#2, ..."
+            " (3 samples)"
+        ]
+        assert reading.places["y#4"] == f"{second}:1"
+
+
+def test_a_sample_that_is_there_twice_is_a_problem_that_names_the_other_place(tmp_path: Path) -> None:
+    samples = [sample("x"), sample("y", note=1), sample("y", note=2)]
+    reordered = dict(reversed(samples[2].items()))
+    first = write(tmp_path / "1.jsonl", *samples, samples[1])
+    second = write(tmp_path / "2.jsonl", reordered, sample("z"))
+    reading = read_conversations([first, second])
+    assert [c.task_id for c in reading.conversations] == ["x", "y", "y#2", "z"]
+    assert reading.problems == [
+        Problem(f"{first}:4", "sample", f"is the same as the one at {first}:2; leave one out", samples[1]),
+        Problem(
+            f"{second}:1",
+            "sample",
+            f"is the same as the one at {first}:3; the same samples are in two files; name one",
+            samples[2],
+        ),
     ]
-    assert reading.places == {"x": f"{first}:1", "y": f"{first}:2", "z": f"{second}:2"}
 
 
-def test_turns_in_a_row_are_allowed_and_noticed_once_for_each_file(tmp_path: Path) -> None:
+def test_many_samples_of_one_task_id_are_numbered_without_trying_every_number_each_time(tmp_path: Path) -> None:
+    count = 20_000  # trying every number from 2 on would take 200 million looks
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    file = write(tmp_path / "c.jsonl", *({"id": "a", "n": i, "messages": turns} for i in range(count)))
+    assert ids(read_conversations(file))[-1] == f"a#{count}"
+
+
+def test_keys_that_a_model_never_sees_or_that_are_nearly_the_label_are_noted_once_with_their_number(
+    tmp_path: Path,
+) -> None:
+    user, answer = sample()["conversations"]
+    called = [user, answer | {"tool_calls": [{"name": "x"}], "reasoning_content": "large"}]
+    file = write(
+        tmp_path / "c.jsonl",
+        sample("a", tools="[{}]", conversations=called),
+        sample("b", tools=[], conversations=called),
+        sample("c", metadata={"subject_lable": "male", "subject_id": "s", "subject_age": 4}),
+        sample("d", metadata={}, Subject_Label="male"),
+        sample("e", subject_labels=["male"]),  # it has its label
+    )
+    unseen = "is kept, but the model does not see it; write what it should see into the turns"
+    unread = "is not read as the label; write it as `metadata.subject_label`"
+    reading = read_conversations(file)
+    assert len(ids(reading)) == 5
+    assert reading.notices == [
+        f"{file}:1: `reasoning_content` {unseen} (2 samples)",
+        f"{file}:1: `tool_calls` {unseen} (2 samples)",
+        f"{file}:1: `tools` {unseen} (1 sample)",
+        f"{file}:3: `subject_lable` {unread} (1 sample)",
+        f"{file}:4: `Subject_Label` {unread} (1 sample)",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", " \n", [], None, [{"type": "text", "text": ""}]])
+def test_the_last_answer_of_a_sample_with_a_label_may_be_blank_where_that_is_asked_for(
+    tmp_path: Path, content: Any
+) -> None:
+    turns = [sample()["conversations"][0], {"role": "assistant", "content": content}]
+    file = write(tmp_path / "c.jsonl", sample("a", conversations=turns))
+    [conversation] = read_conversations(file, blank_answers=True).conversations
+    assert not conversation.is_answered
+    assert conversation.with_answer("male.").answer == "male."
+    assert len(problems(file)) == 1
+    unlabelled = write(tmp_path / "u.jsonl", sample("a", conversations=turns, metadata={}))
+    assert len(problems(unlabelled, blank_answers=True)) == 1
+
+
+def test_turns_in_a_row_are_allowed_and_noted_once(tmp_path: Path) -> None:
     twice = [("user", "a"), ("user", "b"), ("assistant", "c")]
     answers = [("user", "a"), ("assistant", "b"), ("assistant", "c")]
     even = [("system", "s"), ("system", "s"), ("user", "a"), ("system", "s"), ("user", "b"), ("assistant", "c")]
@@ -307,10 +379,7 @@ def test_turns_in_a_row_are_allowed_and_noticed_once_for_each_file(tmp_path: Pat
     two = write(tmp_path / "2.jsonl", with_turns(*answers, task_id="w"))
     reading = read_conversations([one, two, write(tmp_path / "3.jsonl", with_turns(*even, task_id="x"))])
     assert len(ids(reading)) == 5
-    assert reading.notices == [
-        f"{one}: 2 samples have two user or two assistant turns in a row, first u",
-        f"{two}: 1 sample has two user or two assistant turns in a row, first w",
-    ]
+    assert reading.notices == [f"{one}:2: two user or two assistant turns in a row (3 samples)"]
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.ndjson", "c.json", "c.jsonl.gz"])
@@ -458,8 +527,8 @@ def test_an_address_is_no_volume_in_any_format_and_may_be_mapped_to_where_it_is_
 
 
 def test_one_fault_gives_one_line_in_every_format(tmp_path: Path) -> None:
-    answer = {"from": "gpt", "value": "x"}
-    llava = {"id": "t", "image": "a.nii", "modality": "sMRI", "conversations": [answer, answer]}
+    ask, answer = {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}
+    llava = {"id": "t", "image": "a.nii", "modality": "sMRI", "conversations": [ask, answer]}
     chat = {"id": "t", "images": ["a.nii"], "modalities": ["sMRI"]}
     v1 = {"id": "t", "conversations": [{"role": "user"}, sample()["conversations"][1]]}
     item = {"type": "image_sMRI", "image_path": 3}
@@ -467,15 +536,14 @@ def test_one_fault_gives_one_line_in_every_format(tmp_path: Path) -> None:
         "conversations.0: must be an object {...}, not 'x'": llava | {"conversations": ["x", answer]},
         "conversations.0.value: is missing; add it": llava | {"conversations": [{"from": "human"}, answer]},
         "conversations: is empty; a sample needs a user turn and an assistant turn": llava | {"conversations": []},
-        "image: must be a text, not 3": llava | {"image": 3, "conversations": [answer | {"value": "<image>"}]},
-        "image: names no file; write the file's path": llava
-        | {"image": [{}], "conversations": [{**answer, "value": "<image>"}]},
+        "image: must be a text, not 3": llava | {"image": 3},
+        "image: names no file; write the file's path": llava | {"image": [{}]},
         "messages: must be a list, not null": chat | {"messages": None},
         "messages: is missing; add it": chat,
         "conversations: is missing; add it": {"id": "t", "metadata": {}},
         "conversations.0.content.0.image_path: must be a text, not 3": v1
         | {"conversations": [{"role": "user", "content": [item]}, v1["conversations"][1]]},
-        "modality: must be a text, not 3": llava | {"modality": 3, "conversations": [answer | {"value": "<image>"}]},
+        "modality: must be a text, not 3": llava | {"modality": 3},
     }
     for number, (what, raw) in enumerate(samples.items()):
         assert problems(write(tmp_path / f"{number}.jsonl", raw)) == [f"{number}.jsonl:1: {what}"]

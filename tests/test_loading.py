@@ -16,7 +16,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.conversations.files import Problem
 from umbrella.conversations.images import MISSING
 from umbrella.data.intake import Splits, load_splits, open_store
-from umbrella.data.loading import Intake, phantom_folder
+from umbrella.data.loading import Intake, phantom_folder, read_splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 
@@ -24,6 +24,10 @@ SAMPLES = {  # split to (task id, task type, subject, modalities)
     "train": [("a_sex", "T1", "a", ["sMRI"]), ("a_all", "T2", "a", ["sMRI", "dMRI"]), ("b_sex", "T1", "b", ["dMRI"])],
     "validation": [("c_sex", "T1", "c", ["sMRI"]), ("d_age", "T1", "d", ["sMRI"])],
 }
+
+
+SPLIT_NAMES = ("train", "validation", "test")
+LABELS = {f"s{i}": "female" if i % 2 else "male" for i in range(20)}
 
 
 def plain(things: Sequence, what: str) -> Iterable:
@@ -301,6 +305,146 @@ def test_a_run_with_bad_samples_ends_with_every_reason_conversations_before_volu
     assert damaged.endswith("; copy or convert the file anew (and 1 more conversation)")
     assert empty.startswith(f"{folder}/validation.jsonl:2: image_path: {folder}/d_sMRI.nii: every voxel is 0; ")
     assert len(list(open_store(settings_of(folder)).folder.rglob("*.npy"))) == 3  # the good ones are kept
+
+
+def said(name: str, label: Any, answer: str, target: str = "sex", **others: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": f"{target}?"}, {"role": "assistant", "content": answer}]
+    metadata = {"subject_id": name, "subject_label": label, "target": target}
+    return {"id": name, "messages": turns, "metadata": metadata, **others}
+
+
+def read(folder: Path, names: Sequence[str] = SPLIT_NAMES, **splits: list[dict[str, Any]]) -> Intake:
+    """What ``read_splits`` gives of these samples."""
+    for name, samples in splits.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, samples)), encoding="utf-8")
+    return read_splits(settings_of(folder, test=str(folder / "test.jsonl")), plain, names)
+
+
+def comparison(subject: str, reference: str, answer: str) -> dict[str, Any]:
+    """A sample as upstream's files have it: the task_id names the subject, and not the reference."""
+    items = [{"type": "image", "modality": "sMRI", "image_path": f"{name}_sMRI.nii"} for name in (reference, subject)]
+    turns = [
+        ("user", [{"type": "text", "text": "For reference."}, items[0]]),
+        ("assistant", [{"type": "text", "text": "I have looked at the reference scan."}]),
+        ("user", [{"type": "text", "text": "Compare. Sex?"}, items[1]]),
+        ("assistant", [{"type": "text", "text": answer}]),
+    ]
+    return {
+        "task_id": f"{subject}_same_sex_comparison",
+        "task_type": "T3",
+        "subject_ids": [reference, subject],
+        "images": [{"path": item["image_path"], "modality": "sMRI"} for item in items],
+        "conversations": [{"role": role, "content": content} for role, content in turns],
+        "metadata": {
+            "subject_id": subject,
+            "subject_label": LABELS[subject],
+            "reference_id": reference,
+            "reference_label": LABELS[reference],
+            "task": "sex_classification_via_comparison",
+        },
+    }
+
+
+def test_upstreams_comparisons_are_read_with_their_repeated_ids_and_empty_last_answers(folder: Path) -> None:
+    for name in LABELS:
+        voxels = np.random.default_rng(int(name[1:])).normal(size=(5, 4, 4)).astype(np.float32)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / f"{name}_sMRI.nii")
+    train = [comparison(s, f"s{i}", f"{LABELS[s]}.") for s in ("s0", "s1") for i in range(2, 7)]
+    held_out = {"validation": ("s10", "s11"), "test": ("s12", "s13")}
+    blank = {name: [comparison(s, f"s{i}", "") for s in held_out[name] for i in (14, 15)] for name in held_out}
+    intake = read(folder, train=train, **blank)
+    assert intake.problems == []
+    assert [c.task_id for c in intake.splits["train"]][:6] == [
+        *(f"s0_same_sex_comparison{number}" for number in ("", "#2", "#3", "#4", "#5")),
+        "s1_same_sex_comparison",
+    ]
+    for name in held_out:
+        assert [c.answer for c in intake.splits[name]] == ["male."] * 2 + ["female."] * 2
+    numbered = "the task_id is used before with other content; such samples are numbered: id, id#2, ..."
+    filled = "4 samples with an empty last answer; each gets the usual answer of its label in data.train"
+    assert intake.notices == [
+        f"{folder}/train.jsonl:2: {numbered} (8 samples)",
+        *(f"{folder}/{name}.jsonl:2: {numbered} (2 samples)" for name in held_out),
+        *(f"data.{name}: {filled}" for name in held_out),
+    ]
+    alone = read(folder, ("test",))
+    assert alone.splits["test"] == intake.splits["test"]
+    settings = settings_of(folder).with_values({"modalities.sMRI": {"grid": [4, 4, 4], "patch": [2, 2, 2]}})
+    splits = load_splits(settings, plain)
+    assert [len(split) for split in (splits.train, splits.validation)] == [10, 4]
+
+
+def test_an_empty_last_answer_is_a_problem_in_training_and_where_training_has_no_answer_of_its_label(
+    folder: Path,
+) -> None:
+    train = [said("a", "male", "male."), said("b", "female", "")]
+    validation = [said("c", "male", ""), said("d", "female", ""), said("e", 63, "", "age"), said("f", "male", "x")]
+    intake = read(folder, SPLIT_NAMES[:2], train=train, validation=validation)
+    assert [c.answer for c in intake.splits["validation"]] == ["male.", "x"]
+    assert [str(problem).removeprefix(f"{folder}/").split(";")[0] for problem in intake.problems] == [
+        "train.jsonl:2: messages.1.content: is empty",
+        "validation.jsonl:2: conversations: the last answer is empty, and data.train answers no sample of 'sex' with"
+        " the label 'female'",
+        "validation.jsonl:3: conversations: the last answer is empty, and data.train answers no sample of 'age' with"
+        " the label 63",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("train", "found"),
+    [
+        ([("male", "male."), ("male", "male."), ("male", "female."), ("female", "female."), ("female", "female.")], 1),
+        # Several wordings, one within the other, in any number.
+        ([("male", "male"), ("male", "a male"), ("female", "a female"), ("female", "female"), ("female", "woman")], 0),
+        # A text that a label has more often than the one whose usual answer it is.
+        ([("male", "yes"), ("male", "yes"), ("male", "no"), ("male", "no"), ("female", "no")], 0),
+        ([("male", "Yes."), ("female", "Yes.")], 0),  # equal answers are found elsewhere
+        ([(1, "female."), (0, "male."), (1, "male."), (0, "male.")], 0),
+    ],
+)
+def test_a_label_that_its_own_answer_contradicts_is_a_problem(folder: Path, train: list, found: int) -> None:
+    intake = read(folder, ("train",), train=[said(f"s{i}", *sample) for i, sample in enumerate(train)])
+    assert [str(p).removeprefix(f"{folder}/") for p in intake.problems] == [
+        "train.jsonl:3: metadata.subject_label: the label is 'male', but the answer 'female.' is that of the label"
+        " 'female'; correct one of them"
+    ] * found
+    assert len(intake.splits["train"]) == len(train) - found
+
+
+@pytest.mark.parametrize(
+    ("samples", "notes"),
+    [
+        (
+            [("61", "61 years."), ("62.5", "62.5 years."), (63, "63 years.")],
+            [
+                "2 labels of 'age' are numbers written as text, first '61';"
+                " for a regression write them as numbers, without quotes"
+            ],
+        ),
+        (
+            [(0, "female."), (1, "male."), (1, "male.")],
+            [
+                "3 labels of 'age' are the numbers 0, 1, so it is a regression;"
+                ' for classes write their names as text, as in "male"'
+            ],
+        ),
+        (
+            [(1, "low"), (3.0, "high"), (2, "middle")],
+            [
+                "3 labels of 'age' are the numbers 1, 2, 3, so it is a regression;"
+                ' for classes write their names as text, as in "male"'
+            ],
+        ),
+        ([(61, "61"), (62, "62")], []),
+        ([(0.5, "little"), (1.5, "much")], []),
+        ([("0", "female."), ("1", "male.")], []),
+        ([("T1", "first"), ("2", "second")], []),
+    ],
+)
+def test_labels_that_look_like_numbers_or_like_classes_are_noted(folder: Path, samples: list, notes: list) -> None:
+    train = [said(f"s{i}", label, answer, "age") for i, (label, answer) in enumerate(samples)]
+    intake = read(folder, ("train",), train=train)
+    assert (intake.problems, intake.notices) == ([], notes)
 
 
 def test_problems_of_one_kind_are_one_line_with_their_number_common_folder_and_first_names() -> None:

@@ -37,6 +37,17 @@ SAMPLES = [
     case("metadata is a number", put("metadata", 3), f"{B}metadata: must be an object {{...}}, not 3"),
     case("a label is a list", put("metadata.subject_label", ["male"]), f"{B}{LABEL} ['male']"),
     case("a label is too large a number", put("metadata.subject_label", 10**400), f"{B}{LABEL} 1000...000"),
+    case("an empty label", put("metadata.subject_label", " "), f"{B}metadata.subject_label: is empty; write the ..."),
+    case("a target is no text", put("metadata.target", True), f"{B}metadata.target: must be a text, not true"),
+    case("a key twice", line('{"a": {"b": 1, "b": 2}}'), f"{B}holds the key 'b' twice in one object; keep one of ..."),
+    case(
+        "no question", put("conversations.0.role", "system"), f"{B}conversations: no user turn, ...; add the question"
+    ),
+    case(
+        "a question without an answer",
+        put("conversations", [*sample("b", "b.nii")["conversations"], {"role": "user", "content": "Age?"}]),
+        f"{B}conversations: ends with a user turn that nothing answers; add the answer, or leave the turn out",
+    ),
     case("a label is infinite", line(json.dumps(sample("b", "b.nii")).replace('"male"', "1e400")), f"{B}{LABEL} inf"),
     case(
         "a subject is a list",
@@ -157,15 +168,11 @@ SAMPLES = [
     case("no answer", put("conversations.1.role", "user"), f"{B}conversations: no assistant turn, ...; add the answer"),
     case("an empty turn", put(ANSWER, ""), f"{B}{ANSWER}: is empty; write a text, or leave the turn out"),
     case("a turn without items", put(ANSWER, []), f"{B}{ANSWER}: is empty; write a text, or leave the turn out"),
+    case("a sample twice in a file", line(sample("a", "a.nii")), f"{B}sample: is the same as ...:1; leave one out"),
     case(
-        "a task_id twice in a file",
-        put("task_id", "a/sex"),
-        f"{B}task_id: a/sex is already used at train.jsonl:1; give each sample a name of its own",
-    ),
-    case(
-        "a task_id twice in two files",
+        "a sample twice in two files",
         file("more.jsonl", json.dumps(sample("b", "b.nii"))),
-        f"{B}task_id: b/sex is already used at more.jsonl:1; give each sample a name of its own",
+        f"{B}sample: is the same as the one at more.jsonl:1; the same samples are in two files; name one",
         "data.train=[DATA/train.jsonl, DATA/more.jsonl]",
     ),
     case(

@@ -1,22 +1,30 @@
 """One raw sample to a conversation, or to everything that is wrong with it, in plain words."""
 
+import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.conversation import Conversation, Turn
 from umbrella.conversations.formats import FormatError, convert, field_in_file, recognise
 from umbrella.conversations.images import UNKNOWN, Problems, fault_of_path, is_windows, path_in
 from umbrella.conversations.items import image_items, objects_in
 from umbrella.conversations.values import half_characters
-from umbrella.conversations.wording import explain, show
+from umbrella.conversations.wording import explain, plain, show
 
 MAX_TURNS = 10_000
 """Turns that a sample may have."""
+NOT_RENDERED = (
+    *("tools", "functions", "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking"),
+    *("system_prompt", "chosen", "rejected"),
+)
+"""Keys of samples and turns that other programs render, or learn from in another way."""
 DEEP = "is nested too deep; flatten it"
 
 
@@ -55,43 +63,44 @@ class Checker:
         format: that of every sample, or "auto".
         modalities: the names that are known; None accepts all.
         check_files: look whether each volume file exists.
-        questions: as in ``read_conversations``.
+        questions, blank_answers: as in ``read_conversations``.
     """
 
     format: str
     modalities: Collection[str] | None
     check_files: bool
     questions: bool = False
+    blank_answers: bool = False
     _faults: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def check(self, raw: Any, rewrite: PathRewriter) -> tuple[Conversation | None, str | None, Problems]:
-        """(the conversation, its task_id as far as it has one, problems): no conversation with any problem."""
+    def check(self, raw: Any, rewrite: PathRewriter) -> tuple[Conversation | None, Problems]:
+        """(the conversation, problems): no conversation with any problem."""
         conversation = None
         try:
             if half := half_characters(raw):
-                return None, None, [half]
+                return None, [half]
             kind = recognise(raw) if self.format == "auto" else self.format
             sample, problems = convert(raw, kind)
             written, turns = raw.get("messages" if kind == "chat" else "conversations"), sample.get("conversations")
             if isinstance(turns, list) and len(turns) > MAX_TURNS:
-                return None, None, [("sample", f"has {len(turns)} turns, and a sample may have {MAX_TURNS}; split it")]
+                return None, [("sample", f"has {len(turns)} turns, and a sample may have {MAX_TURNS}; split it")]
             added = len(turns) - len(written) if isinstance(turns, list) and isinstance(written, list) else 0
-            if self.questions:
-                _leave_open(sample)
+            blank = self.questions or (self.blank_answers and _has_label(sample))
+            if blank:
+                _leave_open(sample, ask=self.questions)
             conversation = Conversation.model_validate(sample).with_paths(rewrite)
         except FormatError as error:
-            return None, None, error.problems
+            return None, error.problems
         except ValidationError as error:
             problems += [(field_in_file(name, kind, added), what) for name, what in explain(error)]
         except (RecursionError, ValueError):  # the latter from with_paths
-            return None, None, [("sample", DEEP)]
-        problems += [(field_in_file(name, kind, added), what) for name, what in _blank_turns(sample, self.questions)]
+            return None, [("sample", DEEP)]
+        found = [*_blank_turns(sample, blank), *(() if self.questions else _unasked_or_unanswered(sample))]
+        problems += [(field_in_file(name, kind, added), what) for name, what in found]
         for item in image_items(sample):
             problems += self._check_volume(item, rewrite)
         problems = list(dict.fromkeys(problems))
-        task_id = sample.get("task_id")
-        named = isinstance(task_id, str) and task_id.strip()
-        return None if problems else conversation, task_id if named else None, problems
+        return None if problems else conversation, problems
 
     def _check_volume(self, item: dict[str, Any], rewrite: PathRewriter) -> Problems:
         modality, path = item.get("modality"), item.get("image_path")
@@ -109,18 +118,61 @@ class Checker:
         return problems
 
 
-def _leave_open(sample: dict[str, Any]) -> None:
-    """Give a sample that ends with a question the turn in which it is to be answered."""
+def _has_label(sample: dict[str, Any]) -> bool:
+    metadata = sample.get("metadata")
+    return isinstance(metadata, dict) and metadata.get("subject_label") is not None
+
+
+def _leave_open(sample: dict[str, Any], ask: bool) -> None:
+    """Make a last answer without content blank; with ``ask``, add one to a sample that ends with a question."""
     turns = objects_in(sample, "conversations")
-    if turns and turns[-1].get("role") == "user" and turns[-1] is sample["conversations"][-1]:
+    if not turns or turns[-1] is not sample["conversations"][-1]:
+        return
+    if turns[-1].get("role") == "assistant" and not turns[-1].get("content"):
+        turns[-1]["content"] = ""
+    if ask and turns[-1].get("role") == "user":
         sample["conversations"] = [*sample["conversations"], {"role": "assistant", "content": ""}]
 
 
-def _blank_turns(sample: dict[str, Any], questions: bool) -> Problems:
+def _unasked_or_unanswered(sample: dict[str, Any]) -> Problems:
+    """A sample without a question, or with one at its end. What is wrong with single turns is found elsewhere."""
+    turns = sample.get("conversations")
+    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns] if isinstance(turns, list) else []
+    if "assistant" not in roles or any(role not in ("system", "user", "assistant") for role in roles):
+        return []
+    if "user" not in roles:
+        return [("conversations", "no user turn, so nothing is asked; add the question")]
+    if roles[-1] == "user":
+        return [("conversations", "ends with a user turn that nothing answers; add the answer, or leave the turn out")]
+    return []
+
+
+def peculiarities(conversation: Conversation) -> Iterator[str]:
+    """What is allowed in a sample and yet worth a note, with a remedy where there is one."""
+    parts: list[Turn | Conversation] = [conversation, *conversation.conversations]
+    roles = [turn.role for turn in conversation.conversations]
+    if any(one == two != "system" for one, two in pairwise(roles)):
+        yield "two user or two assistant turns in a row"
+    extra = {key for part in parts for key, value in (part.model_extra or {}).items() if value}
+    for key in sorted(extra.intersection(NOT_RENDERED)):
+        yield f"`{key}` is kept, but the model does not see it; write what it should see into the turns"
+    if conversation.label is None:
+        for key in [*(conversation.metadata.keys() - {"subject_label"}), *(conversation.model_extra or {})]:
+            if is_nearly_label(key):
+                yield f"`{plain(key)}` is not read as the label; write it as `metadata.subject_label`"
+
+
+@cache
+def is_nearly_label(key: str) -> bool:
+    """Whether a key is a misspelt ``subject_label``."""
+    return bool(difflib.get_close_matches(key.lower(), ["subject_label"], cutoff=0.85))
+
+
+def _blank_turns(sample: dict[str, Any], last_may_be: bool) -> Problems:
     """Turns with nothing but blanks. The type allows them: a program may render a turn that is still to be written."""
     problems = []
     turns = objects_in(sample, "conversations")
-    if questions and turns and turns[-1].get("role") == "assistant":
+    if last_may_be and turns and turns[-1].get("role") == "assistant":
         turns = turns[:-1]
     for i, turn in enumerate(turns):
         content = turn.get("content")

@@ -1,7 +1,8 @@
 """Conversations about volumes: the one type that every sample becomes."""
 
 import re
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -186,6 +187,19 @@ class Conversation(_Part):
         last = [turn for turn in self.conversations if turn.role == "assistant"][-1]
         return "\n".join(item.text for item in last.content if isinstance(item, TextItem))
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether the last assistant turn has something other than blanks."""
+        last = [turn for turn in self.conversations if turn.role == "assistant"][-1]
+        return any(isinstance(item, ImageItem) or item.text.strip() for item in last.content)
+
+    def with_answer(self, text: str) -> "Conversation":
+        """The same sample with another text as its last assistant turn."""
+        turns = list(self.conversations)
+        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        turns[last] = turns[last].model_copy(update={"content": (TextItem(type="text", text=text),)})
+        return self.model_copy(update={"conversations": tuple(turns)})
+
     def with_paths(self, rewrite: Callable[[str], str]) -> "Conversation":
         """The same sample with every volume path, in turns and ``images``, as ``rewrite`` gives it.
 
@@ -211,6 +225,18 @@ def entity(path: str) -> str | None:
     """The last ``sub-...`` in a path, which by BIDS names the subject; None without one."""
     found = ENTITY.findall(path)
     return found[-1] if found else None
+
+
+def usual_answers(conversations: Iterable[Conversation]) -> dict[str, dict[str | float, str]]:
+    """Target to label to the text that most often answers it; of texts that are equally frequent, the first."""
+    answers: dict[str, dict[str | float, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for conversation in conversations:
+        if conversation.label is not None:
+            answers[conversation.target][conversation.label][conversation.answer] += 1
+    return {
+        target: {label: texts.most_common(1)[0][0] for label, texts in by_label.items()}
+        for target, by_label in answers.items()
+    }
 
 
 def _wrong(what: str, kind: str = "inconsistent") -> PydanticCustomError:

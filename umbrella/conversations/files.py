@@ -1,21 +1,25 @@
 """Conversation files to conversations, with every problem that there is beside those that can be used."""
 
 import glob
+import hashlib
+import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from umbrella.base import UserError
-from umbrella.conversations.checks import Checker, PathRewriter
+from umbrella.conversations.checks import Checker, PathRewriter, peculiarities
 from umbrella.conversations.conversation import Conversation
 from umbrella.conversations.formats import FORMATS
-from umbrella.conversations.json_files import EXTENSIONS, entries
+from umbrella.conversations.json_files import EXTENSIONS, Entry, entries
 from umbrella.conversations.wording import plain, show
 
 NAMES = f"name files that end with {', '.join(EXTENSIONS)}"
+
+REPEATED = "the task_id is used before with other content; such samples are numbered: id, id#2, ..."
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def read_conversations(
     modalities: Collection[str] | None = None,
     check_files: bool = True,
     questions: bool = False,
+    blank_answers: bool = False,
 ) -> Reading:
     """Read every conversation of some files; problems are collected, not raised. Volume paths become absolute.
 
@@ -98,6 +103,9 @@ def read_conversations(
         modalities: the modality names that the settings know; None accepts all.
         check_files: look whether each volume file exists.
         questions: a sample may end with a user turn, or with a blank assistant turn; it gets a blank one.
+        blank_answers: the last answer of a sample with a label may be blank.
+
+    Samples that share a task_id and differ otherwise are numbered in the order of the files: ``id``, ``id#2``, ...
 
     Raises:
         UserError: as ``conversation_files``.
@@ -109,38 +117,51 @@ def read_conversations(
         what = f"{show(format)} is not known; use auto, {', '.join(FORMATS)}"
         reading.problems.append(Problem(named, "format", what))
         return reading
-    checker = Checker(format, modalities, check_files, questions)
+    checker = Checker(format, modalities, check_files, questions, blank_answers)
+    first: dict[bytes, tuple[Path, str]] = {}
+    used: Counter[str] = Counter()
+    noted: dict[str, list[str]] = {}
     for file in files:
-        _read_file(file, PathRewriter(Path(root).expanduser() if root else file.parent, path_map), checker, reading)
+        rewrite = PathRewriter(Path(root).expanduser() if root else file.parent, path_map)
+        for where, entry in _placed_entries(file):
+            if entry.fault:
+                reading.problems.append(Problem(where, "", entry.fault, entry.raw))
+                continue
+            conversation, found = checker.check(entry.raw, rewrite)
+            if conversation is not None:
+                content = hashlib.sha256(json.dumps(entry.raw, sort_keys=True).encode()).digest()
+                other, place = first.setdefault(content, (file, where))
+                if place != where:
+                    remedy = "leave one out" if other == file else "the same samples are in two files; name one"
+                    found = [("sample", f"is the same as the one at {place}; {remedy}")]
+            reading.problems += [Problem(where, name, what, entry.raw) for name, what in found]
+            if conversation is None or found:
+                continue
+            name = conversation.task_id
+            while name in reading.places:
+                used[conversation.task_id] += 1
+                name = f"{conversation.task_id}#{used[conversation.task_id] + 1}"
+            if name != conversation.task_id:
+                conversation = conversation.model_copy(update={"task_id": name})
+                noted.setdefault(REPEATED, []).append(where)
+            reading.places[name] = where
+            reading.conversations.append(conversation)
+            for what in peculiarities(conversation):
+                noted.setdefault(what, []).append(where)
+    for what, places in noted.items():
+        samples = "1 sample" if len(places) == 1 else f"{len(places)} samples"
+        reading.notices.append(f"{places[0]}: {what} ({samples})")
     if not reading.conversations and not reading.problems:
         reading.problems.append(Problem(named, "", "holds no conversation; name files that have some"))
     return reading
 
 
-def _read_file(file: Path, rewrite: PathRewriter, checker: Checker, reading: Reading) -> None:
-    uneven: list[str] = []
+def _placed_entries(file: Path) -> Iterator[tuple[str, Entry]]:
+    """Every sample of a file with its place, "file:line"."""
     last_line = None
     for number, entry in enumerate(entries(file), start=1):
         where = str(file) if entry.line is None else f"{file}:{entry.line}"
         if last_line is not None and entry.line == last_line:
             where += f" (sample {number})"
         last_line = entry.line
-        if entry.fault:
-            reading.problems.append(Problem(where, "", entry.fault, entry.raw))
-            continue
-        conversation, task_id, found = checker.check(entry.raw, rewrite)
-        if task_id in reading.places:
-            what = f"{plain(task_id)} is already used at {reading.places[task_id]}; give each sample a name of its own"
-            found = [*found, ("task_id", what)]
-        elif task_id is not None:
-            reading.places[task_id] = where
-        reading.problems += [Problem(where, name, what, entry.raw) for name, what in found]
-        if conversation is None or found:
-            continue
-        reading.conversations.append(conversation)
-        roles = [turn.role for turn in conversation.conversations]
-        if any(one == two != "system" for one, two in pairwise(roles)):
-            uneven.append(conversation.task_id)
-    if uneven:
-        samples = "1 sample has" if len(uneven) == 1 else f"{len(uneven)} samples have"
-        reading.notices.append(f"{file}: {samples} two user or two assistant turns in a row, first {uneven[0]}")
+        yield where, entry

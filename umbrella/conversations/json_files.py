@@ -3,10 +3,13 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from umbrella.conversations.wording import show
 
 MAX_CHARACTERS = 1_000_000
 """Characters of JSON that a sample may have: about 250,000 tokens, more than a model takes in."""
@@ -117,7 +120,9 @@ class _Reader:
         self.line = 0
         """Of the last error, within the text; 0 where it is not known."""
         self._faults: list[str] = []
-        self._decoder = json.JSONDecoder(parse_constant=self._constant, parse_int=self._integer)
+        self._decoder = json.JSONDecoder(
+            parse_constant=self._constant, parse_int=self._integer, object_pairs_hook=self._object
+        )
 
     def read(self, text: str, position: int) -> tuple[Any, int, str]:
         """(value, where it ends, what is wrong); it ends where it starts when it cannot be read at all."""
@@ -131,6 +136,13 @@ class _Reader:
         except RecursionError:
             return None, position, "is nested too deep to be read; flatten it"
         return raw, end, self._faults[0] if self._faults else ""
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            self._faults.append(f"holds the key {show(twice)} twice in one object; keep one of them")
+        return made
 
     def _constant(self, name: str) -> float:
         self._faults.append(f"holds {name}, which is not JSON; write null or a number")

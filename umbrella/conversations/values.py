@@ -43,6 +43,11 @@ def faulty_values(raw: Any) -> Iterator[Finding]:
         label = metadata.get("subject_label")
         if not (label is None or isinstance(label, str) or _is_number(label)):
             yield ("metadata", "subject_label"), f"must be a text or a finite number, not {show(label)}"
+        if isinstance(label, str) and not label.strip():
+            yield ("metadata", "subject_label"), "is empty; write the label, or leave it out"
+        key = "target" if metadata.get("target") is not None else "task"
+        if not isinstance(metadata.get(key), str | None):
+            yield ("metadata", key), f"must be a text, not {show(metadata[key])}"
 
 
 def _faulty_loss_flags(turns: Any) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations, takewhile
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation, entity
+from umbrella.conversations.conversation import Conversation, entity, usual_answers
 from umbrella.conversations.files import Problem, Reading, read_conversations
 from umbrella.conversations.images import MISSING
 from umbrella.volumes.files import file_stamp
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Progress = Callable[[Sequence, str], Iterable]
 """(things, what is done with them) to the same things, drawing a bar as they are taken."""
 SPLITS = ("train", "validation", "test")
+FEW = 10
+"""Different whole numbers up to which the labels of a target may be classes, if no answer holds a digit."""
 VARYING = re.compile(
     r"""'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" | \d+(?:\.\d+)?
     | (?:^|(?<=\ ))(?:/|[A-Za-z]:[\\/]|\\\\).+?(?=[:;,]\ |\ does\ not\ |\ is\ a\ |\ \(|$)""",
@@ -133,10 +135,11 @@ def read_splits(
         if not paths and not data.train:
             root, paths = phantom, [phantom / "conversations" / f"{name}.jsonl"]
         if paths:
-            reading = read_conversations(paths, root, data.path_map, data.format, settings.modalities, check_files)
-            intake.add(name, reading)
+            where = (paths, root, data.path_map, data.format, settings.modalities)
+            intake.add(name, read_conversations(*where, check_files, blank_answers=name != "train"))
     if not intake.problems or any(intake.splits.values()):
         intake.splits = keep(intake.splits, settings)
+    _check_answers(intake, lambda: read_splits(settings, progress, ("train",), check_files=False))
     name_subjects(intake, progress)
     shared, notices = shared_between(intake)
     intake.notices += [*notices, *_one_class(intake)]
@@ -146,6 +149,65 @@ def read_splits(
         else:
             intake.problems.append(problem)
     return intake
+
+
+def _check_answers(intake: Intake, read_training: Callable[[], Intake]) -> None:
+    """Compare last answers and labels with the training split: set aside what contradicts, note what looks mistaken.
+
+    Held-out samples that have a label and a blank last answer get the usual answer of that label.
+
+    Args:
+        read_training: called where a blank answer needs the training split, and that is not part of ``intake``.
+    """
+    blank = {(name, c.task_id) for name, cs in intake.splits.items() for c in cs if not c.is_answered}
+    training = intake.splits.get("train", [])
+    if blank and "train" not in intake.splits:
+        training = read_training().splits.get("train", [])
+    usual = usual_answers(training)
+    said = Counter((c.target, c.label, c.answer) for c in training)
+    reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    filled: Counter[str] = Counter()
+    for name, conversations in intake.splits.items():
+        for i, c in enumerate(conversations):
+            texts = usual.get(c.target, {})
+            if (name, c.task_id) in blank:
+                if c.label in texts:
+                    conversations[i] = c.with_answer(texts[c.label])
+                    filled[name] += 1
+                else:
+                    what = f"the last answer is empty, and data.train answers no sample of {c.target!r} with the label"
+                    reasons[name, c.task_id] = [("conversations", f"{what} {c.label!r}; write the answer")]
+            elif isinstance(c.label, str) and texts.get(c.label, c.answer) != c.answer:
+                frequency = said[c.target, c.label, c.answer]
+                others = [label for label in texts if texts[label] == c.answer and label != c.label]
+                if any(said[c.target, label, c.answer] > frequency for label in others):
+                    what = f"the label is {c.label!r}, but the answer {c.answer!r} is that of the label {others[0]!r}"
+                    reasons[name, c.task_id] = [("metadata.subject_label", f"{what}; correct one of them")]
+    intake.set_aside(reasons)
+    for name, count in filled.items():
+        what = "with an empty last answer; each gets the usual answer of its label in data.train"
+        intake.notices.append(f"data.{name}: {counted(count, 'sample')} {what}")
+    intake.notices += _doubtful_labels(training)
+
+
+def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
+    """Targets with numbers that are written as texts, or with classes that are written as numbers."""
+    labels: dict[str, list[str | float]] = defaultdict(list)
+    with_digits = {c.target for c in conversations if re.search(r"\d", c.answer)}
+    for c in conversations:
+        if c.label is not None:
+            labels[c.target].append(c.label)
+    for target, of_target in sorted(labels.items()):
+        texts = [label for label in of_target if isinstance(label, str)]
+        numbers = {label for label in of_target if not isinstance(label, str)}
+        if texts and not {*texts} <= {"0", "1"} and all(re.fullmatch(r"\s*[-+]?\d+([.,]\d+)?\s*", t) for t in texts):
+            what = f"{counted(len(texts), 'label')} of {target!r} are numbers written as text, first {texts[0]!r}"
+            yield f"{what}; for a regression write them as numbers, without quotes"
+        few = len(numbers) <= FEW and all(float(number).is_integer() for number in numbers)
+        if numbers and (numbers <= {0, 1} or (few and target not in with_digits)):
+            listed = ", ".join(f"{number:g}" for number in sorted(numbers, key=float))
+            what = f"{counted(len(of_target) - len(texts), 'label')} of {target!r} are the numbers {listed}"
+            yield f'{what}, so it is a regression; for classes write their names as text, as in "male"'
 
 
 def read_input(settings: "Settings") -> Intake:

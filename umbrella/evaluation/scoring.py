@@ -1,6 +1,6 @@
 """Score answers by their likelihood under the model: which of a task's candidates is the most likely?"""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.conversation import Conversation, usual_answers
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -24,13 +24,10 @@ Candidates = Mapping[str, Mapping[str, str]]
 
 def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
     """The candidate answers of each target whose labels are classes: each label's most frequent answer text."""
-    answers: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for conversation in conversations:
-        if isinstance(conversation.label, str):
-            answers[conversation.target][conversation.label][conversation.answer] += 1
+    usual = usual_answers(c for c in conversations if isinstance(c.label, str))
     return {
-        target: {label: texts.most_common(1)[0][0] for label, texts in sorted(by_label.items())}
-        for target, by_label in sorted(answers.items())
+        target: {str(label): text for label, text in sorted(by_label.items())}
+        for target, by_label in sorted(usual.items())
         if len(by_label) > 1
     }
 
