@@ -1,8 +1,13 @@
 """Conversation files become conversations, or problems that name file, line, field and remedy."""
 
+import copy
 import gzip
 import json
+import random
 import re
+import resource
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,12 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.files import Problem, Reading, conversation_files, read_conversations
+from umbrella.data.loading import Intake
+from umbrella.data.masking import loss_weights
+from umbrella.data.rendering import Renderer
+from umbrella.data.settings import MaskPolicy
+from umbrella.data.tokenizer import byte_tokenizer
+from umbrella.modality import Modality
 
 
 @pytest.fixture(autouse=True)
@@ -322,11 +333,15 @@ def test_a_sample_that_is_there_twice_is_a_problem_that_names_the_other_place(tm
     ]
 
 
-def test_many_samples_of_one_task_id_are_numbered_without_trying_every_number_each_time(tmp_path: Path) -> None:
-    count = 20_000  # trying every number from 2 on would take 200 million looks
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
-    file = write(tmp_path / "c.jsonl", *({"id": "a", "n": i, "messages": turns} for i in range(count)))
-    assert ids(read_conversations(file))[-1] == f"a#{count}"
+def test_no_sample_is_read_with_an_image_whose_file_or_modality_could_not_be_told(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "<image>Sex?"}, {"role": "assistant", "content": None}]
+    unequal = {"id": "c", "images": ["a.nii"] * 2, "modality": "sMRI", "messages": talk}
+    [line] = problems(write(tmp_path / "c.jsonl", unequal), questions=True)
+    assert ": images: the number of files is 2, that of image items and `<image>` placeholders is 1;" in line
+    written = sample()
+    written["conversations"][0]["content"][1]["modality"] = written["images"][0]["modality"] = "(unknown)"
+    [line] = problems(write(tmp_path / "d.jsonl", written), modalities=["sMRI"])
+    assert line == "d.jsonl:1: images: the file or the modality of an image is (unknown); write both"
 
 
 def test_keys_that_a_model_never_sees_or_that_are_nearly_the_label_are_noted_once_with_their_number(
@@ -356,16 +371,24 @@ def test_keys_that_a_model_never_sees_or_that_are_nearly_the_label_are_noted_onc
 
 
 @pytest.mark.parametrize("content", ["", " \n", [], None, [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("format", ["v2", "chat", "llava"])
 def test_the_last_answer_of_a_sample_with_a_label_may_be_blank_where_that_is_asked_for(
-    tmp_path: Path, content: Any
+    tmp_path: Path, content: Any, format: str
 ) -> None:
-    turns = [sample()["conversations"][0], {"role": "assistant", "content": content}]
-    file = write(tmp_path / "c.jsonl", sample("a", conversations=turns))
+    turns = {
+        "v2": [sample()["conversations"][0], {"role": "assistant", "content": content}],
+        "chat": [{"role": "user", "content": "<image>Sex?"}, {"role": "assistant", "content": content}],
+        "llava": [{"from": "human", "value": "<image>Sex?"}, {"from": "gpt", "value": content}],
+    }[format]
+    raw = sample("a") if format == "v2" else {"id": "a", "image": "a.nii", "modality": "sMRI"}
+    raw["messages" if format == "chat" else "conversations"] = turns
+    labelled = raw | {"metadata": {"subject_label": "male"}}
+    file = write(tmp_path / "c.jsonl", labelled)
     [conversation] = read_conversations(file, blank_answers=True).conversations
     assert not conversation.is_answered
     assert conversation.with_answer("male.").answer == "male."
-    assert len(problems(file)) == 1
-    unlabelled = write(tmp_path / "u.jsonl", sample("a", conversations=turns, metadata={}))
+    assert [p.split(": ")[-1] for p in problems(file)] == ["is empty; write a text, or leave the turn out"]
+    unlabelled = write(tmp_path / "u.jsonl", raw | {"metadata": {}})
     assert len(problems(unlabelled, blank_answers=True)) == 1
 
 
@@ -498,7 +521,7 @@ def test_a_sample_of_too_many_characters_or_turns_is_a_problem_of_its_own(tmp_pa
     assert [c.task_id for c in reading.conversations] == ["a", "b"]
     assert [re.sub(r"\d{7} char", "N char", p.what) for p in reading.problems] == [
         "has N characters, and a sample may have 1000000; shorten it, or split it into several",
-        "has 10001 turns, and a sample may have 10000; split it",
+        "has 10001 turns and items of turns, and a sample may have 10000; split it",
     ]
     assert len(reading.problems[0].sample) == 1000  # the quarantine file shall not grow by what is too long
 
@@ -584,3 +607,127 @@ def test_a_number_of_thousands_of_digits_spoils_its_sample_only(tmp_path: Path) 
     reading = read_conversations(file)
     assert [c.task_id for c in reading.conversations] == ["b"]
     assert [p.what for p in reading.problems] == ["holds a number of 5000 digits; shorten the number"]
+
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        0.5,
+        1e300,
+        10**400,
+        float("nan"),
+        "",
+        " ",
+        "a\nb",
+        "\ud800",
+        "\x00",
+        "<image>" * 50,
+    ),
+    *(
+        "x" * 10_000,
+        "/" * 5000,
+        "file:///D:/a.nii",
+        "D:\\a.nii",
+        "data:,",
+        [],
+        {},
+        [[]],
+        [{}],
+        [None],
+        {"a": {"b": []}},
+    ),
+    *([0, 1], ["a"] * 3000, {"role": "user", "content": "?"}, {"type": "image"}, {"type": "text", "text": 3}),
+    json.loads("[" * 260 + "]" * 260),
+]
+KEYS = [
+    *("loss", "weight", "train", "loss_mask", "system", "tools", "images", "image", "modality", "modalities", "role"),
+    *("from", "content", "value", "id", "task_id", "metadata", "subject_ids", "subject_label", "target", "token"),
+]
+
+
+def holders(value: Any) -> list[Any]:
+    """Every list and object within a value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*([value] if isinstance(value, (dict, list)) else []), *(held for one in inner for held in holders(one))]
+
+
+def mutated(draw: random.Random, raw: Any) -> bytes:
+    """The sample with some of its values replaced, removed, repeated or added, and some of its bytes changed."""
+    raw = copy.deepcopy(raw)
+    for _ in range(draw.randrange(4)):
+        held, value = draw.choice(holders(raw)), copy.deepcopy(draw.choice(VALUES))
+        where = draw.choice([*(held if isinstance(held, dict) else range(len(held))), draw.choice(KEYS)])
+        if isinstance(held, list):
+            i = where if isinstance(where, int) else len(held)
+            held[i : i + draw.randrange(2)] = draw.choice([[value], [], held[i : i + 1] * draw.choice([2, 50])])
+        elif draw.random() < 0.2:
+            held.pop(where, None)
+        else:
+            held[where] = value
+    data = bytearray(json.dumps(raw, indent=draw.choice([None, 1])).encode())
+    for _ in range(draw.choice([0, 0, 1, 5])):
+        i = draw.randrange(len(data) + 1)
+        inserted = [
+            b"[" * 5000,
+            b'"a":1,',
+            b"9" * 5000,
+            b"\xff",
+            b"\n",
+            b"{}",
+            b",",
+            b'"',
+            b"\\",
+            draw.randbytes(3),
+            b"",
+        ]
+        data[i : i + draw.choice([0, 1, 2, 50])] = draw.choice(inserted)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_in_a_file_it_is_read_or_told_what_is_wrong_with_it(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    talk = [{"role": "user", "content": "<image>Sex?"}, {"role": "assistant", "content": "male."}]
+    llava = {"image": ["a.nii"], "modality": "sMRI", "metadata": {"subject_label": "male", "target": "sex"}}
+    llava["conversations"] = [{"from": "human", "value": "<image>\nSex?"}, {"from": "gpt", "value": "male."}]
+    item = {"type": "image_sMRI", "image_path": "a.nii"}
+    v1 = {"id": "v1", "conversations": [{"role": "user", "content": [item]}, talk[1]], "metadata": {"subject_sex": "m"}}
+    samples = [
+        sample(),
+        llava | {"id": "l"},
+        v1,
+        {"id": "c", "images": ["a.nii"], "modality": "sMRI", "messages": talk},
+    ]
+    renderer = Renderer(byte_tokenizer(), {"sMRI": Modality(grid=(4, 4, 4), patch=(2, 4, 4))})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = Counter[bool]()
+    for number in range(60):
+        lines = b"\n".join(mutated(draw, draw.choice(samples)) for _ in range(draw.choice([1, 1, 3])))
+        data = draw.choice([lines, b"[" + lines + b"]", lines[: draw.randrange(len(lines))]])
+        packed = draw.random() < 0.2
+        file = tmp_path / f"{number}.{draw.choice(['json', 'jsonl'])}{'.gz' if packed else ''}"
+        if packed:
+            data = gzip.compress(data)[: draw.choice([None, None, -3, 20])]
+        file.write_bytes(data)
+        reading = read_conversations(
+            file, None, {"D:/": "."}, modalities=["sMRI"], **{draw.choice(["questions", "blank_answers"]): True}
+        )
+        assert reading.conversations or reading.problems
+        assert all(line.isprintable() and len(line) < 2000 for line in map(str, reading.problems))
+        assert all(note.isprintable() and len(note) < 2000 for note in reading.notices)
+        outcomes[False] += len(reading.problems)
+        intake = Intake()
+        intake.add("train", reading)
+        assert len(intake.lines()) <= len(reading.problems)
+        for conversation in reading.conversations:
+            with suppress(UserError):
+                example = renderer.render(conversation)
+                assert len(loss_weights(example, MaskPolicy())) == len(example.input_ids)
+            outcomes[True] += 1
+    assert outcomes[True] > 0 < outcomes[False]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB

@@ -366,6 +366,7 @@ def test_upstreams_comparisons_are_read_with_their_repeated_ids_and_empty_last_a
         f"{folder}/train.jsonl:2: {numbered} (8 samples)",
         *(f"{folder}/{name}.jsonl:2: {numbered} (2 samples)" for name in held_out),
         *(f"data.{name}: {filled}" for name in held_out),
+        "2 volumes in several splits, in each as a reference only, which is allowed",
     ]
     alone = read(folder, ("test",))
     assert alone.splits["test"] == intake.splits["test"]
@@ -467,6 +468,10 @@ def test_problems_of_one_kind_are_one_line_with_their_number_common_folder_and_f
     ]
     assert lines("conversations.3.role", "'a/b' is not known", "'a/c' is not known", "# is not known") == [
         "c.jsonl:1: conversations.3.role: 'a/b' is not known (and 2 more conversations)"
+    ]
+    twice = [Problem("c.jsonl:1", f"conversations.{i}.role", f"'{role}' is not known") for i, role in enumerate("ab")]
+    assert Intake(problems=twice).lines() == [
+        "c.jsonl:1: conversations.0.role: 'a' is not known (and 1 more there, next 'b')"
     ]
     assert lines("conversations", "becomes 529 tokens", "becomes 530 tokens", "is empty") == [
         "c.jsonl:1: conversations: becomes 529 tokens (and 1 more conversation, next 530)",

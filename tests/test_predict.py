@@ -146,8 +146,7 @@ def test_questions_may_lack_their_answer_where_they_are_asked_and_nowhere_else(
         (f"{file}:6", "conversations.1.role"),
         (f"{file}:7", "conversations"),
     ]
-    # Two of them have an answer further up.
-    assert [p.where for p in read_conversations(file).problems][:3] == [f"{file}:{line}" for line in (1, 2, 4)]
+    assert [p.where for p in read_conversations(file).problems][:4] == [f"{file}:{line}" for line in (1, 2, 3, 4)]
 
 
 def row(task_id: str) -> Prediction:

@@ -18,8 +18,8 @@ from umbrella.conversations.items import image_items, objects_in
 from umbrella.conversations.values import half_characters
 from umbrella.conversations.wording import explain, plain, show
 
-MAX_TURNS = 10_000
-"""Turns that a sample may have."""
+MAX_PARTS = 10_000
+"""Turns, and items of turns, that a sample may have."""
 NOT_RENDERED = (
     *("tools", "functions", "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking"),
     *("system_prompt", "chosen", "rejected"),
@@ -82,12 +82,13 @@ class Checker:
             kind = recognise(raw) if self.format == "auto" else self.format
             sample, problems = convert(raw, kind)
             written, turns = raw.get("messages" if kind == "chat" else "conversations"), sample.get("conversations")
-            if isinstance(turns, list) and len(turns) > MAX_TURNS:
-                return None, [("sample", f"has {len(turns)} turns, and a sample may have {MAX_TURNS}; split it")]
+            if (parts := _count_parts(turns)) > MAX_PARTS:
+                what = f"has {parts} turns and items of turns, and a sample may have {MAX_PARTS}; split it"
+                return None, [("sample", what)]
             added = len(turns) - len(written) if isinstance(turns, list) and isinstance(written, list) else 0
             blank = self.questions or (self.blank_answers and _has_label(sample))
-            if blank:
-                _leave_open(sample, ask=self.questions)
+            if self.questions:
+                _leave_open(sample)
             conversation = Conversation.model_validate(sample).with_paths(rewrite)
         except FormatError as error:
             return None, error.problems
@@ -99,6 +100,8 @@ class Checker:
         problems += [(field_in_file(name, kind, added), what) for name, what in found]
         for item in image_items(sample):
             problems += self._check_volume(item, rewrite)
+        if not problems and any(UNKNOWN in (item["modality"], item["image_path"]) for item in image_items(sample)):
+            problems = [("images", f"the file or the modality of an image is {UNKNOWN}; write both")]
         problems = list(dict.fromkeys(problems))
         return None if problems else conversation, problems
 
@@ -123,14 +126,15 @@ def _has_label(sample: dict[str, Any]) -> bool:
     return isinstance(metadata, dict) and metadata.get("subject_label") is not None
 
 
-def _leave_open(sample: dict[str, Any], ask: bool) -> None:
-    """Make a last answer without content blank; with ``ask``, add one to a sample that ends with a question."""
+def _count_parts(turns: Any) -> int:
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return len(contents) and len(turns) + sum(len(content) for content in contents if isinstance(content, list))
+
+
+def _leave_open(sample: dict[str, Any]) -> None:
+    """Give a sample that ends with a question the turn in which it is to be answered."""
     turns = objects_in(sample, "conversations")
-    if not turns or turns[-1] is not sample["conversations"][-1]:
-        return
-    if turns[-1].get("role") == "assistant" and not turns[-1].get("content"):
-        turns[-1]["content"] = ""
-    if ask and turns[-1].get("role") == "user":
+    if turns and turns[-1].get("role") == "user" and turns[-1] is sample["conversations"][-1]:
         sample["conversations"] = [*sample["conversations"], {"role": "assistant", "content": ""}]
 
 

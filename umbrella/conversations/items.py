@@ -52,6 +52,8 @@ def v2_turn(turn: Any, format: str, cut: bool) -> Any:
     turn = {names.get(key, key): value for key, value in turn.items()}
     if isinstance(turn.get("role"), str):
         turn["role"] = ROLES.get(turn["role"], turn["role"])
+    if "content" in turn and turn["content"] in (None, []):
+        turn["content"] = ""
     content = turn.get("content")
     if isinstance(content, str) and cut:
         turn["content"] = cut_text(content)
@@ -86,6 +88,6 @@ def cut_text(text: str) -> list[dict[str, Any]]:
             piece = piece.lstrip("\r\n")
         if i < len(pieces) - 1:
             piece = piece.rstrip("\r\n")
-        if piece:
+        if piece or len(pieces) == 1:
             items.append({"type": "text", "text": piece})
     return items

@@ -79,7 +79,8 @@ def _root(value: str) -> str:
 
 
 def _in_one_line(problems: Sequence[Problem]) -> str:
-    first, others = problems[0], f"and {counted(len(problems) - 1, 'more conversation')}"
+    first, places = problems[0], len({problem.where for problem in problems})
+    others = f"and {counted(places - 1, 'more conversation')}" if places > 1 else f"and {len(problems) - 1} more there"
     values = zip(*(VARYING.findall(problem.what) for problem in problems), strict=False)
     names = next((found for value in values if len(found := list(dict.fromkeys(value))) > 1), [])
     if not names:
