@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from umbrella.base import UserError
+from umbrella.cli import parse
 from umbrella.config import Settings, describe, load_settings
 
 
@@ -101,6 +102,107 @@ def test_an_unknown_key_names_the_nearest_one(name: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         load_settings(overrides={name: 1})
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("train.augment.flip_left_right", "true", "=true: is a truth value, and a number is needed; write 1"),
+        ("evaluate.bands", "[true, 40]", r".0=true: is a truth value"),
+        ("mask.task_weights", "{T1: true}", ".T1=true: is a truth value"),
+        ("train.epochs", "010", "=010: a number that begins with 0 can mean an octal one; write 10"),
+        ("evaluate.bands", "[020, 40]", ".0=020: a number that begins with 0"),
+        ("train.epochs", "0x10", "='0x10': Input should be a valid integer.*; write one number in decimal digits"),
+        ("train.epochs", "1:30", "='1:30': Input should be a valid integer.*; write one number in decimal digits"),
+        ("optim.clip", "1:30.5", "='1:30.5': Input should be a valid number.*; write one number in decimal digits"),
+    ],
+)
+def test_what_may_mean_another_number_is_refused_with_how_to_write_it(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    *sections, last = name.split(".")
+    in_file = "".join(f"{section}: {{" for section in sections) + f"{last}: {text}" + "}" * len(sections)
+    with pytest.raises(UserError, match=f"^{name}{message}"):
+        load_settings([write(tmp_path / "a.yaml", in_file)])
+    with pytest.raises(UserError, match=f"^{name}{message}"):
+        parse([f"{name}={text}"], "")
+
+
+@pytest.mark.parametrize("value", [True, "010"])
+def test_a_sweep_is_refused_such_a_number_too(value: object) -> None:
+    with pytest.raises(UserError, match=r"^train\.augment\.flip_other="):
+        Settings().with_values({"train.augment.flip_other": value})
+
+
+@pytest.mark.parametrize("text", ["007", "on", "no", "1_0", "2024-01-01", "1e5", "0o7"])
+def test_a_name_is_the_text_that_is_written(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path / "a.yaml", f"name: {text}\n")
+    assert load_settings([file]).name == parse([f"name={text}"], "").settings.name == text
+    resolved = write(tmp_path / "resolved.yaml", load_settings([file]).to_yaml())
+    assert load_settings([resolved]).name == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("name", "7", "7"),
+        ("experiment", "true", "true"),
+        ("experiment", "null", "null"),
+        ("name", "1.50", "1.50"),
+        ("name", "'a'", "a"),
+        ("data.task_filter", "T1: a: b", "T1: a: b"),
+        ("seed", "7", 7),
+        ("train.shard", "on", True),
+        ("train.shard", "no", False),
+        ("optim.lr", "1e-4", 1e-4),
+        ("optim.lr", "1.50", 1.5),
+        ("optim.embedder_lr", "null", None),
+    ],
+)
+def test_a_word_on_the_command_line_is_read_as_the_setting_needs_it(name: str, text: str, value: object) -> None:
+    assert parse([f"{name}={text}"], "").settings.flat()[name] == value
+
+
+def test_a_number_in_a_file_where_a_text_belongs_is_refused_with_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^name=7: .*; write a text in quotes, as in '7'$"):
+        load_settings([write(tmp_path / "a.yaml", "name: 7\n")])
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "a" * 250, "ä" * 125])
+def test_a_name_that_cannot_be_a_folder_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"^name=.*; give a "):
+        load_settings(overrides={"name": name})
+
+
+PLACES = (
+    *("checkpoint", "output", "data.train", "data.validation", "data.test", "data.input", "data.root"),
+    *("data.path_map./old", "model.checkpoint", "model.chat_template"),
+    *("resources.storage", "resources.mirror", "resources.store", "resources.node_store"),
+)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_home_folder_is_meant_by_a_tilde(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, path in (("~", f"{tmp_path}"), ("~/a", f"{tmp_path}/a")):
+        section, _, last = name.partition("./") if "./" in name else name.rpartition(".")
+        inner = f"{{{'/' + last if './' in name else last}: {text}}}"
+        for prefix in reversed(section.split(".") if section else []):
+            inner = f"{{{prefix}: {inner}}}"
+        file = write(tmp_path / "a.yaml", inner)
+        for settings in (load_settings([file]), parse([f"{name}={text}"], "").settings):
+            assert settings.flat()[name] in (path, [path])
+    with pytest.raises(UserError, match=r"there is no home folder ~nobody-here; write \./~nobody-here/a"):
+        load_settings(overrides={name: "~nobody-here/a"})
+
+
+@pytest.mark.parametrize("name", [*PLACES, "resources.address"])
+def test_an_address_with_a_password_is_refused_and_not_shown(name: str) -> None:
+    for address in ("https://user:hidden@host/x", "ray://host:1/x?token=hidden"):
+        with pytest.raises(UserError) as caught:
+            load_settings(overrides={name: address})
+        assert str(caught.value).startswith(name)
+        assert "hidden" not in str(caught.value)
 
 
 def test_a_refused_value_names_the_key_the_value_and_what_is_allowed() -> None:

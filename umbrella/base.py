@@ -1,8 +1,10 @@
 """What every room stands on: the base of all settings and the two kinds of exception that end a script in one line."""
 
+import os
 import re
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 QUERY = re.compile(
     r"(?i)(?<![\w./-])(?!ssl[_-]?key=)([\w.-]*(?:passw|pwd|token|secret|credential)[\w.-]*"
@@ -57,3 +59,18 @@ def without_secret(address: str, instead: str) -> str:
             "settings are written to many places, so they hold no password, token or key; leave it out and " + instead
         )
     return address
+
+
+def _place(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no home folder {path.split('/')[0]}; write ./{path} for a name that begins with ~")
+    return without_secret(
+        expanded,
+        "have it where the address's library looks: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or"
+        " ~/.aws/credentials, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, or what fsspec's package for it reads",
+    )
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A setting that names a file, a folder or an address: ``~`` is expanded, and an address holds no secret."""

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
-
-from umbrella.base import Stopped, UserError, masked
-from umbrella.config import Settings, describe, has_space, load_settings
+from umbrella.base import Stopped, UserError
+from umbrella.config import Settings, describe, has_space, load_settings, read_value
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import storage_fault
 
@@ -121,12 +119,12 @@ def parse(
     for word in asked["words"]:
         name, equals, text = word.partition("=")
         if equals and not (paths and "/" in name):
-            overrides[name] = _value(name, text)
+            overrides[name] = read_value(name, text)
         elif paths and not word.lower().endswith(YAML):
             others.append(word)
         else:
             files.append(word)
-    overrides |= {name: asked[name] for name in flags.values() if asked[name] is not None}
+    overrides |= {name: read_value(name, asked[name]) for name in flags.values() if asked[name] is not None}
     default = [default_file] if default_file and not any(map(has_space, files)) else []
     own = {option.name: asked[option.name] for option in options}
     settings, given = load_settings([*default, *files], overrides), frozenset(overrides)
@@ -193,13 +191,6 @@ def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
                 print(f"{what} {done}/{len(things)}, {done / (now - begun):.3g} per second", flush=True)
                 said = now
             yield thing
-
-
-def _value(name: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"{name}={masked(text)}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
 
 
 def _settings_help() -> str:

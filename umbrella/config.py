@@ -4,16 +4,17 @@ Each room keeps its settings in a ``settings.py`` of its own, beside what they c
 """
 
 import difflib
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from umbrella.base import Section, UserError, masked
+from umbrella.base import Place, Section, UserError, masked
 from umbrella.baseline.settings import BaselineSettings
 from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
@@ -25,12 +26,38 @@ from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSet
 from umbrella.tuning.settings import TuneSettings
 
 SPACE = "tune.space."
+LONGEST_NAME = 200
+"""Bytes of a training's name. File systems allow 255 in a file name, which has more than the name."""
 SETTINGS = "settings.yaml"
 """The file of a checkpoint that says with what settings it was trained."""
 REMOVED = {
     "evaluate.length_normalised": "candidates are compared where their tokens differ, whatever their lengths; leave it out",  # noqa: E501
 }
 """Settings of earlier versions, and what to do instead."""
+
+HOW = {
+    **dict.fromkeys(("int_parsing", "float_parsing"), "; write one number in decimal digits, as in 90 or 0.5"),
+    "string_type": "; write a text in quotes, as in '7'",
+}
+"""pydantic's kind of error about a value that begins with a digit, to how the value is to be written."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the plain scalars of version 1.2: ``010``, ``1:30``, ``on`` and ``2024-01-01`` are texts.
+
+    ``~`` is a text too: the home folder. Numbers with an exponent are texts, which settings of numbers accept.
+    """
+
+
+Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "null|Null|NULL|", ["n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+][0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("merge", "<<", "<"),
+):
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 class Settings(Section):
@@ -40,9 +67,9 @@ class Settings(Section):
     """Name of the experiment in MLflow."""
     name: str = Field("", pattern=r"^[\w.-]*$")
     """Name of a training: the same name goes on where it stopped. Empty: a new one, named by the time."""
-    checkpoint: str = ""
+    checkpoint: Place = ""
     """The checkpoint that evaluate.py and predict.py ask: a training's step_... folder."""
-    output: str = ""
+    output: Place = ""
     """Where evaluate.py (a folder) and predict.py (a .jsonl file) write. Empty: a place in the storage folder."""
     seed: int = 0
     """Seed of initial weights and of the order of samples."""
@@ -59,6 +86,15 @@ class Settings(Section):
     baseline: BaselineSettings = BaselineSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_a_file(cls, name: str) -> str:
+        if name and not name.strip("."):
+            raise ValueError("is a folder's own name or its parent's; give a name with letters or digits")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"is longer than {LONGEST_NAME} bytes, and becomes part of file names; give a shorter one")
+        return name
 
     def to_yaml(self) -> str:
         """The resolved settings, in a form that ``load_settings`` reads back to the same."""
@@ -101,6 +137,22 @@ def has_space(file: str | Path) -> bool:
     return isinstance(tune, dict) and "space" in tune
 
 
+def read_value(name: str, text: str) -> Any:
+    """The value of a word ``name=text`` on the command line. For settings that are texts, it is the text itself.
+
+    Raises:
+        UserError: the text is not YAML.
+    """
+    is_text = isinstance(Settings().flat().get(name), str)
+    try:
+        value = yaml.load(text, Loader) if text else ""
+    except yaml.YAMLError:
+        if is_text:
+            return text
+        raise UserError(f"{name}={masked(text)}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
+    return text if is_text and not isinstance(value, str) else value
+
+
 def describe() -> Iterator[tuple[str, Any, str]]:
     """(dotted name, default, one line) of every setting, in order."""
     yield from _describe(Settings, "")
@@ -125,7 +177,7 @@ def _section_of(field: FieldInfo) -> type[Section] | None:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -163,7 +215,7 @@ def _put(raw: dict[str, Any], name: str, value: Any) -> None:
 
 def _validate(raw: dict[str, Any]) -> Settings:
     try:
-        return Settings.model_validate(raw)
+        settings = Settings.model_validate(raw)
     except ValidationError as error:
         problems = []
         for issue in error.errors():
@@ -175,8 +227,27 @@ def _validate(raw: dict[str, Any]) -> Settings:
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
                 given = "" if isinstance(issue["input"], dict) else masked(f"={issue['input']!r}")
-                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}")
+                how = HOW.get(issue["type"], "") if re.match(r"[-+]?\d", str(issue["input"])) else ""
+                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{how}")
         raise UserError("\n".join(problems)) from None
+    if problems := list(_misread(raw, settings.model_dump(mode="json"), "")):
+        raise UserError("\n".join(problems))
+    return settings
+
+
+def _misread(given: Any, became: Any, name: str) -> Iterator[str]:
+    """What pydantic takes for a number and a person may not have meant as that one."""
+    if isinstance(given, Mapping) and isinstance(became, dict):
+        for key, value in given.items():
+            yield from _misread(value, became.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(given, list | tuple) and isinstance(became, list):
+        for i, (value, other) in enumerate(zip(given, became, strict=False)):
+            yield from _misread(value, other, f"{name}.{i}")
+    elif isinstance(became, int | float) and not isinstance(became, bool):
+        if isinstance(given, bool):
+            yield f"{name}={str(given).lower()}: is a truth value, and a number is needed; write {became:g}, or another"
+        elif isinstance(given, str) and re.match(r"[-+]?0\d", given):
+            yield f"{name}={given}: a number that begins with 0 can mean an octal one; write {became}"
 
 
 def _nearest(name: str) -> str:

@@ -16,7 +16,7 @@ def named_checkpoint(settings: Settings) -> Path:
         UserError: none is named, or it is not there; names the newest of the storage.
     """
     named = settings.checkpoint
-    folder = Path(named).expanduser()
+    folder = Path(named)
     if named and folder.is_dir():
         return folder.absolute()
     wrong = f"checkpoint={named}: there is no such folder" if named else "checkpoint is not set"

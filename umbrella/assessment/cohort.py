@@ -67,7 +67,7 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
     }
     about |= {f"evaluate.{name}": getattr(evaluate, name) for name in DECIDES}
     place = settings.output or Path(settings.resources.storage).absolute() / f"predictions-{key_of(about)}.jsonl"
-    return Cohort(checkpoint, settings, intake, AnswerFile(Path(place).expanduser(), about))
+    return Cohort(checkpoint, settings, intake, AnswerFile(Path(place), about))
 
 
 def answer(cohort: Cohort, progress: Progress) -> Splits:

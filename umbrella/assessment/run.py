@@ -53,7 +53,7 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
     began, settings = time.monotonic(), settings.named("evaluation")
     name = settings.name
     storage = Path(settings.resources.storage).absolute()
-    folder = Path(settings.output).expanduser().absolute() if settings.output else storage / "evaluations" / name
+    folder = Path(settings.output).absolute() if settings.output else storage / "evaluations" / name
     check_writable(folder, f"output={folder}")
     with on_sigterm(_stop):
         join(settings.resources, log_to_driver=False, name=name)

@@ -30,7 +30,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
         raise UserError(f"{job.folder}: no checkpoint with a {tune.metric}; train anew under another name")
     folder = Path(job.settings.resources.storage).absolute() / "evaluations" / str(job.tracking["name"])
     if job.settings.output:  # a folder in it for each target
-        folder = Path(job.settings.output).expanduser().absolute() / job.target.replace("/", "_")
+        folder = Path(job.settings.output).absolute() / job.target.replace("/", "_")
     check_writable(folder, f"output={folder}")
     # What a person may have asked of a language model, and this one has not.
     settings = job.settings.with_values({"evaluate.controls": [], "evaluate.generate": False, "evaluate.pictures": 0})

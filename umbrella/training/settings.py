@@ -1,11 +1,11 @@
 """Settings of the optimizer, of one training, and of what it runs on."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from umbrella.base import Section, masked, without_secret
+from umbrella.base import Place, Section, masked, without_secret
 
 
 class OptimSettings(Section):
@@ -91,13 +91,13 @@ class ResourceSettings(Section):
     """How often a training starts again from its last checkpoint after a worker died."""
     keep_checkpoints: int = Field(1, ge=1)
     """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
-    storage: str = "runs"
+    storage: Place = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""
-    mirror: str = ""
+    mirror: Place = ""
     """An address, such as s3://bucket/runs, to which trainings and sweeps are copied while they run, and from which they come where this machine does not have them. Empty: none."""  # noqa: E501
-    store: str = ""
+    store: Place = ""
     """Where prepared volumes are kept for all: a folder, or an address such as s3://bucket/volumes. Empty: <storage>/volumes."""  # noqa: E501
-    node_store: str = ""
+    node_store: Place = ""
     """A folder of each node's own, on a fast disk, to which volumes come from the store when asked for. Empty: none."""
 
     @property
@@ -115,24 +115,20 @@ class ResourceSettings(Section):
         """Whether a training always has one worker. A trial's then runs in the trial's own process."""
         return self.workers == self.least_workers == 1
 
-    @field_validator("storage")
+    @field_validator("storage", mode="before")
     @classmethod
-    def _storage_is_a_folder(cls, storage: str) -> str:
-        if "://" in storage:
+    def _storage_is_a_folder(cls, storage: Any) -> Any:
+        if "://" in str(storage):
             raise ValueError(
                 "storage is a folder that is written to, not an address; give a folder of this machine, and"
-                f" resources.mirror={masked(storage)} to have what runs write copied there"
+                f" resources.mirror={masked(str(storage))} to have what runs write copied there"
             )
         return storage
 
-    @field_validator("mirror", "store", "node_store")
+    @field_validator("address")
     @classmethod
-    def _holds_no_secret(cls, place: str) -> str:
-        return without_secret(
-            place,
-            "have it where the address's library looks: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or"
-            " ~/.aws/credentials, GOOGLE_APPLICATION_CREDENTIALS, or what fsspec's package for it reads",
-        )
+    def _holds_no_secret(cls, address: str) -> str:
+        return without_secret(address, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token")
 
     @field_validator("storage", "mirror", "store", "node_store")
     @classmethod
