@@ -196,8 +196,15 @@ def test_a_checkpoint_answers_wherever_it_lies_and_in_another_dtype(
     assert Umbrella.from_checkpoint(moved, dtype="bfloat16").answer(said[:1]) == ["male."]
 
 
-def test_a_modality_is_told_by_the_axes_or_named(model: Umbrella, said: list[Conversation]) -> None:
+def test_a_modality_is_told_by_suffix_or_axes_or_named(
+    model: Umbrella, said: list[Conversation], tmp_path: Path
+) -> None:
     s2, d, f2 = paths(said[2])
+    for name, modality in (("sub-01_ses-01_T1w.nii", "sMRI"), ("sub-01_FA.nii", "dMRI"), ("a_bold.nii", "fMRI")):
+        (item,) = model.items(shutil.copy(s2, tmp_path / name))
+        assert item.modality == modality
+        (item,) = model.items(tmp_path / name, "dMRI")
+        assert item.modality == "dMRI"
     assert [item.modality for item in model.items([f2, f2])] == ["fMRI", "fMRI"]
     assert [item.modality for item in model.items([s2, d], ["sMRI", "dMRI"])] == ["sMRI", "dMRI"]
     with pytest.raises(UserError, match=r"s2\.nii: has 3 axes and may be dMRI or sMRI; name its modality: "):

@@ -77,8 +77,7 @@ def tell_modalities(shown: list[dict[str, Any]], sample: dict[str, Any], modalit
         stated = [UNKNOWN] * len(shown)
     for item, name in zip(shown, stated, strict=True):
         file = os.path.basename(str(item["image_path"]))
-        suffix = re.search(r"_([A-Za-z0-9]+)(\.[A-Za-z0-9]+)*$", file)
-        told = item.get("modality") or name or SUFFIXES.get(suffix[1] if suffix else "")
+        told = item.get("modality") or name or modality_by_suffix(file)
         if not told and file not in (UNKNOWN, ""):
             what = f"cannot be told from the file name {show(file)}; add `modality` to the sample"
             problems.append(("modality", what))
@@ -88,6 +87,12 @@ def tell_modalities(shown: list[dict[str, Any]], sample: dict[str, Any], modalit
             told = UNKNOWN
         item["modality"] = told or UNKNOWN
     return problems
+
+
+def modality_by_suffix(file: str) -> str:
+    """The modality that a file's BIDS suffix stands for: "sMRI" for ``sub-01_T1w.nii.gz``; empty where none is known."""
+    suffix = re.search(r"_([A-Za-z0-9]+)(\.[A-Za-z0-9]+)*$", os.path.basename(file))
+    return SUFFIXES.get(suffix[1], "") if suffix else ""
 
 
 def text_or_unknown(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings
 from umbrella.conversations.conversation import Conversation, ImageItem
-from umbrella.conversations.images import volume_file
+from umbrella.conversations.images import modality_by_suffix, volume_file
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
@@ -217,7 +217,7 @@ class Umbrella:
         """Volumes as items of a turn, each with its modality.
 
         Raises:
-            UserError: a file that is not there, an unknown modality, or one that the axes of a file do not tell.
+            UserError: a file that is not there, an unknown modality, or one that neither name nor axes of a file tell.
         """
         paths = [volumes] if isinstance(volumes, str | Path) else list(volumes)
         names = [modality] * len(paths) if modality is None or isinstance(modality, str) else list(modality)
@@ -247,6 +247,8 @@ class Umbrella:
         (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
 
     def _modality_of(self, path: str) -> str:
+        if (told := modality_by_suffix(path)) in self.modalities:
+            return told
         if len(self.modalities) == 1:
             return next(iter(self.modalities))
         axes = count_axes(path)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Paths = str | Path | Sequence[str | Path]
 """One file, or several in the order in which they are shown."""
 Modalities = str | Sequence[str] | None
-"""The modality of all volumes, or one name for each; None where they can be told by their axes."""
+"""The modality of all volumes, or one name for each; None where they can be told by their names or axes."""
 
 
 class Chat:
