@@ -18,7 +18,9 @@ from umbrella.cli import Option, Request, progress_bar, run_script
 OPTIONS = (
     Option("--ask", "a question about the volumes", value="QUESTION"),
     Option("--chat", "questions from standard input, a line each, in one conversation", default=False),
-    Option("--modality", "of the volumes: one for all or, with commas, one for each (default: by their names, else axes)"),
+    Option(
+        "--modality", "of the volumes: one for all or, with commas, one for each (default: by their names, else axes)"
+    ),
     Option("--candidates", "answers, with commas between them, whose probabilities are shown too", value="ANSWERS"),
 )
 

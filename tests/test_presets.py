@@ -1,5 +1,8 @@
 """Where a model comes from: made tiny, or a checkpoint whose weights are all loaded; and which of its parts move."""
 
+import io
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from transformers import (
 )
 
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.data.batching import Batch, collate
+from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
@@ -201,6 +206,43 @@ def test_a_checkpoint_of_pickles_is_not_read(
     (tmp_path / "ours" / "model.safetensors").rename(tmp_path / "ours" / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"model\.safetensors"):
         Umbrella.from_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "part", ["config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"]
+)
+def test_code_that_comes_with_a_checkpoint_is_neither_run_nor_offered(
+    save_llava: Callable[..., Any],
+    tokenizer: Any,
+    modalities: dict[str, Modality],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    known: bool,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    save_llava(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    file = tmp_path / part
+    content = json.loads(file.read_text()) if file.exists() else {}
+    kinds = ("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoModelForImageTextToText")
+    classes = dict.fromkeys(kinds, "code.Own") | {"AutoTokenizer": ["code.Own", "code.Own"]}
+    own_kind = {} if known else {"model_type": "own", "tokenizer_class": "Own", "processor_class": "Own"}
+    file.write_text(json.dumps(content | own_kind | {"auto_map": classes}))
+    settings = load_settings(overrides={"model.checkpoint": str(tmp_path)})
+    if part == "tokenizer_config.json" and not known:
+        (tmp_path / "config.json").unlink()  # it would tell which of the known tokenizers to take
+    reason = ""
+    try:
+        renderer = load_renderer(settings)
+        build_model(settings.model, modalities, len(renderer.tokenizer), renderer.image_id)
+    except UserError as error:
+        reason = str(error)
+    refused = not known and part in ("config.json", "tokenizer_config.json")
+    assert re.fullmatch("model.checkpoint=.* it needs Python code that comes with it, .*" if refused else "", reason)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_that_was_cut_short_says_so(

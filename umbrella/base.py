@@ -44,6 +44,13 @@ def masked(text: str) -> str:
     return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
+def loading_fault(error: Exception) -> str:
+    """Why transformers cannot load a part of a checkpoint, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code that comes with it, which is never run; use a checkpoint of a kind known here"
+    return " ".join(str(error).split())[:300]
+
+
 def without_secret(address: str, instead: str) -> str:
     """An address, for a setting.
 

@@ -90,7 +90,7 @@ def tell_modalities(shown: list[dict[str, Any]], sample: dict[str, Any], modalit
 
 
 def modality_by_suffix(file: str) -> str:
-    """The modality that a file's BIDS suffix stands for: "sMRI" for ``sub-01_T1w.nii.gz``; empty where none is known."""
+    """The modality of a file's BIDS suffix: "sMRI" for ``sub-01_T1w.nii.gz``; empty where the suffix is not known."""
     suffix = re.search(r"_([A-Za-z0-9]+)(\.[A-Za-z0-9]+)*$", os.path.basename(file))
     return SUFFIXES.get(suffix[1], "") if suffix else ""
 

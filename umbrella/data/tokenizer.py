@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from umbrella.base import UserError
+from umbrella.base import UserError, loading_fault
 
 IMAGE_TOKEN = "<image>"
 """The placeholder that stands, once per patch, where a volume goes."""
@@ -78,9 +78,9 @@ def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{where}: its tokenizer cannot be loaded: {loading_fault(error)}") from None
     finally:
         log.setLevel(level)
     if not tokenizer.is_fast:
@@ -111,7 +111,7 @@ def _processor_template(checkpoint: str) -> str | None:
             raise TypeError("chat_template is not one text")
         return template
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"model.checkpoint={checkpoint}: its chat_template.json cannot be read: {reason}; set model.chat_template"
+            f"model.checkpoint={checkpoint}: its chat_template.json cannot be read: {loading_fault(error)};"
+            " set model.chat_template"
         ) from None

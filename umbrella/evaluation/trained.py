@@ -33,4 +33,5 @@ def settings_of(folder: Path, dtype: str | None) -> Settings:
     trained = load_settings([folder / SETTINGS] if (folder / SETTINGS).is_file() else [])
     model = {"checkpoint": str(folder), "chat_template": "", "embedder_init": "random", "attention": "sdpa"}
     changes = {"model": trained.model.model_copy(update=model | ({"dtype": dtype} if dtype else {}))}
-    return trained.model_copy(update=changes | {"modalities": UmbrellaConfig.from_pretrained(folder).known_modalities})
+    config = UmbrellaConfig.from_pretrained(folder, trust_remote_code=False)
+    return trained.model_copy(update=changes | {"modalities": config.known_modalities})

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from umbrella.base import UserError
+from umbrella.base import UserError, loading_fault
 from umbrella.modality import Modality
 from umbrella.model.embedder import ModalityEmbedder
 from umbrella.model.inflation import inflate
@@ -41,9 +41,9 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
     """
     where = f"model.checkpoint={settings.checkpoint}"
     try:
-        config = AutoConfig.from_pretrained(settings.checkpoint)
+        config = AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{where}: cannot be loaded: {loading_fault(error)}") from None
     if config.model_type not in FAMILY:
         raise UserError(f"{where}: is a {config.model_type}; {', '.join(FAMILY)} work")
     tower, language = config.vision_config.model_type, config.text_config.model_type
@@ -71,7 +71,9 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
 
 def embedders_of(settings: ModelSettings) -> set[str]:
     """The modalities that a checkpoint has an embedder for; it keeps those, whatever ``embedder_init`` says."""
-    config = AutoConfig.from_pretrained(settings.checkpoint) if settings.checkpoint else None
+    if not settings.checkpoint:
+        return set()
+    config = AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
     return set(config.modalities) if isinstance(config, UmbrellaConfig) else set()
 
 
@@ -106,7 +108,7 @@ def load_trained(folder: str | Path) -> UmbrellaForConditionalGeneration:
     Raises:
         UserError: see ``load_model``.
     """
-    config = UmbrellaConfig.from_pretrained(folder)
+    config = UmbrellaConfig.from_pretrained(folder, trust_remote_code=False)
     return load_model(ModelSettings(checkpoint=str(folder)), config.modalities, config.image_token_index).eval()
 
 
@@ -119,10 +121,11 @@ def _from_files(settings: ModelSettings, ours: bool) -> Any:
             # What a run of ours trained is float32, and stays so; others are cast below, part by part.
             dtype=torch.float32 if ours or settings.dtype == "float32" else "auto",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{where}: cannot be loaded: {loading_fault(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
@@ -143,7 +146,7 @@ def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> Umbrella
     try:
         put_weights(folder, model)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{folder}: cannot be loaded: {loading_fault(error)}") from None
     return model
 
 

@@ -248,7 +248,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
                 f"{name} holds only what was trained, not the base that it stands on;"
                 " umbrella.model.loading.load_trained makes the whole model, and its save_pretrained a folder for here"
             )
-        loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True})
+        loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})
         config = cached_file(
             name, "adapter_config.json", subfolder=ADAPTER, _raise_exceptions_for_missing_entries=False, **hub
         )
