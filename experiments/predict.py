@@ -12,7 +12,7 @@ again: what is in the output is not asked again. --dry-run says what would be as
 import sys
 from pathlib import Path
 
-from umbrella.base import UserError
+from umbrella.base import UserError, note, printable
 from umbrella.cli import Option, Request, progress_bar, run_script
 
 OPTIONS = (
@@ -73,11 +73,11 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
 
         converse(model, shown, limit)
         return
-    print(model.ask(volumes, question, modality, limit), flush=True)
+    print(printable(model.ask(volumes, question, modality, limit)), flush=True)
     if answers := request.options["candidates"]:
         scores = model.score(volumes, question, [answer.strip() for answer in answers.split(",")], modality)
         for answer, probability in sorted(scores.items(), key=lambda pair: -pair[1]):
-            print(f"{probability:.4f}  {answer}")
+            print(f"{probability:.4f}  {printable(answer)}")
 
 
 def _ask_cohort(request: Request, checkpoint: Path) -> None:
@@ -88,7 +88,7 @@ def _ask_cohort(request: Request, checkpoint: Path) -> None:
     cohort = read_cohort(checkpoint, request.settings, settings_of(checkpoint, _dtype(request)))
     number, left, path = len(cohort.conversations), len(cohort.left()), cohort.answers.path
     for line in cohort.intake.notices:
-        print(f"note: {line}", file=sys.stderr)
+        note(line)
     if request.dry_run:
         print(f"would ask {left} of {counted(number, 'conversation')}; {number - left} are answered in {path}")
         return
@@ -98,7 +98,7 @@ def _ask_cohort(request: Request, checkpoint: Path) -> None:
         splits = answer(cohort, progress_bar)
         if splits.quarantined:
             left_out = counted(splits.quarantined, "conversation")
-            print(f"note: {left_out} cannot be asked, see {splits.quarantine}", file=sys.stderr)
+            note(f"{left_out} cannot be asked, see {splits.quarantine}")
     print(f"answers: {path}")
 
 

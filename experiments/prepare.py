@@ -5,9 +5,9 @@ problems, as <storage>/report/index.html. Everything that a training checks befo
 leaves out the volumes, and writes nothing.
 """
 
-import sys
 from pathlib import Path
 
+from umbrella.base import note
 from umbrella.cli import Request, make_console, progress_bar, run_script
 
 
@@ -45,7 +45,7 @@ def main(request: Request) -> None:
         say("volume store", f"{decimal(sum(h.size for h in held))} in {sum(h.arrays for h in held)} arrays")
         say("report", str(page))
     for line in intake.notices:
-        print(f"note: {line}", file=sys.stderr)
+        note(line)
     splits = settle(intake, settings, write=not request.dry_run)
     if splits.quarantined:
         say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")

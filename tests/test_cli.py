@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 
-from umbrella.base import UserError
-from umbrella.cli import FLAGS, Option, Request, parse, progress_bar, run_script
+from umbrella.base import UserError, note
+from umbrella.cli import FLAGS, Option, Request, make_console, parse, progress_bar, run_script
 from umbrella.config import describe
 
 
@@ -174,6 +175,23 @@ def test_a_users_error_inside_the_script_has_no_traceback_either(
     with pytest.raises(SystemExit) as left:
         run(main)
     assert (left.value.code, capsys.readouterr().err) == (2, "error: volume.nii: cannot be read\n")
+
+
+def test_escape_sequences_in_texts_do_not_reach_the_terminal(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(request: Request) -> None:
+        table = Table("a\x1b[2J", title="b\x1b[2J")
+        table.add_row("c\x1b[2J")
+        make_console().print("d\x1b[2J", table)
+        note("e\x1b[2J")
+        raise UserError("f\x1b[2J\x9b2J")
+
+    with pytest.raises(SystemExit):
+        run(main)
+    printed = "".join(capsys.readouterr())
+    assert not {"\x1b", "\x9b"} & set(printed)
+    assert all(rf"{letter}\x1b[2J" in printed for letter in "abcdef")
 
 
 def test_sigterm_ends_a_script_in_one_line_and_status_143_whatever_it_is_at(

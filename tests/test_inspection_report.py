@@ -244,6 +244,23 @@ def test_names_from_files_are_never_taken_as_html(
     assert "<b>bad&.nii" in page.text
 
 
+def test_formulas_and_escape_sequences_of_samples_reach_neither_page_nor_tables(
+    talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path
+) -> None:
+    evil = "=cmd\x1b[2J"
+    c = ask(talk, "=a", volumes["two"], subject_id="=b", subject_label=evil, target=evil)
+    intake = filled(store_here, taken(train=[c]))
+    intake.problems.append(Problem(evil, evil, evil, {"a": evil}))
+    page = write_report(tmp_path / "report", intake, store_here, quiet)
+    files = [page, *(page.with_name(f"{name}.csv") for name in ("conversations", "problems"))]
+    for file in files:
+        assert "\x1b" not in file.read_text()
+        assert r"=cmd\x1b[2J" in file.read_text()
+    for file in files[1:]:
+        with file.open(newline="") as lines:
+            assert not [cell for row in csv.reader(lines) for cell in row if cell.startswith("=")]
+
+
 def test_the_page_needs_nothing_but_its_folder(
     talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from umbrella.training.live import FINISHED
 from umbrella.tuning.ending import FAILED, STOPPED
-from umbrella.tuning.ranking import interval, rank, ranking_table, trials_of, write_csv
+from umbrella.tuning.ranking import interval, rank, ranking_table, trials_of, write_ranking
 from umbrella.tuning.results import Evaluation, Trial
 
 METRIC = "eval/balanced_accuracy"
@@ -67,7 +67,7 @@ def test_points_that_lack_a_setting_are_other_contenders_and_have_an_empty_cell(
         Trial("t2", {"model.train": "all"}, FINISHED, 0.8, 0.2, 30, "/c/2"),
         Trial("t3", {"optim.lr": 0.1, "model.train": "all"}, FAILED, reason="it broke"),
     ]
-    write_csv(rank(trials, "max"), METRIC, tmp_path / "ranking.csv")
+    write_ranking(rank(trials, "max"), METRIC, tmp_path / "ranking.csv")
     with (tmp_path / "ranking.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == ["t1", "t2", "t3"]

@@ -1,5 +1,6 @@
 """Storage that cannot be written: said in one line before anything starts, and known in what libraries make of it."""
 
+import csv
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from sqlalchemy import create_engine, text
 
 from umbrella.base import UserError
-from umbrella.storage import check_writable, storage_fault
+from umbrella.storage import check_writable, storage_fault, write_csv
 
 
 def write_torch(folder: Path) -> None:
@@ -82,3 +83,33 @@ def test_storage_that_cannot_be_written_ends_a_script_before_it_begins(
     done = run("train.py", f"resources.storage={disk}")
     assert done.status == 2
     assert f"resources.storage={disk} cannot be written to: Read-only file system" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+SUM(A1)", "'+SUM(A1)"),
+        ("-A1", "'-A1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'\t=1"),
+        ("\r=1", r"\r=1"),
+        ("\n=1", "'\n=1"),
+        ("＝1+1", "'＝1+1"),
+        (-0.5, "-0.5"),
+        ("-0.5", "-0.5"),
+        ("+1e-3", "+1e-3"),
+        ("female", "female"),
+        ("a = b", "a = b"),
+        ("\x1b[31mred\x9b\u202eleft", r"\x1b[31mred\x9b\u202eleft"),
+        (None, ""),
+    ],
+)
+def test_a_table_holds_no_formula_and_no_escape_sequence_and_numbers_stay_numbers(
+    tmp_path: Path, value: Any, cell: str
+) -> None:
+    write_csv(tmp_path / "a.csv", [str(value), "b"], iter([[value, 1.5]]))
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        header, row = csv.reader(file)
+    assert row == [cell, "1.5"]
+    assert header[0] == (cell or "None")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -15,6 +16,9 @@ PASSWORD = re.compile(r"://[^/?#\s:@]*:(?!\d+(?:[/?#\s]|$))\S*@")
 """One behind a user's name, were there a slash in it; a port is none."""
 TOKEN = re.compile(r"(?i)https?://[^/?#\s]+@")
 """One in the place of the name. In other addresses a name alone is no secret."""
+
+UNPRINTABLE = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+"""Control characters, escape sequences begin with one, and those that reverse the direction of a text."""
 
 
 class Section(BaseModel):
@@ -36,6 +40,16 @@ class UserError(Exception):
     The message is whole: what is wrong, where, and the remedy. Scripts print it without a traceback and exit with
     status 2. Several problems found together are several lines of one message.
     """
+
+
+def printable(text: str) -> str:
+    """A text with its control characters written as codes, such as ``\\x1b``. Line breaks and tabs are kept."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def note(words: object) -> None:
+    """Print a note on standard error."""
+    print(f"note: {printable(str(words))}", file=sys.stderr, flush=True)
 
 
 def masked(text: str) -> str:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from umbrella.base import Stopped, UserError
+from umbrella.base import Stopped, UserError, printable
 from umbrella.config import Settings, describe, has_space, load_settings, read_value
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import storage_fault
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 # Flags of the research program that people come from, as other names of settings.
 FLAGS = {
@@ -150,7 +151,7 @@ def run_script(
         with on_sigterm(stop):  # while nothing knows better
             main(parse(sys.argv[1:], doc, default_file, options, paths))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Stopped as outcome:
         print(outcome, file=sys.stderr)
@@ -169,8 +170,14 @@ def make_console() -> "Console":
     """Where scripts print: as wide as the terminal, and wide enough for a table where there is none."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    class PlainConsole(Console):
+        """Writes control characters of texts as codes; its own are not part of texts."""
+
+        def render_str(self, text: str, **options: Any) -> "Text":
+            return super().render_str(printable(text), **options)
+
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=140)
 
 
 def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:

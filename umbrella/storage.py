@@ -1,14 +1,18 @@
 """Whether a folder can be written, and what an error says of a disk that is full, read-only or gone."""
 
+import csv
 import errno
 import os
 import re
 import shutil
 import sqlite3
 import tempfile
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from umbrella.base import UserError
+from umbrella.base import UserError, printable
 
 FAULTS = {
     getattr(errno, name)
@@ -32,6 +36,9 @@ FAULTS = {
 }
 """What the storage, and no program, is to blame for: doing the same again would not help."""
 SQLITE = re.compile("full|I/O|unable to open|readonly|malformed|no such table")
+
+FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # spreadsheets take the wide ones, too
+"""What a formula in a spreadsheet begins with."""
 
 
 def storage_fault(error: BaseException | None) -> str:
@@ -58,6 +65,23 @@ def put_text(file: str | Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table for spreadsheets, which must not take a text for a formula: ``'`` goes before one that looks so."""
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        csv.writer(out).writerows([_cell(value) for value in row] for row in chain([header], rows))
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.startswith(FORMULA) else text
+    return text
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

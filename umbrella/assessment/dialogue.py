@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from umbrella.base import UserError
+from umbrella.base import UserError, printable
 from umbrella.conversations.conversation import ImageItem
 from umbrella.evaluation.answering import Umbrella
 
@@ -33,7 +33,7 @@ def converse(model: Umbrella, shown: Sequence[ImageItem], max_new_tokens: int | 
             return
         volumes, modalities = [v.image_path for v in waiting], [v.modality for v in waiting]
         waiting.clear()  # also if it fails: what is wrong with one of them would stand in the way of all questions
-        print(chat.ask(line, volumes, modalities, max_new_tokens), flush=True)
+        print(printable(chat.ask(line, volumes, modalities, max_new_tokens)), flush=True)
 
     for line in _lines(at_terminal, waiting):
         with _said_at_terminal() if at_terminal else nullcontext():
@@ -45,7 +45,8 @@ def _said_at_terminal() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}; this line did nothing, so put it right, with its volumes", file=sys.stderr)
+        said = printable(str(error))
+        print(f"error: {said}; this line did nothing, so put it right, with its volumes", file=sys.stderr)
 
 
 def _lines(at_terminal: bool, waiting: Sequence[ImageItem]) -> Iterator[str]:

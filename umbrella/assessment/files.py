@@ -1,6 +1,5 @@
 """The numbers and the answers of an evaluation as files to compute with."""
 
-import csv
 import json
 from dataclasses import asdict
 from math import isfinite
@@ -8,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.assessment.assessment import Assessment
+from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.tables import Estimate
+from umbrella.storage import write_csv
 
 
 def write_metrics(file: Path, assessment: Assessment) -> None:
@@ -28,17 +29,18 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not isfinite(content) else content
 
 
-def write_csv(file: Path, assessment: Assessment) -> None:
+def write_answers(file: Path, assessment: Assessment) -> None:
     """A row for each answer under each condition; probabilities have a column for each label."""
     rows = [(condition, p) for condition, own in assessment.predictions.items() for p in own]
     labels = sorted({label for _, p in rows for label in p.probabilities})
     fields = ["task_id", "task_type", "subject_id", "target", "label", "truth", "text", "said"]
     fields += ["answer_nll", "answer_tokens"]
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        table = csv.writer(out)
-        table.writerow(["condition", *fields, *(f"p({label})" for label in labels), "volumes", "metadata"])
-        for condition, p in rows:
-            volumes = "; ".join(f"{modality}:{path}" for modality, path in p.volumes)
-            metadata = json.dumps(dict(p.metadata), ensure_ascii=False, default=str)
-            likely = [p.probabilities.get(label) for label in labels]
-            table.writerow([condition, *(getattr(p, name) for name in fields), *likely, volumes, metadata])
+
+    def row(condition: str, p: Prediction) -> list[Any]:
+        volumes = "; ".join(f"{modality}:{path}" for modality, path in p.volumes)
+        metadata = json.dumps(dict(p.metadata), ensure_ascii=False, default=str)
+        likely = [p.probabilities.get(label) for label in labels]
+        return [condition, *(getattr(p, name) for name in fields), *likely, volumes, metadata]
+
+    header = ["condition", *fields, *(f"p({label})" for label in labels), "volumes", "metadata"]
+    write_csv(file, header, (row(condition, p) for condition, p in rows))

@@ -10,7 +10,7 @@ from typing import Any
 from umbrella.assessment import figures
 from umbrella.assessment.assessment import AS_ASKED, CONDITIONS, Assessment
 from umbrella.assessment.cases import Case
-from umbrella.assessment.files import write_csv, write_metrics
+from umbrella.assessment.files import write_answers, write_metrics
 from umbrella.assessment.section import CHIEF, NOT_KNOWN, WORDS, Section, section_of
 from umbrella.drawing import embedded, save
 from umbrella.evaluation.prediction import Prediction
@@ -35,7 +35,7 @@ def write_report(folder: Path, assessment: Assessment, cases: Sequence[Case]) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder / "metrics.json", assessment)  # the numbers first, before anything that could fail
-    write_csv(folder / "predictions.csv", assessment)
+    write_answers(folder / "predictions.csv", assessment)
     sections = [section_of(assessment, whole) for whole in assessment.groups[AS_ASKED] if whole.by == "all"]
     for number, section in enumerate(sections, start=1):
         section.cases = [case for case in cases if case.prediction.target == section.name]

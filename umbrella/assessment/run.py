@@ -1,7 +1,6 @@
 """One evaluation: a checkpoint, the conversations that it is asked, and the folder of what it found."""
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from umbrella.assessment.questions import Questions, read_questions
 from umbrella.assessment.report import write_report
 from umbrella.assessment.stream import load, stream
 from umbrella.assessment.tracked import log
-from umbrella.base import Stopped, UserError
+from umbrella.base import Stopped, UserError, note
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import open_store
@@ -71,8 +70,8 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
         facts = {**questions.facts, "processes": f"{told.workers} on {where}"}
         facts |= {"seconds": round(time.monotonic() - began)}
         notes = [*questions.notes, *notes, *notes_on(predictions[AS_ASKED])]
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+        for line in notes:
+            note(line)
         assessment = Assessment(settings, settings.checkpoint, told.split, predictions, groups, facts, notes)
         page = write(folder, assessment, cases)
         log(assessment, folder, questions.asked)

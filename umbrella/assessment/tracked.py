@@ -1,6 +1,5 @@
 """An evaluation in MLflow: in the run of the training that it is of, or in one of its own."""
 
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from tempfile import TemporaryDirectory
 from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.report import write_report
 from umbrella.assessment.section import CHIEF
+from umbrella.base import note
 from umbrella.config import SETTINGS
 from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.parts import band_names
@@ -50,7 +50,7 @@ def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> 
     found = dict(metrics(assessment))
     refused = sorted(name for name in found if not is_metric(name))
     if refused:
-        print(f"note: MLflow takes no such names, so it has not: {', '.join(refused)}", file=sys.stderr)
+        note(f"MLflow takes no such names, so it has not: {', '.join(refused)}")
     paths = getattr(settings.data, assessment.split)
     tracker.inputs([describe(assessment.split, asked, str(assessment.facts["data fingerprint"]), paths)])
     step = read_progress(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from umbrella.base import UserError
+from umbrella.base import UserError, note
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.decoding import reasons_of
 from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
@@ -92,11 +91,11 @@ def load_splits(
     intake = read_splits(settings, progress, names, dry_run=dry_run)
     splits = settle_all(intake, settings, progress, masks, shapes, dry_run)
     for line in intake.notices:
-        print(f"note: {line}", file=sys.stderr)
+        note(line)
     if splits.quarantined:
         left_out = counted(splits.quarantined, "sample")
         where = "" if dry_run else f", see {splits.quarantine}"
-        print(f"note: {left_out} cannot be used{where}", file=sys.stderr)
+        note(f"{left_out} cannot be used{where}")
     return splits
 
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from umbrella.base import UserError
+from umbrella.base import UserError, printable
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.audit import Piece, audit, is_weighted, shown, visible
 from umbrella.data.rendering import Example
@@ -90,4 +90,4 @@ def summary(example: Example, policy: MaskPolicy) -> Group:
         "mask policy": policy.in_words,
         "label": f"{truth}, subject {c.subject_id}",
     }
-    return Group(table, *(Text(f"{name + ':':<16}{value}") for name, value in lines.items()))
+    return Group(table, *(Text(f"{name + ':':<16}{printable(value)}") for name, value in lines.items()))

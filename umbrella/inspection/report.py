@@ -1,6 +1,5 @@
 """The report of a cohort: a folder with a page to look at and tables to compute with."""
 
-import csv
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from umbrella.data.loading import Intake, Progress
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
 from umbrella.pages import number, render
+from umbrella.storage import write_csv
 from umbrella.volumes.planes import TILE, cut, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 
@@ -97,7 +97,7 @@ def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
 
 def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> None:
     files = {row.path: row.file for row in rows}
-    _write_csv(
+    write_csv(
         folder / "volumes.csv",
         ["file", "modality", "conversations", "splits", "subjects", *FACTS, "flags", "content", "path"],
         (
@@ -107,7 +107,7 @@ def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> No
             for r in rows
         ),
     )
-    _write_csv(
+    write_csv(
         folder / "conversations.csv",
         ["split", "task_id", "task_type", "target", "label", "subject_id", "subjects", "turns", "volumes", "place"],
         (
@@ -120,12 +120,7 @@ def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> No
         ),
     )
     problems = ([p.where, p.field, p.what, json.dumps(p.sample)] for p in intake.problems)
-    _write_csv(folder / "problems.csv", ["place", "field", "reason", "sample"], problems)
-
-
-def _write_csv(file: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
-        csv.writer(out).writerows([header, *rows])
+    write_csv(folder / "problems.csv", ["place", "field", "reason", "sample"], problems)
 
 
 def _join(values: Iterable[Any]) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from umbrella.base import printable
 from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
@@ -155,7 +156,7 @@ class Monitor:
 
     def _say(self, name: str, words: str) -> None:
         if not self.live:
-            print(f"{self._elapsed()}  {self.trials[name]['name']}: {words}", flush=True)
+            print(f"{self._elapsed()}  {self.trials[name]['name']}: {printable(words)}", flush=True)
 
     def _elapsed(self) -> str:
         seconds = int(time.monotonic() - self.started)

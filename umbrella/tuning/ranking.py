@@ -1,6 +1,5 @@
 """Which settings are best: trials that differ in nothing but the seed are one contender, known by its mean."""
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from umbrella.storage import write_csv
 from umbrella.tuning.adoption import in_words
 from umbrella.tuning.results import Trial, order
 from umbrella.tuning.space import label
@@ -128,20 +128,19 @@ def ranking_table(contenders: Sequence[Contender], metric: str) -> Table:
     return table
 
 
-def write_csv(contenders: Sequence[Contender], metric: str, file: Path) -> None:
+def write_ranking(contenders: Sequence[Contender], metric: str, file: Path) -> None:
     """One row per trial, by rank. A swept setting has a column, empty where it does not act.
 
     ``mean`` is over seeds, ``ci95`` half of its interval. ``adopted`` is there where a trial adopted a checkpoint.
     """
     names = swept_names(trials_of(contenders))
     adopted = ["adopted"] if any(t.adopted for t in trials_of(contenders)) else []
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        outcome = ["state", "reason", "step", "evaluations", "eval/loss", metric, "mean", "ci95", "seeds", "seconds"]
-        writer.writerow(["rank", "trial", *names, *outcome, *adopted, "checkpoint"])
-        for place, c in enumerate(contenders, 1):
-            for t in c.trials:
-                row = [place, t.trial_id, *(t.point.get(name, "") for name in names), t.state, t.reason]
-                row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.half, len(c.measured), t.seconds]
-                row += [in_words(t.adopted)] if adopted else []
-                writer.writerow([*row, t.checkpoint])
+    outcome = ["state", "reason", "step", "evaluations", "eval/loss", metric, "mean", "ci95", "seeds", "seconds"]
+    rows = []
+    for place, c in enumerate(contenders, 1):
+        for t in c.trials:
+            row = [place, t.trial_id, *(t.point.get(name, "") for name in names), t.state, t.reason]
+            row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.half, len(c.measured), t.seconds]
+            row += [in_words(t.adopted)] if adopted else []
+            rows.append([*row, t.checkpoint])
+    write_csv(file, ["rank", "trial", *names, *outcome, *adopted, "checkpoint"], rows)

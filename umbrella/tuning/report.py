@@ -15,7 +15,7 @@ from umbrella.training.live import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
 from umbrella.tuning.importance import importance
-from umbrella.tuning.ranking import Contender, interval, swept_names, trials_of, with_seeds, write_csv
+from umbrella.tuning.ranking import Contender, interval, swept_names, trials_of, with_seeds, write_ranking
 from umbrella.tuning.results import Trial
 from umbrella.tuning.winner import as_training, command, overrides, write_best
 
@@ -77,7 +77,7 @@ def write_report(
     """
     trials, metric = trials_of(contenders), settings.tune.metric
     ranking = folder / "ranking.csv"
-    write_csv(contenders, metric, ranking)  # the numbers first, before anything that could fail
+    write_ranking(contenders, metric, ranking)  # the numbers first, before anything that could fail
     best, file, told = winner(contenders), None, {}
     if best:
         training, file = as_training(settings, best.point), folder / "best.yaml"
