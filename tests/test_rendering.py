@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -176,6 +177,37 @@ def test_a_template_without_turn_after_turn_is_refused(
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         Renderer(tokenizer, {}).render(talk(("system", "a"), ("assistant", "b")))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**12) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{{ 'a' * 10**10 }}",
+        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{{ '%10000000000d' % 1 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[10] + 1 }}",
+        "{% for m in messages %}",
+    ],
+)
+def test_a_template_that_does_not_end_or_overflows_is_one_line(
+    talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr("umbrella.data.chat_template.SECONDS", 0.2)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer, {})
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"^the tokenizer's chat template refuses turns of user, assistant: [^\n]+$"
+        ):
+            renderer.render(talk(("user", "a"), ("assistant", "b")))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
 def test_many_threads_render_what_one_does(renderer: Renderer, talk: Callable[..., Conversation]) -> None:

@@ -5,11 +5,14 @@ letter, what the template writes around them.
 """
 
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.base import UserError
@@ -18,6 +21,10 @@ from umbrella.data.tokenizer import IMAGE_TOKEN
 
 EXACT = 16
 """Turns up to which every beginning of a conversation is rendered: work that grows as the square of the turns."""
+SECONDS, MEMORY = 2.0, 1 << 30
+"""Processor time and bytes that rendering a template once may take."""
+STATM = Path("/proc/self/statm")
+"""Where Linux says how much memory this process has mapped."""
 
 
 class TurnShape(NamedTuple):
@@ -85,9 +92,11 @@ def _read_frame(
             for role, content in zip(roles, contents, strict=False)
         ]
         try:
-            return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except (TemplateError, TypeError) as error:
-            raise UserError(f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {error}") from None
+            with _bounded():
+                return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as error:  # whatever the template's own expressions raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {reason}") from None
 
     kinds = [shape.items if shape else ("text",) for shape in shapes]
     contents = [
@@ -137,6 +146,33 @@ def _read_frame(
     if rendered != "".join(written) or len(marks) > len(set(marks)):
         raise changed
     return frames
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Bound what a template may take: transformers' sandbox bounds one range, but no nested loops and no texts.
+
+    Limits are those of the process and timers need the main thread, which renders each template first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*unused: Any) -> NoReturn:
+        raise TimeoutError(f"it takes more than {SECONDS:g} s")
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    if STATM.exists():
+        most = int(STATM.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most if limit[0] < 0 else min(most, limit[0]), limit[1]))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def _item(text: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Renderer:
         self.template = tokenizer.chat_template or CHATML
         self._parts = PartTokenizer(tokenizer)
         self._image = self._parts.by_template(IMAGE_TOKEN)
-        self._frames: dict[tuple[TurnShape, ...], list[Frame]] = {}
+        self._frames: dict[tuple[TurnShape, ...], list[Frame] | UserError] = {}
 
     @property
     def stops(self) -> bool:
@@ -216,11 +216,17 @@ class Renderer:
     def _frame(self, turns: tuple[TurnShape, ...]) -> list[Frame]:
         if turns not in self._frames:
             by_template = self._parts.by_template
-            self._frames[turns] = [
-                Frame(by_template(header), by_template(end), strips, between and tuple(map(by_template, between)))
-                for header, end, strips, between in make_frame(self.tokenizer, self.template, turns)
-            ]
-        return self._frames[turns]
+            try:
+                self._frames[turns] = [
+                    Frame(by_template(header), by_template(end), strips, between and tuple(map(by_template, between)))
+                    for header, end, strips, between in make_frame(self.tokenizer, self.template, turns)
+                ]
+            except UserError as error:  # kept, since to find it out again may take seconds
+                self._frames[turns] = error
+        frames = self._frames[turns]
+        if isinstance(frames, UserError):
+            raise UserError(str(frames))
+        return frames
 
 
 def load_renderer(settings: "Settings") -> Renderer:
