@@ -1,14 +1,19 @@
 """What a node is asked before a training starts, whether it sees what all share; and what it decodes."""
 
+import os
+import socket
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from umbrella.base import UserError
 from umbrella.data.decoding import _by_nodes, reasons_of
 from umbrella.modality import Modality
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
 from umbrella.shared_store import SharedStore
+from umbrella.training.cluster import check_answers, check_surroundings, make_token
 from umbrella.volumes.store import VolumeStore
 
 CUBE = Modality(grid=(4, 4, 4), patch=(2, 2, 2))
@@ -74,3 +79,61 @@ def test_a_store_that_a_node_cannot_write_is_no_fault_of_a_volume(
     store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, SharedStore("nosuch://bucket"))
     with pytest.raises(OSError, match=r"resources\.store=nosuch://bucket: "):
         list(_by_nodes(store, [(str(stored["plain"]), "sMRI")], 0))
+
+
+def test_a_cluster_that_is_gone_is_one_line_that_names_the_setting() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        for scheme in ("", "ray://"):
+            address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+            with pytest.raises(
+                UserError, match=rf"^RAY_ADDRESS={address}: nobody answers there \(Connection refused\); "
+            ):
+                check_answers(address, f"RAY_ADDRESS={address}")
+        taken.listen()
+        check_answers(address, "")
+    for address in ("auto", "127.0.0.1", "http://host"):
+        check_answers(address, "")
+    with pytest.raises(UserError, match=r"^here: nobody answers there"):
+        check_answers("127.0.0.1:99999", "here")
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_folder_that_is_no_place_for_rays_sockets_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, "/tmp")
+    check_surroundings()
+    for folder, message in (
+        (f"{tmp_path}/{'x' * 60}", r"is longer than the 4\d bytes that the paths of Ray's sockets leave for it; set "),
+        ("/proc/none", "the folder for Ray's files cannot be written to: "),
+    ):
+        monkeypatch.setenv(variable, folder)
+        with pytest.raises(UserError, match=f"^{variable}={folder}: {message}"):
+            check_surroundings()
+
+
+def test_shared_memory_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("umbrella.training.cluster.SHARED_MEMORY", "/proc/self")
+    with pytest.raises(UserError, match=r"^/proc/self, where Ray keeps objects, cannot be written to: "):
+        check_surroundings()
+
+
+def test_the_token_of_a_ray_of_our_own_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    make_token()
+    made = token.read_text()
+    assert len(made) == 64
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    os.chmod(token, 0o644)
+    make_token()
+    assert (token.read_text(), stat.S_IMODE(token.stat().st_mode)) == (made, 0o600)
+    monkeypatch.setenv("HOME", "/proc/none")
+    with pytest.raises(UserError, match=r"^/proc/none/\.ray, where Ray keeps its token, cannot be written to: "):
+        make_token()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    make_token()

@@ -156,6 +156,26 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     assert left_by(settings, folder) == never_stopped
 
 
+def test_a_training_that_is_stopped_by_the_keyboard_is_killed_and_status_130(
+    small_settings: Callable[..., Any],
+) -> None:
+    settings = small_settings({**LONGER, "train.epochs": 600, "name": "keyboard"})
+    folder, file = folder_of(settings), put(settings)
+    # A shell that runs the tests in the background has it ignored, and the script would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command, environment = [sys.executable, TRAIN, file], plain_environment()
+    script = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
+    until(lambda: taken(folder) >= 3, script)
+    script.send_signal(signal.SIGINT)
+    _, said = script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert said.endswith("stopped by the keyboard\n")
+    assert "Traceback" not in said
+    _, ended = run_of(settings, "keyboard")
+    assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "killed")
+
+
 def test_another_number_of_workers_goes_on_and_sees_each_conversation_once_per_epoch(
     small_settings: Callable[..., Any], run: Callable[..., Done]
 ) -> None:

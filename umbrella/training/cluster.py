@@ -1,12 +1,14 @@
 """The Ray of a script: a cluster that is joined, or one of this machine's own. Imports little: see ``job``."""
 
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -14,8 +16,9 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
-from umbrella.base import UserError
+from umbrella.base import UserError, masked
 from umbrella.config import Settings
+from umbrella.storage import check_writable
 from umbrella.training import preload
 from umbrella.training.room import this_machine, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
@@ -35,6 +38,10 @@ ENVIRONMENT = {
 RAYS_OWN = 4
 """Processes that Ray Train and Ray Data take for themselves before a training's first worker gets one."""
 
+SHARED_MEMORY = "/dev/shm"
+SOCKET_PATH = 107 if sys.platform == "linux" else 103
+"""Bytes that the path of a Unix socket may have."""
+
 
 def address_of(resources: ResourceSettings) -> str:
     """Of the cluster to join; "local" for a Ray of this machine's own."""
@@ -51,13 +58,19 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
     Returns the dashboard's address; empty where there is none, or Ray was started before.
 
     Raises:
-        UserError: the cluster is not there, or does not let this process in.
+        UserError: the cluster is not there, or does not let this process in; Ray cannot write here what it must.
     """
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if ray.is_initialized():
         return ""
     address = address_of(resources)
+    named = masked(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
+    if address == "local":
+        check_surroundings()
+        make_token()
+    else:
+        check_answers(address, named)
     at_first: AbstractContextManager[None] = nullcontext()
     if address == "local":
         # A process per training that asks whether this machine is about to be taken away.
@@ -84,7 +97,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
                 **(own if address == "local" else joined),
             )
     except (ConnectionError, AuthenticationError) as error:
-        raise UserError(f"resources.address={address}: {_why_not(error, address)}") from None
+        raise UserError(f"{named}: {_why_not(error, address)}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
@@ -128,16 +141,59 @@ def _exit(*unused: Any) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
+def check_answers(address: str, named: str) -> None:
+    """Raise UserError where nobody listens at a cluster's address. Ray tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as fault:
+        why = getattr(fault, "strerror", None) or fault
+        raise UserError(f"{named}: nobody answers there ({why}); start the cluster, or name another address") from None
+
+
+def check_surroundings() -> None:
+    """Raise UserError where a Ray of our own cannot keep its sockets and objects."""
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(variable, "/tmp")
+    below = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    longest = SOCKET_PATH - len(below)
+    if len(os.fsencode(folder)) > longest:
+        raise UserError(
+            f"{variable}={folder}: is longer than the {longest} bytes that the paths of Ray's sockets leave for it; set"
+            " RAY_TMPDIR to a shorter folder"
+        )
+    check_writable(folder, f"{variable}={folder}: the folder for Ray's files")
+    if os.path.isdir(SHARED_MEMORY):
+        check_writable(SHARED_MEMORY, f"{SHARED_MEMORY}, where Ray keeps objects,")
+
+
+def make_token() -> None:
+    """Make the token of a Ray of our own for its owner alone. Ray itself would let everybody read it.
+
+    Raises:
+        UserError: there is none, and no place for it.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    if not os.path.exists(token):
+        check_writable(token.parent, f"{token.parent}, where Ray keeps its token,")
+        with (
+            suppress(FileExistsError),
+            os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+        ):
+            file.write(secrets.token_hex(32))
+    with suppress(OSError):  # another user's
+        token.chmod(0o600)
+
+
 def _why_not(error: Exception, address: str) -> str:
     """Why a cluster cannot be joined. Ray says the same of one that is not there and of one with another token."""
     remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
     if isinstance(error, AuthenticationError):
         return f"asks for a token, and there is none here; {remedy}"
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as fault:
-            return f"nobody answers there ({fault.strerror or fault}); start the cluster, or name another address"
+    if address.rpartition(":")[2].isdigit():
         return f"a cluster answers, and does not let this process in; {remedy} (other versions of Ray do the same)"
     return " ".join(str(error).split())[:300]

@@ -6,15 +6,17 @@ the worker. Only the worker needs the model, so only the worker imports it: seco
 
 import gc
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from umbrella.base import Stopped, UserError
@@ -155,7 +157,8 @@ def run_job(job: AnyJob, here: bool = False) -> None:
     check_writable(folder, "the folder of the training")
     stop_file(folder).unlink(missing_ok=True)  # of a run before this one
     try:
-        outcome = make_trainer(job, here).fit().return_value
+        trainer = make_trainer(job, here)
+        outcome = (trainer.fit() if here else _fit_in_thread(trainer)).return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
@@ -171,6 +174,20 @@ def run_job(job: AnyJob, here: bool = False) -> None:
         raise Stopped(
             f"stopped after step {outcome}, with a checkpoint; the same command, with name={folder.name}, goes on"
         )
+
+
+def _fit_in_thread(trainer: TorchTrainer) -> Result:
+    """``trainer.fit()`` in a thread: in the main one it replaces the handler of SIGINT by one that ends the process."""
+    fitted: Future[Result] = Future()
+
+    def fit() -> None:
+        try:
+            fitted.set_result(trainer.fit())
+        except BaseException as error:
+            fitted.set_exception(error)
+
+    Thread(target=fit, daemon=True, name="fit").start()
+    return fitted.result()
 
 
 def cause(error: BaseException) -> str:
