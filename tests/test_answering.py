@@ -205,6 +205,9 @@ def test_a_modality_is_told_by_suffix_or_axes_or_named(
         assert item.modality == modality
         (item,) = model.items(tmp_path / name, "dMRI")
         assert item.modality == "dMRI"
+    one = model.settings.model_copy(update={"modalities": {"dMRI": model.modalities["dMRI"]}})
+    with pytest.raises(UserError, match="modality='sMRI': this model was trained on dMRI"):
+        Umbrella(model.model, model.renderer, model.collate, one).items(tmp_path / "sub-01_ses-01_T1w.nii")
     assert [item.modality for item in model.items([f2, f2])] == ["fMRI", "fMRI"]
     assert [item.modality for item in model.items([s2, d], ["sMRI", "dMRI"])] == ["sMRI", "dMRI"]
     with pytest.raises(UserError, match=r"s2\.nii: has 3 axes and may be dMRI or sMRI; name its modality: "):

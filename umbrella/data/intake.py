@@ -170,9 +170,9 @@ def check_volumes(
         _decode(intake, store, settings.data.processes, progress)
     noted: dict[str, list[str]] = {}
     for path in sorted({v.image_path for cs in intake.splits.values() for c in cs for v in c.volumes}):
-        for note in store.notes(path):
-            noted.setdefault(note, []).append(path)
-    intake.notices += [f"{counted(len(paths), 'volume')}, first {paths[0]}: {note}" for note, paths in noted.items()]
+        for words in store.notes(path):
+            noted.setdefault(words, []).append(path)
+    intake.notices += [f"{counted(len(paths), 'volume')}, first {paths[0]}: {words}" for words, paths in noted.items()]
 
 
 def _decode(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:

@@ -247,8 +247,8 @@ class Umbrella:
         (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
 
     def _modality_of(self, path: str) -> str:
-        if (told := modality_by_suffix(path)) in self.modalities:
-            return told
+        if told := modality_by_suffix(path):
+            return self._check_modality(told)
         if len(self.modalities) == 1:
             return next(iter(self.modalities))
         axes = count_axes(path)
