@@ -1,0 +1,161 @@
+"""Show that two commits compute the same, bit for bit on a CPU: python benchmarks/compare_commits.py BASE
+
+The working tree is compared with the commit BASE, in the same environment. Each runs one small training, the same
+training killed and given again, and a sweep without a scheduler. Compared are the losses and metrics of every step, the
+order of the samples, the tensors of the last checkpoint, and the trials of the sweep. Exits with 1 on a difference.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "cohort.subjects": 24,
+    "cohort.spacing": 8.0,
+    "cohort.functional_subjects": 4,
+    "cohort.diffusion_subjects": 4,
+    "modalities.sMRI": {"grid": [8, 8, 8], "patch": [4, 4, 4]},
+    "modalities.dMRI": {"grid": [8, 8, 8], "patch": [8, 8, 8]},
+    "modalities.fMRI": {"grid": [4, 4, 4, 4], "patch": [4, 4, 4, 2]},
+    "model.width": 16,
+    "train.epochs": 3,
+    "train.batch_size": 4,
+    "train.accumulate": 1,
+    "train.augment.shift": 0.2,
+    "train.augment.noise": 0.1,
+    "optim.warmup": 2,
+    "data.log_samples": True,
+    "tracking.model": False,
+    "evaluate.at_end": False,
+}
+SWEEP = {
+    "tune.scheduler": "none",
+    "tune.space.optim.lr": {"grid": [1e-3, 3e-3]},
+    "tune.space.mask.supervise": {"grid": ["last_assistant", "all"]},
+}
+SAME = ("train/loss", "train/lr", "train/supervised_tokens", "eval/")
+"""Beginnings of the names of metrics that depend on nothing but settings and data."""
+
+
+def start(tree: Path, script: str, storage: Path, name: str, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Start a script of ``tree``; its output goes to ``<storage>/<name>.txt``."""
+    storage.mkdir(parents=True, exist_ok=True)
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
+    command = [
+        sys.executable,
+        str(tree / "experiments" / script),
+        f"name={name}",
+        f"resources.storage={storage}",
+        *words,
+    ]
+    with (storage / f"{name}.txt").open("ab") as output:
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=tree)
+
+
+def finish(script: subprocess.Popen[bytes], storage: Path, name: str) -> None:
+    """Wait for a script, and end with its output if it failed."""
+    if script.wait():
+        sys.exit(f"{name} failed:\n{(storage / f'{name}.txt').read_text()}")
+
+
+def kill_after_first_checkpoint(script: subprocess.Popen[bytes], training: Path) -> None:
+    """Kill a script and all of its processes once its training has a whole checkpoint."""
+    while not list(training.glob("step_*")):
+        if script.poll() is not None:
+            sys.exit(f"{training.name} ended before it had a checkpoint")
+        time.sleep(0.02)
+    family = [script, *psutil.Process(script.pid).children(recursive=True)]
+    for process in family:
+        process.kill()
+    script.wait()
+    psutil.wait_procs(family[1:])
+
+
+def run_all(tree: Path, storage: Path) -> dict[str, Any]:
+    """Run the three scenarios in ``tree``; returns what must be the same."""
+    finish(start(tree, "train.py", storage, "whole", SETTINGS), storage, "whole")
+    kill_after_first_checkpoint(start(tree, "train.py", storage, "killed", SETTINGS), storage / "trainings" / "killed")
+    finish(start(tree, "train.py", storage, "killed", SETTINGS), storage, "killed")
+    finish(start(tree, "tune.py", storage, "sweep", SETTINGS | SWEEP), storage, "sweep")
+    found: dict[str, Any] = dict(metrics(storage))
+    for name in ("whole", "killed"):
+        training = storage / "trainings" / name
+        found |= {f"{name}: {key}": value for key, value in tensors(sorted(training.glob("step_*"))[-1])}
+    lines = (storage / "trainings" / "whole" / "samples_0.jsonl").read_text().splitlines()
+    found["whole: order of samples"] = [line for line in lines if "start" not in json.loads(line)]
+    return found
+
+
+def metrics(storage: Path) -> Iterator[tuple[str, Any]]:
+    """(run and metric, [(step, value), ...]) of every run; a run is named by its name, a trial by its settings."""
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "umbrella"]
+    for run in client.search_runs([experiment.experiment_id]):
+        swept = {key: run.data.params.get(key) for key in ("optim.lr", "mask.supervise")}
+        name = run.info.run_name if run.info.run_name in ("whole", "killed", "sweep") else f"trial {swept}"
+        for metric in run.data.metrics:
+            if metric.startswith(SAME):
+                # A step that was done again after a kill has one value for each time.
+                values = {m.step: m.value for m in client.get_metric_history(run.info.run_id, metric)}
+                yield f"{name}: {metric}", sorted(values.items())
+
+
+def tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a checkpoint's weights, optimizer state and random number generators."""
+    yield from load_file(checkpoint / "model.safetensors").items()
+    open_values: list[tuple[str, Any]] = [("state", torch.load(checkpoint / "state.pt", weights_only=True))]
+    while open_values:
+        name, value = open_values.pop()
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            open_values += [(f"{name}.{key}", item) for key, item in items]
+        elif isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def main() -> None:
+    """Run both, and print every difference."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    base = subprocess.run(["git", "rev-parse", sys.argv[1]], cwd=HERE, check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(prefix="compare-") as temporary:
+        tree = Path(temporary) / "tree"
+        subprocess.run(
+            ["git", "worktree", "add", "--quiet", "--detach", tree, base.stdout.strip()], cwd=HERE, check=True
+        )
+        try:
+            then, now = (run_all(t, Path(temporary) / name) for t, name in ((tree, "base"), (HERE, "head")))
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=HERE, check=True)
+    differences = []
+    for name in sorted({*then, *now}):
+        a, b = then.get(name), now.get(name)
+        equal = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        if not equal:
+            differences.append(name)
+    resumed = [key for key in now if key.startswith("whole: ") and key.replace("whole", "killed", 1) in now]
+    for key in resumed:
+        a, b = now[key], now[key.replace("whole", "killed", 1)]
+        if not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b):
+            differences.append(f"{key} (whole and killed, in the working tree)")
+    print(
+        f"{len(now)} values compared with {base.stdout.strip()[:9]}, {len(resumed)} of whole and killed with each other"
+    )
+    sys.exit("\n".join(["these differ:", *differences]) if differences else 0)
+
+
+if __name__ == "__main__":
+    main()
