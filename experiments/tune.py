@@ -40,11 +40,9 @@ def main(request: Request) -> None:
         return
     with importing():
         from umbrella.training.cluster import start_for_sweep
-        from umbrella.tuning.schedulers import make_scheduler
         from umbrella.tuning.search import count_trials
 
     settings, trials = settings.named("sweep"), count_trials(settings, given)
-    make_scheduler(settings, given)  # or what it cannot change is refused here
     with claimed(folder or sweeps_folder(settings) / settings.name):  # or it is refused here, before a Ray is started
         pass
     start_for_sweep(settings, trials)  # its processes import while this one does

@@ -1,11 +1,10 @@
 """Kills a sweep at random, again and again, and says whether its runs are those of a sweep that was left alone.
 
-sweep_kills.py [--trials 8] [--kills 5] [--seed 0] [--population]
+sweep_kills.py [--trials 8] [--kills 5] [--seed 0]
 
 A kill is SIGKILL to the script, to the process of a trial, or to a training's workers, at a random moment; where the
 script ends, `tune.py --resume last` is given. At the end MLflow must hold one finished run per trial, each with one
-loss for each step and one metric for each evaluation, and no trial may have been trained twice. Of a population each
-must also have trained at the rates and with the weights that its adoptions say.
+loss for each step and one metric for each evaluation, and no trial may have been trained twice.
 """
 
 import argparse
@@ -15,28 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from math import isclose
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 from conftest import SMALL
 from integration.faults import LONGER, STEPS, kill, kill_workers, named, plain_environment, samples, taken
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from umbrella.config import Settings, load_settings
 from umbrella.tracking.delivery import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.tuning.adoption import in_words
 from umbrella.tuning.question import sweeps_folder
-from umbrella.tuning.results import read_trials
 
-POPULATION = {
-    "tune.scheduler": "pbt", "tune.metric": "eval/loss", "tune.mode": "min", "optim.warmup": 0,
-    "optim.schedule": "constant",
-}  # fmt: skip
-"""Decided on at steps 10, 20 and 30. The rate of a step is the one that is set."""
 TUNE = Path(__file__).resolve().parents[1] / "experiments" / "tune.py"
 
 
@@ -129,39 +119,10 @@ def faults_in(settings: Settings) -> list[str]:
             samples(folder)
     except AssertionError as error:
         faults.append(f"{folder}: {error}")
-    return faults + (faults_of_adoptions(settings, sweep, client, children) if settings.tune.scheduler == "pbt" else [])
-
-
-def faults_of_adoptions(settings: Settings, sweep: Path, client: MlflowClient, runs: Sequence[Run]) -> list[str]:
-    """Where what trials have adopted is not what they have trained with, by the rates and losses of their steps."""
-    by_trial = {run.data.tags[TRIAL].rpartition("-")[2]: run for run in runs}
-    trials = {trial.trial_id.rpartition("-")[2]: trial for trial in read_trials(sweep, settings.tune)}
-    found = {
-        name: {
-            trial: {point.step: point.value for point in client.get_metric_history(run.info.run_id, name)}
-            for trial, run in by_trial.items()
-        }
-        for name in ("train/lr", "train/loss")
-    }
-    faults = [] if any(trial.adopted for trial in trials.values()) else ["nobody has adopted anything"]
-    for name, trial in trials.items():
-        told, acted = by_trial[name].data.tags, trial.point["optim.lr"]
-        said = (told.get("adopted", ""), float(told["acts.optim.lr"]))
-        if said != (in_words(trial.adopted), acted):
-            faults.append(f"{name}: its run says {said}")
-        rates = dict.fromkeys(range(1, STEPS + 1), acted)
-        for adoption in reversed(trial.adopted):
-            rates |= dict.fromkeys(range(1, adoption.step + 1), adoption.before["optim.lr"])
-            next_losses = [found["train/loss"][one][adoption.step + 1] for one in (name, adoption.source)]
-            if next_losses[0] != next_losses[1]:
-                faults.append(f"{name}: after step {adoption.step} its loss is not the giver's, {next_losses}")
-        wrong = [step for step, rate in rates.items() if not isclose(found["train/lr"][name][step], rate)]
-        if wrong:
-            faults.append(f"{name}: steps {wrong} were trained at other rates than {rates}")
     return faults
 
 
-def question(storage: str | Path, trials: int, population: bool = False) -> Settings:
+def question(storage: str | Path, trials: int) -> Settings:
     """So many rates, to be tried for 39 steps each."""
     rates = [1e-3 * (1 + number / 8) for number in range(trials)]
     return load_settings(
@@ -172,7 +133,6 @@ def question(storage: str | Path, trials: int, population: bool = False) -> Sett
             "tune.space": {"optim.lr": {"grid": rates}},
             "tune.scheduler": "none",
             "resources.max_failures": 10,
-            **(POPULATION if population else {}),
         }
     )
 
@@ -183,11 +143,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8, help="trials of the sweep (8)")
     parser.add_argument("--kills", type=int, default=5, help="kills (5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments (0)")
-    parser.add_argument("--population", action="store_true", help="trials that go on from each other's checkpoints")
     asked = parser.parse_args()
     storage = tempfile.mkdtemp(prefix="sweep_kills_")
     print(f"everything is kept in {storage}", flush=True)
-    settings = question(storage, asked.trials, asked.population)
+    settings = question(storage, asked.trials)
     began = time.monotonic()
     arrived = sweep_with_kills(settings, random.Random(asked.seed), asked.kills, lambda what: print(what, flush=True))
     faults = faults_in(settings)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from written import FIRST, all_of, begin, evaluate
 
 from umbrella.config import SETTINGS
@@ -15,7 +14,6 @@ from umbrella.training.copying import Copy, bring
 from umbrella.training.filenames import BEGUN
 from umbrella.training.history import read_history
 from umbrella.training.progress import checkpoint_folder, delete, latest_checkpoint, what_is_wrong
-from umbrella.tuning import adoption
 
 
 class Lost(Exception):
@@ -101,57 +99,6 @@ def test_at_whatever_moment_the_machine_is_lost_another_one_goes_on_with_whole_c
         changes += 1
     assert changes > 20
     assert seen == {1, 2, 3}
-
-
-def population_life(trials: Path, copy: Copy, rounds: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two trials one adopts at the first evaluation. ``rounds``: when there are some, besides the last one."""
-
-    own = evaluate(trials / "taker", 1, "taker")
-    evaluate(trials / "giver", 1, "giver")
-    if "measured" in rounds:
-        copy.round()
-    with monkeypatch.context() as killed:  # between note and checkpoint
-        killed.setattr(adoption, "_take", lambda folder, step: None)
-        adoption.adopt(trials / "taker", trials / "giver", {"lr": 1}, {"lr": 2}, {"lr": 3})
-    if "noted" in rounds:
-        copy.round()
-    adoption.settle(trials / "taker")
-    if "taken" in rounds:
-        copy.round()
-    evaluate(trials / "taker", 2, "taker")
-    delete(own)
-    copy.round()
-
-
-@pytest.mark.parametrize("rounds", ["measured noted taken", "measured", "noted taken"])
-def test_at_whatever_moment_the_machine_is_lost_a_trials_weights_are_those_that_its_note_tells_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: str
-) -> None:
-    changes, seen, lost = 0, set(), True
-    while lost:
-        home, away, store = (tmp_path / f"{name}-{changes}" for name in ("home", "away", "store"))
-        for name in ("taker", "giver"):
-            (home / "sweeps/s/trials" / name).mkdir(parents=True)
-        (home / "sweeps/s" / SETTINGS).touch()
-        fragile = Fragile(str(store))
-        fragile.left, lost = changes, False
-        try:
-            copy = Copy(fragile, home, "sweeps/s", SETTINGS)
-            population_life(home / "sweeps/s/trials", copy, rounds, monkeypatch)
-        except Lost:
-            lost = True
-        if "sweeps/s/settings.yaml" in SharedStore(str(store)).sizes("sweeps/s"):
-            bring(SharedStore(str(store)), "sweeps/s", SETTINGS, away / "sweeps/s", all_of)
-            taker = away / "sweeps/s/trials/taker"
-            adoption.settle(taker)
-            latest = latest_checkpoint(taker)
-            adopted = [told.step for told in adoption.read_adoptions(taker)]
-            weights = (latest / "model.safetensors").read_text() if latest else ""
-            seen.add((weights, *adopted))
-        changes += 1
-    between = {("1 taker",)} if "measured" in rounds else set()
-    between |= {("1 giver", 1)} if "taken" in rounds else set()
-    assert seen == {("",), ("2 taker", 1)} | between
 
 
 def test_what_arrives_is_what_was_sent_and_rests_locks_and_the_state_of_the_moment_stay(

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from conftest import Done
 
-from umbrella.training import cluster
-
 
 def test_a_dry_run_of_the_default_sweep_says_all_and_makes_nothing(run: Callable[..., Done], tmp_path: Path) -> None:
     done = run("tune.py", "--dry-run", f"resources.storage={tmp_path}/runs")
@@ -48,14 +46,3 @@ def test_a_users_error_is_one_clear_line_and_status_2(
     assert done.status == 2
     assert done.stderr.startswith(line.format(t=missing)), done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("words", [[], ["--dry-run"]])
-def test_what_a_population_cannot_change_is_refused_before_a_ray_is_started(
-    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list
-) -> None:
-    monkeypatch.setattr(cluster, "start_ray", lambda *about, **more: pytest.fail("a Ray is started"))
-    done = run("tune.py", *words, "tune.scheduler=pbt", "tune.perturb=[optim.clip]", f"resources.storage={tmp_path}")
-    line = "error: tune.perturb: optim.clip is not swept; sweep it with tune.space.optim.clip, or name another one\n"
-    assert (done.status, done.stderr) == (2, line)
-    assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,7 @@ from ray.tune.search import Searcher
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.tuning.proposals import Proposals
-from umbrella.tuning.schedulers import make_scheduler
-from umbrella.tuning.search import count_trials, make_search, points
+from umbrella.tuning.search import count_trials, make_scheduler, make_search, points
 from umbrella.tuning.space import label, read_space
 
 METRIC = "eval/balanced_accuracy"
@@ -228,55 +227,12 @@ def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
 # Schedulers
 
 
-def test_population_based_training_stays_within_the_space() -> None:
-    from ray.tune.schedulers.pbt import _explore
-
-    space = {"optim.lr": RATES, "optim.warmup": {"randint": [1, 4]}, "mask.supervise": {"grid": ["all", "assistant"]}}
-    settings = sweep(space, scheduler="pbt", perturb=["optim.lr", "optim.warmup"])
-    pbt: Any = make_scheduler(settings)
-    point = {"optim.lr": 1e-5, "optim.warmup": 4, "mask.supervise": "all"}
-    seen = []
-    for _ in range(200):
-        new, _ = _explore(point, pbt._hyperparam_mutations, 0.25, (1.2, 0.8), pbt._custom_explore_fn)
-        assert 1e-5 <= new["optim.lr"] <= 1e-3
-        assert new["optim.warmup"] in (1, 2, 3, 4)
-        assert new["mask.supervise"] == "all"
-        settings.with_values(new)
-        seen.append(new["optim.lr"])
-    assert len(set(seen)) > 30  # drawn anew
-    assert points(settings)[0]["optim.lr"] not in seen  # and not as the points were
-    assert 1e-5 in seen  # 0.8e-5 is not in the range
-    assert 1.2e-5 in seen
-
-
-@pytest.mark.parametrize(
-    ("perturb", "given", "message"),
-    [
-        (["optim.clip"], "", "tune.perturb: optim.clip is not swept; sweep it with tune.space.optim.clip"),
-        (["optim.lr"], "optim.lr", "tune.perturb: optim.lr is set on the command line"),
-        (["model.train"], "", "tune.perturb: model.train cannot change on the way; optim."),
-        (["optim.embedder_lr"], "", "tune.perturb: optim.embedder_lr is part of a condition"),
-    ],
-)
-def test_what_cannot_change_on_the_way_is_refused(perturb: list, given: str, message: str) -> None:
-    settings = sweep(PARTS, scheduler="pbt", perturb=perturb)
-    with pytest.raises(UserError) as caught:
-        make_scheduler(settings, frozenset({given} - {""}))
-    assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize("others", [{"search": "optuna"}, {"seeds": 2}])
-def test_population_based_training_searches_by_itself(others: dict) -> None:
-    with pytest.raises(UserError, match=r"^tune: scheduler=pbt .* take "):
-        sweep(PARTS, scheduler="pbt", **others)
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("asha", "AsyncHyperBandScheduler"), ("median", "Median"), ("none", "FIFOScheduler")],
+    [("asha", "AsyncHyperBandScheduler"), ("none", "FIFOScheduler")],
 )
 def test_a_scheduler_is_rays(name: str, kind: str) -> None:
-    assert type(make_scheduler(sweep(PARTS, scheduler=name))).__name__ == kind
+    assert type(make_scheduler(sweep(PARTS, scheduler=name).tune)).__name__ == kind
 
 
 # The files that are there
@@ -292,7 +248,7 @@ def test_every_file_of_settings_is_valid_says_what_it_asks_and_how(file: Path) -
     found = points(settings)
     assert len({label(point) for point in found}) == len(found)
     assert len(found) > 1 or not settings.tune.space
-    make_scheduler(settings)
+    make_scheduler(settings.tune)
 
 
 def test_the_ready_questions_have_the_trials_that_they_ask_for() -> None:

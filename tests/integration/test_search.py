@@ -1,6 +1,5 @@
 """Ray Tune takes the searches and schedulers: on trials that only count, in actors that are used again."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import ray
 from ray import cloudpickle, tune
 
 from umbrella.config import load_settings
-from umbrella.tuning.schedulers import Population, make_scheduler
-from umbrella.tuning.search import make_search
+from umbrella.tuning.search import make_scheduler, make_search
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
@@ -44,27 +42,6 @@ class Counting(tune.Trainable):
         self.count = int((Path(checkpoint) / "count").read_text())
 
 
-class Retelling(Counting):
-    """It tells all again whenever it begins, as trainings do; at a clip of 3 its process dies once, in leg 2."""
-
-    def setup(self, config: dict[str, Any], died: Path) -> None:
-        self.config, self.count, self.died = config, 0, died
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.config, self.count = new_config, 0
-        return True
-
-    def step(self) -> dict[str, Any]:
-        self.count += 1
-        if self.count == 3 and self.config["optim.clip"] == 3 and not self.died.exists():
-            self.died.touch()
-            os._exit(1)
-        return {"eval/loss": self.count, "count": self.count, "evaluation": self.count, "done": self.count >= 5}
-
-    def load_checkpoint(self, checkpoint: str) -> None:
-        """Its count is told from the start."""
-
-
 def fit(folder: Path, trial: Any = Counting, max_failures: int = 0, **of_tune: Any) -> Any:
     space = {"optim.lr": {"loguniform": [1e-5, 1e-3]}, "optim.clip": {"choice": [1.0, 2.0]}}
     values = {"space": space, "metric": "eval/loss", "mode": "min"} | of_tune
@@ -79,7 +56,7 @@ def fit(folder: Path, trial: Any = Counting, max_failures: int = 0, **of_tune: A
             mode="min",
             search_alg=search.search_alg,
             num_samples=search.num_samples,
-            scheduler=make_scheduler(settings),
+            scheduler=make_scheduler(settings.tune),
             reuse_actors=True,
             time_budget_s=240,
         ),
@@ -98,27 +75,3 @@ def test_optunas_points_are_run_with_every_seed_past_failures_and_missing_number
     assert sorted(config.pop("seed") for config in configs) == [0, 0, 1, 1]
     assert len({tuple(config.items()) for config in configs}) == 2
     assert len(results.errors) == 2
-
-
-def test_a_population_comes_to_its_end_where_one_fails_that_the_others_wait_for(tmp_path: Path) -> None:
-    space = {"optim.lr": {"loguniform": [1e-5, 1e-3]}, "optim.clip": {"grid": [1.0, 2.0, 9.0]}}
-    results = fit(tmp_path, space=space, scheduler="pbt", perturb_every=2)
-    assert sorted(result.metrics["count"] for result in results) == [1, 4, 4]
-    assert len(results.errors) == 1
-
-
-@pytest.mark.slow
-def test_a_population_decides_on_trials_at_one_evaluation_where_one_tells_all_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decided: list[int] = []
-    monkeypatch.setattr(
-        Population, "_checkpoint_or_exploit",
-        lambda self, trial, *others: decided.append(self._trial_state[trial].last_result["evaluation"]),
-    )  # fmt: skip
-    space = {"optim.lr": {"loguniform": [1e-5, 1e-3]}, "optim.clip": {"grid": [1.0, 3.0]}}
-    trial = tune.with_parameters(Retelling, died=tmp_path / "died")
-    results = fit(tmp_path, trial, 1, space=space, scheduler="pbt", perturb_every=2)
-    assert (tmp_path / "died").exists()
-    assert [result.metrics["count"] for result in results] == [5, 5]
-    assert decided == [2, 2, 4, 4]

@@ -102,22 +102,11 @@ def restore(
         check_base(folder)
     put_weights(folder, model, names, put)
     state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    # Rates and decay are the settings', which population-based training changes on the way.
-    set_now = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     put_state(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    schedule.base_lrs = [rate for rate, _ in set_now]
-    for group, (rate, decay), factor in zip(optimizer.param_groups, set_now, factors(schedule), strict=True):
-        group.update(initial_lr=rate, lr=rate * factor, weight_decay=decay)
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank])
     return read_progress(folder)
-
-
-def factors(schedule: torch.optim.lr_scheduler.LRScheduler) -> list[float]:
-    """The share of its peak rate that each group has at the schedule's step."""
-    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-    return [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
 
 
 def code_of(commit: Mapping[str, str]) -> dict[str, str]:

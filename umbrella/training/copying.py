@@ -21,8 +21,8 @@ from typing import Any
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
 from umbrella.tracking.outbox import LOCKS, OUTBOX, RUN
-from umbrella.training.filenames import ADOPTED, END, LIVE
-from umbrella.training.progress import FILES, checkpoint_folder, read_metrics, what_is_wrong
+from umbrella.training.filenames import END, LIVE
+from umbrella.training.progress import FILES, what_is_wrong
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""
@@ -88,7 +88,7 @@ class Copy:
         mail |= self._taken({f"{os.path.dirname(name)}/{OUTBOX}" for name in files if _is_mail(name)})
         files = self._files()
         for name, stamp in files.items():
-            if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name) or name.endswith(f"/{ADOPTED}")):
+            if not (self._is_note(name) or _is_mail(name) or checkpoint_of(name)):
                 self._put(name, stamp)
         self._put_all(mail, lambda name: os.path.basename(name) == RUN)
         whole |= {checkpoint for checkpoint in new if self._put_checkpoint(checkpoint)}
@@ -160,7 +160,7 @@ class Copy:
         try:
             shutil.rmtree(held, ignore_errors=True)
             shutil.copytree(folder, held, copy_function=self._hold)
-            if what_is_wrong(held) or not self._put_adopted(folder, held):
+            if what_is_wrong(held):
                 return False
             if mark in self.there:
                 self._delete(mark)
@@ -176,22 +176,6 @@ class Copy:
             return False  # it was pruned before it had its second names; or a worker that starts took these for rests
         finally:
             shutil.rmtree(held, ignore_errors=True)
-        return True
-
-    def _put_adopted(self, folder: Path, held: Path) -> bool:
-        """Copy what the trial of a checkpoint has adopted, before the checkpoint.
-
-        Returns whether they go together: not where this one is about to make room for an adopted one.
-        """
-        for name, (stamp, content) in self._taken([str(folder.with_name(ADOPTED).relative_to(self.storage))]).items():
-            steps = [json.loads(line)["step"] for line in content.splitlines()]
-            adopted = [checkpoint_folder(folder.parent, step) for step in steps]
-            if folder in adopted and read_metrics(held):  # what is adopted was not measured
-                return False
-            for mark in (str((checkpoint / FILES).relative_to(self.storage)) for checkpoint in adopted):
-                if mark in self.there and self.copied.get(mark) != stamp_of(self.storage / mark):
-                    self._delete(mark)  # there it may be the trial's own still
-            self._put(name, stamp, content)
         return True
 
     def _hold(self, source: str, target: str) -> None:

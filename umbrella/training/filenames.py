@@ -11,8 +11,8 @@ BEGUN = {"trainings": "begun_with.json", "sweeps": SETTINGS}
 """The file without which a folder below these is no training, or no sweep."""
 LIVE = "live.json"
 """Of a training: what it does at this moment, see ``live``."""
-END, ADOPTED = "end.json", "adopted.jsonl"
-"""Of a trial: how it ended, and at which steps it took another one's checkpoint."""
+END = "end.json"
+"""Of a trial: how it ended."""
 
 
 def training_folder(settings: Settings) -> Path:

@@ -81,10 +81,6 @@ class Job(AnyJob):
     """See ``data.intake.Splits.longest_answer``."""
     swept: Mapping[str, Any] = field(default_factory=dict)
     """Of a trial, its point: names of settings to the values that Ray Tune was given."""
-    leg: int = 0
-    """After so many evaluations, again and again, it stops with a checkpoint, to be gone on with. 0: never."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    """More tags of its run in MLflow."""
     idle: ClassVar[tuple[str, ...]] = ("tune", "baseline")
 
     def worker(self) -> "Runs":
@@ -123,8 +119,8 @@ def _keep_imports() -> None:
 def train_loop(config: dict[str, AnyJob]) -> str | int | None:
     """Train from the last checkpoint, or from the start, to the end of the plan: what each worker process runs.
 
-    Returns what stopped it, if a restart would not help; or the step after which it stopped because it was asked to,
-    or its leg is over; else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a
+    Returns what stopped it, if a restart would not help; or the step after which it stopped because it was asked to;
+    else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a
     file could not be written where the storage is full or gone.
     """
     with importing():
@@ -151,7 +147,7 @@ def run_job(job: AnyJob, here: bool = False) -> None:
     Raises:
         UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
             from which it could go on.
-        Stopped: it was asked to stop, or its leg is over, and it wrote a checkpoint.
+        Stopped: it was asked to stop, and it wrote a checkpoint.
     """
     folder = Path(job.folder)
     check_writable(folder, "the folder of the training")

@@ -57,7 +57,7 @@ class Reporter:
         told = statement(rows, settings.mask, moving, settings.modalities, renderer.stops, read)
         text = f"{in_words}\n{told}"
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
-        tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited", **job.tags}
+        tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
         self.tracker = open_run(job, self.device, tags)
         self.tracker.text(text, "statement.txt")
         page = mask_page(rows, examples, renderer, settings.mask, read, self._hidden)

@@ -117,7 +117,7 @@ class Worker:
     def run(self) -> int | None:
         """The loop: a step, and an evaluation with a checkpoint wherever one is due.
 
-        Returns the step after which it stopped because it was asked to, or its leg is over; else nothing.
+        Returns the step after which it stopped because it was asked to; else nothing.
 
         Raises:
             UserError: what was to be kept could not be written.
@@ -162,7 +162,7 @@ class Worker:
             self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
             if self.reporter:
                 self.reporter.step(result, self._place(), pace)
-            asked, leg_is_over = requests.look(), False
+            asked = requests.look()
             if step % every == 0 or step == self.steps:
                 if self.reporter:
                     self.reporter.evaluating(self._place())
@@ -170,11 +170,9 @@ class Worker:
                 self.progress = self.progress.evaluated(measured[self.settings.tune.metric], self.settings.tune.mode)
                 self._report(result, measured)
                 pace.take()  # an evaluation is no training
-                leg_is_over = self.job.leg > 0 and ceil(step / every) % self.job.leg == 0
-                leg_is_over = leg_is_over and not self.progress.out_of_patience(patience)
             elif asked:
                 self._report(result, pace.take() | memory(self.device), evaluated=False)
-            if (asked is Request.STOP or leg_is_over) and step < self.steps:
+            if asked is Request.STOP and step < self.steps:
                 with together():
                     if self.writer:
                         self.writer.wait()

@@ -13,7 +13,6 @@ from umbrella.training.room import SPARE_CPUS, this_machine, trainings_that_fit
 from umbrella.training.run import load_checked
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
-from umbrella.tuning.schedulers import make_scheduler
 from umbrella.tuning.search import count_trials, points
 from umbrella.tuning.space import is_given, label, read_space, variants
 from umbrella.tuning.sweep import Answer, possible_masks
@@ -30,7 +29,6 @@ def dry_run(settings: Settings, given: frozenset[str], progress: Progress, conso
         UserError: as ``load_checked``.
     """
     entries, total = read_space(settings, given), count_trials(settings, given)
-    make_scheduler(settings, given)
     resources = settings.resources
     console.print(settings.to_yaml(), markup=False, highlight=False, soft_wrap=True)
     for line in _trial_lines(settings, given, total):
@@ -68,9 +66,6 @@ def how(settings: Settings, entries: Sequence[Entry]) -> Iterator[str]:
     after = f"after {counted(asked.grace, 'evaluation')} each"
     yield {
         "asha": f"early stopping: ASHA, {after}, keeps the best 1/{asked.reduction} at each rung",
-        "median": f"early stopping: {after}, what is below the median of the others",
-        "pbt": f"population: every {counted(asked.perturb_every, 'evaluation')} the worst quarter goes on from the best"
-        f" one's checkpoints, with another {', '.join(asked.perturb)}",
         "none": "early stopping: none",
     }[asked.scheduler]
     yield f"decides: {'largest' if asked.mode == 'max' else 'smallest'} {asked.metric}"

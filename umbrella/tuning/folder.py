@@ -9,7 +9,7 @@ from typing import Any
 from umbrella.storage import put_text
 
 POINT = "point.json"
-"""The point that the trial began with. What changed it later is told by ``adoption``."""
+"""The trial's point."""
 
 
 def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
@@ -17,7 +17,7 @@ def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pat
 
     Args:
         ray_id: as Ray Tune knows the trial.
-        point: the one that it began with, where Ray's id is new. The folder is named by that, so that a lost note of
+        point: the trial's, where Ray's id is new. The folder is named by that, so that a lost note of
             Ray's is no loss.
     """
     trials = Path(sweep) / "trials"
@@ -35,6 +35,11 @@ def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pa
     if not (folder / POINT).exists():
         put_text(folder / POINT, json.dumps(point))
     return folder
+
+
+def read_point(folder: str | Path) -> dict[str, Any]:
+    """A trial's point."""
+    return json.loads((Path(folder) / POINT).read_text(encoding="utf-8"))
 
 
 def name_of(folder: str | Path) -> str:

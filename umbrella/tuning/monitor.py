@@ -13,7 +13,6 @@ from umbrella.base import printable
 from umbrella.tracking.ending import close_trial
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
-from umbrella.tuning.adoption import read_adoptions, tags_of
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
 from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.results import read_trials
@@ -24,9 +23,8 @@ STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
 """How MLflow calls what did not end by itself."""
 GIVE_UP = 10**6
 """Failures that no ``resources.max_failures`` allows."""
-REASONS = {"asha": "by ASHA", "median": "by the median rule"}
-RUNNING, WAITING = "running", "waiting for the others"
-"""States of a trial that has not ended; a population decides when all of it has come to an evaluation."""
+RUNNING = "running"
+"""The state of a trial that has not ended."""
 
 
 class OutOfTime(Exception):
@@ -76,7 +74,7 @@ class Monitor:
     def close(self, state: str) -> None:
         """Whoever runs the sweep gives up: so much is true of the trials that are running."""
         for name, trial in self.trials.items():
-            if trial["state"] in (RUNNING, WAITING):
+            if trial["state"] == RUNNING:
                 close_trial(self.uri, self._place(name), "KILLED", state)
 
     def check_time(self) -> None:
@@ -87,7 +85,7 @@ class Monitor:
     def stop_all(self) -> None:
         """Time is over: so ended the trials that were running."""
         for name, trial in self.trials.items():
-            if trial["state"] in (RUNNING, WAITING):
+            if trial["state"] == RUNNING:
                 rows = read_history(self._place(name))
                 where = f"step {rows[-1]['step']} of {rows[-1]['steps']}" if rows else "before its first evaluation"
                 self._end(name, BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}")
@@ -95,12 +93,9 @@ class Monitor:
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        known, adopted = self.trials.get(name_of(folder)), read_adoptions(folder)
-        before = known or {"result": {}, "state": "", "adopted": adopted}
-        self.trials[name_of(folder)] = before | {"name": label(trial.config), "state": RUNNING, "adopted": adopted}
-        if adopted != before.get("adopted", adopted):
-            self._say(name_of(folder), f"goes on {adopted[-1].in_words}")
-        elif not read_end(folder) and before["state"] != WAITING:
+        known = self.trials.get(name_of(folder))
+        self.trials[name_of(folder)] = (known or {"result": {}}) | {"name": label(trial.config), "state": RUNNING}
+        if not read_end(folder):
             self._say(name_of(folder), "goes on" if known else "started")
 
     def recover(self, trial: Any) -> None:
@@ -115,8 +110,6 @@ class Monitor:
         if "step" in result and result["step"] > last.get("step", 0):  # else it is told again
             self.trials[name]["result"] = result
             self._say(name, progress_line(result))
-            if self.tune.scheduler == "pbt" and result["evaluation"] % self.tune.perturb_every == 0:
-                self.trials[name]["state"] = WAITING
 
     def end(self, trial: Any, error: BaseException | None = None) -> None:
         """A trial reached its end, was stopped, or failed."""
@@ -143,13 +136,11 @@ class Monitor:
             return FAILED, "it ended before its first evaluation"
         state, where = how_it_ended(rows[-1]), f"step {rows[-1]['step']} of {rows[-1]['steps']}"
         if state == STOPPED:
-            return state, f"{REASONS.get(self.tune.scheduler, '')} at evaluation {len(rows)}, {where}".strip()
+            return state, f"by ASHA at evaluation {len(rows)}, {where}"
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
 
     def _close(self, name: str, end: End) -> None:
-        # It may have ended between an adoption and its first step after that.
-        place = self._place(name)
-        close_trial(self.uri, place, STATUS.get(end.state, "FINISHED"), end.state, tags_of(place))
+        close_trial(self.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
 
     def _place(self, name: str) -> Path:
         return self.folder / "trials" / name.rpartition("-")[2]
@@ -163,7 +154,7 @@ class Monitor:
         return f"{seconds // 60:02d}:{seconds % 60:02d}"
 
     def _table(self) -> Table:
-        ended = sum(t["state"] not in (RUNNING, WAITING) for t in self.trials.values())
+        ended = sum(t["state"] != RUNNING for t in self.trials.values())
         table = Table(title=f"{ended} of {self.total} trials ended, {self._elapsed()}", title_justify="left")
         for name in ("trial", "state", "step", *table_columns(self.tune.metric)):
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")

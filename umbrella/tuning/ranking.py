@@ -12,7 +12,6 @@ import numpy as np
 from rich.table import Table
 
 from umbrella.storage import write_csv
-from umbrella.tuning.adoption import in_words
 from umbrella.tuning.results import Trial, order
 from umbrella.tuning.space import label
 
@@ -74,9 +73,7 @@ def rank(trials: Iterable[Trial], mode: str) -> list[Contender]:
     """Contenders, best first: by mean metric, then by mean loss. Those of which more than half failed come last."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        # One that went on from another's weights is no measurement of its last values alone.
-        key = [_choice(trial), trial.trial_id if trial.adopted else ""]
-        groups.setdefault(json.dumps(key, sort_keys=True, default=str), []).append(trial)
+        groups.setdefault(json.dumps(_choice(trial), sort_keys=True, default=str), []).append(trial)
     contenders = [
         Contender(_choice(group[0]), tuple(sorted(group, key=lambda t: (t.failed, order(t.metric, t.loss, mode)))))
         for group in groups.values()
@@ -131,16 +128,14 @@ def ranking_table(contenders: Sequence[Contender], metric: str) -> Table:
 def write_ranking(contenders: Sequence[Contender], metric: str, file: Path) -> None:
     """One row per trial, by rank. A swept setting has a column, empty where it does not act.
 
-    ``mean`` is over seeds, ``ci95`` half of its interval. ``adopted`` is there where a trial adopted a checkpoint.
+    ``mean`` is over seeds, ``ci95`` half of its interval.
     """
     names = swept_names(trials_of(contenders))
-    adopted = ["adopted"] if any(t.adopted for t in trials_of(contenders)) else []
     outcome = ["state", "reason", "step", "evaluations", "eval/loss", metric, "mean", "ci95", "seeds", "seconds"]
     rows = []
     for place, c in enumerate(contenders, 1):
         for t in c.trials:
             row = [place, t.trial_id, *(t.point.get(name, "") for name in names), t.state, t.reason]
             row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.half, len(c.measured), t.seconds]
-            row += [in_words(t.adopted)] if adopted else []
             rows.append([*row, t.checkpoint])
-    write_csv(file, ["rank", "trial", *names, *outcome, *adopted, "checkpoint"], rows)
+    write_csv(file, ["rank", "trial", *names, *outcome, "checkpoint"], rows)

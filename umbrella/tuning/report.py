@@ -118,7 +118,6 @@ def write_report(
         ends=Counter(t.state for t in trials),
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
-        adoptions=[(t, adoption) for t in trials for adoption in t.adopted],
         files=files,
         images={name: embedded(picture.read_bytes()) for name, picture in pictures.items()},
         importance=found,

@@ -8,9 +8,8 @@ from typing import Any
 
 from umbrella.training.history import read_history
 from umbrella.training.progress import checkpoint_folder, what_is_wrong
-from umbrella.tuning.adoption import Adoption, read_adoptions, read_point
 from umbrella.tuning.ending import FAILED, UNFINISHED, End, read_end
-from umbrella.tuning.folder import POINT, name_of
+from umbrella.tuning.folder import POINT, name_of, read_point
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
 
@@ -48,8 +47,6 @@ class Trial:
     """From its start to its last evaluation, without the pauses between two attempts."""
     first: float | None = None
     """Seconds to its first evaluation."""
-    adopted: tuple[Adoption, ...] = ()
-    """Where it went on from another trial's checkpoint; ``point`` then is its last one."""
 
     @property
     def name(self) -> str:
@@ -112,10 +109,8 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
     )
     end = read_end(folder) or End(UNFINISHED, "")
     started, seconds, first = _times(rows)
-    adopted = read_adoptions(folder)
-    # A trial may be stopped while its last checkpoint is being written; where it took another one's, its own is gone.
-    foreign = {adoption.step for adoption in adopted}
-    kept = [e for e in curve if e.step not in foreign and not what_is_wrong(e.checkpoint)]
+    # A trial may be stopped while its last checkpoint is being written.
+    kept = [e for e in curve if not what_is_wrong(e.checkpoint)]
     best = min(kept, key=lambda e: order(e.metric, e.loss, tune.mode), default=None)
     return Trial(
         trial_id=name_of(folder),
@@ -130,7 +125,6 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
         started=started,
         seconds=seconds,
         first=first,
-        adopted=adopted,
     )
 
 

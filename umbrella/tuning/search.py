@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from umbrella.config import Settings
 from umbrella.tuning.entry import combine
 from umbrella.tuning.proposals import Proposals
+from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import as_written, checked, distinct, read_space, with_seeds
+
+EVALUATIONS = "evaluation"
+"""The key of a report that counts evaluations."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,20 @@ def make_search(settings: Settings, given: frozenset[str] = frozenset()) -> Sear
     total = count_trials(settings, given)
     if settings.tune.search == "optuna":
         return Search({}, total, Proposals(settings, read_space(settings, given)), total)
-    # A grid over whole configurations: Ray Tune saves and restores it, and PBT, which wants no searcher, finds names.
+    # A grid over whole configurations: Ray Tune saves and restores it.
     return Search(tune.grid_search(points(settings, given)), 1, None, total)
+
+
+def make_scheduler(settings: TuneSettings) -> TrialScheduler:
+    """The scheduler that the settings ask for; metric and mode are ``tune.TuneConfig``'s."""
+    if settings.scheduler == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr=EVALUATIONS,
+        max_t=10**6,  # beyond any number of evaluations: a trial that is not stopped early ends by itself
+        grace_period=settings.grace,
+        reduction_factor=settings.reduction,
+    )
 
 
 def points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from umbrella.base import Section
 
@@ -24,23 +24,11 @@ class TuneSettings(Section):
     """What decides: eval/balanced_accuracy (subjects), eval/<target>/balanced_accuracy, eval/loss."""
     mode: Literal["max", "min"] = "max"
     """Whether more of the metric is better, or less."""
-    scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
-    """What stops trials early: asha (behind the best at its rungs), median (below the median of the others), pbt (the worst go on from the best ones' checkpoints, with other values of ``perturb``), none."""  # noqa: E501
+    scheduler: Literal["asha", "none"] = "asha"
+    """What stops trials early: asha, which stops those that are behind the best at its rungs; or none."""
     grace: int = Field(2, ge=1)
-    """Evaluations that every trial gets before asha or median may stop it."""
+    """Evaluations that every trial gets before asha may stop it."""
     reduction: int = Field(3, ge=2)
     """asha keeps the best 1/reduction of trials at each rung."""
-    perturb: list[str] = Field(["optim.lr"], min_length=1)
-    """Swept names that pbt changes on the way, of optim, mask and train.augment."""
-    perturb_every: int = Field(2, ge=1)
-    """Evaluations between such changes."""
     concurrent: int = Field(0, ge=0)
     """Trials at once. 0: as many as the resources allow."""
-
-    @model_validator(mode="after")
-    def _population_is_one(self) -> "TuneSettings":
-        if self.scheduler == "pbt" and self.search == "optuna":
-            raise ValueError("scheduler=pbt searches by itself; take search=grid_and_random with it")
-        if self.scheduler == "pbt" and self.seeds > 1:
-            raise ValueError("scheduler=pbt mixes the runs of all seeds; take seeds=1 and more samples with it")
-        return self

@@ -38,8 +38,7 @@ from umbrella.tuning.question import Question, check_data, sweeps_folder, write_
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
 from umbrella.tuning.results import Trial, at_chance, read_trials
-from umbrella.tuning.schedulers import Population, make_scheduler
-from umbrella.tuning.search import Search, make_search
+from umbrella.tuning.search import Search, make_scheduler, make_search
 from umbrella.tuning.space import covers, read_space, variants
 from umbrella.tuning.trial import TrialRunner, trial_resources
 
@@ -113,7 +112,7 @@ def _is_there(name: str) -> UserError:
 
 
 def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, goes_on: bool) -> Answer:
-    search, scheduler = make_search(settings, given), make_scheduler(settings, given)
+    search, scheduler = make_search(settings, given), make_scheduler(settings.tune)
     storage = folder.parent.parent
     entries = read_space(settings, given)
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
@@ -200,7 +199,6 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
     settings, folder = job.settings.tune, Path(job.folder)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    Population.at_once = at_once
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
     trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
     trial.__name__ = trial.__qualname__ = "Trial"  # as Ray's dashboard calls its process, and ``training.waiting`` it
@@ -214,8 +212,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             mode=settings.mode,
             num_samples=search.num_samples,
             search_alg=search.search_alg,
-            # A population is there as a whole, and takes turns.
-            max_concurrent_trials=None if settings.scheduler == "pbt" else at_once,
+            max_concurrent_trials=at_once,
             scheduler=scheduler,
             reuse_actors=True,
         ),

@@ -17,7 +17,6 @@ from umbrella.training.job import Job, run_job
 from umbrella.training.progress import latest_checkpoint, read_progress
 from umbrella.training.requests import stop_file
 from umbrella.training.settings import ResourceSettings
-from umbrella.tuning.adoption import tags_of
 from umbrella.tuning.ending import FAILED, STOPPED, how_it_ended, read_end, write_end
 from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.space import label
@@ -34,9 +33,6 @@ class TrialRunner(tune.Trainable):
 
     The training's folder knows how far it is, and how it ended; Ray Tune's own notes may be older, after a kill. So all
     evaluations are told again to whoever asks anew, and what has ended is not run again.
-
-    In population-based training a trial runs from one decision to the next, and the evaluation at a decision is told
-    when the training stands still: what it goes on from, and with which values, is decided then.
     """
 
     def __repr__(self) -> str:  # as Ray's dashboard calls its process; Ray asks once, when it starts
@@ -83,10 +79,6 @@ class TrialRunner(tune.Trainable):
         last = how_it_ended(row) != STOPPED or (end is not None and len(untold) == 1)
         if last:
             self._finish()
-        elif self.training and self.job.leg and row["evaluation"] % self.job.leg == 0:
-            self._finish()
-            self._leave()
-            _make_room()
         return {**row, "done": last}
 
     def cleanup(self) -> None:
@@ -107,15 +99,12 @@ class TrialRunner(tune.Trainable):
         if not read_end(self.folder):  # what was evaluated without a checkpoint is done again, and told then
             latest = latest_checkpoint(self.folder)
             cut(self.folder, read_progress(latest).step if latest else 0)
-        tune = self.sweep.settings.tune
         self.job = replace(
             self.sweep,
             settings=self.sweep.settings.with_values(config),
             swept=config,
             tracking={**self.sweep.tracking, "name": label(config), "trial": name_of(self.folder)},
             folder=str(self.folder),
-            leg=tune.perturb_every if tune.scheduler == "pbt" else 0,
-            tags=tags_of(self.folder),
         )
 
     def _start(self) -> "Future[None]":
@@ -124,7 +113,7 @@ class TrialRunner(tune.Trainable):
         return self.pool.submit(run_job, job, job.settings.resources.alone)
 
     def _finish(self) -> None:
-        """Wait for the end of the training, or of its leg; raises what it stopped for."""
+        """Wait for the end of the training; raises what it stopped for."""
         if self.training:
             try:
                 with suppress(Stopped):
