@@ -45,8 +45,8 @@ SWEEP = {
     "tune.space.optim.lr": {"grid": [1e-3, 3e-3]},
     "tune.space.mask.supervise": {"grid": ["last_assistant", "all"]},
 }
-SAME = ("train/loss", "train/lr", "train/supervised_tokens", "eval/")
-"""Beginnings of the names of metrics that depend on nothing but settings and data."""
+SAME = ("train/loss", "train/lr", "train/grad_norm", "train/supervised_tokens")
+"""Metrics that, like those of evaluations, depend on settings and data alone."""
 
 
 def start(tree: Path, script: str, storage: Path, name: str, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -95,7 +95,8 @@ def run_all(tree: Path, storage: Path) -> dict[str, Any]:
         training = storage / "trainings" / name
         found |= {f"{name}: {key}": value for key, value in tensors(sorted(training.glob("step_*"))[-1])}
     lines = (storage / "trainings" / "whole" / "samples_0.jsonl").read_text().splitlines()
-    found["whole: order of samples"] = [line for line in lines if "start" not in json.loads(line)]
+    entries = map(json.loads, lines)
+    found["whole: order of samples"] = [entry["task_ids"] for entry in entries if "task_ids" in entry]
     return found
 
 
@@ -107,7 +108,7 @@ def metrics(storage: Path) -> Iterator[tuple[str, Any]]:
         swept = {key: run.data.params.get(key) for key in ("optim.lr", "mask.supervise")}
         name = run.info.run_name if run.info.run_name in ("whole", "killed", "sweep") else f"trial {swept}"
         for metric in run.data.metrics:
-            if metric.startswith(SAME):
+            if metric.startswith("eval/") or metric in SAME:
                 # A step that was done again after a kill has one value for each time.
                 values = {m.step: m.value for m in client.get_metric_history(run.info.run_id, metric)}
                 yield f"{name}: {metric}", sorted(values.items())
