@@ -23,15 +23,15 @@ def main(request: Request) -> None:
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
-        folder, away = find_sweep(settings, name)
-        if away and request.dry_run:
-            print(f"would fetch {folder} from resources.mirror, and go on with it")
-            return
-        if away:
-            from umbrella.training.mirror import Mirror
+        folder = find_sweep(settings, name)
+        if not folder.exists() and settings.resources.upload:
+            from umbrella.training.checkpoint_sync import download
 
+            if request.dry_run:
+                print(f"would download {folder} from resources.upload, and go on with it")
+                return
             with claimed(folder):
-                Mirror(settings.resources, folder).open(progress_bar)
+                download(settings.resources, folder, progress_bar)
         settings, given = ask_again(folder, request.files, request.overrides)
     if request.dry_run:
         from umbrella.tuning.describe import dry_run

@@ -412,4 +412,4 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
 @pytest.fixture(params=["file", "memory"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Of a store that machines share, and that is empty."""
-    return {"file": f"file://{tmp_path}/mirror", "memory": f"memory://{uuid4().hex}"}[request.param]
+    return {"file": f"file://{tmp_path}/store", "memory": f"memory://{uuid4().hex}"}[request.param]

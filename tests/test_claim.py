@@ -3,7 +3,6 @@
 import fcntl
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from written import all_of
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.shared_store import SharedStore
-from umbrella.training import cluster, mirror
+from umbrella.training import cluster
 from umbrella.training.claim import claimed
 from umbrella.training.filenames import BEGUN
-from umbrella.training.mirror import mirrored
 from umbrella.training.run import run_training
 from umbrella.tuning.question import Question, write_question
 from umbrella.tuning.sweep import run_sweep
@@ -32,9 +29,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "start_ray", lambda *about, **more: pytest.fail("a Ray is started"))
 
 
-def named_first(tmp_path: Path, address: str = "") -> Settings:
-    places = {"resources.storage": str(tmp_path / "home"), "resources.mirror": address}
-    return load_settings(overrides={"name": "first", "tune.space": {"optim.lr": {"grid": [1e-3, 1e-4]}}, **places})
+def named_first(tmp_path: Path) -> Settings:
+    place = {"resources.storage": str(tmp_path / "home")}
+    return load_settings(overrides={"name": "first", "tune.space": {"optim.lr": {"grid": [1e-3, 1e-4]}}, **place})
 
 
 def begin(folder: Path, settings: Settings) -> None:
@@ -73,30 +70,6 @@ def test_a_second_script_is_refused_until_the_first_one_is_dead(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == [], "a folder that was not there"
 
 
-@pytest.mark.parametrize("kind", BEGUN)
-def test_a_second_script_that_is_refused_leaves_the_first_ones_mirror_at_work(
-    kind: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mirror, "EVERY", 0.05)
-    settings, store = named_first(tmp_path, address), SharedStore(address)
-    folder = tmp_path / "home" / kind / "first"
-
-    def comes(name: str) -> None:
-        (folder / name).write_text(name, encoding="utf-8")
-        end = time.monotonic() + 20
-        while store.read(f"{kind}/first/{name}") is None:
-            assert time.monotonic() < end, f"{name} is not copied"
-            time.sleep(0.01)
-
-    with claimed(folder), mirrored(settings.resources, folder, all_of):
-        begin(folder, settings)
-        comes("sooner.txt")
-        with pytest.raises(UserError, match=r"^first is being run already, by "):
-            run_again(folder, settings)
-        comes("later.txt")
-    assert "nothing more is copied" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("kind", "words"),
     [("trainings", ["train.py", "name=first"]), ("sweeps", ["tune.py", "name=first"]), ("sweeps", ["tune.py"])],
@@ -111,18 +84,6 @@ def test_a_script_on_what_is_being_run_ends_in_one_line_before_a_ray_is_started(
         done = run(*words, f"resources.storage={tmp_path}/home")
     assert (done.status, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: first is being run already, by process ")
-
-
-@pytest.mark.parametrize("kind", BEGUN)
-def test_a_claim_is_not_in_the_way_of_what_the_mirror_has(kind: str, address: str, tmp_path: Path) -> None:
-    settings, away = named_first(tmp_path, address), tmp_path / "away" / kind / "first"
-    with mirrored(settings.resources, folder := tmp_path / "home" / kind / "first", all_of):
-        begin(folder, settings)
-    there = settings.with_values({"resources.storage": str(tmp_path / "away")}).resources
-    with claimed(away), mirrored(there, away, all_of):
-        assert (away / BEGUN[kind]).exists()
-    assert [file for file in away.parent.iterdir() if file != away] == []
-    assert not [name for name in SharedStore(address).sizes(kind) if "lock" in name]
 
 
 def test_a_lock_that_its_holder_deletes_as_it_leaves_is_taken_anew(

@@ -47,7 +47,7 @@ def test_a_relative_folder_is_of_where_the_script_started_also_in_a_process_with
     monkeypatch.chdir(tmp_path / "elsewhere")
     resources = pickle.loads(sent).with_values({"optim.lr": 0.5}).resources
     assert (resources.storage, resources.node_store) == (str(tmp_path / "runs"), str(tmp_path / "fast"))
-    assert (resources.store, resources.mirror) == ("s3://bucket/volumes", "")
+    assert (resources.store, resources.upload) == ("s3://bucket/volumes", "")
 
 
 def test_an_override_reaches_into_one_modality_and_leaves_the_others() -> None:
@@ -177,7 +177,7 @@ def test_a_name_that_cannot_be_a_folder_is_refused_in_one_line(name: str) -> Non
 PLACES = (
     *("checkpoint", "output", "data.train", "data.validation", "data.test", "data.input", "data.root"),
     *("data.path_map./old", "model.checkpoint", "model.chat_template"),
-    *("resources.storage", "resources.mirror", "resources.store", "resources.node_store"),
+    *("resources.storage", "resources.upload", "resources.store", "resources.node_store"),
 )
 
 

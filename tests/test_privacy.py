@@ -72,7 +72,7 @@ PLAIN = [
 def test_settings_hold_no_secret_since_they_are_written_to_many_places(address: str) -> None:
     remedies = {
         "tracking.uri": "MLFLOW_TRACKING_PASSWORD",
-        "resources.mirror": "AWS_SECRET_ACCESS_KEY",
+        "resources.upload": "AWS_SECRET_ACCESS_KEY",
         "resources.store": "~/.aws/credentials",
         "resources.node_store": "AWS_SECRET_ACCESS_KEY",
     }
@@ -94,8 +94,8 @@ def test_settings_hold_no_secret_since_they_are_written_to_many_places(address: 
 
 @pytest.mark.parametrize("address", [*PLAIN, ""])
 def test_an_address_without_a_secret_is_a_setting(address: str) -> None:
-    settings = load_settings(overrides={"tracking.uri": address, "resources.mirror": address})
-    assert (settings.tracking.uri, settings.resources.mirror) == (address, address)
+    settings = load_settings(overrides={"tracking.uri": address, "resources.upload": address})
+    assert (settings.tracking.uri, settings.resources.upload) == (address, address)
 
 
 def test_a_store_that_fails_is_named_without_its_password(tmp_path: Path) -> None:

@@ -39,12 +39,12 @@ def test_a_sweep_that_was_moved_writes_where_it_lies_now(sweep: Path, tmp_path: 
     assert read_question(moved / "sweeps/first").settings.resources.storage == str(moved)
 
 
-def test_a_sweep_that_was_moved_goes_on_with_a_mirror(sweep: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_was_moved_is_uploaded_from_its_new_place(sweep: Path, tmp_path: Path) -> None:
     words = {"tune.space": {"optim.lr": {"no such": 1}}, "resources.storage": str(tmp_path / "before")}
-    settings = load_settings(overrides={**words, "resources.mirror": f"file://{tmp_path}/mirror"})
-    with pytest.raises(UserError, match=r"tune\.space.*no such"):  # which it comes to in the mirror
+    settings = load_settings(overrides={**words, "resources.upload": f"file://{tmp_path}/store"})
+    with pytest.raises(UserError, match=r"tune\.space.*no such"):
         run_sweep(settings, frozenset(), lambda things, what: things, sweep)
-    assert (tmp_path / "mirror/sweeps/first/settings.yaml").exists()
+    assert (tmp_path / "store/sweeps/first/settings.yaml").exists()
     assert not (tmp_path / "before").exists()
 
 

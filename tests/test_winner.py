@@ -21,7 +21,7 @@ SWEEP = {
     "tune.grace": 5,
     "train.patience": 3,
     "resources.store": "voxels",
-    "resources.mirror": "s3://bucket/runs",
+    "resources.upload": "s3://bucket/runs",
 }
 POINT = {"optim.lr": 1e-5, "seed": 7, "modalities.sMRI.grid": [8, 8, 8], "optim.embedder_lr": 1.25e-7}
 

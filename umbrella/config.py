@@ -31,6 +31,9 @@ LONGEST_NAME = 200
 SETTINGS = "settings.yaml"
 """The file of a checkpoint that says with what settings it was trained."""
 REMOVED = {
+    "resources.mirror": "set resources.upload",
+    "tune.perturb": "population-based training is gone; take tune.scheduler=asha",
+    "tune.perturb_every": "population-based training is gone; take tune.scheduler=asha",
     "evaluate.length_normalised": "candidates are compared where their tokens differ, whatever their lengths; leave it out",  # noqa: E501
 }
 """Settings of earlier versions, and what to do instead."""

@@ -26,9 +26,9 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
-from umbrella.training.mirror import mirrored
 from umbrella.training.room import trainings_that_fit
 from umbrella.training.run import check_names, watch_job
 
@@ -44,7 +44,7 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     for job in jobs:
         folder = Path(job.folder)
         also = [folder.parents[1] / "evaluations" / folder.name]
-        with claimed(folder), mirrored(settings.resources, folder, progress, also):
+        with claimed(folder), synced(settings.resources, folder, progress, also):
             watch_job(job)
             evaluated = evaluate(job, splits)
         yield evaluated

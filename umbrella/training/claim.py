@@ -16,7 +16,7 @@ from umbrella.storage import check_writable
 def claimed(folder: Path) -> Iterator[None]:
     """While in here, the training or sweep is this process's. The claim goes with the process, however that ends.
 
-    It is a lock on a file beside the folder, which need not be there yet, and is not made: the mirror may have it.
+    It is a lock on a file beside the folder, which need not be there yet, and is not made: it may be downloaded.
 
     Raises:
         UserError: it is another one's; says whose. The storage cannot be written to, or has no locks.

@@ -26,11 +26,11 @@ from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.keys import run_key
 from umbrella.tracking.runs import is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_for_training
 from umbrella.training.filenames import BEGUN, training_folder
 from umbrella.training.job import AnyJob, Job, run_job
-from umbrella.training.mirror import mirrored
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop
 from umbrella.training.room import trainings_that_fit
@@ -146,7 +146,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     """One training from settings to checkpoints; returns the folder that they lie in.
 
     Args:
-        then: what comes after it, given the folder; what that writes into it is mirrored, too.
+        then: what comes after it, given the folder; what that writes into it is uploaded, too.
 
     Raises:
         UserError: whatever is wrong with settings or data, or another script runs it, before anything starts; or what
@@ -156,7 +156,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     settings = settings.named("train")
     folder = training_folder(settings)
     also = [folder.parent.parent / "evaluations" / folder.name]
-    with claimed(folder), mirrored(settings.resources, folder, progress, also):
+    with claimed(folder), synced(settings.resources, folder, progress, also):
         _train(settings, progress, folder)
         then(folder)
     return folder
@@ -228,7 +228,7 @@ def check_same(job: AnyJob) -> None:
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():
-        run_key(file.parent)  # first, so that whoever has the folder from a mirror has the key
+        run_key(file.parent)  # first: a machine that downloads the folder needs the key
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
         return
     then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}

@@ -93,8 +93,8 @@ class ResourceSettings(Section):
     """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
     storage: Place = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""
-    mirror: Place = ""
-    """An address, such as s3://bucket/runs, to which trainings and sweeps are copied while they run, and from which they come where this machine does not have them. Empty: none."""  # noqa: E501
+    upload: Place = ""
+    """An address, such as s3://bucket/runs, to which trainings and sweeps are uploaded while they run, and from which one that is not on this machine is downloaded. Empty: none."""  # noqa: E501
     store: Place = ""
     """Where prepared volumes are kept for all: a folder, or an address such as s3://bucket/volumes. Empty: <storage>/volumes."""  # noqa: E501
     node_store: Place = ""
@@ -121,7 +121,7 @@ class ResourceSettings(Section):
         if "://" in str(storage):
             raise ValueError(
                 "storage is a folder that is written to, not an address; give a folder of this machine, and"
-                f" resources.mirror={masked(str(storage))} to have what runs write copied there"
+                f" resources.upload={masked(str(storage))} to have trainings and sweeps uploaded there"
             )
         return storage
 
@@ -130,7 +130,7 @@ class ResourceSettings(Section):
     def _holds_no_secret(cls, address: str) -> str:
         return without_secret(address, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token")
 
-    @field_validator("storage", "mirror", "store", "node_store")
+    @field_validator("storage", "upload", "store", "node_store")
     @classmethod
     def _means_the_same_in_every_process(cls, place: str) -> str:
         """Ray gives workers and trials working folders of their own; a relative path is of where the script runs."""

@@ -3,14 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from umbrella.base import UserError, masked
+from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
 from umbrella.tracking.keys import run_key
-from umbrella.training.mirror import sweeps_in_mirror
 from umbrella.tuning.entry import in_words
 from umbrella.tuning.space import is_given
 
@@ -31,7 +29,7 @@ def sweeps_folder(settings: Settings) -> Path:
 
 def write_question(folder: Path, question: Question, fingerprint: str) -> None:
     """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
-    run_key(folder)  # so that whoever has the folder from a mirror has the key of its run
+    run_key(folder)  # a machine that downloads the folder needs the key of its run
     (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
     put_text(folder / SETTINGS, question.settings.to_yaml())
@@ -87,36 +85,26 @@ def check_data(folder: Path, fingerprint: str) -> None:
         )
 
 
-def newest(folder: Path, elsewhere: Mapping[str, float] = MappingProxyType({})) -> Path:
+def newest(folder: Path) -> Path:
     """The sweep that was begun last.
-
-    Args:
-        elsewhere: sweeps of the mirror, and when each was begun.
 
     Raises:
         UserError: there is none.
     """
-    begun = dict(elsewhere) | {file.parent.name: file.stat().st_mtime for file in folder.glob(f"*/{SETTINGS}")}
+    begun = {file.parent: file.stat().st_mtime for file in folder.glob(f"*/{SETTINGS}")}
     if not begun:
         raise UserError(f"--resume: {folder} holds no sweep")
-    return folder / max(begun, key=begun.__getitem__)
+    return max(begun, key=begun.__getitem__)
 
 
-def find_sweep(settings: Settings, name: str) -> tuple[Path, bool]:
-    """The folder of the sweep of this name, or of the one that was begun last; and whether only the mirror has it.
+def find_sweep(settings: Settings, name: str) -> Path:
+    """The folder of the sweep of this name, or of the one on this machine that was begun last.
 
     Args:
         name: of the sweep, or "last".
 
     Raises:
-        UserError: there is none.
+        UserError: there is no sweep, for "last".
     """
-    folder, elsewhere = sweeps_folder(settings), {}
-    if name == "last" or not (folder / name / SETTINGS).is_file():
-        elsewhere = sweeps_in_mirror(settings.resources)
-    found = newest(folder, elsewhere) if name == "last" else folder / name
-    here = (found / SETTINGS).is_file()
-    if not here and elsewhere and found.name not in elsewhere:
-        there = f"resources.mirror={masked(settings.resources.mirror)} has {', '.join(elsewhere)}"
-        raise UserError(f"--resume: there is no sweep {found}; {there}")
-    return found, not here and bool(elsewhere)
+    folder = sweeps_folder(settings)
+    return newest(folder) if name == "last" else folder / name

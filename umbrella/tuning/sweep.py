@@ -25,10 +25,10 @@ from umbrella.tracking.finding import run_of
 from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_for_sweep
 from umbrella.training.job import Job
-from umbrella.training.mirror import is_in_mirror, mirrored
 from umbrella.training.room import trainings_that_fit
 from umbrella.training.run import load_checked, make_job
 from umbrella.training.waiting import Waiting
@@ -81,7 +81,7 @@ def run_sweep(
         folder: a sweep that was begun with these settings, and goes on: what has ended is not run again, and what was
             interrupted goes on from its checkpoint.
         tell: shows the answer, before its best checkpoint is logged as a model, which takes a while and may fail.
-        then: what comes after it; what that writes into the sweep's folder is mirrored, too.
+        then: what comes after it; what that writes into the sweep's folder is uploaded, too.
 
     Raises:
         UserError: whatever is wrong with settings or data, or another script runs it, before anything starts; or no
@@ -92,10 +92,10 @@ def run_sweep(
     settings = settings.named("sweep")
     folder = folder or sweeps_folder(settings) / settings.name
     also = [folder.parent.parent / "evaluations" / folder.name]
-    with claimed(folder):  # before the mirror is: who is refused must not have signed there
-        if not goes_on and is_in_mirror(settings.resources, folder):
+    with claimed(folder):
+        if not goes_on and is_uploaded(settings.resources, folder):
             raise _is_there(folder.name)
-        with mirrored(settings.resources, folder, progress, also):
+        with synced(settings.resources, folder, progress, also):
             answer = _run(settings, given, progress, folder, goes_on)
             tell(answer)
             if settings.tracking.model and (best := answer.trials[0].checkpoint):

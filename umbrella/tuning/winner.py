@@ -13,7 +13,7 @@ from umbrella.tuning.settings import TuneSettings
 SCRIPT = "experiments/train.py"
 PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
 """Settings that are paths."""
-MAYBE = ("model.checkpoint", "model.chat_template", "resources.store", "resources.node_store", "resources.mirror")
+MAYBE = ("model.checkpoint", "model.chat_template", "resources.store", "resources.node_store", "resources.upload")
 """Settings that are paths where something lies there; else names on the Hub, or addresses."""
 
 

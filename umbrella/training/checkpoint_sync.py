@@ -1,0 +1,248 @@
+"""Upload trainings and sweeps to an object store while they run, and download one that this machine does not have.
+
+Only one machine at a time may run a training or sweep. This is not checked.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from umbrella.base import UserError
+from umbrella.data.loading import Progress
+from umbrella.shared_store import SharedStore
+from umbrella.storage import link_or_copy
+from umbrella.training.filenames import BEGUN, END, LIVE
+from umbrella.training.progress import FILES, what_is_wrong
+from umbrella.training.settings import ResourceSettings
+
+SETTING = "resources.upload"
+INTERVAL = 10.0
+"""Seconds between two uploads of what is new."""
+LOCAL = {LIVE, "stop", "ray"}
+"""Files and folders of this machine alone."""
+Stamp = tuple[int, int]
+"""Bytes of a file, and when it was written, in ns."""
+
+
+@contextmanager
+def synced(
+    resources: ResourceSettings, folder: Path, progress: Progress, also: Collection[Path] = ()
+) -> Iterator[None]:
+    """Download a training or sweep that this machine does not have, and upload it while the block runs.
+
+    Args:
+        folder: of the training or sweep.
+        also: more folders that are uploaded with it.
+
+    Raises:
+        UserError: the object store cannot be read or written.
+    """
+    if not resources.upload:
+        yield
+        return
+    download(resources, folder, progress)
+    with CheckpointSync(SharedStore(resources.upload, SETTING), folder, also):
+        yield
+
+
+def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
+    """Whether the object store has a training or sweep of this name.
+
+    Raises:
+        UserError: the object store cannot be read.
+    """
+    if not resources.upload:
+        return False
+    with _one_line():
+        return BEGUN[folder.parent.name] in SharedStore(resources.upload, SETTING).names(_name(folder))
+
+
+def download(resources: ResourceSettings, folder: Path, progress: Progress) -> None:
+    """Download a training or sweep if this machine does not have it and the object store does.
+
+    A checkpoint without its completion marker is left out. The folder appears when all of it is there.
+
+    Raises:
+        UserError: the object store cannot be read; the folder is there and holds something else.
+    """
+    if (folder / BEGUN[folder.parent.name]).is_file() or not is_uploaded(resources, folder):
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no {_name(folder)}; delete it or move it away")
+    store, target = SharedStore(resources.upload, SETTING), folder.with_name(f".{folder.name}.download")
+    shutil.rmtree(target, ignore_errors=True)
+    with _one_line():
+        sizes = store.sizes(_name(folder))
+        names = [n for n in sizes if not _checkpoint(n) or f"{_checkpoint(n)}/{FILES}" in sizes]
+        for name in progress(names, f"downloading {_name(folder)}"):
+            file = target / os.path.relpath(name, _name(folder))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not store.fetch(name, file, partial(_has_size, sizes[name])):
+                raise OSError(f"{store}: {name} changed while it was downloaded")
+    with suppress(OSError):
+        folder.rmdir()
+    target.rename(folder)
+
+
+class CheckpointSync:
+    """Uploads the folder of a training or sweep from a thread, every ``INTERVAL`` seconds and at the end.
+
+    A machine may be lost between any two files, so what is uploaded must always be consistent: a file that refers to
+    checkpoints, such as the end of a trial, is read before they are looked at and uploaded after them; a checkpoint's
+    completion marker is uploaded after its other files.
+
+    Args:
+        store: names in it are paths below the storage folder.
+        folder: of the training or sweep.
+        also: more folders that are uploaded with it.
+    """
+
+    def __init__(self, store: SharedStore, folder: Path, also: Collection[Path] = ()) -> None:
+        self.store, self.folder, self.folders = store, folder, [folder, *also]
+        self.storage, self.begun = folder.parent.parent, BEGUN[folder.parent.name]
+        self._ended, self._failed = threading.Event(), ""
+        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
+        with _one_line():
+            self._sizes = {name: size for each in self.folders for name, size in store.sizes(_name(each)).items()}
+            self.store.put(f"{_name(folder)}/.probe", b"")
+            self.store.delete(f"{_name(folder)}/.probe")
+        self._uploaded: dict[str, Stamp] = {}
+
+    def __enter__(self) -> "CheckpointSync":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._failed:
+            print(f"note: {self._failed}; {_name(self.folder)} is not uploaded to its end", file=sys.stderr)
+
+    def _run(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            self._try()
+        self._try()
+
+    def _try(self) -> None:
+        try:
+            self.upload()
+            self._failed = ""
+        except OSError as error:  # a training does not end for want of its copy
+            if not self._failed:
+                why = f"{error.strerror or error}; {_name(self.folder)} is not uploaded for now"
+                print(f"note: {why}", file=sys.stderr, flush=True)
+            self._failed = str(error.strerror or error)
+
+    def upload(self) -> None:
+        """Upload what is new, and delete checkpoints that were deleted here once a newer one is there.
+
+        Raises:
+            OSError: the object store cannot be written.
+        """
+        late = {file: file.read_bytes() for file in self._files() if self._is_late(file)}
+        late = {file: content for file, content in late.items() if _is_complete(file, content)}
+        checkpoints = sorted({file.parent for file in self._files() if file.name == FILES})
+        for file in self._files():
+            if not self._is_late(file) and not _checkpoint(str(file)):
+                self._put(file)
+        whole = [checkpoint for checkpoint in checkpoints if self._put_checkpoint(checkpoint)]
+        for file in sorted(late, key=lambda file: (file.name == self.begun, file.name != END)):
+            self._put(file, late[file])
+        newest = {checkpoint.parent: checkpoint for checkpoint in whole}
+        for name in sorted(self._sizes, key=lambda name: not name.endswith(f"/{FILES}")):
+            checkpoint = self.storage / _checkpoint(name)
+            if _checkpoint(name) and not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
+                self.store.delete(name)
+                del self._sizes[name]
+
+    def _files(self) -> Iterator[Path]:
+        for top in self.folders:
+            for folder, folders, names in os.walk(top):
+                folders[:] = [name for name in folders if not name.startswith(".") and name not in LOCAL]
+                visible = (name for name in names if not name.startswith(".") and name not in LOCAL)
+                yield from (Path(folder, name) for name in sorted(visible))
+
+    def _is_late(self, file: Path) -> bool:
+        """Whether a file refers to others: the end of a trial, Ray Tune's state, and what makes this a training."""
+        of_tune = self.folder.parent.name == "sweeps" and file.parent == self.folder
+        return file.name in (END, self.begun) or of_tune
+
+    def _put(self, file: Path, content: bytes | None = None) -> None:
+        try:
+            found = file.stat()
+            stamp = found.st_size, found.st_mtime_ns
+            if self._uploaded.get(str(file)) != stamp:
+                self._send(self._name(file), file.read_bytes() if content is None else content)
+                self._uploaded[str(file)] = stamp
+        except FileNotFoundError:  # deleted meanwhile
+            return
+
+    def _put_checkpoint(self, checkpoint: Path) -> bool:
+        """Upload a checkpoint; returns whether all of it is in the store."""
+        if self._name(checkpoint / FILES) in self._sizes:
+            return True
+        # It may be deleted before it is uploaded: links keep its files.
+        held = checkpoint.with_name(f".{checkpoint.name}.upload")
+        try:
+            shutil.rmtree(held, ignore_errors=True)
+            shutil.copytree(checkpoint, held, copy_function=link_or_copy)
+            if what_is_wrong(held):
+                return False
+            for file in sorted(held.rglob("*"), key=lambda file: file.name == FILES):
+                if file.is_file():
+                    self._send(self._name(checkpoint / file.relative_to(held)), file)
+        except (FileNotFoundError, shutil.Error):
+            return False
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
+        return True
+
+    def _send(self, name: str, content: Path | bytes) -> None:
+        self.store.put(name, content)
+        self._sizes[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.storage).as_posix()
+
+
+def _name(folder: Path) -> str:
+    """The name of a training or sweep in the object store, such as "trainings/first"."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def _checkpoint(name: str) -> str:
+    """The checkpoint folder that a file lies in; empty if none."""
+    parts = Path(name).parts
+    inside = next((i for i, part in enumerate(parts[:-1]) if part.startswith("step_")), None)
+    return "" if inside is None else str(Path(*parts[: inside + 1]))
+
+
+def _is_complete(file: Path, content: bytes) -> bool:
+    """Whether a file that Ray Tune writes in place, JSON or a pickle, has been written to its end."""
+    if content[:1] == b"\x80":  # a pickle, whatever its name
+        return content[-1:] == b"."
+    if file.suffix == ".json":
+        try:
+            json.loads(content)
+        except ValueError:
+            return False
+    return True
+
+
+def _has_size(size: int, file: Path) -> bool:
+    return file.stat().st_size == size
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn an error of the object store into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}; check the address and its credentials") from None
