@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from umbrella.training.live import FINISHED
+from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.ending import FAILED
 from umbrella.tuning.importance import LEAST, importance
 from umbrella.tuning.results import Trial

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from umbrella.training.live import FINISHED
+from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.ranking import interval, rank, ranking_table, trials_of, write_ranking
 from umbrella.tuning.results import Evaluation, Trial

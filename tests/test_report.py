@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from umbrella.config import Settings, load_settings
-from umbrella.training.live import FINISHED
+from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.describe import print_answer
 from umbrella.tuning.ending import FAILED, STOPPED

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from umbrella.training.history import HISTORY
-from umbrella.training.live import EARLY, FINISHED
 from umbrella.training.progress import write_files
+from umbrella.training.progress_log import EARLY, FINISHED
 from umbrella.tuning.ending import FAILED, STOPPED, UNFINISHED, read_end, reopen, write_end
 from umbrella.tuning.folder import POINT, trial_folder
 from umbrella.tuning.ranking import rank, trials_of

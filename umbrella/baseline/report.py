@@ -9,22 +9,22 @@ from umbrella.baseline.cnn import Sfcn
 from umbrella.baseline.job import BaselineJob
 from umbrella.data.pipeline import Plan
 from umbrella.training.job import progress_line
-from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.progress import Best
+from umbrella.training.progress_log import BUILDING, EARLY, FINISHED, FIRST, ProgressLog
 from umbrella.training.reporting import open_run
 
 
 class Reporter:
-    """One training's run in MLflow, and what it does at this moment."""
+    """One training's run in MLflow, and its progress."""
 
     def __init__(self, job: BaselineJob, device: torch.device, net: Sfcn, plan: Plan) -> None:
-        self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
-        self.live.say(BUILDING)
+        self.log = ProgressLog(str(job.tracking["name"]), str(job.tracking["trial"]), job.begun)
+        self.log.say(BUILDING)
         size = sum(weight.numel() for weight in net.parameters())
         self.tracker = open_run(job, device, {"baseline": "SFCN", "baseline.parameters": str(size)})
         self.tracker.watch_system()
         print(f"SFCN, {size} parameters, {net.blocks} blocks, for {job.target}\n{plan.in_words}", flush=True)
-        self.live.say(FIRST)
+        self.log.say(FIRST)
         self._began: tuple[float, float] | None = None
         self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
 
@@ -33,23 +33,19 @@ class Reporter:
         self.tracker.metrics(values, int(place["step"]))
         now, step = time.monotonic(), place["step"]
         began, first = self._began = self._began or (now, step)
-        if self.live.due:
+        if self.log.due:
             left = (now - began) / (step - first) * (place["steps"] - step) if step > first else None
-            self.live.figures(values, {**place, "left": left})
-
-    def evaluating(self, place: Mapping[str, float]) -> None:
-        """An evaluation begins."""
-        self.live.say(EVALUATING, place)
+            self.log.figures(values, {**place, "left": left})
 
     def evaluation(self, shown: Mapping[str, float], measured: Mapping[str, float], place: Mapping[str, float]) -> None:
         """Write down an evaluation, and with it all steps before. ``shown``: with the values of the step."""
         self.tracker.metrics({**measured, **self._best.news(measured)}, int(place["step"]))
         self.tracker.flush()
-        self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
+        self.log.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         print(progress_line({**place, **shown}), flush=True)
 
     def end(self, place: Mapping[str, float]) -> None:
         """The training ended by itself."""
         outcome = EARLY if place["step"] < place["steps"] else FINISHED
         self.tracker.end(outcome=outcome)
-        self.live.say(outcome, {**place, "left": None})
+        self.log.say(outcome)

@@ -92,7 +92,7 @@ class Worker:
             return self._train()
         finally:
             if self.reporter:
-                self.reporter.live.forget()
+                self.reporter.log.forget()
 
     def _train(self) -> int | None:
         every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
@@ -158,8 +158,6 @@ class Worker:
 
     def _evaluate(self) -> dict[str, float]:
         """The metrics of the validation split, as ``summarise`` has them, and ``eval/<target>/mae`` over subjects."""
-        if self.reporter:
-            self.reporter.evaluating(self._place())
         answered = self._answer(self.validation)
         measured = summarise(answered)
         if isinstance(self.job.head, Bins):

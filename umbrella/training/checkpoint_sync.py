@@ -17,14 +17,14 @@ from umbrella.base import UserError
 from umbrella.data.loading import Progress
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.filenames import BEGUN, END, LIVE
+from umbrella.training.filenames import BEGUN, END
 from umbrella.training.progress import FILES, what_is_wrong
 from umbrella.training.settings import ResourceSettings
 
 SETTING = "resources.upload"
 INTERVAL = 10.0
 """Seconds between two uploads of what is new."""
-LOCAL = {LIVE, "stop", "ray"}
+LOCAL = {"stop", "ray"}
 """Files and folders of this machine alone."""
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""

@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
     "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # the lines of a training are meant for the user
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train wants it for its own processes
 }
 """Ray's settings for every process of ours; what the person has set stays."""

@@ -9,8 +9,6 @@ from umbrella.config import SETTINGS, Settings
 
 BEGUN = {"trainings": "begun_with.json", "sweeps": SETTINGS}
 """The file without which a folder below these is no training, or no sweep."""
-LIVE = "live.json"
-"""Of a training: what it does at this moment, see ``live``."""
 END = "end.json"
 """Of a trial: how it ended."""
 

@@ -20,21 +20,21 @@ from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker, is_metric
 from umbrella.training.history import read_history
 from umbrella.training.job import AnyJob, Job, progress_line
-from umbrella.training.live import BUILDING, EARLY, EVALUATING, FINISHED, FIRST, Live
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
 from umbrella.training.progress import Best, Progress, best_checkpoint, checkpoint_folder
+from umbrella.training.progress_log import BUILDING, EARLY, FINISHED, FIRST, ProgressLog
 from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import StepResult
 
 
 class Reporter:
-    """One training's run in MLflow, and what it does at this moment."""
+    """One training's run in MLflow, and its progress."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
-        self.live = Live(job.folder, str(job.tracking["name"]), str(job.tracking["trial"]))
-        self.live.say(BUILDING)
+        self.log = ProgressLog(str(job.tracking["name"]), str(job.tracking["trial"]), job.begun)
+        self.log.say(BUILDING)
         self._first: tuple[float, float] | None = None
         self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
@@ -64,7 +64,7 @@ class Reporter:
         self.tracker.text(page, "mask_audit.html")
         self.tracker.watch_system()
         print(text, flush=True)
-        self.live.say(FIRST)
+        self.log.say(FIRST)
 
     def acts(self, found: Mapping[str, Any], blind: Sequence[str]) -> None:
         """Tag the run with what a sweep has set, as it was read where it acts. ``blind``: where only settings tell."""
@@ -82,14 +82,10 @@ class Reporter:
         self.tracker.metrics(values, int(step))
         # Time is counted from the end of the first step: what goes before, as compilation, comes once.
         began, first = self._first = self._first or (now, step)
-        if step == first or self.live.due:
+        if step == first or self.log.due:
             left = (now - began) / (step - first) * (place["steps"] - step) if step > first else None
             newest = {"train/loss": result.loss, "train/lr": result.lr, **pace.recent(), **memory(self.device)}
-            self.live.figures(newest, {**place, "left": left})
-
-    def evaluating(self, place: Mapping[str, float]) -> None:
-        """An evaluation begins."""
-        self.live.say(EVALUATING, place)
+            self.log.figures(newest, {**place, "left": left})
 
     def evaluation(
         self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Prediction]
@@ -98,7 +94,7 @@ class Reporter:
         tracking, best = self.job.settings.tracking, self._best.news(measured)
         self.tracker.metrics({**measured, **best}, step)
         self.tracker.flush()
-        self.live.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
+        self.log.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         if best:
             if tracking.predictions:
                 self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
@@ -124,7 +120,7 @@ class Reporter:
         if best and self.job.settings.tracking.checkpoint == "best":
             self.tracker.folder_artifact(best, "checkpoint")
         self.tracker.end(outcome=outcome)
-        self.live.say(outcome, {**place, "left": None}, note)
+        self.log.say(outcome, note)
 
     def _picture(self) -> None:
         """The curves of the whole training. Where MLflow does not answer there are none: it has those to come."""

@@ -36,7 +36,6 @@ from umbrella.training.requests import ask_to_stop
 from umbrella.training.room import trainings_that_fit
 from umbrella.training.statement import audited
 from umbrella.training.waiting import Waiting
-from umbrella.training.watch import Watch
 
 
 def load_checked(
@@ -201,7 +200,8 @@ def watch_job(job: AnyJob) -> None:
         raise Stopped(f"SIGTERM: the training stopped at once; the same command, with name={name}, goes on")
 
     try:
-        with Watch(job.folder), on_sigterm(stop), waiting, on_sigterm(ask):
+        print("00:00  starting workers", flush=True)
+        with on_sigterm(stop), waiting, on_sigterm(ask):
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}

@@ -129,7 +129,7 @@ class Worker:
             if self.writer:  # whatever happened: the last checkpoint is worth waiting for
                 self.writer.close()
             if self.reporter:
-                self.reporter.live.forget()
+                self.reporter.log.forget()
 
     def _train(self) -> int | None:
         model = self.parallel.train()
@@ -164,8 +164,6 @@ class Worker:
                 self.reporter.step(result, self._place(), pace)
             asked = requests.look()
             if step % every == 0 or step == self.steps:
-                if self.reporter:
-                    self.reporter.evaluating(self._place())
                 measured = pace.take() | memory(self.device) | self.evaluate(self.model)
                 self.progress = self.progress.evaluated(measured[self.settings.tune.metric], self.settings.tune.mode)
                 self._report(result, measured)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from umbrella.storage import put_text
 from umbrella.training.filenames import END
-from umbrella.training.live import EARLY, FINISHED
+from umbrella.training.progress_log import EARLY, FINISHED
 
 STOPPED, FAILED, BUDGET = "stopped by the scheduler", "failed", "out of time"
-"""How a trial ends that did not end by itself; see ``live`` for the others."""
+"""How a trial ends that did not end by itself; see ``progress_log`` for the others."""
 UNFINISHED = "not finished"
 
 

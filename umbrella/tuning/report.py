@@ -11,7 +11,7 @@ from typing import Any
 from umbrella.config import Settings
 from umbrella.drawing import embedded, save
 from umbrella.pages import number, render
-from umbrella.training.live import FINISHED
+from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
 from umbrella.tuning.importance import importance

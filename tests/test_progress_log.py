@@ -1,0 +1,68 @@
+"""What a person sees of a training: a line for each new state, and now and then one of figures."""
+
+import pytest
+
+from umbrella.training import progress_log
+from umbrella.training.progress_log import BUILDING, EARLY, ProgressLog, clock, in_words
+
+METRICS = {
+    "train/loss": 1.23456,
+    "train/lr": 1e-3,
+    "train/samples_per_second": 312.4,
+    "train/supervised_tokens_per_second": 4100.4,
+    "train/waiting_for_data": 0.018,
+    "train/memory_host_mib": 1500.2,
+    "train/memory_device_mib": 12345.6,
+}
+PLACE = {"step": 123, "steps": 400, "epoch": 2.5, "left": 3725.0}
+LINE = (
+    "step 123/400  epoch 2.50  loss 1.235  rate 0.001  312 samples/s  4100 supervised tokens/s  waiting for data 2%"
+    "  GPU peak 12346 MiB  host 1500 MiB  1:02:05 left"
+)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that it is, on both clocks."""
+    at = [1000.0]
+    monkeypatch.setattr(progress_log.time, "monotonic", lambda: at[0])
+    monkeypatch.setattr(progress_log.time, "time", lambda: at[0])
+    return at
+
+
+def test_a_new_state_is_a_line_and_figures_are_one_every_half_minute(
+    now: list[float], capsys: pytest.CaptureFixture
+) -> None:
+    log = ProgressLog("a run", "a trial", begun=990.0)
+    log.say(BUILDING)
+    log.figures(METRICS, PLACE)
+    now[0] += 29
+    log.figures(METRICS, PLACE)
+    now[0] += 1
+    log.figures(METRICS, PLACE)
+    log.figures(METRICS, PLACE)
+    now[0] += 29
+    log.evaluation({"eval/loss": 1.0})
+    now[0] += 29
+    log.figures(METRICS, PLACE)
+    log.say(EARLY, "it got no better")
+    log.forget()
+    assert capsys.readouterr().out.splitlines() == [
+        "00:10  building the model",
+        f"00:40  {LINE}",
+        "01:38  stopped early: it got no better",
+    ]
+
+
+def test_figures_are_due_again_after_their_time(now: list[float]) -> None:
+    log = ProgressLog("a run", "a trial", begun=990.0, every=0.5)
+    assert log.due
+    log.figures(METRICS, PLACE)
+    assert not log.due
+    now[0] += 0.5
+    assert log.due
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    assert in_words({"train/loss": float("nan")}, PLACE | {"left": None}) == "step 123/400  epoch 2.50  loss nan"
+    assert (clock(59.9), clock(60), clock(3600)) == ("00:59", "01:00", "1:00:00")

@@ -1,0 +1,101 @@
+"""What a training reports while it runs: lines on its output, which Ray sends to the script, and Ray's gauges."""
+
+import time
+from collections.abc import Mapping
+from math import nan
+
+from ray.util.metrics import Gauge
+
+BUILDING, FIRST, FINISHED, EARLY = "building the model", "first step", "finished", "stopped early"
+"""States of a training; the last two also are how it ends."""
+EVALUATION = "umbrella_evaluation"
+"""The gauge of the validation split's metrics."""
+LINE = 30.0
+"""Seconds between two lines of figures."""
+FORMATS = {
+    "train/loss": "loss {:.4g}",
+    "train/lr": "rate {:.3g}",
+    "train/samples_per_second": "{:.3g} samples/s",
+    "train/supervised_tokens_per_second": "{:.0f} supervised tokens/s",
+    "train/waiting_for_data": "waiting for data {:.0%}",
+    "train/memory_device_mib": "GPU peak {:.0f} MiB",
+    "train/memory_host_mib": "host {:.0f} MiB",
+}
+
+
+class ProgressLog:
+    """Prints how far a training is, and sets Ray's gauges. Rank 0 has one.
+
+    Args:
+        run, trial: tags of the gauges.
+        begun: when the training began, in seconds since 1970.
+        every: seconds between two updates of the gauges.
+    """
+
+    def __init__(self, run: str, trial: str, begun: float, every: float = 0.5) -> None:
+        self.tags, self.begun, self.every = {"run": run, "trial": trial}, begun, every
+        self._gauges: dict[str, Gauge] = {}
+        self._drawn: dict[tuple[str, str | None], tuple[Gauge, dict[str, str]]] = {}
+        self._updated, self._printed = -every, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for new figures."""
+        return time.monotonic() - self._updated >= self.every
+
+    def say(self, state: str, note: str = "") -> None:
+        """Print a new state, and why the training is in it."""
+        self._print(": ".join(filter(None, (state, note))))
+
+    def figures(self, metrics: Mapping[str, float], place: Mapping[str, float | None]) -> None:
+        """Update the gauges, and print a line every ``LINE`` seconds.
+
+        Args:
+            metrics: the newest figures by their names in MLflow.
+            place: step, steps, epoch, and left, the seconds to the end, None where it is not known yet.
+        """
+        self._updated = time.monotonic()
+        for name, value in metrics.items():
+            self._set(gauge_name(name), f"{name} of a training", float(value))
+        if self._updated - self._printed >= LINE:
+            self._print(in_words(metrics, place))
+
+    def evaluation(self, measured: Mapping[str, float]) -> None:
+        """Update the gauge of the validation split, whose tag ``metric`` is the name in MLflow."""
+        self._printed = time.monotonic()  # the evaluation has a line of its own
+        for name, value in measured.items():
+            self._set(EVALUATION, "A metric of the validation split", float(value), metric=name)
+
+    def forget(self) -> None:
+        """End the lines of the gauges: the process may go on with another training, and would draw them on."""
+        for gauge, tags in self._drawn.values():
+            gauge.set(nan, tags)
+
+    def _set(self, gauge: str, meaning: str, value: float, **more: str) -> None:
+        tags = self.tags | more
+        if gauge not in self._gauges:
+            self._gauges[gauge] = Gauge(gauge, meaning, tuple(tags))
+        self._gauges[gauge].set(value, tags)
+        self._drawn[gauge, more.get("metric")] = self._gauges[gauge], tags
+
+    def _print(self, words: str) -> None:
+        self._printed = time.monotonic()
+        print(f"{clock(time.time() - self.begun)}  {words}", flush=True)
+
+
+def gauge_name(metric: str) -> str:
+    """The gauge of a training's metric: ``train/loss`` is ``umbrella_loss``."""
+    return f"umbrella_{metric.removeprefix('train/')}"
+
+
+def in_words(metrics: Mapping[str, float], place: Mapping[str, float | None]) -> str:
+    """How far a training is and its figures, as one line."""
+    figures = [form.format(metrics[name]) for name, form in FORMATS.items() if name in metrics]
+    left = [f"{clock(place['left'])} left"] if place.get("left") else []
+    return "  ".join([f"step {place['step']}/{place['steps']}", f"epoch {place['epoch']:.2f}", *figures, *left])
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as minutes and seconds, with hours where there are any."""
+    minutes, rest = divmod(int(seconds or 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"
