@@ -7,7 +7,6 @@ from math import nan
 from pathlib import Path
 
 from umbrella.cli import Request, make_console, progress_bar, run_script
-from umbrella.importing import importing
 
 
 def main(request: Request) -> None:
@@ -19,18 +18,8 @@ def main(request: Request) -> None:
 
         dry_run(settings, request.given, progress_bar, make_console())
         return
-    with importing():
-        from umbrella.training.claim import claimed
-        from umbrella.training.cluster import start_for_training
-        from umbrella.training.filenames import training_folder
-        from umbrella.training.progress import best_checkpoint, read_metrics
-
-    settings = settings.named("train")
-    with claimed(training_folder(settings)):  # or it is refused here, before a Ray is started
-        pass
-    start_for_training(settings)  # its processes import while this one does
-    with importing():
-        from umbrella.training.run import run_training
+    from umbrella.training.progress import best_checkpoint, read_metrics
+    from umbrella.training.run import run_training
 
     def tell(folder: Path) -> None:
         metric = settings.tune.metric

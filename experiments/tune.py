@@ -9,7 +9,6 @@ it; of the settings, only those of resources can then be others.
 from pathlib import Path
 
 from umbrella.cli import Option, Request, make_console, progress_bar, run_script
-from umbrella.importing import importing
 
 RESUME = Option("--resume", "go on with a sweep: its name, or last", value="NAME")
 QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
@@ -17,15 +16,14 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
-    with importing():
-        from umbrella.training.claim import claimed
-        from umbrella.tuning.question import ask_again, find_sweep, sweeps_folder
+    from umbrella.tuning.question import ask_again, find_sweep
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
         folder = find_sweep(settings, name)
         if not folder.exists() and settings.resources.upload:
             from umbrella.training.checkpoint_sync import download
+            from umbrella.training.claim import claimed
 
             if request.dry_run:
                 print(f"would download {folder} from resources.upload, and go on with it")
@@ -38,17 +36,8 @@ def main(request: Request) -> None:
 
         dry_run(settings, given, progress_bar, console)
         return
-    with importing():
-        from umbrella.training.cluster import start_for_sweep
-        from umbrella.tuning.search import count_trials
-
-    settings, trials = settings.named("sweep"), count_trials(settings, given)
-    with claimed(folder or sweeps_folder(settings) / settings.name):  # or it is refused here, before a Ray is started
-        pass
-    start_for_sweep(settings, trials)  # its processes import while this one does
-    with importing():
-        from umbrella.tuning.describe import print_answer
-        from umbrella.tuning.sweep import Answer, run_sweep
+    from umbrella.tuning.describe import print_answer
+    from umbrella.tuning.sweep import Answer, run_sweep
 
     def evaluate(answer: Answer) -> None:
         best = answer.trials[0].checkpoint

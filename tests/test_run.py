@@ -14,8 +14,8 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
+from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.job import Job, cause
-from umbrella.training.room import trainings_that_fit
 from umbrella.training.run import check, check_same
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.sweep import possible_masks

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from umbrella.base import Stopped, UserError, printable
 from umbrella.config import Settings, describe, has_space, load_settings, read_value
+from umbrella.ray_environment import prepare_environment
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import storage_fault
 
@@ -149,7 +150,9 @@ def run_script(
 
     try:
         with on_sigterm(stop):  # while nothing knows better
-            main(parse(sys.argv[1:], doc, default_file, options, paths))
+            request = parse(sys.argv[1:], doc, default_file, options, paths)
+            prepare_environment(request.settings.resources.ray_address)
+            main(request)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

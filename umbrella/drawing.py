@@ -5,10 +5,8 @@ Colours are those of Okabe and Ito, which the colour-blind tell apart.
 
 import base64
 from collections.abc import Callable
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -37,11 +35,6 @@ STYLE = {
 }
 File = TypeVar("File", Path, BytesIO)
 WIDTH, DPI = 9.0, 160
-
-
-def import_ahead() -> None:
-    """Import in a thread what drawing needs, where there is something to wait for first: it takes half a second."""
-    Thread(target=import_module, args=("matplotlib.figure",), daemon=True, name="import matplotlib").start()
 
 
 def save(file: File, draw: Callable[..., "Figure"], *about: Any) -> File:

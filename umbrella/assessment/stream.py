@@ -1,7 +1,6 @@
 """Many conversations, answered by several processes: Ray Data deals batches of references, predictions come back."""
 
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,8 +15,8 @@ from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction
 from umbrella.modality import Modality
+from umbrella.training.capacity import check_fits
 from umbrella.training.cluster import start_ray
-from umbrella.training.room import check_fits
 
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella
@@ -56,10 +55,9 @@ def stream(
         return
     start_ray(settings.resources, log_to_driver=False, name=settings.name)
     # Where Ray Data was imported before Ray was started, it has not heard that it should say less.
-    logging.getLogger("ray.data").setLevel(os.environ["RAY_DATA_LOG_LEVEL"])
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are no bars
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources, workers = settings.resources, settings.evaluate.workers
-    check_fits(resources, workers, "evaluate.workers", ray.cluster_resources())
+    check_fits(resources, workers, "evaluate.workers", ray.cluster_resources(), ray.nodes())
     batches = compose(conversations, settings.modalities, settings.evaluate.batch_size)
     workers = min(workers, len(batches))
     told = {

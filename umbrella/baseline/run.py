@@ -26,10 +26,10 @@ from umbrella.tracking.datasets import describe
 from umbrella.tracking.drivers import driver_id
 from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
-from umbrella.training.room import trainings_that_fit
 from umbrella.training.run import check_names, watch_job
 
 
@@ -65,7 +65,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    trainings_that_fit(settings.resources, ray.cluster_resources())
+    trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
     jobs = []
     for target, head in heads.items():
         own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])

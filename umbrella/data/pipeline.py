@@ -169,7 +169,7 @@ def batches(
     """
     from ray.data.collate_fn import NumpyBatchCollateFn
 
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there are no bars
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that there are no progress bars
 
     class Collate(NumpyBatchCollateFn):
         def __call__(self, rows: Rows) -> Any:

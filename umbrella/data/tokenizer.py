@@ -105,8 +105,11 @@ def _template_file(template: str) -> str:
 def _processor_template(checkpoint: str) -> str | None:
     # Tokenizers read chat_template.jinja themselves. This is the file in which older processors keep theirs.
     try:
-        file = cached_file(checkpoint, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        template = None if file is None else json.loads(Path(file).read_text("utf-8"))["chat_template"]
+        file = cached_file(checkpoint, "chat_template.json")
+    except OSError:  # it has none
+        return None
+    try:
+        template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
         if not (template is None or isinstance(template, str)):
             raise TypeError("chat_template is not one text")
         return template

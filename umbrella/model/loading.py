@@ -141,7 +141,7 @@ def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> Umbrella
     except UserError as error:
         raise UserError(f"{folder}: holds what was trained on {base.checkpoint}: {error}") from None
     check_base(folder)  # now that all of it is here
-    if (folder / ADAPTER).is_dir() and not getattr(model, "_hf_peft_config_loaded", False):
+    if (folder / ADAPTER).is_dir() and not model.has_adapters:
         model.load_adapter(str(folder / ADAPTER))
     try:
         put_weights(folder, model)

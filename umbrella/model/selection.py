@@ -36,7 +36,7 @@ def add_lora(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -
     from peft import LoraConfig  # seconds, which trainings without adapters need not spend
 
     asked = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    if not model.has_adapters:
         model.add_adapter(LoraConfig(**asked, target_modules=LORA_TARGETS))
         return
     (own,) = model.peft_config.values()

@@ -1,5 +1,6 @@
 """The model: transformers' LLaVA, reading volumes through a 3D/4D embedder in place of the tower's 2D one."""
 
+import copy
 import shutil
 from dataclasses import dataclass
 from math import prod
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -208,25 +210,44 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         weights = [p for module in absent for p in module.parameters() if p.requires_grad]
         return 0.0 * sum(p.sum() for p in weights) if weights else 0.0
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> Any:
-        if expand_size > 1:
-            raise ValueError("num_beams and num_return_sequences stay at 1: repeat the rows for several answers")
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
+    @property
+    def has_adapters(self) -> bool:
+        """Whether PEFT has put adapters into the model."""
+        return bool(getattr(self, "peft_config", None))
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """As in transformers, with one answer for each row.
+
+        Raises:
+            ValueError: several beams or answers for each row are asked for, and volumes would not follow.
+        """
+        config = options.get("generation_config") or self.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name, getattr(config, name, None)) or 1) > 1:
+                raise ValueError("num_beams and num_return_sequences stay at 1: repeat the rows for several answers")
+        return super().generate(*args, **options)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Write weights and configuration as safetensors and JSON; adapters apart, in ``adapter/``, as PEFT does."""
         options = {"save_original_format": False} | options  # weights by their names here, not by LLaVA's older ones
         adapter = Path(save_directory) / ADAPTER
         shutil.rmtree(adapter, ignore_errors=True)  # what another model has left there is not this one's
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        if not self.has_adapters:
             return super().save_pretrained(save_directory, **options)
-        super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # PEFT reads one file
+        super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # adapters alone; PEFT reads one file
         own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
-        self._hf_peft_config_loaded = False  # with it, only adapters would be saved
-        try:
-            return super().save_pretrained(save_directory, **options | {"state_dict": own})
-        finally:
-            self._hf_peft_config_loaded = True
+        save_torch_state_dict(
+            own,
+            save_directory,
+            max_shard_size=options.get("max_shard_size", "50GB"),  # as in transformers
+            shared_tensors_to_discard=list(self.all_tied_weights_keys),
+        )
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(save_directory)
+        if self.generation_config:
+            self.generation_config.save_pretrained(save_directory)
+        return None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
@@ -249,13 +270,13 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
                 " umbrella.model.loading.load_trained makes the whole model, and its save_pretrained a folder for here"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})
-        config = cached_file(
-            name, "adapter_config.json", subfolder=ADAPTER, _raise_exceptions_for_missing_entries=False, **hub
-        )
-        if config:
-            cached_file(name, "adapter_model.safetensors", subfolder=ADAPTER, **hub)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.load_adapter(str(Path(config).parent))
+        try:
+            config = cached_file(name, "adapter_config.json", subfolder=ADAPTER, **hub)
+        except OSError:  # it has no adapters
+            return loaded
+        cached_file(name, "adapter_model.safetensors", subfolder=ADAPTER, **hub)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.load_adapter(str(Path(config).parent))
         return loaded
 
 

@@ -7,89 +7,50 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest import mock
 
 import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from umbrella.base import UserError, masked
-from umbrella.config import Settings
+from umbrella.ray_environment import ENVIRONMENT, prepare_environment
 from umbrella.storage import check_writable
-from umbrella.training import preload
-from umbrella.training.room import this_machine, trainings_that_fit
 from umbrella.training.settings import ResourceSettings
-
-LOCALHOST = "127.0.0.1"
-
-ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how often workers are looked at: 2 s unless told otherwise
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # they flood logs; the run's own lines say the same
-    "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # the lines of a training are meant for the user
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train wants it for its own processes
-}
-"""Ray's settings for every process of ours; what the person has set stays."""
-
-RAYS_OWN = 4
-"""Processes that Ray Train and Ray Data take for themselves before a training's first worker gets one."""
 
 SHARED_MEMORY = "/dev/shm"
 SOCKET_PATH = 107 if sys.platform == "linux" else 103
 """Bytes that the path of a Unix socket may have."""
 
 
-def address_of(resources: ResourceSettings) -> str:
-    """Of the cluster to join; "local" for a Ray of this machine's own."""
-    return resources.address or os.environ.get("RAY_ADDRESS") or "local"
-
-
-def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", preloaded: int = 0) -> str:
+def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
     """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
 
     Args:
         name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.
-        preloaded: so many processes of a Ray of our own import at once what a training needs, see ``preload``.
 
     Returns the dashboard's address; empty where there is none, or Ray was started before.
 
     Raises:
         UserError: the cluster is not there, or does not let this process in; Ray cannot write here what it must.
     """
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    prepare_environment(resources.ray_address)
     if ray.is_initialized():
         return ""
-    address = address_of(resources)
+    address = resources.ray_address
     named = masked(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
     if address == "local":
         check_surroundings()
         make_token()
     else:
         check_answers(address, named)
-    at_first: AbstractContextManager[None] = nullcontext()
-    if address == "local":
-        # A process per training that asks whether this machine is about to be taken away.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Else the dashboard looks for this Ray at the machine's outer address, and has no page of Ray Data's.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        if preloaded:
-            at_first = preload.prepared(min(preloaded, int(this_machine()["CPU"])))
     # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
-    own: dict[str, Any] = {"include_dashboard": True, "dashboard_host": LOCALHOST, "_node_ip_address": LOCALHOST}
+    own: dict[str, Any] = {"include_dashboard": True}
     joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
-        # Ray puts the machine's outer address in place of 127.0.0.1, and then listens to the whole network.
-        with (
-            _own_sigterm(),
-            at_first,
-            mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host),
-        ):
+        with _own_sigterm():
             context = ray.init(
                 address=address,
                 log_to_driver=log_to_driver,
@@ -104,28 +65,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "", 
 
 def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
     """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
-    return "" if address_of(resources) == "local" else start_ray(resources, log_to_driver, name)
-
-
-def start_for_training(settings: Settings) -> None:
-    """The Ray of a training, before its data are read: a cluster's nodes are asked then, and decode."""
-    processes = RAYS_OWN + settings.resources.workers
-    start_ray(settings.resources, log_to_driver=True, name=settings.name, preloaded=processes)
-
-
-def start_for_sweep(settings: Settings, trials: int) -> None:
-    """The Ray of a sweep, as ``start_for_training``; says where its dashboard is.
-
-    Raises:
-        UserError: this machine has no room for one trial; as ``start_ray``.
-    """
-    resources, processes = settings.resources, 0
-    if address_of(resources) == "local" and not ray.is_initialized():  # one that is there may have more or less
-        at_once = min(trials, settings.tune.concurrent or trials, trainings_that_fit(resources, this_machine()))
-        processes = at_once if resources.alone else RAYS_OWN + at_once * (1 + resources.workers)
-    dashboard = start_ray(resources, log_to_driver=False, name=settings.name, preloaded=processes)
-    if dashboard:
-        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
+    return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from ray.train.torch import TorchTrainer
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
 from umbrella.data.pipeline import Plan
-from umbrella.importing import importing
 from umbrella.storage import check_writable
 from umbrella.training.progress import latest_checkpoint
 from umbrella.training.requests import stop_file
@@ -85,8 +84,7 @@ class Job(AnyJob):
 
     def worker(self) -> "Runs":
         """See ``training.worker``."""
-        with importing():
-            from umbrella.training.worker import Worker
+        from umbrella.training.worker import Worker
 
         _keep_imports()
         return Worker(self)
@@ -123,8 +121,7 @@ def train_loop(config: dict[str, AnyJob]) -> str | int | None:
     else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a
     file could not be written where the storage is full or gone.
     """
-    with importing():
-        from umbrella.training.parallel import Agreed, together
+    from umbrella.training.parallel import Agreed, together
 
     try:
         with together():

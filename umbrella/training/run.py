@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import ray
+from ray.util.state import list_actors
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
@@ -26,16 +27,15 @@ from umbrella.tracking.ending import close_trial, mend
 from umbrella.tracking.keys import run_key
 from umbrella.tracking.runs import is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
-from umbrella.training.cluster import start_for_training
+from umbrella.training.cluster import start_ray
 from umbrella.training.filenames import BEGUN, training_folder
 from umbrella.training.job import AnyJob, Job, run_job
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop
-from umbrella.training.room import trainings_that_fit
 from umbrella.training.statement import audited
-from umbrella.training.waiting import Waiting
 
 
 def load_checked(
@@ -163,12 +163,12 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
 
 def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     name, storage = folder.name, folder.parent.parent
-    start_for_training(settings)
+    start_ray(settings.resources, log_to_driver=True, name=name)
     splits = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    trainings_that_fit(settings.resources, ray.cluster_resources())
+    trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(folder))
     watch_job(job)
@@ -187,13 +187,11 @@ def watch_job(job: AnyJob) -> None:
         Stopped: as ``run_job``; no worker was there that could be asked to; it was asked twice.
     """
     check_same(job)
-    waiting = Waiting(job.settings.resources)
 
     def ask() -> None:
-        if not waiting.trains():
+        if not has_workers():
             stop()
         ask_to_stop(job.folder)
-        waiting.asked = True
 
     def stop() -> NoReturn:
         name = Path(job.folder).name
@@ -201,12 +199,21 @@ def watch_job(job: AnyJob) -> None:
 
     try:
         print("00:00  starting workers", flush=True)
-        with on_sigterm(stop), waiting, on_sigterm(ask):
+        with on_sigterm(stop), on_sigterm(ask):
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
         close_trial(str(job.tracking["uri"]), job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
+
+
+def has_workers() -> bool:
+    """Whether Ray Train has workers for this process's training; True where Ray does not say."""
+    try:
+        mine = [("job_id", "=", ray.get_runtime_context().get_job_id()), ("state", "!=", "DEAD")]
+        return bool(list_actors(filters=[*mine, ("class_name", "=", "RayTrainWorker")], timeout=5))
+    except Exception:  # Ray is busy, or gone
+        return True
 
 
 def check_same(job: AnyJob) -> None:

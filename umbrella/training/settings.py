@@ -1,5 +1,6 @@
 """Settings of the optimizer, of one training, and of what it runs on."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,11 @@ class ResourceSettings(Section):
     """Where prepared volumes are kept for all: a folder, or an address such as s3://bucket/volumes. Empty: <storage>/volumes."""  # noqa: E501
     node_store: Place = ""
     """A folder of each node's own, on a fast disk, to which volumes come from the store when asked for. Empty: none."""
+
+    @property
+    def ray_address(self) -> str:
+        """Address of the cluster to join; "local" for a Ray of this machine's own."""
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
     @property
     def threads(self) -> int:

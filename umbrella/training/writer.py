@@ -152,7 +152,7 @@ def _description(
         if model.generation_config:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if model.has_adapters:
             (adapters,) = model.peft_config.values()
             adapters.save_pretrained(str(folder / ADAPTER))
         if not is_whole(settings.model):

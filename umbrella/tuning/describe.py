@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import joblib
+import torch
 from rich.console import Console
 
 from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import Progress, counted
-from umbrella.training.cluster import address_of
-from umbrella.training.room import SPARE_CPUS, this_machine, trainings_that_fit
+from umbrella.training.capacity import SPARE_CPUS, trainings_that_fit
 from umbrella.training.run import load_checked
 from umbrella.tuning.entry import Entry
 from umbrella.tuning.ranking import interval, ranking_table
@@ -44,8 +45,8 @@ def dry_run(settings: Settings, given: frozenset[str], progress: Progress, conso
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
-    if address_of(resources) == "local":
-        machine = this_machine()
+    if resources.ray_address == "local":
+        machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
         at_once = trainings_that_fit(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
     shapes = variants(settings, entries, "modalities", "model")

@@ -15,7 +15,6 @@ from umbrella.config import SETTINGS, Settings
 from umbrella.data.intake import Splits
 from umbrella.data.loading import Progress, classes_of
 from umbrella.data.settings import MaskPolicy
-from umbrella.drawing import import_ahead
 from umbrella.evaluation.metrics import chance
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
@@ -25,13 +24,12 @@ from umbrella.tracking.finding import run_of
 from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.claim import claimed
-from umbrella.training.cluster import start_for_sweep
+from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
-from umbrella.training.room import trainings_that_fit
 from umbrella.training.run import load_checked, make_job
-from umbrella.training.waiting import Waiting
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
 from umbrella.tuning.question import Question, check_data, sweeps_folder, write_question
@@ -116,7 +114,8 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     storage = folder.parent.parent
     entries = read_space(settings, given)
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
-    start_for_sweep(settings, search.trials)
+    if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
+        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     splits = load_checked(settings, progress, masks, shapes)
     check_writable(folder, "the folder of the sweep")
     if goes_on:
@@ -128,7 +127,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     mend(uri, experiment, storage)
-    at_once = trainings_that_fit(settings.resources, ray.cluster_resources())
+    at_once = trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
     parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
@@ -143,11 +142,9 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         if parent.anew and (run := run_of(trial, uri)):
             run.tags({PARENT: parent.run_id})
     monitor = Monitor(folder, uri, search.trials, settings.tune)
-    import_ahead()
     try:
-        waiting = Waiting(settings.resources, settings.resources.alone)
         # Trials keep what their last checkpoints hold.
-        with monitor, waiting, on_sigterm(lambda: _stop(folder.name)):
+        with monitor, on_sigterm(lambda: _stop(folder.name)):
             try:
                 _tuner(job, search, scheduler, at_once).fit()
             except OutOfTime:
