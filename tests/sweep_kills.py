@@ -32,7 +32,7 @@ TUNE = Path(__file__).resolve().parents[1] / "experiments" / "tune.py"
 
 def kill_trial(script: subprocess.Popen, draw: random.Random) -> int:
     """SIGKILL to one process that a trial runs in; returns how many were killed."""
-    trials = [p for p in psutil.Process(script.pid).children(recursive=True) if "ray::Trial." in named(p)]
+    trials = [p for p in psutil.Process(script.pid).children(recursive=True) if "ray::ImplicitFunc." in named(p)]
     return kill(trials and [draw.choice(trials)])
 
 

@@ -10,7 +10,6 @@ from mlflow import MlflowClient
 
 from umbrella.tracking.delivery import PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.waiting import WORKERS
 from umbrella.tuning.ending import read_end
 from umbrella.tuning.sweep import run_sweep
 
@@ -104,10 +103,6 @@ def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
         assert "sub-0" not in str(run.to_dictionary())
         for file in Path(client.download_artifacts(run.info.run_id, "")).rglob("*.*"):
             assert "sub-0" not in file.read_bytes().decode("latin-1"), file.name
-
-
-def test_who_says_what_trials_wait_for_knows_them_by_their_class(swept: Any, ray_session: Any) -> None:
-    assert set(WORKERS) & {actor["ActorClassName"] for actor in ray_session._private.state.actors().values()}
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 from ray.util import placement_group, remove_placement_group
+from ray.util.state import list_actors
 
 from umbrella.base import UserError
 from umbrella.data import pipeline
@@ -18,7 +19,6 @@ from umbrella.data.intake import load_splits
 from umbrella.data.pipeline import Plan, batches
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
-from umbrella.training.waiting import own_actors
 
 LONGER = {"train.epochs": 12, "train.evaluate_every": 9, "optim.lr": 1e-2}
 """Long enough to learn something: 39 steps on the small cohort, evaluated five times."""
@@ -155,8 +155,8 @@ def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_setting
     assert taken.wait(60)
 
     def controllers() -> set[str]:
-        told = [(actor["ActorClassName"], actor["State"], actor["ActorID"]) for actor in own_actors()]
-        return {actor for kind, state, actor in told if (kind, state) == ("TrainController", "ALIVE")}
+        alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
+        return {actor.actor_id for actor in list_actors(filters=alive)}
 
     earlier = controllers()  # of other tests' trainings, which may not have gone yet
 

@@ -31,7 +31,7 @@ from umbrella.training.checkpoint import CODE, STATE, code_of, rng_state, set_rn
 from umbrella.training.heeding import Request, Requests
 from umbrella.training.optimizer import build_schedule, main_rate
 from umbrella.training.pace import Pace
-from umbrella.training.parallel import autocast, gathered, seed_worker, together
+from umbrella.training.parallel import autocast, gathered, rank_and_world_size, seed_worker, together
 from umbrella.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
 from umbrella.training.writer import remove_rests, save_state, write_checkpoint
 
@@ -55,8 +55,7 @@ class Worker:
         if not self.folder.is_dir():
             raise UserError(f"{job.folder} is not on this node: resources.storage is one folder for all of them")
         own, train = self.settings.baseline, self.settings.train
-        context = ray.train.get_context()
-        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.rank, self.workers = rank_and_world_size()
         self.device = get_device()
         torch.set_num_threads(self.settings.resources.threads)
         torch.backends.cudnn.deterministic = True

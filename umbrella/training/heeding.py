@@ -7,10 +7,12 @@ How a stop is asked for: see ``requests``. That a node is to be taken away Ray s
 import os
 import time
 from enum import IntEnum
+from math import inf
 from pathlib import Path
 
 import ray.train
 import torch
+from ray import tune
 
 from umbrella.training.parallel import agreed
 from umbrella.training.requests import stop_file
@@ -39,6 +41,8 @@ class Requests:
     def __init__(self, folder: str | Path, rank: int, device: torch.device) -> None:
         self._file, self._rank, self._device = stop_file(folder), rank, device
         self._next_look, self._next_question, self._known = 0.0, 0.0, None
+        if tune.get_context().get_trial_id():  # the process of a trial is no worker of Ray Train, which would not know
+            self._next_question = inf
 
     def look(self) -> Request:
         """What is asked, the same on every worker. To be called by all of them after each step."""

@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import ray
+from ray import tune
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
@@ -121,7 +123,7 @@ def train_loop(config: dict[str, AnyJob]) -> str | int | None:
     else nothing. Every worker meets that at the same place, and Ray carries what rank 0 returns: a
     file could not be written where the storage is full or gone.
     """
-    from umbrella.training.parallel import Agreed, together
+    from umbrella.training.parallel import Agreed, rank_and_world_size, together
 
     try:
         with together():
@@ -130,7 +132,7 @@ def train_loop(config: dict[str, AnyJob]) -> str | int | None:
     except (Agreed, FloatingPointError) as error:
         return str(error)
     except UserError as error:
-        if ray.train.get_context().get_world_size() > 1:
+        if rank_and_world_size()[1] > 1:
             raise  # the others are not here and wait for this worker: as one that died, it ends them
         return str(error)
 
@@ -212,6 +214,7 @@ def make_trainer(job: AnyJob, here: bool = False) -> TorchTrainer:
             storage_path=str(folder / "ray"),
             name=job.name,
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[TuneReportCallback()] if tune.get_context().get_trial_id() and not here else None,
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

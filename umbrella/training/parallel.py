@@ -18,6 +18,11 @@ from umbrella.storage import storage_fault
 from umbrella.training.settings import TrainSettings
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """This worker's rank, and how many workers there are. A training in the process of a trial has one worker."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 def seed_worker(seed: int, rank: int) -> None:
     """From here on a worker has random numbers of its own: until then all have the same, and so the same weights."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))

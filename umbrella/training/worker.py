@@ -15,6 +15,7 @@ import ray
 import ray.train
 import torch
 import transformers
+from ray import tune
 from ray.train.torch import get_device
 
 from umbrella.base import UserError
@@ -37,7 +38,7 @@ from umbrella.training.job import Job
 from umbrella.training.memory import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
-from umbrella.training.parallel import gathered, parallelise, seed_worker, together
+from umbrella.training.parallel import gathered, parallelise, rank_and_world_size, seed_worker, together
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.readback import read_back
 from umbrella.training.readers import Acting
@@ -61,8 +62,7 @@ class Worker:
         self.job, self.settings = job, job.settings
         logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
         transformers.utils.logging.disable_progress_bar()
-        context = ray.train.get_context()
-        self.rank, workers = context.get_world_rank(), context.get_world_size()
+        self.rank, workers = rank_and_world_size()
         if not Path(job.folder).is_dir():
             raise UserError(
                 f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them"
@@ -257,3 +257,17 @@ class Worker:
         taken = snapshot(self.model, self.written, self.optimizer, self.schedule, self.progress, measured, keep)
         if self.writer:
             self.writer.write(taken)
+        if evaluated:
+            report_metrics(report)
+
+
+def report_metrics(metrics: dict[str, Any]) -> None:
+    """Report an evaluation to Ray. Collective: every rank calls it.
+
+    Raises:
+        SystemExit: the scheduler of the sweep stops the trial, whose process this is.
+    """
+    if tune.get_context().get_trial_id():
+        tune.report(metrics)
+    else:  # under Ray Tune, ``TuneReportCallback`` passes it on
+        ray.train.report(metrics)

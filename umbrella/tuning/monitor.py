@@ -1,6 +1,7 @@
 """A sweep as it runs: a live table in a terminal, a line per event elsewhere, and true final states in MLflow."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -191,9 +192,14 @@ class Follow(Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if Monitor.current:
-            Monitor.current.end(
-                trial, trial.get_pickled_error() or trial.get_error() or RuntimeError("its process died")
-            )
+            Monitor.current.end(trial, _error_of(trial))
+
+
+def _error_of(trial: Any) -> BaseException:
+    with suppress(EOFError):  # it is written still
+        if error := trial.get_pickled_error():
+            return error
+    return trial.get_error() or RuntimeError("its process died")
 
 
 def table_columns(metric: str) -> tuple[str, ...]:

@@ -38,12 +38,13 @@ from umbrella.tuning.report import Files, winner, write_report
 from umbrella.tuning.results import Trial, at_chance, read_trials
 from umbrella.tuning.search import Search, make_scheduler, make_search
 from umbrella.tuning.space import covers, read_space, variants
-from umbrella.tuning.trial import TrialRunner, trial_resources
+from umbrella.tuning.trial import run_trial, trial_resources
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # after Ctrl-C its fit returns, as if the sweep had come to its end
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how often it notes what trials there are; its own choice is every 10 s
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "300",  # for the last checkpoint of a stopped trial
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 """Ray Tune's settings; what the person has set stays."""
@@ -197,8 +198,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
-    trial = tune.with_resources(tune.with_parameters(TrialRunner, job=job), trial_resources(job.settings.resources))
-    trial.__name__ = trial.__qualname__ = "Trial"  # as Ray's dashboard calls its process, and ``training.waiting`` it
+    trial = tune.with_resources(tune.with_parameters(run_trial, sweep=job), trial_resources(job.settings.resources))
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
     return tune.Tuner(
@@ -211,7 +211,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             search_alg=search.search_alg,
             max_concurrent_trials=at_once,
             scheduler=scheduler,
-            reuse_actors=True,
+            reuse_actors=job.settings.resources.alone,
         ),
         run_config=tune.RunConfig(
             name=folder.name,
