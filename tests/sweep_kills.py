@@ -23,7 +23,7 @@ from integration.faults import LONGER, STEPS, kill, kill_workers, named, plain_e
 from mlflow import MlflowClient
 
 from umbrella.config import Settings, load_settings
-from umbrella.tracking.delivery import OUTCOME, PARENT, TRIAL
+from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.question import sweeps_folder
 

@@ -1,11 +1,8 @@
-"""MLflow: what is tracked can be read back, wherever the storage lies, and what is refused is named and kept."""
+"""MLflow stores, and what a run holds of data, code and machine. Runs are in test_mlflow_logger.py."""
 
 import json
-import shutil
 import subprocess
-import threading
-import time
-from collections import OrderedDict
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +11,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.tracking._tracking_service import utils as mlflow_utils
 
 from umbrella.base import UserError
 from umbrella.tracking import environment
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.delivery import OUTCOME
 from umbrella.tracking.environment import code_version, environment_json
-from umbrella.tracking.runs import Tracker, is_name
+from umbrella.tracking.links import pages
+from umbrella.tracking.mlflow_logger import MlflowLogger, is_name
 from umbrella.tracking.store import open_experiment, tracking_uri
 
 
@@ -55,88 +51,8 @@ def test_the_store_lies_in_the_storage_folder_unless_a_setting_or_the_environmen
     assert tracking_uri("runs", "http://other.example") == "http://other.example"
 
 
-def test_what_is_tracked_is_read_back(uri: str, experiment: str, client: MlflowClient, tmp_path: Path) -> None:
-    tracker = Tracker.start(uri, experiment, "a trial", parent="f" * 32, trial="a8_00001")
-    requests = []
-    write = tracker.client.log_batch
-
-    def watch(run_id: str, **entities: list) -> None:
-        requests.append({kind: len(some) for kind, some in entities.items()})
-        write(run_id, **entities)
-
-    tracker.client.log_batch = watch
-    tracker.params({f"group.setting_{i}": i for i in range(230)})
-    tracker.params({"group.setting_0": "changed", "optim.lr": 1e-05})
-    for step in range(1300):
-        tracker.metrics({"train/loss": 1 / (step + 1)}, step)
-    tracker.metrics({"train/grad_norm": float("nan")}, 3)
-    assert client.get_run(tracker.run_id).data.metrics == {}  # gathered, not yet written
-    tracker.text("loss: Σ", "statement.txt")
-    (tmp_path / "ranking.csv").write_text("trial\n", encoding="utf-8")
-    tracker.artifact(tmp_path / "ranking.csv", "tables")
-    tracker.end()
-
-    # A server refuses more than 100 parameters or 1000 metrics in a request, which SQLite does not.
-    assert requests == [
-        {"params": 100},
-        {"params": 100},
-        {"params": 30},
-        {"params": 1},
-        {"metrics": 1000},
-        {"metrics": 301},
-        {"tags": 1},
-    ]
-    run = client.get_run(tracker.run_id)
-    assert (run.info.run_name, run.info.status) == ("a trial", "FINISHED")
-    assert run.data.params == {f"group.setting_{i}": str(i) for i in range(230)} | {"optim.lr": "1e-05"}
-    history = client.get_metric_history(tracker.run_id, "train/loss")
-    assert [(m.step, m.value) for m in history] == [(step, 1 / (step + 1)) for step in range(1300)]
-    expected = {"mlflow.parentRunId": "f" * 32, "ray.trial_id": "a8_00001", OUTCOME: "finished"}
-    assert run.data.tags.items() >= expected.items()
-    folder = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / tracker.run_id / "artifacts"
-    assert (folder / "statement.txt").read_text(encoding="utf-8") == "loss: Σ"
-    assert [file.path for file in client.list_artifacts(tracker.run_id, "tables")] == ["tables/ranking.csv"]
-
-
-def test_what_waits_and_lost_its_file_while_it_was_copied_has_been_sent(
-    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
-) -> None:
-    tracker = Tracker.start(uri, experiment, "x", folder=tmp_path)
-    tracker.outbox.put({"do": "file", "path": "files/gone/predictions.json", "to": ""})
-    tracker.tags({"after": "it"})
-    assert client.get_run(tracker.run_id).data.tags["after"] == "it"
-
-
-def test_a_result_that_changed_is_the_runs_and_one_that_did_not_is_there_once(
-    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
-) -> None:
-    name = "best/eval/balanced_accuracy"
-    for best in (0.75, 0.75, 0.5):
-        tracker = Tracker.start(uri, experiment, "sweep", trial="sweep", folder=tmp_path)
-        tracker.results({name: best}, 0)
-        tracker.end()
-        assert client.get_run(tracker.run_id).data.metrics == {name: best}
-    history = client.get_metric_history(tracker.run_id, name)
-    assert [(metric.step, metric.value) for metric in history] == [(0, 0.75), (0, 0.5)]
-
-
-def test_what_mlflow_refuses_is_named_once_and_kept_and_the_training_goes_on(
-    uri: str, experiment: str, client: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    tracker = Tracker.start(uri, experiment, "x", trial="deleted", folder=tmp_path)
-    client.delete_run(tracker.run_id)
-    for step in range(3):
-        tracker.metrics({"train/loss": 1.5}, step)
-        tracker.flush()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"note: MLflow at {uri} refuses what it is told: ")
-    kept = next(tmp_path.rglob("refused.jsonl"))
-    assert line.endswith(f"; kept in {kept}")
-    assert [json.loads(word)["until"] for word in kept.read_text(encoding="utf-8").splitlines()] == [0, 1, 2]
-
-
 def test_data_are_inputs_with_size_balance_and_fingerprint_and_name_nobody(
-    uri: str, experiment: str, client: MlflowClient, talk: Callable[..., Any]
+    uri: str, experiment: str, client: MlflowClient, talk: Callable[..., Any], tmp_path: Path
 ) -> None:
     def about(subject: str, label: str | float) -> Any:
         target = "sex" if isinstance(label, str) else "age"
@@ -145,7 +61,7 @@ def test_data_are_inputs_with_size_balance_and_fingerprint_and_name_nobody(
 
     people = [("sub-1", "male"), ("sub-1", "male"), ("sub-2", "female"), ("sub-3", 63.5), ("sub-4", 60.5)]
     cohort = [about(*person) for person in people]
-    tracker = Tracker.start(uri, experiment, "inputs")
+    tracker = MlflowLogger.start(uri, experiment, "inputs", folder=tmp_path)
     for _ in range(2):  # it starts again
         tracker.inputs([describe("training", cohort, "abc123", ["a.jsonl"]), describe("validation", [], "abc123", [])])
     training, validation = client.get_run(tracker.run_id).inputs.dataset_inputs
@@ -171,42 +87,10 @@ def test_the_environment_has_versions_and_no_variables(monkeypatch: pytest.Monke
     assert "PATH" not in text
 
 
-def test_the_machine_is_watched_to_the_end_of_a_run_in_seconds_since_its_start(
-    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-
-    def seen(run_id: str) -> list[tuple[int, int]]:
-        history = client.get_metric_history(run_id, "system/cpu_utilization_percentage")
-        return [(metric.timestamp, metric.step) for metric in history]
-
-    def train() -> str:
-        tracker = Tracker.start(uri, experiment, "x", trial="watched", folder=tmp_path)
-        tracker.watch_system()
-        time.sleep(1.1)
-        tracker.end()
-        return tracker.run_id
-
-    run_id = train()
-    before = len(seen(run_id))
-    assert before >= 3
-    assert train() == run_id
-    start = client.get_run(run_id).info.start_time
-    assert len(seen(run_id)) > before
-    assert [step for _, step in seen(run_id)] == [(when - start) // 1000 for when, _ in seen(run_id)]
-    written = client.get_run(run_id).data.metrics
-    assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= written.keys()
-    assert "umbrella-machine" not in {thread.name for thread in threading.enumerate()}
-    assert list(elsewhere.iterdir()) == [], "MLflow made a database where the process stands"
-
-
 def test_a_target_is_a_name_exactly_where_mlflow_takes_its_metrics(
-    uri: str, experiment: str, client: MlflowClient
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
 ) -> None:
-    run_id = Tracker.start(uri, experiment, "names").run_id
+    run_id = MlflowLogger.start(uri, experiment, "names", folder=tmp_path).run_id
     for target in ("sex", "age group", "site/a", "a.b", "-", "Größe", "x" * 220):
         assert is_name(target)
         client.log_metric(run_id, f"eval/{target}/balanced_accuracy", 1.0)
@@ -226,40 +110,36 @@ def test_an_experiment_is_opened_again_by_name_and_a_deleted_one_is_refused(
         open_one()
 
 
-@pytest.mark.parametrize("way", ["moved", "copied", "linked"])
-def test_artifacts_are_found_and_written_where_the_storage_lies_now(
-    uri: str,
-    experiment: str,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    way: str,
+@pytest.mark.parametrize("way", ["moved", "linked"])
+def test_a_storage_that_was_moved_goes_on_and_a_note_says_where_the_artifacts_are(
+    mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture, way: str
 ) -> None:
     old, new = tmp_path / "old_place", tmp_path / "new%place"
-    shutil.copytree(Path(uri.removeprefix("sqlite:///")).parent, old)
-    name = request.node.name
-    assert open_experiment(tracking_uri(old), name, old) == experiment
-    run = Tracker.start(tracking_uri(old), experiment, "one", trial="one", folder=old / "trainings/one")
+    old.mkdir()
+    experiment = open_experiment(mlflow_store(old), "x", old)
+    run = MlflowLogger.start(tracking_uri(old), experiment, "one", folder=old / "trainings/one")
     run.text("before", "before.txt")
-    if way == "moved":
-        old.rename(new)
-    elif way == "copied":
-        shutil.copytree(old, new)
-    else:
-        new.symlink_to(old)
-    monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())  # which another process has not
-    assert open_experiment(tracking_uri(new), name, new) == experiment
-    again = Tracker.start(tracking_uri(new), experiment, "one", trial="one", folder=new / "trainings/one")
-    assert again.run_id == run.run_id
+    run.metrics({"train/loss": 1.0}, 1)
+    run.flush()
+    capsys.readouterr()
+    old.rename(new)
+    if way == "linked":
+        old.symlink_to(new)
+    assert open_experiment(tracking_uri(new), "x", new) == experiment
+    said = capsys.readouterr().err
+    assert said.count("note: ") == (way == "moved")
+    assert (f"old address, {(old / 'artifacts').as_uri()}; link that folder to {new / 'artifacts'}" in said) == (
+        way == "moved"
+    )
+    again = MlflowLogger.start(tracking_uri(new), experiment, "one", folder=new / "trainings/one")
     again.text("after", "after.txt")
-    files = {file.path for file in again.client.list_artifacts(run.run_id)}
-    assert files == {"before.txt", "after.txt"}
-    where = again.client.get_run(run.run_id).info.artifact_uri
-    assert where == f"{(old if way == 'linked' else new).as_uri()}/artifacts/{run.run_id}/artifacts"
-    assert (new / "artifacts" / run.run_id / "artifacts" / "after.txt").exists()
-    assert old.exists() == (way != "moved")
-    if way == "copied":
-        assert not (old / "artifacts" / run.run_id / "artifacts" / "after.txt").exists()
+    again.metrics({"train/loss": 2.0}, 2)
+    again.end()
+    assert again.run_id == run.run_id
+    assert [m.step for m in again.client.get_metric_history(run.run_id, "train/loss")] == [1, 2]
+    found = {file.path for file in again.client.list_artifacts(run.run_id)}
+    assert found == ({"before.txt", "after.txt"} if way == "linked" else {"after.txt"})
+    assert {file.name for file in (new / "trainings/one/mlflow/files").iterdir()} == {"before.txt", "after.txt"}
 
 
 @pytest.mark.parametrize(
@@ -300,3 +180,37 @@ def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "False"}
     (package / "environment.py").write_text("changed", encoding="utf-8")
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "True"}
+
+
+def test_mlflow_sends_no_telemetry_and_gives_up_within_half_a_minute_unless_a_variable_says_otherwise() -> None:
+    code = """
+import os
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "7"
+import umbrella.tracking.store
+from mlflow import environment_variables as options
+for name in ("DISABLE_TELEMETRY", "HTTP_REQUEST_TIMEOUT", "HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_BACKOFF_FACTOR"):
+    print(getattr(options, f"MLFLOW_{name}").get())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout.split(), done.stderr) == (["True", "15", "7", "1"], "")
+
+
+def test_the_links_show_runs_best_first_and_the_newest_sweeps_trials(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    assert list(pages(uri, experiment, "http://here", "eval/loss", "min")) == ["runs, best first"]
+    trials = []
+    for sweep in ("old", "new"):
+        parent = MlflowLogger.start(uri, experiment, sweep, folder=tmp_path / sweep).run_id
+        for name in ("a", "b"):
+            told = {"folder": tmp_path / sweep / "trials" / name, "parent": parent, "trial": f"{sweep}-{name}"}
+            trials.append(MlflowLogger.start(uri, experiment, name, **told).run_id)
+    found = pages(uri, experiment, "http://here", "eval/age group/mae", "min")
+    assert found == {
+        "runs, best first": f"http://here/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        "&orderByKey=metrics.%60best%2Feval%2Fage%20group%2Fmae%60&orderByAsc=true",
+        "trials of the newest sweep, side by side": "http://here/#/compare-runs?"
+        f"runs=%5B%22{trials[2]}%22%2C%22{trials[3]}%22%5D&experiments=%5B%22{experiment}%22%5D"
+        "&workflowType=machine_learning",
+    }
+    assert not any(name.startswith("mlflow.sharedViewState") for name in client.get_experiment(experiment).tags)

@@ -20,8 +20,8 @@ from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.answering import Umbrella
 from umbrella.modality import Modality
+from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.model import EXAMPLE, AnsweringModel, keep_model, log_model
-from umbrella.tracking.runs import Tracker
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -47,9 +47,10 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def run_id(uri: str) -> str:
+def run_id(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run that has ended, as those of a sweep have."""
-    tracker = Tracker.start(uri, open_experiment(uri, "answering", Path(uri.removeprefix("sqlite:///")).parent), "best")
+    experiment = open_experiment(uri, "answering", Path(uri.removeprefix("sqlite:///")).parent)
+    tracker = MlflowLogger.start(uri, experiment, "best", folder=tmp_path_factory.mktemp("best"))
     tracker.params({"optim.lr": 0.01})
     tracker.end()
     return tracker.run_id
@@ -152,7 +153,7 @@ def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_train
     mlflow_store: Callable[[Path], str], save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     uri, folder = mlflow_store(tmp_path), tmp_path / "trainings" / "night"
-    tracker = Tracker.start(uri, open_experiment(uri, "x", tmp_path), "night", folder=folder)
+    tracker = MlflowLogger.start(uri, open_experiment(uri, "x", tmp_path), "night", folder=folder)
     client, models = MlflowClient(uri), tmp_path / "artifacts" / "models"
 
     def keep(checkpoint: Path, name: str = "") -> tuple[int, int]:
@@ -188,7 +189,7 @@ def test_whatever_ends_the_logging_of_a_model_is_a_line_with_the_way_to_have_it_
         raise error
 
     experiment = open_experiment(uri, "answering", Path(uri.removeprefix("sqlite:///")).parent)
-    Tracker.start(uri, experiment, "night", folder=tmp_path)
+    MlflowLogger.start(uri, experiment, "night", folder=tmp_path)
     monkeypatch.setattr(MlflowClient, "search_logged_models", fail)
     stops = isinstance(error, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt) if stops else nullcontext():

@@ -14,11 +14,9 @@ from urllib.request import urlopen
 import pytest
 from mlflow import MlflowClient
 
-from umbrella.tracking import runs
-from umbrella.tracking.delivery import OUTCOME
-from umbrella.tracking.ending import close_trial, mend
+from umbrella.tracking import mlflow_logger
+from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger, close_run
 from umbrella.tracking.model import keep_model
-from umbrella.tracking.runs import Tracker
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.ending import write_end
@@ -72,83 +70,80 @@ def server(mlflow_store: Callable[[Path], str], tmp_path: Path) -> Iterator[Serv
         server.kill()
 
 
-def steps(tracker: Tracker, name: str = "train/loss") -> list[int]:
+def steps(tracker: MlflowLogger, name: str = "train/loss") -> list[int]:
     return [metric.step for metric in tracker.client.get_metric_history(tracker.run_id, name)]
 
 
 def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(runs, "RETRY", 0.5)
+    monkeypatch.setattr(mlflow_logger, "RETRY", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     storage = tmp_path / "runs"
     experiment = open_experiment(server.uri, "x", storage)
-    mend(server.uri, experiment, storage)
     first, second = (storage / "trainings" / name for name in ("first", "second"))
 
-    def train(tracker: Tracker, steps: range) -> None:
+    def train(tracker: MlflowLogger, steps: range) -> None:
         for step in steps:
             tracker.metrics({"train/loss": 1 / step}, step)
             if step % 10 == 0:
                 tracker.metrics({"eval/loss": 2 / step}, step)
                 tracker.flush()
 
-    tracker = Tracker.start(server.uri, experiment, "first", trial="first", folder=first)
+    tracker = MlflowLogger.start(server.uri, experiment, "first", trial="first", folder=first)
     tracker.watch_system()
     train(tracker, range(1, 31))
     server.kill()
     train(tracker, range(31, 61))
     tracker.text("late", "texts/late.txt")
     # Killed, and started again from step 45 with the server still down; another training begins meanwhile.
-    again = Tracker.start(server.uri, experiment, "first", trial="first", folder=first)
+    again = MlflowLogger.start(server.uri, experiment, "first", trial="first", folder=first)
     train(again, range(46, 81))
-    other = Tracker.start(server.uri, experiment, "second", trial="second", folder=second)
+    other = MlflowLogger.start(server.uri, experiment, "second", trial="second", folder=second)
     train(other, range(1, 11))
     other.end("FAILED", "failed", wait=0)
-    said = [line for line in capsys.readouterr().err.splitlines() if "kept in" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "what it misses is in" in line]
     assert len(said) == 3, "once for each process"
 
     server.start()
-    time.sleep(0.6)
     train(again, range(81, 91))
     assert steps(again) == list(range(1, 91))
     server.kill()
     train(again, range(91, 101))
     server.start()
     again.end()
-    assert again.outbox.waiting() == []
+    assert not again.waits
     assert steps(again) == list(range(1, 101))
     assert steps(again, "eval/loss") == list(range(10, 101, 10))
     assert (Path(again.client.download_artifacts(again.run_id, "texts/late.txt"))).read_text() == "late"
     run = again.client.get_run(again.run_id)
     assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "finished")
 
-    # The second one's script ended while the server was down. The next one on this storage sends what it left.
-    Tracker(server.uri, second)._delivery.remember(driver=f"{socket.gethostname()} 1 0.00")
-    (next((storage / ".drivers").iterdir()) / f"{socket.gethostname()} 1 0.00").touch()
-    mend(server.uri, experiment, storage)
+    # The second one ended while the server was down.
+    MlflowLogger(server.uri, second).flush()
     found = MlflowClient(server.uri).search_runs([experiment])
     assert {(run.info.run_name, run.info.status) for run in found} == {("first", "FINISHED"), ("second", "FAILED")}
-    assert steps(Tracker(server.uri, second)) == list(range(1, 11))
+    assert steps(MlflowLogger(server.uri, second)) == list(range(1, 11))
 
 
 def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once_it_is_resumed(
     server: Server, learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(runs, "RETRY", 0.0)
+    monkeypatch.setattr(mlflow_logger, "RETRY", 0.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     sweep, client = tmp_path / "runs" / "sweeps" / "night", MlflowClient(server.uri)
     experiment, again = open_experiment(server.uri, "x", tmp_path / "runs"), "tune.py --resume night"
     points = {"finished": {"lr": 0.1}, "stopped by the scheduler": {"lr": 0.2}, "failed": {"lr": 0.3}}
     folders = {state: trial_folder(sweep, state, point) for state, point in points.items()}
 
-    def begin() -> Tracker:
-        return Tracker.start(server.uri, experiment, "night", trial="night", folder=sweep)
+    def begin() -> MlflowLogger:
+        return MlflowLogger.start(server.uri, experiment, "night", trial="night", folder=sweep)
 
-    def start(state: str, parent: Tracker) -> Tracker:
+    def start(state: str, parent: MlflowLogger) -> MlflowLogger:
         told = {"parent": parent.run_id, "trial": name_of(folders[state]), "folder": folders[state]}
-        return Tracker.start(server.uri, experiment, state, **told)
+        return MlflowLogger.start(server.uri, experiment, state, **told)
 
-    def end(parent: Tracker) -> None:
+    def end(parent: MlflowLogger) -> None:
         parent.results({"best/eval/loss": 0.5}, 0)
         parent.text("<p>", "report.html")
         parent.end(wait=0)
@@ -164,7 +159,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
     trials[0].end(wait=0)
     for state, folder in folders.items():  # as the sweep's monitor does, whose workers could not
         write_end(folder, state)
-        close_trial(server.uri, folder, STATUS.get(state, "FINISHED"), state)
+        close_run(server.uri, folder, STATUS.get(state, "FINISHED"), state)
     end(parent)
     assert f"note: {learnt} was not logged as a model in MLflow: " in (said := capsys.readouterr().err)
     assert said.endswith(f"; {again} logs it\n")
@@ -172,7 +167,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
     server.start()
     for _ in range(2):
         parent = begin()
-        with Monitor(sweep, server.uri, 3, TuneSettings()):
+        with Monitor(sweep, parent, 3, TuneSettings()):
             end(parent)
     assert "note: " not in capsys.readouterr().err
     found = {run.info.run_name: run for run in client.search_runs([experiment])}
@@ -185,7 +180,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
     }
     night = found.pop("night")
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {night.info.run_id}
-    assert [steps(tracker) for tracker in (Tracker(server.uri, folder) for folder in folders.values())] == [
+    assert [steps(tracker) for tracker in (MlflowLogger(server.uri, folder) for folder in folders.values())] == [
         [1],
         [2],
         [3],

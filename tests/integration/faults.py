@@ -14,7 +14,7 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.tracking.delivery import TRIAL
+from umbrella.tracking.mlflow_logger import TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 

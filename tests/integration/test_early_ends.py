@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.tracking.delivery import OUTCOME, PARENT, TRIAL
+from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.history import read_history
 from umbrella.training.progress import what_is_wrong

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from umbrella.tracking.delivery import TRIAL
+from umbrella.tracking.mlflow_logger import TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.history import read_history
 from umbrella.tuning.sweep import run_sweep

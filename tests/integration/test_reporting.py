@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from integration.faults import go_on, kill_workers, when_step
-from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.progress import latest_checkpoint, read_metrics, read_progress
 from umbrella.training.progress_log import EVALUATION, FORMATS, gauge_name

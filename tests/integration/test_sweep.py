@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from umbrella.tracking.delivery import PARENT, TRIAL
+from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.ending import read_end
 from umbrella.tuning.sweep import run_sweep
@@ -81,7 +81,7 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
         told = {given.dataset.name: json.loads(given.dataset.profile) for given in run.inputs.dataset_inputs}
         assert set(told) == {"training", "validation"}
         assert set(told["training"]["labels"]["sex"]) == {"female", "male"}
-    assert {"device", "host", "ray.job", "umbrella.driver", "mlflow.source.git.commit"} <= good.data.tags.keys()
+    assert {"device", "host", "ray.job", "umbrella.run", "mlflow.source.git.commit"} <= good.data.tags.keys()
     assert good.data.tags["best.checkpoint"] == best.checkpoint
     assert good.data.metrics["best/eval/balanced_accuracy"] == best.metric
     assert good.data.metrics["best/eval/loss"] == best.loss
@@ -91,7 +91,8 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     step = [m.step for m in client.get_metric_history(good.info.run_id, "eval/sex/accuracy")].index(best.step)
     accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
     assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
-    assert not list(answer.folder.rglob("outbox.jsonl")), "nothing waits"
+    places = [answer.folder, *answer.folder.glob("trials/*/")]
+    assert not [place for place in places if MlflowLogger(answer.tracking, place).waits]
 
 
 def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from sweep_kills import faults_in, question, start, sweep_with_kills
 
 from integration.faults import taken
-from umbrella.tracking.delivery import OUTCOME
+from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.tracking.store import tracking_uri
 
 pytestmark = pytest.mark.slow

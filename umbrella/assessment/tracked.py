@@ -15,10 +15,8 @@ from umbrella.config import SETTINGS
 from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.parts import band_names
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.ending import mend
-from umbrella.tracking.finding import run_of
+from umbrella.tracking.mlflow_logger import MlflowLogger, find_run, is_metric
 from umbrella.tracking.privacy import hide, read_salt
-from umbrella.tracking.runs import Tracker, is_metric
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.progress import PROGRESS, read_progress
 
@@ -38,12 +36,11 @@ def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> 
     storage = Path(settings.resources.storage).absolute()
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    training = run_of(checkpoint.parent, uri)
+    training = find_run(uri, checkpoint.parent)
     if training:
         tracker = training
     else:
-        mend(uri, experiment, storage)
-        tracker = Tracker.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
+        tracker = MlflowLogger.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
         told = {k: v for k, v in settings.flat().items() if k.split(".")[0] in ("evaluate", "checkpoint", "data")}
         tracker.params(told)
         tracker.text(settings.to_yaml(), SETTINGS)

@@ -23,8 +23,6 @@ from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.scoring import check_labels
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.drivers import driver_id
-from umbrella.tracking.ending import mend
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
@@ -64,7 +62,6 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     splits, heads = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    mend(uri, experiment, storage)
     trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
     jobs = []
     for target, head in heads.items():
@@ -189,7 +186,7 @@ def make_job(
     return BaselineJob(
         settings=resolved(settings, target, head, classes_of(used["validation"])[target]),
         data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
-        tracking=tracking | {"driver": driver_id()},
+        tracking=tracking,
         folder=folder,
         begun=time.time(),
         datasets=[

@@ -21,7 +21,7 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSp
 from umbrella import __version__
 from umbrella.base import UserError, masked
 from umbrella.storage import link_or_copy
-from umbrella.tracking.runs import Tracker
+from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import short
 
@@ -88,7 +88,7 @@ def keep_model(settings: TrackingSettings, uri: str, training: Path, checkpoint:
     """
     client, why = MlflowClient(uri), "it was stopped"
     try:
-        tracker = Tracker(uri, training)
+        tracker = MlflowLogger(uri, training)
         tracker.flush()  # its start may wait still
         logged = _logged(client, tracker.run_id, Path(checkpoint))
         if not logged:

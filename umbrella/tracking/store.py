@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import sqlite3
-from contextlib import closing
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
@@ -16,26 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbrella.base import UserError, masked
 from umbrella.storage import storage_fault
 
-PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-}
-"""How long MLflow's client tries: 31 s at most. Its own defaults wait for a quarter of an hour. What is set stays."""
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines at the end of each run
-for _name, _value in PATIENCE.items():
-    os.environ.setdefault(_name, _value)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try
-
-ADDRESSES = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "storage_location"),
-)
-"""Tables and columns of MLflow's database that hold absolute addresses of artifacts."""
 
 
 def tracking_uri(storage: str | Path, uri: str = "") -> str:
@@ -93,8 +75,6 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
         client = MlflowClient(uri)
         artifacts = (Path(storage).absolute() / "artifacts").as_uri() if is_local(uri) else None
         experiment = client.get_experiment_by_name(name)
-        if artifacts and experiment:
-            _follow_artifacts(uri, artifacts)
         if experiment is None:
             return client.create_experiment(name, artifact_location=artifacts)
     except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError) as error:
@@ -102,21 +82,17 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
         raise UserError(f"MLflow at {masked(uri)}: {short(error)}{remedy}") from None
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
+    if artifacts and not _same_place(experiment.artifact_location, artifacts):
+        print(
+            f"note: the storage was moved, and MLflow keeps the artifacts of experiment {name!r} at their old address,"
+            f" {masked(experiment.artifact_location)}; link that folder to {Path(storage).absolute() / 'artifacts'}, or"
+            " choose another name: experiment=...",
+            file=sys.stderr,
+        )
     return experiment.experiment_id
 
 
-def _follow_artifacts(uri: str, here: str) -> None:
-    """Where the storage was moved or copied, let its database say where the artifacts are now.
-
-    MLflow keeps absolute addresses, and has no command to change them.
-    """
-    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60)) as database, database:
-        for (there,) in database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
-            old, new = (Path(url2pathname(urlsplit(address).path)) for address in (there, here))
-            if not there.startswith("file:") or old.name != new.name or (old.exists() and old.samefile(new)):
-                continue
-            for table, column in ADDRESSES:
-                database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
-                    (here, len(there) + 1, len(there) + 1, f"{there}/"),
-                )
+def _same_place(address: str, other: str) -> bool:
+    """Whether two addresses are the same folder, which a link may have two names of."""
+    first, second = (Path(url2pathname(urlsplit(one).path)) for one in (address, other))
+    return not address.startswith("file:") or first.resolve() == second.resolve()

@@ -44,7 +44,7 @@ class AnyJob:
     data: Mapping[str, str | int]
     """What is tracked of the data: their fingerprint, and how many samples are in quarantine."""
     tracking: dict[str, str | None]
-    """Arguments of ``Tracker.start``."""
+    """Arguments of ``MlflowLogger.start``."""
     folder: str
     """Where this training's checkpoints lie."""
     begun: float = 0.0

@@ -16,9 +16,8 @@ from umbrella.data.rendering import Renderer
 from umbrella.evaluation.prediction import Prediction
 from umbrella.tracking.environment import environment_json
 from umbrella.tracking.figures import curves
+from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.privacy import hide, read_salt
-from umbrella.tracking.runs import Tracker, is_metric
-from umbrella.training.history import read_history
 from umbrella.training.job import AnyJob, Job, progress_line
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
@@ -123,7 +122,7 @@ class Reporter:
         self.log.say(outcome, note)
 
     def _picture(self) -> None:
-        """The curves of the whole training. Where MLflow does not answer there are none: it has those to come."""
+        """The curves of the whole training."""
         self.tracker.flush()
         metric = self.job.settings.tune.metric
         panels = {
@@ -131,20 +130,15 @@ class Reporter:
             metric: [] if metric == "eval/loss" else [metric],
             "rate": ["train/lr"],
         }
-        drawn = {
-            panel: {name: points for name in names if (points := self.tracker.history(name))}
-            for panel, names in panels.items()
-        }
-        if drawn := {panel: lines for panel, lines in drawn.items() if lines}:
+        lines = self.tracker.history(*(name for names in panels.values() for name in names))
+        drawn = {panel: {name: lines[name] for name in names if name in lines} for panel, names in panels.items()}
+        if drawn := {panel: curve for panel, curve in drawn.items() if curve}:
             self.tracker.save(curves(drawn, str(self.job.tracking["name"])), "curves.png")
 
 
-def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Tracker:
-    """A training's run in MLflow, with what is told of each: settings, data, machine. ``tags``: of this one.
-
-    A run that had to begin anew has the evaluations until then; the steps between them are where the old one is.
-    """
-    tracker = Tracker.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
+def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> MlflowLogger:
+    """Begin or continue a training's run in MLflow and log settings, data and machine. ``tags``: of this training."""
+    tracker = MlflowLogger.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
     flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.idle}
     tracker.params(flat | dict(job.data))
     told = {"device": _device_name(device), "host": socket.gethostname()}
@@ -152,12 +146,6 @@ def open_run(job: AnyJob, device: torch.device, tags: Mapping[str, str]) -> Trac
     tracker.inputs(job.datasets)
     tracker.text(job.settings.to_yaml(), "settings.yaml")
     tracker.text(environment_json(), "environment.json")
-    if tracker.anew:
-        best = Best(job.settings.tune.metric, job.settings.tune.mode)
-        for row in read_history(job.folder):
-            measured = {name: value for name, value in row.items() if "/" in name and is_metric(name)}
-            tracker.metrics(measured | best.news(row), row["step"])
-        tracker.flush()
     return tracker
 
 

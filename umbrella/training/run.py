@@ -22,10 +22,7 @@ from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.drivers import driver_id
-from umbrella.tracking.ending import close_trial, mend
-from umbrella.tracking.keys import run_key
-from umbrella.tracking.runs import is_name
+from umbrella.tracking.mlflow_logger import close_run, is_name, run_key
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
@@ -131,7 +128,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         modalities=sorted({volume.modality for c in splits.train for volume in c.volumes}),
         longest_answer=splits.longest_answer,
         data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
-        tracking=tracking | {"driver": driver_id()},
+        tracking=tracking,
         folder=folder,
         begun=time.time(),
         datasets=[
@@ -167,7 +164,6 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     splits = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    mend(uri, experiment, storage)
     trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(folder))
@@ -203,7 +199,7 @@ def watch_job(job: AnyJob) -> None:
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
-        close_trial(str(job.tracking["uri"]), job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
+        close_run(str(job.tracking["uri"]), job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
 
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from umbrella.base import printable
-from umbrella.tracking.ending import close_trial
+from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
@@ -40,15 +40,17 @@ class Monitor:
 
     Args:
         folder: the sweep's. Trials that have ended there before are shown with the others.
-        uri: MLflow's store, where a trial's run is closed when its worker could not.
+        parent: the sweep's run. The runs of trials that did not end them are closed in its store.
         total: how many trials there will be.
     """
 
     current: ClassVar["Monitor | None"] = None
     """The one that this process is in."""
 
-    def __init__(self, folder: Path, uri: str, total: int, tune: TuneSettings, console: Console | None = None) -> None:
-        self.folder, self.uri, self.total, self.tune = folder, uri, total, tune
+    def __init__(
+        self, folder: Path, parent: MlflowLogger, total: int, tune: TuneSettings, console: Console | None = None
+    ) -> None:
+        self.folder, self.parent, self.total, self.tune = folder, parent, total, tune
         self.console = console or Console()
         self.started = time.monotonic()
         self.trials: dict[str, dict[str, Any]] = {}
@@ -59,8 +61,7 @@ class Monitor:
             if trial.state != UNFINISHED:
                 rows = read_history(self._place(trial.trial_id)) or [{}]
                 self.trials[trial.trial_id] = {"name": trial.name, "state": trial.state, "result": rows[-1]}
-                # Its run, if whoever ran the sweep was killed before.
-                self._close(trial.trial_id, End(trial.state, trial.reason))
+            self._repair(trial.trial_id, trial.state)
         Monitor.current = self
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2)
@@ -76,7 +77,7 @@ class Monitor:
         """Whoever runs the sweep gives up: so much is true of the trials that are running."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
-                close_trial(self.uri, self._place(name), "KILLED", state)
+                close_run(self.parent.uri, self._place(name), "KILLED", state)
 
     def check_time(self) -> None:
         """Raise OutOfTime when it is."""
@@ -141,7 +142,15 @@ class Monitor:
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
 
     def _close(self, name: str, end: End) -> None:
-        close_trial(self.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
+        close_run(self.parent.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
+
+    def _repair(self, name: str, state: str) -> None:
+        """Correct a trial's run that a killed script left RUNNING, under another parent, or not sent to its end."""
+        status, outcome = STATUS.get(state, "FINISHED"), state
+        if state == UNFINISHED:
+            status, outcome = "KILLED", "its script was killed"
+        parent = {PARENT: self.parent.run_id}
+        close_run(self.parent.uri, self._place(name), status, outcome, self.parent.experiment, parent)
 
     def _place(self, name: str) -> Path:
         return self.folder / "trials" / name.rpartition("-")[2]

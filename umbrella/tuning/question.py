@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.storage import put_text
-from umbrella.tracking.keys import run_key
+from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tuning.entry import in_words
 from umbrella.tuning.space import is_given
 

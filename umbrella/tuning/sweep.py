@@ -18,11 +18,8 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import chance
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
-from umbrella.tracking.delivery import PARENT
-from umbrella.tracking.ending import mend
-from umbrella.tracking.finding import run_of
+from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.privacy import hide, read_salt
-from umbrella.tracking.runs import Tracker
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import is_uploaded, synced
@@ -127,11 +124,10 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         write_question(folder, Question(settings, given), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    mend(uri, experiment, storage)
     at_once = trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
-    parent = Tracker.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
+    parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
     swept = [entry.name for entry in entries]
     parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
     parent.text(settings.to_yaml(), SETTINGS)
@@ -140,9 +136,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     parent.inputs(job.datasets)
     for trial in folder.glob("trials/*/"):
         reopen(trial)
-        if parent.anew and (run := run_of(trial, uri)):
-            run.tags({PARENT: parent.run_id})
-    monitor = Monitor(folder, uri, search.trials, settings.tune)
+    monitor = Monitor(folder, parent, search.trials, settings.tune)
     try:
         # Trials keep what their last checkpoints hold.
         with monitor, on_sigterm(lambda: _stop(folder.name)):

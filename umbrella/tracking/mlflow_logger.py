@@ -1,0 +1,444 @@
+"""The only writer of MLflow runs: one run per training, sweep or evaluation; trials are children of their sweep's run.
+
+Everything that a run holds is appended to a file in the run's folder and sent from there, so that an outage of the
+server loses nothing.
+"""
+
+import json
+import logging
+import os
+import posixpath
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID, uuid4, uuid5
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from sqlalchemy.exc import SQLAlchemyError
+
+from umbrella.base import UserError, masked
+from umbrella.storage import put_text
+from umbrella.tracking.datasets import to_input
+from umbrella.tracking.environment import code_version
+from umbrella.tracking.store import can_wait, is_local, is_refusal, short, store_key
+
+logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it reports each start and stop
+
+KEY, OUTCOME = "umbrella.run", "umbrella.outcome"
+TRIAL, PARENT = "ray.trial_id", "mlflow.parentRunId"
+FOLDER, EVENTS = "mlflow", "events.jsonl"
+"""Folder in that of a training, sweep or evaluation, and the file in it that holds the run's events."""
+MAX_METRICS, MAX_PARAMS = 1000, 100
+"""MLflow's limits per request."""
+RETRY = 30.0
+"""Seconds after which a server that did not answer is asked again."""
+LAST_WAIT = 20.0
+"""Seconds that the end of a run waits for a server that does not answer."""
+Event = dict[str, Any]
+
+
+class MlflowLogger:
+    """The MLflow run that belongs to a folder.
+
+    Each call appends an event to ``<folder>/mlflow/events.jsonl``, which keeps all of them, and sends what was not
+    acknowledged yet. To send an event twice has the same effect as to send it once: MLflow identifies a metric by
+    its name, value, step and time. One process at a time writes to a folder.
+
+    Args:
+        uri: address of the MLflow store.
+        folder: folder of the training, sweep or evaluation.
+        experiment: id of the experiment. If it is given and the store does not have the run, or the run was deleted
+            there, a new run is created and gets all events.
+    """
+
+    def __init__(self, uri: str, folder: str | Path, experiment: str = "") -> None:
+        self.uri, self.client = uri, MlflowClient(uri)
+        self.folder = Path(folder) / FOLDER
+        self.file = self.folder / EVENTS
+        # The name begins with a dot, so it is not uploaded: it holds what this machine knows of the store.
+        self._state_file = self.folder / f".{store_key(uri)}.json"
+        self._state: Event = {"experiment": experiment, "run_id": "", "offset": 0, "ahead": {}}
+        if self._state_file.exists():
+            self._state |= json.loads(self._state_file.read_text(encoding="utf-8"))
+        self._may_create = bool(experiment)
+        self._name, self._begun, self._last_step, self.ended = Path(folder).name, _now(), -1, False
+        self._tags: dict[str, str] = {}
+        self._results: dict[str, tuple[int, float]] = {}
+        for event, _ in self._events():
+            self._read(event)
+        self._logged_until = self._last_step
+        self._pending: list[tuple[str, float, int, int]] = []
+        self._next_try, self._is_down, self._has_refused = 0.0, False, False
+        self._watches = False
+        self._monitor: SystemMetricsMonitor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        uri: str,
+        experiment: str,
+        name: str,
+        *,
+        folder: str | Path,
+        parent: str | None = None,
+        trial: str | None = None,
+    ) -> "MlflowLogger":
+        """Begin or continue the folder's run; its status becomes RUNNING.
+
+        Args:
+            parent: id of the sweep's run, if this is a trial.
+            trial: name of the training among all.
+        """
+        key = run_key(folder, parent)
+        logger = cls(uri, folder, experiment)
+        logger._remember(experiment=experiment)
+        tags = {KEY: key, "mlflow.source.name": "umbrella", **code_version()}
+        tags |= {PARENT: parent} if parent else {}
+        tags |= {TRIAL: trial} if trial else {}
+        logger._log({"do": "start", "name": name, "tags": tags, "time": _now()})
+        return logger
+
+    @property
+    def run_id(self) -> str:
+        """The run's id in MLflow.
+
+        Raises:
+            UserError: the run was not created yet because the server does not answer.
+        """
+        if not self._state["run_id"]:
+            raise UserError(f"MLflow at {masked(self.uri)} does not answer, so the run has no id yet; try again later")
+        return self._state["run_id"]
+
+    @property
+    def experiment(self) -> str:
+        """Id of the experiment."""
+        return self._state["experiment"]
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are events that MLflow has not acknowledged."""
+        return next(self._events(self._state["offset"]), None) is not None
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters. A resumed run keeps those that it has."""
+        self._log({"do": "params", "values": {name: str(value) for name, value in values.items()}})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags."""
+        new = {name: str(value) for name, value in values.items() if self._tags.get(name) != str(value)}
+        if new:
+            self._log({"do": "tags", "tags": new})
+
+    def inputs(self, datasets: Sequence[Mapping[str, Any]]) -> None:
+        """Log the datasets that the run reads, see ``datasets.describe``."""
+        self._log({"do": "inputs", "values": [dict(dataset) for dataset in datasets]})
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Collect metrics for ``flush``, unless the step was logged before a training was interrupted."""
+        now = _now()
+        if step > self._logged_until:
+            self._pending += [(name, float(value), now, step) for name, value in values.items()]
+
+    def flush(self) -> None:
+        """Log the collected metrics."""
+        # MLflow's compare page selects the metric that was written first. Sorted by name, that is best/...
+        pending, self._pending = sorted(self._pending, key=lambda metric: metric[0]), []
+        if pending:
+            self._append({"do": "metrics", "values": pending})
+        self._send()
+
+    def results(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics of what follows a step, such as an evaluation of its checkpoint; only values that have changed.
+
+        The run may have ended.
+        """
+        now, new = _now(), {name: value for name, value in values.items() if self._results.get(name) != (step, value)}
+        if new:
+            self._append({"do": "results", "values": [(name, float(value), now, step) for name, value in new.items()]})
+        self._send()
+
+    def text(self, content: str, file: str) -> None:
+        """Log a text as an artifact."""
+        self.save(content.encode(), file)
+
+    def artifact(self, path: str | Path) -> None:
+        """Log a file as an artifact."""
+        self.save(Path(path).read_bytes(), Path(path).name)
+
+    def save(self, content: bytes, file: str) -> None:
+        """Log bytes as an artifact. A copy stays in the folder; the next artifact of this name replaces it."""
+        kept = self.folder / "files" / file
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(content)
+        self._log({"do": "file", "file": file})
+
+    def folder_artifact(self, path: str | Path, folder: str) -> None:
+        """Log the files of a folder as artifacts. There is no copy: the folder has to stay until they are sent."""
+        self._log({"do": "folder", "path": os.path.relpath(path, self.folder), "to": folder})
+
+    def watch_system(self) -> None:
+        """Log system metrics from the first ``flush`` on."""
+        self._watches = True
+
+    def history(self, *names: str) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) of these metrics over the whole run; without those that have none."""
+        found: dict[str, dict[int, float]] = {name: {} for name in names}
+        for event, _ in self._events():
+            if event["do"] == "metrics":
+                for name, value, _, step in event["values"]:
+                    if name in found:
+                        found[name][step] = value
+        return {name: sorted(points.items()) for name, points in found.items() if points}
+
+    def end(self, status: str = "FINISHED", outcome: str = "finished", wait: float = LAST_WAIT) -> None:
+        """End the run.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            outcome: value of the tag ``umbrella.outcome``, which also distinguishes early stopping.
+            wait: seconds to wait for a server that does not answer.
+        """
+        if self._monitor and not self._is_down:
+            self._monitor.finish()
+        self._watches = False
+        self.flush()
+        self._log({"do": "end", "status": status, "tags": {OUTCOME: outcome}, "time": _now()})
+        until = time.monotonic() + wait
+        while self.waits and time.monotonic() < until:
+            time.sleep(0.2 if is_local(self.uri) else 1.0)
+            self._next_try = 0.0
+            self._send()
+        if self.waits:
+            why = f"MLflow at {masked(self.uri)} still does not answer"
+            _note(f"{why}; the rest stays in {self.file} and is sent when this run is resumed")
+
+    def _log(self, event: Event) -> None:
+        self._append(event)
+        self._send()
+
+    def _append(self, event: Event) -> None:
+        line = json.dumps(event).encode() + b"\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # half a line of a process that was killed
+                    line = b"\n" + line
+            file.write(line)
+        self._read(event)
+
+    def _events(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
+        """Events from an offset on, each with the offset of the next one."""
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+        for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
+            offset += len(line)
+            with suppress(json.JSONDecodeError):  # half a line
+                yield json.loads(line), offset
+
+    def _read(self, event: Event) -> None:
+        """Note what an event says of the run."""
+        if event["do"] == "start":
+            self._name, self._begun, self.ended = event["name"], min(self._begun, event["time"]), False
+        self._tags |= event.get("tags", {})
+        self.ended = self.ended or event["do"] == "end"
+        if event["do"] == "metrics":
+            self._last_step = max([self._last_step, *(step for *_, step in event["values"])])
+        elif event["do"] == "results":
+            self._results |= {name: (step, value) for name, value, _, step in event["values"]}
+
+    def _remember(self, **values: Any) -> None:
+        self._state |= values
+        self.folder.mkdir(parents=True, exist_ok=True)
+        put_text(self._state_file, json.dumps(self._state))
+
+    def _send(self) -> None:
+        """Send what was not acknowledged, unless the server has just failed to answer."""
+        if time.monotonic() < self._next_try or not self.waits:
+            return
+        offset = self._state["offset"]
+        try:
+            offset = self._connect()
+            try:
+                for event, end in self._events(offset):
+                    self._send_or_refuse(event)
+                    offset = end
+            finally:
+                self._remember(offset=offset)
+            self._watch()
+        except Exception as error:
+            if not can_wait(error, self.uri):
+                raise
+            self._next_try = time.monotonic() + RETRY
+            if not self._is_down:
+                _note(f"MLflow at {masked(self.uri)} does not answer; what it misses is in {self.file} and sent later")
+            self._is_down = True
+        else:
+            self._next_try, self._is_down = 0.0, False
+
+    def _connect(self) -> int:
+        """Find the run by its id or its key, or create it; returns the offset to send from."""
+        before, run = self._state["run_id"], None
+        if before and not self._may_create:
+            return self._state["offset"]
+        if before:
+            try:
+                run = self.client.get_run(before)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        if not run or run.info.lifecycle_stage != "active":
+            run, ahead = self._find_or_create()
+            self._remember(run_id=run.info.run_id, offset=0, ahead=ahead)
+            if before:
+                gone = f"MLflow at {masked(self.uri)} does not have the run {before} of {self._name} any more"
+                _note(f"{gone}; the run {run.info.run_id} gets all that was logged so far")
+        self._may_create = False
+        return self._state["offset"]
+
+    def _find_or_create(self) -> tuple[Run, dict[str, int]]:
+        """The run, and the last step of each of its metrics."""
+        experiment, key = self.experiment, run_key(self.folder.parent)
+        found = self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        if not found:
+            return self.client.create_run(experiment, self._begun, {KEY: key}, self._name), {}
+        # Another machine may have sent more events than this folder has, and the steps are trained again.
+        (run,) = found
+        names = [name for name in run.data.metrics if not name.startswith("system/")]
+        history = {name: self.client.get_metric_history(run.info.run_id, name) for name in names}
+        return run, {name: max(metric.step for metric in metrics) for name, metrics in history.items()}
+
+    def _send_or_refuse(self, event: Event) -> None:
+        """Send an event. One that MLflow refuses for good, such as of a run that was deleted, is named once."""
+        try:
+            self._send_event(event, self._state["run_id"])
+        except Exception as error:
+            no_file = event["do"] in ("file", "folder") and isinstance(error, OSError)
+            if can_wait(error, self.uri) or not (no_file or is_refusal(error, self.uri)):
+                raise
+            if not self._has_refused:
+                _note(f"MLflow at {masked(self.uri)} refuses an event: {short(error)}; it stays in {self.file}")
+            self._has_refused = True
+
+    def _send_event(self, event: Event, run_id: str) -> None:
+        client, values = self.client, event.get("values", [])
+        if event["do"] == "start":
+            client.update_run(run_id, status="RUNNING")
+        if "tags" in event:
+            client.log_batch(run_id, tags=[RunTag(*tag) for tag in event["tags"].items()])
+        if event["do"] == "params":
+            known = client.get_run(run_id).data.params
+            params = [Param(name, value) for name, value in values.items() if name not in known]
+            for i in range(0, len(params), MAX_PARAMS):
+                client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
+        elif event["do"] in ("metrics", "results"):
+            ahead = self._state["ahead"] if event["do"] == "metrics" else {}
+            metrics = [Metric(*value) for value in values if value[3] > ahead.get(value[0], -1)]
+            for i in range(0, len(metrics), MAX_METRICS):
+                client.log_batch(run_id, metrics=metrics[i : i + MAX_METRICS])
+        elif event["do"] == "inputs":
+            client.log_inputs(run_id, [to_input(dataset) for dataset in values])
+        elif event["do"] == "file" and (path := self.folder / "files" / event["file"]).exists():
+            client.log_artifact(run_id, str(path), posixpath.dirname(event["file"]) or None)
+        elif event["do"] == "folder" and (path := self.folder / event["path"]).exists():
+            client.log_artifacts(run_id, str(path.resolve()), event["to"])
+        elif event["do"] == "end":
+            client.set_terminated(run_id, event["status"], event["time"])
+
+    def _watch(self) -> None:
+        """Start MLflow's monitor of this machine, again after an outage: it ends itself when it meets one."""
+        if not self._watches or self._last_step < 0 or (self._monitor and not self._is_down):
+            return
+        if self._monitor:
+            self._monitor.finish()
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+        self._monitor.start()
+
+
+def run_key(folder: str | Path, parent: str | None = None) -> str:
+    """The UUID that a run is tagged with. It is kept in the folder, and made if there is none.
+
+    Args:
+        parent: id of the sweep's run. The key of its trial follows from it and the folder's name, so that another
+            machine has the same key although the folder was not uploaded yet.
+    """
+    file = Path(folder, FOLDER, "run.uuid")
+    if not (file.exists() and file.read_text(encoding="utf-8")):  # empty after a power cut
+        file.parent.mkdir(parents=True, exist_ok=True)
+        put_text(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
+    return file.read_text(encoding="utf-8")
+
+
+def find_run(uri: str, folder: Path) -> MlflowLogger | None:
+    """The logger of a training that is over; None if the store has no run of it or the folder cannot be written to.
+
+    If the server does not answer, the run is taken to exist.
+    """
+    logger = MlflowLogger(uri, folder)
+    if not os.access(logger.file, os.W_OK) or not logger.experiment:
+        return None
+    try:
+        if logger._state["run_id"] and logger.client.get_run(logger.run_id).info.lifecycle_stage != "active":
+            return None
+    except MlflowException as error:
+        if not can_wait(error, uri):
+            return None
+    return logger
+
+
+def close_run(
+    uri: str,
+    folder: str | Path,
+    status: str,
+    outcome: str,
+    experiment: str = "",
+    tags: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """End the run of a training whose process is gone, unless that ended it, and send what waits.
+
+    Args:
+        folder: folder of the training.
+        status, outcome: see ``MlflowLogger.end``.
+        experiment: see ``MlflowLogger``.
+        tags: tags to set first.
+    """
+    try:
+        logger = MlflowLogger(uri, folder, experiment)
+        if not logger.file.exists() or not logger.experiment:  # no process came so far
+            return
+        logger.tags(tags)
+        if logger.ended:
+            logger.flush()
+        else:
+            logger.end(status, outcome, wait=0)
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # a full disk, say, was reported already
+        _note(f"MLflow at {masked(uri)} does not have the end of {Path(folder).name}: {short(error)}")
+
+
+def is_name(target: str) -> bool:
+    """Whether MLflow accepts metrics whose names contain this target."""
+    return is_metric(f"eval/{target}/balanced_accuracy")
+
+
+def is_metric(name: str) -> bool:
+    """Whether MLflow accepts a metric of this name."""
+    return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _note(words: str) -> None:
+    print(f"note: {words}", file=sys.stderr, flush=True)
