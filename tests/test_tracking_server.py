@@ -187,3 +187,29 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
     ]
     assert [value.value for value in client.get_metric_history(night.info.run_id, "best/eval/loss")] == [0.5]
     assert len(client.search_model_versions("name = 'brains'")) == 1
+
+
+HOLD = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_database_that_is_locked_for_longer_than_mlflow_waits_gets_everything_later(
+    uri: str, experiment: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    logger = MlflowLogger.start(uri, experiment, "x", folder=tmp_path / "one")
+    words = [sys.executable, "-c", HOLD, uri.removeprefix("sqlite:///")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        logger.metrics({"train/loss": 2.0}, 1)
+        logger.flush()  # MLflow gives up after 20 s
+        assert logger.waits
+        holder.communicate()  # it releases the lock
+    logger.end()
+    assert steps(logger) == [1]
+    assert capfd.readouterr().err.startswith(f"note: MLflow at {uri} does not answer; what it misses is in ")
