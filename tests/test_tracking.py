@@ -17,8 +17,8 @@ from umbrella.tracking import environment
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.environment import code_version, environment_json
 from umbrella.tracking.links import pages
-from umbrella.tracking.mlflow_logger import MlflowLogger, is_name
-from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.tracking.mlflow_logger import MlflowLogger
+from umbrella.tracking.store import is_name, open_experiment, tracking_uri
 
 
 @pytest.fixture(scope="module")

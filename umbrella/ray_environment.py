@@ -1,4 +1,4 @@
-"""Environment variables of Ray and MLflow, which both read when they are imported."""
+"""Environment variables of Ray, which it reads when it is imported. Those of MLflow are in ``tracking``."""
 
 import os
 
@@ -9,7 +9,6 @@ ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # the lines of a training are meant for the user
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train wants it for its own processes
 }
 """For every process of ours; a variable that is set already stays."""

@@ -15,9 +15,9 @@ from umbrella.config import SETTINGS
 from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.parts import band_names
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.mlflow_logger import MlflowLogger, find_run, is_metric
+from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
 from umbrella.tracking.privacy import hide, read_salt
-from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
 from umbrella.training.progress import PROGRESS, read_progress
 
 ARTIFACTS = "evaluation"

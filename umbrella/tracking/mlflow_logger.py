@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import posixpath
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -424,16 +423,6 @@ def close_run(
             logger.end(status, outcome, wait=0)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # a full disk, say, was reported already
         _note(f"MLflow at {masked(uri)} does not have the end of {Path(folder).name}: {short(error)}")
-
-
-def is_name(target: str) -> bool:
-    """Whether MLflow accepts metrics whose names contain this target."""
-    return is_metric(f"eval/{target}/balanced_accuracy")
-
-
-def is_metric(name: str) -> bool:
-    """Whether MLflow accepts a metric of this name."""
-    return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
 
 
 def _now() -> int:

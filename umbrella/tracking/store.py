@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+import posixpath
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -63,6 +65,16 @@ def can_wait(error: Exception, uri: str) -> bool:
 def is_refusal(error: Exception, uri: str) -> bool:
     """Whether the store is there and does not take it: a deleted run, a name that is not allowed."""
     return isinstance(error, MlflowException) and error.get_http_status_code() < 500 and not storage_fault(error)
+
+
+def is_name(target: str) -> bool:
+    """Whether MLflow accepts metrics whose names contain this target."""
+    return is_metric(f"eval/{target}/balanced_accuracy")
+
+
+def is_metric(name: str) -> bool:
+    """Whether MLflow accepts a metric of this name."""
+    return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
 
 
 def open_experiment(uri: str, name: str, storage: str | Path) -> str:

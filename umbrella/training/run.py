@@ -22,8 +22,8 @@ from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.datasets import describe
-from umbrella.tracking.mlflow_logger import close_run, is_name, run_key
-from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.tracking.mlflow_logger import close_run, run_key
+from umbrella.tracking.store import is_name, open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
