@@ -69,14 +69,6 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
     return config
 
 
-def embedders_of(settings: ModelSettings) -> set[str]:
-    """The modalities that a checkpoint has an embedder for; it keeps those, whatever ``embedder_init`` says."""
-    if not settings.checkpoint:
-        return set()
-    config = AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
-    return set(config.modalities) if isinstance(config, UmbrellaConfig) else set()
-
-
 def load_model(
     settings: ModelSettings, modalities: Mapping[str, Modality], image_id: int
 ) -> UmbrellaForConditionalGeneration:

@@ -7,7 +7,7 @@ the worker. Only the worker needs the model, so only the worker imports it: seco
 import gc
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -80,16 +80,14 @@ class Job(AnyJob):
     """Names of the modalities that occur in the training split."""
     longest_answer: int
     """See ``data.intake.Splits.longest_answer``."""
-    swept: Mapping[str, Any] = field(default_factory=dict)
-    """Of a trial, its point: names of settings to the values that Ray Tune was given."""
     idle: ClassVar[tuple[str, ...]] = ("tune", "baseline")
 
     def worker(self) -> "Runs":
         """See ``training.worker``."""
-        from umbrella.training.worker import Worker
+        from umbrella.training.worker import make_worker
 
         _keep_imports()
-        return Worker(self)
+        return make_worker(self)
 
     def plan(self, workers: int, sorted_by: int) -> Plan:
         """Which sample each of so many workers sees at each step. ``sorted_by``: of the checkpoint, see ``Plan``."""

@@ -37,7 +37,7 @@ def parallelise(
     device never holds it whole. Its weights become other objects: ask for them, and build the optimizer, afterwards.
     """
     if workers > 1 and settings.shard:
-        mesh = init_device_mesh(device.type, (workers,))
+        mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         for layer in model.model.language_model.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         # All else is one group, gathered once a forward pass: a tower sharded by layers would be gathered once for each

@@ -65,12 +65,6 @@ class Reporter:
         print(text, flush=True)
         self.log.say(FIRST)
 
-    def acts(self, found: Mapping[str, Any], blind: Sequence[str]) -> None:
-        """Tag the run with what a sweep has set, as it was read where it acts. ``blind``: where only settings tell."""
-        self.tracker.tags({f"acts.{name}": str(value) for name, value in found.items() if name not in blind})
-        if blind:
-            self.tracker.tags({"acts.not_read": ", ".join(blind)})
-
     def step(self, result: StepResult, place: Mapping[str, float], pace: Pace) -> None:
         """Note what a step did. ``place``: step, steps and epoch."""
         values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}

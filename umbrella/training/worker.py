@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -19,7 +19,6 @@ from ray import tune
 from ray.train.torch import get_device
 
 from umbrella.base import UserError
-from umbrella.config import Settings
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.intake import open_store
@@ -40,8 +39,6 @@ from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.pace import Pace, memory
 from umbrella.training.parallel import gathered, parallelise, rank_and_world_size, seed_worker, together
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
-from umbrella.training.readback import read_back
-from umbrella.training.readers import Acting
 from umbrella.training.reporting import Reporter
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device
@@ -52,31 +49,33 @@ SWITCH = 5e-4
 
 
 class Worker:
-    """One process of a training. Rank 0 also tracks the run and writes checkpoints.
+    """One process of a training.
+
+    Args:
+        train, validation: the tables of the job.
+        workers: how many processes the training has; ``rank`` counts them from 0.
+        reporter: of rank 0, which tracks the run and writes checkpoints; None for the others.
 
     Raises:
         UserError: what cannot be trained, or the training's folder cannot be written to.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.settings = job, job.settings
-        logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
-        transformers.utils.logging.disable_progress_bar()
-        self.rank, workers = rank_and_world_size()
-        if not Path(job.folder).is_dir():
-            raise UserError(
-                f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them"
-            )
-        sys.setswitchinterval(SWITCH)
-        self.device = get_device()
-        # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
-        torch.set_num_threads(self.settings.resources.threads)
-        self.reporter = Reporter(job, self.device) if self.rank == 0 else None
+    def __init__(
+        self,
+        job: Job,
+        train: pa.Table,
+        validation: pa.Table,
+        rank: int,
+        workers: int,
+        device: torch.device,
+        reporter: Reporter | None,
+    ) -> None:
+        self.job, self.settings, self.table = job, job.settings, train
+        self.rank, self.device, self.reporter = rank, device, reporter
         self.dtype = getattr(torch, self.settings.model.dtype)
-        self.table: pa.Table = ray.get(job.train)
         self.renderer = load_renderer(self.settings)
         self.collate = Collator(self.renderer, open_store(self.settings), pin=self.device.type == "cuda")
-        self.evaluate = Evaluator(job, ray.get(job.validation), self.collate, self.rank, workers, self.device)
+        self.evaluate = Evaluator(job, validation, self.collate, self.rank, workers, self.device)
 
         torch.manual_seed(self.settings.seed)
         self.model = build_model(
@@ -101,7 +100,6 @@ class Worker:
         self.written = names_to_write(self.model, self.settings.model)
         if latest:
             restore(latest, self.model, self.written, self.optimizer, self.schedule, self.rank)
-        self.unread = dict(job.swept)
         log = Path(job.folder) / f"samples_{self.rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.log_error: OSError | None = None
@@ -143,8 +141,6 @@ class Worker:
             with pace.waiting():
                 made = [next(stream) for _ in range(self.settings.train.accumulate)]
             micro_batches = [augment(batch, self.settings.train.augment) for batch in made]
-            if self.unread:
-                self._read_back(made, micro_batches)
             del made  # volumes on the GPU
             clip = self.settings.optim.clip
             try:
@@ -181,25 +177,6 @@ class Worker:
             if self.reporter:
                 self.reporter.end(self.progress, self._place())
         return None
-
-    def _read_back(self, made: Sequence[Batch], fed: Sequence[Batch]) -> None:
-        """Compare what a sweep has set with what is there, before the first step."""
-        first = made[0]
-        examples = [self.renderer.render(from_table(self.table, int(i))) for i in first.sample_indices]
-
-        def again(settings: Settings) -> Batch:
-            collate = Collator(self.renderer, open_store(settings))
-            return collate(examples, settings.mask, draws=first.draws, pack=settings.data.pack)
-
-        acting = Acting(
-            self.settings, self.model, self.parts, self.optimizer, self.schedule, self.steps, self.plan, made, fed,
-            examples, again, self.dtype,
-        )  # fmt: skip
-        with together():
-            found, blind = read_back(acting, self.unread)
-            if self.reporter:
-                self.reporter.acts(found, blind)
-        self.unread = {}
 
     def _training_batches(self) -> Iterator[Batch]:
         def make(rows: Rows) -> Batch:
@@ -271,3 +248,21 @@ def report_metrics(metrics: dict[str, Any]) -> None:
         tune.report(metrics)
     else:  # under Ray Tune, ``TuneReportCallback`` passes it on
         ray.train.report(metrics)
+
+
+def make_worker(job: Job) -> Worker:
+    """The worker that Ray Train has started this process for.
+
+    Raises:
+        UserError: see ``Worker``.
+    """
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
+    transformers.utils.logging.disable_progress_bar()
+    if not Path(job.folder).is_dir():
+        raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
+    sys.setswitchinterval(SWITCH)
+    # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
+    torch.set_num_threads(job.settings.resources.threads)
+    (rank, workers), device = rank_and_world_size(), get_device()
+    reporter = Reporter(job, device) if rank == 0 else None
+    return Worker(job, ray.get(job.train), ray.get(job.validation), rank, workers, device, reporter)

@@ -1,0 +1,499 @@
+"""Every setting that a sweep can vary changes what a worker holds or does, at the place where the setting acts.
+
+Each case makes the worker of a training under two values of one setting, as a trial does. Ray is not started: rows come
+from a list instead of a Ray data set, and nobody asks the worker to stop.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pytest
+import ray.data
+import ray.train
+import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+from umbrella.base import UserError
+from umbrella.config import describe, load_settings
+from umbrella.data.pipeline import to_table
+from umbrella.data.rendering import load_renderer
+from umbrella.evaluation.scoring import find_candidates
+from umbrella.modality import Modality
+from umbrella.model.selection import parts
+from umbrella.training.job import Job
+from umbrella.training.step import Diverged
+from umbrella.training.worker import Worker
+from umbrella.tuning.reading import FIXED, IN_THE_WORKER, section_of
+
+BASE = {
+    "modalities": {
+        "sMRI": {"grid": [4, 4, 4], "patch": [4, 4, 4]},
+        "fMRI": {"grid": [4, 4, 4, 4], "patch": [4, 4, 4, 2]},
+    },
+    "model.width": 16,
+    "model.heads": 2,
+    "model.language_layers": 1,
+    "optim.lr": 2**-10,
+    "optim.warmup": 0,
+    "optim.schedule": "constant",
+    "train.epochs": 1,
+    "train.batch_size": 4,
+    "train.accumulate": 1,
+    "data.log_samples": True,
+    "tune.metric": "eval/loss",
+    "tune.mode": "min",
+}
+STILL = {"optim.lr": 1e-30}
+"""No weight moves, so that no evaluation is better than the first."""
+FOUR_STEPS = {"train.batch_size": 2}
+LLAVA = "a LLaVA"
+"""Stands for the folder of a checkpoint."""
+
+
+class Dataset:
+    """Rows in a list, and batches of them as Ray Data makes them: so many more before the first one is used."""
+
+    def __init__(self, rows: Sequence[Mapping[str, int]], ahead: list[int]) -> None:
+        self.rows, self.ahead = rows, ahead
+        self.context = SimpleNamespace(execution_options=SimpleNamespace())
+
+    def set_name(self, name: str) -> None:
+        pass
+
+    def iter_torch_batches(
+        self, *, batch_size: int, prefetch_batches: int, collate_fn: Callable[[Any], Any], device: str
+    ) -> Iterator[Any]:
+        self.ahead.append(prefetch_batches)
+        made: deque[Any] = deque()
+        for start in range(0, len(self.rows), batch_size):
+            rows = self.rows[start : start + batch_size]
+            made.append(collate_fn({name: np.array([row[name] for row in rows]) for name in rows[0]}))
+            if len(made) > prefetch_batches:
+                yield made.popleft()
+        yield from made
+
+
+class Training:
+    """A worker, and from the first time that ``ran`` is asked for what it has done.
+
+    events: a letter for each forward pass in training (T), optimizer step (S) and forward pass in evaluation (E).
+    given: inputs of the model, by letter. rates: of the optimizer's groups, at each step.
+    attention: what that of the first layer returned, states and weights, by place (tower or language model) and letter.
+    ahead: batches made ahead, by data set.
+    """
+
+    def __init__(self, worker: Worker, ahead: list[int]) -> None:
+        self.worker, self.model, self.settings, self.ahead = worker, worker.model, worker.settings, ahead
+        self.events = ""
+        self.given: dict[str, list[dict[str, Any]]] = {"T": [], "E": []}
+        self.rates: list[dict[str, float]] = []
+        self.attention: dict[tuple[str, str], list[Any]] = {}
+        self.layers = {
+            "tower": self.model.model.vision_tower.encoder.layers[0],
+            "language model": self.model.model.language_model.layers[0],
+        }
+
+    @cached_property
+    def ran(self) -> "Training":
+        """Itself, after the worker has trained to its end."""
+        optimizer = self.worker.optimizer
+
+        def passes(module: Any, args: Any, given: dict[str, Any]) -> None:
+            letter = "T" if module.training else "E"
+            self.events += letter
+            self.given[letter].append(given)
+
+        def steps(*unused: Any) -> None:
+            self.events += "S"
+            self.rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+        def attends(place: str) -> Any:
+            return lambda module, args, out: self.attention.setdefault(
+                (place, "T" if module.training else "E"), []
+            ).append(out)
+
+        self.worker.parallel.register_forward_pre_hook(passes, with_kwargs=True)
+        optimizer.register_step_post_hook(steps)
+        for place, layer in self.layers.items():
+            layer.self_attn.register_forward_hook(attends(place))
+        self.worker.run()
+        return self
+
+
+# What is seen of a setting: a value, or values by the place where they are seen.
+
+
+def events(training: Training) -> str:
+    return training.ran.events
+
+
+def steps(training: Training) -> int:
+    with suppress(Diverged):
+        assert training.ran
+    return training.events.count("S")
+
+
+def rates(part: str) -> Callable[[Training], dict[str, float]]:
+    def see(training: Training) -> dict[str, float]:
+        named = [(f"{n}, step {i}", rate) for i, of in enumerate(training.ran.rates) for n, rate in of.items()]
+        return {where: rate for where, rate in named if where.startswith(part)}
+
+    return see
+
+
+def shares(training: Training) -> list[float]:
+    """Of the peak rate."""
+    return [step["rest.kept"] / training.settings.optim.lr for step in training.ran.rates]
+
+
+def decays(training: Training) -> dict[str, float]:
+    groups = training.worker.optimizer.param_groups
+    return {group["name"]: group["weight_decay"] for group in groups if group["name"].endswith(".decayed")}
+
+
+def clipped(training: Training) -> float:
+    """The norm of the first step's gradient; Adam's first moment is a tenth of it."""
+    moments = [state["exp_avg"] for state in training.ran.worker.optimizer.state.values()]
+    return 10 * float(torch.nn.utils.get_total_norm(moments))
+
+
+def order(training: Training) -> list[str]:
+    log = Path(training.ran.worker.job.folder) / "samples_0.jsonl"
+    return re.findall(r"sample-\d+", log.read_text(encoding="utf-8"))
+
+
+def tokens(training: Training) -> dict[str, Any]:
+    return {letter: [given["input_ids"].tolist() for given in of] for letter, of in training.ran.given.items()}
+
+
+def weights(training: Training) -> list[Any]:
+    return [given["loss_weights"].tolist() for given in training.ran.given["T"]]
+
+
+def volumes(modality: str, letters: str = "TE") -> Callable[[Training], dict[str, Any]]:
+    def see(training: Training) -> dict[str, Any]:
+        groups = {x: [given["pixel_values"].get(modality) for given in training.ran.given[x]] for x in letters}
+        return {letter: [group.voxels.tolist() for group in of if group] for letter, of in groups.items()}
+
+    return see
+
+
+def frames(training: Training) -> list[int]:
+    """Those of a series that the evaluation sees: each frame of the file is about its number, before the z-score."""
+    (window, *_), *_ = volumes("fMRI", "E")(training)["E"]
+    return (np.mean(window, (0, 1, 2)) * np.std(range(16)) + 7.5).round().tolist()
+
+
+def grids(training: Training) -> dict[str, tuple[int, ...]]:
+    groups = [given["pixel_values"].get("sMRI") for of in training.ran.given.values() for given in of]
+    embedder = training.model.embedder.by_modality["sMRI"]
+    positions = tuple(len(table) * step for table, step in zip(embedder.positions, embedder.patch, strict=True))
+    return {"positions": positions} | {str(i): tuple(group.voxels.shape[1:]) for i, group in enumerate(groups) if group}
+
+
+def not_a_number(training: Training) -> str:
+    """What becomes of a volume that has such a voxel."""
+    into = np.zeros(training.settings.modalities["sMRI"].grid, np.float16)
+    try:
+        training.worker.collate.store.read(Path(training.settings.resources.storage) / "nan.nii", "sMRI", into)
+    except UserError:
+        return "refused"
+    return "read" if np.isfinite(into).all() and into.any() else "spoilt"
+
+
+def moved(training: Training) -> set[str]:
+    """The parts of the model that are not what they were."""
+    before = {part: [w.detach().clone() for w in of] for part, of in parts(training.model).items()}
+    now = parts(training.ran.model)
+    return {part for part, of in before.items() if not all(map(torch.equal, of, now[part]))}
+
+
+def adapters(read: Callable[[Any], Any]) -> Callable[[Training], dict[str, Any]]:
+    return lambda training: {n: read(m) for n, m in training.model.named_modules() if hasattr(m, "lora_A")}
+
+
+def arithmetic(training: Training) -> dict[str, torch.dtype]:
+    returned = {f"{place}, {letter}": out[0][0].dtype for (place, letter), out in training.ran.attention.items()}
+    return returned | {"frozen matrices": training.model.lm_head.weight.dtype}
+
+
+def heads(training: Training) -> dict[str, int]:
+    _, weights = training.ran.attention["language model", "T"][0]
+    return {"tower": training.layers["tower"].self_attn.num_heads, "language model": weights.shape[1]}
+
+
+def widths(training: Training) -> dict[str, int]:
+    return {"tower": training.layers["tower"].mlp.fc2.out_features, "words": training.model.lm_head.in_features}
+
+
+def computations(training: Training) -> dict[str, float]:
+    """How often a layer computes what it computes in one training step."""
+    given = training.ran.given["T"]
+    times = {"tower": sum(len(of["pixel_values"]) for of in given), "language model": len(given)}
+    return {place: len(training.attention[place, "T"]) / number for place, number in times.items()}
+
+
+def compiled(training: Training) -> dict[str, bool]:
+    """Whether layers would be compiled, if that were not forbidden here."""
+    model, words = training.model, torch.zeros(1, 4, dtype=torch.long)
+    runs: dict[str, Callable[[], Any]] = {
+        "tower": lambda: model.volume_features("sMRI", torch.zeros(1, 4, 4, 4)),
+        "language model": lambda: model.model.language_model(words),
+    }
+    return {place: refuses_to_compile(run) for place, run in runs.items()}
+
+
+def refuses_to_compile(run: Callable[[], Any]) -> bool:
+    with torch.compiler.set_stance("fail_on_recompile"):
+        try:
+            run()
+        except RuntimeError as error:
+            assert "fail_on_recompile" in str(error)  # noqa: PT017  # of another error the test dies
+            return True
+    return False
+
+
+def sharded(training: Training) -> bool:
+    return all(isinstance(weight, DTensor) for weight in training.worker.parallel.parameters())
+
+
+def seeds(training: Training) -> dict[str, Any]:
+    worker = training.worker
+    initial = [weight.sum().item() for weight in worker.model.parameters()]
+    drawn = worker.plan.draws(next(worker.plan.rows(0, 0)))
+    return {"weights": initial, "dropout": torch.initial_seed(), "draws": drawn[0][0], "order": order(training)}
+
+
+ITSELF = object()
+
+
+class Case(NamedTuple):
+    """Two values of a setting, and what is seen under each of them.
+
+    expected: at every place; ITSELF: the value. None: at every place another thing than under the other value.
+    given: other settings. also: others that go with the second value.
+    """
+
+    one: Any
+    other: Any
+    see: Callable[[Training], Any]
+    expected: Any = None
+    given: Mapping[str, Any] = {}
+    also: Mapping[str, Any] = {}
+
+
+SERIES, VOLUME = "modalities.fMRI", "modalities.sMRI"
+CASES = {
+    "seed": Case(0, 1, seeds),
+    f"{VOLUME}.grid": Case((4, 4, 4), (8, 4, 4), grids, ITSELF),
+    f"{VOLUME}.patch": Case((4, 4, 4), (2, 4, 4), lambda t: t.model.embedder.by_modality["sMRI"].patch, ITSELF),
+    f"{VOLUME}.fit": Case("resize", "spacing", volumes("sMRI"), also={f"{VOLUME}.spacing": 2.0}),
+    f"{VOLUME}.spacing": Case(2.0, 3.0, volumes("sMRI"), given={f"{VOLUME}.fit": "spacing", f"{VOLUME}.spacing": 1.0}),
+    f"{VOLUME}.intensity": Case("zscore", "zscore_foreground", volumes("sMRI")),
+    f"{VOLUME}.percentiles": Case((1, 99), (10, 90), volumes("sMRI"), given={f"{VOLUME}.intensity": "percentiles"}),
+    f"{VOLUME}.background": Case(0.0, 50.0, volumes("sMRI"), given={f"{VOLUME}.intensity": "zscore_foreground"}),
+    f"{VOLUME}.nan": Case("refuse", "background", not_a_number, ("refused", "read")),
+    f"{SERIES}.frame_stride": Case(1, 2, frames, ([6, 7, 8, 9], [4, 6, 8, 10])),
+    f"{SERIES}.window_stride": Case(1, 4, frames, ([6, 7, 8, 9], [4, 5, 6, 7])),
+    "data.bucket_batches": Case(1, 3, order, given={"train.batch_size": 1}),
+    "data.pack": Case(0, 4096, lambda t: len(t.ran.given["T"][0]["input_ids"]), (4, 1)),
+    "data.prefetch": Case(0, 3, lambda t: t.ran.ahead[0], ITSELF),
+    "mask.preset": Case("", "upstream", weights),
+    "mask.supervise": Case("assistant", "last_assistant", weights),
+    "mask.end_of_turn": Case(True, False, weights),
+    "mask.turn_header": Case(True, False, weights),
+    "mask.task_weights": Case({}, {"T1": 2.0}, weights),
+    "mask.normalize": Case("token", "turn", weights),
+    "model.checkpoint": Case("", LLAVA, lambda t: t.layers["language model"].mlp.up_proj.weight.tolist()),
+    "model.chat_template": Case("chatml", "vicuna", tokens),
+    "model.train": Case("projector", "embedder+tower", moved, ({"projector"}, {"embedder", "tower"})),
+    "model.embedder_init": Case(
+        "random",
+        "inflated",
+        lambda t: {n: m.projection.weight.tolist() for n, m in t.model.embedder.by_modality.items()},
+        given={"model.checkpoint": LLAVA},
+    ),
+    "model.lora_rank": Case(2, 4, adapters(lambda m: len(m.lora_A["default"].weight)), ITSELF, {"model.train": "lora"}),
+    "model.lora_alpha": Case(
+        8, 16, adapters(lambda m: m.scaling["default"] * 2), ITSELF, {"model.train": "lora", "model.lora_rank": 2}
+    ),
+    "model.lora_dropout": Case(
+        0.1, 0.2, adapters(lambda m: m.lora_dropout["default"].p), ITSELF, {"model.train": "lora"}
+    ),
+    "model.attention": Case(
+        "sdpa", "eager", lambda t: t.ran.attention["language model", "T"][0][1] is None, (True, False)
+    ),
+    "model.dtype": Case(
+        "float32", "bfloat16", arithmetic, (torch.float32, torch.bfloat16), {"model.train": "embedder"}
+    ),
+    "model.width": Case(16, 32, widths, ITSELF),
+    "model.tower_layers": Case(1, 2, lambda t: len(t.model.model.vision_tower.encoder.layers), ITSELF),
+    "model.language_layers": Case(1, 2, lambda t: len(t.model.model.language_model.layers), ITSELF),
+    "model.heads": Case(2, 4, heads, ITSELF, {"model.attention": "eager"}),
+    "optim.lr": Case(1e-3, 2e-3, rates("rest"), ITSELF, {"optim.embedder_lr": 1e-4}),
+    "optim.embedder_lr": Case(1e-3, 2e-3, rates("embedder"), ITSELF),
+    "optim.weight_decay": Case(0.1, 0.2, decays, ITSELF),
+    "optim.warmup": Case(0, 2, shares, ([1, 1, 1, 1], [0.5, 1, 1, 1]), FOUR_STEPS),
+    "optim.schedule": Case("constant", "linear", shares, ([1, 1, 1, 1], [1, 0.75, 0.5, 0.25]), FOUR_STEPS),
+    "optim.clip": Case(
+        0.01, 0.02, clipped, (pytest.approx(0.01, rel=1e-3), pytest.approx(0.02, rel=1e-3)), {"train.batch_size": 8}
+    ),
+    **{
+        f"train.augment.{name}": Case(0, value, volumes("sMRI", "T"))
+        for name, value in {
+            "flip_left_right": 1,
+            "flip_other": 1,
+            "rotate": 30,
+            "scale": 0.3,
+            "shift": 0.3,
+            "contrast": 0.3,
+            "brightness": 0.3,
+            "noise": 0.3,
+        }.items()
+    },
+    "train.epochs": Case(1, 2, events, ("TSTSE", "TSTSETSTSE")),
+    "train.batch_size": Case(4, 2, events, ("TSTSE", "TSTSTSTSE")),
+    "train.accumulate": Case(1, 2, events, ("TSTSE", "TTSE")),
+    "train.checkpoint_activations": Case(False, True, computations, (1, 2)),
+    "train.shard": Case(False, True, sharded, ITSELF, {"resources.workers": 2}),
+    "train.compile": Case(False, True, compiled, ITSELF),
+    "train.max_loss_ratio": Case(0, 0.1, steps, (12, 10), STILL | {"train.batch_size": 8, "train.epochs": 12}),
+    "train.evaluate_every": Case(0, 1, events, ("TSTSE", "TSETSE")),
+    "train.evaluation_batch_size": Case(
+        32, 1, lambda t: [len(of["input_ids"]) for of in t.ran.given["E"]], ([4], [2, 2])
+    ),
+    "train.patience": Case(
+        1, 2, events, ("TSETSE", "TSETSETSE"), STILL | {"train.evaluate_every": 1, "train.epochs": 2}
+    ),
+}
+"""By name. A modality's settings stand for those of all modalities."""
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with volumes in which background, foreground and frames differ, and one with a voxel that is NaN."""
+    folder, draw = tmp_path_factory.mktemp("storage"), np.random.default_rng(0)
+    brain = np.zeros((8, 6, 4), np.float32)
+    brain[1:7, 1:5, 1:3] = draw.normal(10, 3, (6, 4, 2))
+    brain[3:5, 2:4, 1:3] = 50
+    broken = brain.copy()
+    broken[3, 3, 1] = np.nan
+    series = (np.arange(16) + draw.normal(0, 0.1, (4, 5, 4, 16))).astype(np.float32)
+    for name, voxels in {"brain": brain, "nan": broken, "series": series}.items():
+        nib.save(nib.Nifti1Image(voxels, np.diag([1, 2, 3, 1])), folder / f"{name}.nii")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits(storage: Path, talk: Callable[..., Any]) -> tuple[list[Any], list[Any]]:
+    """Eight conversations to train on, all of other lengths, and two to evaluate."""
+    brain, series = ("sMRI", storage / "brain.nii"), ("fMRI", storage / "series.nii")
+    asked: list[Any] = [
+        [brain, "Sex?"],
+        [series, "Sex, please?"],
+        "Hi.",
+        "Hi! " * 3,
+        "Hi! " * 5,
+        "Hi! " * 7,
+        "Hi! " * 9,
+    ]
+    asked += ["Hi! " * 11, [brain, series], [series, brain]]
+    labels = ["male", "female"] * 5
+    told = [
+        talk(
+            ("user", content),
+            *([("assistant", "Hello."), ("user", "Sex?")] if content == "Hi." else []),
+            ("assistant", f"{label}."),
+            task_id=f"sample-{i}",
+            metadata={"subject_id": f"subject-{i}", "subject_label": label},
+        )
+        for i, (content, label) in enumerate(zip(asked, labels, strict=True))
+    ]
+    return told[:8], told[8:]
+
+
+@pytest.fixture(scope="module")
+def llava(save_llava: Callable[..., Any], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llava")
+    save_llava(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def start(
+    storage: Path,
+    splits: tuple[list[Any], list[Any]],
+    llava: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[Mapping[str, Any]], Training]]:
+    """Makes the worker of a training with these settings, as a process of Ray Train does."""
+    ahead: list[int] = []
+    monkeypatch.setattr(ray.data, "from_items", lambda rows, **options: Dataset(rows, ahead))
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    torch.set_num_threads(1)
+    base = load_settings(overrides=BASE | {"resources.storage": str(storage)})
+
+    def start(values: Mapping[str, Any]) -> Training:
+        ahead.clear()
+        settings = base.with_values({name: llava if value is LLAVA else value for name, value in values.items()})
+        renderer = load_renderer(settings)
+        lengths = [np.array([renderer.render(c).bucket_length for c in split]) for split in splits]
+        train, validation = map(to_table, splits)
+        folder = tmp_path_factory.mktemp("training")
+        job = Job(
+            settings=settings,
+            data={},
+            tracking={"name": "test"},
+            folder=str(folder),
+            train=train,
+            validation=validation,
+            train_lengths=lengths[0],
+            validation_lengths=lengths[1],
+            candidates=find_candidates(splits[0]),
+            modalities=["fMRI", "sMRI"],
+            longest_answer=10,
+        )
+        workers = settings.resources.workers
+        if workers > 1 and not distributed.is_initialized():  # the others are not needed to make one
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        return Training(Worker(job, train, validation, 0, workers, torch.device("cpu"), None), ahead)
+
+    yield start
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def test_every_setting_that_can_be_swept_has_a_case() -> None:
+    names = [name for name, *_ in describe() if section_of(name) not in FIXED or name in IN_THE_WORKER]
+    names += [f"modalities.{name}" for name in Modality.model_fields]
+    names.remove("modalities")
+    assert sorted(re.sub(r"^modalities\.\w+", "modalities", name) for name in CASES) == sorted(names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_setting_acts(name: str, start: Callable[[Mapping[str, Any]], Training]) -> None:
+    case = CASES[name]
+    one = places(case.see(start({**case.given, name: case.one})))
+    other = places(case.see(start({**case.given, **case.also, name: case.other})))
+    assert one.keys() == other.keys() != set()
+    if case.expected is None:
+        assert [place for place in one if one[place] == other[place]] == []
+        return
+    first, second = (case.one, case.other) if case.expected is ITSELF else case.expected
+    assert one == dict.fromkeys(one, first)
+    assert other == dict.fromkeys(other, second)
+
+
+def places(seen: Any) -> dict[str, Any]:
+    return seen if isinstance(seen, dict) else {"": seen}
