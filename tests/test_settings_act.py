@@ -467,7 +467,9 @@ def start(
         workers = settings.resources.workers
         if workers > 1 and not distributed.is_initialized():  # the others are not needed to make one
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        return Training(Worker(job, train, validation, 0, workers, torch.device("cpu"), None), ahead)
+        return Training(
+            Worker(job, train, validation, 0, workers, torch.device("cpu"), None, lambda metrics: None), ahead
+        )
 
     yield start
     if distributed.is_initialized():

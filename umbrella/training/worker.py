@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -55,6 +55,7 @@ class Worker:
         train, validation: the tables of the job.
         workers: how many processes the training has; ``rank`` counts them from 0.
         reporter: of rank 0, which tracks the run and writes checkpoints; None for the others.
+        report: called with the metrics of every evaluation, on all ranks.
 
     Raises:
         UserError: what cannot be trained, or the training's folder cannot be written to.
@@ -69,9 +70,10 @@ class Worker:
         workers: int,
         device: torch.device,
         reporter: Reporter | None,
+        report: Callable[[dict[str, Any]], None],
     ) -> None:
         self.job, self.settings, self.table = job, job.settings, train
-        self.rank, self.device, self.reporter = rank, device, reporter
+        self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
         self.dtype = getattr(torch, self.settings.model.dtype)
         self.renderer = load_renderer(self.settings)
         self.collate = Collator(self.renderer, open_store(self.settings), pin=self.device.type == "cuda")
@@ -235,7 +237,7 @@ class Worker:
         if self.writer:
             self.writer.write(taken)
         if evaluated:
-            report_metrics(report)
+            self.report(report)
 
 
 def report_metrics(metrics: dict[str, Any]) -> None:
@@ -265,4 +267,4 @@ def make_worker(job: Job) -> Worker:
     torch.set_num_threads(job.settings.resources.threads)
     (rank, workers), device = rank_and_world_size(), get_device()
     reporter = Reporter(job, device) if rank == 0 else None
-    return Worker(job, ray.get(job.train), ray.get(job.validation), rank, workers, device, reporter)
+    return Worker(job, ray.get(job.train), ray.get(job.validation), rank, workers, device, reporter, report_metrics)
