@@ -12,7 +12,6 @@ from pathlib import Path
 
 import ray.train
 import torch
-from ray import tune
 
 from umbrella.training.parallel import agreed
 from umbrella.training.requests import stop_file
@@ -36,12 +35,16 @@ class Request(IntEnum):
 
 
 class Requests:
-    """Where the workers of a training look for requests. All must: what one did alone, the others would wait for."""
+    """Where the workers of a training look for requests. All must: what one did alone, the others would wait for.
 
-    def __init__(self, folder: str | Path, rank: int, device: torch.device) -> None:
+    Args:
+        of_ray_train: whether Ray Train started this process, and not Ray Tune.
+    """
+
+    def __init__(self, folder: str | Path, rank: int, device: torch.device, of_ray_train: bool = True) -> None:
         self._file, self._rank, self._device = stop_file(folder), rank, device
         self._next_look, self._next_question, self._known = 0.0, 0.0, None
-        if tune.get_context().get_trial_id():  # the process of a trial is no worker of Ray Train, which would not know
+        if not of_ray_train:  # it knows nothing of other processes
             self._next_question = inf
 
     def look(self) -> Request:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import ray
-from ray import tune
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
@@ -51,8 +50,15 @@ class AnyJob:
     """When this attempt at the training began, in seconds since 1970."""
     datasets: Sequence[Mapping[str, Any]] = ()
     """The splits as MLflow is told of them, see ``tracking.datasets``."""
+    is_trial: bool = False
+    """Whether Ray Tune runs it."""
     idle: ClassVar[tuple[str, ...]] = ()
     """Sections of the settings that say nothing of such a training."""
+
+    @property
+    def in_trial(self) -> bool:
+        """Whether it runs in the process of a trial, without workers of Ray Train."""
+        return self.is_trial and self.settings.resources.alone
 
     def worker(self) -> "Runs":
         """What runs in each worker process. Imports what only that needs."""
@@ -212,7 +218,7 @@ def make_trainer(job: AnyJob, here: bool = False) -> TorchTrainer:
             storage_path=str(folder / "ray"),
             name=job.name,
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[TuneReportCallback()] if tune.get_context().get_trial_id() and not here else None,
+            callbacks=[TuneReportCallback()] if job.is_trial and not here else None,
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

@@ -136,7 +136,7 @@ class Worker:
         every, patience = self.every, self.settings.train.patience
         stream = to_device(self._checked(self._training_batches()), self.device)
         watch, pace = LossWatch(self.settings.train.max_loss_ratio), Pace()
-        requests = Requests(self.job.folder, self.rank, self.device)
+        requests = Requests(self.job.folder, self.rank, self.device, of_ray_train=not self.job.in_trial)
         for step in range(self.progress.step + 1, self.steps + 1):
             if self.progress.out_of_patience(patience):
                 break
@@ -240,18 +240,6 @@ class Worker:
             self.report(report)
 
 
-def report_metrics(metrics: dict[str, Any]) -> None:
-    """Report an evaluation to Ray. Collective: every rank calls it.
-
-    Raises:
-        SystemExit: the scheduler of the sweep stops the trial, whose process this is.
-    """
-    if tune.get_context().get_trial_id():
-        tune.report(metrics)
-    else:  # under Ray Tune, ``TuneReportCallback`` passes it on
-        ray.train.report(metrics)
-
-
 def make_worker(job: Job) -> Worker:
     """The worker that Ray Train has started this process for.
 
@@ -267,4 +255,7 @@ def make_worker(job: Job) -> Worker:
     torch.set_num_threads(job.settings.resources.threads)
     (rank, workers), device = rank_and_world_size(), get_device()
     reporter = Reporter(job, device) if rank == 0 else None
-    return Worker(job, ray.get(job.train), ray.get(job.validation), rank, workers, device, reporter, report_metrics)
+    # In the process of a trial Ray Tune takes the metrics, and ends the process's work by SystemExit where the
+    # scheduler stops the trial. From workers, ``TuneReportCallback`` passes them on.
+    report = tune.report if job.in_trial else ray.train.report
+    return Worker(job, ray.get(job.train), ray.get(job.validation), rank, workers, device, reporter, report)

@@ -52,6 +52,7 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
         tracking={**sweep.tracking, "name": label(config), "trial": name_of(folder)},
         folder=str(folder),
         begun=time.time(),
+        is_trial=True,
     )
     try:
         with suppress(Stopped):
