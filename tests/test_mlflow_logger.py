@@ -198,6 +198,7 @@ def test_a_process_that_is_killed_as_it_logs_leaves_each_step_once(
     again.end()
     for name in range(8):
         assert values(again, f"train/{name}") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [event["do"] for event, _ in again._events()].count("start") == 2, "none is lost in half a line"
 
 
 WRITERS = """
