@@ -20,6 +20,9 @@ import pytest
 
 from umbrella.conversations.conversation import Conversation
 from umbrella.modality import Modality
+from umbrella.ray_environment import prepare_environment
+
+prepare_environment("local")  # as scripts do, before Ray is imported
 
 MODALITIES = {
     "sMRI": Modality(grid=(4, 4, 4), patch=(2, 4, 4)),

@@ -17,8 +17,7 @@ from mlflow.entities import Run
 
 from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.history import read_history
-from umbrella.training.progress import what_is_wrong
+from umbrella.training.progress import latest_checkpoint, what_is_wrong
 from umbrella.tuning import monitor
 from umbrella.tuning.sweep import Answer, run_sweep
 
@@ -30,12 +29,12 @@ HOUR = 3600.0
 
 
 def when_evaluated(storage: Path, rate: float, do: Callable[[], None]) -> None:
-    """Do it in a thread, once the trial with this rate has evaluated."""
+    """Do it in a thread, once the trial with this rate has the checkpoint of an evaluation."""
 
     def wait() -> None:
         while True:
             for point in storage.glob("sweeps/*/trials/*/point.json"):
-                if f'"optim.lr": {rate}' in point.read_text(encoding="utf-8") and read_history(point.parent):
+                if f'"optim.lr": {rate}' in point.read_text(encoding="utf-8") and latest_checkpoint(point.parent):
                     return do()
             time.sleep(0.02)
 

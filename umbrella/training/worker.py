@@ -237,6 +237,9 @@ class Worker:
         if self.writer:
             self.writer.write(taken)
         if evaluated:
+            with together():
+                if self.writer and self.job.is_trial:  # the process of a trial may end as soon as it has reported
+                    self.writer.wait()
             self.report(report)
 
 
