@@ -79,7 +79,6 @@ def readable(moved: list[Path]) -> None:
         array.replace(array.with_suffix(".npy"))
 
 
-@pytest.mark.ci
 def test_a_worker_killed_and_one_that_raises_are_started_again_and_what_all_attempts_meet_ends_it_in_one_line(
     small_settings: Callable[..., Any], never_stopped: tuple[list, list]
 ) -> None:
