@@ -79,21 +79,16 @@ def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Call
     assert len((folder / "ranking.csv").read_text(encoding="utf-8").splitlines()) == 5
 
 
-def test_a_training_that_finds_no_place_says_so_and_starts_on_a_node_that_is_added(
+def test_a_training_whose_worker_fits_on_no_node_is_refused_before_it_starts(
     pair: Nodes, small_settings: Callable[..., Any]
 ) -> None:
-    settings = small_settings({"resources.cpus_per_worker": 4, "name": "waits", "experiment": "nodes"})
-    script = pair.run(TRAIN, str(put(settings)))
-    assert script.stderr is not None
-    line = next(line for line in script.stderr if line.startswith("waiting for"))
-    more = pair.add(5)
-    ended(script)
-    pair.kill(more)
-    assert line == (
-        "waiting for resources: 1 worker of 4 CPUs, each on one node, and 1 CPU for Ray's helpers; 6 CPUs and 0 GPUs"
-        " free of 6 CPUs and 0 GPUs on 2 nodes, room for 0 (resources.workers, .cpus_per_worker, .gpus_per_worker)\n"
+    settings = small_settings({"resources.cpus_per_worker": 4, "name": "large", "experiment": "nodes"})
+    errors = ended(pair.run(TRAIN, str(put(settings))), status=2)
+    assert errors.splitlines()[-1] == (
+        "error: resources: 1 workers of 4 CPUs and 0 GPUs, each on one node, and the nodes have room for 0; lower"
+        " resources.cpus_per_worker, .gpus_per_worker or resources.workers"
     )
-    assert latest_checkpoint(folder_of(settings)) is not None
+    assert latest_checkpoint(folder_of(settings)) is None
 
 
 def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volume_is_decoded(
