@@ -136,7 +136,7 @@ def test_who_has_not_the_clusters_token_is_told_so_in_one_line(
     pair: Nodes, small_settings: Callable[..., Any], environment: dict[str, str], words: str
 ) -> None:
     script = pair.run(TRAIN, str(put(small_settings({"name": "stranger"}))), **environment)
-    assert f"error: resources.address={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
+    assert f"error: RAY_ADDRESS={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
 
 
 def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it_would_have(
