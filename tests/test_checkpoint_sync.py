@@ -102,7 +102,7 @@ def test_a_training_is_downloaded_as_it_was_without_what_belongs_to_the_machine(
     assert not is_uploaded(resources(tmp_path / "away", address), tmp_path / "away" / FIRST)
     with synced(resources(tmp_path / "home", address), folder, all_of, [report.parent]):
         evaluate(folder, 1)
-        for name in ("stop", "ray/notes", ".step_2.partial/model"):
+        for name in ("stop", "workers", "ray/notes", ".step_2.partial/model"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
         report.parent.mkdir(parents=True)

@@ -37,7 +37,9 @@ class Nodes:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="um", dir="/tmp"))  # sockets have to have short names
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        self.environment = plain_environment() | QUICKLY | token | {"RAY_USAGE_STATS_ENABLED": "0"}
+        # Ray would repeat lines that occurred several times when a script ends, after the script's own last line.
+        other = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+        self.environment = plain_environment() | QUICKLY | token | other
         self.nodes: list[psutil.Process] = []
         self.address = ""
 

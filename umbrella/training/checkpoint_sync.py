@@ -24,7 +24,7 @@ from umbrella.training.settings import ResourceSettings
 SETTING = "resources.upload"
 INTERVAL = 10.0
 """Seconds between two uploads of what is new."""
-LOCAL = {"stop", "ray"}
+LOCAL = {"stop", "workers", "ray"}
 """Files and folders of this machine alone."""
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""

@@ -14,7 +14,7 @@ import ray.train
 import torch
 
 from umbrella.training.parallel import agreed
-from umbrella.training.requests import stop_file
+from umbrella.training.requests import stop_file, workers_file
 
 FILE_INTERVAL = 0.5
 """Seconds between two looks for the file."""
@@ -46,6 +46,8 @@ class Requests:
         self._next_look, self._next_question, self._known = 0.0, 0.0, None
         if not of_ray_train:  # it knows nothing of other processes
             self._next_question = inf
+        if rank == 0:
+            workers_file(folder).touch()
 
     def look(self) -> Request:
         """What is asked, the same on every worker. To be called by all of them after each step."""

@@ -6,7 +6,7 @@ the worker. Only the worker needs the model, so only the worker imports it: seco
 
 import gc
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -25,7 +33,10 @@ from umbrella.config import Settings
 from umbrella.data.pipeline import Plan
 from umbrella.storage import check_writable
 from umbrella.training.progress import latest_checkpoint
-from umbrella.training.requests import stop_file
+from umbrella.training.requests import stop_file, workers_file
+
+LOOK = 0.5
+"""Seconds between two looks whether a training that was asked to stop still has workers."""
 
 
 class Runs(Protocol):
@@ -150,14 +161,15 @@ def run_job(job: AnyJob, here: bool = False) -> None:
     Raises:
         UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
             from which it could go on.
-        Stopped: it was asked to stop, and it wrote a checkpoint.
+        Stopped: it was asked to stop, and it wrote a checkpoint or its workers are gone.
     """
     folder = Path(job.folder)
     check_writable(folder, "the folder of the training")
-    stop_file(folder).unlink(missing_ok=True)  # of a run before this one
+    for file in (stop_file(folder), workers_file(folder)):
+        file.unlink(missing_ok=True)  # of a run before this one
     try:
         trainer = make_trainer(job, here)
-        outcome = (trainer.fit() if here else _fit_in_thread(trainer)).return_value
+        outcome = (trainer.fit() if here else _fit_in_thread(trainer, folder)).return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
         what = cause(next(iter(error.worker_failures.values()), error))
@@ -175,8 +187,32 @@ def run_job(job: AnyJob, here: bool = False) -> None:
         )
 
 
-def _fit_in_thread(trainer: TorchTrainer) -> Result:
-    """``trainer.fit()`` in a thread: in the main one it replaces the handler of SIGINT by one that ends the process."""
+def stopped_at_once(folder: str | Path) -> Stopped:
+    """The end of a training that did not write a checkpoint after it was asked to stop."""
+    name = Path(folder).name
+    return Stopped(f"SIGTERM: the training stopped at once; the same command, with name={name}, goes on")
+
+
+class NoteLostWorkers(UserCallback):
+    """Removes ``workers_file`` when a worker has failed: Ray Train then ends the others too.
+
+    It runs in the process of Ray Train's controller.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def after_exception(self, *_: Any, **__: Any) -> None:
+        """See ``UserCallback``."""
+        workers_file(self.folder).unlink(missing_ok=True)
+
+
+def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
+    """``trainer.fit()`` in a thread: in the main one it replaces the handler of SIGINT by one that ends the process.
+
+    Raises:
+        Stopped: the training was asked to stop, and its workers are gone. Ray Train would wait for new ones.
+    """
     fitted: Future[Result] = Future()
 
     def fit() -> None:
@@ -186,6 +222,9 @@ def _fit_in_thread(trainer: TorchTrainer) -> Result:
             fitted.set_exception(error)
 
     Thread(target=fit, daemon=True, name="fit").start()
+    while not wait([fitted], timeout=LOOK).done:
+        if stop_file(folder).exists() and not workers_file(folder).exists():
+            raise stopped_at_once(folder)
     return fitted.result()
 
 
@@ -202,6 +241,7 @@ def make_trainer(job: AnyJob, here: bool = False) -> TorchTrainer:
     resources, folder = job.settings.resources, Path(job.folder)
     least, most = resources.least_workers, resources.workers
     per_worker = {"CPU": resources.cpus_per_worker}
+    report = [TuneReportCallback()] if job.is_trial else []
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     return TorchTrainer(
@@ -218,7 +258,7 @@ def make_trainer(job: AnyJob, here: bool = False) -> TorchTrainer:
             storage_path=str(folder / "ray"),
             name=job.name,
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[TuneReportCallback()] if job.is_trial and not here else None,
+            callbacks=None if here else [NoteLostWorkers(folder), *report],
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

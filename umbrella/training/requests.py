@@ -1,7 +1,8 @@
 """What is asked of a training from outside: to stop.
 
 It is an empty file in the training's folder, which every worker's machine shares; the script makes it at SIGTERM.
-Workers look for it, see ``heeding``. Whoever asks need not import what they do.
+Workers look for it, see ``heeding``; while they do, there is another empty file. Whoever asks need not import what they
+do.
 """
 
 import sys
@@ -11,6 +12,11 @@ from pathlib import Path
 def stop_file(folder: str | Path) -> Path:
     """The file by which a training is asked to stop."""
     return Path(folder) / "stop"
+
+
+def workers_file(folder: str | Path) -> Path:
+    """The file that exists while workers run that look for ``stop_file``."""
+    return Path(folder) / "workers"
 
 
 def ask_to_stop(folder: str | Path) -> None:

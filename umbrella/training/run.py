@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import ray
-from ray.util.state import list_actors
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
@@ -29,9 +28,9 @@ from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.filenames import BEGUN, training_folder
-from umbrella.training.job import AnyJob, Job, run_job
+from umbrella.training.job import AnyJob, Job, run_job, stopped_at_once
 from umbrella.training.progress import best_checkpoint
-from umbrella.training.requests import ask_to_stop
+from umbrella.training.requests import ask_to_stop, workers_file
 from umbrella.training.statement import audited
 
 
@@ -180,18 +179,17 @@ def watch_job(job: AnyJob) -> None:
 
     Raises:
         UserError: as ``check_same`` and ``run_job``.
-        Stopped: as ``run_job``; no worker was there that could be asked to; it was asked twice.
+        Stopped: as ``run_job``; no worker ran that could be asked to stop; it was asked twice.
     """
     check_same(job)
 
     def ask() -> None:
-        if not has_workers():
+        if not workers_file(job.folder).exists():
             stop()
         ask_to_stop(job.folder)
 
     def stop() -> NoReturn:
-        name = Path(job.folder).name
-        raise Stopped(f"SIGTERM: the training stopped at once; the same command, with name={name}, goes on")
+        raise stopped_at_once(job.folder)
 
     try:
         print("00:00  starting workers", flush=True)
@@ -201,15 +199,6 @@ def watch_job(job: AnyJob) -> None:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
         close_run(str(job.tracking["uri"]), job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
-
-
-def has_workers() -> bool:
-    """Whether Ray Train has workers for this process's training; True where Ray does not say."""
-    try:
-        mine = [("job_id", "=", ray.get_runtime_context().get_job_id()), ("state", "!=", "DEAD")]
-        return bool(list_actors(filters=[*mine, ("class_name", "=", "RayTrainWorker")], timeout=5))
-    except Exception:  # Ray is busy, or gone
-        return True
 
 
 def check_same(job: AnyJob) -> None:
