@@ -148,6 +148,29 @@ def test_a_file_of_ray_tune_that_is_half_written_waits(tmp_path: Path) -> None:
     assert {name: store.read(f"sweeps/s/{name}") for name in whole} == whole
 
 
+def test_a_file_that_is_written_during_an_upload_has_its_new_content_after_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / "home/sweeps/s"
+    state, trial = folder / "experiment_state-1.json", folder / "trials/t"
+    trial.mkdir(parents=True)
+    state.write_text('{"a": 1}', encoding="utf-8")
+
+    class Slow(SharedStore):
+        """While it takes a file, Ray Tune writes its state."""
+
+        def put(self, name: str, *about: Any) -> None:
+            super().put(name, *about)
+            if name.endswith("point.json"):
+                state.write_text('{"a": 20}', encoding="utf-8")
+
+    store = Slow(str(tmp_path / "store"))
+    sync = CheckpointSync(store, folder)
+    (trial / "point.json").write_text("{}", encoding="utf-8")
+    sync.upload()
+    assert store.read("sweeps/s/experiment_state-1.json") == b'{"a": 1}'
+    sync.upload()
+    assert store.read("sweeps/s/experiment_state-1.json") == b'{"a": 20}'
+
+
 def test_an_object_store_that_fails_for_a_while_is_noted_and_has_everything_later(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

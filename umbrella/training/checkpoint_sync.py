@@ -6,14 +6,13 @@ Only one machine at a time may run a training or sweep. This is not checked.
 import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from umbrella.base import UserError
+from umbrella.base import UserError, note
 from umbrella.data.loading import Progress
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
@@ -109,7 +108,7 @@ class CheckpointSync:
         self._ended, self._failed = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         with _one_line():
-            self._sizes = {name: size for each in self.folders for name, size in store.sizes(_name(each)).items()}
+            self._names = {name for each in self.folders for name in store.sizes(_name(each))}
             self.store.put(f"{_name(folder)}/.probe", b"")
             self.store.delete(f"{_name(folder)}/.probe")
         self._uploaded: dict[str, Stamp] = {}
@@ -122,7 +121,7 @@ class CheckpointSync:
         self._ended.set()
         self._thread.join()
         if self._failed:
-            print(f"note: {self._failed}; {_name(self.folder)} is not uploaded to its end", file=sys.stderr)
+            note(f"{self._failed}; {_name(self.folder)} is not uploaded to its end")
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL):
@@ -134,10 +133,10 @@ class CheckpointSync:
             self.upload()
             self._failed = ""
         except OSError as error:  # a training does not end for want of its copy
+            why = str(error.strerror or error)
             if not self._failed:
-                why = f"{error.strerror or error}; {_name(self.folder)} is not uploaded for now"
-                print(f"note: {why}", file=sys.stderr, flush=True)
-            self._failed = str(error.strerror or error)
+                note(f"{why}; {_name(self.folder)} is not uploaded for now")
+            self._failed = why
 
     def upload(self) -> None:
         """Upload what is new, and delete checkpoints that were deleted here once a newer one is there.
@@ -145,21 +144,27 @@ class CheckpointSync:
         Raises:
             OSError: the object store cannot be written.
         """
-        late = {file: file.read_bytes() for file in self._files() if self._is_late(file)}
-        late = {file: content for file, content in late.items() if _is_complete(file, content)}
+        late: dict[Path, tuple[Stamp, bytes]] = {}
+        for file in filter(self._is_late, self._files()):
+            stamp = _stamp(file)  # before it is read, so that what is written from here on is new at the next look
+            if self._uploaded.get(str(file)) != stamp and _is_complete(file, content := file.read_bytes()):
+                late[file] = stamp, content
         checkpoints = sorted({file.parent for file in self._files() if file.name == FILES})
         for file in self._files():
             if not self._is_late(file) and not _checkpoint(str(file)):
                 self._put(file)
         whole = [checkpoint for checkpoint in checkpoints if self._put_checkpoint(checkpoint)]
         for file in sorted(late, key=lambda file: (file.name == self.begun, file.name != END)):
-            self._put(file, late[file])
+            stamp, content = late[file]
+            if file.exists():  # else it was deleted meanwhile
+                self._send(self._name(file), content)
+                self._uploaded[str(file)] = stamp
         newest = {checkpoint.parent: checkpoint for checkpoint in whole}
-        for name in sorted(self._sizes, key=lambda name: not name.endswith(f"/{FILES}")):
+        for name in sorted(self._names, key=lambda name: not name.endswith(f"/{FILES}")):
             checkpoint = self.storage / _checkpoint(name)
             if _checkpoint(name) and not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
                 self.store.delete(name)
-                del self._sizes[name]
+                self._names.discard(name)
 
     def _files(self) -> Iterator[Path]:
         for top in self.folders:
@@ -173,19 +178,16 @@ class CheckpointSync:
         of_tune = self.folder.parent.name == "sweeps" and file.parent == self.folder
         return file.name in (END, self.begun) or of_tune
 
-    def _put(self, file: Path, content: bytes | None = None) -> None:
-        try:
-            found = file.stat()
-            stamp = found.st_size, found.st_mtime_ns
+    def _put(self, file: Path) -> None:
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            stamp = _stamp(file)
             if self._uploaded.get(str(file)) != stamp:
-                self._send(self._name(file), file.read_bytes() if content is None else content)
+                self._send(self._name(file), file.read_bytes())
                 self._uploaded[str(file)] = stamp
-        except FileNotFoundError:  # deleted meanwhile
-            return
 
     def _put_checkpoint(self, checkpoint: Path) -> bool:
         """Upload a checkpoint; returns whether all of it is in the store."""
-        if self._name(checkpoint / FILES) in self._sizes:
+        if self._name(checkpoint / FILES) in self._names:
             return True
         # It may be deleted before it is uploaded: links keep its files.
         held = checkpoint.with_name(f".{checkpoint.name}.upload")
@@ -205,7 +207,7 @@ class CheckpointSync:
 
     def _send(self, name: str, content: Path | bytes) -> None:
         self.store.put(name, content)
-        self._sizes[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
+        self._names.add(name)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.storage).as_posix()
@@ -214,6 +216,11 @@ class CheckpointSync:
 def _name(folder: Path) -> str:
     """The name of a training or sweep in the object store, such as "trainings/first"."""
     return f"{folder.parent.name}/{folder.name}"
+
+
+def _stamp(file: Path) -> Stamp:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _checkpoint(name: str) -> str:
