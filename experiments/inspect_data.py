@@ -4,10 +4,9 @@ Without arguments: the first conversation of the training split. --dry-run: no v
 """
 
 import re
-import sys
 from pathlib import Path
 
-from umbrella.base import UserError
+from umbrella.base import UserError, note
 from umbrella.cli import Option, Request, make_console, progress_bar, run_script
 
 OPTIONS = (
@@ -35,7 +34,7 @@ def main(request: Request) -> None:
     if not intake.splits.get(split):
         raise UserError(f"data.{split}: holds no conversation that can be used; experiments/prepare.py says why")
     if intake.problems:
-        print(f"note: {split} has {len(intake.problems)} problems; experiments/prepare.py lists them", file=sys.stderr)
+        note(f"{split} has {len(intake.problems)} problems; experiments/prepare.py lists them")
     conversation = find(intake.splits[split], split, task_id, sample or 0)
     renderer = load_renderer(settings)
     try:

@@ -240,28 +240,38 @@ def said(cohort: dict[str, Conversation]) -> list[Conversation]:
 
 
 @pytest.fixture(scope="session")
+def teach() -> Callable[..., None]:
+    """Trains a model on one batch for some steps."""
+    import torch
+
+    def train(model: Any, batch: Any, steps: int) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(steps):
+            model(**batch.model_inputs()).token_nll.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+@pytest.fixture(scope="session")
 def learnt(
     build: Callable[..., Any],
     save_model: Callable[..., Path],
     said: list[Conversation],
     store: Any,
+    teach: Callable[..., None],
     tokenizer: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The checkpoint of a model that has learnt by heart what was said."""
-    import torch
-
     from umbrella.data.collator import Collator
     from umbrella.data.rendering import Renderer
     from umbrella.data.settings import MaskPolicy
 
     model, renderer = build(width=32), Renderer(tokenizer, MODALITIES)
     batch = Collator(renderer, store)([renderer.render(c) for c in said], MaskPolicy())
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-2)
-    for _ in range(150):
-        model(**batch.model_inputs()).token_nll.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, batch, 150)
     return save_model(tmp_path_factory.mktemp("training") / "run", model)
 
 

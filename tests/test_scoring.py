@@ -127,16 +127,13 @@ def test_a_long_answer_that_is_hardly_learnt_is_as_likely_as_it_is_generated(
     renderer: Renderer,
     scores: Callable[..., list[Prediction]],
     store: Any,
+    teach: Callable[..., None],
     tokenizer: Any,
     taught: str,
 ) -> None:
     model = build()
     batch = collate([renderer.render(cohort["two"], taught)], MaskPolicy(), store, renderer.image_id, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        model(**batch.model_inputs()).token_nll.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, batch, 3)
     answers = {"yes": "yes.", "no": "there is no sign of it in this image as far as one can tell."}
     [scored] = scores(model.eval(), [cohort["two"]], {"T2": answers})
     prompt = renderer.prompt(cohort["two"])
@@ -157,15 +154,12 @@ def test_a_model_that_says_female_has_not_said_male(
     renderer: Renderer,
     scores: Callable[..., list[Prediction]],
     store: Any,
+    teach: Callable[..., None],
     taught: str,
 ) -> None:
     model = build()
     example = renderer.render(cohort["two"], f"{taught}.")
     batch = collate([example], MaskPolicy(), store, renderer.image_id, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        model(**batch.model_inputs()).token_nll.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, batch, 60)
     [scored] = scores(model.eval(), [cohort["two"]], SEX)
     assert scored.probabilities[taught] > 0.95

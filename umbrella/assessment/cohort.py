@@ -1,13 +1,12 @@
 """The questions of ``data.input``, answered into one file by a checkpoint, however often that is stopped."""
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from umbrella.assessment.answers import AnswerFile, key_of
-from umbrella.base import Stopped, UserError
+from umbrella.base import Stopped, UserError, note
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, fingerprint, settle, settle_all
@@ -99,8 +98,8 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
                 left, cohort.checkpoint, settings, candidates, numbers, truth=False, progress=progress
             ):
                 file.write(predictions)
-    for note in notes_on(read_predictions(path)):
-        print(f"note: {note}", file=sys.stderr)
+    for line in notes_on(read_predictions(path)):
+        note(line)
     return splits
 
 

@@ -10,7 +10,7 @@ from umbrella.base import UserError
 from umbrella.config import SETTINGS, Settings, load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import fingerprint, settle_all
-from umbrella.data.loading import Intake, Progress, counted, read_splits, shared_between
+from umbrella.data.loading import Intake, Progress, read_splits, shared_between
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates
 from umbrella.training.run import check_model
 
@@ -75,9 +75,8 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
         notes.append("the model was trained on what it is asked here")
     check_model(settings)
     splits = settle_all(intake, settings, progress, dry_run=not volumes)
-    if splits.quarantined:
-        see = f", see {splits.quarantine}" if splits.quarantine else ""
-        notes.append(f"{counted(splits.quarantined, 'sample')} cannot be used{see}")
+    if splits.left_out:
+        notes.append(splits.left_out)
     asked = intake.splits[split]
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
     check_labels(candidates)

@@ -1,6 +1,5 @@
 """What a baseline's training says of itself, in MLflow and in its log. Rank 0 alone does."""
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -25,16 +24,13 @@ class Reporter:
         self.tracker.watch_system()
         print(f"SFCN, {size} parameters, {net.blocks} blocks, for {job.target}\n{plan.in_words}", flush=True)
         self.log.say(FIRST)
-        self._began: tuple[float, float] | None = None
         self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
 
     def step(self, values: Mapping[str, float], place: Mapping[str, float]) -> None:
         """Note what a step did. ``place``: step, steps and epoch."""
         self.tracker.metrics(values, int(place["step"]))
-        now, step = time.monotonic(), place["step"]
-        began, first = self._began = self._began or (now, step)
+        left = self.log.seconds_left(place)
         if self.log.due:
-            left = (now - began) / (step - first) * (place["steps"] - step) if step > first else None
             self.log.figures(values, {**place, "left": left})
 
     def evaluation(self, shown: Mapping[str, float], measured: Mapping[str, float], place: Mapping[str, float]) -> None:

@@ -1,7 +1,6 @@
 """The baseline from settings to predictions: one network for each target, trained and tracked as a run of its own."""
 
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import ray
 
 from umbrella.assessment.run import Evaluated
-from umbrella.base import UserError
+from umbrella.base import UserError, note
 from umbrella.baseline.evaluate import evaluate
 from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.labels import Bins, Classes, fit
@@ -114,7 +113,7 @@ def pick_targets(settings: Settings, splits: Splits) -> list[str]:
     for target in known:
         missing = [name for name in _needed(settings) if not asked(getattr(splits, name), target, modality)]
         if missing:
-            print(f"note: target {target!r} is left out: {_nothing(missing[0], target, modality)}", file=sys.stderr)
+            note(f"target {target!r} is left out: {_nothing(missing[0], target, modality)}")
         else:
             picked.append(target)
     if not picked:

@@ -116,7 +116,7 @@ class Conversation(_Part):
     @property
     def volumes(self) -> list[ImageItem]:
         """The volumes in reading order."""
-        return [item for turn in self.conversations for item in turn.content if isinstance(item, ImageItem)]
+        return [item for items in self.volumes_by_turn for item in items]
 
     @property
     def stated_subject(self) -> str | None:
@@ -182,21 +182,25 @@ class Conversation(_Part):
         return str(self.metadata.get("target") or self.metadata.get("task") or self.task_type)
 
     @property
+    def last_answer(self) -> int:
+        """Index of the last assistant turn."""
+        return max(i for i, turn in enumerate(self.conversations) if turn.role == "assistant")
+
+    @property
     def answer(self) -> str:
         """The text of the last assistant turn."""
-        last = [turn for turn in self.conversations if turn.role == "assistant"][-1]
+        last = self.conversations[self.last_answer]
         return "\n".join(item.text for item in last.content if isinstance(item, TextItem))
 
     @property
     def is_answered(self) -> bool:
         """Whether the last assistant turn has something other than blanks."""
-        last = [turn for turn in self.conversations if turn.role == "assistant"][-1]
+        last = self.conversations[self.last_answer]
         return any(isinstance(item, ImageItem) or item.text.strip() for item in last.content)
 
     def with_answer(self, text: str) -> "Conversation":
         """The same sample with another text as its last assistant turn."""
-        turns = list(self.conversations)
-        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        turns, last = list(self.conversations), self.last_answer
         turns[last] = turns[last].model_copy(update={"content": (TextItem(type="text", text=text),)})
         return self.model_copy(update={"conversations": tuple(turns)})
 

@@ -5,7 +5,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +73,18 @@ def _unpacks_too_far(file: Path) -> bool:
     return size > most
 
 
-def _too_long(text: str, start: int, end: int) -> Entry | None:
+def _too_long(line: int, text: str, start: int, end: int) -> Entry | None:
     if end - start <= MAX_CHARACTERS:
         return None
     what = f"has {end - start} characters, and a sample may have {MAX_CHARACTERS}; shorten it, or split it into several"
-    return Entry(None, text[start : start + 1000], what)
+    return Entry(line, text[start : start + 1000], what)
 
 
 def _of_lines(lines: list[str]) -> Iterator[Entry]:
     reader = _Reader()
     for number, line in enumerate(lines, start=1):
-        if long := _too_long(line, 0, len(line)):
-            yield replace(long, line=number)
+        if long := _too_long(number, line, 0, len(line)):
+            yield long
         elif line.strip():
             raw, end, fault = reader.read(line, len(line) - len(line.lstrip()))
             if not fault and line[end:].strip():
@@ -108,7 +108,7 @@ def _of_stream(text: str) -> Iterator[Entry]:
         if fault and end == position:
             yield Entry(reader.line or line + 1, None, fault)
             return
-        yield replace(_too_long(text, position, end) or Entry(0, raw, fault), line=line + 1)
+        yield _too_long(line + 1, text, position, end) or Entry(line + 1, raw, fault)
         line += text.count("\n", position, end)
         position = end
 

@@ -69,8 +69,9 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequenc
         except UserError:
             raise error from None
     # One by one in short conversations; in long ones, turns of one shape together.
-    for group in range(len(turns)) if len(turns) <= EXACT else dict.fromkeys(turns):
-        given = [turn if group in (i, turn) else known[i] for i, turn in enumerate(turns)]
+    groups: Sequence[object] = range(len(turns)) if len(turns) <= EXACT else turns
+    for group in dict.fromkeys(groups):
+        given = [turn if own == group else old for own, turn, old in zip(groups, turns, known, strict=True)]
         with suppress(UserError):
             frames = _read_frame(tokenizer, template, roles, given)
             known = given

@@ -18,7 +18,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.nodes import check_nodes
 from umbrella.shared_store import SharedStore, as_path, is_address
 from umbrella.volumes.files import write_whole
-from umbrella.volumes.reading import image_files
+from umbrella.volumes.reading import image_size
 from umbrella.volumes.store import VolumeStore
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ class Splits:
     """Split to its conversations' ``Example.bucket_length``, (size,) each."""
     longest_answer: int = 0
     """Tokens of the longest assistant turn of the training split, see ``Example.longest_answer``."""
+
+    @property
+    def left_out(self) -> str:
+        """How many samples cannot be used, and where they are listed; empty if all can."""
+        see = f", see {self.quarantine}" if self.quarantine else ""
+        return f"{counted(self.quarantined, 'sample')} cannot be used{see}" if self.quarantined else ""
 
     @property
     def fingerprint(self) -> str:
@@ -92,10 +98,8 @@ def load_splits(
     splits = settle_all(intake, settings, progress, masks, shapes, dry_run)
     for line in intake.notices:
         note(line)
-    if splits.quarantined:
-        left_out = counted(splits.quarantined, "sample")
-        where = "" if dry_run else f", see {splits.quarantine}"
-        note(f"{left_out} cannot be used{where}")
+    if splits.left_out:
+        note(splits.left_out)
     return splits
 
 
@@ -304,6 +308,6 @@ def _is_ready(store: VolumeStore, path: str, modality: str) -> bool:
 
 def _size(volume: tuple[str, str]) -> int:
     try:
-        return sum(file.stat().st_size for file in image_files(volume[0]))
+        return image_size(volume[0])
     except OSError:
         return 0

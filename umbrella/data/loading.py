@@ -14,8 +14,7 @@ from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation, entity, usual_answers
 from umbrella.conversations.files import Problem, Reading, read_conversations
 from umbrella.conversations.images import MISSING
-from umbrella.volumes.files import file_stamp
-from umbrella.volumes.reading import content_id, image_files
+from umbrella.volumes.reading import content_id, image_files, image_size
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -393,7 +392,7 @@ def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, 
                 users[volume.image_path].add(name)
     groups = [list(users)]
     # Whole files are read only where size and middle are the same: volumes that are not compressed are of one size.
-    for key in (_size, _middle, content_id):
+    for key in (image_size, _middle, content_id):
         finer = []
         for group in groups:
             alike: dict[Hashable, list[str]] = defaultdict(list)
@@ -403,10 +402,6 @@ def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, 
             finer += [paths for paths in alike.values() if len(set().union(*(users[p] for p in paths))) > 1]
         groups = finer
     return {path: paths[0] for paths in groups for path in paths}
-
-
-def _size(path: str) -> int:
-    return file_stamp(path)[0]
 
 
 def _middle(path: str) -> bytes:

@@ -125,8 +125,7 @@ class Renderer:
         turns = conversation.conversations
         contents = [turn.content for turn in turns]
         if answer is not None:
-            last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
-            contents[last] = (TextItem(type="text", text=answer),)
+            contents[conversation.last_answer] = (TextItem(type="text", text=answer),)
         shapes = (TurnShape(t.role, tuple(x.type for x in items)) for t, items in zip(turns, contents, strict=True))
         parts: list[Part] = []
         for i, frame in enumerate(self._frame(tuple(shapes))):
@@ -165,8 +164,7 @@ class Renderer:
         Raises:
             UserError: as ``render``.
         """
-        turns = conversation.conversations
-        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        turns, last = conversation.conversations, conversation.last_answer
         blank = turns[last].model_copy(update={"content": (TextItem(type="text", text=""),)})
         asked = conversation.model_copy(update={"conversations": (*turns[:last], blank)})
         rendered = [self.render(asked, probe) for probe in PROBES]

@@ -1,6 +1,5 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from umbrella.base import UserError
+from umbrella.base import UserError, note
 from umbrella.config import SETTINGS, Settings
 from umbrella.conversations.conversation import Conversation, ImageItem
 from umbrella.conversations.images import modality_by_suffix, volume_file
@@ -132,8 +131,8 @@ class Umbrella:
             UserError: a volume that cannot be used, or of an unknown modality; what cannot be rendered.
         """
         answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size, **options)
-        if note := cut_note(sum(answer.cut for answer in answers), len(answers)):
-            print(f"note: {note}", file=sys.stderr)
+        if cut := cut_note(sum(answer.cut for answer in answers), len(answers)):
+            note(cut)
         return [answer.text for answer in answers]
 
     def _generate(

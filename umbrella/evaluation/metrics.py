@@ -13,28 +13,28 @@ DISAGREEING = 0.1
 """Share of a target's conversations in which scored and generated answers may differ before it is reported."""
 
 
-def metric_names(classes: Mapping[str, int], prefix: str = "eval") -> list[str]:
-    """What ``summarise`` gives.
+def metric_names(classes: Mapping[str, int]) -> list[str]:
+    """What ``summarise`` gives in a training.
 
     Args:
         classes: target to the number of its classes among the labels that are scored.
     """
     several = {target for target, number in classes.items() if number > 1}
-    names = [f"{prefix}/loss", *([f"{prefix}/balanced_accuracy"] if several else [])]
+    names = ["eval/loss", *(["eval/balanced_accuracy"] if several else [])]
     for target in sorted(classes):
-        names += [f"{prefix}/{target}/balanced_accuracy"] if target in several else []
-        names += [f"{prefix}/{target}/accuracy"]
+        names += [f"eval/{target}/balanced_accuracy"] if target in several else []
+        names += [f"eval/{target}/accuracy"]
     return names
 
 
-def chance(metric: str, classes: Mapping[str, int], prefix: str = "eval") -> float | None:
+def chance(metric: str, classes: Mapping[str, int]) -> float | None:
     """What guessing gives for a balanced accuracy, as a share; None for another metric.
 
     Args:
         classes: target to the number of its candidates, for the targets that have a balanced accuracy.
     """
-    shares = {f"{prefix}/{target}/balanced_accuracy": 1 / number for target, number in classes.items()}
-    if metric == f"{prefix}/balanced_accuracy" and shares:
+    shares = {f"eval/{target}/balanced_accuracy": 1 / number for target, number in classes.items()}
+    if metric == "eval/balanced_accuracy" and shares:
         return sum(shares.values()) / len(shares)
     return shares.get(metric)
 

@@ -39,7 +39,7 @@ class Prediction:
     text: str | None = None
     """The answer in the model's own words; None: none was asked for."""
     cut: bool = False
-    """Whether ``text`` reached ``evaluate.max_new_tokens`` before the model ended it."""
+    """Whether ``text`` reached the limit of tokens before the model ended it."""
     said: str | float | None = None
     """The label or number found in ``text``; None: it fits none (invalid), or the answer is free text."""
     subjects: tuple[str, ...] = ()

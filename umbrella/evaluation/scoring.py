@@ -102,17 +102,16 @@ def score(
         One prediction per conversation, in order.
     """
     options = [_options(c, candidates, truth) for c in conversations]
-    texts = [
-        list(dict.fromkeys([*([c.answer] if truth else ()), *of.values()]))
+    row = count()
+    rows = [
+        {text: next(row) for text in dict.fromkeys([*([c.answer] if truth else ()), *of.values()])}
         for c, of in zip(conversations, options, strict=True)
     ]
-    examples = [renderer.render(c, text) for c, row in zip(conversations, texts, strict=True) for text in row]
+    examples = [renderer.render(c, text) for c, of_text in zip(conversations, rows, strict=True) for text in of_text]
     if not examples:
         return [Prediction.of(c, truth) for c in conversations]
     batch = collate(examples, ANSWER_ONLY)
     answer_tokens = batch.loss_weights != 0
-    row = count()
-    rows = [{text: next(row) for text in row_texts} for row_texts in texts]
     choices = [[of_text[text] for text in of.values()] for of_text, of in zip(rows, options, strict=True)]
     branchings = [find_branchings({i: examples[i].input_ids.tolist() for i in choice}) for choice in choices]
     for position, branches in (branching for of_one in branchings for branching in of_one):

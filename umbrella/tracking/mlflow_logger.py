@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import posixpath
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.base import UserError, masked
+from umbrella.base import UserError, masked, note
 from umbrella.storage import put_text
 from umbrella.tracking.datasets import to_input
 from umbrella.tracking.environment import code_version
@@ -217,7 +216,7 @@ class MlflowLogger:
             self._send()
         if self.waits:
             why = f"MLflow at {masked(self.uri)} still does not answer"
-            _note(f"{why}; the rest stays in {self.file} and is sent when this run is resumed")
+            note(f"{why}; the rest stays in {self.file} and is sent when this run is resumed")
 
     def _log(self, event: Event) -> None:
         self._append(event)
@@ -266,7 +265,6 @@ class MlflowLogger:
         """Send what was not acknowledged, unless the server has just failed to answer."""
         if time.monotonic() < self._next_try or not self.waits:
             return
-        offset = self._state["offset"]
         try:
             offset = self._connect()
             try:
@@ -281,10 +279,10 @@ class MlflowLogger:
                 raise
             self._next_try = time.monotonic() + RETRY
             if not self._is_down:
-                _note(f"MLflow at {masked(self.uri)} does not answer; what it misses is in {self.file} and sent later")
+                note(f"MLflow at {masked(self.uri)} does not answer; what it misses is in {self.file} and sent later")
             self._is_down = True
         else:
-            self._next_try, self._is_down = 0.0, False
+            self._is_down = False
 
     def _connect(self) -> int:
         """Find the run by its id or its key, or create it; returns the offset to send from."""
@@ -302,7 +300,7 @@ class MlflowLogger:
             self._remember(run_id=run.info.run_id, offset=0, ahead=ahead)
             if before:
                 gone = f"MLflow at {masked(self.uri)} does not have the run {before} of {self._name} any more"
-                _note(f"{gone}; the run {run.info.run_id} gets all that was logged so far")
+                note(f"{gone}; the run {run.info.run_id} gets all that was logged so far")
         self._may_create = False
         return self._state["offset"]
 
@@ -327,7 +325,7 @@ class MlflowLogger:
             if can_wait(error, self.uri) or not (no_file or is_refusal(error, self.uri)):
                 raise
             if not self._has_refused:
-                _note(f"MLflow at {masked(self.uri)} refuses an event: {short(error)}; it stays in {self.file}")
+                note(f"MLflow at {masked(self.uri)} refuses an event: {short(error)}; it stays in {self.file}")
             self._has_refused = True
 
     def _send_event(self, event: Event, run_id: str) -> None:
@@ -422,12 +420,8 @@ def close_run(
         else:
             logger.end(status, outcome, wait=0)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # a full disk, say, was reported already
-        _note(f"MLflow at {masked(uri)} does not have the end of {Path(folder).name}: {short(error)}")
+        note(f"MLflow at {masked(uri)} does not have the end of {Path(folder).name}: {short(error)}")
 
 
 def _now() -> int:
     return int(time.time() * 1000)
-
-
-def _note(words: str) -> None:
-    print(f"note: {words}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from umbrella import __version__
-from umbrella.base import UserError, masked
+from umbrella.base import UserError, masked, note
 from umbrella.storage import link_or_copy
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
@@ -101,7 +100,7 @@ def keep_model(settings: TrackingSettings, uri: str, training: Path, checkpoint:
         why = short(error) or type(error).__name__
     finally:
         if why:
-            print(f"note: {checkpoint} was not logged as a model in MLflow: {why}; {again} logs it", file=sys.stderr)
+            note(f"{checkpoint} was not logged as a model in MLflow: {why}; {again} logs it")
 
 
 def log_model(

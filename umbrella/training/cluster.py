@@ -1,4 +1,4 @@
-"""The Ray of a script: a cluster that is joined, or one of this machine's own. Imports little: see ``job``."""
+"""The Ray of a script: a cluster that is joined, or one of this machine's own."""
 
 import os
 import secrets

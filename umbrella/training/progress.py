@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 from pathlib import Path
+
+from umbrella.base import note
 
 PROGRESS, METRICS, FILES = "progress.json", "metrics.json", "files.json"
 NOTHING = (-inf, -inf)
@@ -164,5 +165,5 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
             break
         broken.append(f"{path} cannot be used: {problem}")
     for words in broken:
-        print(f"note: {words}; the training goes on from {latest or 'its start'}", file=sys.stderr)
+        note(f"{words}; the training goes on from {latest or 'its start'}")
     return latest

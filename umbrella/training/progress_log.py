@@ -37,11 +37,24 @@ class ProgressLog:
         self._gauges: dict[str, Gauge] = {}
         self._drawn: dict[tuple[str, str | None], tuple[Gauge, dict[str, str]]] = {}
         self._updated, self._printed = -every, time.monotonic()
+        self._first_step: tuple[float, float] | None = None
 
     @property
     def due(self) -> bool:
         """Whether it is time for new figures."""
         return time.monotonic() - self._updated >= self.every
+
+    def seconds_left(self, place: Mapping[str, float]) -> float | None:
+        """Seconds to the end, to be asked after each step; None after the first one.
+
+        Time is counted from the end of the first step, because what comes before, such as compilation, comes once.
+
+        Args:
+            place: step and steps.
+        """
+        now, step = time.monotonic(), place["step"]
+        began, first = self._first_step = self._first_step or (now, step)
+        return (now - began) / (step - first) * (place["steps"] - step) if step > first else None
 
     def say(self, state: str, note: str = "") -> None:
         """Print a new state, and why the training is in it."""

@@ -1,7 +1,6 @@
 """What a training says of itself, in MLflow and in its log. Rank 0 alone does."""
 
 import socket
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,6 @@ class Reporter:
         self.job, self.device = job, device
         self.log = ProgressLog(str(job.tracking["name"]), str(job.tracking["trial"]), job.begun)
         self.log.say(BUILDING)
-        self._first: tuple[float, float] | None = None
         self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
@@ -71,12 +69,9 @@ class Reporter:
         values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
         values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
         values["train/supervised_tokens"] = result.supervised_tokens
-        now, step = time.monotonic(), place["step"]
-        self.tracker.metrics(values, int(step))
-        # Time is counted from the end of the first step: what goes before, as compilation, comes once.
-        began, first = self._first = self._first or (now, step)
-        if step == first or self.log.due:
-            left = (now - began) / (step - first) * (place["steps"] - step) if step > first else None
+        self.tracker.metrics(values, int(place["step"]))
+        left = self.log.seconds_left(place)
+        if self.log.due:
             newest = {"train/loss": result.loss, "train/lr": result.lr, **pace.recent(), **memory(self.device)}
             self.log.figures(newest, {**place, "left": left})
 

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from umbrella.base import UserError
+from umbrella.base import UserError, note
 from umbrella.config import SETTINGS, Settings
 from umbrella.model.partial import describe_base, is_whole, write_weights
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
@@ -75,7 +74,7 @@ class Writer:
         try:
             self.wait()
         except Exception as error:
-            print(f"note: {error}", file=sys.stderr)
+            note(error)
 
     def _write(self, taken: Snapshot) -> None:
         def fill(folder: Path) -> None:

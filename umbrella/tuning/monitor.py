@@ -14,7 +14,7 @@ from umbrella.base import printable
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
 from umbrella.training.history import read_history
 from umbrella.training.job import cause, progress_line
-from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, End, how_it_ended, read_end, write_end
+from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, how_it_ended, read_end, write_end
 from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.settings import TuneSettings
@@ -130,7 +130,7 @@ class Monitor:
         if end:
             self.trials[name]["state"] = end.state
             self._say(name, f"{end.state}{end.reason and f': {end.reason}'}")
-            self._close(name, end)
+            close_run(self.parent.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
 
     def _how(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
         """Of a trial that raised nothing: its state, and why it did not come to its end."""
@@ -140,9 +140,6 @@ class Monitor:
         if state == STOPPED:
             return state, f"by ASHA at evaluation {len(rows)}, {where}"
         return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
-
-    def _close(self, name: str, end: End) -> None:
-        close_run(self.parent.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
 
     def _repair(self, name: str, state: str) -> None:
         """Correct a trial's run that a killed script left RUNNING, under another parent, or not sent to its end."""

@@ -98,6 +98,11 @@ def image_files(path: str | Path) -> list[Path]:
         return [path]
 
 
+def image_size(path: str | Path) -> int:
+    """Bytes of the files of an image."""
+    return sum(file.stat().st_size for file in image_files(path))
+
+
 def count_axes(path: str | Path) -> int:
     """Axes of an image by its header alone: 3 of a volume, 4 of a series. Further ones of length 1 do not count.
 
@@ -364,7 +369,7 @@ def _open_other(kind: Any, path: Path) -> _Image:
             notes.append("the time axis comes first in the file and was moved last, by the names of the dimensions")
 
     def read() -> tuple[np.ndarray, float, float]:
-        claimed, size = prod(shape) * dtype.itemsize, sum(file.stat().st_size for file in image_files(path))
+        claimed, size = prod(shape) * dtype.itemsize, image_size(path)
         if claimed > RATIO * size:
             raise EOFError(f"{size} bytes, and the header claims {claimed} of voxels")
         return np.asanyarray(image.dataobj).transpose(order), 1.0, 0.0
