@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ray.exceptions import RayError
 
+from umbrella.assessment.cohort import read_cohort
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
@@ -135,6 +136,18 @@ def test_labels_that_cannot_be_told_apart_are_found_before_the_start(
     with pytest.raises(UserError, match=f"^labels of 'sex': .*{line[-40:]}") as error:
         check(settings, Splits(samples, samples), [settings.mask], "eval/loss")
     assert all(repr(label) in str(error.value) for label in answers if label != "female")
+
+
+def test_candidates_of_the_settings_that_cannot_be_told_apart_are_found_before_the_start(
+    talk: Callable[..., Conversation],
+) -> None:
+    alike = {"sex": {"male": "Yes.", "female": "Yes."}}
+    samples = [talk(("user", "?"), ("assistant", "Hello."))]
+    settings = load_settings(overrides={"evaluate.candidates": alike})
+    with pytest.raises(UserError, match=r"^labels of 'sex': 'male', 'female' have the same answer"):
+        check(settings, Splits(samples, samples), [settings.mask], "eval/loss")
+    with pytest.raises(UserError, match=r"^labels of 'sex': 'male', 'female' have the same answer"):
+        read_cohort(Path("checkpoint"), settings, load_settings())
 
 
 def test_a_mask_that_supervises_nothing_is_found_before_the_start(talk: Callable[..., Conversation]) -> None:

@@ -53,6 +53,9 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
     evaluate = settings.evaluate
     if not evaluate.generate and not evaluate.candidates:
         raise UserError("evaluate.generate=false leaves nothing to ask; set evaluate.candidates")
+    from umbrella.evaluation.scoring import check_labels  # torch takes seconds
+
+    check_labels(evaluate.candidates)
     limits = {name: getattr(own.data, name) for name in ("max_tokens", "max_voxels")}
     changes = {"modalities": own.modalities, "model": own.model, "data": settings.data.model_copy(update=limits)}
     settings = settings.model_copy(update=changes)

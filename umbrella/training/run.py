@@ -93,6 +93,7 @@ def check(
         audit(examples, policy)
     candidates = find_candidates(splits.train)
     check_labels(candidates)
+    check_labels(settings.evaluate.candidates)
     check_candidates(splits.validation, candidates)
     check_candidates(splits.test, {**candidates, **settings.evaluate.candidates})
     classes = {target: len(labels) for target, labels in classes_of(splits.validation).items()}
