@@ -1,0 +1,186 @@
+"""Trainings that are killed go on as if nothing had happened: the same losses to the bit, the same samples in order."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import Done
+from tests.faults.fault_injection import (
+    COHORT,
+    LONGER,
+    TRAIN,
+    TWO,
+    entries,
+    folder_of,
+    go_on,
+    kill_workers,
+    left_by,
+    plain_environment,
+    run_of,
+    samples,
+    starts,
+    taken,
+    until,
+    when_step,
+)  # fmt: skip
+from umbrella.base import UserError
+from umbrella.training.progress import latest_checkpoint
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def assert_each_once_per_epoch(folder: Path, epochs: int) -> None:
+    seen = samples(folder)
+    assert len(seen) >= COHORT * epochs
+    for epoch in range(epochs):
+        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
+
+
+def draw(last: int, name: str) -> int:
+    """A step to kill at; another FAULT_SEED draws another one. See random_kills.py for many."""
+    return random.Random(f"{os.environ.get('FAULT_SEED', '0')} {name}").randint(1, last)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
+    """What a training sees and loses that nothing happens to."""
+    settings = small_settings({**LONGER, "name": "never-stopped"})
+    return left_by(settings, go_on(settings))
+
+
+def put(settings: Any) -> Path:
+    """Settings as a file for a script."""
+    file = Path(settings.resources.storage) / f"{settings.name}.yaml"
+    file.write_text(settings.to_yaml(), encoding="utf-8")
+    return file
+
+
+def unreadable(settings: Any) -> list[Path]:
+    """Make every prepared volume a link to itself, which no worker can open; returns them, moved aside."""
+    moved = []
+    for array in (Path(settings.resources.storage) / "volumes").glob("*/*.npy"):
+        moved.append(array.rename(array.with_suffix(".aside")))
+        array.symlink_to(array)
+    return moved
+
+
+def readable(moved: list[Path]) -> None:
+    for array in moved:
+        array.replace(array.with_suffix(".npy"))
+
+
+def test_a_worker_killed_and_one_that_raises_are_started_again_and_what_all_attempts_meet_ends_it_in_one_line(
+    small_settings: Callable[..., Any], never_stopped: tuple[list, list]
+) -> None:
+    settings = small_settings({**LONGER, "name": "attempts", "resources.max_failures": 2})
+    folder = folder_of(settings)
+    when_step(folder, draw(12, "worker"), kill_workers)
+    moved: list[Path] = []
+    breaker = when_step(folder, 28, lambda: moved.extend(unreadable(settings)))  # up to 8 of these came twice
+    try:
+        with pytest.raises(UserError) as raised:
+            go_on(settings)
+    finally:
+        breaker.join(5)
+        readable(moved)
+    last = latest_checkpoint(folder)
+    assert re.fullmatch(
+        r"the training stopped: in 3 attempts \(resources.max_failures\) a worker died: OSError: .*Too many levels of"
+        rf" symbolic links: '.*\.npy'; the last good checkpoint is {last}",
+        str(raised.value),
+    )
+    _, ended = run_of(settings, "attempts")
+    assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("FAILED", "failed")
+
+    go_on(settings)
+    begun = starts(folder)
+    assert len(begun) == 4, "killed, raised, raised again, and the same command"
+    assert 0 < begun[2] == begun[3] == 4 * read_step(last)
+    assert left_by(settings, folder) == never_stopped
+
+
+def read_step(checkpoint: Path | None) -> int:
+    assert checkpoint is not None
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+@pytest.mark.ci
+def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the_command_is_given_again(
+    small_settings: Callable[..., Any],
+    never_stopped: tuple[list, list],
+    run: Callable[..., Done],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    often = {"train.evaluate_every": 1, "name": "again"}  # it lasts until it has heard
+    settings = small_settings({**LONGER, **often})
+    folder, file = folder_of(settings), put(settings)
+    driver = subprocess.Popen([sys.executable, TRAIN, file], stdout=subprocess.DEVNULL, env=plain_environment())
+    until(lambda: taken(folder) >= 18, driver)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    assert driver.wait(60) == -signal.SIGKILL
+    psutil.wait_procs(family, 60)  # its worker goes on until it sees that it is alone
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    model = newest / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-100])
+    capsys.readouterr()
+    older = latest_checkpoint(folder)
+    assert older is not None
+    assert older < newest
+    assert f"{newest} cannot be used: model.safetensors has" in capsys.readouterr().err
+
+    asked = taken(folder) + draw(9, "SIGTERM")
+    asker = when_step(folder, asked, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    done = run("train.py", str(file))
+    asker.join(1)
+    step = read_step(latest_checkpoint(folder))
+    line = f"stopped after step {step}, with a checkpoint; the same command, with name=again, goes on"
+    assert (done.status, done.stderr.splitlines()[-1]) == (143, line)
+    _, ended = run_of(settings, "again")
+    assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
+
+    go_on(settings)
+    assert starts(folder) == [0, 4 * read_step(older), 4 * step], "after SIGTERM no step is done twice"
+    assert left_by(settings, folder) == never_stopped
+
+
+def test_a_training_that_is_stopped_by_the_keyboard_is_killed_and_status_130(
+    small_settings: Callable[..., Any],
+) -> None:
+    settings = small_settings({**LONGER, "train.epochs": 600, "name": "keyboard"})
+    folder, file = folder_of(settings), put(settings)
+    # A shell that runs the tests in the background has it ignored, and the script would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command, environment = [sys.executable, TRAIN, file], plain_environment()
+    script = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
+    until(lambda: taken(folder) >= 3, script)
+    script.send_signal(signal.SIGINT)
+    _, said = script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert said.endswith("stopped by the keyboard\n")
+    _, ended = run_of(settings, "keyboard")
+    assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "killed")
+
+
+def test_another_number_of_workers_goes_on_and_sees_each_conversation_once_per_epoch(
+    small_settings: Callable[..., Any], run: Callable[..., Done]
+) -> None:
+    fixed = {**LONGER, "train.epochs": 8, "train.batch_size": 2, "name": "counts"}
+    folder = folder_of(small_settings(fixed))
+    when_step(folder, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("train.py", str(put(small_settings(fixed)))).status == 143
+    go_on(small_settings(fixed | TWO))
+    # Every worker notes its start.
+    assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [1, 2, 2]
+    assert_each_once_per_epoch(folder, 8)

@@ -1,0 +1,269 @@
+"""Trainings and sweeps on a cluster of two nodes, which are lost, drained and added under them."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.fault_injection import (
+    COHORT,
+    LONGER,
+    TRAIN,
+    TWO,
+    entries,
+    folder_of,
+    go_on,
+    left_by,
+    run_of,
+    samples,
+    starts,
+    taken,
+    until,
+    when_step,
+)  # fmt: skip
+from tests.faults.nodes import Nodes, ended, nodes
+from tests.faults.sweep_kills import faults_in, question
+from tests.faults.test_faults import assert_each_once_per_epoch, put
+from umbrella.data.loading import SPLITS, phantom_folder, read_splits
+from umbrella.training.progress import latest_checkpoint, read_progress
+from umbrella.tuning.ending import read_end
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+TUNE = TRAIN.with_name("tune.py")
+CPUS = 1.9
+"""Of a worker: so that a node of three CPUs has room for one and for Ray's helpers. Below 2, torch has one thread."""
+APART = TWO | {"resources.cpus_per_worker": CPUS, "train.batch_size": 2}
+"""Two workers, each on a node of its own."""
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Nodes]:
+    """A cluster of two nodes, for tests that leave it as it was."""
+    with nodes(3, 3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def together(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
+    """What a training with two workers on one node sees and loses."""
+    settings = small_settings({**LONGER, **TWO, "train.batch_size": 2, "name": "together"})
+    return left_by(settings, go_on(settings))
+
+
+def test_a_training_on_two_nodes_is_to_the_bit_the_one_on_one_node(
+    pair: Nodes, small_settings: Callable[..., Any], together: tuple[list, list]
+) -> None:
+    settings = small_settings({**LONGER, **APART, "name": "apart"})
+    used = when_step(folder_of(settings), 2, lambda: found.append(pair.node_of_worker()))
+    found: list[Any] = []
+    ended(pair.run(TRAIN, str(put(settings))))
+    used.join(1)
+    assert found == [pair.nodes[1]], "one of the two workers was on the other node"
+    assert left_by(settings, folder_of(settings)) == together
+
+
+def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Callable[..., Any]) -> None:
+    space = {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}, "mask.supervise": {"grid": ["last_assistant"]}}
+    small = {"tune.space": space, "resources.cpus_per_worker": CPUS, "name": "both", "tune.scheduler": "none"}
+    settings = small_settings({**small, "experiment": "nodes"})
+    assert "waiting for" not in ended(pair.run(TUNE, str(put(settings))))
+    folder = Path(settings.resources.storage) / "sweeps" / "both"
+    told = [line for file in folder.rglob("result.json") for line in file.read_text(encoding="utf-8").splitlines()]
+    assert {json.loads(line)["node_ip"] for line in told} == {"127.0.0.2", "127.0.0.3"}
+    assert len((folder / "ranking.csv").read_text(encoding="utf-8").splitlines()) == 5
+
+
+def test_a_training_whose_worker_fits_on_no_node_is_refused_before_it_starts(
+    pair: Nodes, small_settings: Callable[..., Any]
+) -> None:
+    settings = small_settings({"resources.cpus_per_worker": 4, "name": "large", "experiment": "nodes"})
+    errors = ended(pair.run(TRAIN, str(put(settings))), status=2)
+    assert errors.splitlines()[-1] == (
+        "error: resources: 1 workers of 4 CPUs and 0 GPUs, each on one node, and the nodes have room for 0; lower"
+        " resources.cpus_per_worker, .gpus_per_worker or resources.workers"
+    )
+    assert latest_checkpoint(folder_of(settings)) is None
+
+
+def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volume_is_decoded(
+    pair: Nodes, small_settings: Callable[..., Any], learnt: Path, tmp_path: Path
+) -> None:
+    settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
+    read_splits(settings, lambda things, what: things, SPLITS)  # makes the cohort
+    cohort, file, checkpoint = phantom_folder(settings), str(put(settings)), f"checkpoint={learnt}"
+    commands = {
+        "train.py": [file],
+        "baseline.py": [file],
+        "prepare.py": [file],
+        "evaluate.py": [file, checkpoint],
+        "predict.py": [file, checkpoint, f"data.root={cohort}", f"data.input={cohort}/conversations/test.jsonl"],
+    }
+    node = pair.add(1, blind=tmp_path)
+    scripts = {name: pair.run(TRAIN.with_name(name), *words) for name, words in commands.items()}
+    errors = {name: ended(script, status=2).splitlines() for name, script in scripts.items()}
+    pair.kill(node)
+    for lines in errors.values():
+        named = [re.sub(r"127.0.0.\d+ \(.*\)", "(the blind one)", line) for line in lines if "127.0.0." in line]
+        assert named == [
+            f"error: node (the blind one): resources.storage={tmp_path} is another folder here; mount the same one at"
+            " this path on every node"
+        ]
+    left = {path.name for path in tmp_path.iterdir() if path != cohort}
+    assert left == {Path(file).name, "volumes", "evaluations"}
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"RAY_AUTH_TOKEN": "another" * 5},
+            "a cluster answers, and does not let this process in; set RAY_AUTH_MODE=token",
+        ),
+        (
+            {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"},
+            "asks for a token, and there is none here; set RAY_AUTH_MODE=token",
+        ),
+    ],
+)
+def test_who_has_not_the_clusters_token_is_told_so_in_one_line(
+    pair: Nodes, small_settings: Callable[..., Any], environment: dict[str, str], words: str
+) -> None:
+    script = pair.run(TRAIN, str(put(small_settings({"name": "stranger"}))), **environment)
+    assert f"error: RAY_ADDRESS={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
+
+
+def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it_would_have(
+    small_settings: Callable[..., Any], together: tuple[list, list]
+) -> None:
+    settings = small_settings({**LONGER, **APART, "name": "replaced"})
+    folder = folder_of(settings)
+
+    with nodes(3, 3) as cluster:
+
+        def replace() -> None:
+            while (newest := latest_checkpoint(folder)) is None or read_progress(newest).step < 10:
+                time.sleep(0.01)  # it is written while steps go on
+            cluster.kill(cluster.node_of_worker())
+            cluster.add(3)
+
+        when_step(folder, 10, replace)
+        ended(cluster.run(TRAIN, str(put(settings))))
+    assert starts(folder) in [[0, 0, at, at] for at in range(40, 140, 20)]
+    assert left_by(settings, folder) == together
+
+
+def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_checkpoint(
+    small_settings: Callable[..., Any],
+) -> None:
+    long = {**LONGER, "train.epochs": 150, "train.evaluate_every": 10_000}  # a checkpoint before its end is the drain's
+    undisturbed = small_settings({**long, "name": "unmoved"})
+    expected = left_by(undisturbed, go_on(undisturbed))
+    settings = small_settings({**long, "resources.cpus_per_worker": CPUS, "name": "moved"})
+    folder = folder_of(settings)
+    saved: list[int] = []
+
+    with nodes(0, 3, 3, 3) as cluster:
+
+        def lose() -> None:
+            cluster.kill(cluster.node_of_worker())
+            while len(starts(folder)) < 2:
+                time.sleep(0.01)
+            drain_and_lose()
+
+        def drain_and_lose() -> None:
+            node = cluster.node_of_worker()
+            cluster.drain(node)
+            while not (newest := latest_checkpoint(folder)):
+                time.sleep(0.01)
+            saved.append(read_progress(newest).step)
+            cluster.kill(node)
+
+        when_step(folder, 8, lose)
+        ended(cluster.run(TRAIN, str(put(settings))))
+    assert starts(folder) == [0, 0, 4 * saved[0]], "it went on from what it saved for the drain"
+    assert left_by(settings, folder) == expected
+
+
+def test_a_training_on_fewer_workers_grows_onto_a_node_that_is_added_and_each_conversation_comes_once_per_epoch(
+    small_settings: Callable[..., Any],
+) -> None:
+    long = {"train.epochs": 1000, "train.evaluate_every": 20, "name": "grows"}
+    settings = small_settings({**LONGER, **APART, **long, "resources.min_workers": 1, "resources.grow_every": 1})
+    folder = folder_of(settings)
+
+    def workers() -> list[int]:
+        return [entry["workers"] for entry in entries(folder) if "start" in entry]
+
+    with nodes(3) as cluster:
+        script = cluster.run(TRAIN, str(put(settings)))
+        until(lambda: taken(folder) > 30, script)
+        cluster.add(3)
+        until(lambda: workers() == [1, 2, 2], script)
+        before = taken(folder)
+        until(lambda: taken(folder) > before + 30, script)
+        script.terminate()
+        ended(script, status=143)
+    assert starts(folder)[1] == starts(folder)[2] >= 2 * 20, "it went on from a checkpoint"
+    assert_each_once_per_epoch(folder, len(samples(folder)) // COHORT)
+
+
+def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_settings: Callable[..., Any]) -> None:
+    settings = small_settings({**LONGER, "resources.cpus_per_worker": CPUS, "name": "alone"})
+    with nodes(1, 3) as cluster:
+        script = cluster.run(TRAIN, str(put(settings)))
+        until(lambda: taken(folder_of(settings)) > 8, script)
+        cluster.kill(cluster.node_of_worker())
+        script.terminate()
+        errors = ended(script, status=143)
+    line = "SIGTERM: the training stopped at once; the same command, with name=alone, goes on"
+    said = [said for said in errors.splitlines() if "pid=" not in said]  # without what came from the nodes
+    assert said[-1] == line
+    _, stopped = run_of(settings, "alone")
+    assert (stopped.info.status, stopped.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
+
+
+def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_for_each_trial(tmp_path: Path) -> None:
+    slow = {"train.evaluate_every": 1}  # so that a trial is not over before a node has started
+    settings = question(tmp_path, trials=3).with_values({**slow, "resources.cpus_per_worker": CPUS, "name": "lost"})
+
+    def trials() -> list[Path]:
+        return [point.parent for point in tmp_path.glob("sweeps/lost/trials/*/point.json")]
+
+    with nodes(0, 3, 3) as cluster:
+        script = cluster.run(TUNE, str(put(settings)))
+        until(lambda: any(map(taken, trials())), script)
+        moved = max(trials(), key=taken)
+        node = cluster.node_of_trial(moved)
+        until(lambda: taken(moved) > 11, script)
+        cluster.kill(node)
+        cluster.add(3)
+        until(lambda: len(starts(moved)) == 2, script)
+        node, before = cluster.node_of_trial(moved), taken(moved)
+        until(lambda: taken(moved) > before + 3 and any(map(read_end, trials())), script)
+        script.kill()
+        cluster.kill(node)
+        done = {trial: taken(trial) for trial in trials() if read_end(trial)}
+        ended(cluster.run(TUNE, "--resume", "lost", f"resources.storage={tmp_path}"))
+    first, second, third = starts(moved)
+    assert first < second < third, "it went on from its checkpoints"
+    assert done == {trial: taken(trial) for trial in done}, "what was finished was not run again"
+    assert faults_in(settings) == []
+
+
+def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(
+    small_settings: Callable[..., Any],
+) -> None:
+    elastic = {"resources.min_workers": 1, "name": "fewer"}
+    settings = small_settings({**LONGER, **APART, **elastic})
+    folder = folder_of(settings)
+    with nodes(3, 3) as cluster:
+        when_step(folder, 8, lambda: cluster.kill(cluster.node_of_worker()))
+        ended(cluster.run(TRAIN, str(put(settings))))
+    assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [2, 2, 1]
+    assert_each_once_per_epoch(folder, 12)

@@ -1,0 +1,43 @@
+"""A sweep whose script, trials and workers are killed ends with the runs of one that was left alone."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.faults.fault_injection import taken
+from tests.faults.sweep_kills import faults_in, question, start, sweep_with_kills
+from umbrella.tracking.mlflow_logger import OUTCOME
+from umbrella.tracking.store import tracking_uri
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.ci
+def test_a_sweep_of_eight_trials_that_is_killed_five_times_ends_with_eight_true_runs(tmp_path: Path) -> None:
+    settings = question(tmp_path, trials=8)
+    assert sweep_with_kills(settings, random.Random(2), kills=5, say=print) == 5
+    assert faults_in(settings) == []
+
+
+@pytest.mark.ci
+def test_a_sweep_that_is_stopped_by_the_keyboard_gives_no_answer(tmp_path: Path) -> None:
+    settings = question(tmp_path, trials=2).with_values({"train.epochs": 60})
+    # A shell that runs the tests in the background has it ignored, and the script would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    script = start(settings, go_on=False)
+    signal.signal(signal.SIGINT, before)
+    while len([trial for trial in tmp_path.glob("sweeps/*/trials/*/") if taken(trial)]) < 2:
+        assert script.poll() is None
+        time.sleep(0.01)
+    script.send_signal(signal.SIGINT)
+    assert script.wait(60) == 130
+    assert "stopped by the keyboard" in (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("sweeps/*/report.html"))
+    client = MlflowClient(tracking_uri(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name(settings.experiment).experiment_id])
+    assert len(runs) >= 2
+    assert {(run.info.status, run.data.tags[OUTCOME]) for run in runs} == {("KILLED", "killed")}

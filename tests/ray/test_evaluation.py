@@ -1,0 +1,193 @@
+"""A training that ends with an evaluation, and the same checkpoint asked again by experiments/evaluate.py."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+from rich.console import Console
+
+from tests.faults.fault_injection import kill, named
+from umbrella.assessment.at_end import evaluate_at_end
+from umbrella.assessment.stream import Answerer, Starts, stream
+from umbrella.config import Settings, load_settings
+from umbrella.data.intake import load_splits
+from umbrella.data.loading import read_splits
+from umbrella.evaluation.prediction import read_predictions
+from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.job import run_job
+from umbrella.training.progress import best_checkpoint
+from umbrella.training.run import make_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+LEARNS = {
+    "name": "learns",
+    "cohort.subjects": 60,
+    "cohort.spacing": 8.0,
+    "cohort.functional_subjects": 0,
+    "cohort.diffusion_subjects": 0,
+    "modalities.sMRI": {"grid": [16, 16, 16], "patch": [8, 8, 8]},
+    "data.task_filter": "sex_classification$",
+    "mask.supervise": "last_assistant",
+    "optim.lr": 3e-3,
+    "train.epochs": 30,
+    "train.evaluate_every": 45,
+    "tracking.model": False,
+    "tracking.hash_subjects": True,
+    "evaluate.batch_size": 3,
+    "evaluate.pictures": 1,
+}
+"""The planted effects of the default cohort in fewer subjects and coarser volumes, and one question about each."""
+SCORE = "likelihood/subjects/balanced_accuracy"
+
+
+class Ended(NamedTuple):
+    """A training that was evaluated at its end."""
+
+    settings: Settings
+    checkpoint: Path
+    folder: Path
+    printed: str
+
+
+def quiet(things: Any, what: str) -> Any:
+    return things
+
+
+def train_and_evaluate(storage: Path, settings: Settings) -> Ended:
+    folder, uri = storage / "trainings" / "learns", tracking_uri(storage)
+    tracking = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage), "name": "learns"}
+    # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
+    run_job(make_job(settings, load_splits(settings, quiet), tracking | {"trial": "learns"}, str(folder)), here=True)
+    checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
+    assert checkpoint
+    page = StringIO()
+    evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
+    return Ended(settings, checkpoint, storage / "evaluations" / "learns", page.getvalue())
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
+    storage = tmp_path_factory.mktemp("runs")
+    return train_and_evaluate(storage, load_settings(overrides=LEARNS | {"resources.storage": str(storage)}))
+
+
+def whole(folder: Path, condition: str) -> Any:
+    """The numbers of all answers about sex."""
+    groups = json.loads((folder / "metrics.json").read_text())[condition]
+    return next(group for group in groups if (group["target"], group["by"]) == ("sex", "all"))
+
+
+def run_in_mlflow(settings: Settings, name: str) -> Any:
+    client = MlflowClient(tracking_uri(settings.resources.storage))
+    experiment = client.get_experiment_by_name(settings.experiment)
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    return client, run
+
+
+def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -> None:
+    assert whole(ended.folder, "as_asked")["metrics"][SCORE]["value"] > 0.9
+    for control in ("shuffled", "text_only"):
+        found = whole(ended.folder, control)["metrics"][SCORE]
+        assert found["low"] <= 0.5 <= found["high"]
+        assert found["value"] < 0.8
+    assert "as asked" in ended.printed
+    assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
+
+
+def test_a_checkpoint_knows_its_modalities_and_its_longest_answer(ended: Ended, run: Callable[..., Any]) -> None:
+    config = json.loads((ended.checkpoint / "config.json").read_text())
+    assert sorted(config["umbrella_modalities"]) == ["dMRI", "fMRI", "sMRI"]
+    assert (config["trained_modalities"], config["longest_answer"]) == (["sMRI"], len("female.") + 2)
+    scan = next((ended.checkpoint.parent.parent.parent).glob("phantom-*/**/*.nii.gz"))
+    done = run("predict.py", str(scan), f"checkpoint={ended.checkpoint}", "--ask", "Sex?", "--modality", "dMRI")
+    assert (done.status, done.stderr) == (2, "error: modality='dMRI': this model was trained on sMRI\n")
+
+
+@pytest.mark.slow
+def test_on_the_default_cohort_other_subjects_volumes_bring_the_score_to_chance(tmp_path: Path) -> None:
+    sweeps_winner = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
+    others = {"tracking.model": False, "resources.storage": str(tmp_path)}
+    folder = train_and_evaluate(tmp_path, load_settings(overrides=sweeps_winner | others)).folder
+    assert whole(folder, "as_asked")["metrics"][SCORE]["value"] > 0.85
+    shuffled = whole(folder, "shuffled")["metrics"][SCORE]
+    assert shuffled["low"] <= 0.5 <= shuffled["high"]
+    assert shuffled["value"] < 0.7
+
+
+def test_an_evaluation_at_the_end_is_in_the_trainings_run_without_anybodys_name(ended: Ended) -> None:
+    client, run = run_in_mlflow(ended.settings, "learns")
+    told, found = run.data.metrics, whole(ended.folder, "as_asked")["metrics"]
+    assert run.info.status == "FINISHED"
+    assert told[f"test/sex/{SCORE}"] == found[SCORE]["value"]
+    assert told[f"test/sex/{SCORE}/low"] == found[SCORE]["low"]
+    assert f"test_shuffled/sex/{SCORE}" in told
+    assert f"test_text_only/sex/{SCORE}/high" in told
+    assert told["test/sex/chance"] == 0.5
+    assert {given.dataset.name for given in run.inputs.dataset_inputs} == {"training", "validation", "test"}
+    assert "sub-0" in (ended.folder / "report.html").read_text()
+    for name in ("report.html", "metrics.json"):
+        assert "sub-0" not in Path(client.download_artifacts(run.info.run_id, f"evaluation/{name}")).read_text()
+
+
+def test_three_workers_answer_what_one_does_to_the_last_bit(
+    ended: Ended, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(ended.checkpoint, tmp_path / "moved" / "step_0000001")
+    words = ["evaluate.workers=3", "resources.cpus_per_worker=0.3", "evaluate.controls=[shuffled]"]
+    done = run("evaluate.py", f"checkpoint={moved}", f"output={tmp_path / 'again'}", "evaluate.pictures=0", *words)
+    assert done.status == 0, done.stderr
+    for name in ("predictions.jsonl", "predictions_shuffled.jsonl"):
+        assert read_predictions(tmp_path / "again" / name) == read_predictions(ended.folder / name)
+    assert not (tmp_path / "again" / "predictions_text_only.jsonl").exists()
+    assert whole(tmp_path / "again", "as_asked") == whole(ended.folder, "as_asked")
+    _, own = run_in_mlflow(ended.settings, "evaluation of moved")
+    assert own.info.status == "FINISHED"
+    assert f"test/sex/{SCORE}" in own.data.metrics
+
+
+def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: Ended, run: Callable[..., Any]) -> None:
+    (train,) = Path(ended.settings.resources.storage).glob("phantom-*/conversations/train.jsonl")
+    words = (f"checkpoint={ended.checkpoint}", "--dry-run", f"data.root={train.parent.parent}")
+    done = run("evaluate.py", *words)
+    assert "test: 12 conversations about 12 subjects" in done.stdout
+    leak = run("evaluate.py", *words, f"data.test={train}")
+    assert leak.status == 2
+    assert leak.stderr.count("\n") == 1
+    assert "is also in data.train" in leak.stderr
+    assert "(and 35 more subjects)" in leak.stderr
+    assert "evaluate.allow_shared_subjects" in leak.stderr
+    allowed = run("evaluate.py", *words, f"data.test={train}", "evaluate.allow_shared_subjects=true")
+    assert allowed.status == 0, allowed.stderr
+    assert "note: " in allowed.stdout
+    assert "is also in data.train" in allowed.stdout
+
+
+def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
+    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male.")).model_dump_json()
+    starts = ray.remote(num_cpus=0)(Starts).remote(1)
+    first, second = (Answerer(str(ended.checkpoint), ended.settings, {}, (), True, starts) for _ in range(2))
+    assert re.fullmatch(r".*gone\.nii: .*", first({"asked": [asked]})["fault"])
+    assert "died more than 3 times (resources.max_failures)" in second({"asked": [asked]})["fault"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_started_again_and_nothing_is_lost(ended: Ended) -> None:
+    shown = read_splits(ended.settings, quiet, ("test",)).splits["test"]
+    told = ended.settings.with_values({"evaluate.batch_size": 1})
+    killed = 0
+    answers: list[Any] = []
+    for part in stream(shown * 20, ended.checkpoint, told, {}):
+        answers += part
+        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "MapWorker" in named(p))
+    assert killed
+    assert [one.task_id for one in answers] == [c.task_id for c in shown * 20]
+    assert answers[: len(shown)] == answers[-len(shown) :]

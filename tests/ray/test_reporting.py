@@ -1,0 +1,141 @@
+"""A training that gets no better stops by itself; as it runs, it says how it goes in MLflow and on Ray's dashboard."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.faults.fault_injection import go_on, kill_workers, when_step
+from umbrella.tracking.mlflow_logger import OUTCOME
+from umbrella.tracking.store import tracking_uri
+from umbrella.training.progress import latest_checkpoint, read_progress
+from umbrella.training.progress_log import EVALUATION, FORMATS, ProgressLog, gauge_name
+
+GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
+PATIENT = {
+    "name": "patient",
+    "experiment": "reporting",
+    "train.epochs": 12,
+    "train.evaluate_every": 9,
+    "train.patience": 2,
+    "optim.lr": 1e-30,  # nothing moves, so no evaluation is better than the first, at step 9
+    "data.log_samples": True,
+    "resources.workers": 2,
+    "resources.cpus_per_worker": 0.25,
+    "train.batch_size": 2,
+}
+STOP = 27
+"""The step of the third evaluation; the last step would be 39."""
+SHOWN = FORMATS.keys() - {"train/memory_device_mib"}
+"""The figures of a training without a GPU."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+class Trained(NamedTuple):
+    """A training that ended."""
+
+    settings: Any
+    folder: Path
+
+    def run(self) -> tuple[Any, list[int]]:
+        """The run in MLflow, and the steps that it has a loss of."""
+        client = MlflowClient(tracking_uri(self.settings.resources.storage))
+        experiment = client.get_experiment_by_name("reporting")
+        (run,) = client.search_runs([experiment.experiment_id])
+        return run, [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+
+    def steps_taken(self) -> int:
+        """Steps that were begun, those that were taken twice included."""
+        return (self.folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
+
+
+@pytest.fixture(scope="module")
+def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
+    """Two workers without a better evaluation than their first, killed between the first and the third."""
+    settings = small_settings(PATIENT)
+    folder = Path(settings.resources.storage) / "trainings" / settings.name
+    killer = when_step(folder, 11, kill_workers)
+    assert go_on(settings) == folder
+    killer.join(5)
+    return Trained(settings, folder)
+
+
+def test_a_training_without_a_better_evaluation_stops_on_all_workers_and_says_so(patient: Trained) -> None:
+    run, steps = patient.run()
+    assert steps == list(range(1, STOP + 1))
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")
+    kept = [path.name for path in sorted(patient.folder.glob("step_*"))]
+    assert kept == ["step_0000009", "step_0000027"], "the best and the newest"
+
+
+def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) -> None:
+    assert patient.steps_taken() > STOP, "it was killed, and took steps twice"
+    newest = latest_checkpoint(patient.folder)
+    assert newest is not None
+    progress = read_progress(newest)
+    assert (progress.step, progress.since_best) == (STOP, 2)
+
+
+def test_mlflow_has_the_figures_of_the_lines(patient: Trained) -> None:
+    run, _ = patient.run()
+    assert run.data.metrics.keys() >= SHOWN
+    assert 0 <= run.data.metrics["train/waiting_for_data"] <= 1
+
+
+def test_rays_metrics_have_the_figures_and_grafana_asks_for_no_others(ray_session: Any) -> None:
+    (node,) = ray_session.nodes()
+    address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+    def page() -> dict[str, list[str]]:
+        """Name of each gauge of this test to its values."""
+        found: dict[str, list[str]] = {}
+        with urlopen(address, timeout=30) as answer:
+            for line in answer.read().decode().splitlines():
+                if 'run="of a test"' in line and 'trial="of a test"' in line:
+                    found.setdefault(line.split("{")[0].removeprefix("ray_"), []).append(line)
+        return found
+
+    log = ProgressLog("of a test", "of a test", time.time())
+    figures = dict.fromkeys(FORMATS, 0.5)
+    measured = {"eval/loss": 1.5, "eval/balanced_accuracy": 0.75}
+    asked = set(re.findall(r"ray_(\w+)", GRAFANA.read_text(encoding="utf-8")))
+    assert asked <= {EVALUATION, *map(gauge_name, figures)}
+    while page().keys() != {EVALUATION, *map(gauge_name, figures)}:  # Ray collects them now and then
+        log.figures(figures, {"step": 1, "steps": 2, "epoch": 0.5, "left": None})
+        log.evaluation(measured)
+    lines = page()[EVALUATION]
+    values = {re.search(r'metric="([^"]*)"', line)[1]: float(line.split()[-1]) for line in lines}  # type: ignore[index]
+    assert values == measured
+    log.forget()
+    while not all(line.endswith(" NaN") for lines in page().values() for line in lines):
+        time.sleep(0.1)
+
+
+def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
+    patient: Trained, ray_session: Any
+) -> None:
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    (job,) = ray_session._private.worker.global_worker.gcs_client.get_all_job_info().values()
+    assert job.config.metadata["job_name"] == "tests of umbrella"
+    dashboard = ray_session._private.worker.get_dashboard_url()
+    address = f"http://{dashboard}/api/data/datasets/{ray_session.get_runtime_context().get_job_id()}"
+    with urlopen(Request(address, headers=get_auth_headers_if_auth_enabled({})), timeout=30) as answer:
+        datasets = json.load(answer)["datasets"]
+    named = {one["dataset"].rsplit("_", 2)[0] for one in datasets}  # Ray adds an id and a count
+    assert named >= {f"patient, {use}, worker {rank}" for use in ("training", "evaluation") for rank in (0, 1)}
+
+
+def test_the_same_command_does_not_train_a_stopped_training_further(patient: Trained) -> None:
+    before = patient.run()[1], patient.steps_taken()
+    go_on(patient.settings)
+    run, steps = patient.run()
+    assert (steps, patient.steps_taken()) == before
+    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")

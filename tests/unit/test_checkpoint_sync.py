@@ -1,0 +1,204 @@
+"""What is uploaded of a training or sweep can be continued on another machine, whenever this one is lost."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.written import FIRST, all_of, begin, evaluate
+from umbrella.base import UserError
+from umbrella.config import SETTINGS, load_settings
+from umbrella.shared_store import SharedStore
+from umbrella.training import checkpoint_sync
+from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
+from umbrella.training.history import read_history
+from umbrella.training.progress import checkpoint_folder, delete, latest_checkpoint, what_is_wrong
+from umbrella.training.settings import ResourceSettings
+
+
+class Lost(Exception):
+    """The machine is gone."""
+
+
+class Fragile(SharedStore):
+    """A store whose machine is lost at a given change."""
+
+    left = 10**9
+
+    def put(self, *about: Any) -> None:
+        self._change()
+        super().put(*about)
+
+    def delete(self, name: str) -> None:
+        self._change()
+        super().delete(name)
+
+    def _change(self) -> None:
+        if self.left == 0:
+            raise Lost
+        self.left -= 1
+
+
+def resources(storage: Path, address: str) -> ResourceSettings:
+    return load_settings(overrides={"resources.storage": str(storage), "resources.upload": address}).resources
+
+
+def trial_life(trial: Path, upload: Callable[[], None]) -> None:
+    """Three evaluations, the end, and what is deleted on the way."""
+    evaluate(trial, 1)
+    upload()
+    evaluate(trial, 2)
+    delete(checkpoint_folder(trial, 1))
+    upload()
+    evaluate(trial, 3)
+    (trial / "end.json").write_text('{"state": "finished"}', encoding="utf-8")
+    (trial.parents[1] / "experiment_state-1.json").write_text('{"ended": 1}', encoding="utf-8")
+    delete(checkpoint_folder(trial, 2))
+    upload()
+
+
+def test_at_whatever_moment_the_machine_is_lost_another_one_continues_from_a_whole_checkpoint(tmp_path: Path) -> None:
+    changes, seen, lost = 0, set(), True
+    while lost:
+        home, away, store = (tmp_path / f"{name}-{changes}" for name in ("home", "away", "store"))
+        trial = home / "sweeps/s/trials/t"
+        trial.mkdir(parents=True)
+        (home / "sweeps/s" / SETTINGS).write_text("a: 1", encoding="utf-8")
+        fragile = Fragile(str(store))
+        sync = CheckpointSync(fragile, home / "sweeps/s")
+        fragile.left, lost = changes, False
+        try:
+            trial_life(trial, sync.upload)
+        except Lost:
+            lost = True
+        there = away / "sweeps/s/trials/t"
+        download(resources(away, str(store)), away / "sweeps/s", all_of)
+        if there.exists():
+            latest = latest_checkpoint(there)
+            assert latest is not None, "with the sweep there is a checkpoint"
+            assert [what_is_wrong(checkpoint) for checkpoint in there.glob("step_*")].count("") >= 1
+            step = int(latest.name.removeprefix("step_"))
+            assert {row["step"] for row in read_history(there)} >= set(range(1, step + 1)), (
+                "nobody evaluates them again"
+            )
+            if (there / "end.json").exists():
+                assert step == 3
+            if (away / "sweeps/s/experiment_state-1.json").exists():
+                assert (there / "end.json").exists()
+            seen.add(step)
+        changes += 1
+    assert changes > 20
+    assert seen == {1, 2, 3}
+    assert {name.split("/")[4] for name in SharedStore(str(store)).sizes("sweeps") if "step_" in name} == {
+        "step_0000003"
+    }
+
+
+def test_a_training_is_downloaded_as_it_was_without_what_belongs_to_the_machine(address: str, tmp_path: Path) -> None:
+    folder, report = begin(tmp_path / "home" / FIRST), tmp_path / "home/evaluations/first/report.html"
+    assert not is_uploaded(resources(tmp_path / "away", address), tmp_path / "away" / FIRST)
+    with synced(resources(tmp_path / "home", address), folder, all_of, [report.parent]):
+        evaluate(folder, 1)
+        for name in ("stop", "workers", "ray/notes", ".step_2.partial/model"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+        report.parent.mkdir(parents=True)
+        report.touch()
+    away = tmp_path / "away" / FIRST
+    with synced(resources(tmp_path / "away", address), away, all_of):
+        assert what_is_wrong(away / "step_0000001") == ""
+        assert {path.name for path in away.iterdir()} == {"begun_with.json", "evaluations.jsonl", "step_0000001"}
+        evaluate(away, 2)
+    assert "evaluations/first/report.html" in SharedStore(address).sizes("evaluations")
+    assert f"{FIRST}/step_0000002/files.json" in SharedStore(address).sizes(FIRST)
+    download(resources(tmp_path / "home", address), folder, all_of)
+    assert not (folder / "step_0000002").exists(), "what is here is not replaced"
+
+
+def test_nothing_is_uploaded_twice_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    folder, store = begin(tmp_path / "home" / FIRST), Fragile(str(tmp_path / "store"))
+    evaluate(folder, 1)
+    sync = CheckpointSync(store, folder)
+    sync.upload()
+    store.left = 0
+    sync.upload()
+    delete(folder / "step_0000001")
+    sync.upload()
+    assert f"{FIRST}/step_0000001/files.json" in store.sizes(FIRST)
+    shutil.rmtree(folder)
+    sync.upload()
+    assert f"{FIRST}/begun_with.json" in store.sizes(FIRST)
+
+
+def test_a_file_of_ray_tune_that_is_half_written_waits(tmp_path: Path) -> None:
+    folder, store = tmp_path / "home/sweeps/s", SharedStore(str(tmp_path / "store"))
+    folder.mkdir(parents=True)
+    whole = {"experiment_state-1.json": b'{"a": 1}', "basic-variant-state-1.json": pickle.dumps({"a": 1})}
+    sync = CheckpointSync(store, folder)
+    for name, content in whole.items():
+        (folder / name).write_bytes(content[:-1])
+    sync.upload()
+    assert store.sizes("sweeps") == {}
+    for name, content in whole.items():
+        (folder / name).write_bytes(content)
+    sync.upload()
+    assert {name: store.read(f"sweeps/s/{name}") for name in whole} == whole
+
+
+def test_a_file_that_is_written_during_an_upload_has_its_new_content_after_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / "home/sweeps/s"
+    state, trial = folder / "experiment_state-1.json", folder / "trials/t"
+    trial.mkdir(parents=True)
+    state.write_text('{"a": 1}', encoding="utf-8")
+
+    class Slow(SharedStore):
+        """While it takes a file, Ray Tune writes its state."""
+
+        def put(self, name: str, *about: Any) -> None:
+            super().put(name, *about)
+            if name.endswith("point.json"):
+                state.write_text('{"a": 20}', encoding="utf-8")
+
+    store = Slow(str(tmp_path / "store"))
+    sync = CheckpointSync(store, folder)
+    (trial / "point.json").write_text("{}", encoding="utf-8")
+    sync.upload()
+    assert store.read("sweeps/s/experiment_state-1.json") == b'{"a": 1}'
+    sync.upload()
+    assert store.read("sweeps/s/experiment_state-1.json") == b'{"a": 20}'
+
+
+def test_an_object_store_that_fails_for_a_while_is_noted_and_has_everything_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_sync, "INTERVAL", 0.01)
+    place, disk, file = tmp_path / "place", tmp_path / "disk", tmp_path / "file"
+    disk.mkdir()
+    file.touch()  # nothing can be written below a file
+    place.symlink_to(disk)
+    folder, said = begin(tmp_path / "home" / FIRST), ""
+    with synced(resources(tmp_path / "home", str(place)), folder, all_of):
+        place.unlink()
+        place.symlink_to(file)
+        evaluate(folder, 1)
+        while "is not uploaded for now" not in said:
+            said += capsys.readouterr().err
+        place.unlink()
+        place.symlink_to(disk)
+    assert (said + capsys.readouterr().err).count("note: ") == 1
+    assert what_is_wrong(disk / FIRST / "step_0000001") == ""
+
+
+def test_a_store_that_cannot_be_written_and_a_folder_in_the_way_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "home" / FIRST
+    with pytest.raises(UserError, match=r"^resources\.upload=.*file: .*; check the address and its credentials$"):
+        CheckpointSync(SharedStore(str(tmp_path / "file"), "resources.upload"), folder)
+    address = str(tmp_path / "store")
+    CheckpointSync(SharedStore(address), begin(tmp_path / "other" / FIRST)).upload()
+    (folder / "something").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"first exists and is no trainings/first; delete it or move it away$"):
+        download(resources(tmp_path / "home", address), folder, all_of)

@@ -1,0 +1,264 @@
+"""Which trials a sweep runs: points that are known before, and Optuna's proposals."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.tune.search import Searcher
+
+from umbrella.base import UserError
+from umbrella.config import Settings, load_settings
+from umbrella.tuning.proposals import Proposals
+from umbrella.tuning.search import count_trials, make_scheduler, make_search, points
+from umbrella.tuning.space import label, read_space
+
+METRIC = "eval/balanced_accuracy"
+OF_RAY = {"cluster", "runtime_env"}  # what Ray reads, and not our scripts
+CONFIGS = (Path(__file__).resolve().parents[2] / "ray_configs").glob("*.yaml")
+QUESTIONS = sorted(file for file in CONFIGS if file.stem not in OF_RAY)
+RATES = {"loguniform": [1e-5, 1e-3]}
+PARTS = {
+    "optim.lr": RATES,
+    "model.train": {"grid": ["embedder", "lora", "all"]},
+    "optim.embedder_lr": RATES | {"when": {"model.train": ["embedder", "all"]}},
+    "model.lora_rank": {"grid": [4, 8], "when": {"model.train": ["lora"]}},
+}
+
+
+def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:
+    return load_settings(overrides={"tune.space": space} | {f"tune.{name}": value for name, value in tune.items()})
+
+
+def test_grids_are_combined_in_order_and_the_last_moves_fastest() -> None:
+    settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
+    assert [tuple(point.values()) for point in points(settings)] == [
+        (0.1, "all"), (0.1, "assistant"), (0.2, "all"), (0.2, "assistant"),
+    ]  # fmt: skip
+
+
+def test_what_is_drawn_is_drawn_anew_for_each_combination_and_the_same_again_for_a_seed() -> None:
+    settings = sweep({"optim.lr": RATES, "mask.supervise": {"grid": ["all", "assistant"]}}, samples=3)
+    found = points(settings)
+    assert [point["mask.supervise"] for point in found] == ["all", "assistant"] * 3
+    assert len({point["optim.lr"] for point in found}) == 6
+    assert points(settings) == found
+    assert points(settings.with_values({"seed": 1})) != found
+
+
+def test_a_conditional_setting_is_in_a_point_only_where_its_conditions_hold() -> None:
+    found = points(sweep(PARTS, samples=2))
+    names = [(point["model.train"], *(name for name in point if name != "model.train")) for point in found]
+    expected = [
+        ("embedder", "optim.lr", "optim.embedder_lr"),
+        ("lora", "optim.lr", "model.lora_rank"),
+        ("lora", "optim.lr", "model.lora_rank"),
+        ("all", "optim.lr", "optim.embedder_lr"),
+    ]
+    assert names == expected * 2
+    assert [point.get("model.lora_rank") for point in found] == [None, 4, 8, None] * 2
+
+
+def test_conditions_chain_and_hold_all_at_once() -> None:
+    space = {
+        "optim.clip": {"grid": [1.0, 2.0], "when": {"optim.schedule": ["linear"], "optim.warmup": [5]}},
+        "optim.warmup": {"grid": [0, 5], "when": {"mask.supervise": ["all"]}},
+        "mask.supervise": {"choice": ["all"]},
+        "optim.schedule": {"grid": ["linear", "cosine"]},
+    }
+    assert [label(point) for point in points(sweep(space))] == [
+        "warmup=0 supervise=all schedule=linear",
+        "clip=1 warmup=5 supervise=all schedule=linear",
+        "clip=2 warmup=5 supervise=all schedule=linear",
+        "warmup=0 supervise=all schedule=cosine",
+        "warmup=5 supervise=all schedule=cosine",
+    ]
+
+
+def test_equal_points_are_run_once() -> None:
+    assert len(points(sweep({"optim.lr": {"grid": [0.1, 0.2]}}, samples=4))) == 2
+    assert len(points(sweep({"mask.supervise": {"choice": ["all", "assistant"]}}, samples=50))) == 2
+
+
+def test_each_point_is_run_with_each_seed() -> None:
+    settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}}, seeds=3).with_values({"seed": 7})
+    assert [tuple(point.values()) for point in points(settings)] == [(r, s) for r in (0.1, 0.2) for s in (7, 8, 9)]
+    assert count_trials(settings) == make_search(settings).trials == 6
+
+
+def test_a_setting_given_on_the_command_line_is_not_swept() -> None:
+    settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
+    assert points(settings, frozenset({"optim.lr"})) == [{"mask.supervise": "all"}, {"mask.supervise": "assistant"}]
+    assert points(settings, frozenset({"optim.lr", "mask.supervise"})) == [{}]
+
+
+def test_every_run_has_a_label_of_its_own() -> None:
+    found = points(sweep(PARTS, samples=100, seeds=2))
+    assert len({label(point) for point in found}) == len(found) > 790  # two draws of four digits may agree: one point
+
+
+def test_a_drawn_point_that_the_settings_refuse_is_found_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("umbrella.tuning.space.CHECKED", 1)  # as if there were too many combinations to check all
+    space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
+    with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all do not go"):
+        points(sweep(space))
+
+
+# Optuna
+
+
+def run(search: Searcher, trial_id: str, *values: float | None, error: bool = False) -> dict[str, Any]:
+    """One trial through a searcher, as Ray Tune runs it; None is a report without the metric."""
+    point = search.suggest(trial_id)
+    assert isinstance(point, dict)
+    result: dict[str, float] = {}
+    for value in values:
+        result = {} if value is None else {METRIC: value}
+        search.on_trial_result(trial_id, result)
+    search.on_trial_complete(trial_id, result, error)
+    return point
+
+
+def proposals(space: dict[str, dict[str, Any]], **tune: Any) -> Proposals:
+    settings = sweep(space, search="optuna", **tune)
+    return Proposals(settings, read_space(settings))
+
+
+def test_optuna_finds_what_random_points_do_not() -> None:
+    def score(rate: float) -> float:
+        return -abs(math.log10(rate) + 4.2)
+
+    search = proposals({"optim.lr": {"loguniform": [1e-7, 1e-1]}})
+    rates = []
+    for number in range(40):
+        point = search.suggest(f"t{number}")
+        rates.append(point["optim.lr"])
+        search.on_trial_complete(f"t{number}", {METRIC: score(rates[-1])})
+    assert np.mean([score(rate) for rate in rates[20:]]) > -1  # of random rates -1.5 is expected
+
+
+def test_optuna_proposes_the_same_again_for_a_seed_and_only_names_whose_conditions_hold() -> None:
+    first, again = proposals(PARTS), proposals(PARTS)
+    found = [run(first, str(number), 0.5) for number in range(15)]
+    assert [run(again, str(number), 0.5) for number in range(15)] == found
+    assert {point["model.train"] for point in found} == {"embedder", "lora", "all"}
+    for point in found:
+        assert ("model.lora_rank" in point) == (point["model.train"] == "lora")
+        assert ("optim.embedder_lr" in point) == (point["model.train"] != "lora")
+        sweep(PARTS).with_values(point)
+
+
+def test_optuna_proposes_values_of_every_kind_as_the_settings_have_them() -> None:
+    kinds = {
+        "optim.clip": {"quniform": [0.1, 0.5, 0.2]},
+        "train.epochs": {"randint": [1, 3]},
+        "optim.warmup": {"loguniform": [1, 4]},
+        "modalities.sMRI": {"choice": [{"grid": [32] * 3, "patch": [16] * 3}, {"patch": [6] * 3}]},
+    }
+    search = proposals(kinds)
+    found = [run(search, str(number), 0.0) for number in range(25)]
+    assert {point["optim.clip"] for point in found} == {0.1, 0.3, 0.5}
+    assert {point["train.epochs"] for point in found} == {1, 2, 3}
+    assert {point["optim.warmup"] for point in found} == {1, 2, 3, 4}
+    assert {str(point["modalities.sMRI"]) for point in found} == {str(v) for v in kinds["modalities.sMRI"]["choice"]}
+
+
+def test_optuna_is_told_the_mean_over_seeds_of_the_best_evaluations() -> None:
+    search = proposals({"optim.lr": RATES}, seeds=2)
+    first, second = run(search, "a", 0.2, 0.6, 0.4), run(search, "b", 0.8)
+    assert first == second | {"seed": 0}
+    assert second["seed"] == 1
+    assert search.study.trials[0].value == pytest.approx(0.7)
+    assert run(search, "c", 0.1)["optim.lr"] != first["optim.lr"]
+
+
+@pytest.mark.parametrize("values", [(), (None,), (math.nan,), (None, math.nan, math.inf)])
+def test_a_trial_without_a_number_ends_no_search_and_is_worse_than_any_other(values: tuple) -> None:
+    search = proposals({"optim.lr": RATES})
+    for number in range(3):
+        run(search, f"{number}", *values, error=not values)
+    assert [trial.state.name for trial in search.study.trials] == ["PRUNED"] * 3
+    run(search, "good", math.nan, 0.5, None)
+    assert search.study.best_value == 0.5
+    for number in range(10):  # beyond the first ten, which are random
+        run(search, f"more{number}", 0.5)
+
+
+def test_a_failed_seed_is_left_out_of_the_mean_and_nothing_waits_for_it() -> None:
+    search = proposals({"optim.lr": RATES}, seeds=3)
+    run(search, "a", 0.9, error=True)
+    run(search, "b", 0.2)
+    run(search, "c", 0.4)
+    assert search.study.trials[0].value == pytest.approx(0.3)
+    search.on_trial_complete("a", {METRIC: 1.0})  # once more, as after Tuner.restore
+    search.on_trial_complete("never seen", {METRIC: 1.0})
+    assert search.study.trials[0].value == pytest.approx(0.3)
+
+
+def test_a_restored_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    def begun() -> Proposals:
+        search = proposals(PARTS, seeds=2)
+        for number in range(7):
+            run(search, f"t{number}", number / 10)
+        search.suggest("running")  # the second seed of the fourth point, still running
+        return search
+
+    straight, saved = begun(), begun()
+    saved.save(str(tmp_path / "state.pkl"))
+    restored = proposals(PARTS, seeds=2)
+    restored.restore(str(tmp_path / "state.pkl"))
+    for search in (straight, restored):
+        search.on_trial_complete("running", {METRIC: 0.9})
+    assert [t.value for t in restored.study.trials] == pytest.approx([0.05, 0.25, 0.45, 0.75])
+    later = [run(restored, f"later{number}", 0.5) for number in range(12)]
+    assert [run(straight, f"later{number}", 0.5) for number in range(12)] == later
+
+
+def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
+    space = {"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"choice": ["all", "assistant"]}}
+    search = proposals(space, samples=50, seeds=2)
+    assert count_trials(search.settings) == 8
+    found = [label(run(search, str(number), 0.5)) for number in range(8)]
+    assert len(set(found)) == 8
+    assert search.suggest("9") == Searcher.FINISHED
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("asha", "AsyncHyperBandScheduler"), ("none", "FIFOScheduler")],
+)
+def test_a_scheduler_is_rays(name: str, kind: str) -> None:
+    assert type(make_scheduler(sweep(PARTS, scheduler=name).tune)).__name__ == kind
+
+
+# The files that are there
+
+
+@pytest.mark.parametrize("file", QUESTIONS, ids=lambda file: file.stem)
+def test_every_file_of_settings_is_valid_says_what_it_asks_and_how(file: Path) -> None:
+    heading = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(line.startswith("#     python experiments/tune.py") for line in heading)
+    assert any(file.name in line for line in heading)
+    needs = {"model.checkpoint": "llava"} if file.stem == "embedder" else {}
+    settings = load_settings([file], needs)
+    found = points(settings)
+    assert len({label(point) for point in found}) == len(found)
+    assert len(found) > 1 or not settings.tune.space
+    make_scheduler(settings.tune)
+
+
+def test_the_ready_questions_have_the_trials_that_they_ask_for() -> None:
+    counts = {file.stem: len(points(load_settings([file], {"model.checkpoint": "llava"}))) for file in QUESTIONS}
+    wanted = {"tune": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}
+    wanted |= dict.fromkeys(["grid_96", "local", "gpu_host"], 1)  # they ask nothing
+    assert counts == wanted
+
+
+def test_inflation_without_a_checkpoint_is_named() -> None:
+    (file,) = (file for file in QUESTIONS if file.stem == "embedder")
+    with pytest.raises(UserError, match=r"^tune\.space\.model\.embedder_init: .*needs a model\.checkpoint"):
+        points(load_settings([file]))
