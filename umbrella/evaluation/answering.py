@@ -9,12 +9,11 @@ import torch
 
 from umbrella.base import UserError, note
 from umbrella.config import SETTINGS, Settings
-from umbrella.conversations.conversation import Conversation, ImageItem
+from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
 from umbrella.conversations.images import modality_by_suffix, volume_file
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer, load_renderer
-from umbrella.evaluation.chat import Chat, Modalities, Paths, as_conversation, assistant_turn, user_turn
 from umbrella.evaluation.extraction import said
 from umbrella.evaluation.generation import Generated, generate
 from umbrella.evaluation.prediction import Prediction, cut_note
@@ -29,6 +28,10 @@ from umbrella.volumes.store import VolumeStore
 
 UNKNOWN_LENGTH, MOST_TOKENS = 64, 1024
 """Default limits of a generated answer in tokens: where the longest training answer is not known, and in any case."""
+Paths = str | Path | Sequence[str | Path]
+"""One file, or several in the order in which they are shown."""
+Modalities = str | Sequence[str] | None
+"""The modality of all volumes, or one name for each; None where they can be told by their names or axes."""
 
 
 class Umbrella:
@@ -279,3 +282,49 @@ def _on_device(model: UmbrellaForConditionalGeneration, device: str | torch.devi
     except (RuntimeError, AssertionError) as error:  # no such device, no CUDA in this torch, not enough memory
         raise UserError(f"device={device}: {str(error).splitlines()[0]}") from None
     return where
+
+
+class Chat:
+    """A conversation that goes on: each question is asked with all that was said before."""
+
+    def __init__(self, model: Umbrella, system: str = "") -> None:
+        self.turns = [Turn(role="system", content=(TextItem(type="text", text=system),))] if system else []
+        """What was said so far."""
+        self._model = model
+
+    def ask(
+        self,
+        question: str,
+        volumes: Paths = (),
+        modality: Modalities = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer's text. Volumes, if any, stand before the question; a question that fails was not asked.
+
+        Raises:
+            UserError: as ``Umbrella.answer`` and ``Umbrella.items``.
+        """
+        turns = [*self.turns, user_turn(self._model.items(volumes, modality), question)]
+        asked = as_conversation([*turns, assistant_turn("")])
+        (answer,) = self._model.answer([asked], max_new_tokens, **options)
+        self.turns = [*turns, assistant_turn(answer)]
+        return answer
+
+
+def user_turn(volumes: Sequence[ImageItem], question: str) -> Turn:
+    """Volumes, and then a question about them."""
+    return Turn(role="user", content=(*volumes, TextItem(type="text", text=question)))
+
+
+def assistant_turn(text: str) -> Turn:
+    """An answer."""
+    return Turn(role="assistant", content=(TextItem(type="text", text=text),))
+
+
+def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
+    """Turns as a sample without a name."""
+    volumes = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
+    images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in volumes)
+    sample = {"task_id": "question", "task_type": "question", "conversations": tuple(turns), "images": images}
+    return Conversation.model_validate(sample | {"metadata": metadata})
