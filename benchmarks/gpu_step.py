@@ -22,7 +22,7 @@ from umbrella.modality import Modality
 from umbrella.model.loading import from_llava
 from umbrella.model.presets import cast_frozen
 from umbrella.model.selection import parts, select_trainable
-from umbrella.training.memory import apply_options
+from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step

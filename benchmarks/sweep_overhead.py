@@ -41,7 +41,7 @@ def main(words: list[str]) -> None:
     from umbrella.data.intake import load_splits
     from umbrella.tracking.store import open_experiment, tracking_uri
     from umbrella.training.cluster import start_ray
-    from umbrella.training.job import run_job
+    from umbrella.training.launch import run_job
     from umbrella.training.run import make_job
     from umbrella.tuning.results import read_trials
 

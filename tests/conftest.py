@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -190,6 +191,16 @@ def build(tokenizer: Any) -> Callable[..., Any]:
     return build
 
 
+def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
+    """The writer of a language model's checkpoints."""
+    from umbrella.model.partial import is_whole, write_weights
+    from umbrella.training.language_model import model_files
+    from umbrella.training.writer import Writer
+
+    save_weights = partial(write_weights, whole=is_whole(settings.model))
+    return Writer(folder, model_files(model, tokenizer, settings), save_weights, settings, code)
+
+
 @pytest.fixture(scope="session")
 def save_step(tokenizer: Any) -> Callable[..., Path]:
     """Writes a checkpoint of a training (model, optimizer, schedule) into a folder, as rank 0 does."""
@@ -198,16 +209,16 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from umbrella.config import load_settings
     from umbrella.model.partial import names_to_write
     from umbrella.training.checkpoint import snapshot
+    from umbrella.training.language_model import copy_weights
     from umbrella.training.progress import Progress
-    from umbrella.training.writer import Writer
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
         folder.mkdir(exist_ok=True)
         settings = load_settings(overrides=others)
-        writer = Writer(folder, training.model, tokenizer, settings, {"git.commit": "abc", "torch": "1"})
+        writer = make_writer(folder, training.model, tokenizer, settings, {"git.commit": "abc", "torch": "1"})
         names = names_to_write(training.model, settings.model)
         progress = Progress(step, 4 * step)
-        taken = snapshot(training.model, names, training.optimizer, training.schedule, progress, metrics)
+        taken = snapshot(copy_weights(training.model, names), training.optimizer, training.schedule, progress, metrics)
         writer.write(replace(taken, rng=rng) if rng else taken)
         writer.wait()
         return folder / f"step_{step:07d}"

@@ -22,7 +22,7 @@ from umbrella.data.intake import load_splits
 from umbrella.data.loading import read_splits
 from umbrella.evaluation.prediction import read_predictions
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.job import run_job
+from umbrella.training.launch import run_job
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.run import make_job
 

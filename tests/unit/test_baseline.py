@@ -11,9 +11,8 @@ import pytest
 
 from tests.conftest import make_conversation
 from umbrella.base import UserError
-from umbrella.baseline.labels import Bins, Classes, fit
 from umbrella.baseline.run import resolved
-from umbrella.baseline.samples import own_volume, samples_of
+from umbrella.baseline.targets import Bins, Classes, fit, own_volume, samples_of
 from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 
@@ -27,7 +26,7 @@ CHANNELS = [32, 64, 128, 256, 256, 64]
 def test_the_number_of_halving_blocks_follows_the_grid(grid: tuple[int, int, int], blocks: int) -> None:
     import torch
 
-    from umbrella.baseline.cnn import Sfcn
+    from umbrella.baseline.network import Sfcn
 
     channels = [1, 1, 1, 1, 1, 2]  # of one channel: the largest grid would take seconds
     net = Sfcn(grid, channels, 7).eval()
@@ -38,7 +37,7 @@ def test_the_number_of_halving_blocks_follows_the_grid(grid: tuple[int, int, int
 
 
 def test_the_network_of_the_paper_has_as_many_parameters_as_one_counts_by_hand() -> None:
-    from umbrella.baseline.cnn import Sfcn
+    from umbrella.baseline.network import Sfcn
 
     kernels = 27 * (1 * 32 + 32 * 64 + 64 * 128 + 128 * 256 + 256 * 256) + 256 * 64
     biases, norms, head = sum(CHANNELS), 2 * sum(CHANNELS), 64 * 40 + 40
@@ -50,7 +49,7 @@ def test_the_network_of_the_paper_has_as_many_parameters_as_one_counts_by_hand()
 def test_frames_of_a_series_are_channels() -> None:
     import torch
 
-    from umbrella.baseline.cnn import Sfcn
+    from umbrella.baseline.network import Sfcn
 
     assert Sfcn((8, 8, 8), [4, 4, 4], 3, inputs=5)(torch.randn(2, 5, 8, 8, 8)).shape == (2, 3)
 
@@ -148,10 +147,9 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
     from mlflow import MlflowClient
 
     from umbrella.assessment.summary import print_evaluation
-    from umbrella.baseline.evaluate import evaluate
-    from umbrella.baseline.run import make_jobs
+    from umbrella.baseline.run import evaluate, make_jobs
     from umbrella.cli import make_console
-    from umbrella.training.job import run_job
+    from umbrella.training.launch import run_job
     from umbrella.training.run import watch_job
 
     uri = mlflow_store(tmp_path)

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import make_writer
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.model.partial import names_to_write
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
-from umbrella.training import writer as writer_module
 from umbrella.training.checkpoint import code_of, other_code, restore, rng_state, snapshot
+from umbrella.training.language_model import copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.settings import OptimSettings
@@ -47,7 +48,9 @@ class Training:
         ]
 
     def restored(self, step: Path, names: list[str], rank: int = 0) -> Progress:
-        return restore(step, self.model, names, self.optimizer, self.schedule, rank)
+        load_weights(step, self.model, names)
+        restore(step, self.optimizer, self.schedule, rank)
+        return read_progress(step)
 
 
 @pytest.mark.parametrize("train", ["all", "embedder+projector"])
@@ -153,7 +156,7 @@ def test_a_snapshot_is_of_its_step_while_the_next_ones_are_taken(build: Build, b
 
     def taken() -> Any:
         names = [name for name, _ in one.model.named_parameters()]
-        return snapshot(one.model, names, one.optimizer, one.schedule, Progress(2, 8))
+        return snapshot(copy_weights(one.model, names), one.optimizer, one.schedule, Progress(2, 8))
 
     def content(of: Any) -> list[bytes]:
         files = [BytesIO() for _ in range(3)]
@@ -176,10 +179,10 @@ def writer(build: Build, tokenizer: Any, tmp_path: Path) -> tuple[Writer, Callab
 
     def take(step: int, **metrics: float) -> Any:
         measured = {f"eval/{name}": value for name, value in metrics.items()}
-        return snapshot(one.model, names, one.optimizer, one.schedule, Progress(step, 4 * step), measured)
+        return snapshot(copy_weights(one.model, names), one.optimizer, one.schedule, Progress(step, 4 * step), measured)
 
     (tmp_path / "run").mkdir()
-    return Writer(tmp_path / "run", one.model, tokenizer, settings, {}), take
+    return make_writer(tmp_path / "run", one.model, tokenizer, settings), take
 
 
 def test_the_best_stays_until_a_better_one_is_whole(writer: Any, tmp_path: Path) -> None:
@@ -221,15 +224,13 @@ def test_a_folder_that_vanished_is_not_made_again(writer: Any, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_that_is_no_disks_fault_is_raised_as_it_is(
-    writer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_is_no_disks_fault_is_raised_as_it_is(writer: Any, tmp_path: Path) -> None:
     write, take = writer
 
     def broken(*_: Any) -> None:
         raise TypeError("a mistake in the code")
 
-    monkeypatch.setattr(writer_module, "write_weights", broken)
+    write.save_weights = broken
     write.write(take(1))
     with pytest.raises(TypeError, match="a mistake in the code"):
         write.wait()

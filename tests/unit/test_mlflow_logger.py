@@ -20,7 +20,8 @@ from umbrella.config import load_settings
 from umbrella.tracking import mlflow_logger
 from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, close_run, find_run, run_key
 from umbrella.tracking.store import open_experiment
-from umbrella.training.job import AnyJob
+from umbrella.training.job import Job
+from umbrella.training.launch import language_model
 from umbrella.training.run import check_same
 from umbrella.tuning.ending import FAILED, STOPPED, write_end
 from umbrella.tuning.folder import trial_folder
@@ -123,7 +124,15 @@ def test_a_run_whose_id_was_not_noted_is_found_by_its_key_here_and_on_another_ma
     here, elsewhere = tmp_path / "here" / "night", tmp_path / "elsewhere" / "night"
     parent = "f" * 32 if of == "trial" else None
     if of == "training":  # as it is begun, before a worker is asked for
-        check_same(AnyJob(settings=load_settings(), data={"data.fingerprint": ""}, tracking={}, folder=str(here)))
+        check_same(
+            Job(
+                task=language_model,
+                settings=load_settings(),
+                data={"data.fingerprint": ""},
+                tracking={},
+                folder=str(here),
+            )
+        )
     else:
         here.mkdir(parents=True)
     copied(here, elsewhere)  # the last upload before the machine is lost

@@ -16,7 +16,8 @@ from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.capacity import trainings_that_fit
-from umbrella.training.job import Job, cause
+from umbrella.training.job import LanguageModelJob
+from umbrella.training.launch import cause, language_model
 from umbrella.training.run import check, check_same
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.sweep import possible_masks
@@ -205,7 +206,11 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
         tables = {"train": None, "validation": None, "train_lengths": nothing, "validation_lengths": nothing}
         tables |= {"modalities": ["sMRI"], "longest_answer": 9}
         folder = str(tmp_path / "mine")
-        check_same(Job(settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder))
+        check_same(
+            LanguageModelJob(
+                task=language_model, settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder
+            )
+        )
 
     begin()
     begin(resources__workers=2, tune__grace=5)

@@ -1,7 +1,7 @@
-"""Every setting that a sweep can vary changes what a worker holds or does, at the place where the setting acts.
+"""Every setting that a sweep can vary changes what a trainer holds or does, at the place where the setting acts.
 
-Each case makes the worker of a training under two values of one setting, as a trial does. Ray is not started: rows come
-from a list instead of a Ray data set, and nobody asks the worker to stop.
+Each case makes a trainer under two values of one setting, as a trial does. Ray is not started: rows come from a list
+instead of a Ray data set, and nobody asks it to stop.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import pytest
+import ray
 import ray.data
 import ray.train
 import torch
@@ -29,9 +30,10 @@ from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.scoring import find_candidates
 from umbrella.modality import Modality
 from umbrella.model.selection import parts
-from umbrella.training.job import Job
-from umbrella.training.step import Diverged
-from umbrella.training.worker import Worker
+from umbrella.training.job import LanguageModelJob
+from umbrella.training.language_model import LanguageModelTask
+from umbrella.training.launch import language_model
+from umbrella.training.trainer import Trainer
 from umbrella.tuning.reading import FIXED, IN_THE_WORKER, section_of
 
 BASE = {
@@ -83,7 +85,7 @@ class Dataset:
 
 
 class Training:
-    """A worker, and from the first time that ``ran`` is asked for what it has done.
+    """A trainer, and from the first time that ``ran`` is asked for what it has done.
 
     events: a letter for each forward pass in training (T), optimizer step (S) and forward pass in evaluation (E).
     given: inputs of the model, by letter. rates: of the optimizer's groups, at each step.
@@ -91,8 +93,10 @@ class Training:
     ahead: batches made ahead, by data set.
     """
 
-    def __init__(self, worker: Worker, ahead: list[int]) -> None:
-        self.worker, self.model, self.settings, self.ahead = worker, worker.model, worker.settings, ahead
+    def __init__(self, trainer: Trainer, ahead: list[int]) -> None:
+        assert isinstance(trainer.task, LanguageModelTask)
+        self.trainer, self.task, self.ahead = trainer, trainer.task, ahead
+        self.model, self.settings = trainer.task.model, trainer.settings
         self.events = ""
         self.given: dict[str, list[dict[str, Any]]] = {"T": [], "E": []}
         self.rates: list[dict[str, float]] = []
@@ -104,8 +108,8 @@ class Training:
 
     @cached_property
     def ran(self) -> "Training":
-        """Itself, after the worker has trained to its end."""
-        optimizer = self.worker.optimizer
+        """Itself, after the trainer has trained to its end."""
+        optimizer = self.task.optimizer
 
         def passes(module: Any, args: Any, given: dict[str, Any]) -> None:
             letter = "T" if module.training else "E"
@@ -121,11 +125,11 @@ class Training:
                 (place, "T" if module.training else "E"), []
             ).append(out)
 
-        self.worker.parallel.register_forward_pre_hook(passes, with_kwargs=True)
+        self.task.parallel.register_forward_pre_hook(passes, with_kwargs=True)
         optimizer.register_step_post_hook(steps)
         for place, layer in self.layers.items():
             layer.self_attn.register_forward_hook(attends(place))
-        self.worker.run()
+        self.trainer.run()
         return self
 
 
@@ -137,7 +141,7 @@ def events(training: Training) -> str:
 
 
 def steps(training: Training) -> int:
-    with suppress(Diverged):
+    with suppress(FloatingPointError):
         assert training.ran
     return training.events.count("S")
 
@@ -156,18 +160,18 @@ def shares(training: Training) -> list[float]:
 
 
 def decays(training: Training) -> dict[str, float]:
-    groups = training.worker.optimizer.param_groups
+    groups = training.task.optimizer.param_groups
     return {group["name"]: group["weight_decay"] for group in groups if group["name"].endswith(".decayed")}
 
 
 def clipped(training: Training) -> float:
     """The norm of the first step's gradient; Adam's first moment is a tenth of it."""
-    moments = [state["exp_avg"] for state in training.ran.worker.optimizer.state.values()]
+    moments = [state["exp_avg"] for state in training.ran.task.optimizer.state.values()]
     return 10 * float(torch.nn.utils.get_total_norm(moments))
 
 
 def order(training: Training) -> list[str]:
-    log = Path(training.ran.worker.job.folder) / "samples_0.jsonl"
+    log = Path(training.ran.trainer.job.folder) / "samples_0.jsonl"
     return re.findall(r"sample-\d+", log.read_text(encoding="utf-8"))
 
 
@@ -204,7 +208,7 @@ def not_a_number(training: Training) -> str:
     """What becomes of a volume that has such a voxel."""
     into = np.zeros(training.settings.modalities["sMRI"].grid, np.float16)
     try:
-        training.worker.collate.store.read(Path(training.settings.resources.storage) / "nan.nii", "sMRI", into)
+        training.task.collate.store.read(Path(training.settings.resources.storage) / "nan.nii", "sMRI", into)
     except UserError:
         return "refused"
     return "read" if np.isfinite(into).all() and into.any() else "spoilt"
@@ -263,13 +267,13 @@ def refuses_to_compile(run: Callable[[], Any]) -> bool:
 
 
 def sharded(training: Training) -> bool:
-    return all(isinstance(weight, DTensor) for weight in training.worker.parallel.parameters())
+    return all(isinstance(weight, DTensor) for weight in training.task.parallel.parameters())
 
 
 def seeds(training: Training) -> dict[str, Any]:
-    worker = training.worker
-    initial = [weight.sum().item() for weight in worker.model.parameters()]
-    drawn = worker.plan.draws(next(worker.plan.rows(0, 0)))
+    plan = training.trainer.plan
+    initial = [weight.sum().item() for weight in training.model.parameters()]
+    drawn = plan.draws(next(plan.rows(0, 0)))
     return {"weights": initial, "dropout": torch.initial_seed(), "draws": drawn[0][0], "order": order(training)}
 
 
@@ -437,9 +441,10 @@ def start(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[Mapping[str, Any]], Training]]:
-    """Makes the worker of a training with these settings, as a process of Ray Train does."""
+    """Makes the trainer of a training with these settings, as a process of Ray Train does."""
     ahead: list[int] = []
     monkeypatch.setattr(ray.data, "from_items", lambda rows, **options: Dataset(rows, ahead))
+    monkeypatch.setattr(ray, "get", lambda tables: tables)
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
     torch.set_num_threads(1)
     base = load_settings(overrides=BASE | {"resources.storage": str(storage)})
@@ -451,7 +456,8 @@ def start(
         lengths = [np.array([renderer.render(c).bucket_length for c in split]) for split in splits]
         train, validation = map(to_table, splits)
         folder = tmp_path_factory.mktemp("training")
-        job = Job(
+        job = LanguageModelJob(
+            task=language_model,
             settings=settings,
             data={},
             tracking={"name": "test"},
@@ -467,9 +473,8 @@ def start(
         workers = settings.resources.workers
         if workers > 1 and not distributed.is_initialized():  # the others are not needed to make one
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        return Training(
-            Worker(job, train, validation, 0, workers, torch.device("cpu"), None, lambda metrics: None), ahead
-        )
+        device = torch.device("cpu")
+        return Training(Trainer(job, job.task(), 0, workers, device, None, lambda metrics: None), ahead)
 
     yield start
     if distributed.is_initialized():

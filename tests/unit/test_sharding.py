@@ -12,6 +12,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 
+from tests.conftest import make_writer
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
@@ -19,13 +20,12 @@ from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
 from umbrella.training.checkpoint import restore, snapshot
-from umbrella.training.memory import apply_options
+from umbrella.training.language_model import apply_options, copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.parallel import autocast, parallelise, release, whole
 from umbrella.training.progress import FILES, Progress
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
-from umbrella.training.writer import Writer
 
 SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
 SELECTIONS = ["all", "embedder", "projector", "embedder+lora", "embedder+projector+tower", "lora"]
@@ -136,15 +136,18 @@ class Training:
 
     def save(self, folder: Path) -> None:
         keep = not distributed.is_initialized() or distributed.get_rank() == 0
-        taken = snapshot(self.model, self.names, self.optimizer, self.schedule, Progress(3, 3), keep=keep)
+        taken = snapshot(
+            copy_weights(self.model, self.names, keep), self.optimizer, self.schedule, Progress(3, 3), keep=keep
+        )
         if keep:
             folder.mkdir()
-            writer = Writer(folder, self.model, byte_tokenizer(), load_settings(), {})
+            writer = make_writer(folder, self.model, byte_tokenizer(), load_settings())
             writer.write(taken)
             writer.wait()
 
     def restore(self, folder: Path) -> None:
-        restore(folder / "step_0000003", self.model, self.names, self.optimizer, self.schedule)
+        load_weights(folder / "step_0000003", self.model, self.names)
+        restore(folder / "step_0000003", self.optimizer, self.schedule)
 
 
 def resumed(rank: int, folder: Path, train: str, made_of: tuple, steps: list[list[list[Batch]]]) -> list[list[float]]:

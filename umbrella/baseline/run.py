@@ -7,19 +7,20 @@ from pathlib import Path
 
 import ray
 
-from umbrella.assessment.run import Evaluated
+from umbrella.assessment.assessment import AS_ASKED, Assessment
+from umbrella.assessment.run import Evaluated, write
+from umbrella.assessment.tracked import log
 from umbrella.base import UserError, note
-from umbrella.baseline.evaluate import evaluate
-from umbrella.baseline.job import BaselineJob, Question
-from umbrella.baseline.labels import Bins, Classes, fit
-from umbrella.baseline.samples import asked, samples_of, targets_of
+from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
+from umbrella.baseline.task import PREDICTIONS, BaselineJob, BaselineTask, Question
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
-from umbrella.data.intake import Splits, load_splits
+from umbrella.data.intake import Splits, fingerprint, load_splits
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.loading import classes_of
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.prediction import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels
+from umbrella.evaluation.tables import tabulate
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.store import open_experiment, tracking_uri
@@ -27,7 +28,10 @@ from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
+from umbrella.training.progress import best_checkpoint
 from umbrella.training.run import check_names, watch_job
+
+NOTE = "this network sees one volume of each conversation and no words; its numbers are computed, not generated"
 
 
 def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluated]:
@@ -180,17 +184,18 @@ def make_job(
     folder: str,
 ) -> BaselineJob:
     """The job of one target, its samples put into Ray's object store."""
-    modality, fingerprint = settings.baseline.modality, splits.fingerprint
+    modality = settings.baseline.modality
     used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
     return BaselineJob(
+        task=baseline,
         settings=resolved(settings, target, head, classes_of(used["validation"])[target]),
-        data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
+        data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,
         begun=time.time(),
         datasets=[
-            describe("training", used["train"], fingerprint, settings.data.train),
-            describe("validation", used["validation"], fingerprint, settings.data.validation),
+            describe("training", used["train"], splits.fingerprint, settings.data.train),
+            describe("validation", used["validation"], splits.fingerprint, settings.data.validation),
         ],
         target=target,
         head=head,
@@ -198,6 +203,11 @@ def make_job(
         validation=ray.put(questions(splits.validation, target, modality)),
         asked=ray.put(questions(getattr(splits, settings.evaluate.split), target, modality)),
     )
+
+
+def baseline() -> type[BaselineTask]:
+    """The task of a ``BaselineJob``."""
+    return BaselineTask
 
 
 def questions(conversations: Sequence[Conversation], target: str, modality: str) -> list[Question]:
@@ -211,3 +221,42 @@ def _needed(settings: Settings) -> list[str]:
 
 def _nothing(split: str, target: str, modality: str) -> str:
     return f"data.{split} has no label of it that belongs to a volume of baseline.modality={modality}"
+
+
+def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
+    """Count, write and track what the network of a training that has ended answered.
+
+    Raises:
+        UserError: it has no checkpoint that was evaluated; a folder that cannot be written to.
+    """
+    tune, split, own = job.settings.tune, job.settings.evaluate.split, job.settings.baseline
+    best = best_checkpoint(job.folder, tune.metric, tune.mode)
+    if best is None:
+        raise UserError(f"{job.folder}: no checkpoint with a {tune.metric}; train anew under another name")
+    folder = Path(job.settings.resources.storage).absolute() / "evaluations" / str(job.tracking["name"])
+    if job.settings.output:  # a folder in it for each target
+        folder = Path(job.settings.output).absolute() / job.target.replace("/", "_")
+    check_writable(folder, f"output={folder}")
+    # What a person may have asked of a language model, and this one has not.
+    settings = job.settings.with_values({"evaluate.controls": [], "evaluate.generate": False, "evaluate.pictures": 0})
+    predictions = read_predictions(Path(job.folder) / PREDICTIONS)
+    labels = [c.label for c in splits.train if c.target == job.target and c.label is not None]
+    groups = tabulate(predictions, settings.evaluate, settings.seed, {job.target: labels})
+    conversations = getattr(splits, split)
+    facts: dict[str, str | int | float] = {
+        "network": f"SFCN, a 3D CNN, for {job.target}",
+        "data fingerprint": fingerprint({split: conversations}),
+        "quarantined samples": splits.quarantined,
+        "seconds": round(time.time() - job.begun),
+    }
+    of_target = [c for c in conversations if c.target == job.target]
+    answered = [c for c, _ in asked(conversations, job.target, own.modality)]
+    notes = [NOTE]
+    if len(answered) < len(of_target):
+        notes.append(
+            f"{len(answered)} of {len(of_target)} conversations about {job.target} have a {own.modality} to see"
+        )
+    assessment = Assessment(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
+    page = write(folder, assessment, ())
+    log(assessment, folder, answered)
+    return Evaluated(assessment, folder, page)

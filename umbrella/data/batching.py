@@ -1,6 +1,6 @@
 """Examples to a batch: padding, loss weights, volumes gathered by modality."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,13 +73,21 @@ class Batch(Mapping[str, Any]):
         """What the model's forward pass accepts, and nothing else."""
         return {name: self[name] for name in ("input_ids", "attention_mask", "pixel_values", "loss_weights")}
 
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch with every tensor changed."""
+        tensors: dict[str, Any] = {
+            f.name: change(self[f.name]) for f in fields(self) if isinstance(self[f.name], torch.Tensor)
+        }
+        groups = {n: VolumeGroup(change(g.voxels), change(g.run)) for n, g in self.pixel_values.items()}
+        return replace(self, pixel_values=groups, **tensors)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with every tensor on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from where copies to a GPU can overlap with work."""
-        return self._map(torch.Tensor.pin_memory)
+        return self.apply(torch.Tensor.pin_memory)
 
     def __len__(self) -> int:
         return len(self.task_ids)
@@ -155,11 +163,6 @@ class Batch(Mapping[str, Any]):
             metadata=tuple(self.metadata[row] for row in rows),
             draws=tuple(self.draws[row] for row in rows) if self.draws else (),
         )
-
-    def _map(self, change: Any) -> "Batch":
-        tensors = {f.name: change(self[f.name]) for f in fields(self) if isinstance(self[f.name], torch.Tensor)}
-        groups = {n: VolumeGroup(change(g.voxels), change(g.run)) for n, g in self.pixel_values.items()}
-        return replace(self, pixel_values=groups, **tensors)
 
 
 def collate(

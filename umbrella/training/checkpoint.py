@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from umbrella import __version__
-from umbrella.model.partial import check_base, is_partial, put_weights
-from umbrella.training.parallel import gathered, put, put_state, whole
-from umbrella.training.progress import Progress, read_progress
+from umbrella.training.parallel import gathered, put_state, whole
+from umbrella.training.progress import Progress
 
 STATE, CODE = "state.pt", "code.json"
 PACKAGES = ("torch", "transformers", "peft", "ray")
@@ -24,7 +23,7 @@ class Snapshot:
     """What a step leaves, in memory that no later step changes."""
 
     weights: Mapping[str, torch.Tensor]
-    """By the names of the model's parameters."""
+    """By their names in the model."""
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
     rng: Sequence[torch.Tensor]
@@ -35,22 +34,21 @@ class Snapshot:
 
 
 def snapshot(
-    model: torch.nn.Module,
-    names: Sequence[str],
+    weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
     metrics: Mapping[str, float] | None = None,
     keep: bool = True,
 ) -> Snapshot:
-    """Copy what resuming, scoring and generating need, to this machine's memory. Every worker has to call this.
+    """Copy what resuming needs to this machine's memory. Every worker has to call this.
 
     Args:
-        names: the parameters to copy, see ``model.partial.names_to_write``.
-        keep: whether this worker wants the weights and the optimizer's state; one of them writes.
+        weights: copies of the weights, see ``copies_of``.
+        keep: whether this worker wants the optimizer's state; one of them writes.
     """
     return Snapshot(
-        weights_of(model, names, keep),
+        weights,
         optimizer_state(optimizer, keep),
         _copied(schedule.state_dict(), True),
         gathered(rng_state()),
@@ -59,10 +57,9 @@ def snapshot(
     )
 
 
-def weights_of(model: torch.nn.Module, names: Sequence[str], keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of the model's parameters of these names; empty ones unless they are kept."""
-    wanted = set(names)
-    return {name: _copied(w, keep) for name, w in model.named_parameters() if name in wanted}
+def copies_of(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Copy tensors to this machine's memory; empty ones unless they are kept. Every worker has to call this."""
+    return {name: _copied(tensor, keep) for name, tensor in tensors.items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
@@ -81,32 +78,19 @@ def _copied(value: Any, keep: bool) -> Any:
 
 def restore(
     folder: str | Path,
-    model: torch.nn.Module,
-    names: Sequence[str],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     rank: int = 0,
-) -> Progress:
-    """Put a checkpoint's weights and states in place, and this worker's random numbers where they were.
+) -> None:
+    """Put a checkpoint's states in place, and this worker's random numbers where they were.
 
     A worker that the checkpoint has no random numbers of keeps its own.
-
-    Args:
-        names: the parameters that must be in it, as for ``snapshot``.
-
-    Raises:
-        UserError: it does not fit, or the base that it stands on is another one now.
     """
-    folder = Path(folder)
-    if is_partial(folder):
-        check_base(folder)
-    put_weights(folder, model, names, put)
-    state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+    state = torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu")
     put_state(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank])
-    return read_progress(folder)
 
 
 def code_of(commit: Mapping[str, str]) -> dict[str, str]:

@@ -44,6 +44,11 @@ def parallelise(
         # modality in a batch, and workers whose batches differ in modalities would wait for each other for ever.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         return model
+    return data_parallel(model, device, workers)
+
+
+def data_parallel(model: nn.Module, device: torch.device, workers: int) -> nn.Module:
+    """The model on ``device``, its gradients averaged over the workers; the same weights must be on each of them."""
     model.to(device)
     if workers == 1:
         return model

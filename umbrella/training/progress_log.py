@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from math import nan
+from typing import Any
 
 from ray.util.metrics import Gauge
 
@@ -112,3 +113,11 @@ def clock(seconds: float | None) -> str:
     """Seconds as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(int(seconds or 0), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"
+
+
+def progress_line(report: Mapping[str, Any]) -> str:
+    """One line on how far a training is."""
+    wanted = ("train/loss", "train/lr", "train/samples_per_second", "train/waiting_for_data")
+    shown = [name for name in report if name in wanted or name.startswith("eval/")]
+    values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
+    return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"

@@ -28,7 +28,8 @@ from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.filenames import BEGUN, training_folder
-from umbrella.training.job import AnyJob, Job, run_job, stopped_at_once
+from umbrella.training.job import Job, LanguageModelJob
+from umbrella.training.launch import language_model, run_job, stopped_at_once
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.requests import ask_to_stop, workers_file
 from umbrella.training.statement import audited
@@ -115,10 +116,11 @@ def check_names(targets: Iterable[str]) -> None:
         )
 
 
-def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> Job:
+def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> LanguageModelJob:
     """The job of one training, its tables put into Ray's object store."""
     fingerprint = splits.fingerprint
-    return Job(
+    return LanguageModelJob(
+        task=language_model,
         settings=settings,
         train=ray.put(to_table(splits.train)),
         validation=ray.put(to_table(splits.validation)),
@@ -175,7 +177,7 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
         keep_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
-def watch_job(job: AnyJob) -> None:
+def watch_job(job: Job) -> None:
     """Run a training that is not part of a sweep to its end, seen by who started it; its run in MLflow ends with it.
 
     Raises:
@@ -202,7 +204,7 @@ def watch_job(job: AnyJob) -> None:
         raise
 
 
-def check_same(job: AnyJob) -> None:
+def check_same(job: Job) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
@@ -211,7 +213,7 @@ def check_same(job: AnyJob) -> None:
     """
     file = Path(job.folder) / BEGUN["trainings"]
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.idle)
+    free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.unused)
     asked = ("data.test", "data.input")
 
     def belongs(name: str) -> bool:

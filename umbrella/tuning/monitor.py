@@ -13,7 +13,8 @@ from rich.table import Table
 from umbrella.base import printable
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
 from umbrella.training.history import read_history
-from umbrella.training.job import cause, progress_line
+from umbrella.training.launch import cause
+from umbrella.training.progress_log import progress_line
 from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, how_it_ended, read_end, write_end
 from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.results import read_trials

@@ -11,7 +11,8 @@ from ray import tune
 
 from umbrella.base import Stopped, UserError
 from umbrella.training.history import cut, read_history
-from umbrella.training.job import Job, run_job
+from umbrella.training.job import Job
+from umbrella.training.launch import run_job
 from umbrella.training.progress import latest_checkpoint, read_progress
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.ending import FAILED, read_end, write_end

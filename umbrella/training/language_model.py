@@ -1,0 +1,234 @@
+"""The task of training a language model that reads volumes: conversations, masked loss, scored validation split."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from umbrella.config import Settings
+from umbrella.conversations.conversation import Conversation
+from umbrella.data.audit import Hide, audit
+from umbrella.data.batching import Batch
+from umbrella.data.collator import Collator
+from umbrella.data.intake import open_store
+from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
+from umbrella.data.rendering import load_renderer
+from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.scoring import score
+from umbrella.model.partial import (
+    check_base,
+    describe_base,
+    is_partial,
+    is_whole,
+    names_to_write,
+    put_weights,
+    write_weights,
+)
+from umbrella.model.presets import build_model
+from umbrella.model.selection import parts
+from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
+from umbrella.training.augmentation import augment
+from umbrella.training.checkpoint import copies_of
+from umbrella.training.job import LanguageModelJob
+from umbrella.training.optimizer import build_optimizer
+from umbrella.training.parallel import autocast, gathered, parallelise, put, release
+from umbrella.training.settings import TrainSettings
+from umbrella.training.statement import audited, mask_page, share, statement
+from umbrella.training.step import Diverged, LossWatch, train_step
+from umbrella.training.task import Summary, Task
+
+
+class LanguageModelTask(Task):
+    """See ``Task``."""
+
+    def __init__(self, job: LanguageModelJob, rank: int, world_size: int, device: torch.device) -> None:
+        self.job, self.settings = job, job.settings
+        self.world_size, self.device = world_size, device
+        self.dtype = getattr(torch, self.settings.model.dtype)
+        self.train, self.validation = ray.get([job.train, job.validation])
+        self.renderer = load_renderer(self.settings)
+        self.collate = Collator(self.renderer, open_store(self.settings), pin=device.type == "cuda")
+        size = self.settings.train.evaluation_batch_size
+        self.rows = evaluation_rows(job.validation_lengths, rank, world_size, size)  # the same at each evaluation
+        self.evaluation_name = f"{job.name}, evaluation, worker {rank}"
+
+        self.model = build_model(
+            self.settings.model, self.settings.modalities, len(self.renderer.tokenizer), self.renderer.image_id
+        )
+        config = self.model.config
+        config.trained_modalities = sorted({*(config.trained_modalities or ()), *job.modalities})
+        config.longest_answer = job.longest_answer
+        apply_options(self.model, self.settings.train)
+        self.parallel = parallelise(self.model, self.settings.train, device, world_size).train()
+        self.parts = parts(self.model)
+        self.optimizer = build_optimizer(self.model, self.settings.optim)
+        self.names = names_to_write(self.model, self.settings.model)
+        self.watch = LossWatch(self.settings.train.max_loss_ratio)
+        self.files = model_files(self.model, self.renderer.tokenizer, self.settings) if rank == 0 else {}
+
+    def plan(self, world_size: int, sorted_by: int) -> Plan:
+        """See ``Task.plan``."""
+        train = self.settings.train
+        return Plan(
+            sorted_by=sorted_by,
+            size=len(self.job.train_lengths),
+            seed=self.settings.seed,
+            epochs=train.epochs,
+            workers=world_size,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            lengths=self.job.train_lengths,
+            window=self.settings.data.bucket_batches,
+        )
+
+    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> Batch:
+        """See ``Task.batch``."""
+        examples = [self.renderer.render(from_table(self.train, int(i))) for i in rows["sample"]]
+        pack = self.settings.data.pack
+        return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
+
+    def augment(self, batch: Batch) -> Batch:
+        """See ``Task.augment``."""
+        return augment(batch, self.settings.train.augment)
+
+    def step(self, batches: Sequence[Batch], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+        """See ``Task.step``; the error names the samples of all ranks that are concerned."""
+        clip = self.settings.optim.clip
+        try:
+            result = train_step(
+                self.parallel, batches, self.optimizer, schedule, clip, self.parts, self.dtype, self.watch.limit
+            )
+        except Diverged as error:  # on every rank at once
+            samples = [task_id for own in gathered(error.samples) for task_id in own]
+            raise Diverged(error.what, samples) from None
+        self.watch.add(result.loss)
+        values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
+        values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
+        values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
+        return values | {"train/supervised_tokens": result.supervised_tokens}
+
+    def evaluate(self) -> dict[str, float]:
+        """See ``Task.evaluate``. Each rank scores its share of the validation split."""
+        size = self.settings.train.evaluation_batch_size
+        self.model.eval()
+        scored: list[Prediction] = []
+        passes = 0
+        for conversations in batches(self.rows, size, 1, self._conversations, self.evaluation_name):
+            scored += self._score(conversations)
+            passes += 1
+        # With sharded weights a pass takes all ranks, and the first one may have a batch more than others.
+        for _ in range(passes, ceil(ceil(self.validation.num_rows / self.world_size) / size)):
+            self._score([from_table(self.validation, 0)])
+        release(self.model)
+        self.model.train()
+        self.predictions = [one for part in gathered(scored) for one in part]
+        return summarise(self.predictions)
+
+    def _conversations(self, rows: Rows) -> list[Conversation]:
+        return [from_table(self.validation, int(i)) for i in rows["sample"]]
+
+    def _score(self, conversations: Sequence[Conversation]) -> list[Prediction]:
+        with autocast(self.model, self.device, self.dtype):
+            return score(self.model, conversations, self.renderer, self.collate, self.job.candidates, self.device)
+
+    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
+        """See ``Task.weights``."""
+        return copy_weights(self.model, self.names, keep)
+
+    def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """See ``Task.save_weights``."""
+        write_weights(folder, weights, is_whole(self.settings.model))
+
+    def load_weights(self, folder: Path) -> None:
+        """See ``Task.load_weights``."""
+        load_weights(folder, self.model, self.names)
+
+    def summary(self, hide: Hide) -> Summary:
+        """The loss, the mask, the tokens and the weights that are trained; the audit of the mask as a page."""
+        conversations = _Lazy(self.train.num_rows, lambda i: from_table(self.train, i))
+        examples = audited(conversations, self.renderer)
+        policy = self.settings.mask
+        rows, read = audit(examples, policy), share(examples, conversations)
+        trained = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
+        text = statement(rows, policy, trained, self.settings.modalities, self.renderer.stops, read)
+        supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
+        tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
+        return Summary(text, tags, {"mask_audit.html": mask_page(rows, examples, self.renderer, policy, read, hide)})
+
+
+def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettings) -> None:
+    """Set up the layers of tower and language model as ``checkpoint_activations`` and ``compile`` say. In place.
+
+    Names of weights do not change. Both work in training mode; compiled layers are compiled anew for evaluation.
+    """
+    if settings.checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers has word vectors require gradients here, which only re-entrant checkpoints need.
+        model.disable_input_require_grads()
+    if settings.compile:
+        for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+            # Batches differ in size and length: without this, each of the first few would be compiled for.
+            layer.compile(dynamic=True)
+
+
+def copy_weights(
+    model: UmbrellaForConditionalGeneration, names: Sequence[str], keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """Copy parameters to the memory of the host; see ``Task.weights``."""
+    named = dict(model.named_parameters())
+    return copies_of({name: named[name] for name in names}, keep)
+
+
+def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: Sequence[str]) -> None:
+    """Load the weights of a training's checkpoint. Every rank has to call this.
+
+    Args:
+        names: the parameters that must be in it, see ``names_to_write``.
+
+    Raises:
+        UserError: it does not fit, or the base that it stands on is another one now.
+    """
+    if is_partial(folder):
+        check_base(folder)
+    put_weights(folder, model, names, put)
+
+
+def model_files(
+    model: UmbrellaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, bytes]:
+    """The files that make a checkpoint's weights a model: configuration, tokenizer, adapters, base."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = copy.deepcopy(model.config)
+        config.architectures = [UmbrellaForConditionalGeneration.__name__]  # sharded, it has another name
+        config.dtype = "float32"
+        config.save_pretrained(folder)
+        if model.generation_config:
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if model.has_adapters:
+            (adapters,) = model.peft_config.values()
+            adapters.save_pretrained(str(folder / ADAPTER))
+        if not is_whole(settings.model):
+            (folder / BASE).write_text(describe_base(settings.model.checkpoint), encoding="utf-8")
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+class _Lazy(Sequence):
+    """A table's conversations as a sequence that parses only what is asked for."""
+
+    def __init__(self, size: int, get: Callable[[int], Any]) -> None:
+        self.size, self.get = size, get
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.get(range(self.size)[index])

@@ -1,0 +1,118 @@
+"""What a trainer trains: the interface between the training loop and a model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from umbrella.data.audit import Hide
+from umbrella.data.pipeline import Plan, Rows
+from umbrella.evaluation.prediction import Prediction
+
+
+class TaskBatch(Protocol):
+    """The samples that one rank works on in one forward pass."""
+
+    @property
+    def sample_indices(self) -> torch.Tensor:
+        """(N,), int64: places of the samples in the training split."""
+
+    @property
+    def task_ids(self) -> Sequence[str]:
+        """N names of the samples."""
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """Return the batch with every tensor changed."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run logs about a task before its first step."""
+
+    text: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    """File name to content."""
+
+
+class Task(ABC):
+    """A model, and how its batches, steps, evaluations and checkpoints are made.
+
+    Every rank has one. ``augment``, ``step``, ``evaluate``, ``weights``, ``load_weights`` and ``finish`` are
+    collective: every rank calls them.
+    """
+
+    optimizer: torch.optim.Optimizer
+    files: Mapping[str, bytes] = {}
+    """Files that every checkpoint of the training has, beside its weights: name to content. Read on rank 0."""
+    predictions: Sequence[Prediction] = ()
+    """The whole validation split as the last evaluation predicted it."""
+
+    @abstractmethod
+    def plan(self, world_size: int, sorted_by: int) -> Plan:
+        """Return the order of samples.
+
+        Args:
+            sorted_by: of the checkpoint, see ``Plan``.
+        """
+
+    @abstractmethod
+    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> Any:
+        """Make the ``TaskBatch`` of some rows. Threads of the data pipeline call it.
+
+        Args:
+            draws: (seed, epoch, sample) of each row, the key of its random choices.
+        """
+
+    @abstractmethod
+    def augment(self, batch: Any) -> Any:
+        """Return a batch with its volumes changed at random."""
+
+    @abstractmethod
+    def step(self, batches: Sequence[Any], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+        """Make one optimizer step with the micro-batches of one global batch.
+
+        Returns:
+            Metrics by name: at least train/loss and train/lr, the rate of this step.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite, on every rank alike. Nothing is changed.
+        """
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the validation split, the same on every rank."""
+
+    @abstractmethod
+    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
+        """Copy the weights that a checkpoint holds to the memory of the host.
+
+        Args:
+            keep: whether this rank needs them; the others return empty tensors.
+        """
+
+    @abstractmethod
+    def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write what ``weights`` returned. A thread calls it."""
+
+    @abstractmethod
+    def load_weights(self, folder: Path) -> None:
+        """Load the weights of a checkpoint."""
+
+    @abstractmethod
+    def summary(self, hide: Hide) -> Summary:
+        """Describe the task. Rank 0 calls it.
+
+        Args:
+            hide: applied to what names subjects.
+        """
+
+    def finish(self, best: Path | None) -> None:  # noqa: B027  # most tasks end with their last step
+        """Do what follows the last step.
+
+        Args:
+            best: the best checkpoint.
+        """

@@ -1,0 +1,231 @@
+"""The training loop, which every rank of a training runs."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import transformers
+from ray import tune
+from ray.train.torch import get_device
+
+from umbrella.base import UserError, note
+from umbrella.data.pipeline import Rows, batches
+from umbrella.tracking.environment import code_version
+from umbrella.training import history
+from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
+from umbrella.training.heeding import Request, Requests
+from umbrella.training.job import Job
+from umbrella.training.optimizer import build_schedule
+from umbrella.training.pace import Pace, memory
+from umbrella.training.parallel import rank_and_world_size, seed_worker, together
+from umbrella.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
+from umbrella.training.reporting import Reporter
+from umbrella.training.task import Task, TaskBatch
+from umbrella.training.transfer import to_device
+from umbrella.training.writer import Writer
+
+SWITCH = 5e-4
+"""Seconds after which a thread that makes batches lets the one that feeds the GPU go on. Python's own are 5 ms."""
+
+
+class Trainer:
+    """One rank of a training. It goes on from the training's newest checkpoint.
+
+    Args:
+        make_task: makes the task of (job, rank, world size, device).
+        reporter: logs the run; only rank 0 has one, and writes checkpoints.
+        report: called with the metrics of every evaluation, on all ranks.
+
+    Raises:
+        UserError: the settings cannot be trained, or the training's folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        make_task: Callable[..., Task],
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        reporter: Reporter | None,
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.job, self.settings = job, job.settings
+        self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
+        torch.manual_seed(self.settings.seed)  # every rank makes the same weights
+        self.task = make_task(job, rank, world_size, device)
+        seed_worker(self.settings.seed, rank)
+        latest = latest_checkpoint(job.folder)
+        self.progress = read_progress(latest) if latest else Progress()
+        if rank == 0:
+            history.cut(job.folder, self.progress.step)
+        self.plan = self.task.plan(world_size, self.progress.sorted_by)
+        self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
+        self.every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
+        self.schedule = build_schedule(self.task.optimizer, self.settings.optim, self.steps)
+        if latest:
+            self.task.load_weights(latest)
+            restore(latest, self.task.optimizer, self.schedule, rank)
+        log = Path(job.folder) / f"samples_{rank}.jsonl"
+        self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
+        self.log_error: OSError | None = None
+        self._log({"start": self.progress.position, "workers": world_size})
+        self.writer = None
+        if self.reporter:
+            code = code_of(code_version())
+            if latest and (differs := other_code(latest, code)):
+                note(f"{latest} was written by other code: {differs}")
+            self.writer = Writer(job.folder, self.task.files, self.task.save_weights, self.settings, code)
+            self.reporter.begin(self.plan.in_words, self.task)
+
+    def run(self) -> int | None:
+        """Train to the end of the plan, with an evaluation and a checkpoint wherever one is due.
+
+        Returns:
+            The step after which the training stopped on request, else None.
+
+        Raises:
+            UserError: a file of the training could not be written.
+            FloatingPointError: see ``Task.step``.
+        """
+        try:
+            return self._train()
+        finally:
+            if self.writer:  # whatever happened: the last checkpoint is worth waiting for
+                self.writer.close()
+            if self.reporter:
+                self.reporter.log.forget()
+
+    def _train(self) -> int | None:
+        settings, task = self.settings, self.task
+        stream, pace = to_device(self._checked(self._batches()), self.device), Pace()
+        requests = Requests(self.job.folder, self.rank, self.device, of_ray_train=not self.job.in_trial)
+        for step in range(self.progress.step + 1, self.steps + 1):
+            if self.progress.out_of_patience(settings.train.patience):
+                break
+            with pace.waiting():
+                made = [next(stream) for _ in range(self.plan.accumulate)]
+            micro_batches = [task.augment(batch) for batch in made]
+            del made  # volumes on the GPU
+            try:
+                values = task.step(micro_batches, self.schedule)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"at step {step} {error}") from None
+            pace.step(self.plan.per_step, int(values.get("train/supervised_tokens", 0)))
+            position = self.progress.position + self.plan.per_step
+            sorted_by = self.plan.sorted_by or self.plan.per_step
+            epoch = position / self.plan.size
+            self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
+            if self.reporter:
+                self.reporter.step(values, self._place(), pace)
+            asked = requests.look()
+            if step % self.every == 0 or step == self.steps:
+                measured = pace.take() | memory(self.device) | task.evaluate()
+                self.progress = self.progress.evaluated(measured[settings.tune.metric], settings.tune.mode)
+                self._report(values, measured)
+                pace.take()  # an evaluation is no training
+            elif asked:
+                self._report(values, pace.take() | memory(self.device), evaluated=False)
+            if asked is Request.STOP and step < self.steps:
+                self._wait_for_checkpoint()
+                return step
+        self._wait_for_checkpoint()
+        task.finish(best_checkpoint(self.job.folder, settings.tune.metric, settings.tune.mode))
+        with together():
+            if self.reporter:
+                self.reporter.end(self.progress, self._place())
+        return None
+
+    def _batches(self) -> Iterator[TaskBatch]:
+        def make(rows: Rows) -> TaskBatch:
+            return self.task.batch(rows, self.plan.draws(rows))
+
+        rows, name = self.plan.rows(self.rank, self.progress.position), f"{self.job.name}, training, worker {self.rank}"
+        return batches(rows, self.plan.batch_size, self.settings.data.prefetch, make, name)
+
+    def _checked(self, stream: Iterator[TaskBatch]) -> Iterator[TaskBatch]:
+        """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
+        size = self.plan.batch_size
+        for rows in self.plan.rows(self.rank, self.progress.position):
+            for start in range(0, len(rows["position"]), size):
+                batch, position = next(stream), int(rows["position"][start])
+                if batch.sample_indices.tolist() != rows["sample"][start : start + size].tolist():
+                    raise RuntimeError(f"other samples came than position {position} has")
+                self._log({"position": position, "task_ids": batch.task_ids})
+                yield batch
+        if next(stream, None) is not None:  # to its end, where what made it is let go
+            raise RuntimeError("more samples came than there are positions")
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.samples_log:
+            try:
+                print(json.dumps({"time": time.time(), **entry}), file=self.samples_log, flush=True)
+            except OSError as error:  # raised where all ranks are: one that leaves lets the others wait
+                self.log_error, self.samples_log = error, None
+
+    def _place(self) -> dict[str, float]:
+        return {"step": self.progress.step, "steps": self.steps, "epoch": self.progress.epoch}
+
+    def _report(self, values: dict[str, float], measured: dict[str, float], evaluated: bool = True) -> None:
+        report: dict[str, Any] = {
+            **self._place(),
+            "evaluation": ceil(self.progress.step / self.every),
+            "begun": self.job.begun,
+            "time": time.time(),
+            "out_of_patience": self.progress.out_of_patience(self.settings.train.patience),
+            "train/loss": values["train/loss"],
+            "train/lr": values["train/lr"],
+            **measured,
+        }
+        with together():
+            if self.log_error:
+                raise self.log_error
+            if self.reporter:
+                self.reporter.evaluation(self.progress.step, measured, report, self.task.predictions)
+                if evaluated:
+                    history.note(self.job.folder, report)
+            if self.writer:
+                self.writer.wait()
+        keep = self.writer is not None
+        weights = self.task.weights(keep)
+        taken = snapshot(weights, self.task.optimizer, self.schedule, self.progress, measured, keep)
+        if self.writer:
+            self.writer.write(taken)
+        if evaluated:
+            if self.job.is_trial:  # the process of a trial may end as soon as it has reported
+                self._wait_for_checkpoint()
+            self.report(report)
+
+    def _wait_for_checkpoint(self) -> None:
+        with together():
+            if self.writer:
+                self.writer.wait()
+
+
+def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
+    """The trainer of this process.
+
+    Raises:
+        UserError: see ``Trainer``.
+    """
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
+    transformers.utils.logging.disable_progress_bar()
+    if not Path(job.folder).is_dir():
+        raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
+    sys.setswitchinterval(SWITCH)
+    # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
+    torch.set_num_threads(job.settings.resources.threads)
+    (rank, world_size), device = rank_and_world_size(), get_device()
+    reporter = Reporter(job, device) if rank == 0 else None
+    # In the process of a trial Ray Tune takes the metrics, and ends the process's work by SystemExit where the
+    # scheduler stops the trial. From workers, ``TuneReportCallback`` passes them on.
+    report = tune.report if job.in_trial else ray.train.report
+    return Trainer(job, make_task, rank, world_size, device, reporter, report)
