@@ -1,8 +1,9 @@
 """Show that two commits compute the same, bit for bit on a CPU: python benchmarks/compare_commits.py BASE
 
 The working tree is compared with the commit BASE, in the same environment. Each runs one small training, the same
-training killed and given again, and a sweep without a scheduler. Compared are the losses and metrics of every step, the
-order of the samples, the tensors of the last checkpoint, and the trials of the sweep. Exits with 1 on a difference.
+training killed and given again, a sweep without a scheduler, and the baseline. Compared are the losses and metrics of
+every step, the order of the samples, the tensors of the last checkpoint, and the trials of the sweep. Exits with 1 on a
+difference.
 """
 
 import json
@@ -45,6 +46,7 @@ SWEEP = {
     "tune.space.optim.lr": {"grid": [1e-3, 3e-3]},
     "tune.space.mask.supervise": {"grid": ["last_assistant", "all"]},
 }
+BASELINE = {"baseline.epochs": 3, "baseline.channels": [8, 8, 8], "evaluate.bootstrap": 100}
 SAME = ("train/loss", "train/lr", "train/grad_norm", "train/supervised_tokens")
 """Metrics that, like those of evaluations, depend on settings and data alone."""
 
@@ -85,15 +87,17 @@ def kill_after_first_checkpoint(script: subprocess.Popen[bytes], training: Path)
 
 
 def run_all(tree: Path, storage: Path) -> dict[str, Any]:
-    """Run the three scenarios in ``tree``; returns what must be the same."""
+    """Run the four scenarios in ``tree``; returns what must be the same."""
     finish(start(tree, "train.py", storage, "whole", SETTINGS), storage, "whole")
     kill_after_first_checkpoint(start(tree, "train.py", storage, "killed", SETTINGS), storage / "trainings" / "killed")
     finish(start(tree, "train.py", storage, "killed", SETTINGS), storage, "killed")
     finish(start(tree, "tune.py", storage, "sweep", SETTINGS | SWEEP), storage, "sweep")
+    finish(start(tree, "baseline.py", storage, "baseline", SETTINGS | BASELINE), storage, "baseline")
     found: dict[str, Any] = dict(metrics(storage))
-    for name in ("whole", "killed"):
-        training = storage / "trainings" / name
-        found |= {f"{name}: {key}": value for key, value in tensors(sorted(training.glob("step_*"))[-1])}
+    for training in (storage / "trainings").iterdir():
+        if training.is_dir() and not training.name.startswith("."):
+            checkpoint = sorted(training.glob("step_*"))[-1]
+            found |= {f"{training.name}: {key}": value for key, value in tensors(checkpoint)}
     lines = (storage / "trainings" / "whole" / "samples_0.jsonl").read_text().splitlines()
     entries = map(json.loads, lines)
     found["whole: order of samples"] = [entry["task_ids"] for entry in entries if "task_ids" in entry]
@@ -106,7 +110,8 @@ def metrics(storage: Path) -> Iterator[tuple[str, Any]]:
     (experiment,) = [e for e in client.search_experiments() if e.name == "umbrella"]
     for run in client.search_runs([experiment.experiment_id]):
         swept = {key: run.data.params.get(key) for key in ("optim.lr", "mask.supervise")}
-        name = run.info.run_name if run.info.run_name in ("whole", "killed", "sweep") else f"trial {swept}"
+        is_named = run.info.run_name.startswith(("whole", "killed", "sweep", "baseline"))
+        name = run.info.run_name if is_named else f"trial {swept}"
         for metric in run.data.metrics:
             if metric.startswith("eval/") or metric in SAME:
                 # A step that was done again after a kill has one value for each time.
@@ -116,7 +121,10 @@ def metrics(storage: Path) -> Iterator[tuple[str, Any]]:
 
 def tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a checkpoint's weights, optimizer state and random number generators."""
-    yield from load_file(checkpoint / "model.safetensors").items()
+    of_baseline = checkpoint / "weights.pt"
+    yield from (
+        torch.load(of_baseline) if of_baseline.exists() else load_file(checkpoint / "model.safetensors")
+    ).items()
     open_values: list[tuple[str, Any]] = [("state", torch.load(checkpoint / "state.pt", weights_only=True))]
     while open_values:
         name, value = open_values.pop()
@@ -125,6 +133,11 @@ def tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
             open_values += [(f"{name}.{key}", item) for key, item in items]
         elif isinstance(value, torch.Tensor):
             yield name, value
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two values are the same, bit for bit."""
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
 
 
 def main() -> None:
@@ -141,17 +154,13 @@ def main() -> None:
             then, now = (run_all(t, Path(temporary) / name) for t, name in ((tree, "base"), (HERE, "head")))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=HERE, check=True)
-    differences = []
-    for name in sorted({*then, *now}):
-        a, b = then.get(name), now.get(name)
-        equal = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-        if not equal:
-            differences.append(name)
+    differences = [name for name in sorted({*then, *now}) if not is_same(then.get(name), now.get(name))]
     resumed = [key for key in now if key.startswith("whole: ") and key.replace("whole", "killed", 1) in now]
-    for key in resumed:
-        a, b = now[key], now[key.replace("whole", "killed", 1)]
-        if not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b):
-            differences.append(f"{key} (whole and killed, in the working tree)")
+    differences += [
+        f"{key} (whole and killed, in the working tree)"
+        for key in resumed
+        if not is_same(now[key], now[key.replace("whole", "killed", 1)])
+    ]
     print(
         f"{len(now)} values compared with {base.stdout.strip()[:9]}, {len(resumed)} of whole and killed with each other"
     )
