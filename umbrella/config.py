@@ -28,8 +28,6 @@ from umbrella.tuning.settings import TuneSettings
 SPACE = "tune.space."
 LONGEST_NAME = 200
 """Bytes of a training's name. File systems allow 255 in a file name, which has more than the name."""
-SETTINGS = "settings.yaml"
-"""The file of a checkpoint that says with what settings it was trained."""
 REMOVED = {
     "resources.mirror": "set resources.upload",
     "tune.perturb": "population-based training is gone; take tune.scheduler=asha",

@@ -23,9 +23,9 @@ from mlflow import MlflowClient
 from tests.conftest import SMALL
 from tests.faults.fault_injection import LONGER, STEPS, kill, kill_workers, named, plain_environment, samples, taken
 from umbrella.config import Settings, load_settings
+from umbrella.paths import SWEEPS
 from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.tuning.question import sweeps_folder
 
 TUNE = Path(__file__).resolve().parents[2] / "experiments" / "tune.py"
 
@@ -113,7 +113,7 @@ def faults_in(settings: Settings) -> list[str]:
             found = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
             if sorted(found) != steps:
                 faults.append(f"{run.info.run_name}: {name} has steps {found}")
-    [sweep] = sweeps_folder(settings).glob("*/")
+    [sweep] = Path(settings.resources.storage) / SWEEPS.glob("*/")
     try:
         for folder in {file.parent for file in sweep.glob("trials/*/samples_0.jsonl")}:
             samples(folder)

@@ -10,12 +10,13 @@ import pytest
 
 from tests.unit.written import FIRST, all_of, begin, evaluate
 from umbrella.base import UserError
-from umbrella.config import SETTINGS, load_settings
+from umbrella.config import load_settings
+from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.shared_store import SharedStore
 from umbrella.training import checkpoint_sync
 from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
 from umbrella.training.history import read_history
-from umbrella.training.progress import checkpoint_folder, delete, latest_checkpoint, what_is_wrong
+from umbrella.training.progress import delete, latest_checkpoint, what_is_wrong
 from umbrella.training.settings import ResourceSettings
 
 

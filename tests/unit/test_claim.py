@@ -12,9 +12,9 @@ import pytest
 from tests.unit.written import all_of
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
+from umbrella.paths import BEGUN
 from umbrella.training import cluster
 from umbrella.training.claim import claimed
-from umbrella.training.filenames import BEGUN
 from umbrella.training.run import run_training
 from umbrella.tuning.question import Question, write_question
 from umbrella.tuning.sweep import run_sweep
@@ -40,7 +40,7 @@ def begin(folder: Path, settings: Settings) -> None:
     if folder.parent.name == "sweeps":
         write_question(folder, Question(settings, frozenset()), "a" * 64)
     else:
-        (folder / BEGUN["trainings"]).write_text("{}", encoding="utf-8")
+        (folder / BEGUN).write_text("{}", encoding="utf-8")
 
 
 def run_again(folder: Path, settings: Settings) -> None:

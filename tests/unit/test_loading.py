@@ -16,7 +16,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.conversations.files import Problem
 from umbrella.conversations.images import MISSING
 from umbrella.data.intake import Splits, load_splits, open_store
-from umbrella.data.loading import Intake, phantom_folder, read_splits
+from umbrella.data.loading import Intake, phantom_of, read_splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 
@@ -615,7 +615,7 @@ def test_without_data_a_phantom_cohort_is_made_once_and_counted_before(
     for settings, drawn in zip(every, before, strict=True):
         assert drawn == tasks(load_splits(settings, watch)) == tasks(load_splits(settings, plain, dry_run=True))
     assert made.count("making the phantom cohort") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {phantom_folder(every[0]).name, "volumes"}
+    assert {path.name for path in tmp_path.iterdir()} == {phantom_of(every[0]).name, "volumes"}
 
     with pytest.raises(UserError, match=r"data\.train: none of its"):
         load_splits(small_settings(base | {"cohort.seed": 1, "data.task_filter": "nothing"}), plain, dry_run=True)

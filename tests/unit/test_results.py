@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from umbrella.training.history import HISTORY
+from umbrella.paths import HISTORY, METRICS, POINT
 from umbrella.training.progress import write_files
 from umbrella.training.progress_log import EARLY, FINISHED
 from umbrella.tuning.ending import FAILED, STOPPED, UNFINISHED, read_end, reopen, write_end
-from umbrella.tuning.folder import POINT, trial_folder
+from umbrella.tuning.folder import trial_folder
 from umbrella.tuning.ranking import rank, trials_of
 from umbrella.tuning.results import Trial, at_chance, read_trials
 from umbrella.tuning.settings import TuneSettings
@@ -29,6 +29,7 @@ def left(sweep: Path, number: int, evaluations: list[Evaluation], end: str = "",
     for i, (step, metric, loss, kept) in enumerate(evaluations):
         checkpoint = folder / f"step_{step:07d}"
         checkpoint.mkdir(exist_ok=True)
+        (checkpoint / METRICS).write_text(json.dumps({METRIC: metric, "eval/loss": loss}), encoding="utf-8")
         if kept:
             write_files(checkpoint)  # the others were never whole
         row = {"step": step, "steps": 30, METRIC: metric, "eval/loss": loss, "begun": 0.0, "time": 10.0 * (i + 1)}

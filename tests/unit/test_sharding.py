@@ -19,11 +19,12 @@ from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
 from umbrella.model.settings import ModelSettings
+from umbrella.paths import SIZES
 from umbrella.training.checkpoint import restore, snapshot
 from umbrella.training.language_model import apply_options, copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.parallel import autocast, parallelise, release, whole
-from umbrella.training.progress import FILES, Progress
+from umbrella.training.progress import Progress
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
 
@@ -267,7 +268,7 @@ def test_a_checkpoint_of_sharded_weights_goes_on_with_as_many_workers_to_the_las
 @pytest.mark.parametrize("train", KEPT)
 def test_a_checkpoint_of_sharded_weights_has_the_files_of_one_that_was_never_sharded(sharded: Path, train: str) -> None:
     sizes = [
-        json.loads((sharded / f"{by}, {train}" / "step_0000003" / FILES).read_text(encoding="utf-8"))
+        json.loads((sharded / f"{by}, {train}" / "step_0000003" / SIZES).read_text(encoding="utf-8"))
         for by in ("one", "two")
     ]
     tensors = [{n: size for n, size in files.items() if n.endswith((".safetensors", ".json"))} for files in sizes]

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from umbrella.training.filenames import BEGUN
-from umbrella.training.progress import METRICS, PROGRESS, checkpoint_folder, delete, write_files
+from umbrella.paths import BEGUN, METRICS, PROGRESS, checkpoint_folder
+from umbrella.training.progress import delete, write_files
 
 FIRST = "trainings/first"
 
@@ -16,7 +16,7 @@ def all_of(things: Any, what: str) -> Any:
 
 def begin(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / BEGUN["trainings"]).write_text("{}", encoding="utf-8")
+    (folder / BEGUN).write_text("{}", encoding="utf-8")
     return folder
 
 

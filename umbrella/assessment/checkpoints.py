@@ -4,9 +4,7 @@ from pathlib import Path
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-
-TRAININGS = ("trainings/*", "sweeps/*/trials/*")
-"""Folders below the storage that checkpoints lie in."""
+from umbrella.paths import all_checkpoints
 
 
 def named_checkpoint(settings: Settings) -> Path:
@@ -21,9 +19,8 @@ def named_checkpoint(settings: Settings) -> Path:
         return folder.absolute()
     wrong = f"checkpoint={named}: there is no such folder" if named else "checkpoint is not set"
     storage = Path(settings.resources.storage)
-    there = [step for training in TRAININGS for step in storage.glob(f"{training}/step_*")]
+    there = all_checkpoints(storage)
     if not there:
-        places = " and ".join(str(storage / training) for training in TRAININGS)
-        raise UserError(f"{wrong}; name a training's step_... folder, of which {places} have none yet")
+        raise UserError(f"{wrong}; name a training's step_... folder, of which {storage} has none yet")
     newest = max(there, key=lambda step: step.stat().st_mtime)
     raise UserError(f"{wrong}; name a training's step_... folder, as in checkpoint={newest}, the newest in {storage}")

@@ -11,6 +11,7 @@ from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, fingerprint, settle, settle_all
 from umbrella.data.loading import Intake, Progress, read_input
+from umbrella.paths import predictions_file
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 
@@ -68,7 +69,7 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
         "model.dtype": own.model.dtype,
     }
     about |= {f"evaluate.{name}": getattr(evaluate, name) for name in DECIDES}
-    place = settings.output or Path(settings.resources.storage).absolute() / f"predictions-{key_of(about)}.jsonl"
+    place = settings.output or predictions_file(settings.resources.storage, key_of(about))
     return Cohort(checkpoint, settings, intake, AnswerFile(Path(place), about))
 
 

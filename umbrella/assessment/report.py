@@ -16,6 +16,7 @@ from umbrella.drawing import embedded, save
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.tables import Estimate
 from umbrella.pages import render
+from umbrella.paths import METRICS, REPORT
 
 NAMES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "auc": "ROC area", "brier": "Brier score", "f1": "F1 (macro)"}
 NAMES |= {"token_f1": "token F1", "rouge_l": "ROUGE-L", "exact": "exact match", "pearson": "Pearson r"}
@@ -34,7 +35,7 @@ def write_report(folder: Path, assessment: Assessment, cases: Sequence[Case]) ->
         The page. It needs nothing but itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_metrics(folder / "metrics.json", assessment)  # the numbers first, before anything that could fail
+    write_metrics(folder / METRICS, assessment)  # the numbers first, before anything that could fail
     write_answers(folder / "predictions.csv", assessment)
     sections = [section_of(assessment, whole) for whole in assessment.groups[AS_ASKED] if whole.by == "all"]
     for number, section in enumerate(sections, start=1):
@@ -61,7 +62,7 @@ def write_report(folder: Path, assessment: Assessment, cases: Sequence[Case]) ->
         unknown=NOT_KNOWN,
         shown=ROWS,
     )
-    file = folder / "report.html"
+    file = folder / REPORT
     file.write_text(page, encoding="utf-8", errors="backslashreplace")
     return file
 

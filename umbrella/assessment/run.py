@@ -25,6 +25,7 @@ from umbrella.evaluation.metrics import notes_on
 from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.tables import tabulate
+from umbrella.paths import evaluation_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.training.cluster import join
@@ -51,8 +52,9 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
     """
     began, settings = time.monotonic(), settings.named("evaluation")
     name = settings.name
-    storage = Path(settings.resources.storage).absolute()
-    folder = Path(settings.output).absolute() if settings.output else storage / "evaluations" / name
+    folder = evaluation_folder(settings.resources.storage, name)
+    if settings.output:
+        folder = Path(settings.output).absolute()
     check_writable(folder, f"output={folder}")
     with on_sigterm(_stop):
         join(settings.resources, log_to_driver=False, name=name)

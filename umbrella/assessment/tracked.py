@@ -11,14 +11,14 @@ from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.report import write_report
 from umbrella.assessment.section import CHIEF
 from umbrella.base import note
-from umbrella.config import SETTINGS
 from umbrella.conversations.conversation import Conversation
 from umbrella.evaluation.parts import band_names
+from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
 from umbrella.tracking.privacy import hide, read_salt
 from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
-from umbrella.training.progress import PROGRESS, read_progress
+from umbrella.training.progress import read_progress
 
 ARTIFACTS = "evaluation"
 """Folder of the report among a run's artifacts."""
@@ -80,7 +80,7 @@ def metrics(assessment: Assessment) -> Iterator[tuple[str, float]]:
 
 def _texts(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> dict[str, str]:
     """Name to content of the files that MLflow gets."""
-    names = ("report.html", "metrics.json")
+    names = (REPORT, METRICS)
     settings = assessment.settings
     if not settings.tracking.hash_subjects:
         return {name: (folder / name).read_text(encoding="utf-8") for name in names}

@@ -12,7 +12,7 @@ from umbrella.assessment.run import Evaluated, write
 from umbrella.assessment.tracked import log
 from umbrella.base import UserError, note
 from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
-from umbrella.baseline.task import PREDICTIONS, BaselineJob, BaselineTask, Question
+from umbrella.baseline.task import BaselineJob, BaselineTask, Question
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, fingerprint, load_splits
@@ -21,6 +21,7 @@ from umbrella.data.loading import classes_of
 from umbrella.evaluation.prediction import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.tables import tabulate
+from umbrella.paths import PREDICTIONS, evaluation_folder, storage_of, training_folder
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.store import open_experiment, tracking_uri
@@ -44,7 +45,7 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
         folder = Path(job.folder)
-        also = [folder.parents[1] / "evaluations" / folder.name]
+        also = [evaluation_folder(storage_of(folder), folder.name)]
         with claimed(folder), synced(settings.resources, folder, progress, also):
             watch_job(job)
             evaluated = evaluate(job, splits)
@@ -70,7 +71,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     for target, head in heads.items():
         own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": own, "trial": own}
-        jobs.append(make_job(settings, splits, target, head, tracking, str(storage / "trainings" / own)))
+        jobs.append(make_job(settings, splits, target, head, tracking, str(training_folder(storage, own))))
     return splits, jobs
 
 
@@ -233,7 +234,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
     best = best_checkpoint(job.folder, tune.metric, tune.mode)
     if best is None:
         raise UserError(f"{job.folder}: no checkpoint with a {tune.metric}; train anew under another name")
-    folder = Path(job.settings.resources.storage).absolute() / "evaluations" / str(job.tracking["name"])
+    folder = evaluation_folder(job.settings.resources.storage, str(job.tracking["name"]))
     if job.settings.output:  # a folder in it for each target
         folder = Path(job.settings.output).absolute() / job.target.replace("/", "_")
     check_writable(folder, f"output={folder}")

@@ -21,6 +21,7 @@ from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction, write_predictions
 from umbrella.evaluation.subjects import Answer, mean_number
+from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import copies_of
 from umbrella.training.job import Job
@@ -29,8 +30,6 @@ from umbrella.training.parallel import autocast, data_parallel, gathered, togeth
 from umbrella.training.task import Summary, Task
 
 WEIGHTS = "weights.pt"
-PREDICTIONS = "predictions.jsonl"
-"""The file in the training's folder with the answers of its best checkpoint, see ``evaluation.prediction``."""
 Question = tuple[Prediction, str]
 """A conversation that nobody has answered yet, and the path of the volume that answers it."""
 

@@ -16,6 +16,7 @@ from umbrella.data.decoding import reasons_of
 from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.nodes import check_nodes
+from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.shared_store import SharedStore, as_path, is_address
 from umbrella.volumes.files import write_whole
 from umbrella.volumes.reading import image_size
@@ -130,7 +131,7 @@ def settle_all(
 def open_store(settings: "Settings") -> VolumeStore:
     """The volume store of the settings; with a folder of this node's in front of it, where there is to be one."""
     resources = settings.resources
-    own = Path(resources.storage).absolute() / "volumes"
+    own = volumes_folder(resources.storage)
     # Arrays are read as they lie: of an object store there have to be copies.
     front = resources.node_store or (str(own) if is_address(resources.store) else "")
     behind = SharedStore(resources.store or str(own)) if front else None
@@ -286,9 +287,7 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         samples = {problem.where: problem.sample for problem in problems}
         entries = [{"where": w, "reasons": reasons[w], "sample": samples[w]} for w in reasons]
         content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-        path = (
-            Path(settings.resources.storage).absolute() / f"quarantine-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
-        )
+        path = quarantine_file(settings.resources.storage, hashlib.sha256(content).hexdigest()[:8])
         write_whole(path, content)
     return Splits(
         intake.splits.get("train", []),

@@ -14,6 +14,7 @@ from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation, entity, usual_answers
 from umbrella.conversations.files import Problem, Reading, read_conversations
 from umbrella.conversations.images import MISSING
+from umbrella.paths import phantom_folder
 from umbrella.volumes.reading import content_id, image_files, image_size
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def read_splits(
         raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
     if data.train and not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
-    phantom, intake = phantom_folder(settings), Intake()
+    phantom, intake = phantom_of(settings), Intake()
     if not data.train and own.keys() != set(names):
         if not dry_run:
             from umbrella.cohort.phantom import make_cohort
@@ -267,10 +268,10 @@ def _drawn(settings: "Settings", names: Sequence[str]) -> dict[str, list[Convers
     }
 
 
-def phantom_folder(settings: "Settings") -> Path:
+def phantom_of(settings: "Settings") -> Path:
     """Where the phantom cohort lies: a folder per cohort settings, so that another cohort never meets this one."""
     key = hashlib.sha256(settings.cohort.model_dump_json().encode()).hexdigest()[:8]
-    return Path(settings.resources.storage).absolute() / f"phantom-{key}"
+    return phantom_folder(settings.resources.storage, key)
 
 
 def counted(number: int, what: str) -> str:

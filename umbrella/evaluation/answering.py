@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from umbrella.base import UserError, note
-from umbrella.config import SETTINGS, Settings
+from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation, ImageItem, TextItem, Turn
 from umbrella.conversations.images import modality_by_suffix, volume_file
 from umbrella.data.batching import Batch
@@ -22,6 +22,7 @@ from umbrella.evaluation.trained import settings_of
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.paths import SETTINGS
 from umbrella.volumes.decoded import DecodedVolumes
 from umbrella.volumes.reading import count_axes
 from umbrella.volumes.store import VolumeStore

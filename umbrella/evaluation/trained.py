@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from umbrella.base import UserError
-from umbrella.config import SETTINGS, Settings, load_settings
+from umbrella.config import Settings, load_settings
 from umbrella.model.umbrella_llava import UmbrellaConfig
+from umbrella.paths import SETTINGS, checkpoints_in
 
 DTYPES = ("float32", "bfloat16")
 
@@ -14,7 +15,7 @@ def settings_of(folder: Path, dtype: str | None) -> Settings:
     """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
-    steps = sorted(path.name for path in folder.glob("step_*"))
+    steps = [path.name for path in checkpoints_in(folder)]
     if steps:
         raise UserError(f"{folder}: is a training, not one of its checkpoints; name one, {folder / steps[-1]} say")
     try:

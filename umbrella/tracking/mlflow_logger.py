@@ -312,9 +312,8 @@ class MlflowLogger:
             return self.client.create_run(experiment, self._begun, {KEY: key}, self._name), {}
         # Another machine may have sent more events than this folder has, and the steps are trained again.
         (run,) = found
-        names = [name for name in run.data.metrics if not name.startswith("system/")]
-        history = {name: self.client.get_metric_history(run.info.run_id, name) for name in names}
-        return run, {name: max(metric.step for metric in metrics) for name, metrics in history.items()}
+        newest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        return run, {name: step for name, step in newest.items() if not name.startswith("system/")}
 
     def _send_or_refuse(self, event: Event) -> None:
         """Send an event. One that MLflow refuses for good, such as of a run that was deleted, is named once."""

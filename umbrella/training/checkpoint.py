@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from umbrella import __version__
+from umbrella.paths import CODE, STATE
 from umbrella.training.parallel import gathered, put_state, whole
 from umbrella.training.progress import Progress
 
-STATE, CODE = "state.pt", "code.json"
 PACKAGES = ("torch", "transformers", "peft", "ray")
 
 

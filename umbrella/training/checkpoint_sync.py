@@ -14,10 +14,10 @@ from pathlib import Path
 
 from umbrella.base import UserError, note
 from umbrella.data.loading import Progress
+from umbrella.paths import CHECKPOINT, END, SIZES, SWEEPS, marker_of, storage_of
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.filenames import BEGUN, END
-from umbrella.training.progress import FILES, what_is_wrong
+from umbrella.training.progress import what_is_wrong
 from umbrella.training.settings import ResourceSettings
 
 SETTING = "resources.upload"
@@ -59,7 +59,7 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
     if not resources.upload:
         return False
     with _one_line():
-        return BEGUN[folder.parent.name] in SharedStore(resources.upload, SETTING).names(_name(folder))
+        return marker_of(folder).name in SharedStore(resources.upload, SETTING).names(_name(folder))
 
 
 def download(resources: ResourceSettings, folder: Path, progress: Progress) -> None:
@@ -70,7 +70,7 @@ def download(resources: ResourceSettings, folder: Path, progress: Progress) -> N
     Raises:
         UserError: the object store cannot be read; the folder is there and holds something else.
     """
-    if (folder / BEGUN[folder.parent.name]).is_file() or not is_uploaded(resources, folder):
+    if marker_of(folder).is_file() or not is_uploaded(resources, folder):
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no {_name(folder)}; delete it or move it away")
@@ -78,7 +78,7 @@ def download(resources: ResourceSettings, folder: Path, progress: Progress) -> N
     shutil.rmtree(target, ignore_errors=True)
     with _one_line():
         sizes = store.sizes(_name(folder))
-        names = [n for n in sizes if not _checkpoint(n) or f"{_checkpoint(n)}/{FILES}" in sizes]
+        names = [n for n in sizes if not _checkpoint(n) or f"{_checkpoint(n)}/{SIZES}" in sizes]
         for name in progress(names, f"downloading {_name(folder)}"):
             file = target / os.path.relpath(name, _name(folder))
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class CheckpointSync:
 
     def __init__(self, store: SharedStore, folder: Path, also: Collection[Path] = ()) -> None:
         self.store, self.folder, self.folders = store, folder, [folder, *also]
-        self.storage, self.begun = folder.parent.parent, BEGUN[folder.parent.name]
+        self.storage, self.begun = storage_of(folder), marker_of(folder).name
         self._ended, self._failed = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         with _one_line():
@@ -149,7 +149,7 @@ class CheckpointSync:
             stamp = _stamp(file)  # before it is read, so that what is written from here on is new at the next look
             if self._uploaded.get(str(file)) != stamp and _is_complete(file, content := file.read_bytes()):
                 late[file] = stamp, content
-        checkpoints = sorted({file.parent for file in self._files() if file.name == FILES})
+        checkpoints = sorted({file.parent for file in self._files() if file.name == SIZES})
         for file in self._files():
             if not self._is_late(file) and not _checkpoint(str(file)):
                 self._put(file)
@@ -160,7 +160,7 @@ class CheckpointSync:
                 self._send(self._name(file), content)
                 self._uploaded[str(file)] = stamp
         newest = {checkpoint.parent: checkpoint for checkpoint in whole}
-        for name in sorted(self._names, key=lambda name: not name.endswith(f"/{FILES}")):
+        for name in sorted(self._names, key=lambda name: not name.endswith(f"/{SIZES}")):
             checkpoint = self.storage / _checkpoint(name)
             if _checkpoint(name) and not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
                 self.store.delete(name)
@@ -175,7 +175,7 @@ class CheckpointSync:
 
     def _is_late(self, file: Path) -> bool:
         """Whether a file refers to others: the end of a trial, Ray Tune's state, and what makes this a training."""
-        of_tune = self.folder.parent.name == "sweeps" and file.parent == self.folder
+        of_tune = self.folder.parent.name == SWEEPS and file.parent == self.folder
         return file.name in (END, self.begun) or of_tune
 
     def _put(self, file: Path) -> None:
@@ -187,7 +187,7 @@ class CheckpointSync:
 
     def _put_checkpoint(self, checkpoint: Path) -> bool:
         """Upload a checkpoint; returns whether all of it is in the store."""
-        if self._name(checkpoint / FILES) in self._names:
+        if self._name(checkpoint / SIZES) in self._names:
             return True
         # It may be deleted before it is uploaded: links keep its files.
         held = checkpoint.with_name(f".{checkpoint.name}.upload")
@@ -196,7 +196,7 @@ class CheckpointSync:
             shutil.copytree(checkpoint, held, copy_function=link_or_copy)
             if what_is_wrong(held):
                 return False
-            for file in sorted(held.rglob("*"), key=lambda file: file.name == FILES):
+            for file in sorted(held.rglob("*"), key=lambda file: file.name == SIZES):
                 if file.is_file():
                     self._send(self._name(checkpoint / file.relative_to(held)), file)
         except (FileNotFoundError, shutil.Error):
@@ -226,7 +226,7 @@ def _stamp(file: Path) -> Stamp:
 def _checkpoint(name: str) -> str:
     """The checkpoint folder that a file lies in; empty if none."""
     parts = Path(name).parts
-    inside = next((i for i, part in enumerate(parts[:-1]) if part.startswith("step_")), None)
+    inside = next((i for i, part in enumerate(parts[:-1]) if part.startswith(CHECKPOINT)), None)
     return "" if inside is None else str(Path(*parts[: inside + 1]))
 
 

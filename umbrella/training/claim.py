@@ -9,6 +9,7 @@ from typing import IO
 
 from umbrella.base import UserError
 from umbrella.locking import lock
+from umbrella.paths import storage_of
 from umbrella.storage import check_writable
 
 
@@ -21,7 +22,7 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         UserError: it is another one's; says whose. The storage cannot be written to, or has no locks.
     """
-    storage = folder.parent.parent
+    storage = storage_of(folder)
     check_writable(storage, f"resources.storage={storage}")
     path = folder.with_name(f".{folder.name}.lock")
     is_new = not path.parent.exists()

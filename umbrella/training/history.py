@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from umbrella.paths import HISTORY
 from umbrella.storage import put_text
-
-HISTORY = "evaluations.jsonl"
 
 
 def note(folder: str | Path, report: Mapping[str, Any]) -> None:

@@ -5,12 +5,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, isnan, nan
+from math import inf, isnan
 from pathlib import Path
 
 from umbrella.base import note
+from umbrella.paths import METRICS, PROGRESS, SIZES, checkpoints_in
 
-PROGRESS, METRICS, FILES = "progress.json", "metrics.json", "files.json"
+LOSS = "eval/loss"
 NOTHING = (-inf, -inf)
 """The ``goodness`` of what was not evaluated."""
 
@@ -42,11 +43,6 @@ class Progress:
         return 0 < patience <= self.since_best
 
 
-def checkpoint_folder(training: str | Path, step: int) -> Path:
-    """Where a training's checkpoint of a step lies, or would."""
-    return Path(training) / f"step_{step:07d}"
-
-
 def read_progress(folder: str | Path) -> Progress:
     """How far the training of a checkpoint is."""
     return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
@@ -56,8 +52,8 @@ def write_files(folder: Path) -> None:
     """List a checkpoint's files with their sizes in bytes; what makes it whole. All of it is on the disk then."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    (folder / FILES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    for path in [*files, folder / FILES, folder]:
+    (folder / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    for path in [*files, folder / SIZES, folder]:
         to_disk(path)
 
 
@@ -74,9 +70,9 @@ def what_is_wrong(folder: str | Path) -> str:
     """Why a checkpoint cannot be used: a file is gone or has another size than it was written with. Empty: nothing."""
     folder = Path(folder)
     try:
-        sizes = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"{FILES} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+        return f"{SIZES} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file():
@@ -91,16 +87,22 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
 
     One that was written because of SIGTERM, without an evaluation, is never the best.
     """
-    good = {path: goodness(read_metrics(path), metric, mode) for path in _whole(folder)}
+    found = {path: read_metrics(path) for path in _whole(folder)}
+    good = {path: goodness(metrics.get(metric), metrics.get(LOSS), mode) for path, metrics in found.items()}
     measured = {path: value for path, value in good.items() if value > NOTHING}
     return max(measured, key=measured.__getitem__, default=None)
 
 
-def goodness(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, float]:
-    """What makes an evaluation better than another: the metric, and then the loss."""
+def goodness(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
+    """What makes one evaluation, trial or choice of settings better than another: the metric, and then the loss.
+
+    Args:
+        metric, loss: None or NaN if they are not known; that is worse than any number.
+        mode: "max" or "min", of the metric.
+    """
     sign = 1 if mode == "max" else -1
-    values = (sign * metrics.get(metric, nan), -metrics.get("eval/loss", nan))
-    return tuple(-inf if isnan(value) else value for value in values)  # type: ignore[return-value]  # two of them
+    known = [-inf if value is None or isnan(value) else value for value in (metric and sign * metric, loss and -loss)]
+    return known[0], known[1]
 
 
 class Best:
@@ -123,11 +125,11 @@ class Best:
 
         MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
         """
-        good = goodness(metrics, self.metric, self.mode)
+        good = goodness(metrics.get(self.metric), metrics.get(LOSS), self.mode)
         if good <= self._good:
             return {}
         self._good = good
-        return {f"best/{name}": metrics[name] for name in (self.metric, "eval/loss") if name in metrics}
+        return {f"best/{name}": metrics[name] for name in (self.metric, LOSS) if name in metrics}
 
 
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:
@@ -151,14 +153,14 @@ def delete(path: Path) -> None:
 
 
 def _whole(folder: str | Path) -> list[Path]:
-    return [path for path in sorted(Path(folder).glob("step_*")) if not what_is_wrong(path)]
+    return [path for path in checkpoints_in(folder) if not what_is_wrong(path)]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint of a training; newer ones that are not whole are named on standard error."""
     broken = []
     latest = None
-    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         problem = what_is_wrong(path)
         if not problem:
             latest = path

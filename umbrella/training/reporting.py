@@ -8,6 +8,7 @@ import ray
 import torch
 
 from umbrella.evaluation.prediction import Prediction
+from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.tracking.environment import environment_json
 from umbrella.tracking.figures import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
@@ -15,7 +16,7 @@ from umbrella.tracking.privacy import hide, read_salt
 from umbrella.training.job import Job
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
-from umbrella.training.progress import Best, Progress, best_checkpoint, checkpoint_folder
+from umbrella.training.progress import Best, Progress, best_checkpoint
 from umbrella.training.progress_log import BUILDING, EARLY, FINISHED, FIRST, ProgressLog, progress_line
 from umbrella.training.task import Task
 
@@ -112,7 +113,7 @@ def open_run(job: Job, device: torch.device, tags: Mapping[str, str]) -> MlflowL
     told = {"device": _device_name(device), "host": socket.gethostname()}
     tracker.tags(told | {"ray.job": ray.get_runtime_context().get_job_id(), **tags})
     tracker.inputs(job.datasets)
-    tracker.text(job.settings.to_yaml(), "settings.yaml")
+    tracker.text(job.settings.to_yaml(), SETTINGS)
     tracker.text(environment_json(), "environment.json")
     return tracker
 

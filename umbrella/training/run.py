@@ -19,6 +19,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
+from umbrella.paths import BEGUN, evaluation_folder, storage_of, training_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.mlflow_logger import close_run, run_key
@@ -27,7 +28,6 @@ from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
-from umbrella.training.filenames import BEGUN, training_folder
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import language_model, run_job, stopped_at_once
 from umbrella.training.progress import best_checkpoint
@@ -152,8 +152,8 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         Stopped: SIGTERM came; the training saved and stopped.
     """
     settings = settings.named("train")
-    folder = training_folder(settings)
-    also = [folder.parent.parent / "evaluations" / folder.name]
+    folder = training_folder(settings.resources.storage, settings.name)
+    also = [evaluation_folder(storage_of(folder), folder.name)]
     with claimed(folder), synced(settings.resources, folder, progress, also):
         _train(settings, progress, folder)
         then(folder)
@@ -161,7 +161,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
 
 
 def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
-    name, storage = folder.name, folder.parent.parent
+    name, storage = folder.name, storage_of(folder)
     start_ray(settings.resources, log_to_driver=True, name=name)
     splits = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
@@ -211,7 +211,7 @@ def check_same(job: Job) -> None:
         UserError: names what differs: a setting that a training depends on, or the data. With patience what it waits
             for belongs to the training, too.
     """
-    file = Path(job.folder) / BEGUN["trainings"]
+    file = Path(job.folder) / BEGUN
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
     free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.unused)
     asked = ("data.test", "data.input")

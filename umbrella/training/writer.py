@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 
 from umbrella.base import UserError, note
-from umbrella.config import SETTINGS, Settings
+from umbrella.config import Settings
+from umbrella.paths import CHECKPOINT, CODE, METRICS, PROGRESS, SETTINGS, STATE, checkpoint_folder
 from umbrella.storage import storage_fault
-from umbrella.training.checkpoint import CODE, STATE, Snapshot
+from umbrella.training.checkpoint import Snapshot
 from umbrella.training.progress import (
-    METRICS,
-    PROGRESS,
-    checkpoint_folder,
     delete,
     prune,
     to_disk,
@@ -105,5 +103,5 @@ class Writer:
 
 def remove_rests(training: Path) -> None:
     """Delete what a process that was killed had begun to write."""
-    for rest in training.glob(".step_*"):
+    for rest in training.glob(f".{CHECKPOINT}*"):
         shutil.rmtree(rest, ignore_errors=True)

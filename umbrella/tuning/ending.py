@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from umbrella.paths import END
 from umbrella.storage import put_text
-from umbrella.training.filenames import END
 from umbrella.training.progress_log import EARLY, FINISHED
 
 STOPPED, FAILED, BUDGET = "stopped by the scheduler", "failed", "out of time"

@@ -6,10 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from umbrella.paths import POINT, TRIALS
 from umbrella.storage import put_text
-
-POINT = "point.json"
-"""The trial's point."""
 
 
 def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
@@ -20,7 +18,7 @@ def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pat
         point: the trial's, where Ray's id is new. The folder is named by that, so that a lost note of
             Ray's is no loss.
     """
-    trials = Path(sweep) / "trials"
+    trials = Path(sweep) / TRIALS
     known = trials / f"{ray_id}.txt"
     return trials / (known.read_text(encoding="utf-8") if known.exists() else _name(point))
 

@@ -1,6 +1,7 @@
 """A sweep as it runs: a live table in a terminal, a line per event elsewhere, and true final states in MLflow."""
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from umbrella.base import printable
+from umbrella.paths import TRIALS
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
 from umbrella.training.history import read_history
 from umbrella.training.launch import cause
@@ -89,8 +91,8 @@ class Monitor:
         """Time is over: so ended the trials that were running."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
-                rows = read_history(self._place(name))
-                where = f"step {rows[-1]['step']} of {rows[-1]['steps']}" if rows else "before its first evaluation"
+                result = trial["result"]
+                where = f"step {result['step']} of {result['steps']}" if result else "before its first evaluation"
                 self._end(name, BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}")
 
     def start(self, trial: Any) -> None:
@@ -117,13 +119,14 @@ class Monitor:
     def end(self, trial: Any, error: BaseException | None = None) -> None:
         """A trial reached its end, was stopped, or failed."""
         folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        name, rows = name_of(folder), read_history(folder)
-        self.trials.setdefault(name, {"name": label(trial.config), "result": {}})  # its process may never have started
+        name = name_of(folder)
+        # Its process may never have started.
+        result = self.trials.setdefault(name, {"name": label(trial.config), "result": {}})["result"]
         if error:
             # Ray names the class with its module before what it says.
             self._end(name, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
         else:
-            self._end(name, *self._how(rows))
+            self._end(name, *self._how(result))
 
     def _end(self, name: str, state: str, reason: str) -> None:
         write_end(self._place(name), state, reason)
@@ -133,14 +136,14 @@ class Monitor:
             self._say(name, f"{end.state}{end.reason and f': {end.reason}'}")
             close_run(self.parent.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
 
-    def _how(self, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    def _how(self, result: Mapping[str, Any]) -> tuple[str, str]:
         """Of a trial that raised nothing: its state, and why it did not come to its end."""
-        if not rows:
+        if not result:
             return FAILED, "it ended before its first evaluation"
-        state, where = how_it_ended(rows[-1]), f"step {rows[-1]['step']} of {rows[-1]['steps']}"
+        state, where = how_it_ended(result), f"step {result['step']} of {result['steps']}"
         if state == STOPPED:
-            return state, f"by ASHA at evaluation {len(rows)}, {where}"
-        return state, "" if rows[-1]["step"] >= rows[-1]["steps"] else f"train.patience is over, {where}"
+            return state, f"by ASHA at evaluation {result['evaluation']}, {where}"
+        return state, "" if result["step"] >= result["steps"] else f"train.patience is over, {where}"
 
     def _repair(self, name: str, state: str) -> None:
         """Correct a trial's run that a killed script left RUNNING, under another parent, or not sent to its end."""
@@ -151,7 +154,7 @@ class Monitor:
         close_run(self.parent.uri, self._place(name), status, outcome, self.parent.experiment, parent)
 
     def _place(self, name: str) -> Path:
-        return self.folder / "trials" / name.rpartition("-")[2]
+        return self.folder / TRIALS / name.rpartition("-")[2]
 
     def _say(self, name: str, words: str) -> None:
         if not self.live:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbrella.base import UserError
-from umbrella.config import SETTINGS, Settings, load_settings
+from umbrella.config import Settings, load_settings
+from umbrella.paths import FINGERPRINT, GIVEN, SETTINGS, storage_of, sweep_folder
 from umbrella.storage import put_text
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tuning.entry import in_words
 from umbrella.tuning.space import is_given
-
-GIVEN, FINGERPRINT = "given.json", "data.json"
 
 
 class Question(NamedTuple):
@@ -20,11 +19,6 @@ class Question(NamedTuple):
 
     settings: Settings
     given: frozenset[str]
-
-
-def sweeps_folder(settings: Settings) -> Path:
-    """Where all sweeps of a storage lie."""
-    return Path(settings.resources.storage).absolute() / "sweeps"
 
 
 def write_question(folder: Path, question: Question, fingerprint: str) -> None:
@@ -46,7 +40,7 @@ def read_question(folder: Path) -> Question:
         raise UserError(
             f"--resume: there is no sweep {folder}; {'there are ' + ', '.join(there) if there else 'none is'}"
         )
-    settings = load_settings([folder / SETTINGS], {"resources.storage": str(folder.parent.parent)})
+    settings = load_settings([folder / SETTINGS], {"resources.storage": str(storage_of(folder))})
     return Question(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
 
 
@@ -106,5 +100,5 @@ def find_sweep(settings: Settings, name: str) -> Path:
     Raises:
         UserError: there is no sweep, for "last".
     """
-    folder = sweeps_folder(settings)
-    return newest(folder) if name == "last" else folder / name
+    folder = sweep_folder(settings.resources.storage, name)
+    return newest(folder.parent) if name == "last" else folder

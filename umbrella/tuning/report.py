@@ -11,6 +11,7 @@ from typing import Any
 from umbrella.config import Settings
 from umbrella.drawing import embedded, save
 from umbrella.pages import number, render
+from umbrella.paths import BEST, RANKING, REPORT
 from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
@@ -76,11 +77,11 @@ def write_report(
         warning: a sentence on all trials, see ``at_chance``.
     """
     trials, metric = trials_of(contenders), settings.tune.metric
-    ranking = folder / "ranking.csv"
+    ranking = folder / RANKING
     write_ranking(contenders, metric, ranking)  # the numbers first, before anything that could fail
     best, file, told = winner(contenders), None, {}
     if best:
-        training, file = as_training(settings, best.point), folder / "best.yaml"
+        training, file = as_training(settings, best.point), folder / BEST
         write_best(training, file)
         told = {"command": command(file.absolute()), "overrides": command(*overrides(training, best.point))}
     found = importance(trials)
@@ -95,7 +96,7 @@ def write_report(
         pictures["importance"] = save(folder / "importance.png", figures.draw_importance, found)
     if any(t.started is not None for t in trials):
         pictures["times"] = save(folder / "times.png", figures.draw_times, trials)
-    files = Files(folder / "report.html", ranking, pictures, file, **told)
+    files = Files(folder / REPORT, ranking, pictures, file, **told)
     starts = [t.started for t in trials if t.started is not None]
     page = render(
         Path(__file__).with_name("report.html"),

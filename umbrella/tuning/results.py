@@ -6,10 +6,11 @@ from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
+from umbrella.paths import POINT, TRIALS, checkpoint_folder
 from umbrella.training.history import read_history
-from umbrella.training.progress import checkpoint_folder, what_is_wrong
+from umbrella.training.progress import best_checkpoint, goodness
 from umbrella.tuning.ending import FAILED, UNFINISHED, End, read_end
-from umbrella.tuning.folder import POINT, name_of, read_point
+from umbrella.tuning.folder import name_of, read_point
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import label
 
@@ -65,7 +66,7 @@ def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
     Args:
         tune: whose metric decides which checkpoint of a trial is its best.
     """
-    trials = [_trial(file.parent, tune) for file in Path(sweep).glob(f"trials/*/{POINT}")]
+    trials = [_trial(file.parent, tune) for file in Path(sweep).glob(f"{TRIALS}/*/{POINT}")]
     return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
 
 
@@ -88,10 +89,9 @@ def at_chance(trials: Sequence[Trial], tune: TuneSettings, chance: float | None,
 
 
 def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """A key that sorts the best first: by the metric, then by validation loss; what is not a number comes last."""
-    sign = 1 if mode == "max" else -1
-    metric, loss = _number(metric), _number(loss)
-    return inf if metric is None else -sign * metric, inf if loss is None else loss
+    """A key that sorts the best first, see ``goodness``."""
+    by_metric, by_loss = goodness(metric, loss, mode)
+    return -by_metric, -by_loss
 
 
 def _trial(folder: Path, tune: TuneSettings) -> Trial:
@@ -109,9 +109,8 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
     )
     end = read_end(folder) or End(UNFINISHED, "")
     started, seconds, first = _times(rows)
-    # A trial may be stopped while its last checkpoint is being written.
-    kept = [e for e in curve if not what_is_wrong(e.checkpoint)]
-    best = min(kept, key=lambda e: order(e.metric, e.loss, tune.mode), default=None)
+    kept = best_checkpoint(folder, tune.metric, tune.mode)
+    best = next((e for e in curve if e.checkpoint == str(kept)), None)
     return Trial(
         trial_id=name_of(folder),
         point=read_point(folder),

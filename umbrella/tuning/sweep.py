@@ -11,11 +11,12 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from umbrella.base import Stopped, UserError
-from umbrella.config import SETTINGS, Settings
+from umbrella.config import Settings
 from umbrella.data.intake import Splits
 from umbrella.data.loading import Progress, classes_of
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import chance
+from umbrella.paths import SETTINGS, TRIALS, evaluation_folder, storage_of, sweep_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.mlflow_logger import MlflowLogger
@@ -29,7 +30,7 @@ from umbrella.training.job import Job
 from umbrella.training.run import load_checked, make_job
 from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
-from umbrella.tuning.question import Question, check_data, sweeps_folder, write_question
+from umbrella.tuning.question import Question, check_data, write_question
 from umbrella.tuning.ranking import Contender, rank, trials_of
 from umbrella.tuning.report import Files, winner, write_report
 from umbrella.tuning.results import Trial, at_chance, read_trials
@@ -86,8 +87,8 @@ def run_sweep(
     """
     goes_on = folder is not None
     settings = settings.named("sweep")
-    folder = folder or sweeps_folder(settings) / settings.name
-    also = [folder.parent.parent / "evaluations" / folder.name]
+    folder = folder or sweep_folder(settings.resources.storage, settings.name)
+    also = [evaluation_folder(storage_of(folder), folder.name)]
     with claimed(folder):
         if not goes_on and is_uploaded(settings.resources, folder):
             raise _is_there(folder.name)
@@ -109,7 +110,7 @@ def _is_there(name: str) -> UserError:
 
 def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, goes_on: bool) -> Answer:
     search, scheduler = make_search(settings, given), make_scheduler(settings.tune)
-    storage = folder.parent.parent
+    storage = storage_of(folder)
     entries = read_space(settings, given)
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
     if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
@@ -134,7 +135,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
     parent.params(job.data)
     parent.inputs(job.datasets)
-    for trial in folder.glob("trials/*/"):
+    for trial in folder.glob(f"{TRIALS}/*/"):
         reopen(trial)
     monitor = Monitor(folder, parent, search.trials, settings.tune)
     try:

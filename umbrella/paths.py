@@ -1,0 +1,102 @@
+"""Where files lie below the storage folder, ``resources.storage``.
+
+trainings/<name>/               one training
+  begun_with.json                 settings and data that it was begun with
+  evaluations.jsonl               a line per evaluation
+  samples_<rank>.jsonl            order of samples, with data.log_samples
+  mlflow/                         events of its run, see ``tracking.mlflow_logger``
+  predictions.jsonl               of a baseline
+  stop, workers                   see ``training.requests``
+  ray/                            files of Ray Train
+  step_0000100/                   a checkpoint: weights, and what resuming needs
+    settings.yaml code.json progress.json metrics.json state.pt
+    files.json                      completion marker: the sizes of all files
+sweeps/<name>/                  one sweep
+  settings.yaml given.json data.json    settings, names set on the command line, fingerprint of the data
+  trials/<hash>/                  one trial: a training, with point.json (its settings) and end.json (how it ended)
+  report.html ranking.csv best.yaml *.png
+evaluations/<name>/             one evaluation: report.html, metrics.json, predictions.csv, ...
+volumes/                        prepared volumes, see ``volumes.store``
+phantom-<hash>/                 a phantom cohort
+quarantine-<hash>.jsonl         samples that were left out
+predictions-<hash>.jsonl        answers of predict.py
+mlflow.db                       MLflow's database
+"""
+
+from pathlib import Path
+
+TRAININGS, SWEEPS, EVALUATIONS = "trainings", "sweeps", "evaluations"
+BEGUN, HISTORY, PREDICTIONS = "begun_with.json", "evaluations.jsonl", "predictions.jsonl"
+"""Files of a training."""
+SETTINGS, CODE, PROGRESS, METRICS, STATE = "settings.yaml", "code.json", "progress.json", "metrics.json", "state.pt"
+"""Files of a checkpoint; a sweep and an exported model have settings.yaml, too."""
+SIZES = "files.json"
+"""The completion marker of a checkpoint."""
+GIVEN, FINGERPRINT, BEST, RANKING, REPORT = "given.json", "data.json", "best.yaml", "ranking.csv", "report.html"
+"""Files of a sweep; an evaluation has report.html, too."""
+POINT, END = "point.json", "end.json"
+"""Files of a trial."""
+TRIALS = "trials"
+CHECKPOINT = "step_"
+"""How the names of checkpoints begin."""
+
+
+def training_folder(storage: str | Path, name: str) -> Path:
+    """The folder of a training."""
+    return Path(storage).absolute() / TRAININGS / name
+
+
+def sweep_folder(storage: str | Path, name: str) -> Path:
+    """The folder of a sweep."""
+    return Path(storage).absolute() / SWEEPS / name
+
+
+def evaluation_folder(storage: str | Path, name: str) -> Path:
+    """The folder of an evaluation. That of a training or sweep has its name."""
+    return Path(storage).absolute() / EVALUATIONS / name
+
+
+def storage_of(folder: Path) -> Path:
+    """The storage folder that a training or sweep lies in."""
+    return folder.parent.parent
+
+
+def marker_of(folder: Path) -> Path:
+    """The file without which a folder is no training, or no sweep."""
+    return folder / {TRAININGS: BEGUN, SWEEPS: SETTINGS}[folder.parent.name]
+
+
+def checkpoint_folder(training: str | Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return Path(training) / f"{CHECKPOINT}{step:07d}"
+
+
+def checkpoints_in(training: str | Path) -> list[Path]:
+    """The checkpoints of a training, whole or not, by step."""
+    return sorted(Path(training).glob(f"{CHECKPOINT}*"))
+
+
+def all_checkpoints(storage: str | Path) -> list[Path]:
+    """The checkpoints of all trainings and trials."""
+    trainings = [*Path(storage).glob(f"{TRAININGS}/*/"), *Path(storage).glob(f"{SWEEPS}/*/{TRIALS}/*/")]
+    return [checkpoint for training in trainings for checkpoint in checkpoints_in(training)]
+
+
+def volumes_folder(storage: str | Path) -> Path:
+    """The folder of prepared volumes, unless ``resources.store`` names another one."""
+    return Path(storage).absolute() / "volumes"
+
+
+def phantom_folder(storage: str | Path, key: str) -> Path:
+    """The folder of a phantom cohort."""
+    return Path(storage).absolute() / f"phantom-{key}"
+
+
+def quarantine_file(storage: str | Path, key: str) -> Path:
+    """The file that lists the samples that were left out."""
+    return Path(storage).absolute() / f"quarantine-{key}.jsonl"
+
+
+def predictions_file(storage: str | Path, key: str) -> Path:
+    """The file of the answers of predict.py."""
+    return Path(storage).absolute() / f"predictions-{key}.jsonl"
