@@ -156,7 +156,8 @@ def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_setting
 
     def controllers() -> set[str]:
         alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
-        return {actor.actor_id for actor in list_actors(filters=alive)}
+        address = ray.get_runtime_context().gcs_address  # there may be other Rays on this machine
+        return {actor.actor_id for actor in list_actors(address=address, filters=alive)}
 
     earlier = controllers()  # of other tests' trainings, which may not have gone yet
 
