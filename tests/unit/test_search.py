@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.tune.search import Searcher
+from optuna import load_study
+from optuna.storages import InMemoryStorage
+from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher, SearchGenerator
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.proposals import Proposals
+from umbrella.tuning.optuna_search import SeedRepeater, make_optuna_search
 from umbrella.tuning.search import count_trials, make_scheduler, make_search, points
 from umbrella.tuning.space import label, read_space
 
 METRIC = "eval/balanced_accuracy"
+BEST = f"best/{METRIC}"
 OF_RAY = {"cluster", "runtime_env"}  # what Ray reads, and not our scripts
 CONFIGS = (Path(__file__).resolve().parents[2] / "ray_configs").glob("*.yaml")
 QUESTIONS = sorted(file for file in CONFIGS if file.stem not in OF_RAY)
@@ -108,44 +111,47 @@ def test_a_drawn_point_that_the_settings_refuse_is_found_before_the_start(monkey
 # Optuna
 
 
-def run(search: Searcher, trial_id: str, *values: float | None, error: bool = False) -> dict[str, Any]:
-    """One trial through a searcher, as Ray Tune runs it; None is a report without the metric."""
+def optuna_search(space: dict[str, dict[str, Any]], storage: Any = None, **tune: Any) -> SeedRepeater:
+    settings = sweep(space, search="optuna", **tune)
+    return make_optuna_search(settings, read_space(settings), storage)
+
+
+def run(search: Searcher, trial_id: str, best: float | None, error: bool = False) -> dict[str, Any]:
+    """One trial through a searcher, as Ray Tune runs it. best: as last reported; None: there was no report."""
     point = search.suggest(trial_id)
     assert isinstance(point, dict)
-    result: dict[str, float] = {}
-    for value in values:
-        result = {} if value is None else {METRIC: value}
-        search.on_trial_result(trial_id, result)
-    search.on_trial_complete(trial_id, result, error)
+    search.on_trial_complete(trial_id, None if best is None else {METRIC: 0.0, BEST: best}, error=error)
     return point
 
 
-def proposals(space: dict[str, dict[str, Any]], **tune: Any) -> Proposals:
-    settings = sweep(space, search="optuna", **tune)
-    return Proposals(settings, read_space(settings))
+def trials(storage: InMemoryStorage) -> list[tuple[str, float | None]]:
+    """State and value of each point that Optuna was asked for."""
+    study = load_study(study_name="optuna", storage=storage)
+    return [(trial.state.name, trial.value) for trial in study.trials]
 
 
 def test_optuna_finds_what_random_points_do_not() -> None:
     def score(rate: float) -> float:
         return -abs(math.log10(rate) + 4.2)
 
-    search = proposals({"optim.lr": {"loguniform": [1e-7, 1e-1]}})
+    search = optuna_search({"optim.lr": {"loguniform": [1e-7, 1e-1]}})
     rates = []
     for number in range(40):
         point = search.suggest(f"t{number}")
         rates.append(point["optim.lr"])
-        search.on_trial_complete(f"t{number}", {METRIC: score(rates[-1])})
+        search.on_trial_complete(f"t{number}", {BEST: score(rates[-1])})
     assert np.mean([score(rate) for rate in rates[20:]]) > -1  # of random rates -1.5 is expected
 
 
 def test_optuna_proposes_the_same_again_for_a_seed_and_only_names_whose_conditions_hold() -> None:
-    first, again = proposals(PARTS), proposals(PARTS)
+    first, again = optuna_search(PARTS), optuna_search(PARTS)
     found = [run(first, str(number), 0.5) for number in range(15)]
     assert [run(again, str(number), 0.5) for number in range(15)] == found
     assert {point["model.train"] for point in found} == {"embedder", "lora", "all"}
     for point in found:
         assert ("model.lora_rank" in point) == (point["model.train"] == "lora")
         assert ("optim.embedder_lr" in point) == (point["model.train"] != "lora")
+        assert list(point) == [name for name in PARTS if name in point]
         sweep(PARTS).with_values(point)
 
 
@@ -156,7 +162,7 @@ def test_optuna_proposes_values_of_every_kind_as_the_settings_have_them() -> Non
         "optim.warmup": {"loguniform": [1, 4]},
         "modalities.sMRI": {"choice": [{"grid": [32] * 3, "patch": [16] * 3}, {"patch": [6] * 3}]},
     }
-    search = proposals(kinds)
+    search = optuna_search(kinds)
     found = [run(search, str(number), 0.0) for number in range(25)]
     assert {point["optim.clip"] for point in found} == {0.1, 0.3, 0.5}
     assert {point["train.epochs"] for point in found} == {1, 2, 3}
@@ -164,64 +170,127 @@ def test_optuna_proposes_values_of_every_kind_as_the_settings_have_them() -> Non
     assert {str(point["modalities.sMRI"]) for point in found} == {str(v) for v in kinds["modalities.sMRI"]["choice"]}
 
 
+def test_a_slash_in_the_name_of_a_modality_stays_in_the_point() -> None:
+    name = "modalities.T1/T2.patch"
+    settings = load_settings(
+        overrides={
+            "modalities": {"T1/T2": {"grid": [8, 8, 8], "patch": [8, 8, 8]}},
+            "tune.space": {name: {"choice": [[4, 4, 4]]}, "optim.lr": RATES},
+        }
+    )
+    point = make_optuna_search(settings, read_space(settings)).suggest("a")
+    assert isinstance(point, dict)
+    assert point == {name: [4, 4, 4], "optim.lr": point["optim.lr"]}
+
+
 def test_optuna_is_told_the_mean_over_seeds_of_the_best_evaluations() -> None:
-    search = proposals({"optim.lr": RATES}, seeds=2)
-    first, second = run(search, "a", 0.2, 0.6, 0.4), run(search, "b", 0.8)
+    storage = InMemoryStorage()
+    search = optuna_search({"optim.lr": RATES}, storage, seeds=2)
+    first, second = run(search, "a", 0.6), run(search, "b", 0.8)
     assert first == second | {"seed": 0}
     assert second["seed"] == 1
-    assert search.study.trials[0].value == pytest.approx(0.7)
+    assert trials(storage) == [("COMPLETE", pytest.approx(0.7))]
     assert run(search, "c", 0.1)["optim.lr"] != first["optim.lr"]
+    assert trials(storage)[1] == ("RUNNING", None), "its second seed has not run"
 
 
-@pytest.mark.parametrize("values", [(), (None,), (math.nan,), (None, math.nan, math.inf)])
-def test_a_trial_without_a_number_ends_no_search_and_is_worse_than_any_other(values: tuple) -> None:
-    search = proposals({"optim.lr": RATES})
+@pytest.mark.parametrize(("best", "error"), [(None, True), (None, False), (math.nan, False), (-math.inf, False)])
+def test_a_trial_without_a_number_ends_no_search_and_is_worse_than_any_other(best: float | None, error: bool) -> None:
+    storage = InMemoryStorage()
+    search = optuna_search({"optim.lr": RATES}, storage)
     for number in range(3):
-        run(search, f"{number}", *values, error=not values)
-    assert [trial.state.name for trial in search.study.trials] == ["PRUNED"] * 3
-    run(search, "good", math.nan, 0.5, None)
-    assert search.study.best_value == 0.5
+        run(search, f"{number}", best, error)
+    assert trials(storage) == [("PRUNED", None)] * 3
     for number in range(10):  # beyond the first ten, which are random
         run(search, f"more{number}", 0.5)
+    assert trials(storage)[3:] == [("COMPLETE", 0.5)] * 10
 
 
 def test_a_failed_seed_is_left_out_of_the_mean_and_nothing_waits_for_it() -> None:
-    search = proposals({"optim.lr": RATES}, seeds=3)
+    storage = InMemoryStorage()
+    search = optuna_search({"optim.lr": RATES}, storage, seeds=3)
     run(search, "a", 0.9, error=True)
     run(search, "b", 0.2)
     run(search, "c", 0.4)
-    assert search.study.trials[0].value == pytest.approx(0.3)
-    search.on_trial_complete("a", {METRIC: 1.0})  # once more, as after Tuner.restore
-    search.on_trial_complete("never seen", {METRIC: 1.0})
-    assert search.study.trials[0].value == pytest.approx(0.3)
+    assert trials(storage) == [("COMPLETE", pytest.approx(0.3))]
+    search.on_trial_complete("a", {BEST: 1.0})  # once more, as after Tuner.restore
+    search.on_trial_complete("never seen", {BEST: 1.0})
+    assert trials(storage) == [("COMPLETE", pytest.approx(0.3))]
+
+
+def test_optuna_is_told_of_a_point_when_its_last_run_ends_where_several_run_at_once() -> None:
+    storage = InMemoryStorage()
+    search = optuna_search({"optim.lr": RATES}, storage, seeds=2)
+    for trial_id in "abcd":
+        search.suggest(trial_id)
+    told = []
+    for trial_id, best in zip("acdb", [0.1, 0.2, 0.4, 0.3], strict=True):
+        search.on_trial_complete(trial_id, {BEST: best})
+        told.append([value for _, value in trials(storage)])
+    assert told[:2] == [[None, None]] * 2
+    assert told[2:] == [[None, pytest.approx(0.3)], [pytest.approx(0.2), pytest.approx(0.3)]]
+
+
+def test_rays_repeater_never_tells_optuna_of_a_point_whose_runs_all_failed() -> None:
+    """The reason for ``SeedRepeater``. To Optuna the point runs for ever, so it is no part of the first ten."""
+    storage = InMemoryStorage()
+    repeater = Repeater(optuna_search({"optim.lr": RATES}, storage).searcher, repeat=2)
+    run(repeater, "a", None, error=True)
+    run(repeater, "b", 0.5)
+    run(repeater, "c", None, error=True)
+    with pytest.warns(RuntimeWarning, match="Mean of empty slice"):
+        run(repeater, "d", None, error=True)
+    assert trials(storage) == [("COMPLETE", 0.5), ("RUNNING", None)]
+
+
+def as_ray_wraps(search: Searcher) -> SearchGenerator:
+    return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=1))
 
 
 def test_a_restored_search_goes_on_where_it_was(tmp_path: Path) -> None:
-    def begun() -> Proposals:
-        search = proposals(PARTS, seeds=2)
-        for number in range(7):
-            run(search, f"t{number}", number / 10)
-        search.suggest("running")  # the second seed of the fourth point, still running
+    def begun() -> SeedRepeater:
+        search = optuna_search(PARTS, seeds=2)
+        for number in range(23):
+            run(search, f"t{number}", number / 10, error=number < 4)
+        search.suggest("running")  # the second seed of the twelfth point, still running
         return search
 
-    straight, saved = begun(), begun()
-    saved.save(str(tmp_path / "state.pkl"))
-    restored = proposals(PARTS, seeds=2)
-    restored.restore(str(tmp_path / "state.pkl"))
+    straight, restored = begun(), optuna_search(PARTS, seeds=2)
+    as_ray_wraps(begun()).save_to_dir(str(tmp_path), "session")
+    as_ray_wraps(restored).restore_from_dir(str(tmp_path))
     for search in (straight, restored):
-        search.on_trial_complete("running", {METRIC: 0.9})
-    assert [t.value for t in restored.study.trials] == pytest.approx([0.05, 0.25, 0.45, 0.75])
+        search.on_trial_complete("running", {BEST: 0.9})
     later = [run(restored, f"later{number}", 0.5) for number in range(12)]
     assert [run(straight, f"later{number}", 0.5) for number in range(12)] == later
 
 
+def test_a_search_that_was_killed_between_the_two_files_of_its_state_proposes_the_same_points(tmp_path: Path) -> None:
+    search, restored = optuna_search(PARTS), optuna_search(PARTS)
+    run(search, "a", 0.5)
+    as_ray_wraps(search).save_to_dir(str(tmp_path), "session")
+    found = [run(search, "b", 0.5)]
+    search.searcher.save_to_dir(str(tmp_path), "session")
+    found.append(run(search, "c", 0.5))
+    as_ray_wraps(restored).restore_from_dir(str(tmp_path))
+    assert [run(restored, "d", 0.5), run(restored, "e", 0.5)] == found
+
+
 def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
     space = {"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"choice": ["all", "assistant"]}}
-    search = proposals(space, samples=50, seeds=2)
+    search = optuna_search(space, samples=50, seeds=2)
     assert count_trials(search.settings) == 8
     found = [label(run(search, str(number), 0.5)) for number in range(8)]
     assert len(set(found)) == 8
     assert search.suggest("9") == Searcher.FINISHED
+
+
+def test_a_point_that_the_settings_refuse_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("umbrella.tuning.space.CHECKED", 1)  # as if there were too many combinations to check all
+    space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
+    search = optuna_search(space)
+    found = [run(search, str(number), 0.5) for number in range(3)]
+    assert {"mask.preset": "upstream", "mask.supervise": "all"} not in found
+    assert search.suggest("4") == Searcher.FINISHED
 
 
 # Schedulers

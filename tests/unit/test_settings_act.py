@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -504,3 +505,13 @@ def test_a_setting_acts(name: str, start: Callable[[Mapping[str, Any]], Training
 
 def places(seen: Any) -> dict[str, Any]:
     return seen if isinstance(seen, dict) else {"": seen}
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", [nan, 3.0, 1.0, 1.0]), ("max", [nan, 3.0, 3.0, 3.0])])
+def test_every_report_has_the_running_best_of_the_metric(mode: str, best: list[float], start: Any) -> None:
+    training = start({"train.evaluate_every": 1, "train.epochs": 2, "tune.mode": mode})
+    losses, reports = iter([nan, 3.0, 1.0, 2.0]), []
+    training.task.evaluate = lambda: {"eval/loss": next(losses)}
+    training.trainer.report = reports.append
+    training.trainer.run()
+    assert [report["best/eval/loss"] for report in reports] == pytest.approx(best, nan_ok=True)

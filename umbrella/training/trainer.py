@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import ceil
+from math import ceil, nan
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,7 @@ class Trainer:
             "train/loss": values["train/loss"],
             "train/lr": values["train/lr"],
             **measured,
+            f"best/{self.settings.tune.metric}": nan if self.progress.best is None else self.progress.best,
         }
         with together():
             if self.log_error:

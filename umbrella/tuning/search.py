@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 
 from umbrella.config import Settings
 from umbrella.tuning.entry import combine
-from umbrella.tuning.proposals import Proposals
+from umbrella.tuning.optuna_search import make_optuna_search
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.space import as_written, checked, distinct, read_space, with_seeds
 
@@ -38,7 +38,7 @@ def make_search(settings: Settings, given: frozenset[str] = frozenset()) -> Sear
     """
     total = count_trials(settings, given)
     if settings.tune.search == "optuna":
-        return Search({}, total, Proposals(settings, read_space(settings, given)), total)
+        return Search({}, total, make_optuna_search(settings, read_space(settings, given)), total)
     # A grid over whole configurations: Ray Tune saves and restores it.
     return Search(tune.grid_search(points(settings, given)), 1, None, total)
 
