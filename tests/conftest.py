@@ -206,6 +206,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     """Writes a checkpoint of a training (model, optimizer, schedule) into a folder, as rank 0 does."""
     from dataclasses import replace
 
+    from umbrella import __version__
     from umbrella.config import load_settings
     from umbrella.model.partial import names_to_write
     from umbrella.training.checkpoint import snapshot
@@ -215,7 +216,8 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
         folder.mkdir(exist_ok=True)
         settings = load_settings(overrides=others)
-        writer = make_writer(folder, training.model, tokenizer, settings, {"git.commit": "abc", "torch": "1"})
+        code = {"git.commit": "abc", "torch": "1", "umbrella": __version__}
+        writer = make_writer(folder, training.model, tokenizer, settings, code)
         names = names_to_write(training.model, settings.model)
         progress = Progress(step, 4 * step)
         taken = snapshot(copy_weights(training.model, names), training.optimizer, training.schedule, progress, metrics)

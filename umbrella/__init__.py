@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Umbrella", "__version__"]
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_writer
+from umbrella import __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
@@ -142,10 +143,11 @@ def test_random_numbers_go_on_for_each_worker_that_was_there(build: Build, save_
 
 def test_a_checkpoint_says_which_code_wrote_it(build: Build, save_step: Save, tmp_path: Path) -> None:
     step = save_step(tmp_path, Training(build()), 3)
-    assert json.loads((step / "code.json").read_text()) == {"git.commit": "abc", "torch": "1"}
-    assert other_code(step, {"git.commit": "abc", "torch": "2"}) == "torch was 1 and is 2"
+    written = {"git.commit": "abc", "torch": "1", "umbrella": __version__}
+    assert json.loads((step / "code.json").read_text()) == written
+    assert other_code(step, written | {"torch": "2"}) == "torch was 1 and is 2"
     now = code_of({"git.commit": "abc"})
-    assert other_code(step, now | {"torch": "1"}).count(" was unknown and is ") == len(now) - 2
+    assert other_code(step, now | {"torch": "1"}).count(" was unknown and is ") == len(now) - 3
     assert now.keys() >= {"git.commit", "umbrella", "torch", "transformers", "ray", "python"}
 
 

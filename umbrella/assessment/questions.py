@@ -38,6 +38,7 @@ def settings_for(checkpoint: Path, files: Sequence[str] = (), overrides: Mapping
     """
     from umbrella.evaluation.trained import settings_of
 
+    settings_of(checkpoint, None)  # first: the settings of an earlier version may be none of this one
     trained = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
     settings = load_settings([*trained, *files], overrides)
     own = settings_of(checkpoint, settings.model.dtype)

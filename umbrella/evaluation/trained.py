@@ -7,12 +7,17 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.model.umbrella_llava import UmbrellaConfig
 from umbrella.paths import SETTINGS, checkpoints_in
+from umbrella.version import check_version
 
 DTYPES = ("float32", "bfloat16")
 
 
 def settings_of(folder: Path, dtype: str | None) -> Settings:
-    """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on."""
+    """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on.
+
+    Raises:
+        UserError: no checkpoint of UMBRELLA, or one of a version that is too old.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
     steps = [path.name for path in checkpoints_in(folder)]
@@ -26,6 +31,7 @@ def settings_of(folder: Path, dtype: str | None) -> Settings:
         ) from None
     if kind != UmbrellaConfig.model_type:
         raise UserError(f"{folder}: is a {kind}, and no model that was trained here")
+    check_version(folder)
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(
             f"{folder}: has no tokenizer; write the one that the model was trained with beside it, with its"

@@ -16,6 +16,7 @@ from umbrella.model.inflation import inflate
 from umbrella.model.partial import base_of, check_base, is_partial, put_weights
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.version import check_version
 
 FAMILY = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)
 """Kinds of checkpoints with a tower, a projector of two layers and a language model, which can be taken over."""
@@ -36,8 +37,8 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
     """The configuration of ``settings.checkpoint``, if a model for these modalities can be made of it.
 
     Raises:
-        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities; it holds what was
-            trained on a base that is gone or changed.
+        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities; a version
+            of UMBRELLA that is too old wrote it; it holds what was trained on a base that is gone or changed.
     """
     where = f"model.checkpoint={settings.checkpoint}"
     try:
@@ -52,6 +53,7 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
     if language not in LANGUAGE_MODELS:
         raise UserError(f"{where}: its language model is {language}; {' and '.join(LANGUAGE_MODELS)} work")
     if isinstance(config, UmbrellaConfig):
+        check_version(settings.checkpoint)
         own = config.modalities
         for name, modality in modalities.items():
             if name in own and own[name].patch != modality.patch:

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, cached_file
 from umbrella.modality import Modality
 from umbrella.model.embedder import VolumeEmbedder
 from umbrella.model.token_nll import supervised, token_nll
+from umbrella.version import check_version, write_version
 
 ADAPTER = "adapter"
 """The folder beside a saved model's weights that holds its adapters, as PEFT saves them."""
@@ -228,7 +229,12 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         return super().generate(*args, **options)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Write weights and configuration as safetensors and JSON; adapters apart, in ``adapter/``, as PEFT does."""
+        """Write weights and configuration as safetensors and JSON; adapters apart, in ``adapter/``, as PEFT does.
+
+        ``code.json`` says which version of UMBRELLA wrote them.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_version(save_directory)
         options = {"save_original_format": False} | options  # weights by their names here, not by LLaVA's older ones
         adapter = Path(save_directory) / ADAPTER
         shutil.rmtree(adapter, ignore_errors=True)  # what another model has left there is not this one's
@@ -258,12 +264,14 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         Raises:
             ValueError: a plain LLaVA, which ``presets.build_model`` makes a model of; a checkpoint that holds only what
                 was trained, which ``loading.load_trained`` does.
+            UserError: a version of UMBRELLA that is too old wrote it.
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
         kind = PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         if kind != UmbrellaConfig.model_type:
             raise ValueError(f"{name} is a {kind} without volume embedders; presets.build_model gives it some")
+        check_version(name, **hub)
         if (Path(name) / BASE).is_file():
             raise ValueError(
                 f"{name} holds only what was trained, not the base that it stands on;"

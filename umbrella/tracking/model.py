@@ -23,6 +23,7 @@ from umbrella.storage import link_or_copy
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import short
+from umbrella.version import check_version
 
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
 CHECKPOINT = "checkpoint"
@@ -125,11 +126,12 @@ def log_model(
         The model's address, "models:/m-...", as ``mlflow.pyfunc.load_model`` takes it.
 
     Raises:
-        UserError: no such checkpoint, no such run, or MLflow cannot be reached.
+        UserError: no such checkpoint, one of a version that is too old, no such run, or MLflow cannot be reached.
     """
     client, folder = MlflowClient(uri), Path(checkpoint).absolute()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: is no checkpoint: it has no config.json")
+    check_version(folder)
     try:
         run = client.get_run(run_id)
         told = {"params": run.data.params, "tags": {CHECKPOINT_TAG: _short_name(folder)}}

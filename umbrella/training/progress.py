@@ -87,7 +87,7 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
 
     One that was written because of SIGTERM, without an evaluation, is never the best.
     """
-    found = {path: read_metrics(path) for path in _whole(folder)}
+    found = {path: read_metrics(path) for path in whole_checkpoints(folder)}
     good = {path: goodness(metrics.get(metric), metrics.get(LOSS), mode) for path, metrics in found.items()}
     measured = {path: value for path, value in good.items() if value > NOTHING}
     return max(measured, key=measured.__getitem__, default=None)
@@ -140,7 +140,7 @@ def read_metrics(checkpoint: str | Path) -> dict[str, float]:
 def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
     """Delete a training's whole checkpoints but the newest ``keep`` and the best."""
     best = best_checkpoint(folder, metric, mode)
-    for path in _whole(folder)[:-keep]:
+    for path in whole_checkpoints(folder)[:-keep]:
         if path != best:
             delete(path)
 
@@ -152,7 +152,8 @@ def delete(path: Path) -> None:
     shutil.rmtree(nameless)
 
 
-def _whole(folder: str | Path) -> list[Path]:
+def whole_checkpoints(folder: str | Path) -> list[Path]:
+    """A training's checkpoints that can be used, by step."""
     return [path for path in checkpoints_in(folder) if not what_is_wrong(path)]
 
 

@@ -30,9 +30,10 @@ from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import language_model, run_job, stopped_at_once
-from umbrella.training.progress import best_checkpoint
+from umbrella.training.progress import best_checkpoint, whole_checkpoints
 from umbrella.training.requests import ask_to_stop, workers_file
 from umbrella.training.statement import audited
+from umbrella.version import check_version, write_version
 
 
 def load_checked(
@@ -209,7 +210,7 @@ def check_same(job: Job) -> None:
 
     Raises:
         UserError: names what differs: a setting that a training depends on, or the data. With patience what it waits
-            for belongs to the training, too.
+            for belongs to the training, too. A version that is too old began it, or wrote a checkpoint in it.
     """
     file = Path(job.folder) / BEGUN
     decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
@@ -224,8 +225,11 @@ def check_same(job: Job) -> None:
     now = json.loads(json.dumps(now))
     if not file.exists():
         run_key(file.parent)  # first: a machine that downloads the folder needs the key
+        write_version(file.parent)
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
         return
+    for place in (*whole_checkpoints(file.parent), file.parent):
+        check_version(place)
     then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:

@@ -12,6 +12,7 @@ from umbrella.storage import put_text
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tuning.entry import in_words
 from umbrella.tuning.space import is_given
+from umbrella.version import check_version, write_version
 
 
 class Question(NamedTuple):
@@ -24,6 +25,7 @@ class Question(NamedTuple):
 def write_question(folder: Path, question: Question, fingerprint: str) -> None:
     """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
     run_key(folder)  # a machine that downloads the folder needs the key of its run
+    write_version(folder)
     (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
     put_text(folder / SETTINGS, question.settings.to_yaml())
@@ -33,13 +35,14 @@ def read_question(folder: Path) -> Question:
     """What a sweep was begun with; its storage is where it lies now.
 
     Raises:
-        UserError: there is no such sweep; names those that there are.
+        UserError: there is no such sweep; names those that there are. A version that is too old began it.
     """
     if not (folder / SETTINGS).is_file():
         there = sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}"))
         raise UserError(
             f"--resume: there is no sweep {folder}; {'there are ' + ', '.join(there) if there else 'none is'}"
         )
+    check_version(folder)
     settings = load_settings([folder / SETTINGS], {"resources.storage": str(storage_of(folder))})
     return Question(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
 

@@ -1,0 +1,164 @@
+"""What an earlier version wrote than this one reads is refused in one line, wherever it is loaded."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbrella import Umbrella, __version__
+from umbrella.base import UserError
+from umbrella.config import load_settings
+from umbrella.evaluation.trained import settings_of
+from umbrella.model.loading import check_checkpoint, load_trained
+from umbrella.model.settings import ModelSettings
+from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.paths import CODE
+from umbrella.tracking.model import log_model
+from umbrella.training.job import Job
+from umbrella.training.launch import language_model
+from umbrella.training.run import check_same
+from umbrella.tuning.question import Question, read_question, write_question
+from umbrella.version import check_version
+
+OLD = [("0.1.0", "umbrella 0.1.0"), (None, "a version before 0.2.0")]
+"""What ``code.json`` names, and how the error says it."""
+LOADS: dict[str, Callable[[Path], Any]] = {
+    "answering": Umbrella.from_checkpoint,
+    "settings": lambda folder: settings_of(folder, None),
+    "start of a training": lambda folder: check_checkpoint(ModelSettings(checkpoint=str(folder)), {}),
+    "whole model": load_trained,
+    "transformers": UmbrellaForConditionalGeneration.from_pretrained,
+}
+REFUSES = LOADS | {"logged in MLflow": lambda folder: log_model("sqlite://", "", folder)}
+
+
+def written_by(folder: Path, version: str | None) -> None:
+    """Make a folder one that another version wrote; None: one so old that it did not note that."""
+    if version is None:
+        (folder / CODE).unlink()
+    else:
+        (folder / CODE).write_text(json.dumps(json.loads((folder / CODE).read_text()) | {"umbrella": version}))
+
+
+def refusal(folder: Path, named: str) -> str:
+    """The error about a folder."""
+    return (
+        f"{folder}: was written by {named}, and umbrella {__version__} reads what 0.2.0 and later versions write;"
+        " train again, or use the version that wrote it"
+    )
+
+
+@pytest.fixture
+def step(learnt: Path, tmp_path: Path) -> Path:
+    """A checkpoint of its own."""
+    return Path(shutil.copytree(learnt, tmp_path / "trainings" / "old" / learnt.name))
+
+
+@pytest.mark.parametrize(("version", "named"), OLD)
+@pytest.mark.parametrize("load", REFUSES.values(), ids=REFUSES)
+def test_a_checkpoint_of_an_earlier_version_is_refused(
+    step: Path, load: Callable[[Path], Any], version: str | None, named: str
+) -> None:
+    written_by(step, version)
+    with pytest.raises(UserError) as error:
+        load(step)
+    assert str(error.value) == refusal(step, named)
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "0.2.9", "0.3.1.dev4"])
+def test_one_of_the_oldest_version_that_is_read_or_a_later_one_is_loaded(step: Path, version: str) -> None:
+    written_by(step, version)
+    for load in LOADS.values():
+        load(step)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("evaluate.py", ["checkpoint={}"]),
+        ("evaluate.py", ["checkpoint={}", "--dry-run"]),
+        ("predict.py", ["checkpoint={}", "--ask", "Sex?"]),
+        ("predict.py", ["checkpoint={}", "data.input={}/none.jsonl"]),
+        ("train.py", ["model.checkpoint={}", "--dry-run"]),
+    ],
+)
+def test_a_script_says_so_in_one_line(
+    step: Path, run: Callable[..., Any], tmp_path: Path, script: str, words: list[str]
+) -> None:
+    written_by(step, "0.1.0")
+    settings = (step / "settings.yaml").read_text()
+    (step / "settings.yaml").write_text(settings.replace("tune:", "tune:\n  perturb: 0.2", 1))
+    done = run(script, f"resources.storage={tmp_path}", *(word.format(step) for word in words))
+    assert (done.status, done.stderr) == (2, f"error: {refusal(step, 'umbrella 0.1.0')}\n")
+
+
+@pytest.mark.parametrize(("version", "named"), OLD)
+def test_a_training_that_an_earlier_version_began_does_not_go_on(
+    tmp_path: Path, version: str | None, named: str
+) -> None:
+    folder = tmp_path / "first"
+    job = Job(
+        task=language_model, settings=load_settings(), data={"data.fingerprint": ""}, tracking={}, folder=str(folder)
+    )
+    check_same(job)
+    check_same(job)
+    written_by(folder, version)
+    with pytest.raises(UserError) as error:
+        check_same(job)
+    assert str(error.value) == refusal(folder, named)
+
+
+def test_a_training_does_not_go_on_from_a_checkpoint_of_an_earlier_version(learnt: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    job = Job(
+        task=language_model, settings=load_settings(), data={"data.fingerprint": ""}, tracking={}, folder=str(folder)
+    )
+    check_same(job)
+    step = Path(shutil.copytree(learnt, folder / "step_0000001"))
+    check_same(job)
+    content = (step / CODE).read_text()
+    (step / CODE).write_text(content.replace(__version__, "0.1.0"))  # as long as it was: the checkpoint stays whole
+    with pytest.raises(UserError, match=f"^{re.escape(refusal(step, 'umbrella 0.1.0'))}$"):
+        check_same(job)
+    (step / CODE).write_text("")  # cut short: it is not loaded
+    check_same(job)
+
+
+@pytest.mark.parametrize(("version", "named"), OLD)
+def test_a_sweep_that_an_earlier_version_began_does_not_go_on(
+    tmp_path: Path, run: Callable[..., Any], version: str | None, named: str
+) -> None:
+    folder = tmp_path / "sweeps" / "first"
+    folder.mkdir(parents=True)
+    settings = load_settings(overrides={"tune.space": {"seed": {"grid": [0, 1]}}, "resources.storage": str(tmp_path)})
+    write_question(folder, Question(settings, frozenset()), "")
+    read_question(folder)
+    written_by(folder, version)
+    text = (folder / "settings.yaml").read_text()
+    (folder / "settings.yaml").write_text(text.replace("tune:", "tune:\n  perturb: 0.2", 1))
+    done = run("tune.py", "--resume", "first", f"resources.storage={tmp_path}")
+    assert (done.status, done.stderr) == (2, f"error: {refusal(folder, named)}\n")
+
+
+def test_a_plain_llava_needs_no_version(save_llava: Callable[..., Any], tmp_path: Path) -> None:
+    save_llava(tmp_path / "plain")
+    assert not (tmp_path / "plain" / CODE).exists()
+    assert check_checkpoint(ModelSettings(checkpoint=str(tmp_path / "plain")), {}).model_type == "llava"
+
+
+def test_the_version_of_a_checkpoint_on_a_hub_is_read_there(tmp_path: Path) -> None:
+    cache = tmp_path / "models--team--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    snapshot = cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    hub = {"cache_dir": str(tmp_path), "local_files_only": True}
+    with pytest.raises(UserError, match=r"^team/model: was written by a version before 0\.2\.0, "):
+        check_version("team/model", **hub)
+    (snapshot / CODE).write_text('{"umbrella": "0.2.0"}')
+    check_version("team/model", **hub)
