@@ -206,12 +206,12 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     """Writes a checkpoint of a training (model, optimizer, schedule) into a folder, as rank 0 does."""
     from dataclasses import replace
 
-    from umbrella import __version__
     from umbrella.config import load_settings
     from umbrella.model.partial import names_to_write
     from umbrella.training.checkpoint import snapshot
     from umbrella.training.language_model import copy_weights
     from umbrella.training.progress import Progress
+    from umbrella.version import __version__
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
         folder.mkdir(exist_ok=True)

@@ -6,10 +6,11 @@ trained model that answers questions, is loaded when it is asked for.
 
 from typing import TYPE_CHECKING, Any
 
+from umbrella.version import __version__
+
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella
 
-__version__ = "0.2.0"
 __all__ = ["Umbrella", "__version__"]
 
 

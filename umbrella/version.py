@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from umbrella import __version__
 from umbrella.base import UserError
 from umbrella.paths import CODE
 
+__version__ = "0.2.0"
 OLDEST = "0.2.0"
 """The oldest version whose checkpoints, trainings and sweeps this one reads."""
 

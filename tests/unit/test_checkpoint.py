@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_writer
-from umbrella import __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
@@ -26,6 +25,7 @@ from umbrella.training.progress import Progress, latest_checkpoint, read_progres
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
 from umbrella.training.writer import Writer
+from umbrella.version import __version__
 
 OPTIM = OptimSettings(lr=1e-2, warmup=2)
 STEPS = 6

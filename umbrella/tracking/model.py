@@ -17,13 +17,12 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from umbrella import __version__
 from umbrella.base import UserError, masked, note
 from umbrella.storage import link_or_copy
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import short
-from umbrella.version import check_version
+from umbrella.version import __version__, check_version
 
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
 CHECKPOINT = "checkpoint"

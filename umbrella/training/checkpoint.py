@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from umbrella import __version__
 from umbrella.paths import CODE, STATE
 from umbrella.training.parallel import gathered, put_state, whole
 from umbrella.training.progress import Progress
+from umbrella.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
 
