@@ -25,6 +25,7 @@ def main(request: Request) -> None:
     from umbrella.data.rendering import load_renderer
     from umbrella.inspection.conversation_picture import draw_volumes
     from umbrella.inspection.conversation_view import find, summary, turns
+    from umbrella.paths import picture_file
 
     settings, options, console = request.settings, request.options, make_console()
     split, task_id, sample = options["split"], options["task_id"], options["sample"]
@@ -48,7 +49,7 @@ def main(request: Request) -> None:
     console.print(summary(example, settings.mask), highlight=False)
     if not request.dry_run and conversation.volumes:
         name = re.sub(r"[^\w.-]+", "_", conversation.task_id)[:100]
-        file = options["picture"] or Path(settings.resources.storage).absolute() / "inspect" / f"{name}.png"
+        file = options["picture"] or picture_file(settings.resources.storage, name)
         draw_volumes(conversation, open_store(settings), Path(file))
         console.print(f"{'picture:':<16}{file}", markup=False, highlight=False, soft_wrap=True)
 

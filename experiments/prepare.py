@@ -5,8 +5,6 @@ problems, as <storage>/report/index.html. Everything that a training checks befo
 leaves out the volumes, and writes nothing.
 """
 
-from pathlib import Path
-
 from umbrella.base import note
 from umbrella.cli import Request, make_console, progress_bar, run_script
 
@@ -18,6 +16,7 @@ def main(request: Request) -> None:
     from umbrella.data.intake import check_volumes, measure, open_store, settle
     from umbrella.data.loading import SPLITS, read_splits
     from umbrella.inspection.report import write_report
+    from umbrella.paths import cohort_report_folder
     from umbrella.training.cluster import join
     from umbrella.training.run import check, check_model
     from umbrella.volumes.housekeeping import holdings
@@ -36,7 +35,7 @@ def main(request: Request) -> None:
         store = open_store(settings)
     measure(intake, settings, progress_bar)
     if not request.dry_run:
-        page = write_report(Path(settings.resources.storage).absolute() / "report", intake, store, progress_bar)
+        page = write_report(cohort_report_folder(settings.resources.storage), intake, store, progress_bar)
     say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in intake.splits.items()))
     if not request.dry_run:
         used = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}

@@ -1,7 +1,7 @@
 """Where files lie below the storage folder, ``resources.storage``.
 
 trainings/<name>/               one training
-  begun_with.json                 settings and data that it was begun with
+  begun_with.json code.json       settings, data and version that it was begun with
   evaluations.jsonl               a line per evaluation
   samples_<rank>.jsonl            order of samples, with data.log_samples
   mlflow/                         events of its run, see ``tracking.mlflow_logger``
@@ -12,7 +12,7 @@ trainings/<name>/               one training
     settings.yaml code.json progress.json metrics.json state.pt
     files.json                      completion marker: the sizes of all files
 sweeps/<name>/                  one sweep
-  settings.yaml given.json data.json    settings, names set on the command line, fingerprint of the data
+  settings.yaml given.json data.json code.json    settings, names set on the command line, fingerprint of the data
   trials/<hash>/                  one trial: a training, with point.json (its settings) and end.json (how it ended)
   report.html ranking.csv best.yaml *.png
 evaluations/<name>/             one evaluation: report.html, metrics.json, predictions.csv, ...
@@ -20,6 +20,8 @@ volumes/                        prepared volumes, see ``volumes.store``
 phantom-<hash>/                 a phantom cohort
 quarantine-<hash>.jsonl         samples that were left out
 predictions-<hash>.jsonl        answers of predict.py
+report/                         the report of prepare.py
+inspect/                        pictures of inspect_data.py
 mlflow.db                       MLflow's database
 """
 
@@ -95,6 +97,21 @@ def phantom_folder(storage: str | Path, key: str) -> Path:
 def quarantine_file(storage: str | Path, key: str) -> Path:
     """The file that lists the samples that were left out."""
     return Path(storage).absolute() / f"quarantine-{key}.jsonl"
+
+
+def cohort_report_folder(storage: str | Path) -> Path:
+    """The folder of the report of prepare.py."""
+    return Path(storage).absolute() / "report"
+
+
+def picture_file(storage: str | Path, name: str) -> Path:
+    """The file of a picture of inspect_data.py."""
+    return Path(storage).absolute() / "inspect" / f"{name}.png"
+
+
+def mlflow_database(storage: str | Path) -> Path:
+    """The file of MLflow's database, unless ``tracking.uri`` names another store."""
+    return Path(storage).absolute() / "mlflow.db"
 
 
 def predictions_file(storage: str | Path, key: str) -> Path:

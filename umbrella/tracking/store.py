@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, masked
+from umbrella.paths import mlflow_database
 from umbrella.storage import storage_fault
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
@@ -28,7 +29,7 @@ def tracking_uri(storage: str | Path, uri: str = "") -> str:
     A server's user and password go from the address into the environment of this process and of those that it starts,
     where MLflow looks for them and nothing prints them.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).absolute() / 'mlflow.db'}"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{mlflow_database(storage)}"
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.username and parts.password:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
