@@ -113,7 +113,7 @@ def faults_in(settings: Settings) -> list[str]:
             found = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
             if sorted(found) != steps:
                 faults.append(f"{run.info.run_name}: {name} has steps {found}")
-    [sweep] = Path(settings.resources.storage) / SWEEPS.glob("*/")
+    [sweep] = (Path(settings.resources.storage) / SWEEPS).glob("*/")
     try:
         for folder in {file.parent for file in sweep.glob("trials/*/samples_0.jsonl")}:
             samples(folder)
