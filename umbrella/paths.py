@@ -22,7 +22,8 @@ quarantine-<hash>.jsonl         samples that were left out
 predictions-<hash>.jsonl        answers of predict.py
 report/                         the report of prepare.py
 inspect/                        pictures of inspect_data.py
-mlflow.db                       MLflow's database
+mlflow.db, artifacts/           MLflow's database, and its files
+subjects.salt                   with which tracking.hash_subjects hashes
 """
 
 from pathlib import Path
@@ -39,6 +40,10 @@ GIVEN, FINGERPRINT, BEST, RANKING, REPORT = "given.json", "data.json", "best.yam
 POINT, END = "point.json", "end.json"
 """Files of a trial."""
 TRIALS = "trials"
+STOP, WORKERS = "stop", "workers"
+"""Files by which a script and the workers of a training know of each other, see ``training.requests``."""
+RAY = "ray"
+"""The folder of Ray Train's own files in that of a training."""
 CHECKPOINT = "step_"
 """How the names of checkpoints begin."""
 
@@ -51,6 +56,16 @@ def training_folder(storage: str | Path, name: str) -> Path:
 def sweep_folder(storage: str | Path, name: str) -> Path:
     """The folder of a sweep."""
     return Path(storage).absolute() / SWEEPS / name
+
+
+def samples_file(training: str | Path, rank: int) -> Path:
+    """The file that lists the samples of a rank in their order."""
+    return Path(training) / f"samples_{rank}.jsonl"
+
+
+def lock_file(folder: Path) -> Path:
+    """The file that a script locks while it runs a training or sweep. It lies beside the folder."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def evaluation_folder(storage: str | Path, name: str) -> Path:
@@ -109,9 +124,19 @@ def picture_file(storage: str | Path, name: str) -> Path:
     return Path(storage).absolute() / "inspect" / f"{name}.png"
 
 
+def salt_file(storage: str | Path) -> Path:
+    """The file of the salt with which subjects are hashed."""
+    return Path(storage).absolute() / "subjects.salt"
+
+
 def mlflow_database(storage: str | Path) -> Path:
     """The file of MLflow's database, unless ``tracking.uri`` names another store."""
     return Path(storage).absolute() / "mlflow.db"
+
+
+def artifacts_folder(storage: str | Path) -> Path:
+    """The folder of the artifacts of runs in ``mlflow_database``."""
+    return Path(storage).absolute() / "artifacts"
 
 
 def predictions_file(storage: str | Path, key: str) -> Path:

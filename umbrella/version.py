@@ -19,14 +19,14 @@ def write_version(folder: str | Path) -> None:
 
 
 def check_version(place: str | Path, **hub: Any) -> None:
-    """Refuse what an earlier version wrote than ``OLDEST``.
+    """Refuse a folder that was written by a version older than ``OLDEST``.
 
     Args:
         place: the folder of a checkpoint, training or sweep of ours; or a checkpoint's name on a hub.
         hub: options of ``transformers.utils.cached_file``, for a name on a hub.
 
     Raises:
-        UserError: it is too old, or nothing in it says which version wrote it.
+        UserError: it is too old, or the file that names the version is absent or cannot be read.
     """
     then = _written_by(place, hub)
     if then is None or _numbers(then) < _numbers(OLDEST):
@@ -38,6 +38,7 @@ def check_version(place: str | Path, **hub: Any) -> None:
 
 
 def _written_by(place: str | Path, hub: dict[str, Any]) -> str | None:
+    """The version that ``code.json`` names; None if there is no such file, or it names none."""
     file = Path(place) / CODE
     try:
         if not Path(place).is_dir():
@@ -45,7 +46,13 @@ def _written_by(place: str | Path, hub: dict[str, Any]) -> str | None:
 
             file = Path(str(cached_file(str(place), CODE, **hub)))
         version = json.loads(file.read_text(encoding="utf-8"))["umbrella"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # also of a hub, which says the same of a missing file and of a network that is down
+        why = error.strerror or " ".join(str(error).split())[:200]
+        remedy = f"versions of umbrella before {OLDEST} did not write it, and theirs do not load"
+        raise UserError(f"{place}: {CODE} cannot be read: {why}; {remedy}") from None
+    except (ValueError, KeyError, TypeError):
         return None
     return version if isinstance(version, str) else None
 

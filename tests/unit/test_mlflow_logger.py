@@ -21,7 +21,7 @@ from umbrella.tracking import mlflow_logger
 from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, close_run, find_run, run_key
 from umbrella.tracking.store import open_experiment
 from umbrella.training.job import Job
-from umbrella.training.launch import language_model
+from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_same
 from umbrella.tuning.ending import FAILED, STOPPED, write_end
 from umbrella.tuning.folder import trial_folder
@@ -126,7 +126,7 @@ def test_a_run_whose_id_was_not_noted_is_found_by_its_key_here_and_on_another_ma
     if of == "training":  # as it is begun, before a worker is asked for
         check_same(
             Job(
-                task=language_model,
+                task=LANGUAGE_MODEL,
                 settings=load_settings(),
                 data={"data.fingerprint": ""},
                 tracking={},

@@ -17,7 +17,7 @@ from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.job import LanguageModelJob
-from umbrella.training.launch import cause, language_model
+from umbrella.training.launch import LANGUAGE_MODEL, cause
 from umbrella.training.run import check, check_same
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.sweep import possible_masks
@@ -208,7 +208,7 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
         folder = str(tmp_path / "mine")
         check_same(
             LanguageModelJob(
-                task=language_model, settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder
+                task=LANGUAGE_MODEL, settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder
             )
         )
 

@@ -234,7 +234,7 @@ def test_optuna_is_told_of_a_point_when_its_last_run_ends_where_several_run_at_o
 def test_rays_repeater_never_tells_optuna_of_a_point_whose_runs_all_failed() -> None:
     """The reason for ``SeedRepeater``. To Optuna the point runs for ever, so it is no part of the first ten."""
     storage = InMemoryStorage()
-    repeater = Repeater(optuna_search({"optim.lr": RATES}, storage).searcher, repeat=2)
+    repeater = Repeater(optuna_search({"optim.lr": RATES}, storage).proposer, repeat=2)
     run(repeater, "a", None, error=True)
     run(repeater, "b", 0.5)
     run(repeater, "c", None, error=True)
@@ -264,15 +264,25 @@ def test_a_restored_search_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [run(straight, f"later{number}", 0.5) for number in range(12)] == later
 
 
-def test_a_search_that_was_killed_between_the_two_files_of_its_state_proposes_the_same_points(tmp_path: Path) -> None:
-    search, restored = optuna_search(PARTS), optuna_search(PARTS)
-    run(search, "a", 0.5)
-    as_ray_wraps(search).save_to_dir(str(tmp_path), "session")
-    found = [run(search, "b", 0.5)]
-    search.searcher.save_to_dir(str(tmp_path), "session")
-    found.append(run(search, "c", 0.5))
+@pytest.mark.parametrize("newer", ["the search's", "Ray's"])
+def test_a_kill_between_the_two_files_of_a_search_changes_no_proposal(tmp_path: Path, newer: str) -> None:
+    straight, search, restored = (optuna_search(PARTS, seeds=2) for _ in range(3))
+    for one in (straight, search):
+        run(one, "a", 0.5)
+    wrapped = as_ray_wraps(search)
+    wrapped.save_to_dir(str(tmp_path), "session")
+    (own,) = tmp_path.glob("searcher-state-*")
+    earlier = own.read_bytes()
+    run(search, "b", 0.7)
+    if newer == "the search's":
+        search.save_to_dir(str(tmp_path), "session")
+        run(straight, "b", 0.7)
+    else:
+        wrapped.save_to_dir(str(tmp_path), "session")
+        own.write_bytes(earlier)
     as_ray_wraps(restored).restore_from_dir(str(tmp_path))
-    assert [run(restored, "d", 0.5), run(restored, "e", 0.5)] == found
+    later = [run(restored, f"later{number}", 0.6) for number in range(4)]
+    assert [run(straight, f"later{number}", 0.6) for number in range(4)] == later
 
 
 def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:

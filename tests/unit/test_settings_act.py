@@ -33,7 +33,7 @@ from umbrella.modality import Modality
 from umbrella.model.selection import parts
 from umbrella.training.job import LanguageModelJob
 from umbrella.training.language_model import LanguageModelTask
-from umbrella.training.launch import language_model
+from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.trainer import Trainer
 from umbrella.tuning.reading import FIXED, IN_THE_WORKER, section_of
 
@@ -458,7 +458,7 @@ def start(
         train, validation = map(to_table, splits)
         folder = tmp_path_factory.mktemp("training")
         job = LanguageModelJob(
-            task=language_model,
+            task=LANGUAGE_MODEL,
             settings=settings,
             data={},
             tracking={"name": "test"},
@@ -475,7 +475,7 @@ def start(
         if workers > 1 and not distributed.is_initialized():  # the others are not needed to make one
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         device = torch.device("cpu")
-        return Training(Trainer(job, job.task(), 0, workers, device, None, lambda metrics: None), ahead)
+        return Training(Trainer(job, LanguageModelTask, 0, workers, device, None, lambda metrics: None), ahead)
 
     yield start
     if distributed.is_initialized():

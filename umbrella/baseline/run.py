@@ -11,8 +11,8 @@ from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.run import Evaluated, write
 from umbrella.assessment.tracked import log
 from umbrella.base import UserError, note
+from umbrella.baseline.job import TASK, BaselineJob, Question
 from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
-from umbrella.baseline.task import BaselineJob, BaselineTask, Question
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits, fingerprint, load_splits
@@ -188,7 +188,7 @@ def make_job(
     modality = settings.baseline.modality
     used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
     return BaselineJob(
-        task=baseline,
+        task=TASK,
         settings=resolved(settings, target, head, classes_of(used["validation"])[target]),
         data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
@@ -204,11 +204,6 @@ def make_job(
         validation=ray.put(questions(splits.validation, target, modality)),
         asked=ray.put(questions(getattr(splits, settings.evaluate.split), target, modality)),
     )
-
-
-def baseline() -> type[BaselineTask]:
-    """The task of a ``BaselineJob``."""
-    return BaselineTask
 
 
 def questions(conversations: Sequence[Conversation], target: str, modality: str) -> list[Question]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar
 
 import numpy as np
 import ray
@@ -13,8 +12,9 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
+from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.network import Sfcn
-from umbrella.baseline.targets import Bins, Classes, Sample
+from umbrella.baseline.targets import Bins, Sample
 from umbrella.data.audit import Hide
 from umbrella.data.intake import open_store
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
@@ -24,29 +24,11 @@ from umbrella.evaluation.subjects import Answer, mean_number
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import copies_of
-from umbrella.training.job import Job
 from umbrella.training.optimizer import main_rate
 from umbrella.training.parallel import autocast, data_parallel, gathered, together
 from umbrella.training.task import Summary, Task
 
 WEIGHTS = "weights.pt"
-Question = tuple[Prediction, str]
-"""A conversation that nobody has answered yet, and the path of the volume that answers it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineJob(Job):
-    """The training of one network for one target. What it takes from ``settings`` is as ``run.resolved`` says."""
-
-    target: str
-    head: Classes | Bins
-    samples: ray.ObjectRef
-    """Sequence of ``Sample``, to learn from."""
-    validation: ray.ObjectRef
-    """Sequence of ``Question``."""
-    asked: ray.ObjectRef
-    """Sequence of ``Question``: of the split that is evaluated at the end."""
-    unused: ClassVar[tuple[str, ...]] = ("tune", "mask", "model")
 
 
 @dataclass(frozen=True)

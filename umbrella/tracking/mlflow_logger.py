@@ -1,7 +1,7 @@
-"""The only writer of MLflow runs: one run per training, sweep or evaluation; trials are children of their sweep's run.
+"""The writer of MLflow runs: one run per training, sweep or evaluation; trials are children of their sweep's run.
 
 Everything that a run holds is appended to a file in the run's folder and sent from there, so that an outage of the
-server loses nothing.
+server loses nothing but MLflow's own system metrics. Models are logged by ``tracking.model``.
 """
 
 import json

@@ -18,6 +18,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from umbrella.base import UserError, masked, note
+from umbrella.paths import SIZES, STATE
 from umbrella.storage import link_or_copy
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
@@ -28,7 +29,7 @@ logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it 
 CHECKPOINT = "checkpoint"
 CHECKPOINT_TAG = "umbrella.checkpoint"
 """Of a logged model: which checkpoint of its run it is."""
-LEFT_BEHIND = ("state.pt", "files.json")
+LEFT_BEHIND = (STATE, SIZES)
 """What only a training that goes on needs: the optimizer's state is twice as large as all that was trained."""
 LIBRARIES = ("torch", "transformers", "peft", "nibabel", "mlflow")
 TOKENS = "max_new_tokens"

@@ -8,10 +8,12 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from umbrella.paths import salt_file
+
 
 def read_salt(storage: str | Path) -> str:
     """The storage's salt, made when missing, for its owner's eyes only. Whoever has it can test ids for a hash."""
-    path = Path(storage).absolute() / "subjects.salt"
+    path = salt_file(storage)
     if not path.exists():
         own = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         with os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, masked
-from umbrella.paths import mlflow_database
+from umbrella.paths import artifacts_folder, mlflow_database
 from umbrella.storage import storage_fault
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
@@ -86,7 +86,7 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     """
     try:
         client = MlflowClient(uri)
-        artifacts = (Path(storage).absolute() / "artifacts").as_uri() if is_local(uri) else None
+        artifacts = artifacts_folder(storage).as_uri() if is_local(uri) else None
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             return client.create_experiment(name, artifact_location=artifacts)

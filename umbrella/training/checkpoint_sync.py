@@ -14,7 +14,7 @@ from pathlib import Path
 
 from umbrella.base import UserError, note
 from umbrella.data.loading import Progress
-from umbrella.paths import CHECKPOINT, END, SIZES, SWEEPS, marker_of, storage_of
+from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, marker_of, storage_of
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
 from umbrella.training.progress import what_is_wrong
@@ -23,7 +23,7 @@ from umbrella.training.settings import ResourceSettings
 SETTING = "resources.upload"
 INTERVAL = 10.0
 """Seconds between two uploads of what is new."""
-LOCAL = {"stop", "workers", "ray"}
+LOCAL = {STOP, WORKERS, RAY}
 """Files and folders of this machine alone."""
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was written, in ns."""

@@ -9,7 +9,7 @@ from typing import IO
 
 from umbrella.base import UserError
 from umbrella.locking import lock
-from umbrella.paths import storage_of
+from umbrella.paths import lock_file, storage_of
 from umbrella.storage import check_writable
 
 
@@ -24,7 +24,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     storage = storage_of(folder)
     check_writable(storage, f"resources.storage={storage}")
-    path = folder.with_name(f".{folder.name}.lock")
+    path = lock_file(folder)
     is_new = not path.parent.exists()
     try:
         with _locked(path) as file:

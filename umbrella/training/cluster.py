@@ -26,7 +26,9 @@ SOCKET_PATH = 107 if sys.platform == "linux" else 103
 
 
 def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
-    """Connect to the cluster that the settings name, or start a Ray of this machine's own, on localhost only.
+    """Connect to the cluster that the settings name, or start a Ray of this machine's own.
+
+    That listens on localhost only, if ``prepare_environment`` ran before Ray was imported, as it does in scripts.
 
     Args:
         name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.

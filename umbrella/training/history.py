@@ -1,4 +1,4 @@
-"""Every evaluation of a training, a line each in its folder. Imports little: every process of a training asks here."""
+"""Every evaluation of a training, a line each in its folder."""
 
 import json
 from collections.abc import Mapping

@@ -4,8 +4,9 @@ import gc
 from concurrent.futures import Future, wait
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.train import (
@@ -21,14 +22,13 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from umbrella.base import Stopped, UserError
+from umbrella.paths import RAY
 from umbrella.storage import check_writable
 from umbrella.training.job import Job
 from umbrella.training.progress import latest_checkpoint
 from umbrella.training.requests import stop_file, workers_file
 
-if TYPE_CHECKING:
-    from umbrella.training.language_model import LanguageModelTask
-
+LANGUAGE_MODEL = "umbrella.training.language_model:LanguageModelTask"
 LOOK = 0.5
 """Seconds between two looks whether a training that was asked to stop still has workers."""
 
@@ -47,7 +47,7 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
     try:
         with together():
             job = config["job"]
-            task = job.task()
+            task = resolve_name(job.task)
             _keep_imports()
             trainer = make_trainer(job, task)
         return trainer.run()
@@ -57,13 +57,6 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         if rank_and_world_size()[1] > 1:
             raise  # the others are not here and wait for this rank: as one that died, it ends them
         return str(error)
-
-
-def language_model() -> "type[LanguageModelTask]":
-    """The task of a ``LanguageModelJob``."""
-    from umbrella.training.language_model import LanguageModelTask
-
-    return LanguageModelTask
 
 
 @cache
@@ -178,7 +171,7 @@ def make_torch_trainer(job: Job, here: bool = False) -> TorchTrainer:
             placement_strategy="PACK",  # as few hosts as there can be: gradients then stay within them
         ),
         run_config=RunConfig(
-            storage_path=str(folder / "ray"),
+            storage_path=str(folder / RAY),
             name=job.name,
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=None if here else [NoteLostWorkers(folder), *report],

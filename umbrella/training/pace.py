@@ -40,7 +40,7 @@ class Pace:
         self._waited += time.perf_counter() - asked
 
     def step(self, samples: int, supervised_tokens: int) -> None:
-        """Count a step of the global batch."""
+        """Count a step of the global batch. ``supervised_tokens``: 0 for a model without tokens."""
         last = self._steps[-1]
         now = time.perf_counter()
         self._steps.append(_Mark(now, self._waited, last.samples + samples, last.tokens + supervised_tokens))
@@ -50,7 +50,7 @@ class Pace:
         return _figures(self._steps[0], self._steps[-1])
 
     def take(self) -> dict[str, float]:
-        """Samples and supervised tokens per second, and the share of time in which a step had no batch yet."""
+        """Samples and, if any were counted, supervised tokens per second; the share of time spent waiting for data."""
         taken = _figures(self._since, self._steps[-1]._replace(time=time.perf_counter(), waited=self._waited))
         self._begin()
         return taken
@@ -60,9 +60,10 @@ def _figures(first: _Mark, last: _Mark) -> dict[str, float]:
     spent = last.time - first.time
     if not spent:  # no step yet
         return {}
+    tokens = {"train/supervised_tokens_per_second": (last.tokens - first.tokens) / spent} if last.tokens else {}
     return {
         "train/samples_per_second": (last.samples - first.samples) / spent,
-        "train/supervised_tokens_per_second": (last.tokens - first.tokens) / spent,
+        **tokens,
         "train/waiting_for_data": (last.waited - first.waited) / spent,
     }
 

@@ -1,4 +1,4 @@
-"""How far a training is, read from its checkpoint folders. Imports little: every process of a training asks here."""
+"""How far a training is, read from its checkpoint folders."""
 
 import json
 import os

@@ -95,7 +95,7 @@ class Reporter:
         self.tracker.flush()
         metric = self.job.settings.tune.metric
         panels = {
-            "loss (nats/token)": ["train/loss", "eval/loss"],
+            "loss": ["train/loss", "eval/loss"],
             metric: [] if metric == "eval/loss" else [metric],
             "rate": ["train/lr"],
         }

@@ -8,15 +8,17 @@ do.
 import sys
 from pathlib import Path
 
+from umbrella.paths import STOP, WORKERS
+
 
 def stop_file(folder: str | Path) -> Path:
     """The file by which a training is asked to stop."""
-    return Path(folder) / "stop"
+    return Path(folder) / STOP
 
 
 def workers_file(folder: str | Path) -> Path:
     """The file that exists while workers run that look for ``stop_file``."""
-    return Path(folder) / "workers"
+    return Path(folder) / WORKERS
 
 
 def ask_to_stop(folder: str | Path) -> None:

@@ -29,7 +29,7 @@ from umbrella.training.checkpoint_sync import synced
 from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
-from umbrella.training.launch import language_model, run_job, stopped_at_once
+from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_at_once
 from umbrella.training.progress import best_checkpoint, whole_checkpoints
 from umbrella.training.requests import ask_to_stop, workers_file
 from umbrella.training.statement import audited
@@ -121,7 +121,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
     """The job of one training, its tables put into Ray's object store."""
     fingerprint = splits.fingerprint
     return LanguageModelJob(
-        task=language_model,
+        task=LANGUAGE_MODEL,
         settings=settings,
         train=ray.put(to_table(splits.train)),
         validation=ray.put(to_table(splits.validation)),

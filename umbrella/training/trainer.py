@@ -18,6 +18,7 @@ from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
+from umbrella.paths import samples_file
 from umbrella.tracking.environment import code_version
 from umbrella.training import history
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
@@ -25,7 +26,7 @@ from umbrella.training.heeding import Request, Requests
 from umbrella.training.job import Job
 from umbrella.training.optimizer import build_schedule
 from umbrella.training.pace import Pace, memory
-from umbrella.training.parallel import rank_and_world_size, seed_worker, together
+from umbrella.training.parallel import rank_and_world_size, seed_worker, together, told
 from umbrella.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
 from umbrella.training.reporting import Reporter
 from umbrella.training.task import Task, TaskBatch
@@ -63,7 +64,8 @@ class Trainer:
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
         seed_worker(self.settings.seed, rank)
-        latest = latest_checkpoint(job.folder)
+        # Rank 0 decides: on a network file system other nodes may list the folder as it was before.
+        latest = told(latest_checkpoint(job.folder) if rank == 0 else None, 0)
         self.progress = read_progress(latest) if latest else Progress()
         if rank == 0:
             history.cut(job.folder, self.progress.step)
@@ -74,7 +76,7 @@ class Trainer:
         if latest:
             self.task.load_weights(latest)
             restore(latest, self.task.optimizer, self.schedule, rank)
-        log = Path(job.folder) / f"samples_{rank}.jsonl"
+        log = samples_file(job.folder, rank)
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.log_error: OSError | None = None
         self._log({"start": self.progress.position, "workers": world_size})
@@ -138,7 +140,8 @@ class Trainer:
                 self._wait_for_checkpoint()
                 return step
         self._wait_for_checkpoint()
-        task.finish(best_checkpoint(self.job.folder, settings.tune.metric, settings.tune.mode))
+        best = best_checkpoint(self.job.folder, settings.tune.metric, settings.tune.mode) if self.rank == 0 else None
+        task.finish(told(best, 0))
         with together():
             if self.reporter:
                 self.reporter.end(self.progress, self._place())

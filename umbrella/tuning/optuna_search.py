@@ -1,11 +1,13 @@
 """Ray's ``OptunaSearch`` over a search space, and a searcher that runs each of its points with every seed."""
 
 import math
+import pickle
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +64,8 @@ class SeedRepeater(Searcher):
 
     def __init__(self, searcher: Searcher, settings: Settings) -> None:
         super().__init__(metric=searcher.metric, mode=searcher.mode)
-        self.searcher, self.settings = searcher, settings
+        # Not named ``searcher``: of what has such an attribute, Ray Tune saves that in a file of its own.
+        self.proposer, self.settings = searcher, settings
         self.asked = 0
         self.seen: list[dict[str, Any]] = []
         self.latest: Proposal | None = None
@@ -87,28 +90,28 @@ class SeedRepeater(Searcher):
             proposal.results.append(value)
         if not proposal.waiting and proposal not in self.running.values():
             mean = {self.metric: fmean(proposal.results)} if proposal.results else None
-            self.searcher.on_trial_complete(proposal.name, mean)
+            self.proposer.on_trial_complete(proposal.name, mean)
 
-    def get_state(self) -> dict[str, Any]:
-        """The state without the searcher's, which Ray Tune saves by itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "searcher"}
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state, with that of the searcher: in one file, so that a kill cannot leave two that differ."""
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Restore what ``get_state`` returned."""
-        self.__dict__.update(state)
+    def restore(self, checkpoint_path: str) -> None:
+        """Read what ``save`` wrote."""
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
     def _ask(self) -> Proposal | None:
         """A new point that the settings accept; None when there seems to be none left."""
         for _ in range(TRIES):
             self.asked += 1
             name = str(self.asked)
-            point = as_written(self.searcher.suggest(name)[POINT], self.settings)
+            point = as_written(self.proposer.suggest(name)[POINT], self.settings)
             with suppress(UserError):
                 if point not in self.seen:
                     checked(self.settings, point)
                     self.seen.append(point)
                     return Proposal(name, with_seeds(point, self.settings))
-            self.searcher.on_trial_complete(name, error=True)
+            self.proposer.on_trial_complete(name, error=True)
         return None
 
 
