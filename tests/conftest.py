@@ -3,12 +3,13 @@
 Imports that cost seconds (torch, transformers) stay inside the fixtures, so that the tests without them start at once.
 """
 
+import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -51,6 +52,16 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 AFFINE = np.array([[1, 0, 0, -3], [0, 2, 0, -5], [0, 0, 3.5, 7], [0, 0, 0, 1]])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group the tests for ``make test``, where two processes share them: by file, and all tests of Ray in one group.
+
+    So there is one Ray, and a file's fixtures are made once.
+    """
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith("tests/ray/") else file))
+
+
 def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
     """A conversation of (role, content) turns; in the content a string is text and a pair is (modality, path)."""
     written = []
@@ -75,6 +86,15 @@ def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
     ]
     sample = {"task_id": "t", "task_type": "T1", "images": images, "conversations": written}
     return Conversation.model_validate(sample | others)
+
+
+def write_questions(file: Path, conversations: Iterable[Conversation]) -> Path:
+    """The conversations without their last answers, in a file."""
+    samples = [conversation.model_dump(mode="json") for conversation in conversations]
+    for sample in samples:
+        sample["conversations"].pop()
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -433,6 +453,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return Done(status, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def ask(run: Callable[..., Done], learnt: Path, tmp_path: Path) -> Callable[..., Done]:
+    """Runs predict.py with the checkpoint that has learnt ``said``."""
+    return lambda *words: run("predict.py", f"checkpoint={learnt}", f"resources.storage={tmp_path}/runs", *words)
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -107,6 +108,28 @@ def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thr
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def dies_once(step: int, died: Path) -> Callable[[], type]:
+    """The task of a language model whose first worker kills itself before a step, and not again: it makes a file."""
+
+    def task() -> type:
+        from umbrella.training.language_model import LanguageModelTask
+
+        class Dies(LanguageModelTask):
+            def __init__(self, job, rank, *others):  # type: ignore[no-untyped-def]  # this file's names stay here
+                super().__init__(job, rank, *others)
+                self.rank = rank
+
+            def step(self, batches, schedule):  # type: ignore[no-untyped-def]
+                if self.rank == 0 and schedule.last_epoch + 1 == step and not died.exists():
+                    died.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().step(batches, schedule)
+
+        return Dies
+
+    return task
 
 
 def named(process: psutil.Process) -> str:

@@ -25,7 +25,7 @@ def test_a_sweep_of_eight_trials_that_is_killed_five_times_ends_with_eight_true_
 
 @pytest.mark.ci
 def test_a_sweep_that_is_stopped_by_the_keyboard_gives_no_answer(tmp_path: Path) -> None:
-    settings = question(tmp_path, trials=2).with_values({"train.epochs": 60})
+    settings = question(tmp_path, trials=2).with_values({"train.epochs": 2000, "train.evaluate_every": 50})
     # A shell that runs the tests in the background has it ignored, and the script would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     script = start(settings, go_on=False)

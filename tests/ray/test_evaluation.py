@@ -138,11 +138,11 @@ def test_an_evaluation_at_the_end_is_in_the_trainings_run_without_anybodys_name(
         assert "sub-0" not in Path(client.download_artifacts(run.info.run_id, f"evaluation/{name}")).read_text()
 
 
-def test_three_workers_answer_what_one_does_to_the_last_bit(
+def test_two_workers_answer_what_one_does_to_the_last_bit(
     ended: Ended, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     moved = shutil.copytree(ended.checkpoint, tmp_path / "moved" / "step_0000001")
-    words = ["evaluate.workers=3", "resources.cpus_per_worker=0.3", "evaluate.controls=[shuffled]"]
+    words = ["evaluate.workers=2", "resources.cpus_per_worker=0.5", "evaluate.controls=[shuffled]"]
     done = run("evaluate.py", f"checkpoint={moved}", f"output={tmp_path / 'again'}", "evaluate.pictures=0", *words)
     assert done.status == 0, done.stderr
     for name in ("predictions.jsonl", "predictions_shuffled.jsonl"):

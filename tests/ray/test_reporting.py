@@ -5,30 +5,27 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from mlflow import MlflowClient
 
-from tests.faults.fault_injection import go_on, kill_workers, when_step
+from tests.faults.fault_injection import dies_once
+from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, train, train_here
 from umbrella.tracking.mlflow_logger import OUTCOME
-from umbrella.tracking.store import tracking_uri
 from umbrella.training.progress import latest_checkpoint, read_progress
 from umbrella.training.progress_log import EVALUATION, FORMATS, ProgressLog, gauge_name
 
 GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 PATIENT = {
+    **LONGER,
+    **TWO_WORKERS,
     "name": "patient",
     "experiment": "reporting",
-    "train.epochs": 12,
-    "train.evaluate_every": 9,
     "train.patience": 2,
-    "optim.lr": 1e-30,  # nothing moves, so no evaluation is better than the first, at step 9
+    "tune.metric": "eval/loss",
+    "tune.mode": "max",  # it learns, so no evaluation is better than the first, at step 9
     "data.log_samples": True,
-    "resources.workers": 2,
-    "resources.cpus_per_worker": 0.25,
-    "train.batch_size": 2,
 }
 STOP = 27
 """The step of the third evaluation; the last step would be 39."""
@@ -38,55 +35,45 @@ SHOWN = FORMATS.keys() - {"train/memory_device_mib"}
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-class Trained(NamedTuple):
-    """A training that ended."""
-
-    settings: Any
-    folder: Path
-
-    def run(self) -> tuple[Any, list[int]]:
-        """The run in MLflow, and the steps that it has a loss of."""
-        client = MlflowClient(tracking_uri(self.settings.resources.storage))
-        experiment = client.get_experiment_by_name("reporting")
-        (run,) = client.search_runs([experiment.experiment_id])
-        return run, [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
-
-    def steps_taken(self) -> int:
-        """Steps that were begun, those that were taken twice included."""
-        return (self.folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
+def steps_taken(trained: Trained) -> int:
+    """Steps that were begun, those that were taken twice included."""
+    return (trained.folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
 
 
 @pytest.fixture(scope="module")
-def patient(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
-    """Two workers without a better evaluation than their first, killed between the first and the third."""
-    settings = small_settings(PATIENT)
-    folder = Path(settings.resources.storage) / "trainings" / settings.name
-    killer = when_step(folder, 11, kill_workers)
-    assert go_on(settings) == folder
-    killer.join(5)
-    return Trained(settings, folder)
+def patient(small_settings: Callable[..., Any], ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Two workers without a better evaluation than their first, killed between the second and the third."""
+    died = tmp_path_factory.mktemp("patient") / "died"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("umbrella.training.run.LANGUAGE_MODEL", dies_once(20, died))
+        trained = train(small_settings(PATIENT))
+    assert died.exists()
+    return trained
 
 
 def test_a_training_without_a_better_evaluation_stops_on_all_workers_and_says_so(patient: Trained) -> None:
-    run, steps = patient.run()
-    assert steps == list(range(1, STOP + 1))
-    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")
+    assert patient.steps == list(range(1, STOP + 1))
+    assert (patient.run.info.status, patient.run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")
     kept = [path.name for path in sorted(patient.folder.glob("step_*"))]
     assert kept == ["step_0000009", "step_0000027"], "the best and the newest"
 
 
 def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) -> None:
-    assert patient.steps_taken() > STOP, "it was killed, and took steps twice"
+    assert steps_taken(patient) > STOP, "it took steps twice"
     newest = latest_checkpoint(patient.folder)
     assert newest is not None
     progress = read_progress(newest)
     assert (progress.step, progress.since_best) == (STOP, 2)
 
 
+def test_two_workers_have_the_curve_of_one_although_one_of_them_was_killed(patient: Trained, one: Trained) -> None:
+    assert patient.curves["train/loss"] == pytest.approx(one.curves["train/loss"][:STOP], abs=1e-5)
+    assert patient.curves["eval/loss"] == pytest.approx(one.curves["eval/loss"][:3], abs=1e-5)
+
+
 def test_mlflow_has_the_figures_of_the_lines(patient: Trained) -> None:
-    run, _ = patient.run()
-    assert run.data.metrics.keys() >= SHOWN
-    assert 0 <= run.data.metrics["train/waiting_for_data"] <= 1
+    assert patient.run.data.metrics.keys() >= SHOWN
+    assert 0 <= patient.run.data.metrics["train/waiting_for_data"] <= 1
 
 
 def test_rays_metrics_have_the_figures_and_grafana_asks_for_no_others(ray_session: Any) -> None:
@@ -133,9 +120,8 @@ def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
     assert named >= {f"patient, {use}, worker {rank}" for use in ("training", "evaluation") for rank in (0, 1)}
 
 
-def test_the_same_command_does_not_train_a_stopped_training_further(patient: Trained) -> None:
-    before = patient.run()[1], patient.steps_taken()
-    go_on(patient.settings)
-    run, steps = patient.run()
-    assert (steps, patient.steps_taken()) == before
-    assert (run.info.status, run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")
+def test_a_stopped_training_is_not_trained_further(patient: Trained, small_settings: Callable[..., Any]) -> None:
+    before = steps_taken(patient)
+    again = train_here(small_settings(PATIENT))
+    assert (again.steps, steps_taken(again)) == (patient.steps, before)
+    assert (again.run.info.status, again.run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")

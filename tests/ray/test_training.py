@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from ray.util import placement_group, remove_placement_group
 from ray.util.state import list_actors
 
+from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train_here
 from umbrella.base import UserError
 from umbrella.data import pipeline
 from umbrella.data.intake import load_splits
@@ -20,30 +21,11 @@ from umbrella.data.pipeline import Plan, batches
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 
-LONGER = {"train.epochs": 12, "train.evaluate_every": 9, "optim.lr": 1e-2}
-"""Long enough to learn something: 39 steps on the small cohort, evaluated five times."""
-
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-def train(settings: Any) -> tuple[Path, Any, dict[str, list[float]]]:
-    """Run a training; returns its checkpoints' folder, its MLflow run, and every metric's values by step."""
-    folder = run_training(settings, lambda things, what: things)
-    client = MlflowClient(tracking_uri(settings.resources.storage))
-    experiment = client.get_experiment_by_name(settings.experiment)
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.`ray.trial_id` = '{folder.name}'")
-    curves = {name: [m.value for m in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics}
-    return folder, run, curves
-
-
-@pytest.fixture(scope="module")
-def one(small_settings: Any, ray_session: Any) -> Any:
-    """A training on one worker, in batches of four."""
-    return train(small_settings({**LONGER, "experiment": "one"}))
-
-
-def test_training_trains(one: Any) -> None:
-    _, _, curves = one
+def test_training_trains(one: Trained) -> None:
+    curves = one.curves
     assert len(curves["train/loss"]) == 39, "13 steps of 4 are 12 epochs of 13 samples"
     assert sum(curves["train/loss"][-3:]) < 0.5 * sum(curves["train/loss"][:3])
     assert min(curves["train/grad_norm/embedder"]) > 0
@@ -51,18 +33,17 @@ def test_training_trains(one: Any) -> None:
     assert curves["eval/loss"][-1] < curves["eval/loss"][0]
 
 
-def test_a_run_says_its_loss_its_mask_its_tokens_and_what_moves(one: Any, small_settings: Any) -> None:
-    _, run, _ = one
+def test_a_run_says_its_loss_its_mask_its_tokens_and_what_moves(one: Trained, small_settings: Any) -> None:
     client = MlflowClient(tracking_uri(small_settings({}).resources.storage))
-    text = Path(client.download_artifacts(run.info.run_id, "statement.txt")).read_text()
+    text = Path(client.download_artifacts(one.run.info.run_id, "statement.txt")).read_text()
     for words in ("Σ weight·nll / Σ weight", "supervise=assistant", "assistant text", "weights that move: embedder"):
         assert words in text
     assert "sMRI: a volume of 8x8x8 in patches of 4x4x4 is 8 tokens" in text
-    assert "supervise: assistant" in Path(client.download_artifacts(run.info.run_id, "settings.yaml")).read_text()
+    assert "supervise: assistant" in Path(client.download_artifacts(one.run.info.run_id, "settings.yaml")).read_text()
 
 
-def test_a_run_can_be_told_apart_by_what_mlflow_holds(one: Any) -> None:
-    _, run, curves = one
+def test_a_run_can_be_told_apart_by_what_mlflow_holds(one: Trained) -> None:
+    run, curves = one.run, one.curves
     assert run.info.status == "FINISHED"
     assert run.data.tags["umbrella.outcome"] == "finished"
     assert run.data.params["optim.lr"] == "0.01"
@@ -72,14 +53,13 @@ def test_a_run_can_be_told_apart_by_what_mlflow_holds(one: Any) -> None:
     assert max(curves["train/lr"]) == pytest.approx(1e-2), "the rate that acted is the one that was set"
 
 
-def test_a_checkpoint_is_a_model_that_loads(one: Any) -> None:
+def test_a_checkpoint_is_a_model_that_loads(one: Trained) -> None:
     from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 
-    folder, _, curves = one
-    last = sorted(folder.glob("step_*"))[-1]
+    last = sorted(one.folder.glob("step_*"))[-1]
     model = UmbrellaForConditionalGeneration.from_pretrained(last)
     assert set(model.config.modalities) == {"sMRI", "dMRI", "fMRI"}
-    assert last.name == f"step_{len(curves['train/loss']):07d}"
+    assert last.name == f"step_{len(one.curves['train/loss']):07d}"
 
 
 def test_ray_listens_on_localhost_only(ray_session: Any) -> None:
@@ -109,29 +89,21 @@ def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(
         assert seen == plan.samples(plan.positions(rank, 12)).tolist()
 
 
-def test_one_seed_gives_one_curve_and_two_workers_the_same(one: Any, small_settings: Any) -> None:
-    _, _, curves = one
-    _, _, again = train(small_settings({**LONGER, "experiment": "again"}))
-    assert again["train/loss"] == curves["train/loss"]
-    assert again["eval/loss"] == curves["eval/loss"]
-
-    halves = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
-    _, _, both = train(small_settings({**LONGER, **halves, "experiment": "two workers"}))
-    assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-5)
-    assert both["eval/loss"] == pytest.approx(curves["eval/loss"], abs=1e-5)
+def test_one_seed_gives_one_curve_on_ray_train_and_in_the_process_of_a_trial(one: Trained, small_settings: Any) -> None:
+    again = train_here(small_settings({**LONGER, "name": "here", "experiment": "here"}))
+    assert again.curves["train/loss"] == one.curves["train/loss"]
+    assert again.curves["eval/loss"] == one.curves["eval/loss"]
 
 
 def test_two_workers_with_sharded_weights_give_the_curve_of_one_although_one_has_more_to_evaluate(
-    one: Any, small_settings: Any
+    one: Trained, small_settings: Any
 ) -> None:
-    _, _, curves = one
-    halves = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
-    sharded = {**LONGER, **halves, "train.shard": True, "train.evaluation_batch_size": 1, "experiment": "sharded"}
-    _, _, both = train(small_settings(sharded))
-    assert both["train/loss"] == pytest.approx(curves["train/loss"], abs=1e-4)
-    assert both["train/grad_norm"] == pytest.approx(curves["train/grad_norm"], rel=1e-2)
-    assert both["eval/loss"] == pytest.approx(curves["eval/loss"], abs=1e-4)
-    conversations = load_splits(small_settings(sharded), lambda things, what: things).validation
+    sharded = {**LONGER, **TWO_WORKERS, "train.shard": True, "train.evaluation_batch_size": 1, "experiment": "sharded"}
+    both = train(small_settings(sharded)).curves
+    assert both["train/loss"] == pytest.approx(one.curves["train/loss"], abs=1e-4)
+    assert both["train/grad_norm"] == pytest.approx(one.curves["train/grad_norm"], rel=1e-2)
+    assert both["eval/loss"] == pytest.approx(one.curves["eval/loss"], abs=1e-4)
+    conversations = load_splits(small_settings(sharded), quiet).validation
     assert len(conversations) % 2 == 1
 
 
@@ -141,7 +113,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(small_settings:
         UserError,
         match=r"the training stopped: at step \d+ the loss is nan.*; samples concerned: .*; there is no checkpoint yet",
     ):
-        run_training(settings, lambda things, what: things)
+        run_training(settings, quiet)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     (run,) = client.search_runs([client.get_experiment_by_name("explodes").experiment_id])
     assert run.info.status == "FAILED"
@@ -156,8 +128,8 @@ def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_setting
 
     def controllers() -> set[str]:
         alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
-        address = ray.get_runtime_context().gcs_address  # there may be other Rays on this machine
-        return {actor.actor_id for actor in list_actors(address=address, filters=alive)}
+        address = ray.get_runtime_context().gcs_address  # this machine may have another Ray
+        return {actor.actor_id for actor in list_actors(address, filters=alive)}
 
     earlier = controllers()  # of other tests' trainings, which may not have gone yet
 

@@ -1,22 +1,15 @@
-"""What a node is asked before a training starts, whether it sees what all share; and what it decodes."""
+"""What a node is asked before a training starts, and whether it sees what all share."""
 
 import os
 import socket
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from umbrella.base import UserError
-from umbrella.data.decoding import _by_nodes, reasons_of
-from umbrella.modality import Modality
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
-from umbrella.shared_store import SharedStore
 from umbrella.training.cluster import check_answers, check_surroundings, make_token
-from umbrella.volumes.store import VolumeStore
-
-CUBE = Modality(grid=(4, 4, 4), patch=(2, 2, 2))
 
 
 def test_a_node_that_sees_everything_has_no_fault(tmp_path: Path) -> None:
@@ -54,31 +47,6 @@ def test_a_folder_that_can_be_seen_and_not_written_is_a_fault(tmp_path: Path) ->
 
 def test_without_a_cluster_nothing_is_asked(tmp_path: Path) -> None:
     check_nodes({"resources.storage": tmp_path / "gone"}, [tmp_path / "gone" / "scan.nii"])
-
-
-@pytest.mark.ray
-def test_nodes_of_a_cluster_decode_to_the_same_arrays_and_reasons_as_this_machine(
-    ray_session: Any, tmp_path: Path, stored: dict[str, Path]
-) -> None:
-    (tmp_path / "broken.nii").write_bytes(b"no volume")
-    paths = [*stored.values(), tmp_path / "broken.nii", tmp_path / "missing.nii"]
-    volumes = [(str(path), "sMRI") for path in paths]
-    here, there = (VolumeStore(tmp_path / name, {"sMRI": CUBE}, 10_000) for name in ("here", "there"))
-    reasons = list(reasons_of(here, volumes, 1))
-    assert list(_by_nodes(there, volumes, 1)) == reasons
-    assert [bool(reason) for reason in reasons] == [False] * len(stored) + [True, True]
-    assert {file.name for file in (tmp_path / "there").rglob("*.npy")} == {
-        file.name for file in (tmp_path / "here").rglob("*.npy")
-    }
-
-
-@pytest.mark.ray
-def test_a_store_that_a_node_cannot_write_is_no_fault_of_a_volume(
-    ray_session: Any, tmp_path: Path, stored: dict[str, Path]
-) -> None:
-    store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, SharedStore("nosuch://bucket"))
-    with pytest.raises(OSError, match=r"resources\.store=nosuch://bucket: "):
-        list(_by_nodes(store, [(str(stored["plain"]), "sMRI")], 0))
 
 
 def test_a_cluster_that_is_gone_is_one_line_that_names_the_setting() -> None:

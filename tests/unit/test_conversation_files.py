@@ -487,7 +487,9 @@ def test_a_file_that_is_damaged_or_empty_is_in_doubt_as_a_whole(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "data", [b"not gzip", gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:-8] + b"x" * 8]
+    "data",
+    [b"not gzip", gzip.compress(b"{}" * 99)[:-9], gzip.compress(b"{}" * 99)[:-8] + b"x" * 8],
+    ids=["no gzip", "cut", "wrong sum"],
 )
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, data: bytes) -> None:
     file = tmp_path / "c.jsonl.gz"

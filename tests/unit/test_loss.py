@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.unit.workers import run_workers
 from umbrella.data.batching import Batch
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
@@ -122,7 +123,7 @@ def work(rank: int, folder: Path, made_of: tuple, cases: dict[str, list[list[Bat
             continue
         address = f"file://{folder / f'meeting of {workers}'}"
         # A worker that lacks a gradient leaves the others waiting.
-        distributed.init_process_group("gloo", address, timeout=timedelta(minutes=2), rank=rank, world_size=workers)
+        distributed.init_process_group("gloo", address, timeout=timedelta(minutes=10), rank=rank, world_size=workers)
         torch.manual_seed(0)
         parallel = parallelise(build_model(*made_of).train(), TrainSettings(), torch.device("cpu"), workers)
         measured |= {name: measure(parallel, batches) for name, batches in mine.items()}
@@ -146,7 +147,7 @@ def test_two_to_four_workers_have_the_loss_and_gradients_of_one(
     assert len(cases) == 2 * (3 + 3 + 2)  # 2 workers with 1 to 3, 3 with 1, 2 and 4, 4 with 1 and 3
     lopsided = [[weighted(["two"])], [weighted(["none"])]]
     assert [set(batches[0].pixel_values) for batches in lopsided] == [{"fMRI", "sMRI"}, set()]
-    multiprocessing.spawn(work, (tmp_path, made_of, cases | {"volumes only on the first worker": lopsided}), nprocs=4)
+    run_workers(work, (tmp_path, made_of, cases | {"volumes only on the first worker": lopsided}), 4)
     expected = dict.fromkeys(cases, whole)
     expected["volumes only on the first worker"] = measure(model, [weighted(["two", "none"])])
     seen = set()

@@ -3,28 +3,17 @@
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Done
+from tests.conftest import Done, write_questions
 from umbrella.assessment.answers import AnswerFile
-from umbrella.assessment.cohort import answer, read_cohort
 from umbrella.base import UserError
-from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.conversations.files import read_conversations
-from umbrella.evaluation.answering import Umbrella
-from umbrella.evaluation.prediction import Prediction, read_predictions
-from umbrella.evaluation.trained import settings_of
-
-
-@pytest.fixture
-def ask(run: Callable[..., Done], learnt: Path, tmp_path: Path) -> Callable[..., Done]:
-    """Runs predict.py with the checkpoint that has learnt ``said``."""
-    return lambda *words: run("predict.py", f"checkpoint={learnt}", f"resources.storage={tmp_path}/runs", *words)
+from umbrella.evaluation.prediction import Prediction
 
 
 def volumes(conversation: Conversation) -> list[str]:
@@ -115,19 +104,10 @@ def test_what_cannot_be_asked_is_one_line_and_status_2(
     assert f"as in checkpoint={newest}, the newest" in run("predict.py", "--ask", "?", storage).stderr
 
 
-def written(file: Path, said: Iterable[Conversation], answered: bool = False) -> Path:
-    """Their questions, without the last answers unless told otherwise."""
-    samples = [c.model_dump(mode="json") for c in said]
-    for sample in samples if not answered else ():
-        sample["conversations"].pop()
-    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    return file
-
-
 def test_questions_may_lack_their_answer_where_they_are_asked_and_nowhere_else(
     said: list[Conversation], tmp_path: Path
 ) -> None:
-    file = written(tmp_path / "asked.jsonl", said)
+    file = write_questions(tmp_path / "asked.jsonl", said)
     with file.open("a", encoding="utf-8") as more:
         for name, turns in {
             "blank": [("user", "?"), ("assistant", " ")],
@@ -204,62 +184,3 @@ def test_answers_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         AnswerFile(file, about)
     with pytest.raises(UserError, match="is a folder; name a file"):
         AnswerFile(tmp_path, about)
-
-
-class Killed(Exception):
-    """Stands for whatever ends a process."""
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twice(
-    ask: Callable[..., Done], learnt: Path, said: list[Conversation], tmp_path: Path
-) -> None:
-    cohort = [c.model_copy(update={"task_id": f"{c.task_id}{i}"}) for i in range(4) for c in said]
-    file, out = written(tmp_path / "in.jsonl", cohort), tmp_path / "out.jsonl"
-    candidates = {"T2": {"female": "female.", "male": "male."}}
-    options = {
-        "data.input": str(file),
-        "output": str(out),
-        "resources.storage": f"{tmp_path}/runs",
-        "evaluate.batch_size": 1,
-        "evaluate.candidates": candidates,
-    }
-    words, settings = [f"{name}={json.dumps(value)}" for name, value in options.items()], load_settings((), options)
-    counts = []
-
-    def progress(things: Sequence, what: str, last: int = 10) -> Iterator:
-        for number, thing in enumerate(things):
-            if what.startswith("answering"):
-                counts.append(number)
-                if number == last:
-                    raise Killed
-            yield thing
-
-    assert ask(*words, "--dry-run") == (0, f"would ask 12 of 12 conversations; 0 are answered in {out}\n", "")
-    assert not out.exists()
-    with pytest.raises(Killed):
-        answer(read_cohort(learnt, settings, settings_of(learnt, None)), progress)
-    before = out.read_bytes()
-    assert before.count(b"\n") == 8
-    with out.open("a", encoding="utf-8") as cut:
-        cut.write('{"task_id": "three2", "ta')
-    assert ask(*words, "--dry-run").stdout.startswith("would ask 4 of 12 conversations; 8 are answered")
-    counts.clear()
-    answer(read_cohort(learnt, settings, settings_of(learnt, None)), progress)
-    assert counts == [0, 1, 2, 3]
-    assert out.read_bytes().startswith(before)
-
-    found, model = read_predictions(out), Umbrella.from_checkpoint(learnt, device="cpu")
-    in_one_go = [model.predict([c], candidates, ["T3"], truth=False, max_new_tokens=32)[0] for c in cohort]
-    for one, other in zip(found, in_one_go, strict=True):
-        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
-        assert replace(one, probabilities={}) == replace(other, probabilities={})
-    assert [p.text for p in found] == model.answer(cohort) == ["male.", "Hello, you.", "Seen. And 2 more, é."] * 4
-    assert (found[0].probabilities["male"] > 0.9, found[1].probabilities) == (True, {})
-
-    assert "12 of 12 conversations are answered already" in ask(*words).stdout
-    written(file, cohort[1:])
-    done = ask(*words)
-    assert (done.status, len(done.stderr.splitlines())) == (2, 1)
-    assert f"data.input={file} has changed since; give another output" in done.stderr

@@ -13,6 +13,7 @@ from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 
 from tests.conftest import make_writer
+from tests.unit.workers import run_workers
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
@@ -29,7 +30,6 @@ from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
 
 SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
-SELECTIONS = ["all", "embedder", "projector", "embedder+lora", "embedder+projector+tower", "lora"]
 KEPT = ["all", "embedder+lora"]
 """Of what checkpoints are made."""
 OPTIM = OptimSettings(lr=1e-2, warmup=2)
@@ -52,8 +52,6 @@ class Case(NamedTuple):
 
 class Seen(NamedTuple):
     results: list[Any]
-    gradients: list[dict[str, torch.Tensor]]
-    """By step, clipped."""
     weights: dict[str, torch.Tensor]
     evaluated: torch.Tensor
 
@@ -69,29 +67,26 @@ def made(case: Case, made_of: tuple) -> Any:
 
 
 def trained(model: Any, parallel: Any, steps: Sequence[Sequence[Batch]], dtype: torch.dtype) -> Seen:
-    """What a few steps do, with gradients that are clipped, and what the model says afterwards."""
+    """What a few steps do, with gradients that are clipped, and what the model says afterwards.
+
+    The rate is so high that the weights show each gradient.
+    """
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=20.0, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    gradients: list[dict[str, torch.Tensor]] = []
-
-    def look(*unused: Any) -> None:
-        gradients.append({n: whole(w.grad).clone() for n, w in model.named_parameters() if w.grad is not None})
-
-    optimizer.register_step_pre_hook(look)
     weights = parts(model)
     results = [train_step(parallel, batches, optimizer, schedule, CLIP, weights, dtype) for batches in steps]
     with torch.no_grad(), autocast(parallel, steps[0][0].input_ids.device, dtype):
         evaluated = parallel.eval()(**steps[0][0].model_inputs()).token_nll
     release(parallel)
     parallel.train()
-    return Seen(results, gradients, {n: whole(w) for n, w in model.named_parameters()}, evaluated)
+    return Seen(results, {n: whole(w) for n, w in model.named_parameters()}, evaluated)
 
 
 def meet(rank: int, workers: int, folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     # A worker that waits for what another does not send would wait for ever.
     distributed.init_process_group(
-        "gloo", f"file://{folder / name}", timeout=timedelta(minutes=1), rank=rank, world_size=workers
+        "gloo", f"file://{folder / name}", timeout=timedelta(minutes=10), rank=rank, world_size=workers
     )
 
 
@@ -177,19 +172,15 @@ def cases(batch_of: Callable[..., Batch]) -> dict[str, Case]:
     def steps(workers: int, pack: int = 0) -> list[list[list[Batch]]]:
         return [[[batch_of(*names, pack=pack) for names in micro] for micro in step[:workers]] for step in STEPS]
 
-    cases = {train: Case({"train": train}, {}, steps(2)) for train in SELECTIONS}
-    cases |= {
-        f"{train}, checkpointed": Case({"train": train}, {"checkpoint_activations": True}, steps(2))
-        for train in ("all", "embedder+lora")
+    two, lora = steps(2), {"train": "embedder+lora"}
+    cases = {train: Case({"train": train}, {}, two) for train in ("all", "embedder", "embedder+lora", "lora")}
+    return cases | {
+        "checkpointed": Case({"train": "all"}, {"checkpoint_activations": True}, two),
+        "bfloat16": Case(lora | {"dtype": "bfloat16"}, {}, two, torch.bfloat16),
+        "packed": Case({}, {}, steps(2, 10_000)),
+        "of three": Case({}, {}, steps(3)),
+        "lora of three": Case(lora, {}, steps(3, 200)),
     }
-    cases |= {
-        f"{train}, bfloat16": Case({"train": train, "dtype": "bfloat16"}, {}, steps(2), torch.bfloat16)
-        for train in ("all", "embedder+lora")
-    }
-    cases["packed"] = Case({}, {}, steps(2, 10_000))
-    cases["of three"] = Case({}, {}, steps(3))
-    cases["lora of three"] = Case({"train": "embedder+lora"}, {}, steps(3, 200))
-    return cases
 
 
 def together(steps: list[list[list[Batch]]]) -> list[list[Batch]]:
@@ -204,22 +195,13 @@ def sharded(cases: dict[str, Case], made_of: tuple, tmp_path_factory: pytest.Tem
         one = Training(train, made_of)
         one.steps(together(cases["all"].steps))
         one.save(folder / f"one, {train}")
-    multiprocessing.spawn(work, (folder, made_of, cases), nprocs=3)
+    run_workers(work, (folder, made_of, cases), 3)
     return folder
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *SELECTIONS,
-        "all, checkpointed",
-        "embedder+lora, checkpointed",
-        "all, bfloat16",
-        "embedder+lora, bfloat16",
-        "packed",
-        "of three",
-        "lora of three",
-    ],
+    ["all", "embedder", "embedder+lora", "lora", "checkpointed", "bfloat16", "packed", "of three", "lora of three"],
 )
 def test_workers_with_sharded_weights_train_like_one_process(
     cases: dict[str, Case], made_of: tuple, sharded: Path, name: str
@@ -239,8 +221,6 @@ def test_workers_with_sharded_weights_train_like_one_process(
             assert found.grad_norm == pytest.approx(expected.grad_norm, rel=10 * close)
             assert found.grad_norm_by_part == pytest.approx(expected.grad_norm_by_part, rel=10 * close)
             assert found.supervised_tokens == expected.supervised_tokens
-        for gradient, expected in zip(seen.gradients, one.gradients, strict=True):
-            torch.testing.assert_close(gradient, expected, rtol=0, atol=10 * close * CLIP)
         torch.testing.assert_close(seen.weights, one.weights, rtol=0, atol=close)
         if rank == 0:
             torch.testing.assert_close(seen.evaluated, one.evaluated, rtol=0, atol=10 * close)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
+from tests.unit.workers import run_workers
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.model.presets import build_model
 from umbrella.model.selection import parts
@@ -146,7 +147,7 @@ def test_a_refusal_survives_the_way_to_another_process_and_names_ten_samples_at_
 def refuse(rank: int, folder: Path, batches: list[list[Batch]], made_of: tuple) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder / 'meeting'}", timeout=timedelta(minutes=2), rank=rank, world_size=2
+        "gloo", f"file://{folder / 'meeting'}", timeout=timedelta(minutes=10), rank=rank, world_size=2
     )
     for shard in (False, True):
         torch.manual_seed(0)
@@ -168,7 +169,7 @@ def test_each_of_two_workers_refuses_and_names_its_own_samples(
     config = build().config
     made_of = (ModelSettings(width=16, heads=2), config.modalities, len(tokenizer), config.image_token_id)
     batches = [[batch_of("two"), batch_of("none")], [broken(batch_of("three")), batch_of("two", "none")]]
-    multiprocessing.spawn(refuse, (tmp_path, batches, made_of), nprocs=2)
+    run_workers(refuse, (tmp_path, batches, made_of), 2)
     for shard in (False, True):
         told = [(tmp_path / f"{shard} {rank}.txt").read_text(encoding="utf-8").split("; ") for rank in range(2)]
         assert told[0][0] == told[1][0] == "the loss is nan and the norm of its gradient nan"

@@ -1,6 +1,8 @@
 """What every rank of a baseline's training gets. Only the ranks import the network."""
 
 from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
 from typing import ClassVar
 
 import ray
@@ -9,7 +11,8 @@ from umbrella.baseline.targets import Bins, Classes
 from umbrella.evaluation.prediction import Prediction
 from umbrella.training.job import Job
 
-TASK = "umbrella.baseline.task:BaselineTask"
+BASELINE = partial(resolve_name, "umbrella.baseline.task:BaselineTask")
+"""The task of a ``BaselineJob``."""
 Question = tuple[Prediction, str]
 """A conversation that nobody has answered yet, and the path of the volume that answers it."""
 

@@ -11,7 +11,7 @@ from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.run import Evaluated, write
 from umbrella.assessment.tracked import log
 from umbrella.base import UserError, note
-from umbrella.baseline.job import TASK, BaselineJob, Question
+from umbrella.baseline.job import BASELINE, BaselineJob, Question
 from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
 from umbrella.config import Settings
 from umbrella.conversations.conversation import Conversation
@@ -188,7 +188,7 @@ def make_job(
     modality = settings.baseline.modality
     used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
     return BaselineJob(
-        task=TASK,
+        task=BASELINE,
         settings=resolved(settings, target, head, classes_of(used["validation"])[target]),
         data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,

@@ -4,7 +4,7 @@ Where Ray Train starts them, three processes of a training unpickle a job: the s
 rank. Only the rank needs the model, so only the rank imports it: seconds each time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +18,8 @@ from umbrella.config import Settings
 class Job:
     """One training, whatever is trained."""
 
-    task: str
-    """The class of the task as "module:class"; see ``task.Task``. A name, so that only the ranks import it."""
+    task: Callable[[], Callable[..., Any]]
+    """Returns the class of the task, see ``task.Task``. A function, so that only the ranks import the class."""
     settings: Settings
     data: Mapping[str, str | int]
     """What is tracked of the data: their fingerprint, and how many samples are in quarantine."""

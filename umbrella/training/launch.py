@@ -2,7 +2,7 @@
 
 import gc
 from concurrent.futures import Future, wait
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from threading import Thread
@@ -28,7 +28,8 @@ from umbrella.training.job import Job
 from umbrella.training.progress import latest_checkpoint
 from umbrella.training.requests import stop_file, workers_file
 
-LANGUAGE_MODEL = "umbrella.training.language_model:LanguageModelTask"
+LANGUAGE_MODEL = partial(resolve_name, "umbrella.training.language_model:LanguageModelTask")
+"""The task of a ``LanguageModelJob``."""
 LOOK = 0.5
 """Seconds between two looks whether a training that was asked to stop still has workers."""
 
@@ -47,7 +48,7 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
     try:
         with together():
             job = config["job"]
-            task = resolve_name(job.task)
+            task = job.task()
             _keep_imports()
             trainer = make_trainer(job, task)
         return trainer.run()

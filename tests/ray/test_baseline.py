@@ -1,0 +1,79 @@
+"""The baseline's training on Ray, from conversations to the tables."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.unit.test_baseline import about
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def cue(folder: Path, split: str, people: int) -> Path:
+    """Conversations about volumes that are brighter on one side where the subject is male; ages are not to be seen."""
+    draw = np.random.default_rng(len(split))
+    lines = []
+    for i in range(people):
+        sex, age = ("female", "male")[i % 2], 20 + 60 * i // people
+        voxels = draw.normal(size=(8, 8, 8))
+        voxels[:4] += 3 * (sex == "male")
+        path = folder / f"{split}{i}.nii"
+        nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.eye(4)), path)
+        for target, label in (("sex", sex), ("age", age)):
+            one = about(f"{split}{i}", [("sMRI", path), "?"], label=label, target=target)
+            lines.append(one.model_copy(update={"task_id": f"{split}{i}-{target}"}).model_dump_json())
+    file = folder / f"{split}.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
+    small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: Any
+) -> None:
+    from mlflow import MlflowClient
+
+    from umbrella.assessment.summary import print_evaluation
+    from umbrella.baseline.run import evaluate, make_jobs
+    from umbrella.cli import make_console
+    from umbrella.training.launch import run_job
+    from umbrella.training.run import watch_job
+
+    uri = mlflow_store(tmp_path)
+    data = {f"data.{split}": str(cue(tmp_path, split, 16)) for split in ("train", "validation", "test")}
+    own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 8}
+    more = {"resources.storage": str(tmp_path), "tracking.uri": uri, "name": "mine", "evaluate.bootstrap": 100}
+    settings = small_settings({**data, **own, **more, "resources.keep_checkpoints": 9})
+    splits, (job,) = make_jobs(settings, lambda things, what: things)
+    watch_job(job)
+    evaluated = evaluate(job, splits)
+    found = evaluated.assessment
+    print_evaluation(evaluated, make_console())
+    assert "sex" in capsys.readouterr().out
+    (predictions,) = found.predictions.values()
+    assert [p.task_id for p in predictions] == [f"test{i}-sex" for i in range(16)]
+    assert all(set(p.probabilities) == {"female", "male"} and p.text is None for p in predictions)
+    group = found.groups["as_asked"][0]
+    assert (group.target, group.kind, group.by, group.subjects, group.invalid) == ("sex", "classes", "all", 16, None)
+    assert group.metrics["likelihood/subjects/balanced_accuracy"].value > 0.9
+    assert Path(found.model).parent == tmp_path / "trainings" / "mine-sex"
+
+    client = MlflowClient(uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'umbrella'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
+    assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
+    assert evaluated.page.exists()
+    assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
+    assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
+
+    steps = sorted(Path(job.folder).glob("step_*"))
+    for newer in steps[3:]:
+        shutil.rmtree(newer)
+    run_job(job, here=True)  # goes on in the midst of it, and comes to the same end
+    assert sorted(Path(job.folder).glob("step_*")) == steps
+    assert evaluate(job, splits).assessment.predictions == found.predictions
