@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tests.ray.conftest import quiet
 from tests.unit.test_baseline import about
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -32,25 +33,22 @@ def cue(folder: Path, split: str, people: int) -> Path:
     return file
 
 
-def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
+def test_two_workers_learn_a_planted_cue_and_go_on_to_the_same_answers(
     small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: Any
 ) -> None:
     from mlflow import MlflowClient
 
     from umbrella.assessment.summary import print_evaluation
-    from umbrella.baseline.run import evaluate, make_jobs
+    from umbrella.baseline.run import run_baseline
     from umbrella.cli import make_console
-    from umbrella.training.launch import run_job
-    from umbrella.training.run import watch_job
 
     uri = mlflow_store(tmp_path)
     data = {f"data.{split}": str(cue(tmp_path, split, 16)) for split in ("train", "validation", "test")}
-    own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 8}
+    own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 4}
+    own |= {"resources.workers": 2, "resources.cpus_per_worker": 0.25}
     more = {"resources.storage": str(tmp_path), "tracking.uri": uri, "name": "mine", "evaluate.bootstrap": 100}
     settings = small_settings({**data, **own, **more, "resources.keep_checkpoints": 9})
-    splits, (job,) = make_jobs(settings, lambda things, what: things)
-    watch_job(job)
-    evaluated = evaluate(job, splits)
+    (evaluated,) = run_baseline(settings, quiet)
     found = evaluated.assessment
     print_evaluation(evaluated, make_console())
     assert "sex" in capsys.readouterr().out
@@ -71,9 +69,10 @@ def test_a_small_training_learns_a_planted_cue_and_its_answers_fill_the_tables(
     assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 
-    steps = sorted(Path(job.folder).glob("step_*"))
+    folder = tmp_path / "trainings" / "mine-sex"
+    steps = sorted(folder.glob("step_*"))
     for newer in steps[3:]:
         shutil.rmtree(newer)
-    run_job(job, here=True)  # goes on in the midst of it, and comes to the same end
-    assert sorted(Path(job.folder).glob("step_*")) == steps
-    assert evaluate(job, splits).assessment.predictions == found.predictions
+    (again,) = run_baseline(settings, quiet)
+    assert sorted(folder.glob("step_*")) == steps
+    assert again.assessment.predictions == found.predictions

@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune, as experiments/tune.py runs it, with one trial that cannot succeed."""
+"""A sweep on Ray Tune, as experiments/tune.py runs it: one trial learns, ASHA stops one, and one cannot succeed."""
 
 import csv
 import json
@@ -18,15 +18,28 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 @pytest.fixture(scope="module")
 def swept(small_settings: Any, ray_session: Any) -> Any:
-    """The answer of a sweep over a good rate and one that explodes; its run, and its trials' runs by trial."""
+    """The answer of a sweep over rates of which one is good; its run, and its trials' runs by trial.
+
+    One trial after the other, so that ASHA compares the second one with the first.
+    """
     space = {
-        "optim.lr": {"grid": [3e-3, 1e30]},
+        "optim.lr": {"grid": [3e-3, 1e-30, 1e30]},
         "mask.supervise": {"grid": ["last_assistant"]},
         "modalities.sMRI.intensity": {"grid": ["zscore_foreground"]},
         "train.augment": {"grid": [{"shift": 0.05}]},
     }
     settings = small_settings(
-        {"tune.space": space, "optim.warmup": 0, "experiment": "sweep", "tracking.hash_subjects": True}
+        {
+            "tune.space": space,
+            "tune.metric": "eval/loss",
+            "tune.mode": "min",
+            "tune.grace": 1,
+            "tune.reduction": 2,
+            "tune.concurrent": 1,
+            "optim.warmup": 0,
+            "experiment": "sweep",
+            "tracking.hash_subjects": True,
+        }
     )
     answer = run_sweep(settings, frozenset(), lambda things, what: things)
     client = MlflowClient(tracking_uri(settings.resources.storage))
@@ -38,15 +51,20 @@ def swept(small_settings: Any, ray_session: Any) -> Any:
 def test_each_trial_is_one_run_under_the_sweeps_run(swept: Any) -> None:
     answer, _, parent, children = swept
     assert set(children) == {trial.trial_id for trial in answer.trials}
-    assert len(children) == 2
+    assert len(children) == 3
     assert {run.data.tags[PARENT] for run in children.values()} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
 
 
-def test_a_trial_that_explodes_is_failed_and_the_others_go_on(swept: Any) -> None:
-    answer, _, _, children = swept
-    assert [trial.state for trial in answer.trials] == ["finished", "failed"]
-    assert [children[trial.trial_id].info.status for trial in answer.trials] == ["FINISHED", "FAILED"]
+def test_a_trial_that_asha_stops_is_killed_one_that_explodes_is_failed_and_the_sweep_goes_on(swept: Any) -> None:
+    answer, client, _, children = swept
+    assert [trial.state for trial in answer.trials] == ["finished", "stopped by the scheduler", "failed"]
+    assert [children[trial.trial_id].info.status for trial in answer.trials] == ["FINISHED", "KILLED", "FAILED"]
+    stopped = answer.trials[1]
+    assert stopped.reason.startswith("by ASHA at evaluation 1, step ")
+    assert [e.step for e in stopped.curve] == [stopped.step], "the checkpoint of its only evaluation is whole"
+    losses = client.get_metric_history(children[stopped.trial_id].info.run_id, "train/loss")
+    assert [m.step for m in losses] == list(range(1, stopped.step + 1)), "it took no step after that"
 
 
 def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
@@ -78,8 +96,7 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
         assert set(told["training"]["labels"]["sex"]) == {"female", "male"}
     assert {"device", "host", "ray.job", "umbrella.run", "mlflow.source.git.commit"} <= good.data.tags.keys()
     assert good.data.tags["best.checkpoint"] == best.checkpoint
-    assert good.data.metrics["best/eval/balanced_accuracy"] == best.metric
-    assert good.data.metrics["best/eval/loss"] == best.loss
+    assert good.data.metrics["best/eval/loss"] == best.metric == best.loss
     table = json.loads(Path(client.download_artifacts(good.info.run_id, "predictions.json")).read_text())
     assert len(table["data"]) > 2
     rights = [row[table["columns"].index("right")] for row in table["data"]]
@@ -92,7 +109,7 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
 
 def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
     answer, client, parent, children = swept
-    failed = answer.trials[1]
+    failed = answer.trials[-1]
     assert "sub-0" in read_end(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
     assert "subject-" in failed.reason
     for run in (parent, *children.values()):
@@ -109,7 +126,7 @@ def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept
     assert answer.best.mask.supervise == "last_assistant"
     assert read_progress(answer.trials[0].checkpoint).step == answer.trials[0].step
     with (answer.folder / "ranking.csv").open() as file:
-        assert [row["optim.lr"] for row in csv.DictReader(file)] == ["0.003", "1e+30"]
+        assert [row["optim.lr"] for row in csv.DictReader(file)] == ["0.003", "1e-30", "1e+30"]
     assert answer.files.pictures["metric"].stat().st_size > 10_000
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {
         "best.yaml",

@@ -316,7 +316,11 @@ SMALL = nib.Nifti1Image(np.arange(140, dtype=np.float32).reshape(7, 5, 4), TWO).
     ("name", "content", "message"),
     [
         ("s.nii", put(SMALL, (108, "f", 0.0)), "the header puts the voxels at byte 0 (vox_offset)"),
-        ("s.nii.gz", gzip.compress(put(SMALL, (108, "f", 0.0)), mtime=0), "the header puts the voxels at byte 0 (vox_offset)"),
+        (
+            "s.nii.gz",
+            gzip.compress(put(SMALL, (108, "f", 0.0)), mtime=0),
+            "the header puts the voxels at byte 0 (vox_offset)",
+        ),
         (
             "s.nii",
             put(SMALL, (280, "f", 1001.0)),
