@@ -1,9 +1,12 @@
 """A training that ends with an evaluation, and the same checkpoint asked again by experiments/evaluate.py."""
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +19,8 @@ from rich.console import Console
 
 from tests.faults.fault_injection import kill, named
 from umbrella.assessment.at_end import evaluate_at_end
-from umbrella.assessment.stream import Answerer, Starts, stream
+from umbrella.assessment.stream import Answerer, deal, stream
+from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import read_splits
@@ -173,10 +177,49 @@ def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: End
 
 def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
     asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male.")).model_dump_json()
-    starts = ray.remote(num_cpus=0)(Starts).remote(1)
-    first, second = (Answerer(str(ended.checkpoint), ended.settings, {}, (), True, starts) for _ in range(2))
-    assert re.fullmatch(r".*gone\.nii: .*", first({"asked": [asked]})["fault"])
-    assert "died more than 3 times (resources.max_failures)" in second({"asked": [asked]})["fault"]
+    predictions, fault = Answerer(str(ended.checkpoint), ended.settings, {}, (), True).answer([asked])
+    assert (predictions, fault.count("\n")) == ([], 0)
+    assert re.fullmatch(r".*gone\.nii: .*", fault)
+    _, fault = Answerer(str(tmp_path), ended.settings, {}, (), True).answer([asked])
+    assert fault.startswith(f"{tmp_path}: is no checkpoint")
+
+
+class Squares:
+    """Answers a number by its square; the process dies of some numbers, as often as there are files named so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def answer(self, number: int) -> tuple[int, str]:
+        time.sleep(0.02 * (number % 3))  # one that comes later may be done earlier
+        for file in self.folder.glob(f"{number}-*"):
+            file.unlink()
+            os._exit(1)
+        return number * number, "" if number < 100 else f"{number} is too large"
+
+
+def squares(folder: Path, numbers: list[int], max_failures: int = 3) -> Iterator[int]:
+    start = partial(ray.remote(num_cpus=0)(Squares).remote, folder)
+    return deal(numbers, lambda number: number, start, 2, max_failures)
+
+
+def test_answers_come_in_order_and_what_a_process_died_of_is_asked_again(ray_session: Any, tmp_path: Path) -> None:
+    for name in ("0-a", "5-a", "5-b"):
+        (tmp_path / name).touch()
+    assert list(squares(tmp_path, list(range(12)))) == [n * n for n in range(12)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_die_too_often_and_a_fault_are_one_line(ray_session: Any, tmp_path: Path) -> None:
+    for name in ("1-a", "1-b", "1-c"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        UserError, match=r"^processes .* died more than 1 times \(resources\.max_failures\), .* of: .+;.*$"
+    ):
+        list(squares(tmp_path, [1], max_failures=1))
+    assert len(list(tmp_path.iterdir())) == 1, "it was asked twice"
+    with pytest.raises(UserError, match=r"^100 is too large$"):
+        list(squares(tmp_path, [2, 100]))
 
 
 @pytest.mark.slow
@@ -187,7 +230,7 @@ def test_a_process_that_dies_is_started_again_and_nothing_is_lost(ended: Ended) 
     answers: list[Any] = []
     for part in stream(shown * 20, ended.checkpoint, told, {}):
         answers += part
-        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "MapWorker" in named(p))
+        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "Answerer" in named(p))
     assert killed
     assert [one.task_id for one in answers] == [c.task_id for c in shown * 20]
     assert answers[: len(shown)] == answers[-len(shown) :]

@@ -1,12 +1,14 @@
-"""Many conversations, answered by several processes: Ray Data deals batches of references, predictions come back."""
+"""Many conversations, answered by several processes: batches of references go there, predictions come back."""
 
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
 
 from umbrella.base import UserError
 from umbrella.config import Settings
@@ -17,6 +19,7 @@ from umbrella.evaluation.prediction import Prediction
 from umbrella.modality import Modality
 from umbrella.training.capacity import check_fits
 from umbrella.training.cluster import start_ray
+from umbrella.training.launch import cause
 
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella
@@ -54,37 +57,23 @@ def stream(
     if not conversations:
         return
     start_ray(settings.resources, log_to_driver=False, name=settings.name)
-    # Where Ray Data was imported before Ray was started, it has not heard that it should say less.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources, workers = settings.resources, settings.evaluate.workers
     check_fits(resources, workers, "evaluate.workers", ray.cluster_resources(), ray.nodes())
     batches = compose(conversations, settings.modalities, settings.evaluate.batch_size)
     workers = min(workers, len(batches))
-    told = {
-        "checkpoint": str(checkpoint),
-        "settings": settings,
-        "candidates": candidates,
-        "numbers": frozenset(numbers),
-        "truth": truth,
-        "starts": ray.remote(num_cpus=0)(Starts).remote(workers + resources.max_failures),
-    }
-    rows = [{"asked": [conversations[sample].model_dump_json() for sample in batch]} for batch in batches]
-    answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Answerer,
-        fn_constructor_kwargs=told,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-    )
-    answers.set_name(what.replace(" ", "_"))
-    answers.context.execution_options.preserve_order = True
-    answers.context.enable_progress_bars = False  # there is one already
+    actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(Answerer)
+
+    def start() -> ActorHandle:
+        return actor.remote(str(checkpoint), settings, candidates, frozenset(numbers), truth)
+
+    def asked(batch: Sequence[int]) -> list[str]:
+        return [conversations[sample].model_dump_json() for sample in batch]
+
+    answers = deal(batches, asked, start, workers, resources.max_failures)
     bar = iter(progress(conversations, what))
     part: dict[int, Prediction] = {}
-    for number, (batch, row) in enumerate(zip(batches, answers.iter_rows(), strict=True), start=1):
-        if row["fault"]:
-            raise UserError(row["fault"])
-        part |= dict(zip(batch, map(Prediction.from_json, row["predictions"]), strict=True))
+    for number, (batch, answered) in enumerate(zip(batches, answers, strict=True), start=1):
+        part |= dict(zip(batch, map(Prediction.from_json, answered), strict=True))
         list(islice(bar, len(batch)))
         if number % WINDOW == 0 or number == len(batches):
             yield [part[sample] for sample in sorted(part)]
@@ -128,16 +117,58 @@ def load(checkpoint: str, settings: Settings) -> "Umbrella":
     return Umbrella.from_checkpoint(checkpoint, device=device, dtype=settings.model.dtype, store=open_store(settings))
 
 
-class Starts:
-    """Counts how often processes were started: Ray Data itself would start one that dies again and again, for ever."""
+def deal(
+    batches: Sequence[Any],
+    asked: Callable[[Any], Any],
+    start: Callable[[], ActorHandle],
+    workers: int,
+    max_failures: int,
+) -> Iterator[Any]:
+    """Let actors answer batches, each as soon as one is free; answers come in the order of the batches.
 
-    def __init__(self, allowed: int) -> None:
-        self.left = allowed
+    An actor that dies is replaced, and its batch is asked again. Ray's own restarts of actors are not used: Ray prints
+    a warning about their arguments.
 
-    def one_more(self) -> bool:
-        """Whether there may be one more."""
-        self.left -= 1
-        return self.left >= 0
+    Args:
+        asked: a batch to what ``answer`` of an actor is given.
+        start: starts an actor whose ``answer`` gives (answer, fault).
+        workers: how many actors there are at a time.
+        max_failures: how many of them may die.
+
+    Raises:
+        UserError: a fault that is not empty; actors died too often.
+    """
+    waiting, died = deque(range(len(batches))), 0
+    idle = [start() for _ in range(workers)]
+    running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
+    answers: dict[int, Any] = {}
+    for number in range(len(batches)):
+        while True:
+            while idle and waiting:
+                actor, batch = idle.pop(), waiting.popleft()
+                running[actor.answer.remote(asked(batches[batch]))] = actor, batch
+            if number in answers:
+                break
+            (ready, *_), _ = ray.wait(list(running))
+            actor, batch = running.pop(ready)
+            try:
+                answers[batch], fault = ray.get(ready)
+            except RayTaskError:  # a mistake of ours, which would come again
+                raise
+            except RayError as error:
+                died += 1
+                if died > max_failures:
+                    raise UserError(
+                        f"processes that answer conversations died more than {max_failures} times"
+                        f" (resources.max_failures), the last one of: {cause(error)}; if memory ran out, lower"
+                        " evaluate.batch_size or evaluate.workers"
+                    ) from None
+                waiting.appendleft(batch)
+                actor, fault = start(), ""
+            if fault:
+                raise UserError(fault)
+            idle.append(actor)
+        yield answers.pop(number)
 
 
 class Answerer:
@@ -147,15 +178,9 @@ class Answerer:
     """
 
     def __init__(
-        self,
-        checkpoint: str,
-        settings: Settings,
-        candidates: "Candidates",
-        numbers: Collection[str],
-        truth: bool,
-        starts: Any,
+        self, checkpoint: str, settings: Settings, candidates: "Candidates", numbers: Collection[str], truth: bool
     ) -> None:
-        evaluate, resources = settings.evaluate, settings.resources
+        evaluate = settings.evaluate
         self.options: dict[str, Any] = {
             "candidates": candidates,
             "numbers": numbers,
@@ -163,25 +188,17 @@ class Answerer:
             "max_new_tokens": evaluate.max_new_tokens if evaluate.generate else 0,
         }
         self.fault = ""
-        if not ray.get(starts.one_more.remote()):
-            self.fault = (
-                f"processes that answer conversations died more than {resources.max_failures} times"
-                " (resources.max_failures); if memory ran out, lower evaluate.batch_size or evaluate.workers"
-            )
-            return
         try:
             self.model = load(checkpoint, settings)
         except UserError as error:
             self.fault = str(error)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A batch to its predictions as JSON, or to what is wrong."""
-        predictions: list[str] = []
-        fault = self.fault
-        if not fault:
-            asked = [Conversation.model_validate_json(one) for one in row["asked"]]
-            try:
-                predictions = [one.to_json() for one in self.model.predict(asked, **self.options)]
-            except UserError as error:
-                fault = str(error)
-        return {"predictions": predictions, "fault": fault}
+    def answer(self, asked: Sequence[str]) -> tuple[list[str], str]:
+        """Conversations as JSON to their predictions as JSON, and what is wrong, if anything is."""
+        if self.fault:
+            return [], self.fault
+        conversations = [Conversation.model_validate_json(one) for one in asked]
+        try:
+            return [one.to_json() for one in self.model.predict(conversations, **self.options)], ""
+        except UserError as error:
+            return [], str(error)

@@ -20,6 +20,10 @@ from umbrella.ray_environment import ENVIRONMENT, prepare_environment
 from umbrella.storage import check_writable
 from umbrella.training.settings import ResourceSettings
 
+DASHBOARD = "RAY_API_SERVER_ADDRESS"
+"""Names the dashboard that Ray Train asks for the state of actors. Without it Ray Train looks for any Ray there is."""
+PORTS = range(20_000, 32_768)
+"""Ports that neither Ray's workers use nor systems give to whoever asks for any port."""
 SHARED_MEMORY = "/dev/shm"
 SOCKET_PATH = 107 if sys.platform == "linux" else 103
 """Bytes that the path of a Unix socket may have."""
@@ -46,11 +50,13 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     if address == "local":
         check_surroundings()
         make_token()
+        # It inherits this process's environment; giving it as a runtime environment would slow every start.
+        port = free_port()
+        os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
+        options: dict[str, Any] = {"include_dashboard": True, "dashboard_port": port}
     else:
         check_answers(address, named)
-    # A Ray of our own inherits this process's environment; giving it as a runtime environment would slow every start.
-    own: dict[str, Any] = {"include_dashboard": True}
-    joined = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
+        options = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
         with _own_sigterm():
             context = ray.init(
@@ -58,7 +64,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
                 log_to_driver=log_to_driver,
                 logging_level="ERROR",
                 job_config=JobConfig(metadata={"job_name": name} if name else {}),
-                **(own if address == "local" else joined),
+                **options,
             )
     except (ConnectionError, AuthenticationError) as error:
         raise UserError(f"{named}: {_why_not(error, address)}") from None
@@ -68,6 +74,15 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
 def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
     """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
     return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
+
+
+def free_port() -> int:
+    """A port of localhost that nobody listens on."""
+    while True:
+        port = secrets.choice(PORTS)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
