@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     for item in items if config.pluginmanager.hasplugin("xdist") else ():
         file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith("tests/ray/") else file))
+        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(("tests/ray/", "tests/faults/")) else file))
 
 
 def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:

@@ -51,7 +51,7 @@ def run_again(folder: Path, settings: Settings) -> None:
         run_training(settings, all_of)
 
 
-@pytest.mark.parametrize("kind", BEGUN)
+@pytest.mark.parametrize("kind", ["trainings", "sweeps"])
 def test_a_second_script_is_refused_until_the_first_one_is_dead(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind / "first"
     first = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

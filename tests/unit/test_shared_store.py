@@ -1,7 +1,7 @@
-"""A place that machines share, as an object store that answers slowly."""
+"""A place that machines share, as an object store."""
 
 import threading
-import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -10,11 +10,11 @@ import pytest
 from umbrella.shared_store import SharedStore
 
 
-class Slow(BaseHTTPRequestHandler):
-    """As much of S3 as an upload needs; it takes no part until it may."""
+class Store(BaseHTTPRequestHandler):
+    """As much of S3 as an upload needs."""
 
-    may_take = threading.Event()
-    asked = threading.Event()
+    taken: Callable[[int], None]
+    """Called with the bytes of each part, before it is answered."""
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -26,15 +26,14 @@ class Slow(BaseHTTPRequestHandler):
         self.answer(f"<{kind}><UploadId>1</UploadId><ETag>1</ETag></{kind}>".encode())
 
     def do_PUT(self) -> None:
-        size = int(self.headers["Content-Length"] or 0)
+        taken = len(self.rfile.read(int(self.headers["Content-Length"] or 0)))
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             while size := int(self.rfile.readline(), 16):
-                self.rfile.read(size + 2)
+                taken += len(self.rfile.read(size))
+                self.rfile.readline()
             self.rfile.readline()
-        self.rfile.read(size)
         if "partNumber" in self.path:
-            self.asked.set()
-            self.may_take.wait(20)
+            type(self).taken(taken)
         self.answer()
 
     def answer(self, content: bytes = b"") -> None:
@@ -54,19 +53,19 @@ def test_an_upload_to_s3_is_told_of_as_it_goes_on_and_not_held_in_memory(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
     (tmp_path / "weights").write_bytes(bytes(2**26))
-    told: list[int] = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+    told, taken, ahead = [], [], []
+
+    def take(size: int) -> None:
+        taken.append(size)
+        ahead.append(sum(told) - sum(taken))
+
+    monkeypatch.setattr(Store, "taken", take, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        store = SharedStore(
-            f"s3://bucket/runs?region=x&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
-        )
-        upload = threading.Thread(target=store.put, args=("weights", tmp_path / "weights", told.append), daemon=True)
-        upload.start()
-        assert Slow.asked.wait(20)
-        time.sleep(0.5)
-        before = sum(told)
-        Slow.may_take.set()
-        upload.join(20)
+        address = f"127.0.0.1:{server.server_address[1]}"
+        store = SharedStore(f"s3://bucket/runs?region=x&scheme=http&endpoint_override={address}")
+        store.put("weights", tmp_path / "weights", told.append)
         server.shutdown()
-    assert before < 2**25
-    assert sum(told) == 2**26
+    assert sum(told) == 2**26 <= sum(taken), "parts have checksums, too"
+    assert len(taken) > 3
+    assert max(ahead) <= 0, "no more is told of than has arrived"

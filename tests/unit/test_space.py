@@ -21,8 +21,8 @@ def entry_of(name: str, entry: dict[str, Any]) -> Entry:
 
 
 def draws(name: str, entry: dict[str, Any]) -> list[Any]:
-    rng = np.random.default_rng(0)
-    return [entry_of(name, entry).draw(rng) for _ in range(300)]
+    rng, found = np.random.default_rng(0), entry_of(name, entry)
+    return [found.draw(rng) for _ in range(300)]
 
 
 def test_a_range_of_numbers_is_drawn_from_evenly_or_evenly_in_its_logarithm() -> None:

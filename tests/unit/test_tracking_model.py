@@ -23,7 +23,7 @@ from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.model import EXAMPLE, AnsweringModel, keep_model, log_model
 from umbrella.tracking.settings import TrackingSettings
-from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.tracking.store import open_experiment
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 
@@ -40,10 +40,8 @@ print(json.dumps([model.predict(given, params={"max_new_tokens": 6}) for given i
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return tracking_uri(tmp_path_factory.mktemp("mlflow"))
+def uri(mlflow_store: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return mlflow_store(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture(scope="module")
