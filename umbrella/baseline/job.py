@@ -1,4 +1,4 @@
-"""What every rank of a baseline's training gets. Only the ranks import the network."""
+"""The description of a baseline's training that every rank gets. Only the ranks import the network."""
 
 from dataclasses import dataclass
 from functools import partial

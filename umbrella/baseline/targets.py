@@ -27,7 +27,7 @@ class Classes:
 
     @property
     def in_words(self) -> str:
-        """What a label may be."""
+        """The possible labels in words."""
         return ", ".join(self.names)
 
     def knows(self, label: str | float | None) -> bool:
@@ -39,7 +39,7 @@ class Classes:
         return np.array([float(name == label) for name in self.names])
 
     def read(self, probabilities: Sequence[float]) -> dict[str, float]:
-        """What the outputs say: each class with its probability."""
+        """Each class with its probability."""
         return dict(zip(self.names, probabilities, strict=True))
 
 
@@ -58,7 +58,7 @@ class Bins:
 
     @property
     def in_words(self) -> str:
-        """What a label may be."""
+        """The possible labels in words."""
         return "numbers"
 
     def knows(self, label: str | float | None) -> bool:
@@ -77,7 +77,7 @@ class Bins:
         return parts / parts.sum()
 
     def read(self, probabilities: Sequence[float]) -> float:
-        """What the outputs say: the expected number."""
+        """The expected number."""
         return float(np.dot(probabilities, self.centres))
 
 

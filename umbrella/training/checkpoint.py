@@ -1,4 +1,4 @@
-"""What a training's checkpoint holds: copied from a step, and put back."""
+"""The state of a training in a checkpoint: copied after a step, and restored."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "peft", "ray")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a step leaves, in memory that no later step changes."""
+    """The state after a step, in memory that no later step changes."""
 
     weights: Mapping[str, torch.Tensor]
     """By their names in the model."""
@@ -94,7 +94,7 @@ def restore(
 
 
 def code_of(commit: Mapping[str, str]) -> dict[str, str]:
-    """What runs here, by name: ``commit`` (see ``tracking.code_version``) and the versions of Python and packages."""
+    """Name to version of the code: ``commit`` (see ``tracking.code_version``), Python and packages."""
     own = {"umbrella": __version__, "python": python_version()}
     return {**commit, **own, **{name: version(name) for name in PACKAGES}}
 

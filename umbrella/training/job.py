@@ -1,4 +1,4 @@
-"""What every rank of a training gets.
+"""The description of a training that every rank gets.
 
 Where Ray Train starts them, three processes of a training unpickle a job: the script or trial, the controller and the
 rank. Only the rank needs the model, so only the rank imports it: seconds each time.
@@ -22,7 +22,7 @@ class Job:
     """Returns the class of the task, see ``task.Task``. A function, so that only the ranks import the class."""
     settings: Settings
     data: Mapping[str, str | int]
-    """What is tracked of the data: their fingerprint, and how many samples are in quarantine."""
+    """Facts about the data for MLflow: their fingerprint, and the number of samples in quarantine."""
     tracking: dict[str, str | None]
     """Arguments of ``MlflowLogger.start``."""
     folder: str
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What Ray calls this training where people look. Part of file names there: without a slash, and not long."""
+        """The name on Ray's dashboard: short and without a slash, because Ray uses it in file names."""
         return str(self.tracking["name"]).replace("/", "_")[:100]
 
 

@@ -146,7 +146,7 @@ def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
 
 
 def cause(error: BaseException) -> str:
-    """What a worker died of, in one line: the exception that it raised, or what Ray says; of a traceback, its end."""
+    """The cause of a worker's failure in one line: its exception, or Ray's message; of a traceback, the end."""
     named = "" if isinstance(error, (RayError, WorkerGroupError, UserError)) else f"{type(error).__name__}: "
     lines = f"{named}{error}".splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  ")]

@@ -94,7 +94,7 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
 
 
 def goodness(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """What makes one evaluation, trial or choice of settings better than another: the metric, and then the loss.
+    """A key by which evaluations, trials and choices of settings compare, larger is better: the metric, then the loss.
 
     Args:
         metric, loss: None or NaN if they are not known; that is worse than any number.
@@ -121,7 +121,7 @@ class Best:
         return best
 
     def news(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What else is logged of an evaluation that is better than all before; of another one nothing.
+        """Metrics ``best/...`` of an evaluation that is better than all before; empty for another one.
 
         MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
         """

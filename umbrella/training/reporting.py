@@ -1,4 +1,4 @@
-"""What a training says of itself, in MLflow and in its log. Rank 0 alone does."""
+"""Log a training to MLflow and to the console. Only rank 0 does."""
 
 import socket
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a trainer trains: the interface between the training loop and a model."""
+"""The interface between the training loop and a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class TaskBatch(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run logs about a task before its first step."""
+    """A description of a task, which a run logs before its first step."""
 
     text: str
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +76,8 @@ class Task(ABC):
         """Make one optimizer step with the micro-batches of one global batch.
 
         Returns:
-            Metrics by name: at least train/loss and train/lr, the rate of this step.
+            Metrics by name: at least train/loss and train/lr, the rate of this step; with text, also
+            train/supervised_tokens, the number of targets in the global batch.
 
         Raises:
             FloatingPointError: the loss or the gradient is not finite, on every rank alike. Nothing is changed.
@@ -111,7 +112,7 @@ class Task(ABC):
         """
 
     def finish(self, best: Path | None) -> None:  # noqa: B027  # most tasks end with their last step
-        """Do what follows the last step.
+        """Finish the task after the last step.
 
         Args:
             best: the best checkpoint.

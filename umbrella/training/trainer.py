@@ -155,7 +155,7 @@ class Trainer:
         return batches(rows, self.plan.batch_size, self.settings.data.prefetch, make, name)
 
     def _checked(self, stream: Iterator[TaskBatch]) -> Iterator[TaskBatch]:
-        """The order is a function of the position, so it is known what must come: nothing is skipped or repeated."""
+        """Check that each batch has the samples of its position, so that none is skipped or repeated."""
         size = self.plan.batch_size
         for rows in self.plan.rows(self.rank, self.progress.position):
             for start in range(0, len(rows["position"]), size):
@@ -164,7 +164,7 @@ class Trainer:
                     raise RuntimeError(f"other samples came than position {position} has")
                 self._log({"position": position, "task_ids": batch.task_ids})
                 yield batch
-        if next(stream, None) is not None:  # to its end, where what made it is let go
+        if next(stream, None) is not None:  # ends the stream, which frees its resources
             raise RuntimeError("more samples came than there are positions")
 
     def _log(self, entry: dict[str, Any]) -> None:

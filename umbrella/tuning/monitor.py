@@ -77,7 +77,7 @@ class Monitor:
             self.live.stop()
 
     def close(self, state: str) -> None:
-        """Whoever runs the sweep gives up: so much is true of the trials that are running."""
+        """Close the runs of the trials that are running, because the sweep ends."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
                 close_run(self.parent.uri, self._place(name), "KILLED", state)
@@ -88,7 +88,7 @@ class Monitor:
             raise OutOfTime
 
     def stop_all(self) -> None:
-        """Time is over: so ended the trials that were running."""
+        """End the trials that are running, because the time is over."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
                 result = trial["result"]
