@@ -9,6 +9,7 @@ ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "WARNING",  # several lines at each evaluation
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # the lines of a training are meant for the user
+    "RAY_DEDUP_LOGS": "0",  # it adds a hint of its own to lines that several workers print
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train wants it for its own processes
 }
 """For every process of ours; a variable that is set already stays."""

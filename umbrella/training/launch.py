@@ -1,6 +1,8 @@
 """Run a training on Ray: in workers that Ray Train starts, or in this process."""
 
 import gc
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from functools import cache, partial
 from pathlib import Path
@@ -8,7 +10,7 @@ from pkgutil import resolve_name
 from threading import Thread
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import (
     FailureConfig,
     LoggingConfig,
@@ -26,6 +28,7 @@ from umbrella.paths import RAY
 from umbrella.storage import check_writable
 from umbrella.training.job import Job
 from umbrella.training.progress import latest_checkpoint
+from umbrella.training.progress_log import clock
 from umbrella.training.requests import stop_file, workers_file
 
 LANGUAGE_MODEL = partial(resolve_name, "umbrella.training.language_model:LanguageModelTask")
@@ -89,7 +92,7 @@ def run_job(job: Job, here: bool = False) -> None:
         outcome = (trainer.fit() if here else _fit_in_thread(trainer, folder)).return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
-        what = cause(next(iter(error.worker_failures.values()), error))
+        what = cause_of_first(error.worker_failures or {0: error})
         tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
         outcome = f"in {tries} (resources.max_failures) a worker died: {what}"
     if isinstance(outcome, str):
@@ -111,17 +114,18 @@ def stopped_at_once(folder: str | Path) -> Stopped:
 
 
 class NoteLostWorkers(UserCallback):
-    """Removes ``workers_file`` when a worker has failed: Ray Train then ends the others too.
+    """Says that a worker has failed, and removes ``workers_file``: Ray Train then ends the others too.
 
     It runs in the process of Ray Train's controller.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, job: Job) -> None:
+        self.folder, self.begun = job.folder, job.begun
 
-    def after_exception(self, *_: Any, **__: Any) -> None:
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """See ``UserCallback``."""
         workers_file(self.folder).unlink(missing_ok=True)
+        print(f"{clock(time.time() - self.begun)}  a worker died: {cause_of_first(worker_exceptions)}", flush=True)
 
 
 def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
@@ -143,6 +147,15 @@ def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
         if stop_file(folder).exists() and not workers_file(folder).exists():
             raise stopped_at_once(folder)
     return fitted.result()
+
+
+def cause_of_first(failures: Mapping[int, BaseException]) -> str:
+    """The cause of the first of several failures in one line: where a process is gone, the others fail for want of it.
+
+    Args:
+        failures: rank to error.
+    """
+    return cause(min(failures.values(), key=lambda error: not isinstance(error, RayActorError)))
 
 
 def cause(error: BaseException) -> str:
@@ -174,8 +187,8 @@ def make_torch_trainer(job: Job, here: bool = False) -> TorchTrainer:
         run_config=RunConfig(
             storage_path=str(folder / RAY),
             name=job.name,
-            logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=None if here else [NoteLostWorkers(folder), *report],
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # tracebacks; NoteLostWorkers says it in a line
+            callbacks=None if here else [NoteLostWorkers(job), *report],
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

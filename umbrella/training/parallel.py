@@ -52,7 +52,7 @@ def data_parallel(model: nn.Module, device: torch.device, workers: int) -> nn.Mo
     model.to(device)
     if workers == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def workers_of(model: nn.Module) -> int:
