@@ -415,6 +415,7 @@ def ray_session() -> Any:
     from umbrella.training.settings import ResourceSettings
 
     os.environ["RAY_metrics_report_interval_ms"] = "200"  # noqa: SIM112  # 10 s: more than a training here takes
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # 15: a hundredth of the time beside a busy process
     start_ray(ResourceSettings(), log_to_driver=False, name="tests of umbrella")
     yield ray
     ray.shutdown()

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from tests.faults.fault_injection import kill, named
+from tests.printed import printed_to, unknown_lines
 from umbrella.assessment.at_end import evaluate_at_end
 from umbrella.assessment.stream import Answerer, deal, stream
 from umbrella.base import UserError
@@ -60,6 +61,8 @@ class Ended(NamedTuple):
     checkpoint: Path
     folder: Path
     printed: str
+    output: str
+    """All that the process printed."""
 
 
 def quiet(things: Any, what: str) -> Any:
@@ -69,13 +72,16 @@ def quiet(things: Any, what: str) -> Any:
 def train_and_evaluate(storage: Path, settings: Settings) -> Ended:
     folder, uri = storage / "trainings" / "learns", tracking_uri(storage)
     tracking = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage), "name": "learns"}
-    # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
-    run_job(make_job(settings, load_splits(settings, quiet), tracking | {"trial": "learns"}, str(folder)), here=True)
-    checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
-    assert checkpoint
-    page = StringIO()
-    evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
-    return Ended(settings, checkpoint, storage / "evaluations" / "learns", page.getvalue())
+    job = make_job(settings, load_splits(settings, quiet), tracking | {"trial": "learns"}, str(folder))
+    page, output = StringIO(), storage / "output.txt"
+    with printed_to(output):
+        # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
+        run_job(job, here=True)
+        checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
+        assert checkpoint
+        evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
+    evaluation = storage / "evaluations" / "learns"
+    return Ended(settings, checkpoint, evaluation, page.getvalue(), output.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,11 @@ def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -
         assert found["value"] < 0.8
     assert "as asked" in ended.printed
     assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
+
+
+def test_a_training_and_its_evaluation_print_no_line_that_is_not_meant_for_a_person(ended: Ended) -> None:
+    assert "  finished\n" in ended.output
+    assert unknown_lines(ended.output) == []
 
 
 def test_a_checkpoint_knows_its_modalities_and_its_longest_answer(ended: Ended, run: Callable[..., Any]) -> None:

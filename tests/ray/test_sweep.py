@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from tests.printed import printed_to, unknown_lines
 from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.ending import read_end
 from umbrella.tuning.sweep import run_sweep
+
+OUTPUT = "output_of_sweep.txt"
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -41,7 +44,8 @@ def swept(small_settings: Any, ray_session: Any) -> Any:
             "tracking.hash_subjects": True,
         }
     )
-    answer = run_sweep(settings, frozenset(), lambda things, what: things)
+    with printed_to(Path(settings.resources.storage) / OUTPUT):
+        answer = run_sweep(settings, frozenset(), lambda things, what: things)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
     (parent,) = [run for run in runs if PARENT not in run.data.tags]
@@ -65,6 +69,13 @@ def test_a_trial_that_asha_stops_is_killed_one_that_explodes_is_failed_and_the_s
     assert [e.step for e in stopped.curve] == [stopped.step], "the checkpoint of its only evaluation is whole"
     losses = client.get_metric_history(children[stopped.trial_id].info.run_id, "train/loss")
     assert [m.step for m in losses] == list(range(1, stopped.step + 1)), "it took no step after that"
+
+
+def test_a_sweep_prints_no_line_that_is_not_meant_for_a_person(swept: Any) -> None:
+    answer, _, _, _ = swept
+    output = (answer.folder.parents[1] / OUTPUT).read_text(encoding="utf-8")
+    assert "  lr=0.003: finished\n" in output
+    assert unknown_lines(output) == []
 
 
 def test_a_swept_value_acts_where_it_should(swept: Any) -> None:

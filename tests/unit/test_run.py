@@ -1,14 +1,16 @@
 """What is found out before a training starts: whether it fits the cluster, and whether the data give what decides."""
 
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from umbrella.assessment.cohort import read_cohort
 from umbrella.base import UserError
@@ -16,8 +18,9 @@ from umbrella.config import load_settings
 from umbrella.conversations.conversation import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.capacity import trainings_that_fit
-from umbrella.training.job import LanguageModelJob
-from umbrella.training.launch import LANGUAGE_MODEL, cause
+from umbrella.training.job import Job, LanguageModelJob
+from umbrella.training.launch import LANGUAGE_MODEL, NoteLostWorkers, cause, cause_of_first
+from umbrella.training.requests import workers_file
 from umbrella.training.run import check, check_same
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.sweep import possible_masks
@@ -81,6 +84,24 @@ def test_what_a_worker_died_of_is_the_exception_and_not_the_way_to_it(died_of: s
 def test_what_a_worker_raised_is_named_with_its_kind() -> None:
     assert cause(OSError(40, "Too many links", "x.npy")) == "OSError: [Errno 40] Too many links: 'x.npy'"
     assert cause(UserError("x.npy: is gone")) == "x.npy: is gone"
+
+
+def test_of_several_workers_the_one_that_is_gone_is_told(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    others = {0: RuntimeError("connection reset"), 1: RayActorError(error_msg="The actor died."), 2: OSError("reset")}
+    assert cause_of_first(others) == "The actor died."
+    assert cause_of_first({0: OSError("no file")}) == "OSError: no file"
+    job = Job(
+        task=LANGUAGE_MODEL,
+        settings=load_settings(),
+        data={},
+        tracking={},
+        folder=str(tmp_path),
+        begun=time.time() - 65,
+    )
+    workers_file(tmp_path).touch()
+    NoteLostWorkers(job).after_exception(None, others)
+    assert re.fullmatch(r"01:\d\d  a worker died: The actor died\.\n", capsys.readouterr().out)
+    assert not workers_file(tmp_path).exists()
 
 
 def splits(talk: Callable[..., Conversation], target: str, held_out: int = 2) -> Splits:

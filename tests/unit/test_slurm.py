@@ -51,17 +51,13 @@ class Job(NamedTuple):
 
     def wait_for(self, name: str, lines: int) -> None:
         """Wait until a stand-in has noted so many lines."""
-        for _ in range(500):
-            if len(self.called(name)) >= lines:
-                return
+        while len(self.called(name)) < lines:
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
-        pytest.fail(f"{name} noted only {self.called(name)}")
 
     def end(self) -> int:
         """Its exit status."""
-        output = self.process.communicate(timeout=10)
-        print(*output)
+        print(*self.process.communicate())
         return self.process.returncode
 
     def finish(self) -> int:

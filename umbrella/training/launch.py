@@ -155,7 +155,8 @@ def cause_of_first(failures: Mapping[int, BaseException]) -> str:
     Args:
         failures: rank to error.
     """
-    return cause(min(failures.values(), key=lambda error: not isinstance(error, RayActorError)))
+    causes = [getattr(error, "health_check_failure", error) for error in failures.values()]  # Ray Train wraps it
+    return cause(min(causes, key=lambda error: not isinstance(error, RayActorError)))
 
 
 def cause(error: BaseException) -> str:

@@ -1,0 +1,40 @@
+"""What scripts print: each line is one that a person is meant to read."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+KNOWN = [
+    r"\d\d:\d\d(:\d\d)?  \S.*",  # a state of a training or trial
+    r"step \d+/\d+  epoch .*",
+    r"(samples|loss|mask|supervised|weights that move|best checkpoint|checkpoints|runs in MLflow): .*",
+    r" +(system|user|assistant) (header|text|image|end) +\d+ of \d+",
+    r"\w+: a volume of [\dx]+ in patches of [\dx]+ is \d+ tokens",
+    r"(making the phantom cohort|decoding volumes|rendering conversations|answering conversations) ━+ \d+/\d+ [\d:]+",
+    r"stopped by the keyboard",
+]
+
+
+def unknown_lines(text: str) -> list[str]:
+    """The lines that are none of those."""
+    return [line for line in text.splitlines() if line and not re.fullmatch("|".join(KNOWN), line.rstrip())]
+
+
+@contextmanager
+def printed_to(file: Path) -> Iterator[None]:
+    """In here the output of this process, also that of libraries in C++, goes to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with file.open("a", buffering=1, encoding="utf-8") as into, redirect_stdout(into), redirect_stderr(into):
+        os.dup2(into.fileno(), 1)
+        os.dup2(into.fileno(), 2)
+        try:
+            yield
+        finally:
+            for number, copy in enumerate(kept, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
