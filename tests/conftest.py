@@ -52,6 +52,7 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 AFFINE = np.array([[1, 0, 0, -3], [0, 2, 0, -5], [0, 0, 3.5, 7], [0, 0, 0, 1]])
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group the tests for ``make test``, where two processes share them: by file, and all tests of Ray in one group.
 

@@ -87,17 +87,13 @@ def test_what_a_worker_raised_is_named_with_its_kind() -> None:
 
 
 def test_of_several_workers_the_one_that_is_gone_is_told(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    others = {0: RuntimeError("connection reset"), 1: RayActorError(error_msg="The actor died."), 2: OSError("reset")}
+    gone = RuntimeError("A worker health check failed.\nWorker info: Worker(\n  rank=1\n)")
+    gone.health_check_failure = RayActorError(error_msg="The actor died.")  # type: ignore[attr-defined]
+    others = {0: RuntimeError("connection reset"), 1: gone, 2: RuntimeError("connection reset")}
     assert cause_of_first(others) == "The actor died."
     assert cause_of_first({0: OSError("no file")}) == "OSError: no file"
-    job = Job(
-        task=LANGUAGE_MODEL,
-        settings=load_settings(),
-        data={},
-        tracking={},
-        folder=str(tmp_path),
-        begun=time.time() - 65,
-    )
+    settings, begun = load_settings(), time.time() - 65
+    job = Job(task=LANGUAGE_MODEL, settings=settings, data={}, tracking={}, folder=str(tmp_path), begun=begun)
     workers_file(tmp_path).touch()
     NoteLostWorkers(job).after_exception(None, others)
     assert re.fullmatch(r"01:\d\d  a worker died: The actor died\.\n", capsys.readouterr().out)
