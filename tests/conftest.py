@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     So there is one Ray, and a file's fixtures are made once.
     """
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+    for item in items if hasattr(config, "workerinput") else ():  # in a process of xdist
         file = item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(("tests/ray/", "tests/faults/")) else file))
 
