@@ -21,7 +21,7 @@ tune: setup
 	$(BIN)/python experiments/tune.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 faults: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)

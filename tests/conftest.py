@@ -52,15 +52,18 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 AFFINE = np.array([[1, 0, 0, -3], [0, 2, 0, -5], [0, 0, 3.5, 7], [0, 0, 0, 1]])
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests for ``make test``, where two processes share them: by file, and all tests of Ray in one group.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where processes share the tests (``pytest -n 2``), they take files; one has all tests of Ray, and so one Ray."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    So there is one Ray, and a file's fixtures are made once.
-    """
-    for item in items if hasattr(config, "workerinput") else ():  # in a process of xdist
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(("tests/ray/", "tests/faults/")) else file))
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.startswith(("tests/ray/", "tests/faults/")) else file
+
+    config.option.loadscopereorder = False  # those of Ray first, as they are collected: they take longest
+    return Scheduling(config, log)
 
 
 def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
