@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
+from ray import cloudpickle
 from rich.console import Console
 
 from tests.faults.fault_injection import kill, named
@@ -30,6 +32,8 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.launch import run_job
 from umbrella.training.progress import best_checkpoint
 from umbrella.training.run import make_job
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # an actor would import this file: seconds each
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -22,7 +22,9 @@ from umbrella.training.settings import ResourceSettings
 
 DASHBOARD = "RAY_API_SERVER_ADDRESS"
 """Names the dashboard that Ray Train asks for the state of actors. Without it Ray Train looks for any Ray there is."""
-PORTS = range(20_000, 32_768)
+PORT = 8265
+"""The dashboard's port, unless it is taken."""
+OTHER_PORTS = range(20_000, 32_768)
 """Ports that neither Ray's workers use nor systems give to whoever asks for any port."""
 SHARED_MEMORY = "/dev/shm"
 SOCKET_PATH = 107 if sys.platform == "linux" else 103
@@ -77,12 +79,13 @@ def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
 
 
 def free_port() -> int:
-    """A port of localhost that nobody listens on."""
+    """A port of localhost that nobody listens on: ``PORT`` if possible."""
+    port = PORT
     while True:
-        port = secrets.choice(PORTS)
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port
+        port = secrets.choice(OTHER_PORTS)
 
 
 @contextmanager
