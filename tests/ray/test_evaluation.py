@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tests.faults.fault_injection import kill, named
 from tests.printed import printed_to, unknown_lines
+from tests.ray.conftest import quiet
 from umbrella.assessment.at_end import evaluate_at_end
 from umbrella.assessment.stream import Answerer, deal, stream
 from umbrella.base import UserError
@@ -67,10 +68,6 @@ class Ended(NamedTuple):
     printed: str
     output: str
     """All that the process printed."""
-
-
-def quiet(things: Any, what: str) -> Any:
-    return things
 
 
 def train_and_evaluate(storage: Path, settings: Settings) -> Ended:

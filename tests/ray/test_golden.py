@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import SMALL
+from tests.ray.conftest import quiet
 from umbrella.config import Settings, load_settings
 from umbrella.data.intake import Splits, load_splits
 from umbrella.data.masking import loss_weights
@@ -47,11 +48,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
-
-def quiet(things: Any, what: str) -> Any:
-    """No progress bar."""
-    return things
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.printed import printed_to, unknown_lines
+from tests.ray.conftest import quiet
 from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.ending import read_end
@@ -45,7 +46,7 @@ def swept(small_settings: Any, ray_session: Any) -> Any:
         }
     )
     with printed_to(Path(settings.resources.storage) / OUTPUT):
-        answer = run_sweep(settings, frozenset(), lambda things, what: things)
+        answer = run_sweep(settings, frozenset(), quiet)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
     (parent,) = [run for run in runs if PARENT not in run.data.tags]
