@@ -101,7 +101,7 @@ def test_at_whatever_moment_the_machine_is_lost_another_one_continues_from_a_who
 def test_a_training_is_downloaded_as_it_was_without_what_belongs_to_the_machine(address: str, tmp_path: Path) -> None:
     folder, report = begin(tmp_path / "home" / FIRST), tmp_path / "home/evaluations/first/report.html"
     assert not is_uploaded(resources(tmp_path / "away", address), tmp_path / "away" / FIRST)
-    with synced(resources(tmp_path / "home", address), folder, all_of, [report.parent]):
+    with synced(resources(tmp_path / "home", address), folder, all_of):
         evaluate(folder, 1)
         for name in ("stop", "workers", "ray/notes", ".step_2.partial/model"):
             (folder / name).parent.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from umbrella.data.loading import classes_of
 from umbrella.evaluation.prediction import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.tables import tabulate
-from umbrella.paths import PREDICTIONS, evaluation_folder, storage_of, training_folder
+from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
 from umbrella.storage import check_writable
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.store import open_experiment, tracking_uri
@@ -45,8 +45,7 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
         folder = Path(job.folder)
-        also = [evaluation_folder(storage_of(folder), folder.name)]
-        with claimed(folder), synced(settings.resources, folder, progress, also):
+        with claimed(folder), synced(settings.resources, folder, progress):
             watch_job(job)
             evaluated = evaluate(job, splits)
         yield evaluated

@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from umbrella.base import UserError, note
 from umbrella.data.loading import Progress
-from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, marker_of, storage_of
+from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, evaluation_folder, marker_of, storage_of
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
 from umbrella.training.progress import what_is_wrong
@@ -30,14 +30,11 @@ Stamp = tuple[int, int]
 
 
 @contextmanager
-def synced(
-    resources: ResourceSettings, folder: Path, progress: Progress, also: Collection[Path] = ()
-) -> Iterator[None]:
+def synced(resources: ResourceSettings, folder: Path, progress: Progress) -> Iterator[None]:
     """Download a training or sweep that this machine does not have, and upload it while the block runs.
 
     Args:
-        folder: of the training or sweep.
-        also: more folders that are uploaded with it.
+        folder: of the training or sweep; its evaluation is uploaded with it.
 
     Raises:
         UserError: the object store cannot be read or written.
@@ -46,7 +43,7 @@ def synced(
         yield
         return
     download(resources, folder, progress)
-    with CheckpointSync(SharedStore(resources.upload, SETTING), folder, also):
+    with CheckpointSync(SharedStore(resources.upload, SETTING), folder):
         yield
 
 
@@ -98,12 +95,12 @@ class CheckpointSync:
 
     Args:
         store: names in it are paths below the storage folder.
-        folder: of the training or sweep.
-        also: more folders that are uploaded with it.
+        folder: of the training or sweep; its evaluation is uploaded with it.
     """
 
-    def __init__(self, store: SharedStore, folder: Path, also: Collection[Path] = ()) -> None:
-        self.store, self.folder, self.folders = store, folder, [folder, *also]
+    def __init__(self, store: SharedStore, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        self.folders = [folder, evaluation_folder(storage_of(folder), folder.name)]
         self.storage, self.begun = storage_of(folder), marker_of(folder).name
         self._ended, self._failed = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)

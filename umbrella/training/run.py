@@ -19,7 +19,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
-from umbrella.paths import BEGUN, evaluation_folder, storage_of, training_folder
+from umbrella.paths import BEGUN, storage_of, training_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.datasets import describe
 from umbrella.tracking.mlflow_logger import close_run, run_key
@@ -154,8 +154,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     """
     settings = settings.named("train")
     folder = training_folder(settings.resources.storage, settings.name)
-    also = [evaluation_folder(storage_of(folder), folder.name)]
-    with claimed(folder), synced(settings.resources, folder, progress, also):
+    with claimed(folder), synced(settings.resources, folder, progress):
         _train(settings, progress, folder)
         then(folder)
     return folder

@@ -38,12 +38,13 @@ SWITCH = 5e-4
 
 
 class Trainer:
-    """One rank of a training. It goes on from the training's newest checkpoint.
+    """One rank of a training.
 
     Args:
         make_task: makes the task of (job, rank, world size, device).
         reporter: logs the run; only rank 0 has one, and writes checkpoints.
         report: called with the metrics of every evaluation, on all ranks.
+        latest: the checkpoint from which it goes on; None: it begins.
 
     Raises:
         UserError: the settings cannot be trained, or the training's folder cannot be written to.
@@ -58,14 +59,13 @@ class Trainer:
         device: torch.device,
         reporter: Reporter | None,
         report: Callable[[dict[str, Any]], None],
+        latest: Path | None = None,
     ) -> None:
         self.job, self.settings = job, job.settings
         self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
         seed_worker(self.settings.seed, rank)
-        # Rank 0 decides: on a network file system other nodes may list the folder as it was before.
-        latest = told(latest_checkpoint(job.folder) if rank == 0 else None, 0)
         self.progress = read_progress(latest) if latest else Progress()
         if rank == 0:
             history.cut(job.folder, self.progress.step)
@@ -220,6 +220,10 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     Raises:
         UserError: see ``Trainer``.
     """
+    (rank, world_size), device = rank_and_world_size(), get_device()
+    # Rank 0 decides: on a network file system other nodes may list the folder as it was before. First, because a rank
+    # that fails before a broadcast lets the others wait.
+    latest = told(latest_checkpoint(job.folder) if rank == 0 else None, 0)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
@@ -227,9 +231,8 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     sys.setswitchinterval(SWITCH)
     # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
     torch.set_num_threads(job.settings.resources.threads)
-    (rank, world_size), device = rank_and_world_size(), get_device()
     reporter = Reporter(job, device) if rank == 0 else None
     # In the process of a trial Ray Tune takes the metrics, and ends the process's work by SystemExit where the
     # scheduler stops the trial. From workers, ``TuneReportCallback`` passes them on.
     report = tune.report if job.in_trial else ray.train.report
-    return Trainer(job, make_task, rank, world_size, device, reporter, report)
+    return Trainer(job, make_task, rank, world_size, device, reporter, report, latest)

@@ -16,7 +16,7 @@ from umbrella.data.intake import Splits
 from umbrella.data.loading import Progress, classes_of
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.metrics import chance
-from umbrella.paths import SETTINGS, TRIALS, evaluation_folder, storage_of, sweep_folder
+from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.mlflow_logger import MlflowLogger
@@ -88,11 +88,10 @@ def run_sweep(
     goes_on = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweep_folder(settings.resources.storage, settings.name)
-    also = [evaluation_folder(storage_of(folder), folder.name)]
     with claimed(folder):
         if not goes_on and is_uploaded(settings.resources, folder):
             raise _is_there(folder.name)
-        with synced(settings.resources, folder, progress, also):
+        with synced(settings.resources, folder, progress):
             answer = _run(settings, given, progress, folder, goes_on)
             tell(answer)
             if settings.tracking.model and (best := answer.trials[0].checkpoint):
