@@ -50,6 +50,12 @@ def batch(examples: dict[str, Any], store: Any, tokenizer: Any) -> Batch:
 
 
 def nll(model: Umbrella, batch: Batch) -> torch.Tensor:
+    """Each token's negative log-likelihood, with the weights in memory of torch's own alignment.
+
+    Loaded weights lie in a mapped file, and on some processors matrix products round by alignment.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
     with torch.no_grad():
         return model(**batch.model_inputs()).token_nll
 
