@@ -33,21 +33,23 @@ def cue(folder: Path, split: str, people: int) -> Path:
     return file
 
 
-def test_two_workers_learn_a_planted_cue_and_go_on_to_the_same_answers(
-    small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: Any
-) -> None:
+@pytest.fixture
+def baseline_settings(small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path) -> Any:
+    """A baseline that learns the sex of 16 subjects in a few seconds, with storage of its own."""
+    data = {f"data.{split}": str(cue(tmp_path, split, 16)) for split in ("train", "validation", "test")}
+    own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 4}
+    tracking = {"resources.storage": str(tmp_path), "tracking.uri": mlflow_store(tmp_path), "name": "mine"}
+    return small_settings({**data, **own, **tracking, "evaluate.bootstrap": 100, "resources.keep_checkpoints": 9})
+
+
+def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) -> None:
     from mlflow import MlflowClient
 
     from umbrella.assessment.summary import print_evaluation
     from umbrella.baseline.run import run_baseline
     from umbrella.cli import make_console
 
-    uri = mlflow_store(tmp_path)
-    data = {f"data.{split}": str(cue(tmp_path, split, 16)) for split in ("train", "validation", "test")}
-    own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 4}
-    own |= {"resources.workers": 2, "resources.cpus_per_worker": 0.25}
-    more = {"resources.storage": str(tmp_path), "tracking.uri": uri, "name": "mine", "evaluate.bootstrap": 100}
-    settings = small_settings({**data, **own, **more, "resources.keep_checkpoints": 9})
+    settings = baseline_settings.with_values({"resources.workers": 2, "resources.cpus_per_worker": 0.25})
     (evaluated,) = run_baseline(settings, quiet)
     found = evaluated.assessment
     print_evaluation(evaluated, make_console())
@@ -58,9 +60,9 @@ def test_two_workers_learn_a_planted_cue_and_go_on_to_the_same_answers(
     group = found.groups["as_asked"][0]
     assert (group.target, group.kind, group.by, group.subjects, group.invalid) == ("sex", "classes", "all", 16, None)
     assert group.metrics["likelihood/subjects/balanced_accuracy"].value > 0.9
-    assert Path(found.model).parent == tmp_path / "trainings" / "mine-sex"
+    assert Path(found.model).parent == Path(settings.resources.storage) / "trainings" / "mine-sex"
 
-    client = MlflowClient(uri)
+    client = MlflowClient(settings.tracking.uri)
     (experiment,) = client.search_experiments(filter_string="name = 'umbrella'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
@@ -69,10 +71,20 @@ def test_two_workers_learn_a_planted_cue_and_go_on_to_the_same_answers(
     assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 
-    folder = tmp_path / "trainings" / "mine-sex"
+
+def test_a_baseline_that_lost_its_newest_checkpoints_goes_on_to_the_same_answers(baseline_settings: Any) -> None:
+    from umbrella.baseline.run import evaluate, make_jobs
+    from umbrella.training.launch import run_job
+
+    def answers() -> Any:
+        splits, (job,) = make_jobs(baseline_settings, quiet)
+        run_job(job, here=True)
+        return evaluate(job, splits).assessment.predictions
+
+    before = answers()
+    folder = Path(baseline_settings.resources.storage) / "trainings" / "mine-sex"
     steps = sorted(folder.glob("step_*"))
     for newer in steps[3:]:
         shutil.rmtree(newer)
-    (again,) = run_baseline(settings, quiet)
+    assert answers() == before
     assert sorted(folder.glob("step_*")) == steps
-    assert again.assessment.predictions == found.predictions

@@ -11,7 +11,8 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.faults.fault_injection import dies_once
-from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, train, train_here
+from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train_here
+from umbrella.data.intake import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.training.progress import latest_checkpoint, read_progress
 from umbrella.training.progress_log import EVALUATION, FORMATS, ProgressLog, gauge_name
@@ -22,6 +23,8 @@ PATIENT = {
     **TWO_WORKERS,
     "name": "patient",
     "experiment": "reporting",
+    "train.shard": True,
+    "train.evaluation_batch_size": 1,  # of an odd number of conversations, so one worker has more of them
     "train.patience": 2,
     "tune.metric": "eval/loss",
     "tune.mode": "max",  # it learns, so no evaluation is better than the first, at step 9
@@ -42,7 +45,7 @@ def steps_taken(trained: Trained) -> int:
 
 @pytest.fixture(scope="module")
 def patient(small_settings: Callable[..., Any], ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Two workers without a better evaluation than their first, killed between the second and the third."""
+    """Two workers with sharded weights, killed between the second and the third evaluation; the first is the best."""
     died = tmp_path_factory.mktemp("patient") / "died"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("umbrella.training.run.LANGUAGE_MODEL", dies_once(20, died))
@@ -66,9 +69,13 @@ def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) 
     assert (progress.step, progress.since_best) == (STOP, 2)
 
 
-def test_two_workers_have_the_curve_of_one_although_one_of_them_was_killed(patient: Trained, one: Trained) -> None:
+def test_two_workers_with_sharded_weights_have_the_curve_of_one_although_one_was_killed_and_one_has_more_to_evaluate(
+    patient: Trained, one: Trained, small_settings: Callable[..., Any]
+) -> None:
     assert patient.curves["train/loss"] == pytest.approx(one.curves["train/loss"][:STOP], abs=1e-5)
+    assert patient.curves["train/grad_norm"] == pytest.approx(one.curves["train/grad_norm"][:STOP], rel=1e-2)
     assert patient.curves["eval/loss"] == pytest.approx(one.curves["eval/loss"][:3], abs=1e-5)
+    assert len(load_splits(small_settings(PATIENT), quiet).validation) % 2 == 1
 
 
 def test_mlflow_has_the_figures_of_the_lines(patient: Trained) -> None:
