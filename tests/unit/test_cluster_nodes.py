@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from umbrella.base import UserError
+from umbrella.locking import lock
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
-from umbrella.training.cluster import check_answers, check_surroundings, make_token
+from umbrella.training.cluster import check_answers, check_surroundings, free_port, make_token, start_lock
 
 
 def test_a_node_that_sees_everything_has_no_fault(tmp_path: Path) -> None:
@@ -105,3 +106,17 @@ def test_the_token_of_a_ray_of_our_own_is_for_its_owner_alone(tmp_path: Path, mo
         make_token()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     make_token()
+
+
+def test_the_dashboards_port_is_free_and_one_script_at_a_time_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("umbrella.training.cluster.gettempdir", lambda: str(tmp_path))
+    with start_lock(), next(tmp_path.iterdir()).open() as file:
+        assert not lock(file)
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", free_port()))
+            other.listen()
+            assert free_port() != other.getsockname()[1]
+    with next(tmp_path.iterdir()).open() as file:
+        assert lock(file)

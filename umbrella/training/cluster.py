@@ -7,8 +7,9 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NoReturn
 
 import ray
@@ -16,6 +17,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from umbrella.base import UserError, masked
+from umbrella.locking import NoLocks, lock
 from umbrella.ray_environment import ENVIRONMENT, prepare_environment
 from umbrella.storage import check_writable
 from umbrella.training.settings import ResourceSettings
@@ -52,15 +54,17 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     if address == "local":
         check_surroundings()
         make_token()
-        # It inherits this process's environment; giving it as a runtime environment would slow every start.
-        port = free_port()
-        os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
-        options: dict[str, Any] = {"include_dashboard": True, "dashboard_port": port}
     else:
         check_answers(address, named)
-        options = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
     try:
-        with _own_sigterm():
+        with _own_sigterm(), start_lock() if address == "local" else nullcontext():
+            if address == "local":
+                # Ray inherits this process's environment; a runtime environment would slow every start.
+                port = free_port()
+                os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
+                options: dict[str, Any] = {"include_dashboard": True, "dashboard_port": port}
+            else:
+                options = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
             context = ray.init(
                 address=address,
                 log_to_driver=log_to_driver,
@@ -76,6 +80,15 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
 def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
     """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
     return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
+
+
+@contextmanager
+def start_lock() -> Iterator[None]:
+    """Let the scripts of a user start their Rays one after another: two at once would take the same port."""
+    with open(Path(gettempdir()) / f"umbrella_start_{os.getuid()}.lock", "w") as file:
+        with suppress(NoLocks):
+            lock(file, wait=True)
+        yield
 
 
 def free_port() -> int:
