@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from umbrella.modality import Modality  # noqa: E402
-from umbrella.volumes.preparing import prepare  # noqa: E402
+from umbrella.volumes.preprocessing import prepare  # noqa: E402
 from umbrella.volumes.reading import read_volume  # noqa: E402
 
 SIZE, SLICES, GRID, FILES, ROUNDS = 256, 176, 96, 4, 8

@@ -19,7 +19,7 @@ def main(request: Request) -> None:
     from umbrella.paths import cohort_report_folder
     from umbrella.training.cluster import join
     from umbrella.training.run import check, check_model
-    from umbrella.volumes.housekeeping import holdings
+    from umbrella.volumes.store_files import holdings
 
     settings, console = request.settings, make_console()
 

@@ -18,7 +18,7 @@ def main(request: Request) -> None:
     from rich.table import Table
 
     from umbrella.data.intake import open_store
-    from umbrella.volumes.housekeeping import holdings, prune
+    from umbrella.volumes.store_files import holdings, prune
 
     console, modalities = make_console(), request.settings.modalities
     folder = open_store(request.settings).folder

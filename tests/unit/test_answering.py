@@ -20,8 +20,7 @@ from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.generation import generate
 from umbrella.evaluation.scoring import score
 from umbrella.modality import Modality
-from umbrella.volumes.decoded import DecodedVolumes
-from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
 
 @pytest.fixture(scope="module")

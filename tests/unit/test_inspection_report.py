@@ -20,7 +20,7 @@ from umbrella.inspection.report import write_report
 from umbrella.inspection.volumes import VolumeRow, duplicates, flag, robust_z
 from umbrella.modality import Modality
 from umbrella.pages import number
-from umbrella.volumes.planes import TILE, cut, save_thumbnail, voxel_edges
+from umbrella.volumes.slices import TILE, cut, save_thumbnail, voxel_edges
 from umbrella.volumes.store import Facts, VolumeStore
 
 CUBE = Modality(grid=(10, 10, 10), patch=(5, 5, 5))

@@ -24,7 +24,7 @@ from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
 from umbrella.model.presets import build_model
-from umbrella.volumes.planes import PLANES, cut
+from umbrella.volumes.slices import PLANES, cut
 from umbrella.volumes.store import VolumeStore
 
 HEAD = Modality(grid=(8, 12, 8), patch=(2, 4, 2))

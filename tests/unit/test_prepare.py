@@ -11,8 +11,8 @@ import pytest
 
 from tests.conftest import Done
 from umbrella.modality import Modality
-from umbrella.volumes.housekeeping import holdings
 from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.store_files import holdings
 
 Run = Callable[..., Done]
 GRID = "modalities.sMRI={grid: [8, 8, 8], patch: [4, 4, 4]}"

@@ -7,9 +7,8 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.preparing import on_grid, prepare, recipe
+from umbrella.volumes.preprocessing import Axis, on_grid, prepare, recipe
 from umbrella.volumes.reading import RawVolume
-from umbrella.volumes.resampling import Axis
 
 
 def raw(voxels: np.ndarray, spacing: tuple[float, ...] = (1, 1, 1), slope: float = 1, inter: float = 0) -> RawVolume:

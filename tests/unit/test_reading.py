@@ -19,7 +19,7 @@ from scipy.io import netcdf_file
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.preparing import on_grid
+from umbrella.volumes.preprocessing import on_grid
 from umbrella.volumes.reading import SURPLUS, content_id, header_notes, read_volume
 from umbrella.volumes.store import decode
 

@@ -16,10 +16,10 @@ import pytest
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes import store as store_module
-from umbrella.volumes.housekeeping import holdings, prune
-from umbrella.volumes.preparing import prepare
+from umbrella.volumes.preprocessing import prepare
 from umbrella.volumes.reading import RawVolume, content_id
 from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.store_files import holdings, prune
 
 LIMIT = 2**31
 SMALL = {

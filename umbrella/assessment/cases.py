@@ -13,7 +13,7 @@ from umbrella.drawing import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, sho
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
-from umbrella.volumes.planes import Plane, cut, draw_plane
+from umbrella.volumes.slices import Plane, cut, draw_plane
 from umbrella.volumes.store import VolumeStore
 
 if TYPE_CHECKING:

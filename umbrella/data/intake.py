@@ -18,9 +18,9 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.nodes import check_nodes
 from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.shared_store import SharedStore, as_path, is_address
-from umbrella.volumes.files import write_whole
 from umbrella.volumes.reading import image_size
 from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.store_files import write_whole
 
 if TYPE_CHECKING:
     from umbrella.config import Settings

@@ -23,9 +23,8 @@ from umbrella.modality import Modality
 from umbrella.model.presets import build_model
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
 from umbrella.paths import SETTINGS
-from umbrella.volumes.decoded import DecodedVolumes
 from umbrella.volumes.reading import count_axes
-from umbrella.volumes.store import VolumeStore
+from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
 UNKNOWN_LENGTH, MOST_TOKENS = 64, 1024
 """Default limits of a generated answer in tokens: where the longest training answer is not known, and in any case."""

@@ -8,7 +8,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.conversations.conversation import Conversation
 from umbrella.modality import Modality
-from umbrella.volumes.planes import Plane, cut, draw_plane
+from umbrella.volumes.slices import Plane, cut, draw_plane
 from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.windows import num_windows, pick_window
 

@@ -14,7 +14,7 @@ from umbrella.inspection.balance import BINS, count_labels, count_splits, shared
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
 from umbrella.pages import number, render
 from umbrella.storage import write_csv
-from umbrella.volumes.planes import TILE, cut, save_thumbnail
+from umbrella.volumes.slices import TILE, cut, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 
 SHOWN = 500

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.shared_store import SharedStore
-from umbrella.volumes.files import READERS, file_stamp, map_array, read_header, read_json, write_whole
-from umbrella.volumes.preparing import on_grid, recipe, scale_intensity
+from umbrella.volumes.preprocessing import on_grid, recipe, scale_intensity
 from umbrella.volumes.reading import RawVolume, content_id, header_notes, read_volume
+from umbrella.volumes.store_files import READERS, file_stamp, map_array, read_header, read_json, write_whole
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 
@@ -282,3 +283,30 @@ def decode(
         return raw, values, foreground, scale_intensity(values, foreground, target)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+KEPT = 16
+"""Volumes, or windows of series, that are kept: a conversation asks for its own again at every turn."""
+
+
+class DecodedVolumes:
+    """Read like a ``VolumeStore``, with the same numbers, and nothing of it is on disk.
+
+    Args:
+        modalities: name to what its volumes are brought to.
+        max_voxels: see ``read_volume``.
+    """
+
+    def __init__(self, modalities: Mapping[str, Modality], max_voxels: int) -> None:
+        self.modalities = modalities
+        self.max_voxels = max_voxels
+        self._kept = lru_cache(KEPT)(self._decode)
+
+    def read(self, source: str | Path, modality: str, into: np.ndarray, draw: tuple[int, ...] | None = None) -> None:
+        """As ``VolumeStore.read``. Raises UserError, too."""
+        into[...] = self._kept(os.path.abspath(source), modality, draw, file_stamp(source))
+
+    def _decode(self, source: str, modality: str, draw: tuple[int, ...] | None, stamp: tuple[int, int]) -> np.ndarray:
+        target = self.modalities[modality]
+        *_, array = decode(source, target, self.max_voxels)
+        return array[pick_window(len(array), target, draw)].copy() if target.is_series else array
