@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.pipeline import Plan, batches, from_table, to_table
 from umbrella.data.rendering import Renderer

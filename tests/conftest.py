@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.modality import Modality
 from umbrella.ray_environment import prepare_environment
 

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Done, write_questions
 from umbrella.assessment.cohort import answer, read_cohort
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.prediction import read_predictions
 from umbrella.evaluation.trained import settings_of

@@ -13,7 +13,7 @@ import torch
 import umbrella
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer
 from umbrella.evaluation.answering import Umbrella

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.audit import audit, audit_html, is_weighted, pick, pieces, shown, visible
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy

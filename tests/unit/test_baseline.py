@@ -9,7 +9,7 @@ from umbrella.base import UserError
 from umbrella.baseline.run import resolved
 from umbrella.baseline.targets import Bins, Classes, fit, own_volume, samples_of
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 
 CHANNELS = [32, 64, 128, 256, 256, 64]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, collate, packed_rows
 from umbrella.data.settings import MaskPolicy
 

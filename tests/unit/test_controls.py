@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from umbrella.assessment.controls import owners, shuffled, text_only
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction
 

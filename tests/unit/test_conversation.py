@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from umbrella.conversations.conversation import Conversation, TextItem, entity
-from umbrella.conversations.wording import explain, plain, show
+from umbrella.conversations.fields import explain, plain, show
+from umbrella.conversations.schema import Conversation, TextItem, entity
 
 
 def sample(**changes: Any) -> dict[str, Any]:

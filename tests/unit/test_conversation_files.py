@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from umbrella.base import UserError
-from umbrella.conversations.files import Problem, Reading, conversation_files, read_conversations
+from umbrella.conversations.reading import Problem, Reading, conversation_files, read_conversations
 from umbrella.data.loading import Intake
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Renderer
@@ -503,7 +503,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, data: bytes) -> None:
 def test_a_file_that_unpacks_beyond_all_measure_is_refused_and_a_repetitive_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbrella.conversations.json_files.MIN_UNPACKED", 1000)
+    monkeypatch.setattr("umbrella.conversations.reading.MIN_UNPACKED", 1000)
     good = write(tmp_path / "good.jsonl.gz", *(sample(str(i)) for i in range(1000)))
     assert len(ids(read_conversations(good))) == 1000
     bomb = tmp_path / "bomb.jsonl.gz"

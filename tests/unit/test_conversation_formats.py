@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from umbrella.conversations.conversation import Conversation, ImageItem
 from umbrella.conversations.formats import FORMATS, FormatError, convert, field_in_file, recognise, to_v2
+from umbrella.conversations.schema import Conversation, ImageItem
 
 V2 = {
     "task_id": "t",

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.audit import pieces
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from umbrella.conversations.conversation import Conversation
-from umbrella.conversations.files import Problem
+from umbrella.conversations.reading import Problem
+from umbrella.conversations.schema import Conversation
 from umbrella.data.loading import Intake
 from umbrella.inspection.balance import count_labels, count_splits, shared_subjects
 from umbrella.inspection.report import write_report

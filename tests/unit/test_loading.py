@@ -13,8 +13,8 @@ from tokenizers import normalizers
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.files import Problem
 from umbrella.conversations.images import MISSING
+from umbrella.conversations.reading import Problem
 from umbrella.data.intake import Splits, load_splits, open_store
 from umbrella.data.loading import Intake, phantom_of, read_splits
 from umbrella.data.settings import MaskPolicy

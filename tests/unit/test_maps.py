@@ -15,7 +15,7 @@ from PIL import Image
 from umbrella.assessment.cases import draw_cases, draw_volumes, over, pick
 from umbrella.assessment.maps import blocks_of, occlusion
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator
 from umbrella.data.rendering import Renderer

@@ -11,7 +11,7 @@ from tests.conftest import MODALITIES
 from umbrella.base import UserError
 from umbrella.cli import parse
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import collate
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from umbrella.cohort.questions import draw_subjects, split_conversations
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data import pipeline
 from umbrella.data.pipeline import Plan, evaluation_rows, from_table, sample_order, to_table
 from umbrella.data.rendering import Renderer

@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import Done, write_questions
 from umbrella.assessment.answers import AnswerFile
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
-from umbrella.conversations.files import read_conversations
+from umbrella.conversations.reading import read_conversations
+from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.prediction import Prediction
 
 

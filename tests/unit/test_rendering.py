@@ -14,7 +14,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.parts import MARK
 from umbrella.data.rendering import Example, Renderer, load_renderer
 from umbrella.data.tokenizer import byte_tokenizer

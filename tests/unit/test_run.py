@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from umbrella.assessment.cohort import read_cohort
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.job import Job, LanguageModelJob

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.audit import Row, audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy

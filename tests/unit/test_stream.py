@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from umbrella.assessment.stream import WINDOW, compose
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.modality import Modality
 
 

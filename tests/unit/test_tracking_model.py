@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.answering import Umbrella
 from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.drawing import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, shorten
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.settings import EvaluateSettings

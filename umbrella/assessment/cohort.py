@@ -8,7 +8,7 @@ from typing import Any
 from umbrella.assessment.answers import AnswerFile, key_of
 from umbrella.base import Stopped, UserError, note
 from umbrella.config import Settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import Splits, fingerprint, settle, settle_all
 from umbrella.data.loading import Intake, Progress, read_input
 from umbrella.paths import predictions_file

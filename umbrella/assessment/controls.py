@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.loading import counted
 
 DRAWS = 200

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from umbrella.base import UserError, printable
-from umbrella.conversations.conversation import ImageItem
+from umbrella.conversations.schema import ImageItem
 from umbrella.evaluation.answering import Umbrella
 
 HELP = """Ask, a line each. /add FILE [MODALITY] shows a volume with the next question; an empty line or Ctrl-D ends."""

@@ -11,7 +11,7 @@ from math import ceil, prod
 import numpy as np
 import torch
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.scoring import ANSWER_ONLY

@@ -8,7 +8,7 @@ from typing import Any
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import fingerprint, settle_all
 from umbrella.data.loading import Intake, Progress, read_splits, shared_between
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates

@@ -18,7 +18,7 @@ from umbrella.assessment.stream import load, stream
 from umbrella.assessment.tracked import log
 from umbrella.base import Stopped, UserError, note
 from umbrella.config import Settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.metrics import notes_on

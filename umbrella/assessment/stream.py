@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.conversations.conversation import Conversation, TextItem
+from umbrella.conversations.schema import Conversation, TextItem
 from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.prediction import Prediction

@@ -11,7 +11,7 @@ from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.report import write_report
 from umbrella.assessment.section import CHIEF
 from umbrella.base import note
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.parts import band_names
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS
 from umbrella.tracking.datasets import describe

@@ -14,7 +14,7 @@ from umbrella.base import UserError, note
 from umbrella.baseline.job import BASELINE, BaselineJob, Question
 from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
 from umbrella.config import Settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import Splits, fingerprint, load_splits
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.loading import classes_of

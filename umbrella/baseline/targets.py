@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import erf
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 
 MARGIN = 4
 """Bins on either side of the labels seen in training: the bell around the outermost one lies within the bins."""

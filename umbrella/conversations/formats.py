@@ -7,10 +7,19 @@ and ``value``, with ``<image>`` in the text. chat: ``messages`` of ``role`` and 
 import re
 from typing import Any
 
-from umbrella.conversations.images import Problems, name_files, path_in, tell_modalities, text_or_unknown
-from umbrella.conversations.items import TOKEN, image_items, images_can_be_counted, objects_in, v2_turn
-from umbrella.conversations.values import is_flag
-from umbrella.conversations.wording import plain, show
+from umbrella.conversations.fields import is_flag, plain, show
+from umbrella.conversations.images import (
+    TOKEN,
+    Problems,
+    image_items,
+    images_can_be_counted,
+    name_files,
+    objects_in,
+    path_in,
+    tell_modalities,
+    text_or_unknown,
+    v2_turn,
+)
 
 FORMATS = ("v2", "v1", "llava", "chat")
 TELLING = ("task_id", "task_type", "image", "images", "metadata", "subject_ids")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from umbrella.base import UserError, note
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.decoding import reasons_of
 from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation, entity, usual_answers
-from umbrella.conversations.files import Problem, Reading, read_conversations
 from umbrella.conversations.images import MISSING
+from umbrella.conversations.reading import Problem, Reading, read_conversations
+from umbrella.conversations.schema import Conversation, entity, usual_answers
 from umbrella.paths import phantom_folder
 from umbrella.volumes.reading import content_id, image_files, image_size
 

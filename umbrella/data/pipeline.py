@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from umbrella.base import UserError, loading_fault
-from umbrella.conversations.conversation import Conversation, ImageItem, TextItem
+from umbrella.conversations.schema import Conversation, ImageItem, TextItem
 from umbrella.data.chat_template import Frame, TurnShape, make_frame
 from umbrella.data.parts import MARK, Kind, Part, PartTokenizer, keep_volumes_apart, stripped
 from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN, load_tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation, usual_answers
+from umbrella.conversations.schema import Conversation, usual_answers
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy

@@ -8,7 +8,7 @@ from math import frexp, isfinite
 
 import numpy as np
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 
 RARE = 0.1
 """A class of a smaller part than this of its split is marked."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from umbrella.base import UserError
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.modality import Modality
 from umbrella.volumes.slices import Plane, cut, draw_plane
 from umbrella.volumes.store import VolumeStore

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from umbrella.base import UserError, printable
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.audit import Piece, audit, is_weighted, shown, visible
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy

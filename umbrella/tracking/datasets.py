@@ -7,7 +7,7 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 
 
 def describe(

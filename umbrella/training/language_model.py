@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.config import Settings
-from umbrella.conversations.conversation import Conversation
+from umbrella.conversations.schema import Conversation
 from umbrella.data.audit import Hide, audit
 from umbrella.data.batching import Batch
 from umbrella.data.collator import Collator

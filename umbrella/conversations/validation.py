@@ -11,12 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from umbrella.conversations.conversation import Conversation, Turn
+from umbrella.conversations.fields import explain, half_characters, plain, show
 from umbrella.conversations.formats import FormatError, convert, field_in_file, recognise
-from umbrella.conversations.images import UNKNOWN, Problems, fault_of_path, is_windows, path_in
-from umbrella.conversations.items import image_items, objects_in
-from umbrella.conversations.values import half_characters
-from umbrella.conversations.wording import explain, plain, show
+from umbrella.conversations.images import UNKNOWN, Problems, fault_of_path, image_items, is_windows, objects_in, path_in
+from umbrella.conversations.schema import Conversation, Turn
 
 MAX_PARTS = 10_000
 """Turns, and items of turns, that a sample may have."""

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from umbrella.conversations.images import disagreements
-from umbrella.conversations.items import image_items, images_can_be_counted, objects_in
-from umbrella.conversations.values import LOSS_FLAGS, faulty_values
+from umbrella.conversations.fields import LOSS_FLAGS, faulty_values
+from umbrella.conversations.images import disagreements, image_items, images_can_be_counted, objects_in
 
 ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")
 """The BIDS entity of the subject in a path."""
