@@ -27,7 +27,7 @@ from ray._private.internal_api import node_stats
 from warm import conversation
 
 from umbrella.data import pipeline
-from umbrella.data.collator import Collator
+from umbrella.data.batching import Collator
 from umbrella.data.pipeline import Plan, Rows, batches, from_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy

@@ -19,9 +19,9 @@ OPTIONS = (
 
 def main(request: Request) -> None:
     """Print one conversation and draw its volumes."""
-    from umbrella.data.audit import pieces
     from umbrella.data.intake import open_store
     from umbrella.data.loading import read_splits
+    from umbrella.data.mask_audit import pieces
     from umbrella.data.rendering import load_renderer
     from umbrella.inspection.conversation_picture import draw_volumes
     from umbrella.inspection.conversation_view import find, summary, turns

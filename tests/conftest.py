@@ -302,7 +302,7 @@ def learnt(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The checkpoint of a model that has learnt by heart what was said."""
-    from umbrella.data.collator import Collator
+    from umbrella.data.batching import Collator
     from umbrella.data.rendering import Renderer
     from umbrella.data.settings import MaskPolicy
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.data.decoding import _by_nodes, reasons_of
+from umbrella.data.intake import _by_nodes, reasons_of
 from umbrella.modality import Modality
 from umbrella.shared_store import SharedStore
 from umbrella.volumes.store import VolumeStore

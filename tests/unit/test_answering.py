@@ -14,7 +14,7 @@ import umbrella
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.collator import Collator
+from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
 from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.generation import generate

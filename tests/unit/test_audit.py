@@ -9,7 +9,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.audit import audit, audit_html, is_weighted, pick, pieces, shown, visible
+from umbrella.data.mask_audit import audit, audit_html, is_weighted, pick, pieces, shown, visible
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.audit import pieces
+from umbrella.data.mask_audit import pieces
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy

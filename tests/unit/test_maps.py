@@ -16,8 +16,7 @@ from umbrella.assessment.cases import draw_cases, draw_volumes, over, pick
 from umbrella.assessment.maps import blocks_of, occlusion
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import Batch
-from umbrella.data.collator import Collator
+from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer
 from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.prediction import Prediction

@@ -19,9 +19,9 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.collator import Collator
-from umbrella.data.parts import MARK
+from umbrella.data.batching import Collator
 from umbrella.data.rendering import Example, Renderer
+from umbrella.data.segments import MARK
 from umbrella.data.tokenizer import CHATML, TEMPLATES, load_tokenizer
 from umbrella.evaluation.scoring import score
 

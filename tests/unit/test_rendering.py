@@ -15,8 +15,8 @@ import pytest
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.parts import MARK
 from umbrella.data.rendering import Example, Renderer, load_renderer
+from umbrella.data.segments import MARK
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
 

@@ -9,7 +9,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.audit import Row, audit
+from umbrella.data.mask_audit import Row, audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality

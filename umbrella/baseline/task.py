@@ -15,8 +15,8 @@ from torch.nn import functional
 from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.network import Sfcn
 from umbrella.baseline.targets import Bins, Sample
-from umbrella.data.audit import Hide
 from umbrella.data.intake import open_store
+from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction, write_predictions

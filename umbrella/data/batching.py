@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from umbrella.data.masking import loss_weights
-from umbrella.data.rendering import Example
+from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 
@@ -246,3 +246,17 @@ def _gather(
         store.read(path, name, into, draw)
     runs = torch.tensor([run for run, _, _ in volumes])
     return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Called with examples and a mask policy, and with options of ``batching.collate``: a batch."""
+
+    renderer: Renderer
+    store: Volumes
+    pin: bool = False
+    """Whether batches go to a GPU."""
+
+    def __call__(self, examples: Sequence[Example], policy: MaskPolicy, **options: Any) -> Batch:
+        pad = self.renderer.tokenizer.pad_token_id or 0
+        return collate(examples, policy, self.store, self.renderer.image_id, pad, pin=self.pin, **options)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.base import UserError
-from umbrella.data.parts import MARK
+from umbrella.data.segments import MARK
 from umbrella.data.tokenizer import IMAGE_TOKEN
 
 EXACT = 16

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from umbrella.base import UserError, loading_fault
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem
 from umbrella.data.chat_template import Frame, TurnShape, make_frame
-from umbrella.data.parts import MARK, Kind, Part, PartTokenizer, keep_volumes_apart, stripped
+from umbrella.data.segments import MARK, Kind, Part, PartTokenizer, keep_volumes_apart, stripped
 from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN, load_tokenizer
 from umbrella.modality import Modality, class_tokens
 

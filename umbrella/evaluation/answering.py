@@ -11,8 +11,7 @@ from umbrella.base import UserError, note
 from umbrella.config import Settings
 from umbrella.conversations.images import modality_by_suffix, volume_file
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Turn
-from umbrella.data.batching import Batch
-from umbrella.data.collator import Collator
+from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.extraction import said
 from umbrella.evaluation.generation import Generated, generate

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from umbrella.base import UserError, printable
 from umbrella.conversations.schema import Conversation
-from umbrella.data.audit import Piece, audit, is_weighted, shown, visible
+from umbrella.data.mask_audit import Piece, audit, is_weighted, shown, visible
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 

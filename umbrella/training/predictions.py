@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from umbrella.data.audit import Hide
+from umbrella.data.mask_audit import Hide
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.subjects import most_likely
 

@@ -10,10 +10,10 @@ import ray
 
 from umbrella.base import Stopped, UserError
 from umbrella.config import Settings
-from umbrella.data.audit import audit
 from umbrella.data.intake import Splits, load_splits
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.loading import classes_of
+from umbrella.data.mask_audit import audit
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy

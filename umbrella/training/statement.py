@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from umbrella.conversations.schema import Conversation
-from umbrella.data.audit import Hide, Row, as_it_is, audit_html, is_weighted, pick, shown
+from umbrella.data.mask_audit import Hide, Row, as_it_is, audit_html, is_weighted, pick, shown
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from umbrella.data.audit import Hide
+from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows
 from umbrella.evaluation.prediction import Prediction
 
