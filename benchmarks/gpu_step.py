@@ -19,9 +19,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.modality import Modality
-from umbrella.model.loading import from_llava
-from umbrella.model.presets import cast_frozen
-from umbrella.model.selection import parts, select_trainable
+from umbrella.model.build import cast_frozen, from_llava
+from umbrella.model.trainable_parameters import parts, select_trainable
 from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings

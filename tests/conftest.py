@@ -201,7 +201,7 @@ def build(tokenizer: Any) -> Callable[..., Any]:
     """A tiny model in training mode, its weights drawn from a seed."""
     import torch
 
-    from umbrella.model.presets import build_model
+    from umbrella.model.build import build_model
     from umbrella.model.settings import ModelSettings
 
     torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
@@ -217,7 +217,7 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
     """The writer of a language model's checkpoints."""
-    from umbrella.model.partial import is_whole, write_weights
+    from umbrella.model.partial_checkpoint import is_whole, write_weights
     from umbrella.training.language_model import model_files
     from umbrella.training.writer import Writer
 
@@ -231,7 +231,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from dataclasses import replace
 
     from umbrella.config import load_settings
-    from umbrella.model.partial import names_to_write
+    from umbrella.model.partial_checkpoint import names_to_write
     from umbrella.training.checkpoint import snapshot
     from umbrella.training.language_model import copy_weights
     from umbrella.training.progress import Progress

@@ -15,9 +15,9 @@ from tests.conftest import make_writer
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
-from umbrella.model.partial import names_to_write
-from umbrella.model.selection import parts
+from umbrella.model.partial_checkpoint import names_to_write
 from umbrella.model.settings import ModelSettings
+from umbrella.model.trainable_parameters import parts
 from umbrella.training.checkpoint import code_of, other_code, restore, rng_state, snapshot
 from umbrella.training.language_model import copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule

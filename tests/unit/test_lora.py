@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from umbrella.base import UserError
 from umbrella.data.batching import Batch
-from umbrella.model.presets import build_model
-from umbrella.model.selection import parts
+from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
+from umbrella.model.trainable_parameters import parts
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings

@@ -22,7 +22,7 @@ from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
-from umbrella.model.presets import build_model
+from umbrella.model.build import build_model
 from umbrella.volumes.slices import PLANES, cut
 from umbrella.volumes.store import VolumeStore
 

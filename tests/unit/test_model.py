@@ -11,7 +11,7 @@ from torch.nn import functional
 from umbrella.data.batching import Batch, VolumeGroup, collate
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.model.presets import build_model
+from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
 from umbrella.model.token_nll import token_nll
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from umbrella.data.batching import Batch
-from umbrella.model.selection import parts
 from umbrella.model.token_nll import token_nll
+from umbrella.model.trainable_parameters import parts
 from umbrella.training.checkpoint import restore
 from umbrella.training.language_model import apply_options, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule

@@ -27,9 +27,9 @@ from umbrella.data.batching import Batch, collate
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.model.presets import build_model
-from umbrella.model.selection import parts
+from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
+from umbrella.model.trainable_parameters import parts
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 
 

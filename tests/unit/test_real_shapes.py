@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers import SiglipVisionConfig as Siglip
 
 from umbrella.modality import Modality
-from umbrella.model.loading import from_llava
-from umbrella.model.selection import parts
+from umbrella.model.build import from_llava
+from umbrella.model.trainable_parameters import parts
 
 SO400M = Siglip(
     hidden_size=1152,

@@ -17,9 +17,9 @@ from tests.unit.workers import run_workers
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
-from umbrella.model.presets import build_model
-from umbrella.model.selection import parts
+from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
+from umbrella.model.trainable_parameters import parts
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint import restore, snapshot
 from umbrella.training.language_model import apply_options, copy_weights, load_weights

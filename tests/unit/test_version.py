@@ -13,7 +13,7 @@ from umbrella import Umbrella, __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.evaluation.trained import settings_of
-from umbrella.model.loading import check_checkpoint, load_trained
+from umbrella.model.build import check_checkpoint, load_trained
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.paths import CODE

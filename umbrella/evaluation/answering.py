@@ -19,7 +19,7 @@ from umbrella.evaluation.prediction import Prediction, cut_note
 from umbrella.evaluation.scoring import Candidates, score
 from umbrella.evaluation.trained import settings_of
 from umbrella.modality import Modality
-from umbrella.model.presets import build_model
+from umbrella.model.build import build_model
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
 from umbrella.paths import SETTINGS
 from umbrella.volumes.reading import count_axes

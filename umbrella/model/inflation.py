@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from umbrella.model.embedder import ModalityEmbedder, VolumeEmbedder, resize_table
+from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_table
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality
-from umbrella.model.embedder import VolumeEmbedder
 from umbrella.model.token_nll import supervised, token_nll
+from umbrella.model.volume_embedder import VolumeEmbedder
 from umbrella.version import check_version, write_version
 
 ADAPTER = "adapter"
@@ -275,7 +275,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if (Path(name) / BASE).is_file():
             raise ValueError(
                 f"{name} holds only what was trained, not the base that it stands on;"
-                " umbrella.model.loading.load_trained makes the whole model, and its save_pretrained a folder for here"
+                " umbrella.model.build.load_trained makes the whole model, and its save_pretrained a folder for here"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})
         try:

@@ -157,7 +157,7 @@ def log_model(
 
 def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
     """What is logged of a checkpoint, in a folder that is made: its files, or all weights where it has few."""
-    from umbrella.model.partial import is_partial
+    from umbrella.model.partial_checkpoint import is_partial
 
     if whole and is_partial(checkpoint):
         from umbrella.evaluation.answering import Umbrella

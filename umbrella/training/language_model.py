@@ -21,7 +21,8 @@ from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.scoring import score
-from umbrella.model.partial import (
+from umbrella.model.build import build_model
+from umbrella.model.partial_checkpoint import (
     check_base,
     describe_base,
     is_partial,
@@ -30,8 +31,7 @@ from umbrella.model.partial import (
     put_weights,
     write_weights,
 )
-from umbrella.model.presets import build_model
-from umbrella.model.selection import parts
+from umbrella.model.trainable_parameters import parts
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import copies_of

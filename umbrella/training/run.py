@@ -62,7 +62,7 @@ def check_model(settings: Settings) -> None:
     """Raise UserError where no model and tokenizer can be made of ``settings.model``."""
     load_renderer(settings)
     if settings.model.checkpoint:
-        from umbrella.model.loading import check_checkpoint  # seconds, which the tiny model does not need here
+        from umbrella.model.build import check_checkpoint  # seconds, which the tiny model does not need here
 
         check_checkpoint(settings.model, settings.modalities)
 
