@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from umbrella.tracking import mlflow_logger
 from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger, close_run
-from umbrella.tracking.model import keep_model
+from umbrella.tracking.model_registry import keep_model
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.ending import write_end

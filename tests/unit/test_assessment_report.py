@@ -22,7 +22,7 @@ from umbrella.assessment.tracked import nameless
 from umbrella.config import Settings
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.tables import Estimate, Group
-from umbrella.tracking.privacy import hashed
+from umbrella.tracking.redaction import hashed
 
 CLASSES = {"sex": ("female", "male"), "diagnosis": ("AD", "CN", "MCI"), "age": ()}
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "f1")

@@ -21,7 +21,7 @@ CHANNELS = [32, 64, 128, 256, 256, 64]
 def test_the_number_of_halving_blocks_follows_the_grid(grid: tuple[int, int, int], blocks: int) -> None:
     import torch
 
-    from umbrella.baseline.network import Sfcn
+    from umbrella.baseline.task import Sfcn
 
     channels = [1, 1, 1, 1, 1, 2]  # of one channel: the largest grid would take seconds
     net = Sfcn(grid, channels, 7).eval()
@@ -32,7 +32,7 @@ def test_the_number_of_halving_blocks_follows_the_grid(grid: tuple[int, int, int
 
 
 def test_the_network_of_the_paper_has_as_many_parameters_as_one_counts_by_hand() -> None:
-    from umbrella.baseline.network import Sfcn
+    from umbrella.baseline.task import Sfcn
 
     kernels = 27 * (1 * 32 + 32 * 64 + 64 * 128 + 128 * 256 + 256 * 256) + 256 * 64
     biases, norms, head = sum(CHANNELS), 2 * sum(CHANNELS), 64 * 40 + 40
@@ -44,7 +44,7 @@ def test_the_network_of_the_paper_has_as_many_parameters_as_one_counts_by_hand()
 def test_frames_of_a_series_are_channels() -> None:
     import torch
 
-    from umbrella.baseline.network import Sfcn
+    from umbrella.baseline.task import Sfcn
 
     assert Sfcn((8, 8, 8), [4, 4, 4], 3, inputs=5)(torch.randn(2, 5, 8, 8, 8)).shape == (2, 3)
 

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from umbrella.drawing import DPI, VERMILION, WIDTH, save
+from umbrella.plots import DPI, VERMILION, WIDTH, save
 from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times

@@ -15,11 +15,11 @@ from PIL import Image
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation
 from umbrella.data.loading import Intake
+from umbrella.html import number
 from umbrella.inspection.balance import count_labels, count_splits, shared_subjects
 from umbrella.inspection.report import write_report
 from umbrella.inspection.volumes import VolumeRow, duplicates, flag, robust_z
 from umbrella.modality import Modality
-from umbrella.pages import number
 from umbrella.volumes.slices import TILE, cut, save_thumbnail, voxel_edges
 from umbrella.volumes.store import Facts, VolumeStore
 

@@ -11,7 +11,7 @@ from umbrella.base import UserError, masked
 from umbrella.config import load_settings
 from umbrella.evaluation.prediction import Prediction
 from umbrella.shared_store import SharedStore
-from umbrella.tracking.privacy import hashed, hide, read_salt
+from umbrella.tracking.redaction import hashed, hide, read_salt
 from umbrella.tracking.store import open_experiment, short, tracking_uri
 from umbrella.training.predictions import predictions_json
 

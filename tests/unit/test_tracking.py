@@ -14,10 +14,9 @@ from mlflow.exceptions import MlflowException
 
 from umbrella.base import UserError
 from umbrella.tracking import environment
-from umbrella.tracking.datasets import describe
-from umbrella.tracking.environment import code_version, environment_json
 from umbrella.tracking.links import pages
 from umbrella.tracking.mlflow_logger import MlflowLogger
+from umbrella.tracking.provenance import code_version, describe, environment_json
 from umbrella.tracking.store import is_name, open_experiment, tracking_uri
 
 

@@ -21,7 +21,7 @@ from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.answering import Umbrella
 from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.model import EXAMPLE, AnsweringModel, keep_model, log_model
+from umbrella.tracking.model_registry import EXAMPLE, AnsweringModel, keep_model, log_model
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.training.optimizer import build_optimizer, build_schedule

@@ -17,7 +17,7 @@ from umbrella.model.build import check_checkpoint, load_trained
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.paths import CODE
-from umbrella.tracking.model import log_model
+from umbrella.tracking.model_registry import log_model
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_same

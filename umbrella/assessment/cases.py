@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from umbrella.conversations.schema import Conversation
-from umbrella.drawing import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, shorten
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
+from umbrella.plots import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, shorten
 from umbrella.volumes.slices import Plane, cut, draw_plane
 from umbrella.volumes.store import VolumeStore
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.drawing import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, shorten
 from umbrella.evaluation.classes import BINS
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.subjects import Answer, mean_number, mean_probability, most_likely
 from umbrella.evaluation.tables import Estimate
+from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,11 +12,11 @@ from umbrella.assessment.assessment import AS_ASKED, CONDITIONS, Assessment
 from umbrella.assessment.cases import Case
 from umbrella.assessment.files import write_answers, write_metrics
 from umbrella.assessment.section import CHIEF, NOT_KNOWN, WORDS, Section, section_of
-from umbrella.drawing import embedded, save
 from umbrella.evaluation.prediction import Prediction
 from umbrella.evaluation.tables import Estimate
-from umbrella.pages import render
+from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
+from umbrella.plots import embedded, save
 
 NAMES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "auc": "ROC area", "brier": "Brier score", "f1": "F1 (macro)"}
 NAMES |= {"token_f1": "token F1", "rouge_l": "ROUGE-L", "exact": "exact match", "pearson": "Pearson r"}

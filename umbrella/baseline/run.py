@@ -23,7 +23,7 @@ from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.tables import tabulate
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
 from umbrella.storage import check_writable
-from umbrella.tracking.datasets import describe
+from umbrella.tracking.provenance import describe
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced

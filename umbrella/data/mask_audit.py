@@ -15,7 +15,7 @@ from umbrella.base import UserError
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
-from umbrella.pages import render
+from umbrella.html import render
 
 SHOWN = 6
 """Samples on the page."""

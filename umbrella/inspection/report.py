@@ -10,9 +10,9 @@ from uuid import uuid4
 
 from umbrella.base import UserError
 from umbrella.data.loading import Intake, Progress
+from umbrella.html import number, render
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
-from umbrella.pages import number, render
 from umbrella.storage import write_csv
 from umbrella.volumes.slices import TILE, cut, save_thumbnail
 from umbrella.volumes.store import VolumeStore

@@ -24,8 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, masked, note
 from umbrella.storage import put_text
-from umbrella.tracking.datasets import to_input
-from umbrella.tracking.environment import code_version
+from umbrella.tracking.provenance import code_version, to_input
 from umbrella.tracking.store import can_wait, is_local, is_refusal, short, store_key
 
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it reports each start and stop

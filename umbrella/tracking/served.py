@@ -2,6 +2,6 @@
 
 from mlflow.models import set_model
 
-from umbrella.tracking.model import AnsweringModel
+from umbrella.tracking.model_registry import AnsweringModel
 
 set_model(AnsweringModel())

@@ -9,10 +9,10 @@ import torch
 
 from umbrella.evaluation.prediction import Prediction
 from umbrella.paths import SETTINGS, checkpoint_folder
-from umbrella.tracking.environment import environment_json
-from umbrella.tracking.figures import curves
+from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.privacy import hide, read_salt
+from umbrella.tracking.provenance import environment_json
+from umbrella.tracking.redaction import hide, read_salt
 from umbrella.training.job import Job
 from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json

@@ -21,8 +21,8 @@ from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.paths import BEGUN, storage_of, training_folder
 from umbrella.sigterm import on_sigterm
-from umbrella.tracking.datasets import describe
 from umbrella.tracking.mlflow_logger import close_run, run_key
+from umbrella.tracking.provenance import describe
 from umbrella.tracking.store import is_name, open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced
@@ -172,7 +172,7 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     watch_job(job)
     best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
     if best and settings.tracking.model:
-        from umbrella.tracking.model import keep_model  # seconds, which only the end needs
+        from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
 
         keep_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 

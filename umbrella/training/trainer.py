@@ -19,7 +19,7 @@ from ray.train.torch import get_device
 from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
 from umbrella.paths import samples_file
-from umbrella.tracking.environment import code_version
+from umbrella.tracking.provenance import code_version
 from umbrella.training import history
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
 from umbrella.training.heeding import Request, Requests

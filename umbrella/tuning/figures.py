@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.drawing import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
+from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
 from umbrella.training.progress_log import EARLY, FINISHED
 from umbrella.tuning.ending import FAILED
 from umbrella.tuning.importance import Importance, is_number

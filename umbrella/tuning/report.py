@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.config import Settings
-from umbrella.drawing import embedded, save
-from umbrella.pages import number, render
+from umbrella.html import number, render
 from umbrella.paths import BEST, RANKING, REPORT
+from umbrella.plots import embedded, save
 from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures

@@ -20,7 +20,7 @@ from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.privacy import hide, read_salt
+from umbrella.tracking.redaction import hide, read_salt
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import is_uploaded, synced
@@ -95,7 +95,7 @@ def run_sweep(
             answer = _run(settings, given, progress, folder, goes_on)
             tell(answer)
             if settings.tracking.model and (best := answer.trials[0].checkpoint):
-                from umbrella.tracking.model import keep_model  # seconds, which only the end needs
+                from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
 
                 again = f"python experiments/tune.py --resume {folder.name}"
                 keep_model(settings.tracking, answer.tracking, folder, best, again)

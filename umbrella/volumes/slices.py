@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from umbrella.drawing import SOFT
 from umbrella.modality import Modality
+from umbrella.plots import SOFT
 from umbrella.volumes.store import Facts
 from umbrella.volumes.windows import pick_window
 
