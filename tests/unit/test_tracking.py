@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from umbrella.base import UserError
-from umbrella.tracking import environment
+from umbrella.tracking import provenance
 from umbrella.tracking.links import pages
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import code_version, describe, environment_json
@@ -159,8 +159,8 @@ def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
 ) -> None:
     package = tmp_path / "umbrella"
     package.mkdir()
-    (package / "environment.py").touch()
-    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    (package / "provenance.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     for name, value in {"GIT_CEILING_DIRECTORIES": tmp_path.parent, "GIT_CONFIG_GLOBAL": "/dev/null"}.items():
         monkeypatch.setenv(name, str(value))
     assert code_version() == {}
@@ -177,7 +177,7 @@ def test_the_code_is_named_by_its_commit_in_a_checkout_and_not_outside(
     commit = git("rev-parse", "HEAD")
     assert len(commit) == 40
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "False"}
-    (package / "environment.py").write_text("changed", encoding="utf-8")
+    (package / "provenance.py").write_text("changed", encoding="utf-8")
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "True"}
 
 

@@ -18,9 +18,27 @@ from umbrella.conversations.formats import FORMATS
 from umbrella.conversations.schema import Conversation
 from umbrella.conversations.validation import Checker, PathRewriter, peculiarities
 
+MAX_CHARACTERS = 1_000_000
+"""Characters of JSON that a sample may have: about 250,000 tokens, more than a model takes in."""
+MAX_RATIO = 300
+"""Size of an unpacked file over that of the packed one. Repetitive conversations reach 200; gzip itself, 1,000."""
+MIN_UNPACKED = 2**26
+"""Bytes up to which every packed file is read, whatever the ratio."""
+EXTENSIONS = tuple(f".{name}{gz}" for name in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
 NAMES = f"name files that end with {', '.join(EXTENSIONS)}"
-
 REPEATED = "the task_id is used before with other content; such samples are numbered: id, id#2, ..."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a file as it was read, or what stands in its way."""
+
+    line: int | None
+    """Where it starts, from 1; None for the file as a whole."""
+    raw: Any
+    """The object; the text line where that is not JSON; None where the file from here on cannot be read."""
+    fault: str = ""
+    """What is wrong with it; the remedy."""
 
 
 @dataclass(frozen=True)
@@ -166,27 +184,6 @@ def _placed_entries(file: Path) -> Iterator[tuple[str, Entry]]:
             where += f" (sample {number})"
         last_line = entry.line
         yield where, entry
-
-
-MAX_CHARACTERS = 1_000_000
-"""Characters of JSON that a sample may have: about 250,000 tokens, more than a model takes in."""
-MAX_RATIO = 300
-"""Size of an unpacked file over that of the packed one. Repetitive conversations reach 200; gzip itself, 1,000."""
-MIN_UNPACKED = 2**26
-"""Bytes up to which every packed file is read, whatever the ratio."""
-EXTENSIONS = tuple(f".{name}{gz}" for name in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample of a file as it was read, or what stands in its way."""
-
-    line: int | None
-    """Where it starts, from 1; None for the file as a whole."""
-    raw: Any
-    """The object; the text line where that is not JSON; None where the file from here on cannot be read."""
-    fault: str = ""
-    """What is wrong with it; the remedy."""
 
 
 def entries(file: Path) -> Iterator[Entry]:
