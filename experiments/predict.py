@@ -83,7 +83,7 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
 def _ask_cohort(request: Request, checkpoint: Path) -> None:
     from umbrella.assessment.cohort import answer, read_cohort
     from umbrella.data.loading import counted
-    from umbrella.evaluation.trained import settings_of
+    from umbrella.evaluation.answering import settings_of
 
     cohort = read_cohort(checkpoint, request.settings, settings_of(checkpoint, _dtype(request)))
     number, left, path = len(cohort.conversations), len(cohort.left()), cohort.answers.path

@@ -28,7 +28,7 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.intake import load_splits
 from umbrella.data.loading import read_splits
-from umbrella.evaluation.prediction import read_predictions
+from umbrella.evaluation.predictions import read_predictions
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.launch import run_job
 from umbrella.training.progress import best_checkpoint

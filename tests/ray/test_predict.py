@@ -11,9 +11,8 @@ from tests.conftest import Done, write_questions
 from umbrella.assessment.cohort import answer, read_cohort
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.answering import Umbrella
-from umbrella.evaluation.prediction import read_predictions
-from umbrella.evaluation.trained import settings_of
+from umbrella.evaluation.answering import Umbrella, settings_of
+from umbrella.evaluation.predictions import read_predictions
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

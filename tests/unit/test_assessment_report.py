@@ -20,8 +20,8 @@ from umbrella.assessment.figures import draw_confusion, draw_controls, draw_like
 from umbrella.assessment.report import interval, named, value, write_report
 from umbrella.assessment.tracked import nameless
 from umbrella.config import Settings
-from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.tables import Estimate, Group
+from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.subgroups import Estimate, Group
 from umbrella.tracking.redaction import hashed
 
 CLASSES = {"sex": ("female", "male"), "diagnosis": ("AD", "CN", "MCI"), "age": ()}

@@ -5,8 +5,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from umbrella.evaluation.classes import balanced_accuracy, class_metrics, codes, confusion, probability_metrics
-from umbrella.evaluation.subjects import Answer
+from umbrella.evaluation.metrics import balanced_accuracy, class_metrics, codes, confusion, probability_metrics
+from umbrella.evaluation.predictions import Answer
 
 CLASSES = ["a", "b", "c"]
 

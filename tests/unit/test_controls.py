@@ -8,7 +8,7 @@ import pytest
 from umbrella.assessment.controls import owners, shuffled, text_only
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.metrics import summarise
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 
 Talk = Callable[..., Conversation]
 

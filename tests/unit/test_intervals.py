@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from umbrella.evaluation.intervals import Estimate, Measure, estimate
+from umbrella.evaluation.bootstrap import Estimate, Measure, estimate
 from umbrella.evaluation.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings()

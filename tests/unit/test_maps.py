@@ -19,7 +19,7 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer
 from umbrella.evaluation.answering import Umbrella
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
 from umbrella.model.build import build_model

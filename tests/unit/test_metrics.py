@@ -3,7 +3,7 @@
 import pytest
 
 from umbrella.evaluation.metrics import chance, metric_names, notes_on, summarise
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 
 
 def scored(

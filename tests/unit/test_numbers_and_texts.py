@@ -5,8 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from umbrella.evaluation.numbers import number_metrics
-from umbrella.evaluation.texts import text_scores
+from umbrella.evaluation.metrics import number_metrics, text_scores
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])

@@ -13,7 +13,7 @@ from umbrella.assessment.answers import AnswerFile
 from umbrella.base import UserError
 from umbrella.conversations.reading import read_conversations
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 
 
 def volumes(conversation: Conversation) -> list[str]:

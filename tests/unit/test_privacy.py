@@ -9,7 +9,7 @@ import pytest
 
 from umbrella.base import UserError, masked
 from umbrella.config import load_settings
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.shared_store import SharedStore
 from umbrella.tracking.redaction import hashed, hide, read_salt
 from umbrella.tracking.store import open_experiment, short, tracking_uri

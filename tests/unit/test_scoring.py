@@ -11,7 +11,7 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import check_candidates, find_branchings, find_candidates, score
 from umbrella.modality import Modality
 

@@ -1,6 +1,6 @@
 """What a model says of a subject, from several conversations."""
 
-from umbrella.evaluation.subjects import Answer, majority_vote, mean_number, mean_probability
+from umbrella.evaluation.predictions import Answer, majority_vote, mean_number, mean_probability
 
 
 def answer(subject: str, said: str | float | None, truth: str | float = "m", m: float = 0.5) -> Answer:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from umbrella.evaluation.metrics import summarise
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
-from umbrella.evaluation.tables import Group, overall, tabulate
+from umbrella.evaluation.subgroups import Group, overall, tabulate
 
 SETTINGS = EvaluateSettings(bootstrap=100)
 GENERATED = ("generated/conversations", "generated/votes")

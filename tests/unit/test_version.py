@@ -12,7 +12,7 @@ import pytest
 from umbrella import Umbrella, __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.evaluation.trained import settings_of
+from umbrella.evaluation.answering import settings_of
 from umbrella.model.build import check_checkpoint, load_trained
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from umbrella.base import UserError
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.locking import NoLocks, lock
 from umbrella.storage import put_text
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from umbrella.config import Settings
-from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.tables import Group
+from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.subgroups import Group
 
 AS_ASKED = "as_asked"
 CONDITIONS = (AS_ASKED, "shuffled", "text_only")

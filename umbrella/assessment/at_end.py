@@ -9,7 +9,7 @@ from umbrella.assessment.run import evaluate
 from umbrella.assessment.summary import print_evaluation
 from umbrella.config import Settings
 from umbrella.data.loading import Progress
-from umbrella.evaluation.trained import settings_of
+from umbrella.evaluation.answering import settings_of
 
 
 def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: Progress, console: Console) -> None:

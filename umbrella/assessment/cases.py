@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
 from umbrella.plots import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, shorten

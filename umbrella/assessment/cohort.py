@@ -82,7 +82,7 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
     """
     from umbrella.assessment.stream import stream
     from umbrella.evaluation.metrics import notes_on
-    from umbrella.evaluation.prediction import read_predictions
+    from umbrella.evaluation.predictions import read_predictions
     from umbrella.evaluation.scoring import find_numbers
     from umbrella.training.cluster import join
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.evaluation.classes import BINS
-from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.subjects import Answer, mean_number, mean_probability, most_likely
-from umbrella.evaluation.tables import Estimate
+from umbrella.evaluation.metrics import BINS
+from umbrella.evaluation.predictions import Answer, Prediction, mean_number, mean_probability, most_likely
+from umbrella.evaluation.subgroups import Estimate
 from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, shorten
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.assessment.assessment import Assessment
-from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.tables import Estimate
+from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.subgroups import Estimate
 from umbrella.storage import write_csv
 
 

@@ -36,7 +36,7 @@ def settings_for(checkpoint: Path, files: Sequence[str] = (), overrides: Mapping
     Raises:
         UserError: no checkpoint of UMBRELLA; settings that are refused.
     """
-    from umbrella.evaluation.trained import settings_of
+    from umbrella.evaluation.answering import settings_of
 
     settings_of(checkpoint, None)  # first: the settings of an earlier version may be none of this one
     trained = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []

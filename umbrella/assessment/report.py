@@ -12,8 +12,8 @@ from umbrella.assessment.assessment import AS_ASKED, CONDITIONS, Assessment
 from umbrella.assessment.cases import Case
 from umbrella.assessment.files import write_answers, write_metrics
 from umbrella.assessment.section import CHIEF, NOT_KNOWN, WORDS, Section, section_of
-from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.tables import Estimate
+from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.subgroups import Estimate
 from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
 from umbrella.plots import embedded, save

@@ -22,9 +22,9 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.metrics import notes_on
-from umbrella.evaluation.prediction import Prediction, write_predictions
+from umbrella.evaluation.predictions import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
-from umbrella.evaluation.tables import tabulate
+from umbrella.evaluation.subgroups import tabulate
 from umbrella.paths import evaluation_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable

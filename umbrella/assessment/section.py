@@ -7,7 +7,7 @@ from pathlib import Path
 
 from umbrella.assessment.assessment import AS_ASKED, CONDITIONS, Assessment
 from umbrella.assessment.cases import Case
-from umbrella.evaluation.tables import Estimate, Group
+from umbrella.evaluation.subgroups import Estimate, Group
 
 WORDS = {AS_ASKED: "as asked", "shuffled": "other subjects' volumes", "text_only": "text only"}
 """Condition to how the page calls it."""

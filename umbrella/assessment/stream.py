@@ -15,7 +15,7 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, TextItem
 from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.modality import Modality
 from umbrella.training.capacity import check_fits
 from umbrella.training.cluster import start_ray

@@ -13,7 +13,7 @@ from umbrella.assessment.run import Evaluated
 from umbrella.assessment.section import CHIEF, NOT_KNOWN, REFERENCE, WORDS
 from umbrella.config import Settings
 from umbrella.data.loading import counted
-from umbrella.evaluation.tables import Group
+from umbrella.evaluation.subgroups import Group
 
 
 def print_plan(settings: Settings, questions: Questions, console: Console) -> None:

@@ -12,7 +12,7 @@ from umbrella.assessment.report import write_report
 from umbrella.assessment.section import CHIEF
 from umbrella.base import note
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.parts import band_names
+from umbrella.evaluation.subgroups import band_names
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS
 from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
 from umbrella.tracking.provenance import describe

@@ -8,7 +8,7 @@ from typing import ClassVar
 import ray
 
 from umbrella.baseline.targets import Bins, Classes
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.training.job import Job
 
 BASELINE = partial(resolve_name, "umbrella.baseline.task:BaselineTask")

@@ -18,9 +18,9 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import Splits, fingerprint, load_splits
 from umbrella.data.loading import Progress as ProgressBar
 from umbrella.data.loading import classes_of
-from umbrella.evaluation.prediction import Prediction, read_predictions
+from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels
-from umbrella.evaluation.tables import tabulate
+from umbrella.evaluation.subgroups import tabulate
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
 from umbrella.storage import check_writable
 from umbrella.tracking.provenance import describe

@@ -18,8 +18,7 @@ from umbrella.data.intake import open_store
 from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import summarise
-from umbrella.evaluation.prediction import Prediction, write_predictions
-from umbrella.evaluation.subjects import Answer, mean_number
+from umbrella.evaluation.predictions import Answer, Prediction, mean_number, write_predictions
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import copies_of

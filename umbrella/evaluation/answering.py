@@ -1,5 +1,6 @@
 """A trained model that is asked about volumes: everything between a file's path and an answer's text."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,23 +9,24 @@ from typing import Any
 import torch
 
 from umbrella.base import UserError, note
-from umbrella.config import Settings
+from umbrella.config import Settings, load_settings
 from umbrella.conversations.images import modality_by_suffix, volume_file
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Turn
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.extraction import said
 from umbrella.evaluation.generation import Generated, generate
-from umbrella.evaluation.prediction import Prediction, cut_note
+from umbrella.evaluation.predictions import Prediction, cut_note
 from umbrella.evaluation.scoring import Candidates, score
-from umbrella.evaluation.trained import settings_of
 from umbrella.modality import Modality
 from umbrella.model.build import build_model
 from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
-from umbrella.paths import SETTINGS
+from umbrella.paths import SETTINGS, checkpoints_in
+from umbrella.version import check_version
 from umbrella.volumes.reading import count_axes
 from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
+DTYPES = ("float32", "bfloat16")
 UNKNOWN_LENGTH, MOST_TOKENS = 64, 1024
 """Default limits of a generated answer in tokens: where the longest training answer is not known, and in any case."""
 Paths = str | Path | Sequence[str | Path]
@@ -272,6 +274,38 @@ class Umbrella:
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.settings.model.dtype)
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def settings_of(folder: Path, dtype: str | None) -> Settings:
+    """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on.
+
+    Raises:
+        UserError: no checkpoint of UMBRELLA, or one of a version that is too old.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
+    steps = [path.name for path in checkpoints_in(folder)]
+    if steps:
+        raise UserError(f"{folder}: is a training, not one of its checkpoints; name one, {folder / steps[-1]} say")
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"{folder}: is no checkpoint: it has no config.json that can be read; name a step_... folder of a training"
+        ) from None
+    if kind != UmbrellaConfig.model_type:
+        raise UserError(f"{folder}: is a {kind}, and no model that was trained here")
+    check_version(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(
+            f"{folder}: has no tokenizer; write the one that the model was trained with beside it, with its"
+            " save_pretrained"
+        )
+    trained = load_settings([folder / SETTINGS] if (folder / SETTINGS).is_file() else [])
+    model = {"checkpoint": str(folder), "chat_template": "", "embedder_init": "random", "attention": "sdpa"}
+    changes = {"model": trained.model.model_copy(update=model | ({"dtype": dtype} if dtype else {}))}
+    config = UmbrellaConfig.from_pretrained(folder, trust_remote_code=False)
+    return trained.model_copy(update=changes | {"modalities": config.known_modalities})
 
 
 def _on_device(model: UmbrellaForConditionalGeneration, device: str | torch.device | None) -> torch.device:

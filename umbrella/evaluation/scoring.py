@@ -13,7 +13,7 @@ from umbrella.conversations.schema import Conversation, usual_answers
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 
 ANSWER_ONLY = MaskPolicy(supervise="last_assistant", end_of_turn=True, turn_header=False)
 """The policy under which answers are scored, whatever the policy of the training: scores stay comparable."""

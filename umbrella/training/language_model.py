@@ -19,7 +19,7 @@ from umbrella.data.mask_audit import Hide, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.metrics import summarise
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
 from umbrella.model.build import build_model
 from umbrella.model.partial_checkpoint import (

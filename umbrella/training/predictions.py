@@ -5,8 +5,7 @@ import json
 from collections.abc import Sequence
 
 from umbrella.data.mask_audit import Hide
-from umbrella.evaluation.prediction import Prediction
-from umbrella.evaluation.subjects import most_likely
+from umbrella.evaluation.predictions import Prediction, most_likely
 
 FILE = "predictions.json"
 SHOWN_AS = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])}

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 import torch
 
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger

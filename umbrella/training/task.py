@@ -10,7 +10,7 @@ import torch
 
 from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows
-from umbrella.evaluation.prediction import Prediction
+from umbrella.evaluation.predictions import Prediction
 
 
 class TaskBatch(Protocol):
