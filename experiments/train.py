@@ -14,7 +14,7 @@ def main(request: Request) -> None:
     settings = request.settings
     settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # one point, no sweep
     if request.dry_run:
-        from umbrella.tuning.describe import dry_run
+        from umbrella.tuning.dry_run import dry_run
 
         dry_run(settings, request.given, progress_bar, make_console())
         return

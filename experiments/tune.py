@@ -16,7 +16,7 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
-    from umbrella.tuning.question import ask_again, find_sweep
+    from umbrella.tuning.sweep_files import ask_again, find_sweep
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
@@ -32,12 +32,12 @@ def main(request: Request) -> None:
                 download(settings.resources, folder, progress_bar)
         settings, given = ask_again(folder, request.files, request.overrides)
     if request.dry_run:
-        from umbrella.tuning.describe import dry_run
+        from umbrella.tuning.dry_run import dry_run
 
         dry_run(settings, given, progress_bar, console)
         return
-    from umbrella.tuning.describe import print_answer
-    from umbrella.tuning.sweep import Answer, run_sweep
+    from umbrella.tuning.report import Answer, print_answer
+    from umbrella.tuning.sweep import run_sweep
 
     def evaluate(answer: Answer) -> None:
         best = answer.trials[0].checkpoint

@@ -19,7 +19,8 @@ from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.progress import latest_checkpoint, what_is_wrong
 from umbrella.tuning import monitor
-from umbrella.tuning.sweep import Answer, run_sweep
+from umbrella.tuning.report import Answer
+from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 GOOD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 2e-2, 6e-3

@@ -19,10 +19,9 @@ from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger, close_run
 from umbrella.tracking.model_registry import keep_model
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
-from umbrella.tuning.ending import write_end
-from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.monitor import STATUS, Monitor
 from umbrella.tuning.settings import TuneSettings
+from umbrella.tuning.sweep_files import name_of, trial_folder, write_end
 
 pytestmark = pytest.mark.slow
 

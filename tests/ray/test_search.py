@@ -10,9 +10,8 @@ from optuna.storages import InMemoryStorage
 from ray import cloudpickle, tune
 
 from umbrella.config import load_settings
-from umbrella.tuning.optuna_search import make_optuna_search
-from umbrella.tuning.search import make_scheduler, make_search
-from umbrella.tuning.space import read_space
+from umbrella.tuning.search import make_optuna_search, make_scheduler, make_search
+from umbrella.tuning.search_space import read_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests

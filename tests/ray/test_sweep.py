@@ -12,8 +12,8 @@ from tests.printed import printed_to, unknown_lines
 from tests.ray.conftest import quiet
 from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
-from umbrella.tuning.ending import read_end
 from umbrella.tuning.sweep import run_sweep
+from umbrella.tuning.sweep_files import read_end
 
 OUTPUT = "output_of_sweep.txt"
 

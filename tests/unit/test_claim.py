@@ -16,8 +16,8 @@ from umbrella.paths import BEGUN
 from umbrella.training import cluster
 from umbrella.training.claim import claimed
 from umbrella.training.run import run_training
-from umbrella.tuning.question import Question, write_question
 from umbrella.tuning.sweep import run_sweep
+from umbrella.tuning.sweep_files import Question, write_question
 
 HOLD = "import sys; from pathlib import Path; from umbrella.training.claim import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"

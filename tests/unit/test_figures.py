@@ -9,10 +9,9 @@ from PIL import Image
 
 from umbrella.plots import DPI, VERMILION, WIDTH, save
 from umbrella.training.progress_log import FINISHED
-from umbrella.tuning.ending import FAILED, STOPPED
 from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times
-from umbrella.tuning.ranking import Contender, rank
-from umbrella.tuning.results import Evaluation, Trial
+from umbrella.tuning.results import Contender, Evaluation, Trial, rank
+from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from umbrella.training.progress_log import FINISHED
-from umbrella.tuning.ending import FAILED
-from umbrella.tuning.importance import LEAST, importance
-from umbrella.tuning.results import Trial
+from umbrella.tuning.results import LEAST, Trial, importance
+from umbrella.tuning.sweep_files import FAILED
 
 
 def planted(n: int, effect: str, seed: int = 0) -> list[Trial]:

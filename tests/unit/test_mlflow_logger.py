@@ -22,10 +22,9 @@ from umbrella.tracking.store import open_experiment
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_same
-from umbrella.tuning.ending import FAILED, STOPPED, write_end
-from umbrella.tuning.folder import trial_folder
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.settings import TuneSettings
+from umbrella.tuning.sweep_files import FAILED, STOPPED, trial_folder, write_end
 
 
 @pytest.fixture

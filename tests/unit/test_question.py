@@ -9,8 +9,8 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.tuning.question import Question, check_data, newest, read_question, write_question
 from umbrella.tuning.sweep import run_sweep
+from umbrella.tuning.sweep_files import Question, check_data, newest, read_question, write_question
 
 SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
 

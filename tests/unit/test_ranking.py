@@ -7,9 +7,8 @@ import pytest
 from rich.console import Console
 
 from umbrella.training.progress_log import FINISHED
-from umbrella.tuning.ending import FAILED, STOPPED
-from umbrella.tuning.ranking import interval, rank, ranking_table, trials_of, write_ranking
-from umbrella.tuning.results import Evaluation, Trial
+from umbrella.tuning.results import Evaluation, Trial, interval, rank, ranking_table, trials_of, write_ranking
+from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
 

@@ -10,12 +10,9 @@ from rich.console import Console
 from umbrella.config import Settings, load_settings
 from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
-from umbrella.tuning.describe import print_answer
-from umbrella.tuning.ending import FAILED, STOPPED
-from umbrella.tuning.ranking import rank, trials_of
-from umbrella.tuning.report import Files, cost, duration, winner, write_report
-from umbrella.tuning.results import Evaluation, Trial
-from umbrella.tuning.sweep import Answer
+from umbrella.tuning.report import Answer, Files, cost, duration, print_answer, winner, write_report
+from umbrella.tuning.results import Evaluation, Trial, rank, trials_of
+from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
 BAD = "it broke on <script>alert(1)</script> & went"

@@ -9,11 +9,9 @@ import pytest
 from umbrella.paths import HISTORY, METRICS, POINT
 from umbrella.training.progress import write_files
 from umbrella.training.progress_log import EARLY, FINISHED
-from umbrella.tuning.ending import FAILED, STOPPED, UNFINISHED, read_end, reopen, write_end
-from umbrella.tuning.folder import trial_folder
-from umbrella.tuning.ranking import rank, trials_of
-from umbrella.tuning.results import Trial, at_chance, read_trials
+from umbrella.tuning.results import Trial, at_chance, rank, read_trials, trials_of
 from umbrella.tuning.settings import TuneSettings
+from umbrella.tuning.sweep_files import FAILED, STOPPED, UNFINISHED, read_end, reopen, trial_folder, write_end
 
 METRIC = "eval/balanced_accuracy"
 Evaluation = tuple[int, float, float, bool]

@@ -12,9 +12,8 @@ from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher, SearchGenera
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.optuna_search import SeedRepeater, make_optuna_search
-from umbrella.tuning.search import count_trials, make_scheduler, make_search, points
-from umbrella.tuning.space import label, read_space
+from umbrella.tuning.search import SeedRepeater, count_trials, make_optuna_search, make_scheduler, make_search, points
+from umbrella.tuning.search_space import label, read_space
 
 METRIC = "eval/balanced_accuracy"
 BEST = f"best/{METRIC}"
@@ -102,7 +101,7 @@ def test_every_run_has_a_label_of_its_own() -> None:
 
 
 def test_a_drawn_point_that_the_settings_refuse_is_found_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umbrella.tuning.space.CHECKED", 1)  # as if there were too many combinations to check all
+    monkeypatch.setattr("umbrella.tuning.search_space.CHECKED", 1)  # as if there were too many to check all
     space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
     with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all do not go"):
         points(sweep(space))
@@ -295,7 +294,7 @@ def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
 
 
 def test_a_point_that_the_settings_refuse_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umbrella.tuning.space.CHECKED", 1)  # as if there were too many combinations to check all
+    monkeypatch.setattr("umbrella.tuning.search_space.CHECKED", 1)  # as if there were too many to check all
     space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
     search = optuna_search(space)
     found = [run(search, str(number), 0.5) for number in range(3)]

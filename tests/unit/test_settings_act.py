@@ -35,7 +35,7 @@ from umbrella.training.job import LanguageModelJob
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.trainer import Trainer
-from umbrella.tuning.reading import FIXED, IN_THE_WORKER, section_of
+from umbrella.tuning.search_space import FIXED, IN_THE_WORKER, section_of
 
 BASE = {
     "modalities": {

@@ -7,8 +7,8 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.entry import Entry, in_words
-from umbrella.tuning.space import label, read_space, variants
+from umbrella.tuning.parameter import Entry, in_words
+from umbrella.tuning.search_space import label, read_space, variants
 
 
 def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:

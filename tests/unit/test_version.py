@@ -21,7 +21,7 @@ from umbrella.tracking.model_registry import log_model
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_same
-from umbrella.tuning.question import Question, read_question, write_question
+from umbrella.tuning.sweep_files import Question, read_question, write_question
 from umbrella.version import check_version
 
 OLD = [("0.1.0", "umbrella 0.1.0"), (None, "a version before 0.2.0")]

@@ -8,7 +8,7 @@ import pytest
 
 from umbrella.cli import parse
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.winner import as_training, command, overrides, write_best
+from umbrella.tuning.report import as_training, command, overrides, write_best
 
 SWEEP = {
     "name": "night",

@@ -8,11 +8,9 @@ import numpy as np
 
 from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
 from umbrella.training.progress_log import EARLY, FINISHED
-from umbrella.tuning.ending import FAILED
-from umbrella.tuning.importance import Importance, is_number
-from umbrella.tuning.ranking import SEED, Contender, swept_names, trials_of
-from umbrella.tuning.results import Trial
-from umbrella.tuning.space import label
+from umbrella.tuning.results import SEED, Contender, Importance, Trial, is_number, swept_names, trials_of
+from umbrella.tuning.search_space import label
+from umbrella.tuning.sweep_files import FAILED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,11 +17,20 @@ from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
 from umbrella.training.history import read_history
 from umbrella.training.launch import cause
 from umbrella.training.progress_log import progress_line
-from umbrella.tuning.ending import BUDGET, FAILED, STOPPED, UNFINISHED, how_it_ended, read_end, write_end
-from umbrella.tuning.folder import name_of, trial_folder
 from umbrella.tuning.results import read_trials
+from umbrella.tuning.search_space import label
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.space import label
+from umbrella.tuning.sweep_files import (
+    BUDGET,
+    FAILED,
+    STOPPED,
+    UNFINISHED,
+    how_it_ended,
+    name_of,
+    read_end,
+    trial_folder,
+    write_end,
+)
 
 STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
 """How MLflow calls what did not end by itself."""

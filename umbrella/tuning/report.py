@@ -1,13 +1,18 @@
-"""The answer of a sweep as files: one page to read, with its pictures beside it, a table, and the winner's settings."""
+"""The result of a sweep as files: a page with its figures, a table, and the settings of the best trial."""
 
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import yaml
+from rich.console import Console
+
+from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.html import number, render
 from umbrella.paths import BEST, RANKING, REPORT
@@ -15,10 +20,18 @@ from umbrella.plots import embedded, save
 from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
-from umbrella.tuning.importance import importance
-from umbrella.tuning.ranking import Contender, interval, swept_names, trials_of, with_seeds, write_ranking
-from umbrella.tuning.results import Trial
-from umbrella.tuning.winner import as_training, command, overrides, write_best
+from umbrella.tuning.results import (
+    Contender,
+    Trial,
+    importance,
+    interval,
+    ranking_table,
+    swept_names,
+    trials_of,
+    with_seeds,
+    write_ranking,
+)
+from umbrella.tuning.settings import TuneSettings
 
 SHOWN = 100
 """Rows of a table on the page; all are in ranking.csv."""
@@ -50,6 +63,20 @@ class Files:
     def all(self) -> list[Path]:
         """Every file."""
         return [self.page, self.ranking, *self.pictures.values(), *([self.best] if self.best else [])]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a sweep found. ``contenders``, ``trials``: best first. ``best``: the winner's. ``folder``: of all files."""
+
+    contenders: list[Contender]
+    trials: list[Trial]
+    best: Settings
+    folder: Path
+    files: Files
+    tracking: str
+    warning: str = ""
+    """See ``at_chance``."""
 
 
 def winner(contenders: Sequence[Contender]) -> Trial | None:
@@ -155,3 +182,78 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{number(whole // 3600)} h {whole % 3600 // 60:02d} min"
+
+
+SCRIPT = "experiments/train.py"
+PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
+"""Settings that are paths."""
+MAYBE = ("model.checkpoint", "model.chat_template", "resources.store", "resources.node_store", "resources.upload")
+"""Settings that are paths where something lies there; else names on the Hub, or addresses."""
+
+
+def as_training(settings: Settings, point: dict[str, Any]) -> Settings:
+    """A sweep's settings with a trial's values, as a plain training that runs from any folder.
+
+    It trains as the trial did: name and folder say only where it is kept, and of ``tune`` a training knows the metric.
+    """
+    trial = settings.with_values(point)
+    flat = trial.flat()
+    paths = {name: _absolute(flat[name]) for name in PATHS}
+    paths |= {name: _absolute(flat[name]) for name in MAYBE if Path(flat[name]).exists()}
+    tune = TuneSettings(metric=trial.tune.metric, mode=trial.tune.mode)
+    return trial.with_values(paths).model_copy(update={"name": "", "tune": tune})
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, str):
+        return str(Path(value).absolute()) if value else value
+    return [_absolute(one) for one in value]
+
+
+def overrides(settings: Settings, named: Collection[str] = ()) -> list[str]:
+    """The words that make the defaults into these settings. What is ``named`` is also said where it is the default."""
+    usual = Settings().flat()
+    return [f"{k}={_word(v)}" for k, v in settings.flat().items() if k in named or k not in usual or usual[k] != v]
+
+
+def _word(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip()
+    return text.removesuffix("...").strip()
+
+
+def command(*words: str | Path) -> str:
+    """A training with these files and overrides, to be typed into a shell."""
+    return shlex.join(["python", SCRIPT, *map(str, words)])
+
+
+def write_best(settings: Settings, file: Path) -> None:
+    """The settings as a file that ``experiments/train.py`` takes."""
+    head = f"# The best trial of {file.parent.name}. Run it again: {command(file.absolute())}\n"
+    file.write_text(head + settings.to_yaml(), encoding="utf-8")
+
+
+def print_answer(answer: Answer, console: Console) -> None:
+    """Print the ranking, the winner, the command that trains it again, its checkpoint, and where to read further."""
+    best, metric, files = answer.trials[0], answer.best.tune.metric, answer.files
+    first = answer.contenders[0]
+    console.print(ranking_table(answer.contenders, metric))
+    seeds = f", over seeds {interval(first)}" if len(first.trials) > 1 else ""
+    lines = {
+        "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}{seeds}",
+        "its settings": " ".join(f"{name}={value}" for name, value in best.point.items()),
+        "train it again": command(_short(files.best or "")),
+        "its checkpoint": _short(best.checkpoint or ""),
+        "ranking": _short(files.ranking),
+        "report": files.page.absolute().as_uri(),
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(answer.tracking)})",
+    }
+    for name, value in lines.items():
+        console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
+    if answer.warning:
+        console.print(answer.warning, markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(path: str | Path) -> str:
+    """A path, relative where it lies below the working directory."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,18 +1,23 @@
-"""The trials of a sweep as they ended, from what lies in its folder."""
+"""The trials of a sweep as they ended, their ranking, and which settings matter."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.table import Table
+
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
+from umbrella.storage import write_csv
 from umbrella.training.history import read_history
 from umbrella.training.progress import best_checkpoint, goodness
-from umbrella.tuning.ending import FAILED, UNFINISHED, End, read_end
-from umbrella.tuning.folder import name_of, read_point
+from umbrella.tuning.search_space import label
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.space import label
+from umbrella.tuning.sweep_files import FAILED, UNFINISHED, End, name_of, read_end, read_point
 
 
 @dataclass(frozen=True)
@@ -137,3 +142,213 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | Non
 
 def _number(value: Any) -> float | None:
     return None if value is None or not isfinite(value) else float(value)
+
+
+SEED = "seed"
+"""The setting that is no choice: trials that differ in it alone are measurements of one thing."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One choice of settings, and its trials: one per seed, best first."""
+
+    point: dict[str, Any]
+    """Without the seed."""
+    trials: tuple[Trial, ...]
+
+    @property
+    def name(self) -> str:
+        """The settings in words."""
+        return label(self.point)
+
+    @property
+    def measured(self) -> list[float]:
+        """The metric of each trial that has one and did not fail; of one that was stopped, the best until then."""
+        return [t.metric for t in self.trials if t.metric is not None and not t.failed]
+
+    @property
+    def mean(self) -> float | None:
+        """Over ``measured``."""
+        return float(np.mean(self.measured)) if self.measured else None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean validation loss of the measured trials."""
+        losses = [t.loss for t in self.trials if t.loss is not None and not t.failed]
+        return float(np.mean(losses)) if losses else None
+
+    @property
+    def half(self) -> float | None:
+        """Half of the 95% interval of the mean over seeds, by Student's t; None with fewer than two."""
+        n = len(self.measured)
+        if n < 2:
+            return None
+        from scipy.special import stdtrit
+
+        return float(stdtrit(n - 1, 0.975) * np.std(self.measured, ddof=1) / sqrt(n))
+
+    @property
+    def failures(self) -> int:
+        """Trials that failed."""
+        return sum(t.failed for t in self.trials)
+
+    @property
+    def ends(self) -> str:
+        """How its trials ended, counted: ``4 finished, 1 failed``."""
+        return ", ".join(f"{n} {state}" for state, n in Counter(t.state for t in self.trials).most_common())
+
+
+def rank(trials: Iterable[Trial], mode: str) -> list[Contender]:
+    """Contenders, best first: by mean metric, then by mean loss. Those of which more than half failed come last."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(json.dumps(_choice(trial), sort_keys=True, default=str), []).append(trial)
+    contenders = [
+        Contender(_choice(group[0]), tuple(sorted(group, key=lambda t: (t.failed, order(t.metric, t.loss, mode)))))
+        for group in groups.values()
+    ]
+    return sorted(contenders, key=lambda c: (2 * c.failures > len(c.trials), order(c.mean, c.loss, mode)))
+
+
+def _choice(trial: Trial) -> dict[str, Any]:
+    return {name: value for name, value in trial.point.items() if name != SEED}
+
+
+def trials_of(contenders: Iterable[Contender]) -> list[Trial]:
+    """Their trials, in the order of the ranking. The first is the best seed of the best contender."""
+    return [trial for contender in contenders for trial in contender.trials]
+
+
+def with_seeds(contenders: Sequence[Contender]) -> bool:
+    """Whether any has more than one trial."""
+    return any(len(c.trials) > 1 for c in contenders)
+
+
+def swept_names(trials: Iterable[Trial]) -> list[str]:
+    """Every setting that any point names. A point may lack some: what acts only with another setting's value."""
+    return list(dict.fromkeys(name for trial in trials for name in trial.point))
+
+
+def interval(contender: Contender) -> str:
+    """``0.8125 ± 0.04 (n = 5)``; without an interval where there is one seed."""
+    if contender.mean is None:
+        return ""
+    half = "" if contender.half is None else f" ± {contender.half:.2g}"
+    return f"{contender.mean:.4g}{half} (n = {len(contender.measured)})"
+
+
+def ranking_table(contenders: Sequence[Contender], metric: str) -> Table:
+    """The ranking for the terminal: of contenders where there are seeds, else of trials."""
+    seeds = with_seeds(contenders)
+    table = Table(title="settings, best first" if seeds else "trials, best first", title_justify="left")
+    names = ("trials", "eval/loss", f"{metric}: mean ± 95%") if seeds else ("state", "step", "eval/loss", metric)
+    for name in ("settings" if seeds else "trial", *names):
+        table.add_column(name, justify="left" if name in ("settings", "trial", "trials", "state") else "right")
+    for c in contenders:
+        if seeds:
+            table.add_row(c.name, c.ends, "" if c.loss is None else f"{c.loss:.4g}", interval(c))
+            continue
+        t = c.trials[0]
+        numbers = ["" if value is None else f"{value:.4g}" for value in (t.step, t.loss, t.metric)]
+        table.add_row(t.name, t.state, *numbers)
+    return table
+
+
+def write_ranking(contenders: Sequence[Contender], metric: str, file: Path) -> None:
+    """One row per trial, by rank. A swept setting has a column, empty where it does not act.
+
+    ``mean`` is over seeds, ``ci95`` half of its interval.
+    """
+    names = swept_names(trials_of(contenders))
+    outcome = ["state", "reason", "step", "evaluations", "eval/loss", metric, "mean", "ci95", "seeds", "seconds"]
+    rows = []
+    for place, c in enumerate(contenders, 1):
+        for t in c.trials:
+            row = [place, t.trial_id, *(t.point.get(name, "") for name in names), t.state, t.reason]
+            row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.half, len(c.measured), t.seconds]
+            rows.append([*row, t.checkpoint])
+    write_csv(file, ["rank", "trial", *names, *outcome, "checkpoint"], rows)
+
+
+LEAST = 8
+"""Trials below which nothing is said."""
+ROUNDS, TREES, SHUFFLES = 10, 50, 5
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What a forest that predicts the metric from the settings makes of each. ``why_not``: why there is no answer."""
+
+    shares: dict[str, float]
+    """Setting to its share of all importance, largest first."""
+    chance: float = 0.0
+    """The share that a setting without any effect may reach: 95% of the best shuffled copies stay below."""
+    explained: float = 0.0
+    """R² of the forest on trials that it has not seen. At most 1."""
+    trials: int = 0
+    why_not: str = ""
+
+    @property
+    def sure(self) -> list[str]:
+        """Settings that matter more than chance would have it."""
+        return [name for name, share in self.shares.items() if share > self.chance and not self.why_not]
+
+
+def importance(trials: Sequence[Trial]) -> Importance:
+    """How much each swept setting matters for the metric, over trials that have one and did not fail.
+
+    Permutation importance (Breiman, 2001) in a random forest, beside a shuffled copy of each setting that tells what
+    chance gives (as in Boruta: Kursa and Rudnicki, 2010). A setting that a point lacks takes the median of the others
+    there, so that only its value can matter and not its presence, which another setting decides.
+    """
+    used = [t for t in trials if t.metric is not None and not t.failed]
+    values = {name: _column(name, used) for name in swept_names(used) if name != SEED}
+    values = {name: column for name, column in values.items() if len(set(column)) > 1}
+    target = np.array([t.metric for t in used], float)
+    if len(used) < LEAST:
+        return Importance({}, trials=len(used), why_not=f"It takes {LEAST} measured trials; here: {len(used)}.")
+    if not values:
+        return Importance({}, trials=len(used), why_not="No setting other than the seed has two values.")
+    if np.ptp(target) == 0:
+        return Importance({}, trials=len(used), why_not="All trials have the same metric.")
+    own, chance, explained = _forests(np.stack(list(values.values()), axis=1), target)
+    total = own.sum()
+    if explained <= 0 or total <= 0:
+        words = f"What the settings did here does not tell how another trial would end (R² = {explained:.2f})."
+        return Importance({}, explained=explained, trials=len(used), why_not=words)
+    shares = dict(sorted(zip(values, (own / total).tolist(), strict=True), key=lambda pair: -pair[1]))
+    return Importance(shares, float(chance / total), explained, len(used))
+
+
+def _forests(settings: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Mean importance per column, 95% quantile over rounds of the best shuffled column, mean out-of-bag R²."""
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
+
+    draws, columns = np.random.default_rng(0), settings.shape[1]
+    own, best_shuffled, explained = [], [], []
+    for seed in range(ROUNDS):
+        table = np.hstack([settings, draws.permuted(settings, axis=0)])
+        forest = RandomForestRegressor(TREES, oob_score=True, random_state=seed).fit(table, target)
+        found = permutation_importance(forest, table, target, n_repeats=SHUFFLES, random_state=seed).importances_mean
+        own.append(np.maximum(found[:columns], 0))
+        best_shuffled.append(found[columns:].max())
+        explained.append(forest.oob_score_)
+    return np.mean(own, axis=0), max(0.0, float(np.quantile(best_shuffled, 0.95))), float(np.mean(explained))
+
+
+def _column(name: str, trials: Sequence[Trial]) -> np.ndarray:
+    """A setting as numbers: itself, or its place among its values; the median where a trial lacks it."""
+    present = [t.point[name] for t in trials if name in t.point]
+    if is_number(present):
+        codes = {t.trial_id: float(t.point[name]) for t in trials if name in t.point}
+    else:
+        places = {text: place for place, text in enumerate(sorted({json.dumps(v, default=str) for v in present}))}
+        codes = {t.trial_id: places[json.dumps(t.point[name], default=str)] for t in trials if name in t.point}
+    middle = np.quantile(list(codes.values()), 0.5, method="lower")
+    return np.array([codes.get(t.trial_id, middle) for t in trials], float)
+
+
+def is_number(values: Sequence[Any]) -> bool:
+    """Whether all values are numbers, and none says yes or no."""
+    return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

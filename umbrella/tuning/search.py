@@ -1,19 +1,27 @@
 """Which trials a sweep runs: points that are known before, or one proposal of Optuna's after the other."""
 
-from dataclasses import dataclass
+import math
+import pickle
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.tuning.entry import combine
-from umbrella.tuning.optuna_search import make_optuna_search
+from umbrella.tuning.parameter import Entry, combine
+from umbrella.tuning.search_space import as_written, checked, distinct, read_space, with_seeds
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.space import as_written, checked, distinct, read_space, with_seeds
 
 EVALUATIONS = "evaluation"
 """The key of a report that counts evaluations."""
@@ -85,3 +93,119 @@ def count_trials(settings: Settings, given: frozenset[str] = frozenset()) -> int
     if all(entry.listed for entry in entries):
         count = sum(1 for _ in islice(combine(entries, lambda entry: entry.values), count))
     return count * settings.tune.seeds
+
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIES = 100
+"""Proposals in a row that are no new point; then the search counts as done."""
+POINT = "point"
+"""The key of the point in a suggestion of ``OptunaSearch``, which holds Optuna's own parameters, too."""
+
+
+def make_optuna_search(settings: Settings, entries: Sequence[Entry], storage: Any = None) -> "SeedRepeater":
+    """Optuna's TPE (Bergstra et al., NeurIPS 2011), multivariate, a group of names for each case of the conditions.
+
+    Args:
+        storage: the study's, one of ``optuna.storages``; in memory if there is none.
+    """
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions call these three experimental
+        sampler = optuna.samplers.TPESampler(seed=settings.seed, multivariate=True, group=True, constant_liar=True)
+    metric, space = f"best/{settings.tune.metric}", partial(_define, entries)
+    return SeedRepeater(OptunaSearch(space, metric, settings.tune.mode, sampler=sampler, storage=storage), settings)
+
+
+@dataclass(eq=False)
+class Proposal:
+    """A point that the searcher has proposed under a name, and the results of its runs, one per seed."""
+
+    name: str
+    waiting: list[dict[str, Any]]
+    """The runs that have not started."""
+    results: list[float] = field(default_factory=list)
+    """Of the runs that did not fail."""
+
+
+class SeedRepeater(Searcher):
+    """Runs each point of another searcher with every seed, if the point is new and the settings accept it.
+
+    The searcher gets the mean over the runs that did not fail. A point of which all runs failed counts as pruned:
+    worse than any other. ``ray.tune.search.Repeater`` reports NaN for such a point, which Optuna refuses.
+    """
+
+    def __init__(self, searcher: Searcher, settings: Settings) -> None:
+        super().__init__(metric=searcher.metric, mode=searcher.mode)
+        # Not named ``searcher``: of what has such an attribute, Ray Tune saves that in a file of its own.
+        self.proposer, self.settings = searcher, settings
+        self.asked = 0
+        self.seen: list[dict[str, Any]] = []
+        self.latest: Proposal | None = None
+        self.running: dict[str, Proposal] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next run: one more seed of the latest point, or the first seed of a new one."""
+        if self.latest is None or not self.latest.waiting:
+            self.latest = self._ask()
+        if self.latest is None:
+            return Searcher.FINISHED
+        self.running[trial_id] = self.latest
+        return self.latest.waiting.pop(0)
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """A run ended, was stopped or failed. With the last run of a point, the searcher gets its result."""
+        proposal = self.running.pop(trial_id, None)
+        if proposal is None:  # after a restart, Ray Tune may complete a trial once more
+            return
+        value = math.nan if error else (result or {}).get(self.metric, math.nan)
+        if math.isfinite(value):
+            proposal.results.append(value)
+        if not proposal.waiting and proposal not in self.running.values():
+            mean = {self.metric: fmean(proposal.results)} if proposal.results else None
+            self.proposer.on_trial_complete(proposal.name, mean)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state, with that of the searcher: in one file, so that a kill cannot leave two that differ."""
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read what ``save`` wrote."""
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
+
+    def _ask(self) -> Proposal | None:
+        """A new point that the settings accept; None when there seems to be none left."""
+        for _ in range(TRIES):
+            self.asked += 1
+            name = str(self.asked)
+            point = as_written(self.proposer.suggest(name)[POINT], self.settings)
+            with suppress(UserError):
+                if point not in self.seen:
+                    checked(self.settings, point)
+                    self.seen.append(point)
+                    return Proposal(name, with_seeds(point, self.settings))
+            self.proposer.on_trial_complete(name, error=True)
+        return None
+
+
+def _define(entries: Sequence[Entry], trial: "optuna.Trial") -> dict[str, dict[str, Any]]:
+    """The define-by-run space. ``OptunaSearch`` splits names at slashes; under one key they stay whole."""
+    return {POINT: next(combine(entries, lambda entry: [_suggest(trial, entry)]))}
+
+
+def _suggest(trial: "optuna.Trial", entry: Entry) -> Any:
+    if entry.listed:
+        return entry.values[trial.suggest_categorical(entry.name, range(len(entry.values)))]
+    low, high = entry.values[:2]
+    logarithmic = entry.kind == "loguniform"
+    if entry.kind == "quniform":
+        value = low + trial.suggest_int(entry.name, 0, entry.steps) * entry.values[2]
+    elif entry.whole:
+        value = trial.suggest_int(entry.name, int(low), int(high), log=logarithmic)
+    else:
+        value = trial.suggest_float(entry.name, low, high, log=logarithmic)
+    return entry.fitted(value)

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -28,14 +28,12 @@ from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
 from umbrella.training.run import load_checked, make_job
-from umbrella.tuning.ending import reopen
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
-from umbrella.tuning.question import Question, check_data, write_question
-from umbrella.tuning.ranking import Contender, rank, trials_of
-from umbrella.tuning.report import Files, winner, write_report
-from umbrella.tuning.results import Trial, at_chance, read_trials
+from umbrella.tuning.report import Answer, Files, winner, write_report
+from umbrella.tuning.results import Contender, Trial, at_chance, rank, read_trials, trials_of
 from umbrella.tuning.search import Search, make_scheduler, make_search
-from umbrella.tuning.space import covers, read_space, variants
+from umbrella.tuning.search_space import covers, read_space, variants
+from umbrella.tuning.sweep_files import Question, check_data, reopen, write_question
 from umbrella.tuning.trial import run_trial, trial_resources
 
 ENVIRONMENT = {
@@ -46,20 +44,6 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 """Ray Tune's settings; what the person has set stays."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a sweep found. ``contenders``, ``trials``: best first. ``best``: the winner's. ``folder``: of all files."""
-
-    contenders: list[Contender]
-    trials: list[Trial]
-    best: Settings
-    folder: Path
-    files: Files
-    tracking: str
-    warning: str = ""
-    """See ``at_chance``."""
 
 
 def run_sweep(

@@ -15,9 +15,8 @@ from umbrella.training.job import Job
 from umbrella.training.launch import run_job
 from umbrella.training.progress import latest_checkpoint, read_progress
 from umbrella.training.settings import ResourceSettings
-from umbrella.tuning.ending import FAILED, read_end, write_end
-from umbrella.tuning.folder import name_of, trial_folder
-from umbrella.tuning.space import label
+from umbrella.tuning.search_space import label
+from umbrella.tuning.sweep_files import FAILED, name_of, read_end, trial_folder, write_end
 
 
 def run_trial(config: dict[str, Any], sweep: Job) -> None:

@@ -1,17 +1,19 @@
-"""A sweep's folder: the question that it was begun with."""
+"""What the folder of a sweep keeps: its specification, the folder of each trial, and how each trial ended."""
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.paths import FINGERPRINT, GIVEN, SETTINGS, storage_of, sweep_folder
+from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.storage import put_text
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.tuning.entry import in_words
-from umbrella.tuning.space import is_given
+from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.tuning.parameter import in_words
+from umbrella.tuning.search_space import is_given
 from umbrella.version import check_version, write_version
 
 
@@ -105,3 +107,82 @@ def find_sweep(settings: Settings, name: str) -> Path:
     """
     folder = sweep_folder(settings.resources.storage, name)
     return newest(folder.parent) if name == "last" else folder
+
+
+def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
+    """Where a trial's training lies, or would.
+
+    Args:
+        ray_id: as Ray Tune knows the trial.
+        point: the trial's, where Ray's id is new. The folder is named by that, so that a lost note of
+            Ray's is no loss.
+    """
+    trials = Path(sweep) / TRIALS
+    known = trials / f"{ray_id}.txt"
+    return trials / (known.read_text(encoding="utf-8") if known.exists() else _name(point))
+
+
+def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
+    """``find_folder``, and made if need be."""
+    folder = find_folder(sweep, ray_id, point)
+    known = folder.with_name(f"{ray_id}.txt")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not known.exists():
+        put_text(known, folder.name)
+    if not (folder / POINT).exists():
+        put_text(folder / POINT, json.dumps(point))
+    return folder
+
+
+def read_point(folder: str | Path) -> dict[str, Any]:
+    """A trial's point."""
+    return json.loads((Path(folder) / POINT).read_text(encoding="utf-8"))
+
+
+def name_of(folder: str | Path) -> str:
+    """A trial's name among all sweeps, which its run in MLflow is tagged with."""
+    folder = Path(folder)
+    return f"{folder.parent.parent.name}-{folder.name}"
+
+
+def _name(point: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+
+
+STOPPED, FAILED, BUDGET = "stopped by the scheduler", "failed", "out of time"
+"""How a trial ends that did not end by itself; see ``progress_log`` for the others."""
+UNFINISHED = "not finished"
+
+
+class End(NamedTuple):
+    """``state``: FINISHED, EARLY, STOPPED, BUDGET or FAILED. ``reason``: why, in one line."""
+
+    state: str
+    reason: str
+
+
+def write_end(folder: str | Path, state: str, reason: str = "") -> None:
+    """Keep how a trial ended. What was kept before stays."""
+    file = Path(folder) / END
+    if file.parent.is_dir() and not file.exists():
+        put_text(file, json.dumps({"state": state, "reason": reason}))
+
+
+def read_end(folder: str | Path) -> End | None:
+    """How a trial ended, or nothing: it did not yet."""
+    file = Path(folder) / END
+    return End(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def reopen(folder: str | Path) -> None:
+    """Let a trial that failed, or that time ran out for, go on."""
+    end = read_end(folder)
+    if end and end.state in (FAILED, BUDGET):
+        (Path(folder) / END).unlink()
+
+
+def how_it_ended(report: Mapping[str, Any]) -> str:
+    """The end of a trial that nothing went wrong with, from its last report: FINISHED, EARLY or STOPPED."""
+    if report["step"] >= report["steps"]:
+        return FINISHED
+    return EARLY if report["out_of_patience"] else STOPPED

@@ -1,23 +1,19 @@
 """What a sweep would run, and what it found, in words."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import joblib
 import torch
 from rich.console import Console
 
-from umbrella.base import masked
 from umbrella.config import Settings
 from umbrella.data.loading import Progress, counted
 from umbrella.training.capacity import SPARE_CPUS, trainings_that_fit
 from umbrella.training.run import load_checked
-from umbrella.tuning.entry import Entry
-from umbrella.tuning.ranking import interval, ranking_table
+from umbrella.tuning.parameter import Entry
 from umbrella.tuning.search import count_trials, points
-from umbrella.tuning.space import is_given, label, read_space, variants
-from umbrella.tuning.sweep import Answer, possible_masks
-from umbrella.tuning.winner import command
+from umbrella.tuning.search_space import is_given, label, read_space, variants
+from umbrella.tuning.sweep import possible_masks
 
 SHOWN = 20
 """Trials that a dry run lists."""
@@ -84,30 +80,3 @@ def _trial_lines(settings: Settings, given: frozenset[str], total: int) -> Itera
     yield from (f"  {label(point)}" for point in every[:SHOWN])
     if len(every) > SHOWN:
         yield f"  ... and {len(every) - SHOWN} more"
-
-
-def print_answer(answer: Answer, console: Console) -> None:
-    """Print the ranking, the winner, the command that trains it again, its checkpoint, and where to read further."""
-    best, metric, files = answer.trials[0], answer.best.tune.metric, answer.files
-    first = answer.contenders[0]
-    console.print(ranking_table(answer.contenders, metric))
-    seeds = f", over seeds {interval(first)}" if len(first.trials) > 1 else ""
-    lines = {
-        "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}{seeds}",
-        "its settings": " ".join(f"{name}={value}" for name, value in best.point.items()),
-        "train it again": command(_short(files.best or "")),
-        "its checkpoint": _short(best.checkpoint or ""),
-        "ranking": _short(files.ranking),
-        "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(answer.tracking)})",
-    }
-    for name, value in lines.items():
-        console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
-    if answer.warning:
-        console.print(answer.warning, markup=False, highlight=False, soft_wrap=True)
-
-
-def _short(path: str | Path) -> str:
-    """A path, relative where it lies below the working directory."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
