@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -19,6 +20,10 @@ TOKEN = re.compile(r"(?i)https?://[^/?#\s]+@")
 
 UNPRINTABLE = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
 """Control characters, escape sequences begin with one, and those that reverse the direction of a text."""
+
+
+Progress = Callable[[Sequence, str], Iterable]
+"""A progress bar: takes things and a description of the work, returns the same things and advances as they are read."""
 
 
 class Section(BaseModel):
@@ -45,6 +50,11 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """A text with its control characters written as codes, such as ``\\x1b``. Line breaks and tabs are kept."""
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun in the singular or plural: "1 sample", "2 samples"."""
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def note(words: object) -> None:

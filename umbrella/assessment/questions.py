@@ -10,7 +10,8 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import fingerprint, settle_all
-from umbrella.data.loading import Intake, Progress, read_splits, shared_between
+from umbrella.data.leakage import find_shared
+from umbrella.data.loading import Progress, read_splits
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates
 from umbrella.paths import SETTINGS
 from umbrella.training.run import check_model
@@ -67,8 +68,7 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
     if not intake.splits:
         return None
     training = read_splits(settings, progress, ("train",), check_files=False)
-    both = Intake({**training.splits, **intake.splits}, places={**training.places, **intake.places})
-    shared, notes = shared_between(both)
+    shared, notes = find_shared(training.splits | intake.splits, training.places | intake.places)
     problems = [str(problem) for _, problem in shared]
     if problems and not evaluate.allow_shared_subjects:
         raise UserError("\n".join(problems) + "; evaluate.allow_shared_subjects=true goes on with a note")

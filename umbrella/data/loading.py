@@ -3,25 +3,22 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, takewhile
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from umbrella.base import UserError
+from umbrella.base import Progress, UserError, counted
 from umbrella.conversations.images import MISSING
 from umbrella.conversations.reading import Problem, Reading, read_conversations
-from umbrella.conversations.schema import Conversation, entity, usual_answers
+from umbrella.conversations.schema import Conversation, usual_answers
+from umbrella.data.leakage import assign_subjects, find_shared
 from umbrella.paths import phantom_folder
-from umbrella.volumes.reading import content_id, image_files, image_size
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
 
-Progress = Callable[[Sequence, str], Iterable]
-"""(things, what is done with them) to the same things, drawing a bar as they are taken."""
 SPLITS = ("train", "validation", "test")
 FEW = 10
 """Different whole numbers up to which the labels of a target may be classes, if no answer holds a digit."""
@@ -141,8 +138,8 @@ def read_splits(
     if not intake.problems or any(intake.splits.values()):
         intake.splits = keep(intake.splits, settings)
     _check_answers(intake, lambda: read_splits(settings, progress, ("train",), check_files=False))
-    name_subjects(intake, progress)
-    shared, notices = shared_between(intake)
+    intake.notices += assign_subjects(intake.splits, progress)
+    shared, notices = find_shared(intake.splits, intake.places)
     intake.notices += [*notices, *_one_class(intake)]
     for name, problem in shared:
         if name == "test" and settings.evaluate.allow_shared_subjects:
@@ -223,7 +220,7 @@ def read_input(settings: "Settings") -> Intake:
         "input", read_conversations(data.input, root, data.path_map, data.format, settings.modalities, questions=True)
     )
     intake.splits = keep(intake.splits, settings)
-    name_subjects(intake, lambda things, what: things)
+    intake.notices += assign_subjects(intake.splits, lambda things, what: things)
     return intake
 
 
@@ -272,144 +269,6 @@ def phantom_of(settings: "Settings") -> Path:
     """Where the phantom cohort lies: a folder per cohort settings, so that another cohort never meets this one."""
     key = hashlib.sha256(settings.cohort.model_dump_json().encode()).hexdigest()[:8]
     return phantom_folder(settings.resources.storage, key)
-
-
-def counted(number: int, what: str) -> str:
-    """So many of them, in words: "1 sample", "2 samples"."""
-    return f"{number} {what}" + ("s" if number != 1 else "")
-
-
-def name_subjects(intake: Intake, progress: Progress) -> None:
-    """Give each sample that states no subject one, as ``metadata.subject_id``, and note how many there are.
-
-    The subject is the entity ``sub-...`` in the path of the last volume, else the content of that volume. Other
-    subjects that the paths name become ``subject_ids`` where the sample states nobody else.
-    """
-    unnamed = [c for conversations in intake.splits.values() for c in conversations if not c.stated_subject]
-    nameless = sorted({v.image_path for c in unnamed for v in c.volumes if not entity(v.image_path)})
-    contents = {}
-    for path in progress(nameless, "reading volumes without a subject") if nameless else ():
-        with suppress(UserError):  # a file that cannot be read is reported elsewhere
-            contents[path] = f"volume-{content_id(path)[:16]}"
-    ways: Counter[str] = Counter()
-
-    def named(c: Conversation) -> Conversation:
-        if not c.volumes:
-            return c
-        stated, last = c.stated_subject, c.volumes_by_turn[-1]
-        names = {
-            path: entity(path) or (None if stated else contents.get(path)) for v in c.volumes if (path := v.image_path)
-        }
-        own = stated if stated in names.values() else names[last[-1].image_path]
-        # Volumes of one turn whose paths name nobody are taken for one subject's.
-        others = {names[v.image_path] for v in c.volumes if entity(v.image_path) or v not in last} - {own, stated, None}
-        changes: dict[str, Any] = {}
-        if not stated:
-            ways["path" if entity(last[-1].image_path) else "content"] += 1
-            changes["metadata"] = {**c.metadata, "subject_id": own or c.task_id}
-        if others and len(c.subjects) == 1:
-            changes["subject_ids"] = sorted({stated or own or c.task_id, *others})
-        return c.model_copy(update=changes) if changes else c
-
-    intake.splits = {name: [named(c) for c in conversations] for name, conversations in intake.splits.items()}
-    told = {
-        "path": "sub-... in the path of the volume names it",
-        "content": "the content of the volume names it, so another scan of the same subject is not recognised",
-    }
-    intake.notices += [
-        f"{counted(number, 'sample')} without a subject: {told[way]}; metadata.subject_id states it"
-        for way, number in sorted(ways.items())
-    ]
-    spelt: dict[str, set[str]] = defaultdict(set)
-    for subject in {subject for cs in intake.splits.values() for c in cs for subject in c.subjects}:
-        spelt[subject.casefold()].add(subject)
-    variants = sorted(sorted(alike) for alike in spelt.values() if len(alike) > 1)
-    if variants:
-        more = f" (and {counted(len(variants) - 1, 'more name')})" if len(variants) > 1 else ""
-        intake.notices.append(f"subjects {' and '.join(variants[0])}{more} differ by case only and are kept apart")
-
-
-def shared_between(intake: Intake) -> tuple[list[tuple[str, Problem]], list[str]]:
-    """What one split asks about and another one shows: subjects, groups of them, and volumes of the same content.
-
-    Returns:
-        (the later of the two splits, what is wrong), one for each kind of thing; and a note on the volumes that splits
-        may share, because each shows them as references only.
-    """
-    contents = _shared_contents(intake.splits)
-    asks: dict[str, Callable[[Conversation], Iterable[str | None]]] = {
-        "subject_id": lambda c: [c.subject_id],
-        "family_id": lambda c: [c.family_id],
-        "image_path": lambda c: [contents.get(v.image_path) for v in c.asked_volumes],
-    }
-    shows = asks | {
-        "subject_id": lambda c: c.subjects,
-        "image_path": lambda c: [contents.get(v.image_path) for v in c.volumes],
-    }
-    nouns = {"subject_id": "more subject", "family_id": "more group", "image_path": "more volume"}
-    problems = []
-    leaked: set[str] = set()
-    for one, two in combinations(intake.splits, 2):
-        reported: set[str] = set()
-        for key, noun in nouns.items():
-            found: dict[str, tuple[str, Conversation, str, Conversation]] = {}
-            for asking, other in ((one, two), (two, one)):
-                asked, shown = (_first(intake.splits[n], of[key]) for n, of in ((asking, asks), (other, shows)))
-                found |= {thing: (asking, asked[thing], other, shown[thing]) for thing in asked.keys() & shown.keys()}
-            leaked |= found.keys()
-            # What belongs to a subject that is reported already is not reported again.
-            found = {thing: where for thing, where in found.items() if where[1].subject_id not in reported}
-            reported |= found.keys()
-            if found:
-                thing = min(found)
-                asking, c, other, theirs = found[thing]
-                what = (
-                    f"{thing} is also in data.{other}, at {intake.places[other, theirs.task_id]}"
-                    + (f" (and {counted(len(found) - 1, noun)})" if len(found) > 1 else "")
-                    + "; split by subject, or the score means nothing"
-                )
-                problems.append((two, Problem(intake.places[asking, c.task_id], key, what)))
-    references = len(set(contents.values()) - leaked)
-    note = f"{counted(references, 'volume')} in several splits, in each as a reference only, which is allowed"
-    return problems, [note] if references else []
-
-
-def _first(conversations: Iterable[Conversation], of: Callable[[Conversation], Iterable[str | None]]) -> dict:
-    """Each thing that conversations ask about or show, with the first of them."""
-    found: dict[str, Conversation] = {}
-    for c in conversations:
-        for thing in of(c):
-            if thing is not None:
-                found.setdefault(thing, c)
-    return found
-
-
-def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, str]:
-    """Path of each volume whose content is in several splits, to one path for each content."""
-    users: dict[str, set[str]] = defaultdict(set)
-    for name, conversations in splits.items():
-        for c in conversations:
-            for volume in c.volumes:
-                users[volume.image_path].add(name)
-    groups = [list(users)]
-    # Whole files are read only where size and middle are the same: volumes that are not compressed are of one size.
-    for key in (image_size, _middle, content_id):
-        finer = []
-        for group in groups:
-            alike: dict[Hashable, list[str]] = defaultdict(list)
-            for path in group:
-                with suppress(OSError, UserError):  # a file that cannot be read is reported elsewhere
-                    alike[key(path)].append(path)
-            finer += [paths for paths in alike.values() if len(set().union(*(users[p] for p in paths))) > 1]
-        groups = finer
-    return {path: paths[0] for paths in groups for path in paths}
-
-
-def _middle(path: str) -> bytes:
-    file = image_files(path)[-1]
-    with file.open("rb") as stream:
-        stream.seek(file.stat().st_size // 2)
-        return stream.read(2**12)
 
 
 def _one_class(intake: Intake) -> list[str]:
