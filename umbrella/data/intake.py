@@ -20,7 +20,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.nodes import check_nodes, living, several_nodes
 from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.shared_store import SharedStore, as_path, is_address
-from umbrella.volumes.reading import image_size
+from umbrella.volumes.image_formats import image_size
 from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.store_files import write_whole
 

@@ -9,7 +9,8 @@ from typing import Any
 from umbrella.base import Progress, UserError, counted
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation, entity
-from umbrella.volumes.reading import content_id, image_files, image_size
+from umbrella.volumes.image_formats import image_files, image_size
+from umbrella.volumes.reading import content_id
 
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: Progress) -> list[str]:

@@ -15,8 +15,8 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
+from umbrella.volumes.image_formats import image_files
 from umbrella.volumes.preprocessing import recipe
-from umbrella.volumes.reading import image_files
 
 HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \((\d+(?:, \d+)*)\), \} *\n", re.DOTALL
