@@ -15,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.tracking import mlflow_logger
-from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger, close_run
+from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger
 from umbrella.tracking.model_registry import keep_model
+from umbrella.tracking.run_status import close_run
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.monitor import STATUS, Monitor

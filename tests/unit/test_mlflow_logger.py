@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.tracking import mlflow_logger
-from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, close_run, find_run, run_key
+from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, run_key
+from umbrella.tracking.run_status import close_run, find_run
 from umbrella.tracking.store import open_experiment
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL

@@ -14,9 +14,10 @@ from umbrella.base import note
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.subgroups import band_names
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS
-from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
+from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import describe
 from umbrella.tracking.redaction import hide, read_salt
+from umbrella.tracking.run_status import find_run
 from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
 from umbrella.training.progress import read_progress
 

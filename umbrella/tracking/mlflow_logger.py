@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4, uuid5
 
@@ -20,7 +19,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, masked, note
 from umbrella.storage import put_text
@@ -373,52 +371,6 @@ def run_key(folder: str | Path, parent: str | None = None) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         put_text(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
     return file.read_text(encoding="utf-8")
-
-
-def find_run(uri: str, folder: Path) -> MlflowLogger | None:
-    """The logger of a training that is over; None if the store has no run of it or the folder cannot be written to.
-
-    If the server does not answer, the run is taken to exist.
-    """
-    logger = MlflowLogger(uri, folder)
-    if not os.access(logger.file, os.W_OK) or not logger.experiment:
-        return None
-    try:
-        if logger._state["run_id"] and logger.client.get_run(logger.run_id).info.lifecycle_stage != "active":
-            return None
-    except MlflowException as error:
-        if not can_wait(error, uri):
-            return None
-    return logger
-
-
-def close_run(
-    uri: str,
-    folder: str | Path,
-    status: str,
-    outcome: str,
-    experiment: str = "",
-    tags: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """End the run of a training whose process is gone, unless that ended it, and send what waits.
-
-    Args:
-        folder: folder of the training.
-        status, outcome: see ``MlflowLogger.end``.
-        experiment: see ``MlflowLogger``.
-        tags: tags to set first.
-    """
-    try:
-        logger = MlflowLogger(uri, folder, experiment)
-        if not logger.file.exists() or not logger.experiment:  # no process came so far
-            return
-        logger.tags(tags)
-        if logger.ended:
-            logger.flush()
-        else:
-            logger.end(status, outcome, wait=0)
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # a full disk, say, was reported already
-        note(f"MLflow at {masked(uri)} does not have the end of {Path(folder).name}: {short(error)}")
 
 
 def _now() -> int:

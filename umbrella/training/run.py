@@ -21,8 +21,9 @@ from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.paths import BEGUN, storage_of, training_folder
 from umbrella.sigterm import on_sigterm
-from umbrella.tracking.mlflow_logger import close_run, run_key
+from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tracking.provenance import describe
+from umbrella.tracking.run_status import close_run
 from umbrella.tracking.store import is_name, open_experiment, tracking_uri
 from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import synced

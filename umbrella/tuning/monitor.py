@@ -13,7 +13,8 @@ from rich.table import Table
 
 from umbrella.base import printable
 from umbrella.paths import TRIALS
-from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
+from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger
+from umbrella.tracking.run_status import close_run
 from umbrella.training.history import read_history
 from umbrella.training.launch import cause
 from umbrella.training.progress_log import progress_line
