@@ -18,7 +18,7 @@ def main(request: Request) -> None:
 
         dry_run(settings, request.given, progress_bar, make_console())
         return
-    from umbrella.training.progress import best_checkpoint, read_metrics
+    from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
     from umbrella.training.run import run_training
 
     def tell(folder: Path) -> None:

@@ -23,7 +23,7 @@ def main(request: Request) -> None:
         folder = find_sweep(settings, name)
         if not folder.exists() and settings.resources.upload:
             from umbrella.training.checkpoint_sync import download
-            from umbrella.training.claim import claimed
+            from umbrella.training.run_lock import claimed
 
             if request.dry_run:
                 print(f"would download {folder} from resources.upload, and go on with it")

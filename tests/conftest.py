@@ -233,8 +233,8 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from umbrella.config import load_settings
     from umbrella.model.partial_checkpoint import names_to_write
     from umbrella.training.checkpoint import snapshot
+    from umbrella.training.checkpoint_files import Progress
     from umbrella.training.language_model import copy_weights
-    from umbrella.training.progress import Progress
     from umbrella.version import __version__
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:

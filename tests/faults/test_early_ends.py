@@ -17,7 +17,7 @@ from mlflow.entities import Run
 
 from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.progress import latest_checkpoint, what_is_wrong
+from umbrella.training.checkpoint_files import latest_checkpoint, what_is_wrong
 from umbrella.tuning import monitor
 from umbrella.tuning.report import Answer
 from umbrella.tuning.sweep import run_sweep

@@ -33,7 +33,7 @@ from tests.faults.fault_injection import (
     when_step,
 )  # fmt: skip
 from umbrella.base import UserError
-from umbrella.training.progress import latest_checkpoint
+from umbrella.training.checkpoint_files import latest_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

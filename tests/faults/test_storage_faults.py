@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from tests.faults.fault_injection import starts, when_step
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.progress import latest_checkpoint, what_is_wrong
+from umbrella.training.checkpoint_files import latest_checkpoint, what_is_wrong
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

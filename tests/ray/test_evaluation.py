@@ -30,8 +30,8 @@ from umbrella.data.intake import load_splits
 from umbrella.data.loading import read_splits
 from umbrella.evaluation.predictions import read_predictions
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.launch import run_job
-from umbrella.training.progress import best_checkpoint
 from umbrella.training.run import make_job
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # an actor would import this file: seconds each

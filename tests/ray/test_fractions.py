@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from tests.ray.conftest import quiet
 from umbrella.tracking.mlflow_logger import TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.progress import latest_checkpoint
+from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.tuning import monitor
 from umbrella.tuning.sweep import run_sweep
 

@@ -14,7 +14,7 @@ from tests.faults.fault_injection import dies_once
 from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train_here
 from umbrella.data.intake import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
-from umbrella.training.progress import latest_checkpoint, read_progress
+from umbrella.training.checkpoint_files import latest_checkpoint, read_progress
 from umbrella.training.progress_log import EVALUATION, FORMATS, ProgressLog, gauge_name
 
 GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"

@@ -19,9 +19,9 @@ from umbrella.model.partial_checkpoint import names_to_write
 from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
 from umbrella.training.checkpoint import code_of, other_code, restore, rng_state, snapshot
+from umbrella.training.checkpoint_files import Progress, latest_checkpoint, read_progress
 from umbrella.training.language_model import copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.progress import Progress, latest_checkpoint, read_progress
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
 from umbrella.training.writer import Writer

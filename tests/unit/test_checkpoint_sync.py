@@ -14,10 +14,10 @@ from umbrella.config import load_settings
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.shared_store import SharedStore
 from umbrella.training import checkpoint_sync
+from umbrella.training.checkpoint_files import delete, latest_checkpoint, what_is_wrong
 from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
-from umbrella.training.history import read_history
-from umbrella.training.progress import delete, latest_checkpoint, what_is_wrong
 from umbrella.training.settings import ResourceSettings
+from umbrella.training.training_state import read_history
 
 
 class Lost(Exception):

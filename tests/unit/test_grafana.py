@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from umbrella.training.pace import Pace, memory
 from umbrella.training.progress_log import EVALUATION, gauge_name
+from umbrella.training.throughput import Pace, memory
 
 FILE = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 LABELS = {"run", "trial", "metric"}

@@ -12,7 +12,7 @@ import pytest
 from umbrella.assessment.answers import AnswerFile
 from umbrella.base import UserError
 from umbrella.training import cluster
-from umbrella.training.claim import claimed
+from umbrella.training.run_lock import claimed
 
 
 @pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"], autouse=True)

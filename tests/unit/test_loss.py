@@ -18,7 +18,7 @@ from umbrella.data.batching import Batch
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
-from umbrella.training.parallel import parallelise
+from umbrella.training.distributed import parallelise
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import train_step
 

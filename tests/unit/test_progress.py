@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.training.progress import (
+from umbrella.training.checkpoint_files import (
     Progress,
     best_checkpoint,
     latest_checkpoint,

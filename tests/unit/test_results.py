@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from umbrella.paths import HISTORY, METRICS, POINT
-from umbrella.training.progress import write_files
+from umbrella.training.checkpoint_files import write_files
 from umbrella.training.progress_log import EARLY, FINISHED
 from umbrella.tuning.results import Trial, at_chance, rank, read_trials, trials_of
 from umbrella.tuning.settings import TuneSettings

@@ -18,8 +18,8 @@ from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
+from umbrella.training.distributed import parallelise
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.parallel import parallelise
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
 from umbrella.training.transfer import to_device

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.paths import BEGUN, METRICS, PROGRESS, checkpoint_folder
-from umbrella.training.progress import delete, write_files
+from umbrella.training.checkpoint_files import delete, write_files
 
 FIRST = "trainings/first"
 

@@ -17,9 +17,9 @@ from umbrella.data.intake import open_store
 from umbrella.data.loading import Progress
 from umbrella.evaluation.predictions import Prediction
 from umbrella.modality import Modality
-from umbrella.training.capacity import check_fits
 from umbrella.training.cluster import start_ray
 from umbrella.training.launch import cause
+from umbrella.training.resource_check import check_fits
 
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella

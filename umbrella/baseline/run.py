@@ -25,12 +25,12 @@ from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
 from umbrella.storage import check_writable
 from umbrella.tracking.provenance import describe
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.capacity import trainings_that_fit
+from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.checkpoint_sync import synced
-from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
-from umbrella.training.progress import best_checkpoint
+from umbrella.training.resource_check import trainings_that_fit
 from umbrella.training.run import check_names, watch_job
+from umbrella.training.run_lock import claimed
 
 NOTE = "this network sees one volume of each conversation and no words; its numbers are computed, not generated"
 

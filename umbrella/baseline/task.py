@@ -22,8 +22,8 @@ from umbrella.evaluation.predictions import Answer, Prediction, mean_number, wri
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_alone
 from umbrella.training.checkpoint import copies_of
+from umbrella.training.distributed import autocast, data_parallel, gathered, together
 from umbrella.training.optimizer import main_rate
-from umbrella.training.parallel import autocast, data_parallel, gathered, together
 from umbrella.training.task import Summary, Task
 
 WEIGHTS = "weights.pt"

@@ -17,7 +17,7 @@ from umbrella.data.loading import Progress
 from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, evaluation_folder, marker_of, storage_of
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.progress import what_is_wrong
+from umbrella.training.checkpoint_files import what_is_wrong
 from umbrella.training.settings import ResourceSettings
 
 SETTING = "resources.upload"

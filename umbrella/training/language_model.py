@@ -35,11 +35,11 @@ from umbrella.model.trainable_parameters import parts
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import copies_of
+from umbrella.training.distributed import autocast, gathered, parallelise, put, release
 from umbrella.training.job import LanguageModelJob
 from umbrella.training.optimizer import build_optimizer
-from umbrella.training.parallel import autocast, gathered, parallelise, put, release
+from umbrella.training.run_summary import audited, mask_page, share, statement
 from umbrella.training.settings import TrainSettings
-from umbrella.training.statement import audited, mask_page, share, statement
 from umbrella.training.step import Diverged, LossWatch, train_step
 from umbrella.training.task import Summary, Task
 

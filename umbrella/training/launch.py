@@ -26,8 +26,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from umbrella.base import Stopped, UserError
 from umbrella.paths import RAY
 from umbrella.storage import check_writable
+from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
-from umbrella.training.progress import latest_checkpoint
 from umbrella.training.progress_log import clock
 from umbrella.training.requests import stop_file, workers_file
 
@@ -45,7 +45,7 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         returns at the same place. Ray carries what rank 0 returns: a file could not be written where the storage is
         full or gone.
     """
-    from umbrella.training.parallel import Agreed, rank_and_world_size, together
+    from umbrella.training.distributed import Agreed, rank_and_world_size, together
     from umbrella.training.trainer import make_trainer
 
     try:

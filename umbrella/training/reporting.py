@@ -13,12 +13,12 @@ from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json
 from umbrella.tracking.redaction import hide, read_salt
+from umbrella.training.checkpoint_files import Best, Progress, best_checkpoint
 from umbrella.training.job import Job
-from umbrella.training.pace import Pace, memory
 from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
-from umbrella.training.progress import Best, Progress, best_checkpoint
 from umbrella.training.progress_log import BUILDING, EARLY, FINISHED, FIRST, ProgressLog, progress_line
 from umbrella.training.task import Task
+from umbrella.training.throughput import Pace, memory
 
 
 class Reporter:

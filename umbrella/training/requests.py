@@ -1,7 +1,7 @@
 """What is asked of a training from outside: to stop.
 
 It is an empty file in the training's folder, which every worker's machine shares; the script makes it at SIGTERM.
-Workers look for it, see ``heeding``; while they do, there is another empty file. Whoever asks need not import what they
+Workers look for it, see ``stop_signal``; while they do, there is another empty file. Whoever asks need not import what they
 do.
 """
 

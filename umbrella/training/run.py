@@ -25,15 +25,15 @@ from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tracking.provenance import describe
 from umbrella.tracking.run_status import close_run
 from umbrella.tracking.store import is_name, open_experiment, tracking_uri
-from umbrella.training.capacity import trainings_that_fit
+from umbrella.training.checkpoint_files import best_checkpoint, whole_checkpoints
 from umbrella.training.checkpoint_sync import synced
-from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_at_once
-from umbrella.training.progress import best_checkpoint, whole_checkpoints
 from umbrella.training.requests import ask_to_stop, workers_file
-from umbrella.training.statement import audited
+from umbrella.training.resource_check import trainings_that_fit
+from umbrella.training.run_lock import claimed
+from umbrella.training.run_summary import audited
 from umbrella.version import check_version, write_version
 
 

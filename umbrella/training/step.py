@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from umbrella.data.batching import Batch
+from umbrella.training.distributed import apart, autocast, gathered, told, whole, workers_of
 from umbrella.training.loss import totals, weighted_nll
 from umbrella.training.optimizer import main_rate, rates
-from umbrella.training.parallel import apart, autocast, gathered, told, whole, workers_of
 
 NAMED = 10
 """Samples that a message names; more are counted."""
@@ -82,7 +82,7 @@ def train_step(
     """Accumulate the gradient of Σ weight·nll / Σ weight over all batches of all workers, clip it, and step.
 
     Args:
-        model: on the batches' device; made by ``parallel.parallelise`` where there are several workers.
+        model: on the batches' device; made by ``distributed.parallelise`` where there are several workers.
         batches: this worker's micro-batches of one global batch.
         clip: largest norm of the whole gradient.
         parts: names of parts of the model to their weights, whose gradient norms are wanted.

@@ -22,14 +22,14 @@ from umbrella.paths import samples_file
 from umbrella.tracking.provenance import code_version
 from umbrella.training import history
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
-from umbrella.training.heeding import Request, Requests
+from umbrella.training.checkpoint_files import Progress, best_checkpoint, latest_checkpoint, read_progress
+from umbrella.training.distributed import rank_and_world_size, seed_worker, together, told
 from umbrella.training.job import Job
 from umbrella.training.optimizer import build_schedule
-from umbrella.training.pace import Pace, memory
-from umbrella.training.parallel import rank_and_world_size, seed_worker, together, told
-from umbrella.training.progress import Progress, best_checkpoint, latest_checkpoint, read_progress
 from umbrella.training.reporting import Reporter
+from umbrella.training.stop_signal import Request, Requests
 from umbrella.training.task import Task, TaskBatch
+from umbrella.training.throughput import Pace, memory
 from umbrella.training.transfer import to_device
 from umbrella.training.writer import Writer
 

@@ -15,12 +15,7 @@ from umbrella.config import Settings
 from umbrella.paths import CHECKPOINT, CODE, METRICS, PROGRESS, SETTINGS, STATE, checkpoint_folder
 from umbrella.storage import storage_fault
 from umbrella.training.checkpoint import Snapshot
-from umbrella.training.progress import (
-    delete,
-    prune,
-    to_disk,
-    write_files,
-)
+from umbrella.training.checkpoint_files import delete, prune, to_disk, write_files
 
 
 class Writer:

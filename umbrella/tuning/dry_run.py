@@ -8,7 +8,7 @@ from rich.console import Console
 
 from umbrella.config import Settings
 from umbrella.data.loading import Progress, counted
-from umbrella.training.capacity import SPARE_CPUS, trainings_that_fit
+from umbrella.training.resource_check import SPARE_CPUS, trainings_that_fit
 from umbrella.training.run import load_checked
 from umbrella.tuning.parameter import Entry
 from umbrella.tuning.search import count_trials, points

@@ -15,9 +15,9 @@ from umbrella.base import printable
 from umbrella.paths import TRIALS
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger
 from umbrella.tracking.run_status import close_run
-from umbrella.training.history import read_history
 from umbrella.training.launch import cause
 from umbrella.training.progress_log import progress_line
+from umbrella.training.training_state import read_history
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.search_space import label
 from umbrella.tuning.settings import TuneSettings

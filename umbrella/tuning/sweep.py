@@ -22,12 +22,12 @@ from umbrella.storage import check_writable
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.redaction import hide, read_salt
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.capacity import trainings_that_fit
 from umbrella.training.checkpoint_sync import is_uploaded, synced
-from umbrella.training.claim import claimed
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
+from umbrella.training.resource_check import trainings_that_fit
 from umbrella.training.run import load_checked, make_job
+from umbrella.training.run_lock import claimed
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
 from umbrella.tuning.report import Answer, Files, winner, write_report
 from umbrella.tuning.results import Contender, Trial, at_chance, rank, read_trials, trials_of

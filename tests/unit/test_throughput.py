@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from umbrella.training import pace as module
-from umbrella.training.pace import Pace, memory
+from umbrella.training import throughput as module
+from umbrella.training.throughput import Pace, memory
 
 SAMPLES, TOKENS, WAITING = "train/samples_per_second", "train/supervised_tokens_per_second", "train/waiting_for_data"
 

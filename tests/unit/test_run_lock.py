@@ -14,8 +14,8 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.paths import BEGUN
 from umbrella.training import cluster
-from umbrella.training.claim import claimed
 from umbrella.training.run import run_training
+from umbrella.training.run_lock import claimed
 from umbrella.tuning.sweep import run_sweep
 from umbrella.tuning.sweep_files import Question, write_question
 

@@ -13,7 +13,7 @@ from umbrella.data.mask_audit import Row, audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.training.statement import audited, mask_page, share, statement
+from umbrella.training.run_summary import audited, mask_page, share, statement
 
 STOPS = "note: the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
 

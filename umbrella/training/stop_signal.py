@@ -13,7 +13,7 @@ from pathlib import Path
 import ray.train
 import torch
 
-from umbrella.training.parallel import agreed
+from umbrella.training.distributed import agreed
 from umbrella.training.requests import stop_file, workers_file
 
 FILE_INTERVAL = 0.5
