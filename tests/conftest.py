@@ -218,8 +218,8 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
     """The writer of a language model's checkpoints."""
     from umbrella.model.partial_checkpoint import is_whole, write_weights
+    from umbrella.training.checkpoint_files import Writer
     from umbrella.training.language_model import model_files
-    from umbrella.training.writer import Writer
 
     save_weights = partial(write_weights, whole=is_whole(settings.model))
     return Writer(folder, model_files(model, tokenizer, settings), save_weights, settings, code)
@@ -233,8 +233,8 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from umbrella.config import load_settings
     from umbrella.model.partial_checkpoint import names_to_write
     from umbrella.training.checkpoint import snapshot
-    from umbrella.training.checkpoint_files import Progress
     from umbrella.training.language_model import copy_weights
+    from umbrella.training.training_state import Progress
     from umbrella.version import __version__
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:

@@ -6,7 +6,7 @@ trainings/<name>/               one training
   samples_<rank>.jsonl            order of samples, with data.log_samples
   mlflow/                         events of its run, see ``tracking.mlflow_logger``
   predictions.jsonl               of a baseline
-  stop, workers                   see ``training.requests``
+  stop, workers                   see ``training.stop_signal``
   ray/                            files of Ray Train
   step_0000100/                   a checkpoint: weights, and what resuming needs
     settings.yaml code.json progress.json metrics.json state.pt
@@ -41,7 +41,7 @@ POINT, END = "point.json", "end.json"
 """Files of a trial."""
 TRIALS = "trials"
 STOP, WORKERS = "stop", "workers"
-"""Files by which a script and the workers of a training know of each other, see ``training.requests``."""
+"""Files by which a script and the workers of a training know of each other, see ``training.stop_signal``."""
 RAY = "ray"
 """The folder of Ray Train's own files in that of a training."""
 CHECKPOINT = "step_"

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from umbrella.base import UserError, printable
 
@@ -36,9 +37,15 @@ FAULTS = {
 }
 """What the storage, and no program, is to blame for: doing the same again would not help."""
 SQLITE = re.compile("full|I/O|unable to open|readonly|malformed|no such table")
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What a file system without locks says."""
 
 FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # spreadsheets take the wide ones, too
 """What a formula in a spreadsheet begins with."""
+
+
+class NoLocks(UserError):
+    """Files cannot be locked here: Lustre that is mounted without, some network folders. Names the folder."""
 
 
 def storage_fault(error: BaseException | None) -> str:
@@ -109,3 +116,27 @@ def check_writable(folder: str | Path, what: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{what} cannot be written to: {storage_fault(error) or error}") from None
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file for this process, until it is closed; returns False where another one has it.
+
+    Args:
+        wait: for the other one to give it back.
+
+    Raises:
+        NoLocks: its file system has none.
+        OSError: something else is wrong with the storage.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise NoLocks(
+            f"{Path(file.name).absolute().parent}: files cannot be locked here ({error.strerror}), by which scripts"
+            " know of each other; have it mounted with locks (Lustre: -o flock), or take another folder"
+        ) from None
+    return True

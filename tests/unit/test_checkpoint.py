@@ -19,12 +19,12 @@ from umbrella.model.partial_checkpoint import names_to_write
 from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
 from umbrella.training.checkpoint import code_of, other_code, restore, rng_state, snapshot
-from umbrella.training.checkpoint_files import Progress, latest_checkpoint, read_progress
+from umbrella.training.checkpoint_files import Writer, latest_checkpoint
 from umbrella.training.language_model import copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
-from umbrella.training.writer import Writer
+from umbrella.training.training_state import Progress, read_progress
 from umbrella.version import __version__
 
 OPTIM = OptimSettings(lr=1e-2, warmup=2)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from umbrella.base import UserError
-from umbrella.locking import lock
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
+from umbrella.storage import lock
 from umbrella.training.cluster import check_answers, check_surroundings, free_port, make_token, start_lock
 
 

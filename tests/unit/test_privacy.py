@@ -13,7 +13,7 @@ from umbrella.evaluation.predictions import Prediction
 from umbrella.shared_store import SharedStore
 from umbrella.tracking.redaction import hashed, hide, read_salt
 from umbrella.tracking.store import open_experiment, short, tracking_uri
-from umbrella.training.predictions import predictions_json
+from umbrella.training.reporting import predictions_json
 
 
 def test_a_servers_password_goes_where_mlflow_looks_for_it_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:

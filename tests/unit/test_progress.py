@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.training.checkpoint_files import (
-    Progress,
-    best_checkpoint,
-    latest_checkpoint,
-    prune,
-    read_metrics,
-    read_progress,
-    write_files,
-)
+from umbrella.training.checkpoint_files import best_checkpoint, latest_checkpoint, prune, read_metrics, write_files
+from umbrella.training.training_state import Progress, read_progress
 
 Make = Callable[..., Path]
 

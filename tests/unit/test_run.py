@@ -19,10 +19,10 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, NoteLostWorkers, cause, cause_of_first
-from umbrella.training.requests import workers_file
 from umbrella.training.resource_check import trainings_that_fit
 from umbrella.training.run import check, check_same
 from umbrella.training.settings import ResourceSettings
+from umbrella.training.stop_signal import workers_file
 from umbrella.tuning.sweep import possible_masks
 
 

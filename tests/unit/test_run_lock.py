@@ -19,7 +19,7 @@ from umbrella.training.run_lock import claimed
 from umbrella.tuning.sweep import run_sweep
 from umbrella.tuning.sweep_files import Question, write_question
 
-HOLD = "import sys; from pathlib import Path; from umbrella.training.claim import claimed\n"
+HOLD = "import sys; from pathlib import Path; from umbrella.training.run_lock import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
 
 

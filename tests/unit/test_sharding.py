@@ -22,12 +22,12 @@ from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint import restore, snapshot
-from umbrella.training.checkpoint_files import Progress
 from umbrella.training.distributed import autocast, parallelise, release, whole
 from umbrella.training.language_model import apply_options, copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
+from umbrella.training.training_state import Progress
 
 SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
 KEPT = ["all", "embedder+lora"]

@@ -22,7 +22,7 @@ from umbrella.training.distributed import parallelise
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import Diverged, LossWatch, StepResult, train_step
-from umbrella.training.transfer import to_device
+from umbrella.training.trainer import to_device
 
 OPTIM = OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 

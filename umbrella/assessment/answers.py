@@ -10,8 +10,7 @@ from typing import IO, Any
 
 from umbrella.base import UserError
 from umbrella.evaluation.predictions import Prediction
-from umbrella.locking import NoLocks, lock
-from umbrella.storage import put_text
+from umbrella.storage import NoLocks, lock, put_text
 
 
 class AnswerFile:

@@ -19,7 +19,7 @@ from umbrella.tracking.provenance import describe
 from umbrella.tracking.redaction import hide, read_salt
 from umbrella.tracking.run_status import find_run
 from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
-from umbrella.training.checkpoint_files import read_progress
+from umbrella.training.training_state import read_progress
 
 ARTIFACTS = "evaluation"
 """Folder of the report among a run's artifacts."""

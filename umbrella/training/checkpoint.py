@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from umbrella.paths import CODE, STATE
-from umbrella.training.checkpoint_files import Progress
 from umbrella.training.distributed import gathered, put_state, whole
+from umbrella.training.training_state import Progress
 from umbrella.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "ray")

@@ -1,51 +1,34 @@
-"""How far a training is, read from its checkpoint folders."""
+"""The checkpoint folders of a training: written by a thread, checked, found, and deleted."""
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import inf, isnan
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from umbrella.base import note
-from umbrella.paths import METRICS, PROGRESS, SIZES, checkpoints_in
+from umbrella.base import UserError, note
+from umbrella.config import Settings
+from umbrella.paths import (
+    CHECKPOINT,
+    CODE,
+    METRICS,
+    PROGRESS,
+    SETTINGS,
+    SIZES,
+    STATE,
+    checkpoint_folder,
+    checkpoints_in,
+)
+from umbrella.storage import storage_fault
+from umbrella.training.training_state import LOSS, NOTHING, goodness
 
-LOSS = "eval/loss"
-NOTHING = (-inf, -inf)
-"""The ``goodness`` of what was not evaluated."""
+if TYPE_CHECKING:  # the script and Ray Tune look for checkpoints without torch, whose import takes seconds
+    import torch
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``.
-
-    best: the best value so far of the metric that decides. since_best: evaluations that came after it, none better.
-    epoch: the position in passes over the data.
-    """
-
-    step: int = 0
-    position: int = 0
-    sorted_by: int = 0
-    best: float | None = None
-    since_best: int = 0
-    epoch: float = 0.0
-
-    def evaluated(self, value: float, mode: str) -> "Progress":
-        """After an evaluation that gave this value. NaN is never better."""
-        sign = 1 if mode == "max" else -1
-        if not isnan(value) and (self.best is None or sign * value > sign * self.best):
-            return replace(self, best=value, since_best=0)
-        return replace(self, since_best=self.since_best + 1)
-
-    def out_of_patience(self, patience: int) -> bool:
-        """Whether so many evaluations were no better than the best; never with a patience of 0."""
-        return 0 < patience <= self.since_best
-
-
-def read_progress(folder: str | Path) -> Progress:
-    """How far the training of a checkpoint is."""
-    return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+    from umbrella.training.checkpoint import Snapshot
 
 
 def write_files(folder: Path) -> None:
@@ -93,45 +76,6 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
     return max(measured, key=measured.__getitem__, default=None)
 
 
-def goodness(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """A key by which evaluations, trials and choices of settings compare, larger is better: the metric, then the loss.
-
-    Args:
-        metric, loss: None or NaN if they are not known; that is worse than any number.
-        mode: "max" or "min", of the metric.
-    """
-    sign = 1 if mode == "max" else -1
-    known = [-inf if value is None or isnan(value) else value for value in (metric and sign * metric, loss and -loss)]
-    return known[0], known[1]
-
-
-class Best:
-    """The best evaluation so far, by its ``goodness``."""
-
-    def __init__(self, metric: str, mode: str) -> None:
-        self.metric, self.mode = metric, mode
-        self._good = NOTHING
-
-    @classmethod
-    def of(cls, training: str | Path, metric: str, mode: str) -> "Best":
-        """That of a training's best checkpoint."""
-        best, checkpoint = cls(metric, mode), best_checkpoint(training, metric, mode)
-        if checkpoint:
-            best.news(read_metrics(checkpoint))
-        return best
-
-    def news(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics ``best/...`` of an evaluation that is better than all before; empty for another one.
-
-        MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
-        """
-        good = goodness(metrics.get(self.metric), metrics.get(LOSS), self.mode)
-        if good <= self._good:
-            return {}
-        self._good = good
-        return {f"best/{name}": metrics[name] for name in (self.metric, LOSS) if name in metrics}
-
-
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:
     """What the evaluation at a checkpoint gave, by the metrics' names."""
     return json.loads((Path(checkpoint) / METRICS).read_text(encoding="utf-8"))
@@ -170,3 +114,89 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     for words in broken:
         note(f"{words}; the training goes on from {latest or 'its start'}")
     return latest
+
+
+class Writer:
+    """Writes a training's checkpoints, one at a time, in a thread; keeps the newest ones and the best.
+
+    Args:
+        folder: the training's. It has to be there: one that vanished is not made again.
+        files: files that every checkpoint has, beside its weights: name to content.
+        save_weights: writes weights into a folder.
+        code: what runs, see ``code_of``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        files: Mapping[str, bytes],
+        save_weights: Callable[[Path, Mapping[str, "torch.Tensor"]], None],
+        settings: Settings,
+        code: Mapping[str, str],
+    ) -> None:
+        self.folder, self.settings, self.save_weights = Path(folder), settings, save_weights
+        self.files = {**files, SETTINGS: settings.to_yaml().encode(), CODE: json.dumps(dict(code), indent=1).encode()}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+        remove_rests(self.folder)
+
+    def write(self, taken: "Snapshot") -> None:
+        """Begin to write a checkpoint, once the one before is there. Raises as ``wait``."""
+        self.wait()
+        self._last = self._pool.submit(self._write, taken)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is there.
+
+        Raises:
+            UserError: it could not be written, which left nothing of it; says why.
+        """
+        last, self._last = self._last, None
+        if last:
+            last.result()
+
+    def close(self) -> None:
+        """Wait for the last checkpoint on the way out of a training that ends with an error of its own."""
+        try:
+            self.wait()
+        except Exception as error:
+            note(error)
+
+    def _write(self, taken: "Snapshot") -> None:
+        """Write a checkpoint: whole, or nothing of it. Older ones go, see ``prune``."""
+        import torch
+
+        training = self.folder
+        folder = checkpoint_folder(training, taken.progress.step)
+        # Beside it, so that giving it its name is one step of one file system.
+        partial = training / f".{folder.name}.partial"
+        try:
+            partial.mkdir()
+            for name, content in self.files.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_bytes(content)
+            self.save_weights(partial, taken.weights)
+            with (partial / STATE).open("wb") as file:  # given a path, torch hides what the system says
+                torch.save({"optimizer": taken.optimizer, "schedule": taken.schedule, "rng": list(taken.rng)}, file)
+            (partial / METRICS).write_text(json.dumps(dict(taken.metrics)), encoding="utf-8")
+            (partial / PROGRESS).write_text(json.dumps(asdict(taken.progress)), encoding="utf-8")
+            write_files(partial)
+            if folder.exists():  # one that was found broken
+                delete(folder)
+            os.replace(partial, folder)
+            to_disk(training)
+            tune = self.settings.tune
+            prune(training, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)  # there must be room again for who looks into it
+            problem = storage_fault(error)
+            if not problem:
+                raise
+            gone = "" if training.is_dir() else f"{training} is gone: "
+            raise UserError(f"{folder} could not be written: {gone}{problem}") from None
+
+
+def remove_rests(training: Path) -> None:
+    """Delete what a process that was killed had begun to write."""
+    for rest in training.glob(f".{CHECKPOINT}*"):
+        shutil.rmtree(rest, ignore_errors=True)

@@ -17,9 +17,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from umbrella.base import UserError, masked
-from umbrella.locking import NoLocks, lock
 from umbrella.ray_environment import ENVIRONMENT, prepare_environment
-from umbrella.storage import check_writable
+from umbrella.storage import NoLocks, check_writable, lock
 from umbrella.training.settings import ResourceSettings
 
 DASHBOARD = "RAY_API_SERVER_ADDRESS"

@@ -134,7 +134,7 @@ def told(own: Any, rank: int) -> Any:
     return message[0]
 
 
-def agreed(number: int, device: torch.device) -> int:
+def broadcast(number: int, device: torch.device) -> int:
     """The first worker's number, on each of them. Takes under a millisecond, so it may be asked every step."""
     if not distributed.is_initialized():
         return number

@@ -29,7 +29,7 @@ from umbrella.storage import check_writable
 from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
 from umbrella.training.progress_log import clock
-from umbrella.training.requests import stop_file, workers_file
+from umbrella.training.stop_signal import stop_file, workers_file
 
 LANGUAGE_MODEL = partial(resolve_name, "umbrella.training.language_model:LanguageModelTask")
 """The task of a ``LanguageModelJob``."""

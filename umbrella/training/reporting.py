@@ -1,24 +1,33 @@
 """Log a training to MLflow and to the console. Only rank 0 does."""
 
+import hashlib
+import json
 import socket
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from umbrella.evaluation.predictions import Prediction
+from umbrella.data.mask_audit import Hide
+from umbrella.evaluation.predictions import Prediction, most_likely
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json
 from umbrella.tracking.redaction import hide, read_salt
-from umbrella.training.checkpoint_files import Best, Progress, best_checkpoint
+from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
 from umbrella.training.job import Job
-from umbrella.training.predictions import FILE, SHOWN_AS, predictions_json
 from umbrella.training.progress_log import BUILDING, EARLY, FINISHED, FIRST, ProgressLog, progress_line
 from umbrella.training.task import Task
 from umbrella.training.throughput import Pace, memory
+from umbrella.training.training_state import LOSS, NOTHING, Progress, goodness
+
+PREDICTIONS = "predictions.json"
+SHOWN_AS_TABLE = {"mlflow.loggedArtifacts": json.dumps([{"path": PREDICTIONS, "type": "table"}])}
+"""The tag by which MLflow's page knows the file for a table."""
+COLUMNS = ("task_id", "task_type", "target", "subject", "truth", "chosen", "right", "probabilities", "nll_per_token")
 
 
 class Reporter:
@@ -65,8 +74,8 @@ class Reporter:
         self.log.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
         if best:
             if tracking.predictions:
-                self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), FILE)
-                self.tracker.tags(SHOWN_AS)
+                self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), PREDICTIONS)
+                self.tracker.tags(SHOWN_AS_TABLE)
             if tracking.checkpoint != "none":
                 self.tracker.tags({"best.checkpoint": str(checkpoint_folder(self.job.folder, step))})
         print(progress_line(dict(report)), flush=True)
@@ -120,3 +129,58 @@ def open_run(job: Job, device: torch.device, tags: Mapping[str, str]) -> MlflowL
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+class Best:
+    """The best evaluation so far, by its ``goodness``."""
+
+    def __init__(self, metric: str, mode: str) -> None:
+        self.metric, self.mode = metric, mode
+        self._good = NOTHING
+
+    @classmethod
+    def of(cls, training: str | Path, metric: str, mode: str) -> "Best":
+        """That of a training's best checkpoint."""
+        best, checkpoint = cls(metric, mode), best_checkpoint(training, metric, mode)
+        if checkpoint:
+            best.news(read_metrics(checkpoint))
+        return best
+
+    def news(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics ``best/...`` of an evaluation that is better than all before; empty for another one.
+
+        MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
+        """
+        good = goodness(metrics.get(self.metric), metrics.get(LOSS), self.mode)
+        if good <= self._good:
+            return {}
+        self._good = good
+        return {f"best/{name}": metrics[name] for name in (self.metric, LOSS) if name in metrics}
+
+
+def predictions_json(scored: Sequence[Prediction], count: int, hide: Hide) -> str:
+    """A table of so many questions, of all of them by chance but the same in every run on the same data.
+
+    ``probabilities`` are of the candidate answers; ``chosen`` is the most likely one, nothing where two are equally so.
+    Questions without candidates (numbers) have ``nll_per_token`` alone: nats per token of the true answer.
+
+    Args:
+        hide: applied to what names subjects.
+    """
+    drawn = sorted(scored, key=lambda s: hashlib.sha256(s.task_id.encode()).digest())[:count]
+    rows = []
+    for s in sorted(drawn, key=lambda s: s.task_id):
+        chosen = most_likely(s.probabilities)
+        values = (
+            hide(s.task_id, s.subjects),
+            s.task_type,
+            s.target,
+            hide(s.subject_id, [s.subject_id]),
+            s.label,
+            chosen,
+            chosen == s.label if s.probabilities else None,
+            {label: round(p, 4) for label, p in s.probabilities.items()},
+            None if s.nll_per_token is None else round(s.nll_per_token, 4),
+        )
+        rows.append(values)
+    return json.dumps({"columns": COLUMNS, "data": rows})

@@ -30,10 +30,10 @@ from umbrella.training.checkpoint_sync import synced
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_at_once
-from umbrella.training.requests import ask_to_stop, workers_file
 from umbrella.training.resource_check import trainings_that_fit
 from umbrella.training.run_lock import claimed
 from umbrella.training.run_summary import audited
+from umbrella.training.stop_signal import request_stop, workers_file
 from umbrella.version import check_version, write_version
 
 
@@ -190,7 +190,7 @@ def watch_job(job: Job) -> None:
     def ask() -> None:
         if not workers_file(job.folder).exists():
             stop()
-        ask_to_stop(job.folder)
+        request_stop(job.folder)
 
     def stop() -> NoReturn:
         raise stopped_at_once(job.folder)

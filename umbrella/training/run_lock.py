@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from umbrella.base import UserError
-from umbrella.locking import lock
 from umbrella.paths import lock_file, storage_of
-from umbrella.storage import check_writable
+from umbrella.storage import check_writable, lock
 
 
 @contextmanager

@@ -8,11 +8,10 @@ from math import inf, isfinite
 from statistics import median
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from umbrella.data.batching import Batch
 from umbrella.training.distributed import apart, autocast, gathered, told, whole, workers_of
-from umbrella.training.loss import totals, weighted_nll
 from umbrella.training.optimizer import main_rate, rates
 
 NAMED = 10
@@ -103,7 +102,7 @@ def train_step(
             (share * workers).backward()
         total += share.detach()
     if workers > 1:
-        torch.distributed.all_reduce(total)
+        distributed.all_reduce(total)
     moving = {name: weights for name, weights in parts.items() if any(w.requires_grad for w in weights)}
     by_part = [_gradient_norm(weights, total) for weights in moving.values()]
     trained = [w for group in optimizer.param_groups for w in group["params"]]
@@ -123,10 +122,23 @@ def train_step(
     return StepResult(loss, int(targets), norm, dict(zip(moving, norms, strict=True)), lr, by_group)
 
 
+def totals(loss_weights: list[torch.Tensor]) -> torch.Tensor:
+    """Σ weight, the divisor of the global batch's loss, and the number of its targets: (2,), float64.
+
+    Over every micro-batch of every worker. A row's first token is never a target: nothing stands before it.
+    """
+    targets = [weights[:, 1:].double() for weights in loss_weights]
+    total = torch.stack([torch.stack([weights.sum(), (weights != 0).sum()]) for weights in targets]).sum(0)
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
+    return total
+
+
 def _weighted_nll(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Σ weight·nll over a micro-batch."""
     with autocast(model, batch.input_ids.device, dtype):
         token_nll = model(**batch.model_inputs()).token_nll
-    return weighted_nll(token_nll, batch.loss_weights)
+    return (token_nll * batch.loss_weights).sum()
 
 
 def _gradient_norm(weights: Sequence[nn.Parameter], like: torch.Tensor) -> torch.Tensor:
@@ -148,7 +160,7 @@ def _to_blame(
     In a shared row one sample's NaN is everyone's, so each has a pass of its own. All workers make it together: the
     passes of one alone would leave it waiting for weights or gradients of the others.
     """
-    device, rank = divisor.device, torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    device, rank = divisor.device, distributed.get_rank() if distributed.is_initialized() else 0
     own = [(batch, i) for batch in batches for i in range(len(batch))]
     blamed: list[str] = []
     for of, count in enumerate(gathered(len(own))):

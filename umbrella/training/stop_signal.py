@@ -1,72 +1,94 @@
-"""How the workers of a training heed what is asked of it: to stop, or to save what it has, as its node is taken away.
+"""Requests to a training from outside: to stop, or to save a checkpoint because its node will be removed.
 
-How a stop is asked for: see ``requests``. That a node is to be taken away Ray says, where it knows: see
-``ray.train.get_preemption_info``.
+A script that receives SIGTERM asks its training to stop with an empty file in the training's folder, which all nodes
+share. A second file exists while workers run that check for the first. ``ray.train.get_preemption_info`` reports that
+a node will be removed.
 """
 
 import os
+import sys
 import time
 from enum import IntEnum
 from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray.train
-import torch
 
-from umbrella.training.distributed import agreed
-from umbrella.training.requests import stop_file, workers_file
+from umbrella.paths import STOP, WORKERS
+
+if TYPE_CHECKING:  # scripts use this module without torch, whose import takes seconds
+    import torch
 
 FILE_INTERVAL = 0.5
-"""Seconds between two looks for the file."""
-RAY_INTERVAL = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
-"""Seconds between two questions to Ray, as between two of its own to the cluster: each takes as long as several
-messages between processes do, while the GPUs wait. Nodes are drained with more notice than that."""
+"""Seconds between two checks for the file."""
+PREEMPTION_INTERVAL = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+"""Seconds between two calls of ``get_preemption_info``; Ray itself asks the cluster as often. A call takes several
+messages between processes while the GPUs wait, and a node is drained with more notice than that."""
+
+
+def stop_file(folder: str | Path) -> Path:
+    """Return the file that asks a training to stop."""
+    return Path(folder) / STOP
+
+
+def workers_file(folder: str | Path) -> Path:
+    """Return the file that exists while workers run that check ``stop_file``."""
+    return Path(folder) / WORKERS
+
+
+def request_stop(folder: str | Path) -> None:
+    """Ask the training of a folder to stop, and print that."""
+    stop_file(folder).touch()
+    print("SIGTERM: the training will stop after this step and write a checkpoint", file=sys.stderr, flush=True)
 
 
 class Request(IntEnum):
-    """What the workers are to do after this step."""
+    """What the workers do after a step."""
 
     NOTHING = 0
-    LOOK = 1
-    """Ask Ray, all together; ``look`` never returns it."""
+    CHECK_PREEMPTION = 1
+    """Call ``get_preemption_info`` on all ranks. ``StopSignal.check`` never returns it."""
     SAVE = 2
     STOP = 3
     """Save and return."""
 
 
-class Requests:
-    """Where the workers of a training look for requests. All must: what one did alone, the others would wait for.
+class StopSignal:
+    """Checks for requests. It is collective: every rank makes one and calls ``check``.
 
     Args:
-        of_ray_train: whether Ray Train started this process, and not Ray Tune.
+        folder: of the training.
+        uses_ray_train: whether Ray Train started this process. Ray Tune gives no preemption info.
     """
 
-    def __init__(self, folder: str | Path, rank: int, device: torch.device, of_ray_train: bool = True) -> None:
+    def __init__(self, folder: str | Path, rank: int, device: "torch.device", uses_ray_train: bool = True) -> None:
         self._file, self._rank, self._device = stop_file(folder), rank, device
-        self._next_look, self._next_question, self._known = 0.0, 0.0, None
-        if not of_ray_train:  # it knows nothing of other processes
-            self._next_question = inf
+        self._next_file_check, self._next_preemption_check = 0.0, 0.0 if uses_ray_train else inf
+        self._last_preemption: ray.train.PreemptionInfo | None = None
         if rank == 0:
             workers_file(folder).touch()
 
-    def look(self) -> Request:
-        """What is asked, the same on every worker. To be called by all of them after each step."""
-        request = Request(agreed(self._own() if self._rank == 0 else Request.NOTHING, self._device))
-        if request is not Request.LOOK:
+    def check(self) -> Request:
+        """Return the current request, the same on every rank. All ranks call it after each step."""
+        from umbrella.training.distributed import broadcast
+
+        request = Request(broadcast(self._check_on_rank_0() if self._rank == 0 else Request.NOTHING, self._device))
+        if request is not Request.CHECK_PREEMPTION:
             return request
-        preemption = ray.train.get_preemption_info()  # waits for all workers
-        if preemption is None or preemption == self._known:
+        preemption = ray.train.get_preemption_info()  # waits for all ranks
+        if preemption is None or preemption == self._last_preemption:
             return Request.NOTHING
-        self._known = preemption
+        self._last_preemption = preemption
         return Request.SAVE
 
-    def _own(self) -> Request:
+    def _check_on_rank_0(self) -> Request:
         now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + FILE_INTERVAL
+        if now >= self._next_file_check:
+            self._next_file_check = now + FILE_INTERVAL
             if self._file.exists():
                 return Request.STOP
-        if now < self._next_question:
+        if now < self._next_preemption_check:
             return Request.NOTHING
-        self._next_question = now + RAY_INTERVAL
-        return Request.LOOK
+        self._next_preemption_check = now + PREEMPTION_INTERVAL
+        return Request.CHECK_PREEMPTION

@@ -4,11 +4,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray.train
 import torch
@@ -20,21 +21,21 @@ from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
 from umbrella.paths import samples_file
 from umbrella.tracking.provenance import code_version
-from umbrella.training import history
 from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
-from umbrella.training.checkpoint_files import Progress, best_checkpoint, latest_checkpoint, read_progress
+from umbrella.training.checkpoint_files import Writer, best_checkpoint, latest_checkpoint
 from umbrella.training.distributed import rank_and_world_size, seed_worker, together, told
 from umbrella.training.job import Job
 from umbrella.training.optimizer import build_schedule
 from umbrella.training.reporting import Reporter
-from umbrella.training.stop_signal import Request, Requests
+from umbrella.training.stop_signal import Request, StopSignal
 from umbrella.training.task import Task, TaskBatch
 from umbrella.training.throughput import Pace, memory
-from umbrella.training.transfer import to_device
-from umbrella.training.writer import Writer
+from umbrella.training.training_state import Progress, cut, read_progress
+from umbrella.training.training_state import note as note_evaluation
 
 SWITCH = 5e-4
 """Seconds after which a thread that makes batches lets the one that feeds the GPU go on. Python's own are 5 ms."""
+B = TypeVar("B", bound=TaskBatch)
 
 
 class Trainer:
@@ -68,7 +69,7 @@ class Trainer:
         seed_worker(self.settings.seed, rank)
         self.progress = read_progress(latest) if latest else Progress()
         if rank == 0:
-            history.cut(job.folder, self.progress.step)
+            cut(job.folder, self.progress.step)
         self.plan = self.task.plan(world_size, self.progress.sorted_by)
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
         self.every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
@@ -109,7 +110,7 @@ class Trainer:
     def _train(self) -> int | None:
         settings, task = self.settings, self.task
         stream, pace = to_device(self._checked(self._batches()), self.device), Pace()
-        requests = Requests(self.job.folder, self.rank, self.device, of_ray_train=not self.job.in_trial)
+        stop_signal = StopSignal(self.job.folder, self.rank, self.device, uses_ray_train=not self.job.in_trial)
         for step in range(self.progress.step + 1, self.steps + 1):
             if self.progress.out_of_patience(settings.train.patience):
                 break
@@ -128,15 +129,15 @@ class Trainer:
             self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
             if self.reporter:
                 self.reporter.step(values, self._place(), pace)
-            asked = requests.look()
+            request = stop_signal.check()
             if step % self.every == 0 or step == self.steps:
                 measured = pace.take() | memory(self.device) | task.evaluate()
                 self.progress = self.progress.evaluated(measured[settings.tune.metric], settings.tune.mode)
                 self._report(values, measured)
                 pace.take()  # an evaluation is no training
-            elif asked:
+            elif request:
                 self._report(values, pace.take() | memory(self.device), evaluated=False)
-            if asked is Request.STOP and step < self.steps:
+            if request is Request.STOP and step < self.steps:
                 self._wait_for_checkpoint()
                 return step
         self._wait_for_checkpoint()
@@ -195,7 +196,7 @@ class Trainer:
             if self.reporter:
                 self.reporter.evaluation(self.progress.step, measured, report, self.task.predictions)
                 if evaluated:
-                    history.note(self.job.folder, report)
+                    note_evaluation(self.job.folder, report)
             if self.writer:
                 self.writer.wait()
         keep = self.writer is not None
@@ -236,3 +237,45 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     # scheduler stops the trial. From workers, ``TuneReportCallback`` passes them on.
     report = tune.report if job.in_trial else ray.train.report
     return Trainer(job, make_task, rank, world_size, device, reporter, report, latest)
+
+
+def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
+    """Yield the batches on ``device``, in their order.
+
+    To a GPU, one batch is copied ahead of its use, on a stream of its own. So one batch more than the one in use is
+    held, on the GPU and in page-locked memory. A batch that is page-locked already is taken as it is.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        yield from (batch.apply(lambda tensor: tensor.to(device)) for batch in batches)
+        return
+    stream, source = torch.cuda.Stream(device), iter(batches)
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    def fetch() -> tuple[B, torch.cuda.Event] | None:
+        batch = next(source, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            return batch.apply(copy), stream.record_event()
+
+    def wait_for(batch: B, copied: torch.cuda.Event) -> B:
+        """Let work of the current stream wait for the copy, and the memory wait for that work."""
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(current)
+            return tensor
+
+        return batch.apply(record)
+
+    # A thread: to ask takes tens of milliseconds even of what is there, and a step begins with a GPU that has nothing
+    # to do, since the loss of the one before was read.
+    with ThreadPoolExecutor(1, thread_name_prefix="to_device") as thread:
+        ahead = thread.submit(fetch)
+        while fetched := ahead.result():
+            ahead = thread.submit(fetch)
+            yield wait_for(*fetched)

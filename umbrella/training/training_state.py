@@ -1,12 +1,62 @@
-"""Every evaluation of a training, a line each in its folder."""
+"""The position of a training in its plan, its evaluations so far, and how evaluations compare."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from umbrella.paths import HISTORY
+from umbrella.paths import HISTORY, PROGRESS
 from umbrella.storage import put_text
+
+LOSS = "eval/loss"
+NOTHING = (-inf, -inf)
+"""The ``goodness`` of what was not evaluated."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``.
+
+    best: the best value so far of the metric that decides. since_best: evaluations that came after it, none better.
+    epoch: the position in passes over the data.
+    """
+
+    step: int = 0
+    position: int = 0
+    sorted_by: int = 0
+    best: float | None = None
+    since_best: int = 0
+    epoch: float = 0.0
+
+    def evaluated(self, value: float, mode: str) -> "Progress":
+        """After an evaluation that gave this value. NaN is never better."""
+        sign = 1 if mode == "max" else -1
+        if not isnan(value) and (self.best is None or sign * value > sign * self.best):
+            return replace(self, best=value, since_best=0)
+        return replace(self, since_best=self.since_best + 1)
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether so many evaluations were no better than the best; never with a patience of 0."""
+        return 0 < patience <= self.since_best
+
+
+def read_progress(folder: str | Path) -> Progress:
+    """How far the training of a checkpoint is."""
+    return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+
+
+def goodness(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
+    """A key by which evaluations, trials and choices of settings compare, larger is better: the metric, then the loss.
+
+    Args:
+        metric, loss: None or NaN if they are not known; that is worse than any number.
+        mode: "max" or "min", of the metric.
+    """
+    sign = 1 if mode == "max" else -1
+    known = [-inf if value is None or isnan(value) else value for value in (metric and sign * metric, loss and -loss)]
+    return known[0], known[1]
 
 
 def note(folder: str | Path, report: Mapping[str, Any]) -> None:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
 from umbrella.storage import write_csv
-from umbrella.training.checkpoint_files import best_checkpoint, goodness
-from umbrella.training.training_state import read_history
+from umbrella.training.checkpoint_files import best_checkpoint
+from umbrella.training.training_state import goodness, read_history
 from umbrella.tuning.search_space import label
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, UNFINISHED, End, name_of, read_end, read_point

@@ -10,11 +10,11 @@ from typing import Any
 from ray import tune
 
 from umbrella.base import Stopped, UserError
-from umbrella.training.checkpoint_files import latest_checkpoint, read_progress
+from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
 from umbrella.training.launch import run_job
 from umbrella.training.settings import ResourceSettings
-from umbrella.training.training_state import cut, read_history
+from umbrella.training.training_state import cut, read_history, read_progress
 from umbrella.tuning.search_space import label
 from umbrella.tuning.sweep_files import FAILED, name_of, read_end, trial_folder, write_end
 
