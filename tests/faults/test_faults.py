@@ -32,6 +32,7 @@ from tests.faults.fault_injection import (
     until,
     when_step,
 )  # fmt: skip
+from tests.printed import unknown_lines
 from umbrella.base import UserError
 from umbrella.training.checkpoint_files import latest_checkpoint
 
@@ -154,21 +155,23 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     assert left_by(settings, folder) == never_stopped
 
 
-def test_a_training_that_is_stopped_by_the_keyboard_is_killed_and_status_130(
-    small_settings: Callable[..., Any],
+def test_a_training_that_is_stopped_by_the_keyboard_says_so_in_a_line_and_is_killed_with_status_130(
+    small_settings: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = small_settings({**LONGER, "train.epochs": 600, "name": "keyboard"})
     folder, file = folder_of(settings), put(settings)
     # A shell that runs the tests in the background has it ignored, and the script would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    command, environment = [sys.executable, TRAIN, file], plain_environment()
-    script = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    command, output = [sys.executable, TRAIN, file], tmp_path / "output"
+    with output.open("w", encoding="utf-8") as into:
+        script = subprocess.Popen(command, stdout=into, stderr=subprocess.STDOUT, env=plain_environment())
     signal.signal(signal.SIGINT, before)
     until(lambda: taken(folder) >= 3, script)
     script.send_signal(signal.SIGINT)
-    _, said = script.communicate(timeout=60)
-    assert script.returncode == 130
-    assert said.endswith("stopped by the keyboard\n")
+    assert script.wait(60) == 130
+    lines = output.read_text(encoding="utf-8")
+    assert lines.endswith("stopped by the keyboard\n")
+    assert unknown_lines(lines) == []
     _, ended = run_of(settings, "keyboard")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "killed")
 

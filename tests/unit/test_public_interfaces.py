@@ -73,3 +73,7 @@ self._own = self._own + 1
     tree = ast.parse(code)
     lines = [line for line, _ in private_names(tree, own_names([tree]))]
     assert sorted(set(lines)) == [2, 3, 4, 5, 6, 7, 8]
+
+
+def test_no_file_has_more_than_400_lines() -> None:
+    assert [file.name for file in FILES if len(file.read_text(encoding="utf-8").splitlines()) > 400] == []
