@@ -63,7 +63,7 @@ def main(words: list[str]) -> None:
             own = {**told, "name": f"{name}-{number}", "trial": f"{name}-{number}"}
             job = make_job(settings.with_values({"optim.lr": rate}), splits, own, f"{storage}/{name}-{number}")
             begun = time.time()
-            run_job(replace(job, begun=begun), here=True)
+            run_job(replace(job, start_time=begun), in_process=True)
             spans.append(time.time() - begun)
         ray.shutdown()
         return spans

@@ -17,8 +17,8 @@ def main(request: Request) -> None:
     from umbrella.data.loading import SPLITS, read_splits
     from umbrella.inspection.report import write_report
     from umbrella.paths import cohort_report_folder
-    from umbrella.training.cluster import join
-    from umbrella.training.run import check, check_model
+    from umbrella.training.cluster import join_cluster
+    from umbrella.training.run import check_data, check_model
     from umbrella.volumes.store_files import holdings
 
     settings, console = request.settings, make_console()
@@ -28,7 +28,7 @@ def main(request: Request) -> None:
 
     check_model(settings)
     if not request.dry_run:
-        join(settings.resources, log_to_driver=False, name="prepare")
+        join_cluster(settings.resources, log_to_driver=False, name="prepare")
     intake = read_splits(settings, progress_bar, SPLITS, dry_run=request.dry_run)
     if not request.dry_run:
         check_volumes(intake, settings, progress_bar)
@@ -48,7 +48,7 @@ def main(request: Request) -> None:
     splits = settle(intake, settings, write=not request.dry_run)
     if splits.quarantined:
         say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")
-    check(settings, splits, [settings.mask], settings.tune.metric)
+    check_data(settings, splits, [settings.mask], settings.tune.metric)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ def main(request: Request) -> None:
         folder = find_sweep(settings, name)
         if not folder.exists() and settings.resources.upload:
             from umbrella.training.checkpoint_sync import download
-            from umbrella.training.run_lock import claimed
+            from umbrella.training.run_lock import run_lock
 
             if request.dry_run:
                 print(f"would download {folder} from resources.upload, and go on with it")
                 return
-            with claimed(folder):
+            with run_lock(folder):
                 download(settings.resources, folder, progress_bar)
         settings, given = ask_again(folder, request.files, request.overrides)
     if request.dry_run:

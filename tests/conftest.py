@@ -218,11 +218,11 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
     """The writer of a language model's checkpoints."""
     from umbrella.model.partial_checkpoint import is_whole, write_weights
-    from umbrella.training.checkpoint_files import Writer
+    from umbrella.training.checkpoint_files import CheckpointWriter
     from umbrella.training.language_model import model_files
 
     save_weights = partial(write_weights, whole=is_whole(settings.model))
-    return Writer(folder, model_files(model, tokenizer, settings), save_weights, settings, code)
+    return CheckpointWriter(folder, model_files(model, tokenizer, settings), save_weights, settings, code)
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +234,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from umbrella.model.partial_checkpoint import names_to_write
     from umbrella.training.checkpoint import snapshot
     from umbrella.training.language_model import copy_weights
-    from umbrella.training.training_state import Progress
+    from umbrella.training.training_state import TrainingState
     from umbrella.version import __version__
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
@@ -243,7 +243,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
         code = {"git.commit": "abc", "torch": "1", "umbrella": __version__}
         writer = make_writer(folder, training.model, tokenizer, settings, code)
         names = names_to_write(training.model, settings.model)
-        progress = Progress(step, 4 * step)
+        progress = TrainingState(step, 4 * step)
         taken = snapshot(copy_weights(training.model, names), training.optimizer, training.schedule, progress, metrics)
         writer.write(replace(taken, rng=rng) if rng else taken)
         writer.wait()

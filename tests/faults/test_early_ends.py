@@ -17,7 +17,7 @@ from mlflow.entities import Run
 
 from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.checkpoint_files import latest_checkpoint, what_is_wrong
+from umbrella.training.checkpoint_files import find_damage, latest_checkpoint
 from umbrella.tuning import monitor
 from umbrella.tuning.report import Answer
 from umbrella.tuning.sweep import run_sweep
@@ -108,7 +108,7 @@ def test_the_best_of_what_there_is_by_then_is_reported(swept: Any) -> None:
     assert answer.trials[0].metric == min(losses.values())
     assert answer.best.optim.lr == answer.trials[0].point["optim.lr"]
     for trial in answer.trials:
-        assert not what_is_wrong(trial.checkpoint)
+        assert not find_damage(trial.checkpoint)
         told = client.get_metric_history(runs[trial.point["optim.lr"]].info.run_id, "eval/loss")
         assert {point.step: point.value for point in told} == {e.step: e.loss for e in trial.curve}
         assert len(told) == len(trial.curve)

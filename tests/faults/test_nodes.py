@@ -30,7 +30,7 @@ from tests.faults.sweep_kills import faults_in, question
 from tests.faults.test_faults import assert_each_once_per_epoch, put
 from umbrella.data.loading import SPLITS, phantom_of, read_splits
 from umbrella.training.checkpoint_files import latest_checkpoint
-from umbrella.training.training_state import read_progress
+from umbrella.training.training_state import read_training_state
 from umbrella.tuning.sweep_files import read_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -148,7 +148,7 @@ def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it
     with nodes(3, 3) as cluster:
 
         def replace() -> None:
-            while (newest := latest_checkpoint(folder)) is None or read_progress(newest).step < 10:
+            while (newest := latest_checkpoint(folder)) is None or read_training_state(newest).step < 10:
                 time.sleep(0.01)  # it is written while steps go on
             cluster.kill(cluster.node_of_worker())
             cluster.add(3)
@@ -182,7 +182,7 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
             cluster.drain(node)
             while not (newest := latest_checkpoint(folder)):
                 time.sleep(0.01)
-            saved.append(read_progress(newest).step)
+            saved.append(read_training_state(newest).step)
             cluster.kill(node)
 
         when_step(folder, 8, lose)

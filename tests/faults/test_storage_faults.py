@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from tests.faults.fault_injection import starts, when_step
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.checkpoint_files import latest_checkpoint, what_is_wrong
+from umbrella.training.checkpoint_files import find_damage, latest_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -64,7 +64,7 @@ def test_a_disk_that_checkpoints_fill_ends_the_training_at_once_and_with_more_ro
     assert last is not None
     assert "could not be written: No space left on device" in error
     assert error.endswith(f"the last good checkpoint is {last}")
-    assert [path for path in [*folder.glob("step_*"), *folder.glob(".step_*")] if what_is_wrong(path)] == []
+    assert [path for path in [*folder.glob("step_*"), *folder.glob(".step_*")] if find_damage(path)] == []
     assert starts(folder) == [0], "nothing was tried again"
 
     small_disk(64 << 20)

@@ -46,7 +46,7 @@ def train_here(settings: Any) -> Trained:
     uri, folder = tracking_uri(storage), storage / "trainings" / settings.name
     experiment = open_experiment(uri, settings.experiment, storage)
     tracking = {"uri": uri, "experiment": experiment, "name": settings.name, "trial": settings.name}
-    run_job(make_job(settings, load_splits(settings, quiet), tracking, str(folder)), here=True)
+    run_job(make_job(settings, load_splits(settings, quiet), tracking, str(folder)), in_process=True)
     return look(settings, folder)
 
 

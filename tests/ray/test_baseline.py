@@ -78,7 +78,7 @@ def test_a_baseline_that_lost_its_newest_checkpoints_goes_on_to_the_same_answers
 
     def answers() -> Any:
         splits, (job,) = make_jobs(baseline_settings, quiet)
-        run_job(job, here=True)
+        run_job(job, in_process=True)
         return evaluate(job, splits).assessment.predictions
 
     before = answers()

@@ -77,7 +77,7 @@ def train_and_evaluate(storage: Path, settings: Settings) -> Ended:
     page, output = StringIO(), storage / "output.txt"
     with printed_to(output):
         # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
-        run_job(job, here=True)
+        run_job(job, in_process=True)
         checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
         assert checkpoint
         evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))

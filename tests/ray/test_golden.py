@@ -63,7 +63,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     folder, uri = storage / "trainings" / settings.name, tracking_uri(storage)
     experiment = open_experiment(uri, settings.experiment, storage)
     tracking = {"uri": uri, "experiment": experiment, "name": settings.name, "trial": settings.name}
-    run_job(make_job(settings, splits, tracking, str(folder)), here=True)
+    run_job(make_job(settings, splits, tracking, str(folder)), in_process=True)
     lines = map(json.loads, (folder / "samples_0.jsonl").read_text(encoding="utf-8").splitlines())
     client = MlflowClient(uri)
     (run,) = client.search_runs([experiment])

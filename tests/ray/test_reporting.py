@@ -15,8 +15,8 @@ from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train
 from umbrella.data.intake import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.training.checkpoint_files import latest_checkpoint
-from umbrella.training.progress_log import EVALUATION, FORMATS, ProgressLog, gauge_name
-from umbrella.training.training_state import read_progress
+from umbrella.training.progress_log import EVALUATION_GAUGE, FORMATS, ProgressLog, gauge_name
+from umbrella.training.training_state import read_training_state
 
 GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 PATIENT = {
@@ -66,7 +66,7 @@ def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) 
     assert steps_taken(patient) > STOP, "it took steps twice"
     newest = latest_checkpoint(patient.folder)
     assert newest is not None
-    progress = read_progress(newest)
+    progress = read_training_state(newest)
     assert (progress.step, progress.since_best) == (STOP, 2)
 
 
@@ -101,11 +101,11 @@ def test_rays_metrics_have_the_figures_and_grafana_asks_for_no_others(ray_sessio
     figures = dict.fromkeys(FORMATS, 0.5)
     measured = {"eval/loss": 1.5, "eval/balanced_accuracy": 0.75}
     asked = set(re.findall(r"ray_(\w+)", GRAFANA.read_text(encoding="utf-8")))
-    assert asked <= {EVALUATION, *map(gauge_name, figures)}
-    while page().keys() != {EVALUATION, *map(gauge_name, figures)}:  # Ray collects them now and then
+    assert asked <= {EVALUATION_GAUGE, *map(gauge_name, figures)}
+    while page().keys() != {EVALUATION_GAUGE, *map(gauge_name, figures)}:  # Ray collects them now and then
         log.figures(figures, {"step": 1, "steps": 2, "epoch": 0.5, "left": None})
         log.evaluation(measured)
-    lines = page()[EVALUATION]
+    lines = page()[EVALUATION_GAUGE]
     values = {re.search(r'metric="([^"]*)"', line)[1]: float(line.split()[-1]) for line in lines}  # type: ignore[index]
     assert values == measured
     log.forget()

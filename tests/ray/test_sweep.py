@@ -131,12 +131,12 @@ def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:
-    from umbrella.training.training_state import read_progress
+    from umbrella.training.training_state import read_training_state
 
     answer, client, parent, _ = swept
     assert answer.best.optim.lr == 3e-3
     assert answer.best.mask.supervise == "last_assistant"
-    assert read_progress(answer.trials[0].checkpoint).step == answer.trials[0].step
+    assert read_training_state(answer.trials[0].checkpoint).step == answer.trials[0].step
     with (answer.folder / "ranking.csv").open() as file:
         assert [row["optim.lr"] for row in csv.DictReader(file)] == ["0.003", "1e-30", "1e+30"]
     assert answer.files.pictures["metric"].stat().st_size > 10_000

@@ -99,7 +99,9 @@ def test_one_seed_gives_one_curve_on_ray_train_and_in_the_process_of_a_trial(one
 def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(
     small_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbrella.training.run.run_job", partial(run_job, here=True))  # Ray Train's start takes longer
+    monkeypatch.setattr(
+        "umbrella.training.run.run_job", partial(run_job, in_process=True)
+    )  # Ray Train's start takes longer
     settings = small_settings({"optim.lr": 1e30, "optim.warmup": 0, "experiment": "explodes"})
     with pytest.raises(
         UserError,

@@ -12,7 +12,14 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.training.augmentation import _stream, augment, augment_alone, draw_geometry, draw_intensity, move
+from umbrella.training.augmentation import (
+    _stream,
+    apply_affine,
+    augment,
+    augment_volumes,
+    draw_geometry,
+    draw_intensity,
+)
 from umbrella.training.settings import AugmentSettings
 
 NAMES = ("two", "none", "three")
@@ -115,7 +122,7 @@ def test_a_probability_flips_some_samples_and_leaves_the_others_exactly_as_they_
 
 def moved(volume: torch.Tensor, linear: Any = None, shift: Any = (0, 0, 0)) -> torch.Tensor:
     linear = np.eye(3) if linear is None else linear
-    return move(volume[None, None].float(), np.asarray(linear)[None], np.asarray(shift)[None])[0, 0]
+    return apply_affine(volume[None, None].float(), np.asarray(linear)[None], np.asarray(shift)[None])[0, 0]
 
 
 @pytest.mark.parametrize(("axis", "start", "end"), [("x", FRONT, TOP), ("y", TOP, RIGHT), ("z", RIGHT, FRONT)])
@@ -324,6 +331,6 @@ def test_a_volume_that_stands_alone_is_changed_as_the_only_one_of_a_sample(batch
     batch = replace(batch, num_images_per_sample=torch.tensor([1]))
     batch = replace(batch, pixel_values={"sMRI": replace(batch.pixel_values["sMRI"], run=torch.tensor([0]))})
     voxels = batch.pixel_values["sMRI"].voxels
-    alone = augment_alone(voxels[:, None].float(), batch.draws, EVERYTHING)
+    alone = augment_volumes(voxels[:, None].float(), batch.draws, EVERYTHING)
     assert torch.equal(alone[:, 0].half(), augment(batch, EVERYTHING).pixel_values["sMRI"].voxels)
     assert not torch.equal(alone[:, 0].half(), voxels)

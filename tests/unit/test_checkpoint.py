@@ -18,13 +18,13 @@ from umbrella.data.batching import Batch
 from umbrella.model.partial_checkpoint import names_to_write
 from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
-from umbrella.training.checkpoint import code_of, other_code, restore, rng_state, snapshot
-from umbrella.training.checkpoint_files import Writer, latest_checkpoint
+from umbrella.training.checkpoint import code_versions, describe_code_changes, restore, rng_state, snapshot
+from umbrella.training.checkpoint_files import CheckpointWriter, latest_checkpoint
 from umbrella.training.language_model import copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
-from umbrella.training.training_state import Progress, read_progress
+from umbrella.training.training_state import TrainingState, read_training_state
 from umbrella.version import __version__
 
 OPTIM = OptimSettings(lr=1e-2, warmup=2)
@@ -48,10 +48,10 @@ class Training:
             for batch in batches
         ]
 
-    def restored(self, step: Path, names: list[str], rank: int = 0) -> Progress:
+    def restored(self, step: Path, names: list[str], rank: int = 0) -> TrainingState:
         load_weights(step, self.model, names)
         restore(step, self.optimizer, self.schedule, rank)
-        return read_progress(step)
+        return read_training_state(step)
 
 
 @pytest.mark.parametrize("train", ["all", "embedder+projector"])
@@ -66,7 +66,7 @@ def test_a_restored_training_goes_on_to_the_last_bit_like_one_that_was_never_sto
 
     other = Training(build(seed=1, train=train))
     names = names_to_write(other.model, ModelSettings())
-    assert other.restored(step, names) == Progress(3, 12)
+    assert other.restored(step, names) == TrainingState(3, 12)
     assert other.steps(batches[3:]) == rest
     torch.testing.assert_close(other.model.state_dict(), one.model.state_dict(), rtol=0, atol=0)
     moving = [w.requires_grad for w in one.model.parameters()]
@@ -121,7 +121,7 @@ def test_every_file_is_text_or_holds_nothing_but_tensors_and_numbers(
             assert file.suffix in (".json", ".yaml", ".jinja"), file
             file.read_text(encoding="utf-8")
     assert load_settings([str(step / "settings.yaml")]).seed == 7
-    assert read_progress(step) == Progress(step=1, position=4)
+    assert read_training_state(step) == TrainingState(step=1, position=4)
 
 
 def test_random_numbers_go_on_for_each_worker_that_was_there(build: Build, save_step: Save, tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_checkpoint_says_which_code_wrote_it(build: Build, save_step: Save, tm
     step = save_step(tmp_path, Training(build()), 3)
     written = {"git.commit": "abc", "torch": "1", "umbrella": __version__}
     assert json.loads((step / "code.json").read_text()) == written
-    assert other_code(step, written | {"torch": "2"}) == "torch was 1 and is 2"
-    now = code_of({"git.commit": "abc"})
-    assert other_code(step, now | {"torch": "1"}).count(" was unknown and is ") == len(now) - 3
+    assert describe_code_changes(step, written | {"torch": "2"}) == "torch was 1 and is 2"
+    now = code_versions({"git.commit": "abc"})
+    assert describe_code_changes(step, now | {"torch": "1"}).count(" was unknown and is ") == len(now) - 3
     assert now.keys() >= {"git.commit", "umbrella", "torch", "transformers", "ray", "python"}
 
 
@@ -158,7 +158,7 @@ def test_a_snapshot_is_of_its_step_while_the_next_ones_are_taken(build: Build, b
 
     def taken() -> Any:
         names = [name for name, _ in one.model.named_parameters()]
-        return snapshot(copy_weights(one.model, names), one.optimizer, one.schedule, Progress(2, 8))
+        return snapshot(copy_weights(one.model, names), one.optimizer, one.schedule, TrainingState(2, 8))
 
     def content(of: Any) -> list[bytes]:
         files = [BytesIO() for _ in range(3)]
@@ -174,14 +174,16 @@ def test_a_snapshot_is_of_its_step_while_the_next_ones_are_taken(build: Build, b
 
 
 @pytest.fixture
-def writer(build: Build, tokenizer: Any, tmp_path: Path) -> tuple[Writer, Callable[..., Any]]:
+def writer(build: Build, tokenizer: Any, tmp_path: Path) -> tuple[CheckpointWriter, Callable[..., Any]]:
     """A writer to a folder, and snapshots for it."""
     one, settings = Training(build()), load_settings(overrides={"resources.keep_checkpoints": 1})
     names = names_to_write(one.model, settings.model)
 
     def take(step: int, **metrics: float) -> Any:
         measured = {f"eval/{name}": value for name, value in metrics.items()}
-        return snapshot(copy_weights(one.model, names), one.optimizer, one.schedule, Progress(step, 4 * step), measured)
+        return snapshot(
+            copy_weights(one.model, names), one.optimizer, one.schedule, TrainingState(step, 4 * step), measured
+        )
 
     (tmp_path / "run").mkdir()
     return make_writer(tmp_path / "run", one.model, tokenizer, settings), take

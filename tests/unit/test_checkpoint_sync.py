@@ -14,7 +14,7 @@ from umbrella.config import load_settings
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.shared_store import SharedStore
 from umbrella.training import checkpoint_sync
-from umbrella.training.checkpoint_files import delete, latest_checkpoint, what_is_wrong
+from umbrella.training.checkpoint_files import delete_checkpoint, find_damage, latest_checkpoint
 from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.training_state import read_history
@@ -52,12 +52,12 @@ def trial_life(trial: Path, upload: Callable[[], None]) -> None:
     evaluate(trial, 1)
     upload()
     evaluate(trial, 2)
-    delete(checkpoint_folder(trial, 1))
+    delete_checkpoint(checkpoint_folder(trial, 1))
     upload()
     evaluate(trial, 3)
     (trial / "end.json").write_text('{"state": "finished"}', encoding="utf-8")
     (trial.parents[1] / "experiment_state-1.json").write_text('{"ended": 1}', encoding="utf-8")
-    delete(checkpoint_folder(trial, 2))
+    delete_checkpoint(checkpoint_folder(trial, 2))
     upload()
 
 
@@ -80,7 +80,7 @@ def test_at_whatever_moment_the_machine_is_lost_another_one_continues_from_a_who
         if there.exists():
             latest = latest_checkpoint(there)
             assert latest is not None, "with the sweep there is a checkpoint"
-            assert [what_is_wrong(checkpoint) for checkpoint in there.glob("step_*")].count("") >= 1
+            assert [find_damage(checkpoint) for checkpoint in there.glob("step_*")].count("") >= 1
             step = int(latest.name.removeprefix("step_"))
             assert {row["step"] for row in read_history(there)} >= set(range(1, step + 1)), (
                 "nobody evaluates them again"
@@ -110,7 +110,7 @@ def test_a_training_is_downloaded_as_it_was_without_what_belongs_to_the_machine(
         report.touch()
     away = tmp_path / "away" / FIRST
     with synced(resources(tmp_path / "away", address), away, all_of):
-        assert what_is_wrong(away / "step_0000001") == ""
+        assert find_damage(away / "step_0000001") == ""
         assert {path.name for path in away.iterdir()} == {"begun_with.json", "evaluations.jsonl", "step_0000001"}
         evaluate(away, 2)
     assert "evaluations/first/report.html" in SharedStore(address).sizes("evaluations")
@@ -126,7 +126,7 @@ def test_nothing_is_uploaded_twice_and_the_last_checkpoint_stays(tmp_path: Path)
     sync.upload()
     store.left = 0
     sync.upload()
-    delete(folder / "step_0000001")
+    delete_checkpoint(folder / "step_0000001")
     sync.upload()
     assert f"{FIRST}/step_0000001/files.json" in store.sizes(FIRST)
     shutil.rmtree(folder)
@@ -194,7 +194,7 @@ def test_an_object_store_that_fails_for_a_while_is_noted_and_has_everything_late
             said += capsys.readouterr().err
         lead_to(disk)
     assert (said + capsys.readouterr().err).count("note: ") == 1
-    assert what_is_wrong(disk / FIRST / "step_0000001") == ""
+    assert find_damage(disk / FIRST / "step_0000001") == ""
 
 
 def test_a_store_that_cannot_be_written_and_a_folder_in_the_way_are_one_line(tmp_path: Path) -> None:

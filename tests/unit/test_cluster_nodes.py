@@ -10,7 +10,7 @@ import pytest
 from umbrella.base import UserError
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
 from umbrella.storage import lock
-from umbrella.training.cluster import check_answers, check_surroundings, free_port, make_token, start_lock
+from umbrella.training.cluster import check_local_folders, check_reachable, create_token, free_port, start_lock
 
 
 def test_a_node_that_sees_everything_has_no_fault(tmp_path: Path) -> None:
@@ -58,13 +58,13 @@ def test_a_cluster_that_is_gone_is_one_line_that_names_the_setting() -> None:
             with pytest.raises(
                 UserError, match=rf"^RAY_ADDRESS={address}: nobody answers there \(Connection refused\); "
             ):
-                check_answers(address, f"RAY_ADDRESS={address}")
+                check_reachable(address, f"RAY_ADDRESS={address}")
         taken.listen()
-        check_answers(address, "")
+        check_reachable(address, "")
     for address in ("auto", "127.0.0.1", "http://host"):
-        check_answers(address, "")
+        check_reachable(address, "")
     with pytest.raises(UserError, match=r"^here: nobody answers there"):
-        check_answers("127.0.0.1:99999", "here")
+        check_reachable("127.0.0.1:99999", "here")
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
@@ -73,20 +73,20 @@ def test_a_folder_that_is_no_place_for_rays_sockets_is_one_line(
 ) -> None:
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv(variable, "/tmp")
-    check_surroundings()
+    check_local_folders()
     for folder, message in (
         (f"{tmp_path}/{'x' * 60}", r"is longer than the 4\d bytes that the paths of Ray's sockets leave for it; set "),
         ("/proc/none", "the folder for Ray's files cannot be written to: "),
     ):
         monkeypatch.setenv(variable, folder)
         with pytest.raises(UserError, match=f"^{variable}={folder}: {message}"):
-            check_surroundings()
+            check_local_folders()
 
 
 def test_shared_memory_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("umbrella.training.cluster.SHARED_MEMORY", "/proc/self")
     with pytest.raises(UserError, match=r"^/proc/self, where Ray keeps objects, cannot be written to: "):
-        check_surroundings()
+        check_local_folders()
 
 
 def test_the_token_of_a_ray_of_our_own_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,18 +94,18 @@ def test_the_token_of_a_ray_of_our_own_is_for_its_owner_alone(tmp_path: Path, mo
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     token = tmp_path / ".ray" / "auth_token"
-    make_token()
+    create_token()
     made = token.read_text()
     assert len(made) == 64
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     os.chmod(token, 0o644)
-    make_token()
+    create_token()
     assert (token.read_text(), stat.S_IMODE(token.stat().st_mode)) == (made, 0o600)
     monkeypatch.setenv("HOME", "/proc/none")
     with pytest.raises(UserError, match=r"^/proc/none/\.ray, where Ray keeps its token, cannot be written to: "):
-        make_token()
+        create_token()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    make_token()
+    create_token()
 
 
 def test_the_dashboards_port_is_free_and_one_script_at_a_time_takes_it(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from umbrella.training.progress_log import EVALUATION, gauge_name
-from umbrella.training.throughput import Pace, memory
+from umbrella.training.progress_log import EVALUATION_GAUGE, gauge_name
+from umbrella.training.throughput import Throughput, memory
 
 FILE = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 LABELS = {"run", "trial", "metric"}
@@ -31,10 +31,10 @@ def queries(dashboard: dict[str, Any]) -> Iterator[str]:
 
 
 def test_each_metric_that_is_asked_for_is_one_that_a_training_tells(dashboard: dict[str, Any]) -> None:
-    pace = Pace()
+    pace = Throughput()
     pace.step(1, 1)
     told = {"train/loss", "train/lr", *pace.recent(), *memory(torch.device("cuda"))}
-    gauges = {f"ray_{name}" for name in [EVALUATION, *map(gauge_name, told)]}
+    gauges = {f"ray_{name}" for name in [EVALUATION_GAUGE, *map(gauge_name, told)]}
     asked = {name for query in queries(dashboard) for name in re.findall(r"\bray_\w+", query)}
     assert asked <= gauges
 

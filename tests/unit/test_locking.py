@@ -12,7 +12,7 @@ import pytest
 from umbrella.assessment.answers import AnswerFile
 from umbrella.base import UserError
 from umbrella.training import cluster
-from umbrella.training.run_lock import claimed
+from umbrella.training.run_lock import run_lock
 
 
 @pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"], autouse=True)
@@ -41,7 +41,7 @@ def test_storage_without_locks_ends_a_script_in_one_line_before_a_ray_is_started
 
 def test_where_nothing_could_be_kept_from_being_lost_the_folder_is_named(why: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/box\S*: files cannot be locked here") as refused:
-        claimed(tmp_path / "box/sweeps/first").__enter__()
+        run_lock(tmp_path / "box/sweeps/first").__enter__()
     assert "is being run already" not in str(refused.value)
 
 

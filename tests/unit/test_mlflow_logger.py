@@ -22,7 +22,7 @@ from umbrella.tracking.run_status import close_run, find_run
 from umbrella.tracking.store import open_experiment
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
-from umbrella.training.run import check_same
+from umbrella.training.run import check_unchanged
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, STOPPED, trial_folder, write_end
@@ -123,7 +123,7 @@ def test_a_run_whose_id_was_not_noted_is_found_by_its_key_here_and_on_another_ma
     here, elsewhere = tmp_path / "here" / "night", tmp_path / "elsewhere" / "night"
     parent = "f" * 32 if of == "trial" else None
     if of == "training":  # as it is begun, before a worker is asked for
-        check_same(
+        check_unchanged(
             Job(
                 task=LANGUAGE_MODEL,
                 settings=load_settings(),

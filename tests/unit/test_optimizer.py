@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from umbrella.training.optimizer import build_optimizer, build_schedule, main_rate, rates
+from umbrella.training.optimizer import build_optimizer, build_schedule, lr_by_group, main_lr
 from umbrella.training.settings import OptimSettings
 
 
@@ -61,9 +61,9 @@ def test_the_embedder_has_a_rate_of_its_own_that_one_schedule_scales(
     optimizer = build_optimizer(build(train=train), settings)
     running = build_schedule(optimizer, settings, 6)
     for share in [0.5, 1, 1, 0.75, 0.5, 0.25]:
-        by_group = rates(optimizer)
+        by_group = lr_by_group(optimizer)
         assert by_group == {name: share * (own or 0.2 if "embedder" in name else 0.2) for name in by_group}
-        assert main_rate(optimizer) == share * main
+        assert main_lr(optimizer) == share * main
         optimizer.step()
         running.step()
     peaks = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}

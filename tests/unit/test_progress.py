@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.training.checkpoint_files import best_checkpoint, latest_checkpoint, prune, read_metrics, write_files
-from umbrella.training.training_state import Progress, read_progress
+from umbrella.training.checkpoint_files import best_checkpoint, latest_checkpoint, mark_complete, prune, read_metrics
+from umbrella.training.training_state import TrainingState, read_training_state
 
 Make = Callable[..., Path]
 
@@ -24,7 +24,7 @@ def make(tmp_path: Path) -> Make:
         (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"01234")
         (folder / "progress.json").write_text(f'{{"step": {step}, "position": {8 * step}, "sorted_by": 8}}')
         (folder / "metrics.json").write_text(json.dumps({f"eval/{name}": value for name, value in metrics.items()}))
-        write_files(folder)
+        mark_complete(folder)
         return folder
 
     return make
@@ -35,7 +35,7 @@ def test_a_training_goes_on_from_its_newest_checkpoint(make: Make, tmp_path: Pat
     make(20)
     make(5)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_0000020"
-    assert read_progress(tmp_path / "step_0000020") == Progress(20, 160, 8)
+    assert read_training_state(tmp_path / "step_0000020") == TrainingState(20, 160, 8)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_newest_and_the_best_are_kept(make: Make, tmp_path: Path) -> None:
 def test_patience_counts_evaluations_that_are_not_better_and_nan_never_is(
     mode: str, values: list[float], since_best: list[int]
 ) -> None:
-    progress, counted = Progress(3, 12, 4), []
+    progress, counted = TrainingState(3, 12, 4), []
     for value in values:
         progress = progress.evaluated(value, mode)
         counted.append(progress.since_best)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from umbrella.training import progress_log
-from umbrella.training.progress_log import BUILDING, EARLY, ProgressLog, clock, in_words
+from umbrella.training.progress_log import BUILDING, STOPPED_EARLY, ProgressLog, format_duration, format_figures
 
 METRICS = {
     "train/loss": 1.23456,
@@ -35,7 +35,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_new_state_is_a_line_and_figures_are_one_every_half_minute(
     now: list[float], capsys: pytest.CaptureFixture
 ) -> None:
-    log = ProgressLog("a run", "a trial", begun=990.0)
+    log = ProgressLog("a run", "a trial", start_time=990.0)
     log.say(BUILDING)
     log.figures(METRICS, PLACE)
     now[0] += 29
@@ -47,7 +47,7 @@ def test_a_new_state_is_a_line_and_figures_are_one_every_half_minute(
     log.evaluation({"eval/loss": 1.0})
     now[0] += 29
     log.figures(METRICS, PLACE)
-    log.say(EARLY, "it got no better")
+    log.say(STOPPED_EARLY, "it got no better")
     log.forget()
     assert capsys.readouterr().out.splitlines() == [
         "00:10  building the model",
@@ -57,7 +57,7 @@ def test_a_new_state_is_a_line_and_figures_are_one_every_half_minute(
 
 
 def test_figures_are_due_again_after_their_time(now: list[float]) -> None:
-    log = ProgressLog("a run", "a trial", begun=990.0, every=0.5)
+    log = ProgressLog("a run", "a trial", start_time=990.0, every=0.5)
     assert log.due
     log.figures(METRICS, PLACE)
     assert not log.due
@@ -66,5 +66,5 @@ def test_figures_are_due_again_after_their_time(now: list[float]) -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    assert in_words({"train/loss": float("nan")}, PLACE | {"left": None}) == "step 123/400  epoch 2.50  loss nan"
-    assert (clock(59.9), clock(60), clock(3600)) == ("00:59", "01:00", "1:00:00")
+    assert format_figures({"train/loss": float("nan")}, PLACE | {"left": None}) == "step 123/400  epoch 2.50  loss nan"
+    assert (format_duration(59.9), format_duration(60), format_duration(3600)) == ("00:59", "01:00", "1:00:00")

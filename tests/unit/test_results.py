@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from umbrella.paths import HISTORY, METRICS, POINT
-from umbrella.training.checkpoint_files import write_files
-from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.training.checkpoint_files import mark_complete
+from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import Trial, at_chance, rank, read_trials, trials_of
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, STOPPED, UNFINISHED, read_end, reopen, trial_folder, write_end
@@ -29,7 +29,7 @@ def left(sweep: Path, number: int, evaluations: list[Evaluation], end: str = "",
         checkpoint.mkdir(exist_ok=True)
         (checkpoint / METRICS).write_text(json.dumps({METRIC: metric, "eval/loss": loss}), encoding="utf-8")
         if kept:
-            write_files(checkpoint)  # the others were never whole
+            mark_complete(checkpoint)  # the others were never whole
         row = {"step": step, "steps": 30, METRIC: metric, "eval/loss": loss, "begun": 0.0, "time": 10.0 * (i + 1)}
         lines.append(json.dumps(row | {name: values[i] for name, values in more.items()}) + "\n")
     (folder / HISTORY).write_text("".join(lines), encoding="utf-8")
@@ -93,11 +93,11 @@ def test_a_sweep_without_a_trial_above_chance_is_told_in_a_sentence(
 
 
 def test_how_a_trial_ended_is_what_was_written_first(tmp_path: Path) -> None:
-    folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], EARLY, "train.patience is over, step 10 of 30")
+    folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], STOPPED_EARLY, "train.patience is over, step 10 of 30")
     write_end(folder, STOPPED, "by whoever did not know")
     left(tmp_path, 2, [(10, 0.7, 1.0, True)])
     assert [(t.state, t.reason) for t in sorted(read(tmp_path), key=lambda t: t.trial_id)] == [
-        (EARLY, "train.patience is over, step 10 of 30"),
+        (STOPPED_EARLY, "train.patience is over, step 10 of 30"),
         (UNFINISHED, ""),
     ]
 

@@ -18,9 +18,9 @@ from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.intake import Splits
 from umbrella.training.job import Job, LanguageModelJob
-from umbrella.training.launch import LANGUAGE_MODEL, NoteLostWorkers, cause, cause_of_first
-from umbrella.training.resource_check import trainings_that_fit
-from umbrella.training.run import check, check_same
+from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
+from umbrella.training.resource_check import max_concurrent_trainings
+from umbrella.training.run import check_data, check_unchanged
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.stop_signal import workers_file
 from umbrella.tuning.sweep import possible_masks
@@ -40,16 +40,16 @@ from umbrella.tuning.sweep import possible_masks
     ],
 )
 def test_as_many_trainings_at_once_as_leave_a_cpu_for_rays_helpers(asked: dict, cluster: dict, at_once: int) -> None:
-    assert trainings_that_fit(ResourceSettings(**asked), cluster) == at_once
+    assert max_concurrent_trainings(ResourceSettings(**asked), cluster) == at_once
 
 
 def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_ever() -> None:
     with pytest.raises(
         UserError, match=r"need 3 CPUs, and Ray has 2; lower resources\.cpus_per_worker or resources\.workers"
     ):
-        trainings_that_fit(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
+        max_concurrent_trainings(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
     with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
-        trainings_that_fit(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
+        max_concurrent_trainings(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
 
 
 def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
@@ -62,7 +62,7 @@ def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
 
 def test_no_fewer_workers_than_the_fewest_start() -> None:
     with pytest.raises(UserError, match=r"2 workers of 1 GPUs need 2 GPUs, and Ray has 1"):
-        trainings_that_fit(ResourceSettings(workers=4, min_workers=2, gpus_per_worker=1), {"CPU": 8, "GPU": 1})
+        max_concurrent_trainings(ResourceSettings(workers=4, min_workers=2, gpus_per_worker=1), {"CPU": 8, "GPU": 1})
     with pytest.raises(UserError, match=r"resources: min_workers=3 is more than workers=2"):
         load_settings(overrides={"resources.workers": 2, "resources.min_workers": 3})
 
@@ -78,24 +78,24 @@ def test_no_fewer_workers_than_the_fewest_start() -> None:
     ],
 )
 def test_what_a_worker_died_of_is_the_exception_and_not_the_way_to_it(died_of: str, line: str) -> None:
-    assert cause(RayError(died_of)) == line
+    assert describe_failure(RayError(died_of)) == line
 
 
 def test_what_a_worker_raised_is_named_with_its_kind() -> None:
-    assert cause(OSError(40, "Too many links", "x.npy")) == "OSError: [Errno 40] Too many links: 'x.npy'"
-    assert cause(UserError("x.npy: is gone")) == "x.npy: is gone"
+    assert describe_failure(OSError(40, "Too many links", "x.npy")) == "OSError: [Errno 40] Too many links: 'x.npy'"
+    assert describe_failure(UserError("x.npy: is gone")) == "x.npy: is gone"
 
 
 def test_of_several_workers_the_one_that_is_gone_is_told(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     gone = RuntimeError("A worker health check failed.\nWorker info: Worker(\n  rank=1\n)")
     gone.health_check_failure = RayActorError(error_msg="The actor died.")  # type: ignore[attr-defined]
     others = {0: RuntimeError("connection reset"), 1: gone, 2: RuntimeError("connection reset")}
-    assert cause_of_first(others) == "The actor died."
-    assert cause_of_first({0: OSError("no file")}) == "OSError: no file"
+    assert describe_first_failure(others) == "The actor died."
+    assert describe_first_failure({0: OSError("no file")}) == "OSError: no file"
     settings, begun = load_settings(), time.time() - 65
-    job = Job(task=LANGUAGE_MODEL, settings=settings, data={}, tracking={}, folder=str(tmp_path), begun=begun)
+    job = Job(task=LANGUAGE_MODEL, settings=settings, data={}, tracking={}, folder=str(tmp_path), start_time=begun)
     workers_file(tmp_path).touch()
-    NoteLostWorkers(job).after_exception(None, others)
+    WorkerFailureCallback(job).after_exception(None, others)
     assert re.fullmatch(r"01:\d\d  a worker died: The actor died\.\n", capsys.readouterr().out)
     assert not workers_file(tmp_path).exists()
 
@@ -122,14 +122,14 @@ def test_a_metric_that_cannot_be_had_is_found_before_the_start(
 ) -> None:
     settings = load_settings()
     with pytest.raises(UserError, match=message):
-        check(settings, splits(talk, target), [settings.mask], metric)
+        check_data(settings, splits(talk, target), [settings.mask], metric)
 
 
 def test_one_class_in_validation_leaves_no_balanced_accuracy_to_rank_by(talk: Callable[..., Conversation]) -> None:
     settings, alike = load_settings(), splits(talk, "sex", held_out=1)
     with pytest.raises(UserError, match=r"these data give eval/loss, eval/sex/accuracy .* one class only of sex$"):
-        check(settings, alike, [settings.mask], "eval/balanced_accuracy")
-    check(settings, alike, [settings.mask], "eval/loss")
+        check_data(settings, alike, [settings.mask], "eval/balanced_accuracy")
+    check_data(settings, alike, [settings.mask], "eval/loss")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_labels_that_cannot_be_told_apart_are_found_before_the_start(
         for label, text in sorted(answers.items(), reverse=True)
     ]
     with pytest.raises(UserError, match=f"^labels of 'sex': .*{line[-40:]}") as error:
-        check(settings, Splits(samples, samples), [settings.mask], "eval/loss")
+        check_data(settings, Splits(samples, samples), [settings.mask], "eval/loss")
     assert all(repr(label) in str(error.value) for label in answers if label != "female")
 
 
@@ -163,7 +163,7 @@ def test_candidates_of_the_settings_that_cannot_be_told_apart_are_found_before_t
     samples = [talk(("user", "?"), ("assistant", "Hello."))]
     settings = load_settings(overrides={"evaluate.candidates": alike})
     with pytest.raises(UserError, match=r"^labels of 'sex': 'male', 'female' have the same answer"):
-        check(settings, Splits(samples, samples), [settings.mask], "eval/loss")
+        check_data(settings, Splits(samples, samples), [settings.mask], "eval/loss")
     with pytest.raises(UserError, match=r"^labels of 'sex': 'male', 'female' have the same answer"):
         read_cohort(Path("checkpoint"), settings, load_settings())
 
@@ -173,7 +173,7 @@ def test_a_mask_that_supervises_nothing_is_found_before_the_start(talk: Callable
     silent = talk(("user", "?"), ("assistant", ""), task_id="silent")
     nothing = settings.mask.model_copy(update={"end_of_turn": False})
     with pytest.raises(UserError, match="supervises none of the"):
-        check(settings, Splits([silent], [silent]), [nothing], "eval/loss")
+        check_data(settings, Splits([silent], [silent]), [nothing], "eval/loss")
 
 
 def test_a_weight_for_a_task_that_the_data_do_not_have_is_found_before_the_start(
@@ -181,7 +181,7 @@ def test_a_weight_for_a_task_that_the_data_do_not_have_is_found_before_the_start
 ) -> None:
     settings = load_settings(overrides={"mask.task_weights": {"T1": 2, "T9": 3}})
     with pytest.raises(UserError, match=r"mask\.task_weights: T9: not a task_type of data\.train, which has T1; name"):
-        check(settings, splits(talk, "sex"), [settings.mask], "eval/loss")
+        check_data(settings, splits(talk, "sex"), [settings.mask], "eval/loss")
 
 
 def test_the_masks_of_a_sweep_are_all_that_its_trials_can_have() -> None:
@@ -223,7 +223,7 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
         tables = {"train": None, "validation": None, "train_lengths": nothing, "validation_lengths": nothing}
         tables |= {"modalities": ["sMRI"], "longest_answer": 9}
         folder = str(tmp_path / "mine")
-        check_same(
+        check_unchanged(
             LanguageModelJob(
                 task=LANGUAGE_MODEL, settings=settings, **tables, candidates={}, data=data, tracking={}, folder=folder
             )

@@ -15,12 +15,12 @@ from umbrella.config import Settings, load_settings
 from umbrella.paths import BEGUN
 from umbrella.training import cluster
 from umbrella.training.run import run_training
-from umbrella.training.run_lock import claimed
+from umbrella.training.run_lock import run_lock
 from umbrella.tuning.sweep import run_sweep
 from umbrella.tuning.sweep_files import Question, write_question
 
-HOLD = "import sys; from pathlib import Path; from umbrella.training.run_lock import claimed\n"
-HOLD += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
+HOLD = "import sys; from pathlib import Path; from umbrella.training.run_lock import run_lock\n"
+HOLD += "with run_lock(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +57,15 @@ def test_a_second_script_is_refused_until_the_first_one_is_dead(tmp_path: Path, 
     first = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout is not None
     assert first.stdout.readline() == b"mine\n"
-    with pytest.raises(UserError, match=rf"^first is being run already, by process {first.pid} on "), claimed(folder):
+    with pytest.raises(UserError, match=rf"^first is being run already, by process {first.pid} on "), run_lock(folder):
         pass
     first.kill()
     first.communicate()
-    with claimed(folder):
+    with run_lock(folder):
         assert not folder.exists()
     assert list(folder.parent.iterdir()) == []
     folder.parent.rmdir()
-    with claimed(folder):
+    with run_lock(folder):
         pass
     assert list(tmp_path.iterdir()) == [], "a folder that was not there"
 
@@ -80,7 +80,7 @@ def test_a_script_on_what_is_being_run_ends_in_one_line_before_a_ray_is_started(
     folder = tmp_path / "home" / kind / "first"
     begin(folder, named_first(tmp_path))
     words = words if "name=first" in words else [*words, "--resume", "first"]
-    with claimed(folder):
+    with run_lock(folder):
         done = run(*words, f"resources.storage={tmp_path}/home")
     assert (done.status, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: first is being run already, by process ")
@@ -98,7 +98,7 @@ def test_a_lock_that_its_holder_deletes_as_it_leaves_is_taken_anew(
         lock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with claimed(folder):
-        with pytest.raises(UserError, match=r"^first is being run already"), claimed(folder):
+    with run_lock(folder):
+        with pytest.raises(UserError, match=r"^first is being run already"), run_lock(folder):
             pass
         assert left[0].exists()

@@ -13,18 +13,18 @@ from umbrella.data.mask_audit import Row, audit
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.training.run_summary import audited, mask_page, share, statement
+from umbrella.training.run_summary import describe_sample, mask_audit_page, sample_for_audit, summarise_run
 
 STOPS = "note: the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
 
 
 def audit_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> list[Row]:
-    return audit(audited(split, renderer), policy)
+    return audit(sample_for_audit(split, renderer), policy)
 
 
 def page_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> str:
-    examples = audited(split, renderer)
-    return mask_page(audit(examples, policy), examples, renderer, policy, share(examples, split))
+    examples = sample_for_audit(split, renderer)
+    return mask_audit_page(audit(examples, policy), examples, renderer, policy, describe_sample(examples, split))
 
 
 def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
@@ -34,7 +34,7 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
     policy = MaskPolicy(supervise="last_assistant")
     table = audit_of([conversation], Renderer(tokenizer, modalities), policy)
     moving = {"embedder": 1234, "projector": 0, "language_model": 5}
-    assert statement(
+    assert summarise_run(
         table, policy, moving, {"fMRI": modalities["fMRI"]}, stops=True, read="1 of 1 conversations"
     ).splitlines() == [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
@@ -58,7 +58,7 @@ def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_c
     conversation = talk(("user", "Sex?"), ("assistant", "male."))
     policy = MaskPolicy(normalize="turn", task_weights={"T1": 2})
     table = audit_of([conversation], Renderer(tokenizer, {}), policy)
-    lines = statement(table, policy, {}, {}, stops=False, read="1 of 9 conversations").splitlines()
+    lines = summarise_run(table, policy, {}, {}, stops=False, read="1 of 9 conversations").splitlines()
     assert lines[1:6] == [
         "mask: supervise=assistant, end_of_turn=True, turn_header=False, task_weights={T1: 2}, normalize=turn",
         "supervised: 7 of 30 tokens (23.3%), in 1 of 9 conversations",
@@ -91,13 +91,13 @@ def test_a_large_split_is_read_in_part_whatever_repeats_in_its_order(
 ) -> None:
     # Four questions in turn, 1000 conversations, of which 256 are read.
     split = [talk(("user", ""), ("assistant", "a"), task_id=str(i), task_type="ABCD"[i % 4]) for i in range(1000)]
-    read = [example.conversation for example in audited(split, Renderer(tokenizer, {}))]
+    read = [example.conversation for example in sample_for_audit(split, Renderer(tokenizer, {}))]
     numbers = [int(conversation.task_id) for conversation in read]
     assert numbers == sorted(set(numbers))
     assert len(numbers) == 256
     assert all(45 < kind < 85 for kind in Counter(c.task_type for c in read).values())
     assert all(45 < quarter < 85 for quarter in Counter(number // 250 for number in numbers).values())
-    assert share(audited(split, Renderer(tokenizer, {})), split) == "256 of 1000 conversations"
+    assert describe_sample(sample_for_audit(split, Renderer(tokenizer, {})), split) == "256 of 1000 conversations"
 
 
 def test_a_policy_without_a_target_is_refused(tokenizer: Any, talk: Callable[..., Conversation]) -> None:

@@ -22,12 +22,12 @@ from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import parts
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint import restore, snapshot
-from umbrella.training.distributed import autocast, parallelise, release, whole
+from umbrella.training.distributed import autocast, full_tensor, parallelise, reshard
 from umbrella.training.language_model import apply_options, copy_weights, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
-from umbrella.training.training_state import Progress
+from umbrella.training.training_state import TrainingState
 
 SMALL = {"width": 16, "heads": 2, "tower_layers": 2, "language_layers": 3}
 KEPT = ["all", "embedder+lora"]
@@ -77,9 +77,9 @@ def trained(model: Any, parallel: Any, steps: Sequence[Sequence[Batch]], dtype: 
     results = [train_step(parallel, batches, optimizer, schedule, CLIP, weights, dtype) for batches in steps]
     with torch.no_grad(), autocast(parallel, steps[0][0].input_ids.device, dtype):
         evaluated = parallel.eval()(**steps[0][0].model_inputs()).token_nll
-    release(parallel)
+    reshard(parallel)
     parallel.train()
-    return Seen(results, {n: whole(w) for n, w in model.named_parameters()}, evaluated)
+    return Seen(results, {n: full_tensor(w) for n, w in model.named_parameters()}, evaluated)
 
 
 def meet(rank: int, workers: int, folder: Path, name: str) -> None:
@@ -133,7 +133,7 @@ class Training:
     def save(self, folder: Path) -> None:
         keep = not distributed.is_initialized() or distributed.get_rank() == 0
         taken = snapshot(
-            copy_weights(self.model, self.names, keep), self.optimizer, self.schedule, Progress(3, 3), keep=keep
+            copy_weights(self.model, self.names, keep), self.optimizer, self.schedule, TrainingState(3, 3), keep=keep
         )
         if keep:
             folder.mkdir()

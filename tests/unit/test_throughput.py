@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from umbrella.training import throughput as module
-from umbrella.training.throughput import Pace, memory
+from umbrella.training.throughput import Throughput, memory
 
 SAMPLES, TOKENS, WAITING = "train/samples_per_second", "train/supervised_tokens_per_second", "train/waiting_for_data"
 
@@ -19,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def step(pace: Pace, clock: list[float], waits: float, works: float) -> None:
+def step(pace: Throughput, clock: list[float], waits: float, works: float) -> None:
     with pace.waiting():
         clock[0] += waits
     clock[0] += works
@@ -27,7 +27,7 @@ def step(pace: Pace, clock: list[float], waits: float, works: float) -> None:
 
 
 def test_figures_are_of_the_time_since_they_were_last_taken(clock: list[float]) -> None:
-    pace = Pace()
+    pace = Throughput()
     for _ in range(4):
         step(pace, clock, waits=0.5, works=1.5)
     assert pace.take() == {SAMPLES: 4, TOKENS: 50, WAITING: 0.25}
@@ -41,7 +41,7 @@ def test_recent_figures_forget_the_steps_before_and_take_nothing(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "RECENT", 3)
-    pace = Pace()
+    pace = Throughput()
     assert pace.recent() == {}
     step(pace, clock, waits=99, works=1)
     assert pace.recent() == {SAMPLES: 0.08, TOKENS: 1, WAITING: 0.99}

@@ -20,7 +20,7 @@ from umbrella.paths import CODE
 from umbrella.tracking.model_registry import log_model
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
-from umbrella.training.run import check_same
+from umbrella.training.run import check_unchanged
 from umbrella.tuning.sweep_files import Question, read_question, write_question
 from umbrella.version import check_version
 
@@ -104,11 +104,11 @@ def test_a_training_that_an_earlier_version_began_does_not_go_on(
     job = Job(
         task=LANGUAGE_MODEL, settings=load_settings(), data={"data.fingerprint": ""}, tracking={}, folder=str(folder)
     )
-    check_same(job)
-    check_same(job)
+    check_unchanged(job)
+    check_unchanged(job)
     written_by(folder, version)
     with pytest.raises(UserError) as error:
-        check_same(job)
+        check_unchanged(job)
     assert str(error.value) == refusal(folder, named)
 
 
@@ -117,15 +117,15 @@ def test_a_training_does_not_go_on_from_a_checkpoint_of_an_earlier_version(learn
     job = Job(
         task=LANGUAGE_MODEL, settings=load_settings(), data={"data.fingerprint": ""}, tracking={}, folder=str(folder)
     )
-    check_same(job)
+    check_unchanged(job)
     step = Path(shutil.copytree(learnt, folder / "step_0000001"))
-    check_same(job)
+    check_unchanged(job)
     content = (step / CODE).read_text()
     (step / CODE).write_text(content.replace(__version__, "0.1.0"))  # as long as it was: the checkpoint stays whole
     with pytest.raises(UserError, match=f"^{re.escape(refusal(step, 'umbrella 0.1.0'))}$"):
-        check_same(job)
+        check_unchanged(job)
     (step / CODE).write_text("")  # cut short: it is not loaded
-    check_same(job)
+    check_unchanged(job)
 
 
 @pytest.mark.parametrize(("version", "named"), OLD)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.paths import BEGUN, METRICS, PROGRESS, checkpoint_folder
-from umbrella.training.checkpoint_files import delete, write_files
+from umbrella.training.checkpoint_files import delete_checkpoint, mark_complete
 
 FIRST = "trainings/first"
 
@@ -30,8 +30,8 @@ def evaluate(folder: Path, step: int, writing: str = "a") -> Path:
         (partial / name).write_text(f"{step} {writing}", encoding="utf-8")
     (partial / METRICS).write_text('{"eval/loss": 1}', encoding="utf-8")
     (partial / PROGRESS).write_text(json.dumps({"step": step}), encoding="utf-8")
-    write_files(partial)
+    mark_complete(partial)
     checkpoint = checkpoint_folder(folder, step)
     if checkpoint.exists():
-        delete(checkpoint)
+        delete_checkpoint(checkpoint)
     return partial.rename(checkpoint)

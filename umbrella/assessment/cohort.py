@@ -84,7 +84,7 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
     from umbrella.evaluation.metrics import notes_on
     from umbrella.evaluation.predictions import read_predictions
     from umbrella.evaluation.scoring import find_numbers
-    from umbrella.training.cluster import join
+    from umbrella.training.cluster import join_cluster
 
     settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
     check_writable(path.parent, f"output={path}")
@@ -93,7 +93,7 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
         raise Stopped(f"SIGTERM: what was answered is in {path}; the same command goes on")
 
     with on_sigterm(stop):
-        join(settings.resources, log_to_driver=False, name=settings.name)
+        join_cluster(settings.resources, log_to_driver=False, name=settings.name)
         splits = settle_all(intake, settings, progress)
         numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
         with cohort.answers.opened() as file:

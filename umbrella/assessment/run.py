@@ -28,7 +28,7 @@ from umbrella.evaluation.subgroups import tabulate
 from umbrella.paths import evaluation_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
-from umbrella.training.cluster import join
+from umbrella.training.cluster import join_cluster
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
         folder = Path(settings.output).absolute()
     check_writable(folder, f"output={folder}")
     with on_sigterm(_stop):
-        join(settings.resources, log_to_driver=False, name=name)
+        join_cluster(settings.resources, log_to_driver=False, name=name)
         questions = read_questions(settings, progress)
         if questions is None:
             return None

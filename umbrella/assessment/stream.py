@@ -18,8 +18,8 @@ from umbrella.data.loading import Progress
 from umbrella.evaluation.predictions import Prediction
 from umbrella.modality import Modality
 from umbrella.training.cluster import start_ray
-from umbrella.training.launch import cause
-from umbrella.training.resource_check import check_fits
+from umbrella.training.launch import describe_failure
+from umbrella.training.resource_check import check_resources
 
 if TYPE_CHECKING:
     from umbrella.evaluation.answering import Umbrella
@@ -58,7 +58,7 @@ def stream(
         return
     start_ray(settings.resources, log_to_driver=False, name=settings.name)
     resources, workers = settings.resources, settings.evaluate.workers
-    check_fits(resources, workers, "evaluate.workers", ray.cluster_resources(), ray.nodes())
+    check_resources(resources, workers, "evaluate.workers", ray.cluster_resources(), ray.nodes())
     batches = compose(conversations, settings.modalities, settings.evaluate.batch_size)
     workers = min(workers, len(batches))
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(Answerer)
@@ -160,8 +160,8 @@ def deal(
                 if died > max_failures:
                     raise UserError(
                         f"processes that answer conversations died more than {max_failures} times"
-                        f" (resources.max_failures), the last one of: {cause(error)}; if memory ran out, lower"
-                        " evaluate.batch_size or evaluate.workers"
+                        f" (resources.max_failures), the last one of: {describe_failure(error)}; if memory ran out,"
+                        " lower evaluate.batch_size or evaluate.workers"
                     ) from None
                 waiting.appendleft(batch)
                 actor, fault = start(), ""

@@ -19,7 +19,7 @@ from umbrella.tracking.provenance import describe
 from umbrella.tracking.redaction import hide, read_salt
 from umbrella.tracking.run_status import find_run
 from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
-from umbrella.training.training_state import read_progress
+from umbrella.training.training_state import read_training_state
 
 ARTIFACTS = "evaluation"
 """Folder of the report among a run's artifacts."""
@@ -51,7 +51,7 @@ def log(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) -> 
         note(f"MLflow takes no such names, so it has not: {', '.join(refused)}")
     paths = getattr(settings.data, assessment.split)
     tracker.inputs([describe(assessment.split, asked, str(assessment.facts["data fingerprint"]), paths)])
-    step = read_progress(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
+    step = read_training_state(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
     tracker.results({name: value for name, value in found.items() if name not in refused}, step)
     for name, text in _texts(assessment, folder, asked).items():
         tracker.text(text, f"{ARTIFACTS}/{name}")

@@ -28,9 +28,9 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.cluster import start_ray
-from umbrella.training.resource_check import trainings_that_fit
-from umbrella.training.run import check_names, watch_job
-from umbrella.training.run_lock import claimed
+from umbrella.training.resource_check import max_concurrent_trainings
+from umbrella.training.run import check_target_names, run_tracked_job
+from umbrella.training.run_lock import run_lock
 
 NOTE = "this network sees one volume of each conversation and no words; its numbers are computed, not generated"
 
@@ -45,8 +45,8 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
         folder = Path(job.folder)
-        with claimed(folder), synced(settings.resources, folder, progress):
-            watch_job(job)
+        with run_lock(folder), synced(settings.resources, folder, progress):
+            run_tracked_job(job)
             evaluated = evaluate(job, splits)
         yield evaluated
 
@@ -65,7 +65,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     splits, heads = load_checked(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
+    max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
     jobs = []
     for target, head in heads.items():
         own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
@@ -131,7 +131,7 @@ def check(settings: Settings, splits: Splits, target: str) -> Classes | Bins:
     Raises:
         UserError: a split without samples; labels that do not fit together; a name that MLflow does not take.
     """
-    check_names([target])
+    check_target_names([target])
     own = settings.baseline
     for name in _needed(settings):
         if not asked(getattr(splits, name), target, own.modality):
@@ -192,7 +192,7 @@ def make_job(
         data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,
-        begun=time.time(),
+        start_time=time.time(),
         datasets=[
             describe("training", used["train"], splits.fingerprint, settings.data.train),
             describe("validation", used["validation"], splits.fingerprint, settings.data.validation),
@@ -242,7 +242,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
         "network": f"SFCN, a 3D CNN, for {job.target}",
         "data fingerprint": fingerprint({split: conversations}),
         "quarantined samples": splits.quarantined,
-        "seconds": round(time.time() - job.begun),
+        "seconds": round(time.time() - job.start_time),
     }
     of_target = [c for c in conversations if c.target == job.target]
     answered = [c for c, _ in asked(conversations, job.target, own.modality)]

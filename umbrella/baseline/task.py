@@ -20,10 +20,10 @@ from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.predictions import Answer, Prediction, mean_number, write_predictions
 from umbrella.paths import PREDICTIONS
-from umbrella.training.augmentation import augment_alone
-from umbrella.training.checkpoint import copies_of
-from umbrella.training.distributed import autocast, data_parallel, gathered, together
-from umbrella.training.optimizer import main_rate
+from umbrella.training.augmentation import augment_volumes
+from umbrella.training.checkpoint import copy_to_host
+from umbrella.training.distributed import all_gather_object, autocast, data_parallel, raise_on_all_ranks
+from umbrella.training.optimizer import main_lr
 from umbrella.training.task import Summary, Task
 
 WEIGHTS = "weights.pt"
@@ -82,7 +82,7 @@ class BaselineTask(Task):
 
     def augment(self, batch: Volumes) -> Volumes:
         """See ``Task.augment``."""
-        frames = augment_alone(batch.voxels.float(), batch.draws, self.settings.train.augment)
+        frames = augment_volumes(batch.voxels.float(), batch.draws, self.settings.train.augment)
         return replace(batch, voxels=frames)
 
     def step(self, batches: Sequence[Volumes], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
@@ -95,7 +95,7 @@ class BaselineTask(Task):
         total = loss.detach() / self.world_size
         if self.world_size > 1:
             distributed.all_reduce(total)
-        values = {"train/loss": float(total), "train/lr": main_rate(self.optimizer), "train/grad_norm": float(norm)}
+        values = {"train/loss": float(total), "train/lr": main_lr(self.optimizer), "train/grad_norm": float(norm)}
         if not (isfinite(values["train/loss"]) and isfinite(values["train/grad_norm"])):  # on every rank alike
             what = f"the loss is {values['train/loss']:.4g} and the norm of its gradient"
             raise FloatingPointError(f"{what} {values['train/grad_norm']:.4g}; lower baseline.lr")
@@ -137,7 +137,7 @@ class BaselineTask(Task):
         for here, voxels in batches(rows, size, 1, make):
             logs = self._forward(self.net, voxels.to(self.device).float())
             own |= dict(zip(here, logs.double().exp().cpu().numpy(), strict=True))
-        everyones = {path: said for part in gathered(own) for path, said in part.items()}
+        everyones = {path: said for part in all_gather_object(own) for path, said in part.items()}
         return [self._filled(row, everyones[path]) for row, path in questions]
 
     def _filled(self, row: Prediction, probabilities: np.ndarray) -> Prediction:
@@ -159,7 +159,7 @@ class BaselineTask(Task):
 
     def weights(self, keep: bool) -> dict[str, torch.Tensor]:
         """See ``Task.weights``. With the running means of the normalisation."""
-        return copies_of(self.net.state_dict(), keep)
+        return copy_to_host(self.net.state_dict(), keep)
 
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """See ``Task.save_weights``."""
@@ -181,7 +181,7 @@ class BaselineTask(Task):
         if best:
             self.load_weights(best)
         predictions = self._answer(self.asked)
-        with together():
+        with raise_on_all_ranks():
             if self.rank == 0:
                 write_predictions(Path(self.job.folder) / PREDICTIONS, predictions)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.training.settings import AugmentSettings
 
-STREAM = 2**32 - 1
+RNG_STREAM = 2**32 - 1
 """Keeps these numbers apart from those that pick windows: there the index of a volume stands in its place."""
 
 
@@ -62,7 +62,7 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     return replace(batch, pixel_values=groups)
 
 
-def augment_alone(frames: torch.Tensor, draws: Sequence[tuple[int, ...]], settings: AugmentSettings) -> torch.Tensor:
+def augment_volumes(frames: torch.Tensor, draws: Sequence[tuple[int, ...]], settings: AugmentSettings) -> torch.Tensor:
     """Volumes of which each is a sample's only one, changed as ``augment`` changes those.
 
     Args:
@@ -95,7 +95,7 @@ def draw_intensity(draw: tuple[int, ...], index: int, settings: AugmentSettings)
     return Intensity(contrast, stream.uniform(-1, 1) * settings.brightness, int(stream.integers(2**63)))
 
 
-def move(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.Tensor:
+def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.Tensor:
     """Move each volume's content as ``Geometry`` says, trilinearly.
 
     Voxels count as cubes, which they are with ``fit: spacing``. What comes from outside has the value of the nearest
@@ -121,7 +121,7 @@ def move(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.T
 
 
 def _stream(draw: tuple[int, ...], number: int) -> np.random.Generator:
-    return np.random.default_rng((*draw, STREAM, number))
+    return np.random.default_rng((*draw, RNG_STREAM, number))
 
 
 def _change(
@@ -147,7 +147,7 @@ def _change_frames(
             frames[which] = frames[which].flip(2 + axis)
     if settings.rotate or settings.scale or settings.shift:
         linear, shift = (np.stack([getattr(g, name) for g in geometries]) for name in ("linear", "shift"))
-        frames = move(frames, linear, shift)
+        frames = apply_affine(frames, linear, shift)
     if settings.contrast or settings.brightness:
         pairs = [(intensity.contrast, intensity.brightness) for intensity in intensities]
         factor, added = torch.tensor(pairs, device=frames.device).view(-1, 2, 1, 1, 1, 1).unbind(1)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from umbrella.paths import CODE, STATE
-from umbrella.training.distributed import gathered, put_state, whole
-from umbrella.training.training_state import Progress
+from umbrella.training.distributed import all_gather_object, full_tensor, load_optimizer_state
+from umbrella.training.training_state import TrainingState
 from umbrella.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "ray")
@@ -28,7 +28,7 @@ class Snapshot:
     schedule: Mapping[str, Any]
     rng: Sequence[torch.Tensor]
     """The state of each worker's random numbers, by rank."""
-    progress: Progress
+    progress: TrainingState
     metrics: Mapping[str, float]
     """Of the evaluation at this step."""
 
@@ -37,43 +37,43 @@ def snapshot(
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    progress: Progress,
+    progress: TrainingState,
     metrics: Mapping[str, float] | None = None,
     keep: bool = True,
 ) -> Snapshot:
     """Copy what resuming needs to this machine's memory. Every worker has to call this.
 
     Args:
-        weights: copies of the weights, see ``copies_of``.
+        weights: copies of the weights, see ``copy_to_host``.
         keep: whether this worker wants the optimizer's state; one of them writes.
     """
     return Snapshot(
         weights,
         optimizer_state(optimizer, keep),
-        _copied(schedule.state_dict(), True),
-        gathered(rng_state()),
+        _copy_to_host(schedule.state_dict(), True),
+        all_gather_object(rng_state()),
         progress,
         dict(metrics or {}),
     )
 
 
-def copies_of(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+def copy_to_host(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
     """Copy tensors to this machine's memory; empty ones unless they are kept. Every worker has to call this."""
-    return {name: _copied(tensor, keep) for name, tensor in tensors.items()}
+    return {name: _copy_to_host(tensor, keep) for name, tensor in tensors.items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
     """A copy of the optimizer's state, with empty tensors unless it is kept."""
-    return _copied(optimizer.state_dict(), keep)
+    return _copy_to_host(optimizer.state_dict(), keep)
 
 
-def _copied(value: Any, keep: bool) -> Any:
+def _copy_to_host(value: Any, keep: bool) -> Any:
     if isinstance(value, torch.Tensor):
-        full = whole(value)  # of sharded ones, every worker sends its part
+        full = full_tensor(value)  # of sharded ones, every worker sends its part
         return full.to("cpu", copy=True) if keep else torch.empty(0)
     if isinstance(value, dict):
-        return {key: _copied(item, keep) for key, item in value.items()}
-    return [_copied(item, keep) for item in value] if isinstance(value, list) else value
+        return {key: _copy_to_host(item, keep) for key, item in value.items()}
+    return [_copy_to_host(item, keep) for item in value] if isinstance(value, list) else value
 
 
 def restore(
@@ -87,19 +87,19 @@ def restore(
     A worker that the checkpoint has no random numbers of keeps its own.
     """
     state = torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu")
-    put_state(optimizer, state["optimizer"])
+    load_optimizer_state(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     if rank < len(state["rng"]):
         set_rng_state(state["rng"][rank])
 
 
-def code_of(commit: Mapping[str, str]) -> dict[str, str]:
+def code_versions(commit: Mapping[str, str]) -> dict[str, str]:
     """Name to version of the code: ``commit`` (see ``tracking.code_version``), Python and packages."""
     own = {"umbrella": __version__, "python": python_version()}
     return {**commit, **own, **{name: version(name) for name in PACKAGES}}
 
 
-def other_code(folder: str | Path, code: Mapping[str, str]) -> str:
+def describe_code_changes(folder: str | Path, code: Mapping[str, str]) -> str:
     """How the code that wrote a checkpoint differs from ``code``; empty if it does not."""
     file = Path(folder) / CODE
     then = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

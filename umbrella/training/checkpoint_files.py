@@ -23,7 +23,7 @@ from umbrella.paths import (
     checkpoints_in,
 )
 from umbrella.storage import storage_fault
-from umbrella.training.training_state import LOSS, NOTHING, goodness
+from umbrella.training.training_state import LOSS, NOT_EVALUATED, ranking_key
 
 if TYPE_CHECKING:  # the script and Ray Tune look for checkpoints without torch, whose import takes seconds
     import torch
@@ -31,16 +31,16 @@ if TYPE_CHECKING:  # the script and Ray Tune look for checkpoints without torch,
     from umbrella.training.checkpoint import Snapshot
 
 
-def write_files(folder: Path) -> None:
+def mark_complete(folder: Path) -> None:
     """List a checkpoint's files with their sizes in bytes; what makes it whole. All of it is on the disk then."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     (folder / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     for path in [*files, folder / SIZES, folder]:
-        to_disk(path)
+        fsync(path)
 
 
-def to_disk(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -49,7 +49,7 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def what_is_wrong(folder: str | Path) -> str:
+def find_damage(folder: str | Path) -> str:
     """Why a checkpoint cannot be used: a file is gone or has another size than it was written with. Empty: nothing."""
     folder = Path(folder)
     try:
@@ -70,9 +70,9 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
 
     One that was written because of SIGTERM, without an evaluation, is never the best.
     """
-    found = {path: read_metrics(path) for path in whole_checkpoints(folder)}
-    good = {path: goodness(metrics.get(metric), metrics.get(LOSS), mode) for path, metrics in found.items()}
-    measured = {path: value for path, value in good.items() if value > NOTHING}
+    found = {path: read_metrics(path) for path in complete_checkpoints(folder)}
+    good = {path: ranking_key(metrics.get(metric), metrics.get(LOSS), mode) for path, metrics in found.items()}
+    measured = {path: value for path, value in good.items() if value > NOT_EVALUATED}
     return max(measured, key=measured.__getitem__, default=None)
 
 
@@ -84,21 +84,21 @@ def read_metrics(checkpoint: str | Path) -> dict[str, float]:
 def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
     """Delete a training's whole checkpoints but the newest ``keep`` and the best."""
     best = best_checkpoint(folder, metric, mode)
-    for path in whole_checkpoints(folder)[:-keep]:
+    for path in complete_checkpoints(folder)[:-keep]:
         if path != best:
-            delete(path)
+            delete_checkpoint(path)
 
 
-def delete(path: Path) -> None:
+def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that nobody finds half of it."""
     nameless = path.with_name(f".{path.name}.deleted")
     path.rename(nameless)
     shutil.rmtree(nameless)
 
 
-def whole_checkpoints(folder: str | Path) -> list[Path]:
+def complete_checkpoints(folder: str | Path) -> list[Path]:
     """A training's checkpoints that can be used, by step."""
-    return [path for path in checkpoints_in(folder) if not what_is_wrong(path)]
+    return [path for path in checkpoints_in(folder) if not find_damage(path)]
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -106,7 +106,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     broken = []
     latest = None
     for path in reversed(checkpoints_in(folder)):
-        problem = what_is_wrong(path)
+        problem = find_damage(path)
         if not problem:
             latest = path
             break
@@ -116,7 +116,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return latest
 
 
-class Writer:
+class CheckpointWriter:
     """Writes a training's checkpoints, one at a time, in a thread; keeps the newest ones and the best.
 
     Args:
@@ -138,7 +138,7 @@ class Writer:
         self.files = {**files, SETTINGS: settings.to_yaml().encode(), CODE: json.dumps(dict(code), indent=1).encode()}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
-        remove_rests(self.folder)
+        delete_partial_checkpoints(self.folder)
 
     def write(self, taken: "Snapshot") -> None:
         """Begin to write a checkpoint, once the one before is there. Raises as ``wait``."""
@@ -180,11 +180,11 @@ class Writer:
                 torch.save({"optimizer": taken.optimizer, "schedule": taken.schedule, "rng": list(taken.rng)}, file)
             (partial / METRICS).write_text(json.dumps(dict(taken.metrics)), encoding="utf-8")
             (partial / PROGRESS).write_text(json.dumps(asdict(taken.progress)), encoding="utf-8")
-            write_files(partial)
+            mark_complete(partial)
             if folder.exists():  # one that was found broken
-                delete(folder)
+                delete_checkpoint(folder)
             os.replace(partial, folder)
-            to_disk(training)
+            fsync(training)
             tune = self.settings.tune
             prune(training, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
         except Exception as error:
@@ -196,7 +196,7 @@ class Writer:
             raise UserError(f"{folder} could not be written: {gone}{problem}") from None
 
 
-def remove_rests(training: Path) -> None:
+def delete_partial_checkpoints(training: Path) -> None:
     """Delete what a process that was killed had begun to write."""
     for rest in training.glob(f".{CHECKPOINT}*"):
         shutil.rmtree(rest, ignore_errors=True)

@@ -17,7 +17,7 @@ from umbrella.data.loading import Progress
 from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, evaluation_folder, marker_of, storage_of
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
-from umbrella.training.checkpoint_files import what_is_wrong
+from umbrella.training.checkpoint_files import find_damage
 from umbrella.training.settings import ResourceSettings
 
 SETTING = "resources.upload"
@@ -191,7 +191,7 @@ class CheckpointSync:
         try:
             shutil.rmtree(held, ignore_errors=True)
             shutil.copytree(checkpoint, held, copy_function=link_or_copy)
-            if what_is_wrong(held):
+            if find_damage(held):
                 return False
             for file in sorted(held.rglob("*"), key=lambda file: file.name == SIZES):
                 if file.is_file():

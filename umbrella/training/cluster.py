@@ -51,10 +51,10 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     address = resources.ray_address
     named = masked(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
     if address == "local":
-        check_surroundings()
-        make_token()
+        check_local_folders()
+        create_token()
     else:
-        check_answers(address, named)
+        check_reachable(address, named)
     try:
         with _own_sigterm(), start_lock() if address == "local" else nullcontext():
             if address == "local":
@@ -76,7 +76,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
-def join(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
+def join_cluster(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
     """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
     return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
 
@@ -114,7 +114,7 @@ def _exit(*unused: Any) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
-def check_answers(address: str, named: str) -> None:
+def check_reachable(address: str, named: str) -> None:
     """Raise UserError where nobody listens at a cluster's address. Ray tries for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
@@ -126,7 +126,7 @@ def check_answers(address: str, named: str) -> None:
         raise UserError(f"{named}: nobody answers there ({why}); start the cluster, or name another address") from None
 
 
-def check_surroundings() -> None:
+def check_local_folders() -> None:
     """Raise UserError where a Ray of our own cannot keep its sockets and objects."""
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(variable, "/tmp")
@@ -142,7 +142,7 @@ def check_surroundings() -> None:
         check_writable(SHARED_MEMORY, f"{SHARED_MEMORY}, where Ray keeps objects,")
 
 
-def make_token() -> None:
+def create_token() -> None:
     """Make the token of a Ray of our own for its owner alone. Ray itself would let everybody read it.
 
     Raises:

@@ -55,12 +55,12 @@ def data_parallel(model: nn.Module, device: torch.device, workers: int) -> nn.Mo
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def workers_of(model: nn.Module) -> int:
+def data_parallel_size(model: nn.Module) -> int:
     """How many workers average the gradients of this model: 1 where it is not parallel."""
     return distributed.get_world_size() if isinstance(model, (DistributedDataParallel, FSDPModule)) else 1
 
 
-def apart(model: nn.Module) -> AbstractContextManager[Any]:
+def no_sync(model: nn.Module) -> AbstractContextManager[Any]:
     """In here gradients are added up on each worker alone, to be averaged with those of a later backward pass.
 
     Not where weights are sharded: their gradients would be held whole on every worker.
@@ -76,29 +76,29 @@ def autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> torc
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cached)
 
 
-def release(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """After forward passes without a backward pass: let go of the weights that they have gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be sharded, detached. Every worker must ask, in the same order."""
     own = tensor.detach()
     return own.full_tensor() if isinstance(own, DTensor) else own
 
 
 @torch.no_grad()
-def put(weight: torch.Tensor, value: torch.Tensor) -> None:
+def copy_into_shard(weight: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole tensor, the same on every worker, into a weight that may be sharded."""
-    weight.copy_(_like(weight, value))
+    weight.copy_(_shard_like(weight, value))
 
 
-def put_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """``load_state_dict`` of a state with whole tensors, taken with any number of workers: see ``checkpoint``."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     by_weight = {
-        number: {k: _like(weights[number], v) if _is_moment(v) else v for k, v in of_weight.items()}
+        number: {k: _shard_like(weights[number], v) if _is_moment(v) else v for k, v in of_weight.items()}
         for number, of_weight in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": by_weight})
@@ -109,14 +109,14 @@ def _is_moment(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _like(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _shard_like(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The value sharded as the weight is; each worker takes its part of what it has."""
     if not isinstance(weight, DTensor):
         return value
     return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
-def gathered(own: Any) -> list[Any]:
+def all_gather_object(own: Any) -> list[Any]:
     """Every worker's, by rank, on each of them."""
     if not distributed.is_initialized():
         return [own]
@@ -125,7 +125,7 @@ def gathered(own: Any) -> list[Any]:
     return everyones
 
 
-def told(own: Any, rank: int) -> Any:
+def broadcast_object(own: Any, rank: int) -> Any:
     """That of the worker of this rank, on each of them."""
     if not distributed.is_initialized():
         return own
@@ -143,12 +143,12 @@ def broadcast(number: int, device: torch.device) -> int:
     return int(message)
 
 
-class Agreed(UserError):
+class ErrorOnAllRanks(UserError):
     """What ended the work of one worker, raised on all of them at the same place."""
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """What ends the work in here on one worker, ends it on all: none waits for one that is gone. Each has to enter.
 
     Raises:
@@ -163,6 +163,6 @@ def together() -> Iterator[None]:
         problem = storage_fault(error)
         if not problem:
             raise
-    for everyones in gathered(problem):
+    for everyones in all_gather_object(problem):
         if everyones:
-            raise Agreed(everyones)
+            raise ErrorOnAllRanks(everyones)

@@ -27,7 +27,7 @@ class Job:
     """Arguments of ``MlflowLogger.start``."""
     folder: str
     """Where this training's checkpoints lie."""
-    begun: float = 0.0
+    start_time: float = 0.0
     """When this attempt at the training began, in seconds since 1970."""
     datasets: Sequence[Mapping[str, Any]] = ()
     """The splits as MLflow is told of them, see ``tracking.datasets``."""
@@ -39,7 +39,7 @@ class Job:
     @property
     def in_trial(self) -> bool:
         """Whether it runs in the process of a trial, without workers of Ray Train."""
-        return self.is_trial and self.settings.resources.alone
+        return self.is_trial and self.settings.resources.single_worker
 
     @property
     def name(self) -> str:

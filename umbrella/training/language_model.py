@@ -34,11 +34,11 @@ from umbrella.model.partial_checkpoint import (
 from umbrella.model.trainable_parameters import parts
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
-from umbrella.training.checkpoint import copies_of
-from umbrella.training.distributed import autocast, gathered, parallelise, put, release
+from umbrella.training.checkpoint import copy_to_host
+from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise, reshard
 from umbrella.training.job import LanguageModelJob
 from umbrella.training.optimizer import build_optimizer
-from umbrella.training.run_summary import audited, mask_page, share, statement
+from umbrella.training.run_summary import describe_sample, mask_audit_page, sample_for_audit, summarise_run
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import Diverged, LossWatch, train_step
 from umbrella.training.task import Summary, Task
@@ -105,7 +105,7 @@ class LanguageModelTask(Task):
                 self.parallel, batches, self.optimizer, schedule, clip, self.parts, self.dtype, self.watch.limit
             )
         except Diverged as error:  # on every rank at once
-            samples = [task_id for own in gathered(error.samples) for task_id in own]
+            samples = [task_id for own in all_gather_object(error.samples) for task_id in own]
             raise Diverged(error.what, samples) from None
         self.watch.add(result.loss)
         values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
@@ -125,9 +125,9 @@ class LanguageModelTask(Task):
         # With sharded weights a pass takes all ranks, and the first one may have a batch more than others.
         for _ in range(passes, ceil(ceil(self.validation.num_rows / self.world_size) / size)):
             self._score([from_table(self.validation, 0)])
-        release(self.model)
+        reshard(self.model)
         self.model.train()
-        self.predictions = [one for part in gathered(scored) for one in part]
+        self.predictions = [one for part in all_gather_object(scored) for one in part]
         return summarise(self.predictions)
 
     def _conversations(self, rows: Rows) -> list[Conversation]:
@@ -151,15 +151,17 @@ class LanguageModelTask(Task):
 
     def summary(self, hide: Hide) -> Summary:
         """The loss, the mask, the tokens and the weights that are trained; the audit of the mask as a page."""
-        conversations = _Lazy(self.train.num_rows, lambda i: from_table(self.train, i))
-        examples = audited(conversations, self.renderer)
+        conversations = _LazySequence(self.train.num_rows, lambda i: from_table(self.train, i))
+        examples = sample_for_audit(conversations, self.renderer)
         policy = self.settings.mask
-        rows, read = audit(examples, policy), share(examples, conversations)
+        rows, read = audit(examples, policy), describe_sample(examples, conversations)
         trained = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
-        text = statement(rows, policy, trained, self.settings.modalities, self.renderer.stops, read)
+        text = summarise_run(rows, policy, trained, self.settings.modalities, self.renderer.stops, read)
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
-        return Summary(text, tags, {"mask_audit.html": mask_page(rows, examples, self.renderer, policy, read, hide)})
+        return Summary(
+            text, tags, {"mask_audit.html": mask_audit_page(rows, examples, self.renderer, policy, read, hide)}
+        )
 
 
 def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettings) -> None:
@@ -182,7 +184,7 @@ def copy_weights(
 ) -> dict[str, torch.Tensor]:
     """Copy parameters to the memory of the host; see ``Task.weights``."""
     named = dict(model.named_parameters())
-    return copies_of({name: named[name] for name in names}, keep)
+    return copy_to_host({name: named[name] for name in names}, keep)
 
 
 def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: Sequence[str]) -> None:
@@ -196,7 +198,7 @@ def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: S
     """
     if is_partial(folder):
         check_base(folder)
-    put_weights(folder, model, names, put)
+    put_weights(folder, model, names, copy_into_shard)
 
 
 def model_files(
@@ -220,7 +222,7 @@ def model_files(
         return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-class _Lazy(Sequence):
+class _LazySequence(Sequence):
     """A table's conversations as a sequence that parses only what is asked for."""
 
     def __init__(self, size: int, get: Callable[[int], Any]) -> None:

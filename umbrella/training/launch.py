@@ -28,12 +28,12 @@ from umbrella.paths import RAY
 from umbrella.storage import check_writable
 from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
-from umbrella.training.progress_log import clock
+from umbrella.training.progress_log import format_duration
 from umbrella.training.stop_signal import stop_file, workers_file
 
 LANGUAGE_MODEL = partial(resolve_name, "umbrella.training.language_model:LanguageModelTask")
 """The task of a ``LanguageModelJob``."""
-LOOK = 0.5
+POLL_INTERVAL = 0.5
 """Seconds between two looks whether a training that was asked to stop still has workers."""
 
 
@@ -45,17 +45,17 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         returns at the same place. Ray carries what rank 0 returns: a file could not be written where the storage is
         full or gone.
     """
-    from umbrella.training.distributed import Agreed, rank_and_world_size, together
+    from umbrella.training.distributed import ErrorOnAllRanks, raise_on_all_ranks, rank_and_world_size
     from umbrella.training.trainer import make_trainer
 
     try:
-        with together():
+        with raise_on_all_ranks():
             job = config["job"]
             task = job.task()
             _keep_imports()
             trainer = make_trainer(job, task)
         return trainer.run()
-    except (Agreed, FloatingPointError) as error:
+    except (ErrorOnAllRanks, FloatingPointError) as error:
         return str(error)
     except UserError as error:
         if rank_and_world_size()[1] > 1:
@@ -72,7 +72,7 @@ def _keep_imports() -> None:
     gc.freeze()
 
 
-def run_job(job: Job, here: bool = False) -> None:
+def run_job(job: Job, in_process: bool = False) -> None:
     """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
 
     Args:
@@ -88,11 +88,11 @@ def run_job(job: Job, here: bool = False) -> None:
     for file in (stop_file(folder), workers_file(folder)):
         file.unlink(missing_ok=True)  # of a run before this one
     try:
-        trainer = make_torch_trainer(job, here)
-        outcome = (trainer.fit() if here else _fit_in_thread(trainer, folder)).return_value
+        trainer = make_torch_trainer(job, in_process)
+        outcome = (trainer.fit() if in_process else _fit_in_thread(trainer, folder)).return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
-        what = cause_of_first(error.worker_failures or {0: error})
+        what = describe_first_failure(error.worker_failures or {0: error})
         tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
         outcome = f"in {tries} (resources.max_failures) a worker died: {what}"
     if isinstance(outcome, str):
@@ -113,19 +113,20 @@ def stopped_at_once(folder: str | Path) -> Stopped:
     return Stopped(f"SIGTERM: the training stopped at once; the same command, with name={name}, goes on")
 
 
-class NoteLostWorkers(UserCallback):
+class WorkerFailureCallback(UserCallback):
     """Says that a worker has failed, and removes ``workers_file``: Ray Train then ends the others too.
 
     It runs in the process of Ray Train's controller.
     """
 
     def __init__(self, job: Job) -> None:
-        self.folder, self.begun = job.folder, job.begun
+        self.folder, self.start_time = job.folder, job.start_time
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """See ``UserCallback``."""
         workers_file(self.folder).unlink(missing_ok=True)
-        print(f"{clock(time.time() - self.begun)}  a worker died: {cause_of_first(worker_exceptions)}", flush=True)
+        elapsed, why = format_duration(time.time() - self.start_time), describe_first_failure(worker_exceptions)
+        print(f"{elapsed}  a worker died: {why}", flush=True)
 
 
 def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
@@ -143,23 +144,23 @@ def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
             fitted.set_exception(error)
 
     Thread(target=fit, daemon=True, name="fit").start()
-    while not wait([fitted], timeout=LOOK).done:
+    while not wait([fitted], timeout=POLL_INTERVAL).done:
         if stop_file(folder).exists() and not workers_file(folder).exists():
             raise stopped_at_once(folder)
     return fitted.result()
 
 
-def cause_of_first(failures: Mapping[int, BaseException]) -> str:
+def describe_first_failure(failures: Mapping[int, BaseException]) -> str:
     """The cause of the first of several failures in one line: where a process is gone, the others fail for want of it.
 
     Args:
         failures: rank to error.
     """
     causes = [getattr(error, "health_check_failure", error) for error in failures.values()]  # Ray Train wraps it
-    return cause(min(causes, key=lambda error: not isinstance(error, RayActorError)))
+    return describe_failure(min(causes, key=lambda error: not isinstance(error, RayActorError)))
 
 
-def cause(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """The cause of a worker's failure in one line: its exception, or Ray's message; of a traceback, the end."""
     named = "" if isinstance(error, (RayError, WorkerGroupError, UserError)) else f"{type(error).__name__}: "
     lines = f"{named}{error}".splitlines()
@@ -167,7 +168,7 @@ def cause(error: BaseException) -> str:
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
-def make_torch_trainer(job: Job, here: bool = False) -> TorchTrainer:
+def make_torch_trainer(job: Job, in_process: bool = False) -> TorchTrainer:
     """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
     resources, folder = job.settings.resources, Path(job.folder)
     least, most = resources.least_workers, resources.workers
@@ -179,7 +180,7 @@ def make_torch_trainer(job: Job, here: bool = False) -> TorchTrainer:
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=0 if here else most if least == most else (least, most),
+            num_workers=0 if in_process else most if least == most else (least, most),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
             elastic_resize_monitor_interval_s=resources.grow_every,
@@ -188,8 +189,8 @@ def make_torch_trainer(job: Job, here: bool = False) -> TorchTrainer:
         run_config=RunConfig(
             storage_path=str(folder / RAY),
             name=job.name,
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # tracebacks; NoteLostWorkers says it in a line
-            callbacks=None if here else [NoteLostWorkers(job), *report],
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # tracebacks; WorkerFailureCallback says it in a line
+            callbacks=None if in_process else [WorkerFailureCallback(job), *report],
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

@@ -36,10 +36,10 @@ def build_schedule(
     optimizer: torch.optim.Optimizer, settings: OptimSettings, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The rates over ``steps`` optimizer steps, as a share of their peaks: linear warm-up, then the schedule."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, settings, steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, settings, steps))
 
 
-def rate_factor(step: int, settings: OptimSettings, steps: int) -> float:
+def lr_factor(step: int, settings: OptimSettings, steps: int) -> float:
     """The share of the peak rate at a step: cosine falls to a tenth, linear to zero, constant stays."""
     warmup = min(settings.warmup, steps // 2)
     if step < warmup:
@@ -50,13 +50,13 @@ def rate_factor(step: int, settings: OptimSettings, steps: int) -> float:
     return 1 - done if settings.schedule == "linear" else 1.0
 
 
-def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def lr_by_group(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rate that the next step takes, by group; one without a name has its number."""
     return {group.get("name", str(i)): float(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
 
 
-def main_rate(optimizer: torch.optim.Optimizer) -> float:
+def main_lr(optimizer: torch.optim.Optimizer) -> float:
     """The rate that ``optim.lr`` sets; the embedder's where nothing else is trained."""
-    by_group = rates(optimizer)
+    by_group = lr_by_group(optimizer)
     rest = [rate for name, rate in by_group.items() if not name.startswith("embedder.")]
     return (rest or list(by_group.values()))[0]

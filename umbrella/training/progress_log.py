@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-BUILDING, FIRST, FINISHED, EARLY = "building the model", "first step", "finished", "stopped early"
+BUILDING, FIRST, FINISHED, STOPPED_EARLY = "building the model", "first step", "finished", "stopped early"
 """States of a training; the last two also are how it ends."""
-EVALUATION = "umbrella_evaluation"
+EVALUATION_GAUGE = "umbrella_evaluation"
 """The gauge of the validation split's metrics."""
 LINE = 30.0
 """Seconds between two lines of figures."""
@@ -29,12 +29,12 @@ class ProgressLog:
 
     Args:
         run, trial: tags of the gauges.
-        begun: when the training began, in seconds since 1970.
+        start_time: when the training began, in seconds since 1970.
         every: seconds between two updates of the gauges.
     """
 
-    def __init__(self, run: str, trial: str, begun: float, every: float = 0.5) -> None:
-        self.tags, self.begun, self.every = {"run": run, "trial": trial}, begun, every
+    def __init__(self, run: str, trial: str, start_time: float, every: float = 0.5) -> None:
+        self.tags, self.start_time, self.every = {"run": run, "trial": trial}, start_time, every
         self._gauges: dict[str, Gauge] = {}
         self._drawn: dict[tuple[str, str | None], tuple[Gauge, dict[str, str]]] = {}
         self._updated, self._printed = -every, time.monotonic()
@@ -72,13 +72,13 @@ class ProgressLog:
         for name, value in metrics.items():
             self._set(gauge_name(name), f"{name} of a training", float(value))
         if self._updated - self._printed >= LINE:
-            self._print(in_words(metrics, place))
+            self._print(format_figures(metrics, place))
 
     def evaluation(self, measured: Mapping[str, float]) -> None:
         """Update the gauge of the validation split, whose tag ``metric`` is the name in MLflow."""
         self._printed = time.monotonic()  # the evaluation has a line of its own
         for name, value in measured.items():
-            self._set(EVALUATION, "A metric of the validation split", float(value), metric=name)
+            self._set(EVALUATION_GAUGE, "A metric of the validation split", float(value), metric=name)
 
     def forget(self) -> None:
         """End the lines of the gauges: the process may go on with another training, and would draw them on."""
@@ -94,7 +94,7 @@ class ProgressLog:
 
     def _print(self, words: str) -> None:
         self._printed = time.monotonic()
-        print(f"{clock(time.time() - self.begun)}  {words}", flush=True)
+        print(f"{format_duration(time.time() - self.start_time)}  {words}", flush=True)
 
 
 def gauge_name(metric: str) -> str:
@@ -102,14 +102,14 @@ def gauge_name(metric: str) -> str:
     return f"umbrella_{metric.removeprefix('train/')}"
 
 
-def in_words(metrics: Mapping[str, float], place: Mapping[str, float | None]) -> str:
+def format_figures(metrics: Mapping[str, float], place: Mapping[str, float | None]) -> str:
     """How far a training is and its figures, as one line."""
     figures = [form.format(metrics[name]) for name, form in FORMATS.items() if name in metrics]
-    left = [f"{clock(place['left'])} left"] if place.get("left") else []
+    left = [f"{format_duration(place['left'])} left"] if place.get("left") else []
     return "  ".join([f"step {place['step']}/{place['steps']}", f"epoch {place['epoch']:.2f}", *figures, *left])
 
 
-def clock(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """Seconds as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(int(seconds or 0), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"

@@ -19,10 +19,10 @@ from umbrella.tracking.provenance import environment_json
 from umbrella.tracking.redaction import hide, read_salt
 from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
 from umbrella.training.job import Job
-from umbrella.training.progress_log import BUILDING, EARLY, FINISHED, FIRST, ProgressLog, progress_line
+from umbrella.training.progress_log import BUILDING, FINISHED, FIRST, STOPPED_EARLY, ProgressLog, progress_line
 from umbrella.training.task import Task
-from umbrella.training.throughput import Pace, memory
-from umbrella.training.training_state import LOSS, NOTHING, Progress, goodness
+from umbrella.training.throughput import Throughput, memory
+from umbrella.training.training_state import LOSS, NOT_EVALUATED, TrainingState, ranking_key
 
 PREDICTIONS = "predictions.json"
 SHOWN_AS_TABLE = {"mlflow.loggedArtifacts": json.dumps([{"path": PREDICTIONS, "type": "table"}])}
@@ -35,9 +35,9 @@ class Reporter:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
-        self.log = ProgressLog(str(job.tracking["name"]), str(job.tracking["trial"]), job.begun)
+        self.log = ProgressLog(str(job.tracking["name"]), str(job.tracking["trial"]), job.start_time)
         self.log.say(BUILDING)
-        self._best = Best.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
+        self._best = BestEvaluation.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(self, plan: str, task: Task) -> None:
@@ -56,7 +56,7 @@ class Reporter:
         print(text, flush=True)
         self.log.say(FIRST)
 
-    def step(self, values: Mapping[str, float], place: Mapping[str, float], pace: Pace) -> None:
+    def step(self, values: Mapping[str, float], place: Mapping[str, float], pace: Throughput) -> None:
         """Log the metrics of a step. ``place``: step, steps and epoch."""
         self.tracker.metrics(values, int(place["step"]))
         left = self.log.seconds_left(place)
@@ -83,14 +83,14 @@ class Reporter:
     def _hidden(self, text: str, subjects: Collection[str]) -> str:
         return hide(text, subjects, self._salt) if self._salt else text
 
-    def end(self, progress: Progress, place: Mapping[str, float]) -> None:
+    def end(self, progress: TrainingState, place: Mapping[str, float]) -> None:
         """The training ended by itself: at its last step, or before it for want of a better evaluation."""
         outcome, note = FINISHED, ""
         if place["step"] < place["steps"]:
             better = "a number" if progress.best is None else f"better than {progress.best:.4g}"
             so_long = f"for {progress.since_best} evaluations (train.patience)"
             where = f"at step {place['step']} of {place['steps']}"
-            outcome, note = EARLY, f"{self.job.settings.tune.metric} has not been {better} {so_long}, {where}"
+            outcome, note = STOPPED_EARLY, f"{self.job.settings.tune.metric} has not been {better} {so_long}, {where}"
         self._picture()
         tune = self.job.settings.tune
         best = best_checkpoint(self.job.folder, tune.metric, tune.mode)
@@ -131,15 +131,15 @@ def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-class Best:
-    """The best evaluation so far, by its ``goodness``."""
+class BestEvaluation:
+    """The best evaluation so far, by its ``ranking_key``."""
 
     def __init__(self, metric: str, mode: str) -> None:
         self.metric, self.mode = metric, mode
-        self._good = NOTHING
+        self._good = NOT_EVALUATED
 
     @classmethod
-    def of(cls, training: str | Path, metric: str, mode: str) -> "Best":
+    def of(cls, training: str | Path, metric: str, mode: str) -> "BestEvaluation":
         """That of a training's best checkpoint."""
         best, checkpoint = cls(metric, mode), best_checkpoint(training, metric, mode)
         if checkpoint:
@@ -151,7 +151,7 @@ class Best:
 
         MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
         """
-        good = goodness(metrics.get(self.metric), metrics.get(LOSS), self.mode)
+        good = ranking_key(metrics.get(self.metric), metrics.get(LOSS), self.mode)
         if good <= self._good:
             return {}
         self._good = good

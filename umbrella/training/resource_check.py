@@ -11,7 +11,7 @@ SPARE_CPUS = 1.0
 none to run; where less is free, they and the trainings wait for ever."""
 
 
-def trainings_that_fit(
+def max_concurrent_trainings(
     resources: ResourceSettings, available: dict[str, float], nodes: Sequence[dict[str, Any]] = ()
 ) -> int:
     """Count the trainings that run at once on a cluster, by their reservations and with no more workers than CPUs.
@@ -23,7 +23,7 @@ def trainings_that_fit(
     Raises:
         UserError: not even one fits; says what is short.
     """
-    check_fits(resources, resources.least_workers, "resources.workers", available, nodes)
+    check_resources(resources, resources.least_workers, "resources.workers", available, nodes)
     have_cpus, have_gpus = available.get("CPU", 0), available.get("GPU", 0)
     # Beside each other, trainings have all the workers that they may have.
     by_cpu = min(
@@ -33,7 +33,7 @@ def trainings_that_fit(
     return max(1, int(min(by_cpu, have_gpus / gpus if gpus else by_cpu)))
 
 
-def check_fits(
+def check_resources(
     resources: ResourceSettings,
     workers: int,
     setting: str,
@@ -44,7 +44,7 @@ def check_fits(
 
     Args:
         setting: the setting that says how many workers there are.
-        available, nodes: as in ``trainings_that_fit``.
+        available, nodes: as in ``max_concurrent_trainings``.
 
     Raises:
         UserError: it is not; says what is short.
@@ -59,7 +59,7 @@ def check_fits(
                 f" {have:g}; lower resources.{name} or {setting}"
             )
     if nodes:
-        room = sum(_room(node["Resources"], each) for node in nodes if node["Alive"])
+        room = sum(_workers_on_node(node["Resources"], each) for node in nodes if node["Alive"])
         if room < workers:
             raise UserError(
                 f"resources: {workers} workers of {each['CPU']:g} CPUs and {each['GPU']:g} GPUs, each on one node, and"
@@ -67,6 +67,6 @@ def check_fits(
             )
 
 
-def _room(has: dict[str, float], each: dict[str, float]) -> int:
+def _workers_on_node(has: dict[str, float], each: dict[str, float]) -> int:
     """Count the workers that fit on a node."""
     return min((int(has.get(kind, 0) / amount + 1e-6) for kind, amount in each.items() if amount), default=0)

@@ -25,19 +25,19 @@ from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tracking.provenance import describe
 from umbrella.tracking.run_status import close_run
 from umbrella.tracking.store import is_name, open_experiment, tracking_uri
-from umbrella.training.checkpoint_files import best_checkpoint, whole_checkpoints
+from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpoints
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_at_once
-from umbrella.training.resource_check import trainings_that_fit
-from umbrella.training.run_lock import claimed
-from umbrella.training.run_summary import audited
+from umbrella.training.resource_check import max_concurrent_trainings
+from umbrella.training.run_lock import run_lock
+from umbrella.training.run_summary import sample_for_audit
 from umbrella.training.stop_signal import request_stop, workers_file
 from umbrella.version import check_version, write_version
 
 
-def load_checked(
+def load_and_check(
     settings: Settings,
     progress: ProgressBar,
     masks: Sequence[MaskPolicy] | None = None,
@@ -55,7 +55,7 @@ def load_checked(
     for shape in shapes or [settings]:
         check_model(shape)  # takes seconds, and decoding volumes may take hours
     splits = load_splits(settings, progress, masks, shapes, dry_run)
-    check(settings, splits, [settings.mask] if masks is None else masks, settings.tune.metric, shapes)
+    check_data(settings, splits, [settings.mask] if masks is None else masks, settings.tune.metric, shapes)
     return splits
 
 
@@ -68,7 +68,7 @@ def check_model(settings: Settings) -> None:
         check_checkpoint(settings.model, settings.modalities)
 
 
-def check(
+def check_data(
     settings: Settings,
     splits: Splits,
     policies: Sequence[MaskPolicy],
@@ -84,7 +84,7 @@ def check(
         UserError: a policy that supervises no token, or weighs a task that the data do not have; labels that cannot be
             told apart; a label without a candidate answer; a metric that these data do not give.
     """
-    examples = audited(splits.train, load_renderer((shapes or [settings])[0]))
+    examples = sample_for_audit(splits.train, load_renderer((shapes or [settings])[0]))
     task_types = sorted({c.task_type for c in splits.train})
     for policy in policies:
         unknown = sorted(policy.task_weights.keys() - set(task_types))
@@ -100,7 +100,7 @@ def check(
     check_candidates(splits.validation, candidates)
     check_candidates(splits.test, {**candidates, **settings.evaluate.candidates})
     classes = {target: len(labels) for target, labels in classes_of(splits.validation).items()}
-    check_names(sorted(classes))
+    check_target_names(sorted(classes))
     known = metric_names(classes)
     if metric not in known:
         one = sorted(target for target, number in classes.items() if number == 1)
@@ -108,7 +108,7 @@ def check(
         raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss){why}")
 
 
-def check_names(targets: Iterable[str]) -> None:
+def check_target_names(targets: Iterable[str]) -> None:
     """Raise UserError where a target cannot be part of a metric's name in MLflow."""
     unnameable = [target for target in targets if not is_name(target)]
     if unnameable:
@@ -134,7 +134,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,
-        begun=time.time(),
+        start_time=time.time(),
         datasets=[
             describe("training", splits.train, fingerprint, settings.data.train),
             describe("validation", splits.validation, fingerprint, settings.data.validation),
@@ -155,7 +155,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     """
     settings = settings.named("train")
     folder = training_folder(settings.resources.storage, settings.name)
-    with claimed(folder), synced(settings.resources, folder, progress):
+    with run_lock(folder), synced(settings.resources, folder, progress):
         _train(settings, progress, folder)
         then(folder)
     return folder
@@ -164,13 +164,13 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
 def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     name, storage = folder.name, storage_of(folder)
     start_ray(settings.resources, log_to_driver=True, name=name)
-    splits = load_checked(settings, progress)
+    splits = load_and_check(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
+    max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(folder))
-    watch_job(job)
+    run_tracked_job(job)
     best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
     if best and settings.tracking.model:
         from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
@@ -178,14 +178,14 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
         keep_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
-def watch_job(job: Job) -> None:
+def run_tracked_job(job: Job) -> None:
     """Run a training that is not part of a sweep to its end, seen by who started it; its run in MLflow ends with it.
 
     Raises:
-        UserError: as ``check_same`` and ``run_job``.
+        UserError: as ``check_unchanged`` and ``run_job``.
         Stopped: as ``run_job``; no worker ran that could be asked to stop; it was asked twice.
     """
-    check_same(job)
+    check_unchanged(job)
 
     def ask() -> None:
         if not workers_file(job.folder).exists():
@@ -205,7 +205,7 @@ def watch_job(job: Job) -> None:
         raise
 
 
-def check_same(job: Job) -> None:
+def check_unchanged(job: Job) -> None:
     """Keep what a training was begun with, and refuse to go on with something else under its name.
 
     Raises:
@@ -228,7 +228,7 @@ def check_same(job: Job) -> None:
         write_version(file.parent)
         file.write_text(json.dumps(now, indent=1), encoding="utf-8")
         return
-    for place in (*whole_checkpoints(file.parent), file.parent):
+    for place in (*complete_checkpoints(file.parent), file.parent):
         check_version(place)
     then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]

@@ -13,7 +13,7 @@ from umbrella.storage import check_writable, lock
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """While in here, the training or sweep is this process's. The claim goes with the process, however that ends.
 
     It is a lock on a file beside the folder, which need not be there yet, and is not made: it may be downloaded.
@@ -26,14 +26,14 @@ def claimed(folder: Path) -> Iterator[None]:
     path = lock_file(folder)
     is_new = not path.parent.exists()
     try:
-        with _locked(path) as file:
+        with _open_locked(path) as file:
             file.truncate(0)
             print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             try:
                 yield
             finally:
                 with suppress(OSError):  # the storage was moved or is gone
-                    if _is_still(file, path):
+                    if _is_same_file(file, path):
                         path.unlink()
     finally:
         if is_new:
@@ -41,7 +41,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 path.parent.rmdir()
 
 
-def _locked(path: Path) -> IO[str]:
+def _open_locked(path: Path) -> IO[str]:
     """The file, open and locked."""
     while True:
         with suppress(FileNotFoundError):  # whoever leaves may take the empty folder along
@@ -59,12 +59,12 @@ def _locked(path: Path) -> IO[str]:
                 name = path.name.removeprefix(".").removesuffix(".lock")
                 remedy = f"stop that first, or, if its machine is lost, delete {path}"
                 raise UserError(f"{name} is being run already, by {whose}; {remedy}")
-            if _is_still(file, path):
+            if _is_same_file(file, path):
                 return file
             file.close()
 
 
-def _is_still(file: IO[str], path: Path) -> bool:
+def _is_same_file(file: IO[str], path: Path) -> bool:
     """Whether the path is that of the open file: one who left may have deleted it, and another one made it anew."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

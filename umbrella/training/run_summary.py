@@ -19,19 +19,19 @@ NEVER_STOPS = (
 )
 
 
-def audited(conversations: Sequence[Conversation], renderer: Renderer) -> list[Example]:
+def sample_for_audit(conversations: Sequence[Conversation], renderer: Renderer) -> list[Example]:
     """A sample of conversations, rendered, in their order: what a run's audit reads. The same in every run."""
     # Drawn: every fourth one of a file that repeats four questions would be always the same question.
     drawn = np.random.default_rng(0).permutation(len(conversations))[:AUDITED]
     return [renderer.render(conversations[int(i)]) for i in sorted(drawn)]
 
 
-def share(examples: Sequence[Example], conversations: Sequence[Conversation]) -> str:
+def describe_sample(examples: Sequence[Example], conversations: Sequence[Conversation]) -> str:
     """What an audit of these examples was read from."""
     return f"{len(examples)} of {len(conversations)} conversations"
 
 
-def mask_page(
+def mask_audit_page(
     table: Sequence[Row],
     examples: Sequence[Example],
     renderer: Renderer,
@@ -44,7 +44,7 @@ def mask_page(
     return audit_html(table, pick(examples), policy, renderer.tokenizer, notes, hide)
 
 
-def statement(
+def summarise_run(
     table: Sequence[Row],
     policy: MaskPolicy,
     moving: Mapping[str, int],

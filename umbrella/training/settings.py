@@ -117,7 +117,7 @@ class ResourceSettings(Section):
         return self.min_workers or self.workers
 
     @property
-    def alone(self) -> bool:
+    def single_worker(self) -> bool:
         """Whether a training always has one worker. A trial's then runs in the trial's own process."""
         return self.workers == self.least_workers == 1
 

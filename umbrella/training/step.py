@@ -11,8 +11,15 @@ import torch
 from torch import distributed, nn
 
 from umbrella.data.batching import Batch
-from umbrella.training.distributed import apart, autocast, gathered, told, whole, workers_of
-from umbrella.training.optimizer import main_rate, rates
+from umbrella.training.distributed import (
+    all_gather_object,
+    autocast,
+    broadcast_object,
+    data_parallel_size,
+    full_tensor,
+    no_sync,
+)
+from umbrella.training.optimizer import lr_by_group, main_lr
 
 NAMED = 10
 """Samples that a message names; more are counted."""
@@ -92,12 +99,12 @@ def train_step(
         Diverged: the loss or its gradient is not finite, or the loss is over the limit, on every worker alike; each
             names those of its own samples that are so alone. Nothing was changed.
     """
-    divisor, targets = totals([batch.loss_weights for batch in batches])
+    divisor, targets = loss_totals([batch.loss_weights for batch in batches])
     # Gradients are averaged over workers; the quotient wants their sum.
-    workers = workers_of(model)
+    workers = data_parallel_size(model)
     total = torch.zeros((), device=batches[0].input_ids.device)
     for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 else apart(model):
+        with nullcontext() if i == len(batches) - 1 else no_sync(model):
             share = _weighted_nll(model, batch, dtype) / divisor
             (share * workers).backward()
         total += share.detach()
@@ -112,17 +119,17 @@ def train_step(
     loss, norm, *norms = torch.stack([total, total_norm, *by_part]).tolist()
     if not (isfinite(loss) and isfinite(norm) and loss <= limit):
         optimizer.zero_grad()
-        samples = _to_blame(model, batches, trained, divisor, dtype, limit)
+        samples = _diverged_samples(model, batches, trained, divisor, dtype, limit)
         over = f", over the {limit:.4g} that train.max_loss_ratio allows," if loss > limit else ""
         raise Diverged(f"the loss is {loss:.4g}{over} and the norm of its gradient {norm:.4g}", samples)
-    lr, by_group = main_rate(optimizer), rates(optimizer)
+    lr, by_group = main_lr(optimizer), lr_by_group(optimizer)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     return StepResult(loss, int(targets), norm, dict(zip(moving, norms, strict=True)), lr, by_group)
 
 
-def totals(loss_weights: list[torch.Tensor]) -> torch.Tensor:
+def loss_totals(loss_weights: list[torch.Tensor]) -> torch.Tensor:
     """Σ weight, the divisor of the global batch's loss, and the number of its targets: (2,), float64.
 
     Over every micro-batch of every worker. A row's first token is never a target: nothing stands before it.
@@ -144,10 +151,10 @@ def _weighted_nll(model: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.T
 def _gradient_norm(weights: Sequence[nn.Parameter], like: torch.Tensor) -> torch.Tensor:
     """Over all workers' parts of the weights. Every worker must ask."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros_like(like)
+    return full_tensor(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros_like(like)
 
 
-def _to_blame(
+def _diverged_samples(
     model: nn.Module,
     batches: Sequence[Batch],
     trained: Sequence[nn.Parameter],
@@ -163,10 +170,10 @@ def _to_blame(
     device, rank = divisor.device, distributed.get_rank() if distributed.is_initialized() else 0
     own = [(batch, i) for batch in batches for i in range(len(batch))]
     blamed: list[str] = []
-    for of, count in enumerate(gathered(len(own))):
+    for of, count in enumerate(all_gather_object(len(own))):
         for number in range(count):
             batch, i = own[number] if of == rank else (None, 0)
-            sample = told(batch[i].to("cpu") if batch else None, of).to(device)
+            sample = broadcast_object(batch[i].to("cpu") if batch else None, of).to(device)
             nll = _weighted_nll(model, sample, dtype)
             (nll / divisor).backward()
             norm = _gradient_norm(trained, nll)

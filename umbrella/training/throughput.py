@@ -21,7 +21,7 @@ class _Mark(NamedTuple):
     tokens: int = 0
 
 
-class Pace:
+class Throughput:
     """Counts from its making, or from when it was last taken."""
 
     def __init__(self) -> None:

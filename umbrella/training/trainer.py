@@ -21,19 +21,19 @@ from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
 from umbrella.paths import samples_file
 from umbrella.tracking.provenance import code_version
-from umbrella.training.checkpoint import code_of, other_code, restore, snapshot
-from umbrella.training.checkpoint_files import Writer, best_checkpoint, latest_checkpoint
-from umbrella.training.distributed import rank_and_world_size, seed_worker, together, told
+from umbrella.training.checkpoint import code_versions, describe_code_changes, restore, snapshot
+from umbrella.training.checkpoint_files import CheckpointWriter, best_checkpoint, latest_checkpoint
+from umbrella.training.distributed import broadcast_object, raise_on_all_ranks, rank_and_world_size, seed_worker
 from umbrella.training.job import Job
 from umbrella.training.optimizer import build_schedule
 from umbrella.training.reporting import Reporter
 from umbrella.training.stop_signal import Request, StopSignal
 from umbrella.training.task import Task, TaskBatch
-from umbrella.training.throughput import Pace, memory
-from umbrella.training.training_state import Progress, cut, read_progress
-from umbrella.training.training_state import note as note_evaluation
+from umbrella.training.throughput import Throughput, memory
+from umbrella.training.training_state import TrainingState, read_training_state, truncate_history
+from umbrella.training.training_state import append_evaluation as note_evaluation
 
-SWITCH = 5e-4
+SWITCH_INTERVAL = 5e-4
 """Seconds after which a thread that makes batches lets the one that feeds the GPU go on. Python's own are 5 ms."""
 B = TypeVar("B", bound=TaskBatch)
 
@@ -67,9 +67,9 @@ class Trainer:
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
         seed_worker(self.settings.seed, rank)
-        self.progress = read_progress(latest) if latest else Progress()
+        self.progress = read_training_state(latest) if latest else TrainingState()
         if rank == 0:
-            cut(job.folder, self.progress.step)
+            truncate_history(job.folder, self.progress.step)
         self.plan = self.task.plan(world_size, self.progress.sorted_by)
         self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
         self.every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
@@ -83,10 +83,10 @@ class Trainer:
         self._log({"start": self.progress.position, "workers": world_size})
         self.writer = None
         if self.reporter:
-            code = code_of(code_version())
-            if latest and (differs := other_code(latest, code)):
+            code = code_versions(code_version())
+            if latest and (differs := describe_code_changes(latest, code)):
                 note(f"{latest} was written by other code: {differs}")
-            self.writer = Writer(job.folder, self.task.files, self.task.save_weights, self.settings, code)
+            self.writer = CheckpointWriter(job.folder, self.task.files, self.task.save_weights, self.settings, code)
             self.reporter.begin(self.plan.in_words, self.task)
 
     def run(self) -> int | None:
@@ -109,7 +109,7 @@ class Trainer:
 
     def _train(self) -> int | None:
         settings, task = self.settings, self.task
-        stream, pace = to_device(self._checked(self._batches()), self.device), Pace()
+        stream, pace = to_device(self._checked(self._batches()), self.device), Throughput()
         stop_signal = StopSignal(self.job.folder, self.rank, self.device, uses_ray_train=not self.job.in_trial)
         for step in range(self.progress.step + 1, self.steps + 1):
             if self.progress.out_of_patience(settings.train.patience):
@@ -142,8 +142,8 @@ class Trainer:
                 return step
         self._wait_for_checkpoint()
         best = best_checkpoint(self.job.folder, settings.tune.metric, settings.tune.mode) if self.rank == 0 else None
-        task.finish(told(best, 0))
-        with together():
+        task.finish(broadcast_object(best, 0))
+        with raise_on_all_ranks():
             if self.reporter:
                 self.reporter.end(self.progress, self._place())
         return None
@@ -182,7 +182,7 @@ class Trainer:
         report: dict[str, Any] = {
             **self._place(),
             "evaluation": ceil(self.progress.step / self.every),
-            "begun": self.job.begun,
+            "begun": self.job.start_time,
             "time": time.time(),
             "out_of_patience": self.progress.out_of_patience(self.settings.train.patience),
             "train/loss": values["train/loss"],
@@ -190,7 +190,7 @@ class Trainer:
             **measured,
             f"best/{self.settings.tune.metric}": nan if self.progress.best is None else self.progress.best,
         }
-        with together():
+        with raise_on_all_ranks():
             if self.log_error:
                 raise self.log_error
             if self.reporter:
@@ -210,7 +210,7 @@ class Trainer:
             self.report(report)
 
     def _wait_for_checkpoint(self) -> None:
-        with together():
+        with raise_on_all_ranks():
             if self.writer:
                 self.writer.wait()
 
@@ -224,12 +224,12 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     (rank, world_size), device = rank_and_world_size(), get_device()
     # Rank 0 decides: on a network file system other nodes may list the folder as it was before. First, because a rank
     # that fails before a broadcast lets the others wait.
-    latest = told(latest_checkpoint(job.folder) if rank == 0 else None, 0)
+    latest = broadcast_object(latest_checkpoint(job.folder) if rank == 0 else None, 0)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
         raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
-    sys.setswitchinterval(SWITCH)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
     torch.set_num_threads(job.settings.resources.threads)
     reporter = Reporter(job, device) if rank == 0 else None

@@ -11,12 +11,12 @@ from umbrella.paths import HISTORY, PROGRESS
 from umbrella.storage import put_text
 
 LOSS = "eval/loss"
-NOTHING = (-inf, -inf)
-"""The ``goodness`` of what was not evaluated."""
+NOT_EVALUATED = (-inf, -inf)
+"""The ``ranking_key`` of what was not evaluated."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``.
 
     best: the best value so far of the metric that decides. since_best: evaluations that came after it, none better.
@@ -30,7 +30,7 @@ class Progress:
     since_best: int = 0
     epoch: float = 0.0
 
-    def evaluated(self, value: float, mode: str) -> "Progress":
+    def evaluated(self, value: float, mode: str) -> "TrainingState":
         """After an evaluation that gave this value. NaN is never better."""
         sign = 1 if mode == "max" else -1
         if not isnan(value) and (self.best is None or sign * value > sign * self.best):
@@ -42,12 +42,12 @@ class Progress:
         return 0 < patience <= self.since_best
 
 
-def read_progress(folder: str | Path) -> Progress:
+def read_training_state(folder: str | Path) -> TrainingState:
     """How far the training of a checkpoint is."""
-    return Progress(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
+    return TrainingState(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
 
 
-def goodness(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
+def ranking_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
     """A key by which evaluations, trials and choices of settings compare, larger is better: the metric, then the loss.
 
     Args:
@@ -59,7 +59,7 @@ def goodness(metric: float | None, loss: float | None, mode: str) -> tuple[float
     return known[0], known[1]
 
 
-def note(folder: str | Path, report: Mapping[str, Any]) -> None:
+def append_evaluation(folder: str | Path, report: Mapping[str, Any]) -> None:
     """Add an evaluation: step, steps, epoch, out_of_patience, and what was measured."""
     with (Path(folder) / HISTORY).open("a", encoding="utf-8") as file:
         print(json.dumps(report), file=file, flush=True)
@@ -73,7 +73,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
 
 
-def cut(folder: str | Path, step: int) -> None:
+def truncate_history(folder: str | Path, step: int) -> None:
     """Forget evaluations after a step: the training goes on from there, and will do them again."""
     file = Path(folder) / HISTORY
     if file.exists():

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from umbrella.config import Settings
 from umbrella.data.loading import Progress, counted
-from umbrella.training.resource_check import SPARE_CPUS, trainings_that_fit
-from umbrella.training.run import load_checked
+from umbrella.training.resource_check import SPARE_CPUS, max_concurrent_trainings
+from umbrella.training.run import load_and_check
 from umbrella.tuning.parameter import Entry
 from umbrella.tuning.search import count_trials, points
 from umbrella.tuning.search_space import is_given, label, read_space, variants
@@ -23,7 +23,7 @@ def dry_run(settings: Settings, given: frozenset[str], progress: Progress, conso
     """Print the resolved settings, the trials, the resources asked for and the sample counts; start nothing.
 
     Raises:
-        UserError: as ``load_checked``.
+        UserError: as ``load_and_check``.
     """
     entries, total = read_space(settings, given), count_trials(settings, given)
     resources = settings.resources
@@ -43,10 +43,10 @@ def dry_run(settings: Settings, given: frozenset[str], progress: Progress, conso
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
     if resources.ray_address == "local":
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
-        at_once = trainings_that_fit(resources, machine)
+        at_once = max_concurrent_trainings(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
     shapes = variants(settings, entries, "modalities", "model")
-    splits = load_checked(settings, progress, possible_masks(settings, given), shapes, dry_run=True)
+    splits = load_and_check(settings, progress, possible_masks(settings, given), shapes, dry_run=True)
     console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 

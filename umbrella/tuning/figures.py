@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
-from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import SEED, Contender, Importance, Trial, is_number, swept_names, trials_of
 from umbrella.tuning.search_space import label
 from umbrella.tuning.sweep_files import FAILED
@@ -116,7 +116,7 @@ def _point(
     from matplotlib.transforms import ScaledTranslation
 
     where = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
-    filled = colour if trial.state in (FINISHED, EARLY) else "white"
+    filled = colour if trial.state in (FINISHED, STOPPED_EARLY) else "white"
     look: dict[str, Any] = {"marker": marker, "color": colour, "mfc": filled, "ms": 5.5, "alpha": 0.85}
     if best:
         look = {"marker": "*", "color": VERMILION, "mec": "white", "ms": 14, "zorder": 5}
@@ -192,7 +192,7 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
     unit, name = next(
         (u, n) for u, n in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u or u == 1
     )
-    colours = {FINISHED: BLUE, EARLY: SKY, FAILED: VERMILION}
+    colours = {FINISHED: BLUE, STOPPED_EARLY: SKY, FAILED: VERMILION}
     figure = new_figure(WIDTH, 1.0 + min(0.16 * len(timed), 6.0) + 0.3)
     axes = figure.subplots()
     for place, t in enumerate(timed):

@@ -15,7 +15,7 @@ from umbrella.base import printable
 from umbrella.paths import TRIALS
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger
 from umbrella.tracking.run_status import close_run
-from umbrella.training.launch import cause
+from umbrella.training.launch import describe_failure
 from umbrella.training.progress_log import progress_line
 from umbrella.training.training_state import read_history
 from umbrella.tuning.results import read_trials
@@ -134,7 +134,7 @@ class Monitor:
         result = self.trials.setdefault(name, {"name": label(trial.config), "result": {}})["result"]
         if error:
             # Ray names the class with its module before what it says.
-            self._end(name, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
+            self._end(name, FAILED, describe_failure(error).removeprefix("umbrella.base.UserError: "))
         else:
             self._end(name, *self._how(result))
 

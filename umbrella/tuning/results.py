@@ -14,7 +14,7 @@ from rich.table import Table
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
 from umbrella.storage import write_csv
 from umbrella.training.checkpoint_files import best_checkpoint
-from umbrella.training.training_state import goodness, read_history
+from umbrella.training.training_state import ranking_key, read_history
 from umbrella.tuning.search_space import label
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, UNFINISHED, End, name_of, read_end, read_point
@@ -94,8 +94,8 @@ def at_chance(trials: Sequence[Trial], tune: TuneSettings, chance: float | None,
 
 
 def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """A key that sorts the best first, see ``goodness``."""
-    by_metric, by_loss = goodness(metric, loss, mode)
+    """A key that sorts the best first, see ``ranking_key``."""
+    by_metric, by_loss = ranking_key(metric, loss, mode)
     return -by_metric, -by_loss
 
 

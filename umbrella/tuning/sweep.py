@@ -25,9 +25,9 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
-from umbrella.training.resource_check import trainings_that_fit
-from umbrella.training.run import load_checked, make_job
-from umbrella.training.run_lock import claimed
+from umbrella.training.resource_check import max_concurrent_trainings
+from umbrella.training.run import load_and_check, make_job
+from umbrella.training.run_lock import run_lock
 from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
 from umbrella.tuning.report import Answer, Files, winner, write_report
 from umbrella.tuning.results import Contender, Trial, at_chance, rank, read_trials, trials_of
@@ -72,7 +72,7 @@ def run_sweep(
     goes_on = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweep_folder(settings.resources.storage, settings.name)
-    with claimed(folder):
+    with run_lock(folder):
         if not goes_on and is_uploaded(settings.resources, folder):
             raise _is_there(folder.name)
         with synced(settings.resources, folder, progress):
@@ -98,7 +98,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
     if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
-    splits = load_checked(settings, progress, masks, shapes)
+    splits = load_and_check(settings, progress, masks, shapes)
     check_writable(folder, "the folder of the sweep")
     if goes_on:
         check_data(folder, splits.fingerprint)
@@ -108,7 +108,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         write_question(folder, Question(settings, given), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    at_once = trainings_that_fit(settings.resources, ray.cluster_resources(), ray.nodes())
+    at_once = max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
     parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
@@ -189,7 +189,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             search_alg=search.search_alg,
             max_concurrent_trials=at_once,
             scheduler=scheduler,
-            reuse_actors=job.settings.resources.alone,
+            reuse_actors=job.settings.resources.single_worker,
         ),
         run_config=tune.RunConfig(
             name=folder.name,

@@ -11,7 +11,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.storage import put_text
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.parameter import in_words
 from umbrella.tuning.search_space import is_given
 from umbrella.version import check_version, write_version
@@ -155,7 +155,7 @@ UNFINISHED = "not finished"
 
 
 class End(NamedTuple):
-    """``state``: FINISHED, EARLY, STOPPED, BUDGET or FAILED. ``reason``: why, in one line."""
+    """``state``: FINISHED, STOPPED_EARLY, STOPPED, BUDGET or FAILED. ``reason``: why, in one line."""
 
     state: str
     reason: str
@@ -182,7 +182,7 @@ def reopen(folder: str | Path) -> None:
 
 
 def how_it_ended(report: Mapping[str, Any]) -> str:
-    """The end of a trial that nothing went wrong with, from its last report: FINISHED, EARLY or STOPPED."""
+    """The end of a trial that nothing went wrong with, from its last report: FINISHED, STOPPED_EARLY or STOPPED."""
     if report["step"] >= report["steps"]:
         return FINISHED
-    return EARLY if report["out_of_patience"] else STOPPED
+    return STOPPED_EARLY if report["out_of_patience"] else STOPPED

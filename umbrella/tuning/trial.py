@@ -14,7 +14,7 @@ from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
 from umbrella.training.launch import run_job
 from umbrella.training.settings import ResourceSettings
-from umbrella.training.training_state import cut, read_history, read_progress
+from umbrella.training.training_state import read_history, read_training_state, truncate_history
 from umbrella.tuning.search_space import label
 from umbrella.tuning.sweep_files import FAILED, name_of, read_end, trial_folder, write_end
 
@@ -39,7 +39,7 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
     end = read_end(folder)
     if not end:  # an evaluation without its checkpoint is done again
         latest = latest_checkpoint(folder)
-        cut(folder, read_progress(latest).step if latest else 0)
+        truncate_history(folder, read_training_state(latest).step if latest else 0)
     for row in read_history(folder):
         tune.report(row)
     if end and end.state == FAILED:  # Ray Tune tries again; where the settings are to blame, that changes nothing
@@ -51,12 +51,12 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
         settings=sweep.settings.with_values(config),
         tracking={**sweep.tracking, "name": label(config), "trial": name_of(folder)},
         folder=str(folder),
-        begun=time.time(),
+        start_time=time.time(),
         is_trial=True,
     )
     try:
         with suppress(Stopped):
-            run_job(job, here=job.settings.resources.alone)
+            run_job(job, in_process=job.settings.resources.single_worker)
     except UserError as error:
         write_end(folder, FAILED, str(error))
         raise
@@ -73,7 +73,7 @@ def free_memory() -> None:
 
 def trial_resources(resources: ResourceSettings) -> dict[str, float]:
     """What Ray Tune reserves for a trial's own process."""
-    if resources.alone:
+    if resources.single_worker:
         gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
         return {"CPU": resources.cpus_per_worker, **gpus}
     # It waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
