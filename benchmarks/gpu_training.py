@@ -212,7 +212,7 @@ def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict
 
 def load_rendered(settings: Any) -> dict[str, int]:
     """Mean tokens of a training conversation, and how many of them are supervised."""
-    from umbrella.data.intake import load_splits
+    from umbrella.data.ingest import load_splits
     from umbrella.data.masking import loss_weights
     from umbrella.data.rendering import load_renderer
 

@@ -38,7 +38,7 @@ def main(words: list[str]) -> None:
     from mlflow import MlflowClient
 
     from umbrella.config import load_settings
-    from umbrella.data.intake import load_splits
+    from umbrella.data.ingest import load_splits
     from umbrella.tracking.store import open_experiment, tracking_uri
     from umbrella.training.cluster import start_ray
     from umbrella.training.launch import run_job

@@ -19,10 +19,10 @@ OPTIONS = (
 
 def main(request: Request) -> None:
     """Print one conversation and draw its volumes."""
-    from umbrella.data.intake import open_store
-    from umbrella.data.loading import read_splits
+    from umbrella.data.ingest import open_store
     from umbrella.data.mask_audit import pieces
     from umbrella.data.rendering import load_renderer
+    from umbrella.data.splits import read_splits
     from umbrella.inspection.conversation_picture import draw_volumes
     from umbrella.inspection.conversation_view import find, summary, turns
     from umbrella.paths import picture_file
@@ -31,12 +31,12 @@ def main(request: Request) -> None:
     split, task_id, sample = options["split"], options["task_id"], options["sample"]
     if task_id is not None and sample is not None:
         raise UserError("--task-id and --sample both name a conversation; leave one of them out")
-    intake = read_splits(settings, progress_bar, (split,))
-    if not intake.splits.get(split):
+    raw = read_splits(settings, progress_bar, (split,))
+    if not raw.splits.get(split):
         raise UserError(f"data.{split}: holds no conversation that can be used; experiments/prepare.py says why")
-    if intake.problems:
-        note(f"{split} has {len(intake.problems)} problems; experiments/prepare.py lists them")
-    conversation = find(intake.splits[split], split, task_id, sample or 0)
+    if raw.problems:
+        note(f"{split} has {len(raw.problems)} problems; experiments/prepare.py lists them")
+    conversation = find(raw.splits[split], split, task_id, sample or 0)
     renderer = load_renderer(settings)
     try:
         example = renderer.render(conversation)

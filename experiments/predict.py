@@ -82,22 +82,22 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
 
 def _ask_cohort(request: Request, checkpoint: Path) -> None:
     from umbrella.assessment.cohort import answer, read_cohort
-    from umbrella.data.loading import counted
+    from umbrella.base import pluralise
     from umbrella.evaluation.answering import settings_of
 
     cohort = read_cohort(checkpoint, request.settings, settings_of(checkpoint, _dtype(request)))
     number, left, path = len(cohort.conversations), len(cohort.left()), cohort.answers.path
-    for line in cohort.intake.notices:
+    for line in cohort.raw.notices:
         note(line)
     if request.dry_run:
-        print(f"would ask {left} of {counted(number, 'conversation')}; {number - left} are answered in {path}")
+        print(f"would ask {left} of {pluralise(number, 'conversation')}; {number - left} are answered in {path}")
         return
     if left < number:
-        print(f"{number - left} of {counted(number, 'conversation')} are answered already", flush=True)
+        print(f"{number - left} of {pluralise(number, 'conversation')} are answered already", flush=True)
     if left:
         splits = answer(cohort, progress_bar)
         if splits.quarantined:
-            left_out = counted(splits.quarantined, "conversation")
+            left_out = pluralise(splits.quarantined, "conversation")
             note(f"{left_out} cannot be asked, see {splits.quarantine}")
     print(f"answers: {path}")
 

@@ -13,8 +13,8 @@ def main(request: Request) -> None:
     """Read, decode, report, and say what is wrong."""
     from rich.filesize import decimal
 
-    from umbrella.data.intake import check_volumes, measure, open_store, settle
-    from umbrella.data.loading import SPLITS, read_splits
+    from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes, open_store
+    from umbrella.data.splits import SPLITS, read_splits
     from umbrella.inspection.report import write_report
     from umbrella.paths import cohort_report_folder
     from umbrella.training.cluster import join_cluster
@@ -29,23 +29,23 @@ def main(request: Request) -> None:
     check_model(settings)
     if not request.dry_run:
         join_cluster(settings.resources, log_to_driver=False, name="prepare")
-    intake = read_splits(settings, progress_bar, SPLITS, dry_run=request.dry_run)
+    raw = read_splits(settings, progress_bar, SPLITS, dry_run=request.dry_run)
     if not request.dry_run:
-        check_volumes(intake, settings, progress_bar)
+        check_volumes(raw, settings, progress_bar)
         store = open_store(settings)
-    measure(intake, settings, progress_bar)
+    check_rendering(raw, settings, progress_bar)
     if not request.dry_run:
-        page = write_report(cohort_report_folder(settings.resources.storage), intake, store, progress_bar)
-    say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in intake.splits.items()))
+        page = write_report(cohort_report_folder(settings.resources.storage), raw, store, progress_bar)
+    say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
     if not request.dry_run:
-        used = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
+        used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
         held = holdings(store.folder, settings.modalities)
         say("volumes", str(len(used)))
         say("volume store", f"{decimal(sum(h.size for h in held))} in {sum(h.arrays for h in held)} arrays")
         say("report", str(page))
-    for line in intake.notices:
+    for line in raw.notices:
         note(line)
-    splits = settle(intake, settings, write=not request.dry_run)
+    splits = apply_bad_sample_policy(raw, settings, write=not request.dry_run)
     if splits.quarantined:
         say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")
     check_data(settings, splits, [settings.mask], settings.tune.metric)

@@ -17,7 +17,7 @@ def main(request: Request) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from umbrella.data.intake import open_store
+    from umbrella.data.ingest import open_store
     from umbrella.volumes.store_files import holdings, prune
 
     console, modalities = make_console(), request.settings.modalities

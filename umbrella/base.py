@@ -22,7 +22,7 @@ UNPRINTABLE = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066
 """Control characters, escape sequences begin with one, and those that reverse the direction of a text."""
 
 
-Progress = Callable[[Sequence, str], Iterable]
+ProgressBar = Callable[[Sequence, str], Iterable]
 """A progress bar: takes things and a description of the work, returns the same things and advances as they are read."""
 
 
@@ -52,7 +52,7 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def counted(number: int, what: str) -> str:
+def pluralise(number: int, what: str) -> str:
     """Return a number with its noun in the singular or plural: "1 sample", "2 samples"."""
     return f"{number} {what}" + ("s" if number != 1 else "")
 

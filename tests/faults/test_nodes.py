@@ -28,7 +28,7 @@ from tests.faults.fault_injection import (
 from tests.faults.nodes import Nodes, ended, nodes
 from tests.faults.sweep_kills import faults_in, question
 from tests.faults.test_faults import assert_each_once_per_epoch, put
-from umbrella.data.loading import SPLITS, phantom_of, read_splits
+from umbrella.data.splits import SPLITS, phantom_folder_of, read_splits
 from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.training_state import read_training_state
 from umbrella.tuning.sweep_files import read_end
@@ -96,7 +96,7 @@ def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volu
 ) -> None:
     settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
     read_splits(settings, lambda things, what: things, SPLITS)  # makes the cohort
-    cohort, file, checkpoint = phantom_of(settings), str(put(settings)), f"checkpoint={learnt}"
+    cohort, file, checkpoint = phantom_folder_of(settings), str(put(settings)), f"checkpoint={learnt}"
     commands = {
         "train.py": [file],
         "baseline.py": [file],

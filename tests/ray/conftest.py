@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from umbrella.data.intake import load_splits
+from umbrella.data.ingest import load_splits
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.launch import run_job
 from umbrella.training.run import make_job, run_training

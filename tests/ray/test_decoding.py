@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.data.intake import _by_nodes, reasons_of
+from umbrella.data.ingest import _decode_on_nodes, decode_volumes
 from umbrella.modality import Modality
 from umbrella.shared_store import SharedStore
 from umbrella.volumes.store import VolumeStore
@@ -21,8 +21,8 @@ def test_nodes_of_a_cluster_decode_to_the_same_arrays_and_reasons_as_this_machin
     paths = [*stored.values(), tmp_path / "broken.nii", tmp_path / "missing.nii"]
     volumes = [(str(path), "sMRI") for path in paths]
     here, there = (VolumeStore(tmp_path / name, {"sMRI": CUBE}, 10_000) for name in ("here", "there"))
-    reasons = list(reasons_of(here, volumes, 1))
-    assert list(_by_nodes(there, volumes, 1)) == reasons
+    reasons = list(decode_volumes(here, volumes, 1))
+    assert list(_decode_on_nodes(there, volumes, 1)) == reasons
     assert [bool(reason) for reason in reasons] == [False] * len(stored) + [True, True]
     assert {file.name for file in (tmp_path / "there").rglob("*.npy")} == {
         file.name for file in (tmp_path / "here").rglob("*.npy")
@@ -32,4 +32,4 @@ def test_nodes_of_a_cluster_decode_to_the_same_arrays_and_reasons_as_this_machin
 def test_a_store_that_a_node_cannot_write_is_no_fault_of_a_volume(tmp_path: Path, stored: dict[str, Path]) -> None:
     store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, SharedStore("nosuch://bucket"))
     with pytest.raises(OSError, match=r"resources\.store=nosuch://bucket: "):
-        list(_by_nodes(store, [(str(stored["plain"]), "sMRI")], 0))
+        list(_decode_on_nodes(store, [(str(stored["plain"]), "sMRI")], 0))

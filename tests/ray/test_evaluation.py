@@ -26,8 +26,8 @@ from umbrella.assessment.at_end import evaluate_at_end
 from umbrella.assessment.stream import Answerer, deal, stream
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.data.intake import load_splits
-from umbrella.data.loading import read_splits
+from umbrella.data.ingest import load_splits
+from umbrella.data.splits import read_splits
 from umbrella.evaluation.predictions import read_predictions
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from tests.conftest import SMALL
 from tests.ray.conftest import quiet
 from umbrella.config import Settings, load_settings
-from umbrella.data.intake import Splits, load_splits
+from umbrella.data.ingest import Splits, load_splits
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.fault_injection import dies_once
 from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train_here
-from umbrella.data.intake import load_splits
+from umbrella.data.ingest import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.progress_log import EVALUATION_GAUGE, FORMATS, ProgressLog, gauge_name

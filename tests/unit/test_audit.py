@@ -256,14 +256,14 @@ def test_nothing_of_a_conversation_is_taken_as_html_and_the_page_needs_no_other_
     ],
     ids=["plain", "last", "weighted"],
 )
-def test_the_page_says_the_policy_in_words(
+def test_the_page_says_the_policy_description(
     example: Example, tokenizer: Any, policy: dict, sentences: list[str]
 ) -> None:
     mask = MaskPolicy(**policy)
     page = audit_html(audit([example], mask), [], mask, tokenizer)
     said = " ".join(re.sub("<[^>]+>", "", page).split())
     assert [sentence for sentence in sentences if sentence not in said] == []
-    assert f"mask: {mask.in_words} " in said
+    assert f"mask: {mask.description} " in said
 
 
 def test_the_table_of_the_page_has_weights_only_where_they_are_not_1(example: Example, tokenizer: Any) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.reading import Problem, Reading, conversation_files, read_conversations
-from umbrella.data.loading import Intake
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.data.splits import RawSplits
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
 
@@ -83,7 +83,7 @@ def test_objects_lists_lines_and_folders_read_alike(tmp_path: Path) -> None:
     reading = read_conversations(folder, root=tmp_path)
     assert ids(reading) == ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     assert {c.answer for c in reading.conversations} == {"male."}
-    assert reading.places["five"] == f"{folder}/deeper/3.jsonl:2"
+    assert reading.locations["five"] == f"{folder}/deeper/3.jsonl:2"
 
 
 def test_files_folders_and_patterns_mix_and_each_file_counts_once(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_samples_that_share_a_task_id_are_numbered_in_the_order_of_the_files_wit
             f"{first}:4: the task_id is used before with other content; such samples are numbered: id, id#2, ..."
             " (3 samples)"
         ]
-        assert reading.places["y#4"] == f"{second}:1"
+        assert reading.locations["y#4"] == f"{second}:1"
 
 
 def test_a_sample_that_is_there_twice_is_a_problem_that_names_the_other_place(tmp_path: Path) -> None:
@@ -723,9 +723,9 @@ def test_whatever_is_in_a_file_it_is_read_or_told_what_is_wrong_with_it(tmp_path
         assert all(line.isprintable() and len(line) < 2000 for line in map(str, reading.problems))
         assert all(note.isprintable() and len(note) < 2000 for note in reading.notices)
         outcomes[False] += len(reading.problems)
-        intake = Intake()
-        intake.add("train", reading)
-        assert len(intake.lines()) <= len(reading.problems)
+        raw_splits = RawSplits()
+        raw_splits.add("train", reading)
+        assert len(raw_splits.problem_lines()) <= len(reading.problems)
         for conversation in reading.conversations:
             with suppress(UserError):
                 example = renderer.render(conversation)

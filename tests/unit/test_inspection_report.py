@@ -14,7 +14,7 @@ from PIL import Image
 
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation
-from umbrella.data.loading import Intake
+from umbrella.data.splits import RawSplits
 from umbrella.html import number
 from umbrella.inspection.balance import count_labels, count_splits, shared_subjects
 from umbrella.inspection.report import write_report
@@ -32,9 +32,9 @@ def quiet(things: Any, what: str) -> Any:
     return things
 
 
-def taken(**splits: list[Conversation]) -> Intake:
+def taken(**splits: list[Conversation]) -> RawSplits:
     places = {(name, c.task_id): f"{name}.json:{i}" for name, cs in splits.items() for i, c in enumerate(cs)}
-    return Intake(splits=splits, places=places)
+    return RawSplits(splits=splits, locations=places)
 
 
 def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
@@ -214,12 +214,12 @@ def store_here(tmp_path: Path) -> VolumeStore:
     return VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000)
 
 
-def filled(store: VolumeStore, intake: Intake) -> Intake:
-    for conversations in intake.splits.values():
+def filled(store: VolumeStore, raw: RawSplits) -> RawSplits:
+    for conversations in raw.splits.values():
         for c in conversations:
             for v in c.volumes:
                 store.get(v.image_path, v.modality)
-    return intake
+    return raw
 
 
 def ask(talk: Talk, task: str, *paths: Path, **metadata: Any) -> Conversation:
@@ -232,10 +232,10 @@ def test_names_from_files_are_never_taken_as_html(
 ) -> None:
     def page_of(name: str, path: Path) -> Page:
         c = ask(talk, name, path, volumes["one"], subject_id=name, subject_label=name, target=name)
-        intake = filled(store_here, taken(train=[c], **{name: [c]}))
-        intake.problems.append(Problem(name, name, name, {"a": name}))
-        intake.notices.append(name)
-        return Page(write_report(tmp_path / "report", intake, store_here, quiet).read_text())
+        raw = filled(store_here, taken(train=[c], **{name: [c]}))
+        raw.problems.append(Problem(name, name, name, {"a": name}))
+        raw.notices.append(name)
+        return Page(write_report(tmp_path / "report", raw, store_here, quiet).read_text())
 
     evil = "<script>alert('1')</script>"
     tame, page = page_of("x", volumes["two"]), page_of(evil, volumes["<b>bad&"])
@@ -249,9 +249,9 @@ def test_formulas_and_escape_sequences_of_samples_reach_neither_page_nor_tables(
 ) -> None:
     evil = "=cmd\x1b[2J"
     c = ask(talk, "=a", volumes["two"], subject_id="=b", subject_label=evil, target=evil)
-    intake = filled(store_here, taken(train=[c]))
-    intake.problems.append(Problem(evil, evil, evil, {"a": evil}))
-    page = write_report(tmp_path / "report", intake, store_here, quiet)
+    raw = filled(store_here, taken(train=[c]))
+    raw.problems.append(Problem(evil, evil, evil, {"a": evil}))
+    page = write_report(tmp_path / "report", raw, store_here, quiet)
     files = [page, *(page.with_name(f"{name}.csv") for name in ("conversations", "problems"))]
     for file in files:
         assert "\x1b" not in file.read_text()
@@ -264,8 +264,8 @@ def test_formulas_and_escape_sequences_of_samples_reach_neither_page_nor_tables(
 def test_the_page_needs_nothing_but_its_folder(
     talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path
 ) -> None:
-    intake = filled(store_here, taken(train=[ask(talk, "a", volumes["one"], volumes["two"])], validation=[]))
-    index = write_report(tmp_path / "report", intake, store_here, quiet)
+    raw = filled(store_here, taken(train=[ask(talk, "a", volumes["one"], volumes["two"])], validation=[]))
+    index = write_report(tmp_path / "report", raw, store_here, quiet)
     page = Page(index.read_text())
     stems = {store_here.path(volumes[name], "sMRI").stem for name in ("one", "two")}
     assert set(page.pictures) == {f"thumbnails/{stem}.png" for stem in stems}
@@ -276,15 +276,15 @@ def test_the_page_needs_nothing_but_its_folder(
 def test_the_tables_hold_every_volume_and_conversation(
     talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path
 ) -> None:
-    intake = taken(
+    raw = taken(
         train=[
             ask(talk, "a", volumes["one"], subject_id="s1"),
             ask(talk, "b", volumes["two"], volumes["one"], subject_id="s2", reference_id="s1"),
         ],
         test=[ask(talk, "c", volumes["two"], volumes["twin"], subject_id="s2")],
     )
-    filled(store_here, intake)
-    write_report(tmp_path / "report", intake, store_here, quiet)
+    filled(store_here, raw)
+    write_report(tmp_path / "report", raw, store_here, quiet)
     with (tmp_path / "report" / "volumes.csv").open(newline="") as file:
         table = {row["file"]: row for row in csv.DictReader(file)}
     uses = {name: (row["conversations"], row["splits"], row["subjects"]) for name, row in table.items()}
@@ -313,10 +313,10 @@ def test_files_of_the_same_content_are_found() -> None:
 def test_a_volume_that_is_gone_again_is_an_empty_row_and_no_error(
     talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path
 ) -> None:
-    intake = filled(store_here, taken(train=[ask(talk, "a", volumes["one"]), ask(talk, "b", volumes["two"])]))
+    raw = filled(store_here, taken(train=[ask(talk, "a", volumes["one"]), ask(talk, "b", volumes["two"])]))
     volumes["one"].unlink()
     store_here.path(volumes["two"], "sMRI").with_suffix(".json").unlink()
-    page = Page(write_report(tmp_path / "report", intake, store_here, quiet).read_text())
+    page = Page(write_report(tmp_path / "report", raw, store_here, quiet).read_text())
     assert "one.nii" in page.text
     assert len(page.pictures) == 1
     with (tmp_path / "report" / "volumes.csv").open(newline="") as file:
@@ -364,8 +364,8 @@ def test_the_page_shows_flagged_volumes_first_and_says_how_many_more_there_are(
 ) -> None:
     monkeypatch.setattr("umbrella.inspection.report.SHOWN", 1)
     odd = save(tmp_path / "data" / "z.nii", np.random.default_rng(1).normal(size=(9, 5, 4)).astype(np.float32))
-    intake = filled(store_here, taken(train=[ask(talk, "a", volumes["one"], volumes["two"], odd)]))
-    page = Page(write_report(tmp_path / "report", intake, store_here, quiet).read_text())
+    raw = filled(store_here, taken(train=[ask(talk, "a", volumes["one"], volumes["two"], odd)]))
+    page = Page(write_report(tmp_path / "report", raw, store_here, quiet).read_text())
     assert page.pictures == [f"thumbnails/{store_here.path(odd, 'sMRI').stem}.png"]
     assert "The first 1 volumes; 2 more are in volumes.csv." in page.text
 

@@ -236,9 +236,11 @@ def test_task_weights_are_settings_of_their_own() -> None:
     assert settings.with_values({"mask.task_weights.T3": 4}).mask.task_weights == {"T1": 1, "T3": 4}
 
 
-def test_a_policy_in_words_has_what_acts_and_leaves_out_what_is_empty() -> None:
-    assert MaskPolicy().in_words == "supervise=assistant, end_of_turn=True, turn_header=False, normalize=token"
-    assert MaskPolicy(preset="upstream").in_words.startswith("preset=upstream, supervise=assistant, end_of_turn=True")
+def test_a_policy_description_has_what_acts_and_leaves_out_what_is_empty() -> None:
+    assert MaskPolicy().description == "supervise=assistant, end_of_turn=True, turn_header=False, normalize=token"
+    assert MaskPolicy(preset="upstream").description.startswith(
+        "preset=upstream, supervise=assistant, end_of_turn=True"
+    )
     assert "turn_header=False, task_weights={T1: 1, T3: 2.5}, normalize=turn" in (
-        MaskPolicy(task_weights={"T1": 1, "T3": 2.5}, normalize="turn").in_words
+        MaskPolicy(task_weights={"T1": 1, "T3": 2.5}, normalize="turn").description
     )

@@ -124,7 +124,7 @@ def test_steps_and_surplus_by_hand(
     assert (plan.per_step, plan.steps, plan.steps_per_epoch, plan.surplus) == expected
     once_more = f"; the last step is filled up with {expected[3]} samples once more" if expected[3] else ""
     said = f"samples: {size} in each of {epochs} epochs, {expected[1]} steps of {expected[0]}{once_more}"
-    assert plan.in_words == said
+    assert plan.description == said
 
 
 def test_a_workers_rows_start_at_the_position_of_its_checkpoint() -> None:

@@ -16,7 +16,7 @@ from umbrella.assessment.cohort import read_cohort
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.intake import Splits
+from umbrella.data.ingest import Splits
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
 from umbrella.training.resource_check import max_concurrent_trainings

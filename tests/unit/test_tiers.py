@@ -13,7 +13,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.data.intake import open_store, shared_folders
+from umbrella.data.ingest import open_store, shared_folders
 from umbrella.modality import Modality
 from umbrella.shared_store import SharedStore
 from umbrella.volumes import store as rooms

@@ -7,12 +7,12 @@ from rich.console import Console
 from umbrella.assessment.questions import of_checkpoint
 from umbrella.assessment.run import evaluate
 from umbrella.assessment.summary import print_evaluation
+from umbrella.base import ProgressBar
 from umbrella.config import Settings
-from umbrella.data.loading import Progress
 from umbrella.evaluation.answering import settings_of
 
 
-def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: Progress, console: Console) -> None:
+def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: ProgressBar, console: Console) -> None:
     """Evaluate a checkpoint on ``evaluate.split``, if ``evaluate.at_end`` says so and there is that split.
 
     Args:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from umbrella.assessment.answers import AnswerFile, key_of
-from umbrella.base import Stopped, UserError, note
+from umbrella.base import ProgressBar, Stopped, UserError, note
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.intake import Splits, fingerprint, settle, settle_all
-from umbrella.data.loading import Intake, Progress, read_input
+from umbrella.data.ingest import Splits, apply_bad_sample_policy, check_splits, fingerprint
+from umbrella.data.splits import RawSplits, read_input
 from umbrella.paths import predictions_file
 from umbrella.sigterm import on_sigterm
 from umbrella.storage import check_writable
@@ -28,13 +28,13 @@ class Cohort:
     checkpoint: Path
     settings: Settings
     """The person's, with the model, modalities and limits of the checkpoint."""
-    intake: Intake
+    raw: RawSplits
     answers: AnswerFile
 
     @property
     def conversations(self) -> list[Conversation]:
         """Those that can be used so far."""
-        return self.intake.splits["input"]
+        return self.raw.splits["input"]
 
     def left(self) -> list[Conversation]:
         """Those that are not answered yet, in their order. Raises as ``AnswerFile.answered``."""
@@ -60,9 +60,9 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
     limits = {name: getattr(own.data, name) for name in ("max_tokens", "max_voxels")}
     changes = {"modalities": own.modalities, "model": own.model, "data": settings.data.model_copy(update=limits)}
     settings = settings.model_copy(update=changes)
-    intake = read_input(settings)
-    settle(intake, settings, write=False)
-    questions = {"name": " ".join(settings.data.input), "content": fingerprint(intake.splits)}
+    raw = read_input(settings)
+    apply_bad_sample_policy(raw, settings, write=False)
+    questions = {"name": " ".join(settings.data.input), "content": fingerprint(raw.splits)}
     about: dict[str, Any] = {
         "checkpoint": {"name": str(checkpoint), "content": weigh(checkpoint)},
         "data.input": questions,
@@ -70,11 +70,11 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
     }
     about |= {f"evaluate.{name}": getattr(evaluate, name) for name in DECIDES}
     place = settings.output or predictions_file(settings.resources.storage, key_of(about))
-    return Cohort(checkpoint, settings, intake, AnswerFile(Path(place), about))
+    return Cohort(checkpoint, settings, raw, AnswerFile(Path(place), about))
 
 
-def answer(cohort: Cohort, progress: Progress) -> Splits:
-    """Ask what is not answered yet, part by part into the file; returns what ``settle`` says of the questions.
+def answer(cohort: Cohort, progress: ProgressBar) -> Splits:
+    """Ask what is not answered yet, part by part into the file; returns the checked splits.
 
     Raises:
         UserError: a volume that cannot be used, as ``data.on_bad`` says; else as ``stream``.
@@ -86,7 +86,7 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
     from umbrella.evaluation.scoring import find_numbers
     from umbrella.training.cluster import join_cluster
 
-    settings, intake, path = cohort.settings, cohort.intake, cohort.answers.path
+    settings, raw, path = cohort.settings, cohort.raw, cohort.answers.path
     check_writable(path.parent, f"output={path}")
 
     def stop() -> None:
@@ -94,7 +94,7 @@ def answer(cohort: Cohort, progress: Progress) -> Splits:
 
     with on_sigterm(stop):
         join_cluster(settings.resources, log_to_driver=False, name=settings.name)
-        splits = settle_all(intake, settings, progress)
+        splits = check_splits(raw, settings, progress)
         numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
         with cohort.answers.opened() as file:
             left = cohort.left()

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from umbrella.base import pluralise
 from umbrella.conversations.schema import Conversation
-from umbrella.data.loading import counted
 
 DRAWS = 200
 """Ways of exchanging that are drawn, of which the most even one is taken."""
@@ -55,7 +55,7 @@ def shuffled(conversations: Sequence[Conversation], seed: int) -> tuple[list[Con
         subjects = sorted(of_subject)
         if len(subjects) == 1:
             number = sum(any(v.modality == modality for v in c.volumes) for c in conversations)
-            left_out = counted(number, "conversation") + (" is" if number == 1 else " are")
+            left_out = pluralise(number, "conversation") + (" is" if number == 1 else " are")
             notes.append(f"shuffled: {left_out} left out, as one subject only has {modality}")
             continue
         draw = np.random.default_rng([seed, *modality.encode()])

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umbrella.base import UserError
+from umbrella.base import ProgressBar, UserError
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.intake import fingerprint, settle_all
+from umbrella.data.ingest import check_splits, fingerprint
 from umbrella.data.leakage import find_shared
-from umbrella.data.loading import Progress, read_splits
+from umbrella.data.splits import read_splits
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates
 from umbrella.paths import SETTINGS
 from umbrella.training.run import check_model
@@ -53,7 +53,7 @@ def of_checkpoint(settings: Settings, checkpoint: Path, own: Settings) -> Settin
     return settings.model_copy(update=changes)
 
 
-def read_questions(settings: Settings, progress: Progress, volumes: bool = True) -> Questions | None:
+def read_questions(settings: Settings, progress: ProgressBar, volumes: bool = True) -> Questions | None:
     """Read what ``evaluate.split`` asks, and check it as trainings check theirs; None where there is no such split.
 
     Args:
@@ -64,22 +64,22 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
             ``evaluate.allow_shared_subjects``; a label that has no candidate.
     """
     split, evaluate = settings.evaluate.split, settings.evaluate
-    intake = read_splits(settings, progress, (split,))
-    if not intake.splits:
+    raw = read_splits(settings, progress, (split,))
+    if not raw.splits:
         return None
     training = read_splits(settings, progress, ("train",), check_files=False)
-    shared, notes = find_shared(training.splits | intake.splits, training.places | intake.places)
+    shared, notes = find_shared(training.splits | raw.splits, training.locations | raw.locations)
     problems = [str(problem) for _, problem in shared]
     if problems and not evaluate.allow_shared_subjects:
         raise UserError("\n".join(problems) + "; evaluate.allow_shared_subjects=true goes on with a note")
-    notes += [*intake.notices, *problems]
+    notes += [*raw.notices, *problems]
     if split == "train":
         notes.append("the model was trained on what it is asked here")
     check_model(settings)
-    splits = settle_all(intake, settings, progress, dry_run=not volumes)
+    splits = check_splits(raw, settings, progress, dry_run=not volumes)
     if splits.left_out:
         notes.append(splits.left_out)
-    asked = intake.splits[split]
+    asked = raw.splits[split]
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
     check_labels(candidates)
     check_candidates(asked, candidates)
@@ -88,7 +88,7 @@ def read_questions(settings: Settings, progress: Progress, volumes: bool = True)
         if conversation.label is not None:
             labels[conversation.target].append(conversation.label)
     facts: dict[str, str | int] = {
-        "data fingerprint": fingerprint(intake.splits),
+        "data fingerprint": fingerprint(raw.splits),
         "quarantined samples": splits.quarantined,
     }
     return Questions(asked, candidates, labels, facts, notes)

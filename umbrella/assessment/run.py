@@ -16,11 +16,10 @@ from umbrella.assessment.questions import Questions, read_questions
 from umbrella.assessment.report import write_report
 from umbrella.assessment.stream import load, stream
 from umbrella.assessment.tracked import log
-from umbrella.base import Stopped, UserError, note
+from umbrella.base import ProgressBar, Stopped, UserError, note
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.intake import open_store
-from umbrella.data.loading import Progress
+from umbrella.data.ingest import open_store
 from umbrella.evaluation.metrics import notes_on
 from umbrella.evaluation.predictions import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
@@ -40,7 +39,7 @@ class Evaluated:
     page: Path
 
 
-def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
+def evaluate(settings: Settings, progress: ProgressBar) -> Evaluated | None:
     """Ask a checkpoint, count, and write and track what was found; None where there is nothing to ask.
 
     Args:
@@ -80,7 +79,9 @@ def evaluate(settings: Settings, progress: Progress) -> Evaluated | None:
     return Evaluated(assessment, folder, page)
 
 
-def ask(settings: Settings, questions: Questions, progress: Progress) -> tuple[dict[str, list[Prediction]], list[str]]:
+def ask(
+    settings: Settings, questions: Questions, progress: ProgressBar
+) -> tuple[dict[str, list[Prediction]], list[str]]:
     """Condition to predictions, in the order of the data, and what is to be known of the controls.
 
     All conditions are asked in one go, since to start the processes takes longer than a small split.

@@ -10,11 +10,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from umbrella.base import UserError
+from umbrella.base import ProgressBar, UserError
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, TextItem
-from umbrella.data.intake import open_store
-from umbrella.data.loading import Progress
+from umbrella.data.ingest import open_store
 from umbrella.evaluation.predictions import Prediction
 from umbrella.modality import Modality
 from umbrella.training.cluster import start_ray
@@ -37,7 +36,7 @@ def stream(
     numbers: Collection[str] = (),
     *,
     truth: bool = True,
-    progress: Progress = lambda things, what: things,
+    progress: ProgressBar = lambda things, what: things,
     what: str = "answering conversations",
 ) -> Iterator[list[Prediction]]:
     """Let a checkpoint answer conversations, in their order, part by part as they are answered.

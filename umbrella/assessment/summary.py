@@ -11,8 +11,8 @@ from umbrella.assessment.questions import Questions
 from umbrella.assessment.report import interval, named, value
 from umbrella.assessment.run import Evaluated
 from umbrella.assessment.section import CHIEF, NOT_KNOWN, REFERENCE, WORDS
+from umbrella.base import pluralise
 from umbrella.config import Settings
-from umbrella.data.loading import counted
 from umbrella.evaluation.subgroups import Group
 
 
@@ -23,13 +23,13 @@ def print_plan(settings: Settings, questions: Questions, console: Console) -> No
     ways = "likelihood of candidates" + (" and the model's own words" if evaluate.generate else "")
     lines = [
         f"would ask {settings.checkpoint}",
-        f"{evaluate.split}: {counted(len(asked), 'conversation')} about {counted(subjects, 'subject')}; {ways}",
+        f"{evaluate.split}: {pluralise(len(asked), 'conversation')} about {pluralise(subjects, 'subject')}; {ways}",
         "controls: " + (", ".join(WORDS[control] for control in evaluate.controls) or "none"),
     ]
     for target, number in sorted(Counter(c.target for c in asked).items()):
         known = questions.candidates.get(target, {})
         choices = " | ".join(f"{label}: {text}" for label, text in known.items())
-        lines.append(f"  {target}: {counted(number, 'conversation')}" + (f", of {choices}" if choices else ""))
+        lines.append(f"  {target}: {pluralise(number, 'conversation')}" + (f", of {choices}" if choices else ""))
     for line in [*lines, *(f"note: {note}" for note in questions.notes)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

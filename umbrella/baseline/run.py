@@ -10,14 +10,13 @@ import ray
 from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.run import Evaluated, write
 from umbrella.assessment.tracked import log
-from umbrella.base import UserError, note
+from umbrella.base import ProgressBar, UserError, note
 from umbrella.baseline.job import BASELINE, BaselineJob, Question
 from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.intake import Splits, fingerprint, load_splits
-from umbrella.data.loading import Progress as ProgressBar
-from umbrella.data.loading import classes_of
+from umbrella.data.ingest import Splits, fingerprint, load_splits
+from umbrella.data.splits import target_classes
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.subgroups import tabulate
@@ -188,7 +187,7 @@ def make_job(
     used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
     return BaselineJob(
         task=BASELINE,
-        settings=resolved(settings, target, head, classes_of(used["validation"])[target]),
+        settings=resolved(settings, target, head, target_classes(used["validation"])[target]),
         data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from umbrella.baseline.job import BaselineJob, Question
 from umbrella.baseline.targets import Bins, Sample
-from umbrella.data.intake import open_store
+from umbrella.data.ingest import open_store
 from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import summarise

@@ -63,7 +63,7 @@ class Reading:
     """What a read gave: conversations without any problem, and all problems of the others."""
 
     conversations: list[Conversation] = field(default_factory=list)
-    places: dict[str, str] = field(default_factory=dict)
+    locations: dict[str, str] = field(default_factory=dict)
     """task_id to "file:line"."""
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -157,13 +157,13 @@ def read_conversations(
             if conversation is None or found:
                 continue
             name = conversation.task_id
-            while name in reading.places:
+            while name in reading.locations:
                 used[conversation.task_id] += 1
                 name = f"{conversation.task_id}#{used[conversation.task_id] + 1}"
             if name != conversation.task_id:
                 conversation = conversation.model_copy(update={"task_id": name})
                 noted.setdefault(REPEATED, []).append(where)
-            reading.places[name] = where
+            reading.locations[name] = where
             reading.conversations.append(conversation)
             for what in peculiarities(conversation):
                 noted.setdefault(what, []).append(where)

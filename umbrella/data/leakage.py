@@ -6,14 +6,14 @@ from contextlib import suppress
 from itertools import combinations
 from typing import Any
 
-from umbrella.base import Progress, UserError, counted
+from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation, entity
 from umbrella.volumes.image_formats import image_files, image_size
 from umbrella.volumes.reading import content_id
 
 
-def assign_subjects(splits: dict[str, list[Conversation]], progress: Progress) -> list[str]:
+def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:
     """Set ``metadata.subject_id`` of each sample that does not state it, and return notices with the counts.
 
     The subject is the entity ``sub-...`` in the path of the last volume, or else a hash of that volume's content. Other
@@ -55,7 +55,7 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: Progress) -
         "content": "the content of the volume names it, so another scan of the same subject is not recognised",
     }
     notices = [
-        f"{counted(number, 'sample')} without a subject: {sources[way]}; metadata.subject_id states it"
+        f"{pluralise(number, 'sample')} without a subject: {sources[way]}; metadata.subject_id states it"
         for way, number in sorted(ways.items())
     ]
     spelt: dict[str, set[str]] = defaultdict(set)
@@ -63,7 +63,7 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: Progress) -
         spelt[subject.casefold()].add(subject)
     variants = sorted(sorted(alike) for alike in spelt.values() if len(alike) > 1)
     if variants:
-        more = f" (and {counted(len(variants) - 1, 'more name')})" if len(variants) > 1 else ""
+        more = f" (and {pluralise(len(variants) - 1, 'more name')})" if len(variants) > 1 else ""
         notices.append(f"subjects {' and '.join(variants[0])}{more} differ by case only and are kept apart")
     return notices
 
@@ -110,12 +110,12 @@ def find_shared(
                 asking, c, other, theirs = found[thing]
                 what = (
                     f"{thing} is also in data.{other}, at {places[other, theirs.task_id]}"
-                    + (f" (and {counted(len(found) - 1, noun)})" if len(found) > 1 else "")
+                    + (f" (and {pluralise(len(found) - 1, noun)})" if len(found) > 1 else "")
                     + "; split by subject, or the score means nothing"
                 )
                 problems.append((two, Problem(places[asking, c.task_id], key, what)))
     references = len(set(contents.values()) - leaked)
-    note = f"{counted(references, 'volume')} in several splits, in each as a reference only, which is allowed"
+    note = f"{pluralise(references, 'volume')} in several splits, in each as a reference only, which is allowed"
     return problems, [note] if references else []
 
 

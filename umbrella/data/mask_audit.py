@@ -64,7 +64,7 @@ def audit(examples: Iterable[Example], policy: MaskPolicy) -> list[Row]:
             weight[key] += float(inside.sum(dtype=np.float64))
     if not supervised.total():
         raise UserError(
-            f"the mask policy ({policy.in_words}) supervises none of the {tokens.total()} tokens: the loss would see"
+            f"the mask policy ({policy.description}) supervises none of the {tokens.total()} tokens: the loss would see"
             " nothing; choose another mask.supervise"
         )
     return [

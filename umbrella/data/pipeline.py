@@ -79,7 +79,7 @@ class Plan:
         return self.steps * self.per_step - self.epochs * self.size
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """One line on what is seen how often, and on what is seen once more than that."""
         line = f"samples: {self.size} in each of {self.epochs} epochs, {self.steps} steps of {self.per_step}"
         return line + (f"; the last step is filled up with {self.surplus} samples once more" if self.surplus else "")

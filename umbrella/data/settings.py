@@ -116,7 +116,7 @@ class MaskPolicy(Section):
         return meant
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """The policy as it acts, in the settings' own names: "supervise=assistant, end_of_turn=True, ..."."""
         weights = ", ".join(f"{task_type}: {weight:g}" for task_type, weight in self.task_weights.items())
         shown = dict(self) | {"task_weights": f"{{{weights}}}"}

@@ -87,7 +87,7 @@ def summary(example: Example, policy: MaskPolicy) -> Group:
     c = example.conversation
     truth = f"{c.target} = {c.label}" if c.label is not None else "none"
     lines = {
-        "mask policy": policy.in_words,
+        "mask policy": policy.description,
         "label": f"{truth}, subject {c.subject_id}",
     }
     return Group(table, *(Text(f"{name + ':':<16}{printable(value)}") for name, value in lines.items()))

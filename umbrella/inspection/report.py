@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from umbrella.base import UserError
-from umbrella.data.loading import Intake, Progress
+from umbrella.base import ProgressBar, UserError
+from umbrella.data.splits import RawSplits
 from umbrella.html import number, render
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
@@ -24,7 +24,7 @@ LISTED = 20
 FACTS = ("shape", "spacing", "orientation", "dtype", "minimum", "maximum", "mean", "deviation", "foreground")
 
 
-def write_report(folder: Path, intake: Intake, store: VolumeStore, progress: Progress) -> Path:
+def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> Path:
     """Write ``index.html``, ``volumes.csv``, ``conversations.csv``, ``problems.csv`` and ``thumbnails/``.
 
     What is in ``folder`` from before stays until all is written, and is replaced as a whole.
@@ -36,16 +36,16 @@ def write_report(folder: Path, intake: Intake, store: VolumeStore, progress: Pro
     Returns:
         The page.
     """
-    rows = survey(intake, store, progress)
+    rows = survey(raw, store, progress)
     fresh = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     replaced = fresh.with_suffix(".replaced")
     try:
         (fresh / "thumbnails").mkdir(parents=True)
         drawn = _thumbnails(rows[:SHOWN], store, fresh / "thumbnails", progress)
-        page = _page(intake, rows, drawn)
+        page = _page(raw, rows, drawn)
         # A name of a file may hold bytes that are no UTF-8, and the page must be.
         (fresh / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-        _write_tables(fresh, intake, rows)
+        _write_tables(fresh, raw, rows)
         if folder.exists():
             folder.rename(replaced)
         fresh.rename(folder)
@@ -57,7 +57,7 @@ def write_report(folder: Path, intake: Intake, store: VolumeStore, progress: Pro
     return folder / "index.html"
 
 
-def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, progress: Progress) -> set[str]:
+def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, progress: ProgressBar) -> set[str]:
     """Draw each content once; the names of those that could be."""
     drawn = set()
     for row in progress(rows, "drawing thumbnails"):
@@ -72,8 +72,8 @@ def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, pro
     return drawn
 
 
-def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
-    splits = count_splits(intake.splits)
+def _page(raw: RawSplits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
+    splits = count_splits(raw.splits)
     return render(
         Path(__file__).with_name("report.html"),
         {"by": lambda values: " × ".join(map(number, values))},
@@ -81,9 +81,9 @@ def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         splits=splits,
         task_types=sorted({kind for split in splits for kind in split.task_types}),
         shared=shared_subjects(splits),
-        targets=count_labels(intake.splits),
-        problems=intake.problems,
-        notices=intake.notices,
+        targets=count_labels(raw.splits),
+        problems=raw.problems,
+        notices=raw.notices,
         rows=rows,
         flagged=sum(bool(row.flags) for row in rows),
         duplicates=duplicates(rows),
@@ -95,7 +95,7 @@ def _page(intake: Intake, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
     )
 
 
-def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> None:
+def _write_tables(folder: Path, raw: RawSplits, rows: Sequence[VolumeRow]) -> None:
     files = {row.path: row.file for row in rows}
     write_csv(
         folder / "volumes.csv",
@@ -113,13 +113,17 @@ def _write_tables(folder: Path, intake: Intake, rows: Sequence[VolumeRow]) -> No
         (
             [
                 *(split, c.task_id, c.task_type, c.target, c.label, c.subject_id, _join(sorted(c.subjects))),
-                *(len(c.conversations), _join(files[v.image_path] for v in c.volumes), intake.places[split, c.task_id]),
+                *(
+                    len(c.conversations),
+                    _join(files[v.image_path] for v in c.volumes),
+                    raw.locations[split, c.task_id],
+                ),
             ]
-            for split, conversations in intake.splits.items()
+            for split, conversations in raw.splits.items()
             for c in conversations
         ),
     )
-    problems = ([p.where, p.field, p.what, json.dumps(p.sample)] for p in intake.problems)
+    problems = ([p.where, p.field, p.what, json.dumps(p.sample)] for p in raw.problems)
     write_csv(folder / "problems.csv", ["place", "field", "reason", "sample"], problems)
 
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from umbrella.base import UserError
-from umbrella.data.loading import Intake, Progress
+from umbrella.base import ProgressBar, UserError
+from umbrella.data.splits import RawSplits
 from umbrella.volumes.store import Facts, VolumeStore
 
 Answer = TypeVar("Answer")
@@ -37,10 +37,10 @@ class VolumeRow:
     """What is unusual in its header, and in what it is unlike the other volumes of its modality."""
 
 
-def survey(intake: Intake, store: VolumeStore, progress: Progress) -> list[VolumeRow]:
+def survey(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
     """A row for each volume that the conversations use: those with flags first, then by file."""
     uses: dict[tuple[str, str], list[tuple[str, set[str]]]] = defaultdict(list)
-    for split, conversations in intake.splits.items():
+    for split, conversations in raw.splits.items():
         for c in conversations:
             for volume in {(v.image_path, v.modality) for v in c.volumes}:
                 uses[volume].append((split, c.subjects))

@@ -12,8 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from umbrella.base import UserError, note
-from umbrella.data.loading import Progress
+from umbrella.base import ProgressBar, UserError, note
 from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, evaluation_folder, marker_of, storage_of
 from umbrella.shared_store import SharedStore
 from umbrella.storage import link_or_copy
@@ -30,7 +29,7 @@ Stamp = tuple[int, int]
 
 
 @contextmanager
-def synced(resources: ResourceSettings, folder: Path, progress: Progress) -> Iterator[None]:
+def synced(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> Iterator[None]:
     """Download a training or sweep that this machine does not have, and upload it while the block runs.
 
     Args:
@@ -59,7 +58,7 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
         return marker_of(folder).name in SharedStore(resources.upload, SETTING).names(_name(folder))
 
 
-def download(resources: ResourceSettings, folder: Path, progress: Progress) -> None:
+def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> None:
     """Download a training or sweep if this machine does not have it and the object store does.
 
     A checkpoint without its completion marker is left out. The folder appears when all of it is there.

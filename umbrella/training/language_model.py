@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
-from umbrella.data.intake import open_store
+from umbrella.data.ingest import open_store
 from umbrella.data.mask_audit import Hide, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer

@@ -8,15 +8,14 @@ from typing import NoReturn
 
 import ray
 
-from umbrella.base import Stopped, UserError
+from umbrella.base import ProgressBar, Stopped, UserError
 from umbrella.config import Settings
-from umbrella.data.intake import Splits, load_splits
-from umbrella.data.loading import Progress as ProgressBar
-from umbrella.data.loading import classes_of
+from umbrella.data.ingest import Splits, load_splits
 from umbrella.data.mask_audit import audit
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.paths import BEGUN, storage_of, training_folder
@@ -99,7 +98,7 @@ def check_data(
     check_labels(settings.evaluate.candidates)
     check_candidates(splits.validation, candidates)
     check_candidates(splits.test, {**candidates, **settings.evaluate.candidates})
-    classes = {target: len(labels) for target, labels in classes_of(splits.validation).items()}
+    classes = {target: len(labels) for target, labels in target_classes(splits.validation).items()}
     check_target_names(sorted(classes))
     known = metric_names(classes)
     if metric not in known:

@@ -64,7 +64,7 @@ def summarise_run(
     supervised = sum(int(row["supervised"]) for row in table)
     lines = [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
-        f"mask: {policy.in_words}",
+        f"mask: {policy.description}",
         f"supervised: {supervised} of {tokens} tokens ({100 * supervised / tokens:.1f}%), in {read}",
     ]
     for row in table:

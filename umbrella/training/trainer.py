@@ -87,7 +87,7 @@ class Trainer:
             if latest and (differs := describe_code_changes(latest, code)):
                 note(f"{latest} was written by other code: {differs}")
             self.writer = CheckpointWriter(job.folder, self.task.files, self.task.save_weights, self.settings, code)
-            self.reporter.begin(self.plan.in_words, self.task)
+            self.reporter.begin(self.plan.description, self.task)
 
     def run(self) -> int | None:
         """Train to the end of the plan, with an evaluation and a checkpoint wherever one is due.

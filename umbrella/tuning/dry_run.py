@@ -6,8 +6,8 @@ import joblib
 import torch
 from rich.console import Console
 
+from umbrella.base import ProgressBar, pluralise
 from umbrella.config import Settings
-from umbrella.data.loading import Progress, counted
 from umbrella.training.resource_check import SPARE_CPUS, max_concurrent_trainings
 from umbrella.training.run import load_and_check
 from umbrella.tuning.parameter import Entry
@@ -19,7 +19,7 @@ SHOWN = 20
 """Trials that a dry run lists."""
 
 
-def dry_run(settings: Settings, given: frozenset[str], progress: Progress, console: Console) -> None:
+def dry_run(settings: Settings, given: frozenset[str], progress: ProgressBar, console: Console) -> None:
     """Print the resolved settings, the trials, the resources asked for and the sample counts; start nothing.
 
     Raises:
@@ -54,13 +54,13 @@ def how(settings: Settings, entries: Sequence[Entry]) -> Iterator[str]:
     """Search, scheduler and budget in words, a line each."""
     asked = settings.tune
     drawn = [entry.name for entry in entries if entry.kind != "grid"]
-    draws = [f"{counted(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
+    draws = [f"{pluralise(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
     grids = ["every combination of the grids"] if len(drawn) < len(entries) else []
     combinations = ", each with ".join(grids + draws) or "the settings as they are"
-    optuna = f"Optuna (TPE), {counted(asked.samples, 'point')} at most, each proposed from those before"
+    optuna = f"Optuna (TPE), {pluralise(asked.samples, 'point')} at most, each proposed from those before"
     seeds = f"; {asked.seeds} seeds each, from {settings.seed} on" if asked.seeds > 1 else ""
     yield f"search: {optuna if asked.search == 'optuna' else combinations}{seeds}"
-    after = f"after {counted(asked.grace, 'evaluation')} each"
+    after = f"after {pluralise(asked.grace, 'evaluation')} each"
     yield {
         "asha": f"early stopping: ASHA, {after}, keeps the best 1/{asked.reduction} at each rung",
         "none": "early stopping: none",

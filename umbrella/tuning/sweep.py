@@ -10,11 +10,11 @@ import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from umbrella.base import Stopped, UserError
+from umbrella.base import ProgressBar, Stopped, UserError
 from umbrella.config import Settings
-from umbrella.data.intake import Splits
-from umbrella.data.loading import Progress, classes_of
+from umbrella.data.ingest import Splits
 from umbrella.data.settings import MaskPolicy
+from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance
 from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.sigterm import on_sigterm
@@ -49,7 +49,7 @@ ENVIRONMENT = {
 def run_sweep(
     settings: Settings,
     given: frozenset[str],
-    progress: Progress,
+    progress: ProgressBar,
     folder: Path | None = None,
     tell: Callable[[Answer], None] = lambda answer: None,
     then: Callable[[Answer], None] = lambda answer: None,
@@ -91,7 +91,7 @@ def _is_there(name: str) -> UserError:
     return UserError(f"name={name}: there is such a sweep; go on with --resume {name}, or rename")
 
 
-def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, goes_on: bool) -> Answer:
+def _run(settings: Settings, given: frozenset[str], progress: ProgressBar, folder: Path, goes_on: bool) -> Answer:
     search, scheduler = make_search(settings, given), make_scheduler(settings.tune)
     storage = storage_of(folder)
     entries = read_space(settings, given)
@@ -133,7 +133,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
             trials = _nameless(trials, splits, read_salt(storage))
         contenders = rank(trials, settings.tune.mode)
         subjects = len({c.subject_id for c in splits.validation})
-        held_out = classes_of(splits.validation)
+        held_out = target_classes(splits.validation)
         classes = {target: len(said) for target, said in job.candidates.items() if len(held_out[target]) > 1}
         warning = at_chance(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
         files = write_report(contenders, settings, folder, subjects, warning)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import joblib
 import numpy as np
 
-from umbrella.base import UserError, note
+from umbrella.base import ProgressBar, UserError, note, pluralise
 from umbrella.conversations.schema import Conversation
-from umbrella.data.loading import SPLITS, Intake, Progress, counted, read_splits
 from umbrella.data.settings import MaskPolicy
+from umbrella.data.splits import SPLITS, RawSplits, read_splits
 from umbrella.nodes import check_nodes, living, several_nodes
 from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.shared_store import SharedStore, as_path, is_address
@@ -51,7 +51,7 @@ class Splits:
     def left_out(self) -> str:
         """How many samples cannot be used, and where they are listed; empty if all can."""
         see = f", see {self.quarantine}" if self.quarantine else ""
-        return f"{counted(self.quarantined, 'sample')} cannot be used{see}" if self.quarantined else ""
+        return f"{pluralise(self.quarantined, 'sample')} cannot be used{see}" if self.quarantined else ""
 
     @property
     def fingerprint(self) -> str:
@@ -77,7 +77,7 @@ def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
 
 def load_splits(
     settings: "Settings",
-    progress: Progress,
+    progress: ProgressBar,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
     dry_run: bool = False,
@@ -93,41 +93,43 @@ def load_splits(
         dry_run: check everything but the volumes, and write nothing.
 
     Raises:
-        UserError: every problem found, one line each; see ``read_splits`` and ``settle``.
+        UserError: every problem found, one line each; see ``read_splits`` and ``apply_bad_sample_policy``.
     """
     asked = {settings.evaluate.split} if settings.evaluate.at_end else set()
     names = [name for name in SPLITS if name in {"train", "validation"} | asked]
-    intake = read_splits(settings, progress, names, dry_run=dry_run)
-    splits = settle_all(intake, settings, progress, masks, shapes, dry_run)
-    for line in intake.notices:
+    raw = read_splits(settings, progress, names, dry_run=dry_run)
+    splits = check_splits(raw, settings, progress, masks, shapes, dry_run)
+    for line in raw.notices:
         note(line)
     if splits.left_out:
         note(splits.left_out)
     return splits
 
 
-def settle_all(
-    intake: Intake,
+def check_splits(
+    raw: RawSplits,
     settings: "Settings",
-    progress: Progress,
+    progress: ProgressBar,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
     dry_run: bool = False,
 ) -> Splits:
-    """``settle`` what was read after all of it was tried: by the nodes of the cluster, its volumes, its tokens.
+    """Decode every volume, render every conversation, then apply ``data.on_bad`` to the bad samples.
 
     Args:
         masks, shapes, dry_run: as in ``load_splits``.
 
     Raises:
-        UserError: as ``settle`` and ``check_nodes``.
+        UserError: as ``apply_bad_sample_policy`` and ``check_nodes``.
     """
     # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
-    settle(intake, settings, write=False)
+    apply_bad_sample_policy(raw, settings, write=False)
     if not dry_run:
-        check_volumes(intake, settings, progress, shapes)
-    lengths, longest_answer = measure(intake, settings, progress, masks, shapes)
-    return replace(settle(intake, settings, write=not dry_run), lengths=lengths, longest_answer=longest_answer)
+        check_volumes(raw, settings, progress, shapes)
+    lengths, longest_answer = check_rendering(raw, settings, progress, masks, shapes)
+    return replace(
+        apply_bad_sample_policy(raw, settings, write=not dry_run), lengths=lengths, longest_answer=longest_answer
+    )
 
 
 def open_store(settings: "Settings") -> VolumeStore:
@@ -150,18 +152,18 @@ def shared_folders(settings: "Settings") -> dict[str, Path]:
     return folders
 
 
-def _some_volumes(intake: Intake) -> list[Path]:
+def _some_volumes(raw: RawSplits) -> list[Path]:
     """The first and the last volume of each split: enough to see whether a node has what they lie on."""
-    splits = [[v.image_path for c in conversations for v in c.volumes] for conversations in intake.splits.values()]
+    splits = [[v.image_path for c in conversations for v in c.volumes] for conversations in raw.splits.values()]
     return [Path(path).absolute() for paths in splits for path in sorted({*paths[:1], *paths[-1:]})]
 
 
 def check_volumes(
-    intake: Intake, settings: "Settings", progress: Progress, shapes: Sequence["Settings"] | None = None
+    raw: RawSplits, settings: "Settings", progress: ProgressBar, shapes: Sequence["Settings"] | None = None
 ) -> None:
     """Bring every volume into the store; conversations about a volume that cannot be used are set aside.
 
-    What is unusual in the headers of the others becomes a notice of the intake, one for each kind with a count.
+    What is unusual in the headers of the others becomes a notice of the raw, one for each kind with a count.
     The nodes of a cluster that this process has joined do so, after each was asked whether it sees what it needs.
 
     Args:
@@ -171,33 +173,33 @@ def check_volumes(
         UserError: as ``check_nodes``; the store cannot be written.
     """
     open_store(settings)  # it makes its folder
-    check_nodes(shared_folders(settings), _some_volumes(intake))
+    check_nodes(shared_folders(settings), _some_volumes(raw))
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
         store = open_store(shape)
-        _decode(intake, store, settings.data.processes, progress)
+        _fill_store(raw, store, settings.data.processes, progress)
     noted: dict[str, list[str]] = {}
-    for path in sorted({v.image_path for cs in intake.splits.values() for c in cs for v in c.volumes}):
+    for path in sorted({v.image_path for cs in raw.splits.values() for c in cs for v in c.volumes}):
         for words in store.notes(path):
             noted.setdefault(words, []).append(path)
-    intake.notices += [f"{counted(len(paths), 'volume')}, first {paths[0]}: {words}" for words, paths in noted.items()]
+    raw.notices += [f"{pluralise(len(paths), 'volume')}, first {paths[0]}: {words}" for words, paths in noted.items()]
 
 
-def _decode(intake: Intake, store: VolumeStore, processes: int, progress: Progress) -> None:
-    everything = {(v.image_path, v.modality) for cs in intake.splits.values() for c in cs for v in c.volumes}
+def _fill_store(raw: RawSplits, store: VolumeStore, processes: int, progress: ProgressBar) -> None:
+    everything = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
     new = sorted(volume for volume in everything if not _is_ready(store, *volume))
     many = sum(map(_size, new)) > WORTH_PROCESSES
     try:
-        done = zip(progress(new, "decoding volumes"), reasons_of(store, new, processes if many else 1), strict=True)
+        done = zip(progress(new, "decoding volumes"), decode_volumes(store, new, processes if many else 1), strict=True)
         bad = {volume: reason for volume, reason in done if reason}
     except OSError as error:
         said = str(error.strerror or error)
         if said.startswith("resources.store="):  # see ``SharedStore``
             raise UserError(f"{said}; is it the right address, and are its credentials set?") from None
         raise UserError(f"{store.folder}: {said}; make room, or set resources.storage") from None
-    intake.set_aside(
+    raw.exclude(
         {
             (name, c.task_id): reasons
-            for name, conversations in intake.splits.items()
+            for name, conversations in raw.splits.items()
             for c in conversations
             if (
                 reasons := [
@@ -210,10 +212,10 @@ def _decode(intake: Intake, store: VolumeStore, processes: int, progress: Progre
     )
 
 
-def measure(
-    intake: Intake,
+def check_rendering(
+    raw: RawSplits,
     settings: "Settings",
-    progress: Progress,
+    progress: ProgressBar,
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
 ) -> tuple[dict[str, np.ndarray], int]:
@@ -233,8 +235,8 @@ def measure(
     used = (settings.mask,) if masks is None else masks
     # What else a policy says makes targets heavier or lighter, and no target of what is none.
     policies = {"train": {(mask.supervise, mask.end_of_turn, mask.turn_header): mask for mask in used}.values()}
-    everything = [(name, c) for name, conversations in intake.splits.items() for c in conversations]
-    lengths: dict[str, list[int]] = {name: [] for name in intake.splits}
+    everything = [(name, c) for name, conversations in raw.splits.items() for c in conversations]
+    lengths: dict[str, list[int]] = {name: [] for name in raw.splits}
     reasons = {}
     longest_answer = 0
     for name, conversation in progress(everything, "rendering conversations"):
@@ -251,16 +253,16 @@ def measure(
             lengths[name].append(example.bucket_length)
             if name == "train":
                 longest_answer = max(longest_answer, *(e.longest_answer for e in examples))
-    intake.set_aside(reasons)
+    raw.exclude(reasons)
     return {name: np.array(of_split, np.int32) for name, of_split in lengths.items()}, longest_answer
 
 
 def _no_target(policy: MaskPolicy) -> str:
     remedy = "choose another mask, correct the loss flags of its turns, or leave it out with data.on_bad=quarantine"
-    return f"the mask policy ({policy.in_words}) supervises none of its tokens; {remedy}"
+    return f"the mask policy ({policy.description}) supervises none of its tokens; {remedy}"
 
 
-def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
+def apply_bad_sample_policy(raw: RawSplits, settings: "Settings", write: bool = True) -> Splits:
     """Refuse the data, or go on without the bad samples, as ``data.on_bad`` says.
 
     Args:
@@ -270,20 +272,20 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         UserError: a problem with ``on_bad=fail``; one that is not of single samples; more bad samples than
             ``data.max_bad_fraction``; an empty split.
     """
-    data, problems = settings.data, intake.problems
+    data, problems = settings.data, raw.problems
     reasons: dict[str, list[str]] = {}
     for problem in problems:
         reasons.setdefault(problem.where, []).append(str(problem).removeprefix(f"{problem.where}: "))
-    usable = sum(map(len, intake.splits.values()))
+    usable = sum(map(len, raw.splits.values()))
     if problems and (data.on_bad == "fail" or any(problem.sample is None for problem in problems)):
-        raise UserError("\n".join(intake.lines()))
+        raise UserError("\n".join(raw.problem_lines()))
     if len(reasons) > data.max_bad_fraction * (len(reasons) + usable):
         share = f"{len(reasons)} of {len(reasons) + usable} samples cannot be used, more than data.max_bad_fraction"
         last = f"{share}={data.max_bad_fraction:g}; repair them, or raise that"
-        raise UserError("\n".join([*intake.lines(), last]))
-    empty = [f"data.{name}: holds no conversation that can be used" for name, cs in intake.splits.items() if not cs]
+        raise UserError("\n".join([*raw.problem_lines(), last]))
+    empty = [f"data.{name}: holds no conversation that can be used" for name, cs in raw.splits.items() if not cs]
     if empty:
-        raise UserError("\n".join([*intake.lines(), *empty]))
+        raise UserError("\n".join([*raw.problem_lines(), *empty]))
     path = None
     if problems and write:
         samples = {problem.where: problem.sample for problem in problems}
@@ -292,9 +294,9 @@ def settle(intake: Intake, settings: "Settings", write: bool = True) -> Splits:
         path = quarantine_file(settings.resources.storage, hashlib.sha256(content).hexdigest()[:8])
         write_whole(path, content)
     return Splits(
-        intake.splits.get("train", []),
-        intake.splits.get("validation", []),
-        intake.splits.get("test", []),
+        raw.splits.get("train", []),
+        raw.splits.get("validation", []),
+        raw.splits.get("test", []),
         quarantined=len(reasons),
         quarantine=path,
     )
@@ -314,13 +316,13 @@ def _size(volume: tuple[str, str]) -> int:
         return 0
 
 
-GROUP = 4
+VOLUMES_PER_TASK = 4
 """Volumes to a task. Larger groups would make the bar jump, smaller ones cost more in talk than they do in work."""
 Volume = tuple[str, str]
 """A path, and its modality."""
 
 
-def reasons_of(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
+def decode_volumes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
     """Bring volumes into the store; of each, in order, why it cannot be used. Empty where it can, and is there now.
 
     Args:
@@ -330,13 +332,13 @@ def reasons_of(store: VolumeStore, volumes: Sequence[Volume], processes: int) ->
         OSError: the store cannot be written.
     """
     if processes != 1 and several_nodes():
-        return _by_nodes(store, volumes, processes)
+        return _decode_on_nodes(store, volumes, processes)
     jobs = processes or joblib.cpu_count()
-    tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=GROUP if jobs > 1 else 1)
-    return tasks(joblib.delayed(reason)(store, *volume) for volume in volumes)
+    tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=VOLUMES_PER_TASK if jobs > 1 else 1)
+    return tasks(joblib.delayed(decode_volume)(store, *volume) for volume in volumes)
 
 
-def reason(store: VolumeStore, path: str, modality: str) -> str:
+def decode_volume(store: VolumeStore, path: str, modality: str) -> str:
     """Why a volume cannot be used; empty where it can, and is in the store now."""
     try:
         store.get(path, modality)
@@ -345,12 +347,12 @@ def reason(store: VolumeStore, path: str, modality: str) -> str:
     return ""
 
 
-def _by_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
+def _decode_on_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
     import ray
 
     # Ray itself gives what asks for no GPU to nodes without one, as long as they have a CPU free.
-    task = ray.remote(num_cpus=1)(_reasons)
-    groups = (volumes[start : start + GROUP] for start in range(0, len(volumes), GROUP))
+    task = ray.remote(num_cpus=1)(_decode_group)
+    groups = (volumes[start : start + VOLUMES_PER_TASK] for start in range(0, len(volumes), VOLUMES_PER_TASK))
     at_once = processes or 2 * int(sum(node["Resources"].get("CPU", 0) for node in living()))
     asked = deque(task.remote(store, group) for group in islice(groups, at_once))
     while asked:
@@ -361,5 +363,5 @@ def _by_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> 
         asked.extend(task.remote(store, group) for group in islice(groups, 1))
 
 
-def _reasons(store: VolumeStore, volumes: Sequence[Volume]) -> list[str]:
-    return [reason(store, *volume) for volume in volumes]
+def _decode_group(store: VolumeStore, volumes: Sequence[Volume]) -> list[str]:
+    return [decode_volume(store, *volume) for volume in volumes]

@@ -15,9 +15,9 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.images import MISSING
 from umbrella.conversations.reading import Problem
-from umbrella.data.intake import Splits, load_splits, open_store
-from umbrella.data.loading import Intake, phantom_of, read_splits
+from umbrella.data.ingest import Splits, load_splits, open_store
 from umbrella.data.settings import MaskPolicy
+from umbrella.data.splits import RawSplits, phantom_folder_of, read_splits
 from umbrella.data.tokenizer import byte_tokenizer
 
 SAMPLES = {  # split to (task id, task type, subject, modalities)
@@ -313,7 +313,7 @@ def said(name: str, label: Any, answer: str, target: str = "sex", **others: Any)
     return {"id": name, "messages": turns, "metadata": metadata, **others}
 
 
-def read(folder: Path, names: Sequence[str] = SPLIT_NAMES, **splits: list[dict[str, Any]]) -> Intake:
+def read(folder: Path, names: Sequence[str] = SPLIT_NAMES, **splits: list[dict[str, Any]]) -> RawSplits:
     """What ``read_splits`` gives of these samples."""
     for name, samples in splits.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, samples)), encoding="utf-8")
@@ -352,24 +352,24 @@ def test_upstreams_comparisons_are_read_with_their_repeated_ids_and_empty_last_a
     train = [comparison(s, f"s{i}", f"{LABELS[s]}.") for s in ("s0", "s1") for i in range(2, 7)]
     held_out = {"validation": ("s10", "s11"), "test": ("s12", "s13")}
     blank = {name: [comparison(s, f"s{i}", "") for s in held_out[name] for i in (14, 15)] for name in held_out}
-    intake = read(folder, train=train, **blank)
-    assert intake.problems == []
-    assert [c.task_id for c in intake.splits["train"]][:6] == [
+    raw = read(folder, train=train, **blank)
+    assert raw.problems == []
+    assert [c.task_id for c in raw.splits["train"]][:6] == [
         *(f"s0_same_sex_comparison{number}" for number in ("", "#2", "#3", "#4", "#5")),
         "s1_same_sex_comparison",
     ]
     for name in held_out:
-        assert [c.answer for c in intake.splits[name]] == ["male."] * 2 + ["female."] * 2
+        assert [c.answer for c in raw.splits[name]] == ["male."] * 2 + ["female."] * 2
     numbered = "the task_id is used before with other content; such samples are numbered: id, id#2, ..."
     filled = "4 samples with an empty last answer; each gets the usual answer of its label in data.train"
-    assert intake.notices == [
+    assert raw.notices == [
         f"{folder}/train.jsonl:2: {numbered} (8 samples)",
         *(f"{folder}/{name}.jsonl:2: {numbered} (2 samples)" for name in held_out),
         *(f"data.{name}: {filled}" for name in held_out),
         "2 volumes in several splits, in each as a reference only, which is allowed",
     ]
     alone = read(folder, ("test",))
-    assert alone.splits["test"] == intake.splits["test"]
+    assert alone.splits["test"] == raw.splits["test"]
     settings = settings_of(folder).with_values({"modalities.sMRI": {"grid": [4, 4, 4], "patch": [2, 2, 2]}})
     splits = load_splits(settings, plain)
     assert [len(split) for split in (splits.train, splits.validation)] == [10, 4]
@@ -380,9 +380,9 @@ def test_an_empty_last_answer_is_a_problem_in_training_and_where_training_has_no
 ) -> None:
     train = [said("a", "male", "male."), said("b", "female", "")]
     validation = [said("c", "male", ""), said("d", "female", ""), said("e", 63, "", "age"), said("f", "male", "x")]
-    intake = read(folder, SPLIT_NAMES[:2], train=train, validation=validation)
-    assert [c.answer for c in intake.splits["validation"]] == ["male.", "x"]
-    assert [str(problem).removeprefix(f"{folder}/").split(";")[0] for problem in intake.problems] == [
+    raw = read(folder, SPLIT_NAMES[:2], train=train, validation=validation)
+    assert [c.answer for c in raw.splits["validation"]] == ["male.", "x"]
+    assert [str(problem).removeprefix(f"{folder}/").split(";")[0] for problem in raw.problems] == [
         "train.jsonl:2: messages.1.content: is empty",
         "validation.jsonl:2: conversations: the last answer is empty, and data.train answers no sample of 'sex' with"
         " the label 'female'",
@@ -404,12 +404,12 @@ def test_an_empty_last_answer_is_a_problem_in_training_and_where_training_has_no
     ],
 )
 def test_a_label_that_its_own_answer_contradicts_is_a_problem(folder: Path, train: list, found: int) -> None:
-    intake = read(folder, ("train",), train=[said(f"s{i}", *sample) for i, sample in enumerate(train)])
-    assert [str(p).removeprefix(f"{folder}/") for p in intake.problems] == [
+    raw = read(folder, ("train",), train=[said(f"s{i}", *sample) for i, sample in enumerate(train)])
+    assert [str(p).removeprefix(f"{folder}/") for p in raw.problems] == [
         "train.jsonl:3: metadata.subject_label: the label is 'male', but the answer 'female.' is that of the label"
         " 'female'; correct one of them"
     ] * found
-    assert len(intake.splits["train"]) == len(train) - found
+    assert len(raw.splits["train"]) == len(train) - found
 
 
 @pytest.mark.parametrize(
@@ -444,13 +444,15 @@ def test_a_label_that_its_own_answer_contradicts_is_a_problem(folder: Path, trai
 )
 def test_labels_that_look_like_numbers_or_like_classes_are_noted(folder: Path, samples: list, notes: list) -> None:
     train = [said(f"s{i}", label, answer, "age") for i, (label, answer) in enumerate(samples)]
-    intake = read(folder, ("train",), train=train)
-    assert (intake.problems, intake.notices) == ([], notes)
+    raw = read(folder, ("train",), train=train)
+    assert (raw.problems, raw.notices) == ([], notes)
 
 
 def test_problems_of_one_kind_are_one_line_with_their_number_common_folder_and_first_names() -> None:
     def lines(field: str, *texts: str) -> list[str]:
-        return Intake(problems=[Problem(f"c.jsonl:{i}", field, text) for i, text in enumerate(texts, 1)]).lines()
+        return RawSplits(
+            problems=[Problem(f"c.jsonl:{i}", field, text) for i, text in enumerate(texts, 1)]
+        ).problem_lines()
 
     gone = [f"/old/disk/scans/{name}.nii" for name in ("a", "b/x", "c", "d", "a")]
     assert lines("image_path", *(f"{path}{MISSING}" for path in [*gone, "D:\\x\\a.nii", "D:/x/b.nii"])) == [
@@ -470,7 +472,7 @@ def test_problems_of_one_kind_are_one_line_with_their_number_common_folder_and_f
         "c.jsonl:1: conversations.3.role: 'a/b' is not known (and 2 more conversations)"
     ]
     twice = [Problem("c.jsonl:1", f"conversations.{i}.role", f"'{role}' is not known") for i, role in enumerate("ab")]
-    assert Intake(problems=twice).lines() == [
+    assert RawSplits(problems=twice).problem_lines() == [
         "c.jsonl:1: conversations.0.role: 'a' is not known (and 1 more there, next 'b')"
     ]
     assert lines("conversations", "becomes 529 tokens", "becomes 530 tokens", "is empty") == [
@@ -589,9 +591,9 @@ def test_every_grid_of_a_sweep_is_in_the_store_before_the_start_and_no_sample_is
 def test_volumes_are_decoded_by_several_processes_with_the_same_outcome(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from umbrella.data import intake
+    from umbrella.data import ingest
 
-    monkeypatch.setattr(intake, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(ingest, "WORTH_PROCESSES", 0)
     (folder / "a_sMRI.nii").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"a_sMRI\.nii: cannot be read as an image.* \(and 1 more conversation\)$"):
         load_splits(settings_of(folder, processes=2), plain)
@@ -615,7 +617,7 @@ def test_without_data_a_phantom_cohort_is_made_once_and_counted_before(
     for settings, drawn in zip(every, before, strict=True):
         assert drawn == tasks(load_splits(settings, watch)) == tasks(load_splits(settings, plain, dry_run=True))
     assert made.count("making the phantom cohort") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {phantom_of(every[0]).name, "volumes"}
+    assert {path.name for path in tmp_path.iterdir()} == {phantom_folder_of(every[0]).name, "volumes"}
 
     with pytest.raises(UserError, match=r"data\.train: none of its"):
         load_splits(small_settings(base | {"cohort.seed": 1, "data.task_filter": "nothing"}), plain, dry_run=True)

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from umbrella.base import Progress, UserError, counted
+from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.images import MISSING
 from umbrella.conversations.reading import Problem, Reading, read_conversations
 from umbrella.conversations.schema import Conversation, usual_answers
@@ -31,13 +31,13 @@ VARYING = re.compile(
 
 
 @dataclass
-class Intake:
+class RawSplits:
     """What was read: conversations that can be used so far, and every reason why others cannot."""
 
     splits: dict[str, list[Conversation]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    places: dict[tuple[str, str], str] = field(default_factory=dict)
+    locations: dict[tuple[str, str], str] = field(default_factory=dict)
     """(split, task_id) to "file:line"."""
 
     def add(self, name: str, reading: Reading) -> None:
@@ -45,19 +45,19 @@ class Intake:
         self.splits[name] = reading.conversations
         self.problems += reading.problems
         self.notices += reading.notices
-        self.places |= {(name, task_id): place for task_id, place in reading.places.items()}
+        self.locations |= {(name, task_id): place for task_id, place in reading.locations.items()}
 
-    def set_aside(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
+    def exclude(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
         """Take conversations out: (split, task_id) to (field, what is wrong) of each."""
         for name, conversations in self.splits.items():
             for c in conversations:
                 self.problems += [
-                    Problem(self.places[name, c.task_id], of, what, c.model_dump(mode="json"))
+                    Problem(self.locations[name, c.task_id], of, what, c.model_dump(mode="json"))
                     for of, what in reasons.get((name, c.task_id), ())
                 ]
             self.splits[name] = [c for c in conversations if (name, c.task_id) not in reasons]
 
-    def lines(self) -> list[str]:
+    def problem_lines(self) -> list[str]:
         """One line per kind of problem: the first of its kind, how many more there are, and the names of some."""
         kinds: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
@@ -77,7 +77,9 @@ def _root(value: str) -> str:
 
 def _in_one_line(problems: Sequence[Problem]) -> str:
     first, places = problems[0], len({problem.where for problem in problems})
-    others = f"and {counted(places - 1, 'more conversation')}" if places > 1 else f"and {len(problems) - 1} more there"
+    others = (
+        f"and {pluralise(places - 1, 'more conversation')}" if places > 1 else f"and {len(problems) - 1} more there"
+    )
     values = zip(*(VARYING.findall(problem.what) for problem in problems), strict=False)
     names = next((found for value in values if len(found := list(dict.fromkeys(value))) > 1), [])
     if not names:
@@ -97,11 +99,11 @@ def _in_one_line(problems: Sequence[Problem]) -> str:
 
 def read_splits(
     settings: "Settings",
-    progress: Progress,
+    progress: ProgressBar,
     names: Sequence[str] = ("train", "validation"),
     check_files: bool = True,
     dry_run: bool = False,
-) -> Intake:
+) -> RawSplits:
     """Read splits; without ``data.train``, the phantom cohort's, which is made when it is not there yet.
 
     Args:
@@ -117,16 +119,16 @@ def read_splits(
         raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
     if data.train and not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
-    phantom, intake = phantom_of(settings), Intake()
+    phantom, raw = phantom_folder_of(settings), RawSplits()
     if not data.train and own.keys() != set(names):
         if not dry_run:
             from umbrella.cohort.phantom import make_cohort
 
             make_cohort(phantom, settings.cohort, lambda people: progress(list(people), "making the phantom cohort"))
         elif not (phantom / "cohort.json").exists():
-            intake.splits = keep(_drawn(settings, names), settings)
-            intake.places = {(name, c.task_id): "the phantom" for name, cs in intake.splits.items() for c in cs}
-            return intake
+            raw.splits = filter_splits(_phantom_conversations(settings, names), settings)
+            raw.locations = {(name, c.task_id): "the phantom" for name, cs in raw.splits.items() for c in cs}
+            return raw
     for name in names:
         root: str | Path | None = data.root or None
         paths: Sequence[str | Path] = own.get(name, ())
@@ -134,38 +136,38 @@ def read_splits(
             root, paths = phantom, [phantom / "conversations" / f"{name}.jsonl"]
         if paths:
             where = (paths, root, data.path_map, data.format, settings.modalities)
-            intake.add(name, read_conversations(*where, check_files, blank_answers=name != "train"))
-    if not intake.problems or any(intake.splits.values()):
-        intake.splits = keep(intake.splits, settings)
-    _check_answers(intake, lambda: read_splits(settings, progress, ("train",), check_files=False))
-    intake.notices += assign_subjects(intake.splits, progress)
-    shared, notices = find_shared(intake.splits, intake.places)
-    intake.notices += [*notices, *_one_class(intake)]
+            raw.add(name, read_conversations(*where, check_files, blank_answers=name != "train"))
+    if not raw.problems or any(raw.splits.values()):
+        raw.splits = filter_splits(raw.splits, settings)
+    _check_answers(raw, lambda: read_splits(settings, progress, ("train",), check_files=False))
+    raw.notices += assign_subjects(raw.splits, progress)
+    shared, notices = find_shared(raw.splits, raw.locations)
+    raw.notices += [*notices, *_single_class_notices(raw)]
     for name, problem in shared:
         if name == "test" and settings.evaluate.allow_shared_subjects:
-            intake.notices.append(str(problem))
+            raw.notices.append(str(problem))
         else:
-            intake.problems.append(problem)
-    return intake
+            raw.problems.append(problem)
+    return raw
 
 
-def _check_answers(intake: Intake, read_training: Callable[[], Intake]) -> None:
+def _check_answers(raw: RawSplits, read_training: Callable[[], RawSplits]) -> None:
     """Compare last answers and labels with the training split: set aside what contradicts, note what looks mistaken.
 
     Held-out samples that have a label and a blank last answer get the usual answer of that label.
 
     Args:
-        read_training: called where a blank answer needs the training split, and that is not part of ``intake``.
+        read_training: called where a blank answer needs the training split, and that is not part of ``raw``.
     """
-    blank = {(name, c.task_id) for name, cs in intake.splits.items() for c in cs if not c.is_answered}
-    training = intake.splits.get("train", [])
-    if blank and "train" not in intake.splits:
+    blank = {(name, c.task_id) for name, cs in raw.splits.items() for c in cs if not c.is_answered}
+    training = raw.splits.get("train", [])
+    if blank and "train" not in raw.splits:
         training = read_training().splits.get("train", [])
     usual = usual_answers(training)
     said = Counter((c.target, c.label, c.answer) for c in training)
     reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
     filled: Counter[str] = Counter()
-    for name, conversations in intake.splits.items():
+    for name, conversations in raw.splits.items():
         for i, c in enumerate(conversations):
             texts = usual.get(c.target, {})
             if (name, c.task_id) in blank:
@@ -181,11 +183,11 @@ def _check_answers(intake: Intake, read_training: Callable[[], Intake]) -> None:
                 if any(said[c.target, label, c.answer] > frequency for label in others):
                     what = f"the label is {c.label!r}, but the answer {c.answer!r} is that of the label {others[0]!r}"
                     reasons[name, c.task_id] = [("metadata.subject_label", f"{what}; correct one of them")]
-    intake.set_aside(reasons)
+    raw.exclude(reasons)
     for name, count in filled.items():
         what = "with an empty last answer; each gets the usual answer of its label in data.train"
-        intake.notices.append(f"data.{name}: {counted(count, 'sample')} {what}")
-    intake.notices += _doubtful_labels(training)
+        raw.notices.append(f"data.{name}: {pluralise(count, 'sample')} {what}")
+    raw.notices += _doubtful_labels(training)
 
 
 def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
@@ -199,32 +201,32 @@ def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
         texts = [label for label in of_target if isinstance(label, str)]
         numbers = {label for label in of_target if not isinstance(label, str)}
         if texts and not {*texts} <= {"0", "1"} and all(re.fullmatch(r"\s*[-+]?\d+([.,]\d+)?\s*", t) for t in texts):
-            what = f"{counted(len(texts), 'label')} of {target!r} are numbers written as text, first {texts[0]!r}"
+            what = f"{pluralise(len(texts), 'label')} of {target!r} are numbers written as text, first {texts[0]!r}"
             yield f"{what}; for a regression write them as numbers, without quotes"
         few = len(numbers) <= FEW and all(float(number).is_integer() for number in numbers)
         if numbers and (numbers <= {0, 1} or (few and target not in with_digits)):
             listed = ", ".join(f"{number:g}" for number in sorted(numbers, key=float))
-            what = f"{counted(len(of_target) - len(texts), 'label')} of {target!r} are the numbers {listed}"
+            what = f"{pluralise(len(of_target) - len(texts), 'label')} of {target!r} are the numbers {listed}"
             yield f'{what}, so it is a regression; for classes write their names as text, as in "male"'
 
 
-def read_input(settings: "Settings") -> Intake:
+def read_input(settings: "Settings") -> RawSplits:
     """Read the conversations of ``data.input`` as a split "input". Their last answers may be missing.
 
     Raises:
         UserError: a file or folder that does not exist; nothing is left after the filters.
     """
-    data, intake = settings.data, Intake()
+    data, raw = settings.data, RawSplits()
     root = data.root or None
-    intake.add(
+    raw.add(
         "input", read_conversations(data.input, root, data.path_map, data.format, settings.modalities, questions=True)
     )
-    intake.splits = keep(intake.splits, settings)
-    intake.notices += assign_subjects(intake.splits, lambda things, what: things)
-    return intake
+    raw.splits = filter_splits(raw.splits, settings)
+    raw.notices += assign_subjects(raw.splits, lambda things, what: things)
+    return raw
 
 
-def keep(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict[str, list[Conversation]]:
+def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict[str, list[Conversation]]:
     """What ``data.modality`` and ``data.task_filter`` leave of each split.
 
     Raises:
@@ -251,7 +253,7 @@ def keep(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict
     return kept
 
 
-def _drawn(settings: "Settings", names: Sequence[str]) -> dict[str, list[Conversation]]:
+def _phantom_conversations(settings: "Settings", names: Sequence[str]) -> dict[str, list[Conversation]]:
     """The conversations of the phantom cohort, without its volumes."""
     from umbrella.cohort.questions import draw_subjects, split_conversations
 
@@ -265,24 +267,24 @@ def _drawn(settings: "Settings", names: Sequence[str]) -> dict[str, list[Convers
     }
 
 
-def phantom_of(settings: "Settings") -> Path:
+def phantom_folder_of(settings: "Settings") -> Path:
     """Where the phantom cohort lies: a folder per cohort settings, so that another cohort never meets this one."""
     key = hashlib.sha256(settings.cohort.model_dump_json().encode()).hexdigest()[:8]
     return phantom_folder(settings.resources.storage, key)
 
 
-def _one_class(intake: Intake) -> list[str]:
+def _single_class_notices(raw: RawSplits) -> list[str]:
     """A note for each target of which a held-out split has one class, so that there is no balanced accuracy."""
     notes = []
-    for name in intake.splits.keys() - {"train"}:
-        for target, labels in classes_of(intake.splits[name]).items():
+    for name in raw.splits.keys() - {"train"}:
+        for target, labels in target_classes(raw.splits[name]).items():
             if len(labels) == 1:
                 what = f"every label of {target!r} is {labels.pop()!r}, so it has no balanced accuracy"
                 notes.append(f"data.{name}: {what}")
     return sorted(notes)
 
 
-def classes_of(conversations: Iterable[Conversation]) -> dict[str, set[str]]:
+def target_classes(conversations: Iterable[Conversation]) -> dict[str, set[str]]:
     """Target to its labels that are classes."""
     classes: dict[str, set[str]] = defaultdict(set)
     for c in conversations:
