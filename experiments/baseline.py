@@ -1,4 +1,4 @@
-"""What the field would use: a small 3D CNN for each target, on the same data and evaluated as a language model is.
+"""The baseline: train a small 3D CNN for each target on the same data, and evaluate it like a language model.
 
 Without arguments: sex and age of the phantom cohort, which is made when it is not there yet.
 """
@@ -7,14 +7,14 @@ from umbrella.cli import Request, make_console, progress_bar, run_script
 
 
 def main(request: Request) -> None:
-    """Train and evaluate, or say what would be."""
+    """Train and evaluate; in a dry run, print the targets."""
     if request.dry_run:
-        from umbrella.baseline.run import load_checked
+        from umbrella.baseline.run import load_and_check
 
         make_console().print(request.settings.to_yaml(), markup=False, highlight=False)
-        _, heads = load_checked(request.settings, progress_bar, dry_run=True)
-        for target, head in heads.items():
-            make_console().print(f"would learn {target}: {head.in_words}", markup=False, highlight=False)
+        _, encodings = load_and_check(request.settings, progress_bar, dry_run=True)
+        for target, encoding in encodings.items():
+            make_console().print(f"would learn {target}: {encoding.description}", markup=False, highlight=False)
         return
     from umbrella.assessment.summary import print_evaluation
     from umbrella.baseline.run import run_baseline

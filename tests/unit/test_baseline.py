@@ -6,8 +6,8 @@ import pytest
 
 from tests.conftest import make_conversation
 from umbrella.base import UserError
-from umbrella.baseline.run import resolved
-from umbrella.baseline.targets import Bins, Classes, fit, own_volume, samples_of
+from umbrella.baseline.run import training_settings
+from umbrella.baseline.targets import BinEncoding, ClassEncoding, find_volume, fit_encoding, make_samples
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 
@@ -51,33 +51,33 @@ def test_frames_of_a_series_are_channels() -> None:
 
 @pytest.mark.parametrize("age", [20, 20.4, 47, 63.25, 80])
 def test_a_soft_label_sums_to_one_and_its_mean_is_the_age(age: float) -> None:
-    bins = fit("age", [20, 80, 33.0], 40)
-    assert isinstance(bins, Bins)
-    soft = bins.soft(age)
+    bins = fit_encoding("age", [20, 80, 33.0], 40)
+    assert isinstance(bins, BinEncoding)
+    soft = bins.encode(age)
     assert soft.shape == (40,)
     assert soft.sum() == pytest.approx(1)
-    assert bins.read(soft.tolist()) == pytest.approx(age, abs=0.002 * bins.width)
-    assert bins.soft(200).tolist() == bins.soft(80).tolist()
+    assert bins.decode(soft.tolist()) == pytest.approx(age, abs=0.002 * bins.width)
+    assert bins.encode(200).tolist() == bins.encode(80).tolist()
 
 
 def test_labels_that_cannot_be_learned_are_refused() -> None:
-    assert fit("sex", ["male", "female", "male"], 40) == Classes(("female", "male"))
+    assert fit_encoding("sex", ["male", "female", "male"], 40) == ClassEncoding(("female", "male"))
     with pytest.raises(UserError, match=r"^target 'x': all labels in data\.train are 'male', so there is nothing"):
-        fit("x", ["male", "male"], 40)
+        fit_encoding("x", ["male", "male"], 40)
     with pytest.raises(UserError, match="has classes \\(male\\) and numbers"):
-        fit("x", ["male", 3], 40)
+        fit_encoding("x", ["male", 3], 40)
 
 
 @pytest.mark.parametrize(
-    ("head", "labels", "metric"),
+    ("encoding", "labels", "metric"),
     [
-        (Classes(("female", "male")), {"female", "male"}, "eval/x/balanced_accuracy"),
-        (Classes(("female", "male")), {"male"}, "eval/loss"),
-        (Bins(0, 1, 40), set(), "eval/x/mae"),
+        (ClassEncoding(("female", "male")), {"female", "male"}, "eval/x/balanced_accuracy"),
+        (ClassEncoding(("female", "male")), {"male"}, "eval/loss"),
+        (BinEncoding(0, 1, 40), set(), "eval/x/mae"),
     ],
 )
-def test_the_best_checkpoint_is_chosen_by_a_metric_that_there_is(head: Any, labels: set, metric: str) -> None:
-    tune = resolved(load_settings(), "x", head, labels).tune
+def test_the_best_checkpoint_is_chosen_by_a_metric_that_there_is(encoding: Any, labels: set, metric: str) -> None:
+    tune = training_settings(load_settings(), "x", encoding, labels).tune
     assert (tune.metric, tune.mode) == (metric, "max" if metric.endswith("accuracy") else "min")
 
 
@@ -89,7 +89,7 @@ def about(subject: str, *turns: Any, label: Any = "male", **metadata: Any) -> Co
 
 def test_a_sample_is_the_subjects_own_scan_and_never_the_references() -> None:
     def chosen(*turns: Any, modality: str = "sMRI", **metadata: Any) -> str | None:
-        return own_volume(about("a", *turns, **metadata), modality)
+        return find_volume(about("a", *turns, **metadata), modality)
 
     own, other, own_d, other_d = ("sMRI", "own"), ("sMRI", "other"), ("dMRI", "own_d"), ("dMRI", "other_d")
     reference = {"reference_id": "b"}
@@ -108,9 +108,9 @@ def test_a_sample_is_the_subjects_own_scan_and_never_the_references() -> None:
 def test_a_volume_that_is_asked_about_twice_is_one_sample_with_one_label() -> None:
     twice = [about("a", [("sMRI", "x")]), about("a", [("sMRI", "y")], [("sMRI", "x")], reference_id="b")]
     others = [about("b", [("sMRI", "y")], label="female"), about("c", [("sMRI", "z")], target="age", label=3)]
-    assert [(s.path, s.subject_id, s.label) for s in samples_of([*twice, *others], "sex", "sMRI")] == [
+    assert [(s.path, s.subject_id, s.label) for s in make_samples([*twice, *others], "sex", "sMRI")] == [
         ("x", "a", "male"),
         ("y", "b", "female"),
     ]
     with pytest.raises(UserError, match=r"^x: its sex is 'male' in a-1 and 'female' in d-1; one of them is wrong"):
-        samples_of([*twice, about("d", [("sMRI", "x")], label="female")], "sex", "sMRI")
+        make_samples([*twice, about("d", [("sMRI", "x")], label="female")], "sex", "sMRI")

@@ -1,1 +1,1 @@
-"""What the field would use without a language model: a small 3D CNN on the same splits, store, metrics and report."""
+"""The baseline: a small 3D CNN trained on the same splits, volume store, metrics and report as the language model."""

@@ -1,4 +1,4 @@
-"""The description of a baseline's training that every rank gets. Only the ranks import the network."""
+"""The training job of a baseline, as every rank receives it. This module does not import torch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,26 +7,26 @@ from typing import ClassVar
 
 import ray
 
-from umbrella.baseline.targets import Bins, Classes
+from umbrella.baseline.targets import LabelEncoding
 from umbrella.evaluation.predictions import Prediction
 from umbrella.training.job import Job
 
-BASELINE = partial(resolve_name, "umbrella.baseline.task:BaselineTask")
-"""The task of a ``BaselineJob``."""
-Question = tuple[Prediction, str]
-"""A conversation that nobody has answered yet, and the path of the volume that answers it."""
+BASELINE_TASK = partial(resolve_name, "umbrella.baseline.task:BaselineTask")
+"""Import the task of a ``BaselineJob``."""
+EvaluationSample = tuple[Prediction, str]
+"""A prediction without an answer yet, and the path of the volume to predict it from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineJob(Job):
-    """The training of one network for one target. What it takes from ``settings`` is as ``run.resolved`` says."""
+    """The training of one network for one target. ``settings`` come from ``run.training_settings``."""
 
     target: str
-    head: Classes | Bins
+    encoding: LabelEncoding
     samples: ray.ObjectRef
-    """Sequence of ``Sample``, to learn from."""
+    """Sequence of ``Sample`` to train on."""
     validation: ray.ObjectRef
-    """Sequence of ``Question``."""
-    asked: ray.ObjectRef
-    """Sequence of ``Question``: of the split that is evaluated at the end."""
+    """Sequence of ``EvaluationSample`` of the validation split."""
+    evaluation: ray.ObjectRef
+    """Sequence of ``EvaluationSample`` of ``evaluate.split``, predicted after the training."""
     unused: ClassVar[tuple[str, ...]] = ("tune", "mask", "model")

@@ -1,8 +1,8 @@
-"""The baseline from settings to predictions: one network for each target, trained and tracked as a run of its own."""
+"""Train and evaluate the baseline: one network and one MLflow run per target."""
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -11,10 +11,17 @@ from umbrella.assessment.assessment import AS_ASKED, Assessment
 from umbrella.assessment.run import Evaluated, write
 from umbrella.assessment.tracked import log
 from umbrella.base import ProgressBar, UserError, note
-from umbrella.baseline.job import BASELINE, BaselineJob, Question
-from umbrella.baseline.targets import Bins, Classes, asked, fit, samples_of, targets_of
+from umbrella.baseline.job import BASELINE_TASK, BaselineJob
+from umbrella.baseline.targets import (
+    BinEncoding,
+    ClassEncoding,
+    LabelEncoding,
+    find_targets,
+    fit_encoding,
+    make_samples,
+    pair_with_volumes,
+)
 from umbrella.config import Settings
-from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import Splits, fingerprint, load_splits
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.predictions import Prediction, read_predictions
@@ -35,11 +42,11 @@ NOTE = "this network sees one volume of each conversation and no words; its numb
 
 
 def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluated]:
-    """Train a network for each target and evaluate it on ``evaluate.split``; gives each evaluation when it is done.
+    """Train one network per target and evaluate it on ``evaluate.split``. Yields each evaluation when it is complete.
 
     Raises:
-        UserError: whatever is wrong with settings or data, before anything starts; or what ended a training.
-        Stopped: SIGTERM came; the training saved and stopped.
+        UserError: if settings or data are invalid (before any training starts), or if a training fails.
+        Stopped: if SIGTERM stopped the training, after a checkpoint was saved.
     """
     splits, jobs = make_jobs(settings, progress)
     for job in jobs:
@@ -51,47 +58,51 @@ def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluate
 
 
 def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[BaselineJob]]:
-    """The data, and all that is to be trained, checked and ready to run on the Ray that this starts.
+    """Check settings and data, start Ray, and return the splits and one job per target.
 
     Raises:
-        UserError: as ``run_baseline``.
+        UserError: if settings or data are invalid.
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    check_settings(settings)  # before a Ray is started
+    check_settings(settings)  # before Ray starts
     name = settings.named("baseline").name
     start_ray(settings.resources, log_to_driver=True, name=name)
-    splits, heads = load_checked(settings, progress)
+    splits, encodings = load_and_check(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
     jobs = []
-    for target, head in heads.items():
-        own = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
-        tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": own, "trial": own}
-        jobs.append(make_job(settings, splits, target, head, tracking, str(training_folder(storage, own))))
+    for target, encoding in encodings.items():
+        run_name = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
+        tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": run_name, "trial": run_name}
+        jobs.append(make_job(settings, splits, target, encoding, tracking, str(training_folder(storage, run_name))))
     return splits, jobs
 
 
-def load_checked(
+def load_and_check(
     settings: Settings, progress: ProgressBar, dry_run: bool = False
-) -> tuple[Splits, dict[str, Classes | Bins]]:
-    """The data, and what the network of each target says, after every check that is made before the start.
+) -> tuple[Splits, dict[str, LabelEncoding]]:
+    """Load the splits and choose the label encoding of each target, with all checks that precede a training.
 
     Args:
-        dry_run: as in ``load_splits``.
+        dry_run: see ``load_splits``.
 
     Raises:
-        UserError: as ``run_baseline``.
+        UserError: if settings or data are invalid.
     """
     check_settings(settings)
-    # With the split that is asked.
+    # evaluate.at_end makes load_splits load evaluate.split, too.
     splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress, dry_run=dry_run)
-    return splits, {target: check(settings, splits, target) for target in pick_targets(settings, splits)}
+    return splits, {target: check_target(settings, splits, target) for target in pick_targets(settings, splits)}
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UserError for what is wrong before any data are read."""
+    """Check the settings that need no data.
+
+    Raises:
+        UserError: if ``baseline.modality`` is unknown, or the test split is evaluated but not set.
+    """
     modality = settings.baseline.modality
     if modality not in settings.modalities:
         raise UserError(f"baseline.modality={modality}: there are {', '.join(settings.modalities)}")
@@ -100,64 +111,78 @@ def check_settings(settings: Settings) -> None:
 
 
 def pick_targets(settings: Settings, splits: Splits) -> list[str]:
-    """``baseline.target``, or all that can be learned; what is left out is named on standard error.
+    """Return ``baseline.target``, or else every target with samples in all required splits.
+
+    A note on standard error names each target that is left out.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is no such target.
     """
-    modality, known = settings.baseline.modality, targets_of(splits.train)
-    if settings.baseline.target:
-        if settings.baseline.target not in known:
-            raise UserError(
-                f"baseline.target={settings.baseline.target}: data.train has labels of {', '.join(known) or 'nothing'}"
-            )
-        return [settings.baseline.target]
+    known, chosen = find_targets(splits.train), settings.baseline.target
+    if chosen:
+        if chosen not in known:
+            raise UserError(f"baseline.target={chosen}: data.train has labels of {', '.join(known) or 'nothing'}")
+        return [chosen]
     picked = []
     for target in known:
-        missing = [name for name in _needed(settings) if not asked(getattr(splits, name), target, modality)]
-        if missing:
-            note(f"target {target!r} is left out: {_nothing(missing[0], target, modality)}")
+        if missing := _split_without_samples(settings, splits, target):
+            note(f"target {target!r} is left out: {missing}")
         else:
             picked.append(target)
     if not picked:
-        raise UserError(f"data.train: no label that a volume of baseline.modality={modality} could be asked for")
+        raise UserError(
+            f"data.train: no labelled conversation has a volume of baseline.modality={settings.baseline.modality}"
+        )
     return picked
 
 
-def check(settings: Settings, splits: Splits, target: str) -> Classes | Bins:
-    """What the network for a target says, once the data of all splits were found to fit.
+def check_target(settings: Settings, splits: Splits, target: str) -> LabelEncoding:
+    """Check the data of a target in all required splits, and return its label encoding.
 
     Raises:
-        UserError: a split without samples; labels that do not fit together; a name that MLflow does not take.
+        UserError: if a split has no samples, labels are inconsistent, or MLflow does not accept the target's name.
     """
     check_target_names([target])
-    own = settings.baseline
-    for name in _needed(settings):
-        if not asked(getattr(splits, name), target, own.modality):
-            raise UserError(f"baseline.target={target}: {_nothing(name, target, own.modality)}")
-    head = fit(target, [sample.label for sample in samples_of(splits.train, target, own.modality)], own.bins)
-    if isinstance(head, Classes):
-        check_labels({target: {label: label for label in head.names}})
-    for name in _needed(settings):
-        for conversation, _ in asked(getattr(splits, name), target, own.modality):
-            if not head.knows(conversation.label):
+    modality = settings.baseline.modality
+    if missing := _split_without_samples(settings, splits, target):
+        raise UserError(f"baseline.target={target}: {missing}")
+    labels = [sample.label for sample in make_samples(splits.train, target, modality)]
+    encoding = fit_encoding(target, labels, settings.baseline.bins)
+    if isinstance(encoding, ClassEncoding):
+        check_labels({target: {label: label for label in encoding.names}})
+    for name in _required_splits(settings):
+        for conversation, _ in pair_with_volumes(getattr(splits, name), target, modality):
+            if not encoding.is_valid(conversation.label):
                 raise UserError(
-                    f"data.{name}: {conversation.task_id}: its label {conversation.label!r} of {target!r} is none that"
-                    f" data.train has ({head.in_words})"
+                    f"data.{name}: {conversation.task_id}: its label {conversation.label!r} of {target!r} does not"
+                    f" occur in data.train ({encoding.description}); correct it, or leave the conversation out"
                 )
-    return head
+    return encoding
 
 
-def resolved(settings: Settings, target: str, head: Classes | Bins, labels: set[str]) -> Settings:
-    """The settings under the names that a training goes by: those of ``optim``, ``train`` and ``tune`` are true too.
+def _required_splits(settings: Settings) -> list[str]:
+    return list(dict.fromkeys(["train", "validation", settings.evaluate.split]))
+
+
+def _split_without_samples(settings: Settings, splits: Splits, target: str) -> str:
+    """Return a message about the first required split without samples of the target, or an empty string."""
+    modality = settings.baseline.modality
+    for name in _required_splits(settings):
+        if not pair_with_volumes(getattr(splits, name), target, modality):
+            return f"data.{name} has no label of it that belongs to a volume of baseline.modality={modality}"
+    return ""
+
+
+def training_settings(settings: Settings, target: str, encoding: LabelEncoding, labels: set[str]) -> Settings:
+    """Return settings with the values of ``baseline`` copied to ``optim``, ``train`` and ``tune``.
 
     Args:
-        labels: the classes of the validation split. With one of them there is no balanced accuracy, and the loss
-            decides.
+        labels: the classes in the validation split. With a single class, balanced accuracy is undefined, and the
+            loss selects the best checkpoint.
     """
     own = settings.baseline
-    metric = f"eval/{target}/mae" if isinstance(head, Bins) else f"eval/{target}/balanced_accuracy"
-    if isinstance(head, Classes) and len(labels) == 1:
+    metric = f"eval/{target}/mae" if isinstance(encoding, BinEncoding) else f"eval/{target}/balanced_accuracy"
+    if isinstance(encoding, ClassEncoding) and len(labels) == 1:
         metric = "eval/loss"
     return settings.with_values(
         {
@@ -178,16 +203,21 @@ def make_job(
     settings: Settings,
     splits: Splits,
     target: str,
-    head: Classes | Bins,
+    encoding: LabelEncoding,
     tracking: dict[str, str | None],
     folder: str,
 ) -> BaselineJob:
-    """The job of one target, its samples put into Ray's object store."""
+    """Return the job of one target, with its samples in Ray's object store."""
     modality = settings.baseline.modality
-    used = {name: [c for c, _ in asked(getattr(splits, name), target, modality)] for name in ("train", "validation")}
+    pairs = {name: pair_with_volumes(getattr(splits, name), target, modality) for name in _required_splits(settings)}
+    used = {name: [conversation for conversation, _ in of_split] for name, of_split in pairs.items()}
+
+    def put_evaluation_samples(split: str) -> ray.ObjectRef:
+        return ray.put([(Prediction.of(conversation), path) for conversation, path in pairs[split]])
+
     return BaselineJob(
-        task=BASELINE,
-        settings=resolved(settings, target, head, target_classes(used["validation"])[target]),
+        task=BASELINE_TASK,
+        settings=training_settings(settings, target, encoding, target_classes(used["validation"])[target]),
         data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
         tracking=tracking,
         folder=folder,
@@ -197,41 +227,28 @@ def make_job(
             describe("validation", used["validation"], splits.fingerprint, settings.data.validation),
         ],
         target=target,
-        head=head,
-        samples=ray.put(samples_of(splits.train, target, modality)),
-        validation=ray.put(questions(splits.validation, target, modality)),
-        asked=ray.put(questions(getattr(splits, settings.evaluate.split), target, modality)),
+        encoding=encoding,
+        samples=ray.put(make_samples(splits.train, target, modality)),
+        validation=put_evaluation_samples("validation"),
+        evaluation=put_evaluation_samples(settings.evaluate.split),
     )
 
 
-def questions(conversations: Sequence[Conversation], target: str, modality: str) -> list[Question]:
-    """What a network for this target can be asked."""
-    return [(Prediction.of(conversation), path) for conversation, path in asked(conversations, target, modality)]
-
-
-def _needed(settings: Settings) -> list[str]:
-    return list(dict.fromkeys(["train", "validation", settings.evaluate.split]))
-
-
-def _nothing(split: str, target: str, modality: str) -> str:
-    return f"data.{split} has no label of it that belongs to a volume of baseline.modality={modality}"
-
-
 def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
-    """Count, write and track what the network of a training that has ended answered.
+    """Compute the metrics of a completed training from its predictions, write the report and log to MLflow.
 
     Raises:
-        UserError: it has no checkpoint that was evaluated; a folder that cannot be written to.
+        UserError: if no checkpoint has an evaluation, or the folder is not writable.
     """
-    tune, split, own = job.settings.tune, job.settings.evaluate.split, job.settings.baseline
+    tune, split, modality = job.settings.tune, job.settings.evaluate.split, job.settings.baseline.modality
     best = best_checkpoint(job.folder, tune.metric, tune.mode)
     if best is None:
         raise UserError(f"{job.folder}: no checkpoint with a {tune.metric}; train anew under another name")
     folder = evaluation_folder(job.settings.resources.storage, str(job.tracking["name"]))
-    if job.settings.output:  # a folder in it for each target
+    if job.settings.output:
         folder = Path(job.settings.output).absolute() / job.target.replace("/", "_")
     check_writable(folder, f"output={folder}")
-    # What a person may have asked of a language model, and this one has not.
+    # These settings apply to language models only.
     settings = job.settings.with_values({"evaluate.controls": [], "evaluate.generate": False, "evaluate.pictures": 0})
     predictions = read_predictions(Path(job.folder) / PREDICTIONS)
     labels = [c.label for c in splits.train if c.target == job.target and c.label is not None]
@@ -244,13 +261,13 @@ def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
         "seconds": round(time.time() - job.start_time),
     }
     of_target = [c for c in conversations if c.target == job.target]
-    answered = [c for c, _ in asked(conversations, job.target, own.modality)]
+    evaluated = [c for c, _ in pair_with_volumes(conversations, job.target, modality)]
     notes = [NOTE]
-    if len(answered) < len(of_target):
+    if len(evaluated) < len(of_target):
         notes.append(
-            f"{len(answered)} of {len(of_target)} conversations about {job.target} have a {own.modality} to see"
+            f"{len(evaluated)} of {len(of_target)} conversations about {job.target} have a volume of {modality}"
         )
     assessment = Assessment(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
     page = write(folder, assessment, ())
-    log(assessment, folder, answered)
+    log(assessment, folder, evaluated)
     return Evaluated(assessment, folder, page)

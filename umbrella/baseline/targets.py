@@ -1,4 +1,4 @@
-"""Targets of the baseline: the labels of volumes, and the distributions over classes or bins that stand for them."""
+"""Labels of volumes, and their encoding as distributions over the outputs of the network."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,81 +11,93 @@ from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 
 MARGIN = 4
-"""Bins on either side of the labels seen in training: the bell around the outermost one lies within the bins."""
+"""Number of bins beyond the smallest and the largest training label, so that their distributions are not cut off."""
 
 
 @dataclass(frozen=True)
-class Classes:
-    """One output per class."""
+class ClassEncoding:
+    """One-hot encoding of a categorical target, with one output per class."""
 
     names: tuple[str, ...]
 
     @property
-    def size(self) -> int:
-        """Outputs of the network."""
+    def num_outputs(self) -> int:
+        """Number of network outputs."""
         return len(self.names)
 
     @property
-    def in_words(self) -> str:
-        """The possible labels in words."""
+    def description(self) -> str:
+        """The valid labels, for messages."""
         return ", ".join(self.names)
 
-    def knows(self, label: str | float | None) -> bool:
-        """Whether a label is one of these."""
+    def is_valid(self, label: str | float | None) -> bool:
+        """Return whether the label is one of the classes."""
         return label in self.names
 
-    def soft(self, label: str | float) -> np.ndarray:
-        """The distribution that a label stands for, (size,): all of it at the class."""
+    def encode(self, label: str | float) -> np.ndarray:
+        """Return the one-hot distribution of a label, (num_outputs,)."""
         return np.array([float(name == label) for name in self.names])
 
-    def read(self, probabilities: Sequence[float]) -> dict[str, float]:
-        """Each class with its probability."""
+    def decode(self, probabilities: Sequence[float]) -> dict[str, float]:
+        """Return the probability of each class by name."""
         return dict(zip(self.names, probabilities, strict=True))
 
 
 @dataclass(frozen=True)
-class Bins:
-    """Equal bins of a number, the first one from ``start`` on; as in the paper a label is a bell one bin wide."""
+class BinEncoding:
+    """Soft encoding of a numeric target over bins of equal width.
+
+    As in the SFCN paper (Peng et al. 2021), a label becomes a normal distribution with a standard deviation of one bin
+    width. ``start`` is the lower edge of the first bin.
+    """
 
     start: float
     width: float
-    size: int
+    num_outputs: int
 
     @property
     def centres(self) -> np.ndarray:
-        """(size,): the number that each bin stands for."""
-        return self.start + self.width * (np.arange(self.size) + 0.5)
+        """The centre of each bin, (num_outputs,)."""
+        return self.start + self.width * (np.arange(self.num_outputs) + 0.5)
 
     @property
-    def in_words(self) -> str:
-        """The possible labels in words."""
+    def description(self) -> str:
+        """The valid labels, for messages."""
         return "numbers"
 
-    def knows(self, label: str | float | None) -> bool:
-        """Whether a label is one of these: any number."""
+    def is_valid(self, label: str | float | None) -> bool:
+        """Return whether the label is a number."""
         return isinstance(label, int | float)
 
-    def soft(self, label: str | float) -> np.ndarray:
-        """The distribution that a label stands for, (size,): normal, a bin's width its deviation; the sum is 1.
+    def encode(self, label: str | float) -> np.ndarray:
+        """Return the normal distribution around a label, (num_outputs,), with sum 1.
 
-        What lies beyond the labels seen in training counts as the nearest number that the bins can hold.
+        Labels outside the range of the training labels are clipped to it.
         """
-        inner = self.start + MARGIN * self.width, self.start + (self.size - MARGIN) * self.width
-        centre = np.clip(float(label), *inner)
-        edges = self.start + self.width * np.arange(self.size + 1)
-        parts = np.diff(erf((edges - centre) / (sqrt(2) * self.width)))
-        return parts / parts.sum()
+        lowest, highest = self.start + MARGIN * self.width, self.start + (self.num_outputs - MARGIN) * self.width
+        centre = np.clip(float(label), lowest, highest)
+        edges = self.start + self.width * np.arange(self.num_outputs + 1)
+        masses = np.diff(erf((edges - centre) / (sqrt(2) * self.width)))
+        return masses / masses.sum()
 
-    def read(self, probabilities: Sequence[float]) -> float:
-        """The expected number."""
+    def decode(self, probabilities: Sequence[float]) -> float:
+        """Return the expected value of the distribution."""
         return float(np.dot(probabilities, self.centres))
 
 
-def fit(target: str, labels: Sequence[str | float], bins: int) -> Classes | Bins:
-    """Classes or bins for the labels of the training samples.
+LabelEncoding = ClassEncoding | BinEncoding
+
+
+def fit_encoding(target: str, labels: Sequence[str | float], bins: int) -> LabelEncoding:
+    """Choose the encoding of a target from its training labels.
+
+    Args:
+        target: name of the target, for messages.
+        labels: labels of the training samples.
+        bins: number of bins for a numeric target.
 
     Raises:
-        UserError: classes and numbers are mixed, or all labels are the same.
+        UserError: if the labels mix classes and numbers, or are all the same.
     """
     names = sorted({label for label in labels if isinstance(label, str)})
     numbers = [float(label) for label in labels if not isinstance(label, str)]
@@ -94,45 +106,50 @@ def fit(target: str, labels: Sequence[str | float], bins: int) -> Classes | Bins
     if len({*names, *numbers}) < 2:
         raise UserError(f"target {target!r}: all labels in data.train are {labels[0]!r}, so there is nothing to learn")
     if names:
-        return Classes(tuple(names))
+        return ClassEncoding(tuple(names))
     width = (max(numbers) - min(numbers)) / (bins - 2 * MARGIN)
-    return Bins(min(numbers) - MARGIN * width, width, bins)
+    return BinEncoding(min(numbers) - MARGIN * width, width, bins)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A volume, and what is true of it."""
+    """A volume and its label."""
 
     path: str
     subject_id: str
     label: str | float
 
 
-def targets_of(conversations: Iterable[Conversation]) -> list[str]:
-    """The targets that some conversation has a label of, in alphabetical order."""
+def find_targets(conversations: Iterable[Conversation]) -> list[str]:
+    """Return the targets that have at least one label, in alphabetical order."""
     return sorted({c.target for c in conversations if c.label is not None})
 
 
-def own_volume(conversation: Conversation, modality: str) -> str | None:
-    """The volume of a modality that the label belongs to: the last one of ``Conversation.asked_volumes``."""
-    of_modality = [volume.image_path for volume in conversation.asked_volumes if volume.modality == modality]
-    return of_modality[-1] if of_modality else None
+def find_volume(conversation: Conversation, modality: str) -> str | None:
+    """Return the path of the volume that the label describes, or None if the modality has none.
+
+    This is the last volume of the modality in ``Conversation.asked_volumes``.
+    """
+    paths = [volume.image_path for volume in conversation.asked_volumes if volume.modality == modality]
+    return paths[-1] if paths else None
 
 
-def asked(conversations: Iterable[Conversation], target: str, modality: str) -> list[tuple[Conversation, str]]:
-    """The conversations about a target that a volume of the modality can answer, each with that volume."""
-    about = [c for c in conversations if c.target == target and c.label is not None]
-    return [(c, path) for c in about if (path := own_volume(c, modality))]
+def pair_with_volumes(
+    conversations: Iterable[Conversation], target: str, modality: str
+) -> list[tuple[Conversation, str]]:
+    """Return the labelled conversations about a target that have a volume of the modality, with its path."""
+    labelled = [c for c in conversations if c.target == target and c.label is not None]
+    return [(c, path) for c in labelled if (path := find_volume(c, modality))]
 
 
-def samples_of(conversations: Sequence[Conversation], target: str, modality: str) -> list[Sample]:
-    """Each volume that is asked about once, in the order of the data.
+def make_samples(conversations: Sequence[Conversation], target: str, modality: str) -> list[Sample]:
+    """Return one sample per distinct volume, in the order of the conversations.
 
     Raises:
-        UserError: the same volume has two labels.
+        UserError: if a volume has two different labels.
     """
     first: dict[str, tuple[Conversation, Sample]] = {}
-    for conversation, path in asked(conversations, target, modality):
+    for conversation, path in pair_with_volumes(conversations, target, modality):
         assert conversation.label is not None
         other, sample = first.setdefault(
             path, (conversation, Sample(path, conversation.subject_id, conversation.label))

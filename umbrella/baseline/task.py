@@ -1,4 +1,4 @@
-"""The task of training the baseline: one 3D CNN for one target, with the trainer of the language model."""
+"""The training task of the baseline: an SFCN (a 3D CNN) that predicts one target from one volume."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional
 
-from umbrella.baseline.job import BaselineJob, Question
-from umbrella.baseline.targets import Bins, Sample
+from umbrella.baseline.job import BaselineJob, EvaluationSample
+from umbrella.baseline.targets import BinEncoding, Sample
 from umbrella.data.ingest import open_store
 from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
@@ -30,24 +30,28 @@ WEIGHTS = "weights.pt"
 
 
 @dataclass(frozen=True)
-class Volumes:
-    """N volumes. voxels: (N, frames, X, Y, Z), float16. soft: (N, outputs), the distributions of their labels."""
+class VolumeBatch:
+    """A batch of N volumes with their encoded labels."""
 
     voxels: torch.Tensor
-    soft: torch.Tensor
+    """(N, frames, X, Y, Z), float16. A single volume has one frame."""
+    targets: torch.Tensor
+    """(N, num_outputs), float32: the distribution that encodes each label."""
     sample_indices: torch.Tensor
+    """(N,), int64: indices into the training samples."""
     task_ids: Sequence[str]
-    """Subjects."""
+    """N subject identifiers."""
     draws: Sequence[tuple[int, ...]]
+    """(seed, epoch, sample) of each volume, the key of its random augmentation."""
 
-    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Volumes":
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "VolumeBatch":
         """Return the batch with every tensor changed."""
-        indices = change(self.sample_indices)
-        return replace(self, voxels=change(self.voxels), soft=change(self.soft), sample_indices=indices)
+        voxels, targets, sample_indices = map(change, (self.voxels, self.targets, self.sample_indices))
+        return replace(self, voxels=voxels, targets=targets, sample_indices=sample_indices)
 
 
 class BaselineTask(Task):
-    """See ``Task``."""
+    """The task of one ``BaselineJob``. The interface is documented in ``Task``."""
 
     def __init__(self, job: BaselineJob, rank: int, world_size: int, device: torch.device) -> None:
         self.job, self.settings = job, job.settings
@@ -57,11 +61,11 @@ class BaselineTask(Task):
         self.dtype = getattr(torch, own.dtype)
         self.store = open_store(self.settings)
         self.samples: Sequence[Sample]
-        self.samples, self.validation, self.asked = ray.get([job.samples, job.validation, job.asked])
+        self.samples, self.validation, self.evaluation = ray.get([job.samples, job.validation, job.evaluation])
         modality = self.store.modalities[own.modality]
         self.is_series = modality.is_series
         self.shape = (modality.grid[3] if self.is_series else 1, *modality.grid[:3])
-        self.net = Sfcn(self.shape[1:], own.channels, job.head.size, own.dropout, self.shape[0])
+        self.net = Sfcn(self.shape[1:], own.channels, job.encoding.num_outputs, own.dropout, self.shape[0])
         self.parallel = data_parallel(self.net, device, world_size)
         optim = self.settings.optim
         self.optimizer = torch.optim.SGD(
@@ -69,101 +73,106 @@ class BaselineTask(Task):
         )
 
     def plan(self, world_size: int, sorted_by: int) -> Plan:
-        """See ``Task.plan``. Samples are not sorted."""
+        """See ``Task.plan``. Samples are not sorted by length."""
         train = self.settings.train
         return Plan(len(self.samples), self.settings.seed, train.epochs, world_size, train.batch_size, 1)
 
-    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> Volumes:
+    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> VolumeBatch:
         """See ``Task.batch``."""
         samples = [self.samples[int(i)] for i in rows["sample"]]
-        soft = torch.tensor(np.stack([self.job.head.soft(sample.label) for sample in samples]))
-        voxels = self._read([sample.path for sample in samples], draws)
-        return Volumes(voxels, soft.float(), torch.tensor(rows["sample"]), [s.subject_id for s in samples], draws)
+        targets = torch.tensor(np.stack([self.job.encoding.encode(sample.label) for sample in samples])).float()
+        voxels = self._read_volumes([sample.path for sample in samples], draws)
+        return VolumeBatch(voxels, targets, torch.tensor(rows["sample"]), [s.subject_id for s in samples], draws)
 
-    def augment(self, batch: Volumes) -> Volumes:
+    def augment(self, batch: VolumeBatch) -> VolumeBatch:
         """See ``Task.augment``."""
-        frames = augment_volumes(batch.voxels.float(), batch.draws, self.settings.train.augment)
-        return replace(batch, voxels=frames)
+        return replace(batch, voxels=augment_volumes(batch.voxels.float(), batch.draws, self.settings.train.augment))
 
-    def step(self, batches: Sequence[Volumes], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
-        """See ``Task.step``. The loss is the mean over the volumes of all ranks."""
+    def step(self, batches: Sequence[VolumeBatch], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+        """See ``Task.step``. The loss is the KL divergence, averaged over the volumes of all ranks."""
         (batch,) = batches
         self.parallel.train()
-        loss = functional.kl_div(self._forward(self.parallel, batch.voxels), batch.soft, reduction="batchmean")
+        loss = functional.kl_div(self._forward(self.parallel, batch.voxels), batch.targets, reduction="batchmean")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.optim.clip)
         total = loss.detach() / self.world_size
         if self.world_size > 1:
             distributed.all_reduce(total)
         values = {"train/loss": float(total), "train/lr": main_lr(self.optimizer), "train/grad_norm": float(norm)}
-        if not (isfinite(values["train/loss"]) and isfinite(values["train/grad_norm"])):  # on every rank alike
-            what = f"the loss is {values['train/loss']:.4g} and the norm of its gradient"
-            raise FloatingPointError(f"{what} {values['train/grad_norm']:.4g}; lower baseline.lr")
+        if not (isfinite(values["train/loss"]) and isfinite(values["train/grad_norm"])):  # equal on all ranks
+            raise FloatingPointError(
+                f"the loss is {values['train/loss']:.4g} and the norm of its gradient {values['train/grad_norm']:.4g};"
+                " lower baseline.lr"
+            )
         self.optimizer.step()
         schedule.step()
         self.optimizer.zero_grad()
         return values
 
-    def _forward(self, model: torch.nn.Module, frames: torch.Tensor) -> torch.Tensor:
+    def _forward(self, model: torch.nn.Module, voxels: torch.Tensor) -> torch.Tensor:
         with autocast(model, self.device, self.dtype):
-            return model(frames)
+            return model(voxels)
 
     def evaluate(self) -> dict[str, float]:
-        """See ``Task.evaluate``; also ``eval/<target>/mae`` over subjects, for a number."""
-        self.predictions = self._answer(self.validation)
-        measured = summarise(self.predictions)
-        if isinstance(self.job.head, Bins):
+        """See ``Task.evaluate``. Adds ``eval/<target>/mae`` over subjects for a numeric target."""
+        self.predictions = self._predict(self.validation)
+        metrics = summarise(self.predictions)
+        if isinstance(self.job.encoding, BinEncoding):
             answers = (Answer(a.subject_id, float(a.label or 0), a.said) for a in self.predictions)
             errors = [abs(float(subject.said or 0) - float(subject.truth)) for subject in mean_number(answers)]
-            measured[f"eval/{self.job.target}/mae"] = fmean(errors)
-        return measured
+            metrics[f"eval/{self.job.target}/mae"] = fmean(errors)
+        return metrics
 
     @torch.no_grad()
-    def _answer(self, questions: Sequence[Question]) -> list[Prediction]:
-        """Answer the questions on every rank: each looks at its share of the volumes, and at each of them once."""
-        if self.world_size > 1:  # each has its own running means of the last step
+    def _predict(self, evaluation_samples: Sequence[EvaluationSample]) -> list[Prediction]:
+        """Predict all samples. Collective: each rank computes a share of the distinct volumes; all ranks return all."""
+        if self.world_size > 1:  # batch-norm statistics differ between ranks
             for buffer in self.net.buffers():
                 distributed.broadcast(buffer, 0)
         self.net.eval()
-        paths = list(dict.fromkeys(path for _, path in questions))
-        own: dict[str, np.ndarray] = {}
+        paths = list(dict.fromkeys(path for _, path in evaluation_samples))
         size = self.settings.train.evaluation_batch_size
         rows = evaluation_rows(np.zeros(len(paths)), self.rank, self.world_size, size)
 
         def make(rows: Rows) -> tuple[list[str], torch.Tensor]:
-            here = [paths[int(i)] for i in rows["sample"]]
-            return here, self._read(here, None)
+            batch_paths = [paths[int(i)] for i in rows["sample"]]
+            return batch_paths, self._read_volumes(batch_paths, None)
 
-        for here, voxels in batches(rows, size, 1, make):
-            logs = self._forward(self.net, voxels.to(self.device).float())
-            own |= dict(zip(here, logs.double().exp().cpu().numpy(), strict=True))
-        everyones = {path: said for part in all_gather_object(own) for path, said in part.items()}
-        return [self._filled(row, everyones[path]) for row, path in questions]
+        local: dict[str, np.ndarray] = {}
+        for batch_paths, voxels in batches(rows, size, 1, make):
+            log_probabilities = self._forward(self.net, voxels.to(self.device).float())
+            local |= dict(zip(batch_paths, log_probabilities.double().exp().cpu().numpy(), strict=True))
+        probabilities = {path: of_path for of_rank in all_gather_object(local) for path, of_path in of_rank.items()}
+        return [self._fill_prediction(prediction, probabilities[path]) for prediction, path in evaluation_samples]
 
-    def _filled(self, row: Prediction, probabilities: np.ndarray) -> Prediction:
-        head = self.job.head
-        assert row.label is not None
-        soft = head.soft(row.label)
-        divergence = float(np.sum(soft[soft > 0] * np.log(soft[soft > 0] / probabilities[soft > 0].clip(1e-30))))
-        row = replace(row, answer_nll=divergence, answer_tokens=1)
-        said = head.read(probabilities.tolist())
-        return replace(row, probabilities=said) if isinstance(said, dict) else replace(row, said=said)
+    def _fill_prediction(self, prediction: Prediction, probabilities: np.ndarray) -> Prediction:
+        """Add the KL divergence and the decoded answer to a prediction. ``probabilities``: (num_outputs,)."""
+        encoding = self.job.encoding
+        assert prediction.label is not None
+        target = encoding.encode(prediction.label)
+        used = target > 0
+        divergence = float(np.sum(target[used] * np.log(target[used] / probabilities[used].clip(1e-30))))
+        prediction = replace(prediction, answer_nll=divergence, answer_tokens=1)
+        decoded = encoding.decode(probabilities.tolist())
+        if isinstance(decoded, dict):
+            return replace(prediction, probabilities=decoded)
+        return replace(prediction, said=decoded)
 
-    def _read(self, paths: Sequence[str], draws: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
-        pin = self.device.type == "cuda"
-        stack = torch.empty((len(paths), *self.shape), dtype=torch.float16, pin_memory=pin)
-        for i, (path, into) in enumerate(zip(paths, stack.numpy(), strict=True)):
+    def _read_volumes(self, paths: Sequence[str], draws: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
+        """Read N volumes, (N, frames, X, Y, Z), float16. Without ``draws``, the middle window of each series."""
+        volumes = torch.empty((len(paths), *self.shape), dtype=torch.float16, pin_memory=self.device.type == "cuda")
+        for i, (path, frames) in enumerate(zip(paths, volumes.numpy(), strict=True)):
             draw = (*draws[i], 0) if draws else None
-            self.store.read(path, self.settings.baseline.modality, into if self.is_series else into[0], draw)
-        return stack
+            self.store.read(path, self.settings.baseline.modality, frames if self.is_series else frames[0], draw)
+        return volumes
 
     def weights(self, keep: bool) -> dict[str, torch.Tensor]:
-        """See ``Task.weights``. With the running means of the normalisation."""
+        """See ``Task.weights``. Includes the running statistics of batch normalisation."""
         return copy_to_host(self.net.state_dict(), keep)
 
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """See ``Task.save_weights``."""
-        with (folder / WEIGHTS).open("wb") as file:  # given a path, torch hides what the system says
+        with (folder / WEIGHTS).open("wb") as file:  # with a path, torch hides the error of the system
             torch.save(dict(weights), file)
 
     def load_weights(self, folder: Path) -> None:
@@ -171,37 +180,41 @@ class BaselineTask(Task):
         self.net.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True, map_location=self.device))
 
     def summary(self, hide: Hide) -> Summary:
-        """The network and its size."""
+        """See ``Task.summary``."""
         size = sum(weight.numel() for weight in self.net.parameters())
         text = f"SFCN, {size} parameters, {self.net.blocks} blocks, for {self.job.target}"
         return Summary(text, {"baseline": "SFCN", "baseline.parameters": str(size)})
 
     def finish(self, best: Path | None) -> None:
-        """Let the best checkpoint answer what is asked at the end."""
+        """Predict ``evaluate.split`` with the best checkpoint and write the predictions."""
         if best:
             self.load_weights(best)
-        predictions = self._answer(self.asked)
+        predictions = self._predict(self.evaluation)
         with raise_on_all_ranks():
             if self.rank == 0:
                 write_predictions(Path(self.job.folder) / PREDICTIONS, predictions)
 
 
 class Sfcn(nn.Module):
-    """Blocks that halve the grid, one of 1x1x1 kernels, the mean over what is left of the grid, and a linear map.
+    """SFCN, the simple fully convolutional network of Peng et al. (2021).
+
+    Each block of 3x3x3 convolutions halves the grid. A block of 1x1x1 convolutions, the mean over the grid and a linear
+    layer follow.
 
     Args:
-        grid: (X, Y, Z); how many blocks there are follows from it, see ``blocks_of``.
-        channels: after each halving block, and after the one of 1x1x1 kernels. Of more than the grid has room for, the
-            first ones and the last.
-        outputs: numbers per volume.
-        inputs: channels of a volume: 1, or the frames of a series.
+        grid: (X, Y, Z) in voxels. It limits the number of halving blocks, see ``num_blocks``.
+        channels: output channels of each halving block, then of the 1x1x1 block. A small grid uses only the first
+            ones and the last.
+        outputs: number of outputs per volume.
+        dropout: dropout probability before the linear layer.
+        inputs: input channels: 1, or the number of frames of a series.
     """
 
     def __init__(
         self, grid: Sequence[int], channels: Sequence[int], outputs: int, dropout: float = 0.5, inputs: int = 1
     ) -> None:
         super().__init__()
-        halving = channels[: blocks_of(grid, channels)]
+        halving = channels[: num_blocks(grid, channels)]
         self.blocks = len(halving)
         layers: list[nn.Module] = []
         for before, after in zip([inputs, *halving], halving, strict=False):
@@ -210,14 +223,14 @@ class Sfcn(nn.Module):
         layers += [nn.Conv3d([inputs, *halving][-1], last, 1), nn.BatchNorm3d(last), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(last, outputs)  # a 1x1x1 kernel on a grid of one voxel
+        self.head = nn.Linear(last, outputs)  # equal to a 1x1x1 convolution of the mean
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Volumes (n, inputs, X, Y, Z) to log probabilities (n, outputs), float32."""
+        """Return log probabilities (n, outputs), float32, of volumes (n, inputs, X, Y, Z)."""
         pooled = self.features(volumes).mean((2, 3, 4))
         return self.head(self.dropout(pooled)).float().log_softmax(1)
 
 
-def blocks_of(grid: Sequence[int], channels: Sequence[int]) -> int:
-    """Blocks that halve a grid (X, Y, Z): as many as there are channels for, while its shortest axis keeps 2 voxels."""
+def num_blocks(grid: Sequence[int], channels: Sequence[int]) -> int:
+    """Return the number of halving blocks: at most ``len(channels) - 1``, and the shortest axis keeps 2 voxels."""
     return min(len(channels) - 1, max(0, min(grid).bit_length() - 2))
