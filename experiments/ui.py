@@ -4,7 +4,7 @@ import os
 import sys
 from urllib.request import urlopen
 
-from umbrella.base import masked
+from umbrella.base import mask_secrets
 from umbrella.cli import Option, Request, run_script
 
 OPTIONS = (Option("--port", "port of MLflow's page on localhost", default=5000, kind=int, value="PORT"),)
@@ -20,7 +20,7 @@ def main(request: Request) -> None:
     storage = settings.resources.storage
     uri = tracking_uri(storage, settings.tracking.uri)
     served = uri.startswith(("http:", "https:"))
-    page = masked(uri) if served else f"http://127.0.0.1:{port}"
+    page = mask_secrets(uri) if served else f"http://127.0.0.1:{port}"
     print(f"MLflow: {page}", flush=True)
     print(f"Ray dashboard: {_dashboard()}", flush=True)
     if request.dry_run:

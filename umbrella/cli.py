@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from umbrella.base import Stopped, UserError, printable
 from umbrella.config import Settings, describe, has_space, load_settings, read_value
+from umbrella.fileio import describe_storage_error
 from umbrella.ray_environment import prepare_environment
 from umbrella.sigterm import on_sigterm
-from umbrella.storage import storage_fault
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,7 +162,7 @@ def run_script(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        print(f"error: {storage_fault(error)}", file=sys.stderr)
+        print(f"error: {describe_storage_error(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from umbrella.base import Place, Section, UserError, masked
+from umbrella.base import PathOrAddress, Section, UserError, mask_secrets
 from umbrella.baseline.settings import BaselineSettings
 from umbrella.cohort.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
@@ -68,9 +68,9 @@ class Settings(Section):
     """Name of the experiment in MLflow."""
     name: str = Field("", pattern=r"^[\w.-]*$")
     """Name of a training: the same name goes on where it stopped. Empty: a new one, named by the time."""
-    checkpoint: Place = ""
+    checkpoint: PathOrAddress = ""
     """The checkpoint that evaluate.py and predict.py ask: a training's step_... folder."""
-    output: Place = ""
+    output: PathOrAddress = ""
     """Where evaluate.py (a folder) and predict.py (a .jsonl file) write. Empty: a place in the storage folder."""
     seed: int = 0
     """Seed of initial weights and of the order of samples."""
@@ -150,7 +150,9 @@ def read_value(name: str, text: str) -> Any:
     except yaml.YAMLError:
         if is_text:
             return text
-        raise UserError(f"{name}={masked(text)}: the value is not YAML; quote it, as in '{name}=[1, 2]'") from None
+        raise UserError(
+            f"{name}={mask_secrets(text)}: the value is not YAML; quote it, as in '{name}=[1, 2]'"
+        ) from None
     return text if is_text and not isinstance(value, str) else value
 
 
@@ -227,7 +229,7 @@ def _validate(raw: dict[str, Any]) -> Settings:
             elif issue["type"] == "missing":
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
-                given = "" if isinstance(issue["input"], dict) else masked(f"={issue['input']!r}")
+                given = "" if isinstance(issue["input"], dict) else mask_secrets(f"={issue['input']!r}")
                 how = HOW.get(issue["type"], "") if re.match(r"[-+]?\d", str(issue["input"])) else ""
                 problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{how}")
         raise UserError("\n".join(problems)) from None

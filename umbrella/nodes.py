@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from umbrella.base import UserError
-from umbrella.storage import check_writable, storage_fault
+from umbrella.fileio import check_writable, describe_storage_error
 
 PACKAGES = ("umbrella-mri", "ray", "torch", "transformers")
 """What makes other numbers in another version, or does not understand the other one's messages."""
@@ -110,7 +110,7 @@ def faults(shared: Shared, versions: Mapping[str, str]) -> list[str]:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            fault = storage_fault(error) or str(error)
+            fault = describe_storage_error(error) or str(error)
             found.append(f"{setting}={folder} cannot be written to: {fault}; let this user write there")
     unshared = [folder for folder in shared.folders.values() if not (folder / shared.token).exists()]
     unseen = [f for f in shared.files if not os.path.exists(f) and not any(u in f.parents for u in unshared)]

@@ -102,7 +102,7 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
     other = MlflowLogger.start(server.uri, experiment, "second", trial="second", folder=second)
     train(other, range(1, 11))
     other.end("FAILED", "failed", wait=0)
-    said = [line for line in capsys.readouterr().err.splitlines() if "what it misses is in" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "unsent events stay in" in line]
     assert len(said) == 3, "once for each process"
 
     server.start()
@@ -212,4 +212,4 @@ def test_a_database_that_is_locked_for_longer_than_mlflow_waits_gets_everything_
         holder.communicate()  # it releases the lock
     logger.end()
     assert steps(logger) == [1]
-    assert capfd.readouterr().err.startswith(f"note: MLflow at {uri} does not answer; what it misses is in ")
+    assert capfd.readouterr().err.startswith(f"note: MLflow at {uri} does not answer; unsent events stay in ")

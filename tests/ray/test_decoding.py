@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from umbrella.data.ingest import _decode_on_nodes, decode_volumes
+from umbrella.file_storage import FileStorage
 from umbrella.modality import Modality
-from umbrella.shared_store import SharedStore
 from umbrella.volumes.store import VolumeStore
 
 CUBE = Modality(grid=(4, 4, 4), patch=(2, 2, 2))
@@ -30,6 +30,6 @@ def test_nodes_of_a_cluster_decode_to_the_same_arrays_and_reasons_as_this_machin
 
 
 def test_a_store_that_a_node_cannot_write_is_no_fault_of_a_volume(tmp_path: Path, stored: dict[str, Path]) -> None:
-    store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, SharedStore("nosuch://bucket"))
+    store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, FileStorage("nosuch://bucket"))
     with pytest.raises(OSError, match=r"resources\.store=nosuch://bucket: "):
         list(_decode_on_nodes(store, [(str(stored["plain"]), "sMRI")], 0))

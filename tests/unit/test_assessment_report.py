@@ -22,7 +22,7 @@ from umbrella.assessment.tracked import nameless
 from umbrella.config import Settings
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.subgroups import Estimate, Group
-from umbrella.tracking.redaction import hashed
+from umbrella.tracking.redaction import hash_subject
 
 CLASSES = {"sex": ("female", "male"), "diagnosis": ("AD", "CN", "MCI"), "age": ()}
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "f1")
@@ -255,7 +255,7 @@ def test_subjects_are_hashed_and_no_number_changes_where_ids_are_numbers(tmp_pat
     named = assessment(notes=["two subjects are also in the training split: 24, 0"])
     hidden = nameless(named, {"24", "0", "1", "40"}, "salt")
     assert hidden.notes == [
-        f"two subjects are also in the training split: {hashed('24', 'salt')}, {hashed('0', 'salt')}"
+        f"two subjects are also in the training split: {hash_subject('24', 'salt')}, {hash_subject('0', 'salt')}"
     ]
     for name, told in (("named", named), ("hidden", hidden)):
         write_report(tmp_path / name, told, ())

@@ -11,8 +11,8 @@ import pytest
 from tests.unit.written import FIRST, all_of, begin, evaluate
 from umbrella.base import UserError
 from umbrella.config import load_settings
+from umbrella.file_storage import FileStorage
 from umbrella.paths import SETTINGS, checkpoint_folder
-from umbrella.shared_store import SharedStore
 from umbrella.training import checkpoint_sync
 from umbrella.training.checkpoint_files import delete_checkpoint, find_damage, latest_checkpoint
 from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
@@ -24,7 +24,7 @@ class Lost(Exception):
     """The machine is gone."""
 
 
-class Fragile(SharedStore):
+class Fragile(FileStorage):
     """A store whose machine is lost at a given change."""
 
     left = 10**9
@@ -93,7 +93,7 @@ def test_at_whatever_moment_the_machine_is_lost_another_one_continues_from_a_who
         changes += 1
     assert changes > 20
     assert seen == {1, 2, 3}
-    assert {name.split("/")[4] for name in SharedStore(str(store)).sizes("sweeps") if "step_" in name} == {
+    assert {name.split("/")[4] for name in FileStorage(str(store)).sizes("sweeps") if "step_" in name} == {
         "step_0000003"
     }
 
@@ -113,8 +113,8 @@ def test_a_training_is_downloaded_as_it_was_without_what_belongs_to_the_machine(
         assert find_damage(away / "step_0000001") == ""
         assert {path.name for path in away.iterdir()} == {"begun_with.json", "evaluations.jsonl", "step_0000001"}
         evaluate(away, 2)
-    assert "evaluations/first/report.html" in SharedStore(address).sizes("evaluations")
-    assert f"{FIRST}/step_0000002/files.json" in SharedStore(address).sizes(FIRST)
+    assert "evaluations/first/report.html" in FileStorage(address).sizes("evaluations")
+    assert f"{FIRST}/step_0000002/files.json" in FileStorage(address).sizes(FIRST)
     download(resources(tmp_path / "home", address), folder, all_of)
     assert not (folder / "step_0000002").exists(), "what is here is not replaced"
 
@@ -135,7 +135,7 @@ def test_nothing_is_uploaded_twice_and_the_last_checkpoint_stays(tmp_path: Path)
 
 
 def test_a_file_of_ray_tune_that_is_half_written_waits(tmp_path: Path) -> None:
-    folder, store = tmp_path / "home/sweeps/s", SharedStore(str(tmp_path / "store"))
+    folder, store = tmp_path / "home/sweeps/s", FileStorage(str(tmp_path / "store"))
     folder.mkdir(parents=True)
     whole = {"experiment_state-1.json": b'{"a": 1}', "basic-variant-state-1.json": pickle.dumps({"a": 1})}
     sync = CheckpointSync(store, folder)
@@ -155,7 +155,7 @@ def test_a_file_that_is_written_during_an_upload_has_its_new_content_after_the_n
     trial.mkdir(parents=True)
     state.write_text('{"a": 1}', encoding="utf-8")
 
-    class Slow(SharedStore):
+    class Slow(FileStorage):
         """While it takes a file, Ray Tune writes its state."""
 
         def put(self, name: str, *about: Any) -> None:
@@ -201,9 +201,9 @@ def test_a_store_that_cannot_be_written_and_a_folder_in_the_way_are_one_line(tmp
     (tmp_path / "file").touch()
     folder = tmp_path / "home" / FIRST
     with pytest.raises(UserError, match=r"^resources\.upload=.*file: .*; check the address and its credentials$"):
-        CheckpointSync(SharedStore(str(tmp_path / "file"), "resources.upload"), folder)
+        CheckpointSync(FileStorage(str(tmp_path / "file"), "resources.upload"), folder)
     address = str(tmp_path / "store")
-    CheckpointSync(SharedStore(address), begin(tmp_path / "other" / FIRST)).upload()
+    CheckpointSync(FileStorage(address), begin(tmp_path / "other" / FIRST)).upload()
     (folder / "something").mkdir(parents=True)
     with pytest.raises(UserError, match=r"first exists and is no trainings/first; delete it or move it away$"):
         download(resources(tmp_path / "home", address), folder, all_of)

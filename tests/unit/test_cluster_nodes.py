@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from umbrella.base import UserError
+from umbrella.fileio import lock
 from umbrella.nodes import Shared, check_nodes, faults, own_versions
-from umbrella.storage import lock
 from umbrella.training.cluster import check_local_folders, check_reachable, create_token, free_port, start_lock
 
 

@@ -371,7 +371,7 @@ def test_a_server_that_is_down_is_asked_once_and_again_later_and_costs_one_note(
     logger.end(wait=0)
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        f"note: MLflow at {silent.uri} does not answer; what it misses is in {logger.file} and sent later",
+        f"note: MLflow at {silent.uri} does not answer; unsent events stay in {logger.file}",
         f"note: MLflow at {silent.uri} still does not answer; the rest stays in {logger.file} and is sent when this run"
         " is resumed",
     ]

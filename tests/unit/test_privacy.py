@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.base import UserError, masked
+from umbrella.base import UserError, mask_secrets
 from umbrella.config import load_settings
 from umbrella.evaluation.predictions import Prediction
-from umbrella.shared_store import SharedStore
-from umbrella.tracking.redaction import hashed, hide, read_salt
+from umbrella.file_storage import FileStorage
+from umbrella.tracking.redaction import hash_subject, read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, short, tracking_uri
 from umbrella.training.reporting import predictions_json
 
@@ -32,9 +32,9 @@ def test_a_servers_password_goes_where_mlflow_looks_for_it_and_nowhere_else(monk
 )
 def test_an_address_is_printed_without_its_password(uri: str) -> None:
     assert "p@ss" in uri
-    assert "p@ss" not in masked(uri)
+    assert "p@ss" not in mask_secrets(uri)
     assert "p@ss" not in short(ValueError(f"no answer from {uri} (twice)"))
-    assert "example" in masked(uri) or "host" in masked(uri)
+    assert "example" in mask_secrets(uri) or "host" in mask_secrets(uri)
 
 
 SECRETS = [
@@ -85,8 +85,8 @@ def test_settings_hold_no_secret_since_they_are_written_to_many_places(address: 
         assert remedy in said
         assert "\n" not in said
         assert "cr3t" not in said
-    assert "cr3t" not in masked(f"no answer from {address} (twice)")
-    assert "cr3t" not in str(SharedStore(address))
+    assert "cr3t" not in mask_secrets(f"no answer from {address} (twice)")
+    assert "cr3t" not in str(FileStorage(address))
     with pytest.raises(UserError, match="storage is a folder") as error:
         load_settings(overrides={"resources.storage": address})
     assert "cr3t" not in str(error.value)
@@ -112,15 +112,15 @@ def test_the_salt_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "subjects.salt").stat().st_mode) == 0o600
     other = tmp_path / "other"
     other.mkdir()
-    assert hashed("sub-1", read_salt(other)) != hashed("sub-1", salt) == hashed("sub-1", salt)
+    assert hash_subject("sub-1", read_salt(other)) != hash_subject("sub-1", salt) == hash_subject("sub-1", salt)
 
 
 def test_subjects_are_hidden_wherever_they_stand_and_nothing_else_is() -> None:
     text = "sub-1_T1w.nii.gz, 12 tokens of sub-1 and sub-12, subject 1, xsub-1"
-    one, twelve = hashed("sub-1", "salt"), hashed("sub-12", "salt")
+    one, twelve = hash_subject("sub-1", "salt"), hash_subject("sub-12", "salt")
     expected = f"{one}_T1w.nii.gz, 12 tokens of {one} and {twelve}, subject 1, xsub-1"
-    assert hide(text, ["sub-1", "sub-12"], "salt") == expected
-    assert hide(text, [], "salt") == text
+    assert redact_subjects(text, ["sub-1", "sub-12"], "salt") == expected
+    assert redact_subjects(text, [], "salt") == text
 
 
 def scored(task: str, probabilities: dict[str, float], label: str | float, subject: str = "sub-7") -> Prediction:
@@ -151,7 +151,7 @@ def test_predictions_are_of_the_same_questions_in_every_run_and_hide_subjects_wh
     assert json.loads(predictions_json(rows[::-1], 8, lambda text, subjects: text)) == first
     assert len(first["data"]) == 8
     compared = replace(scored("sub-1_vs_sub-2", {}, "male", "sub-1"), subjects=("sub-1", "sub-2"))
-    assert "sub-" not in predictions_json([compared], 1, lambda text, subjects: hide(text, subjects, "salt"))
-    hidden = predictions_json(rows, 8, lambda text, subjects: hide(text, subjects, "salt"))
+    assert "sub-" not in predictions_json([compared], 1, lambda text, subjects: redact_subjects(text, subjects, "salt"))
+    hidden = predictions_json(rows, 8, lambda text, subjects: redact_subjects(text, subjects, "salt"))
     assert "sub-" not in hidden
     assert len({row[3] for row in json.loads(hidden)["data"]}) == 8

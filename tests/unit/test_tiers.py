@@ -14,8 +14,8 @@ import pytest
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.ingest import open_store, shared_folders
+from umbrella.file_storage import FileStorage
 from umbrella.modality import Modality
-from umbrella.shared_store import SharedStore
 from umbrella.volumes import store as rooms
 from umbrella.volumes.store import VolumeStore
 
@@ -48,7 +48,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.fixture
 def node(tmp_path: Path, address: str) -> Callable[[str], VolumeStore]:
     """The store of a node of this name, in front of the shared one."""
-    return lambda name: VolumeStore(tmp_path / name, MODALITIES, 10_000, SharedStore(address))
+    return lambda name: VolumeStore(tmp_path / name, MODALITIES, 10_000, FileStorage(address))
 
 
 def test_what_one_node_decodes_another_one_fetches_and_reads_the_same(
@@ -113,7 +113,7 @@ def test_a_store_that_travels_makes_its_folder_where_it_arrives(
 def test_a_store_that_cannot_be_reached_says_its_address_without_its_secrets_and_blames_no_volume(
     scan: Path, tmp_path: Path
 ) -> None:
-    behind = SharedStore("nosuch://user:secret@bucket/volumes")
+    behind = FileStorage("nosuch://user:secret@bucket/volumes")
     store = VolumeStore(tmp_path / "one", MODALITIES, 10_000, behind)
     with pytest.raises(OSError, match=r"resources.store=nosuch://\*\*\*@bucket/volumes: ") as raised:
         store.get(scan, "sMRI")

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from umbrella.base import UserError
 from umbrella.evaluation.predictions import Prediction
-from umbrella.storage import NoLocks, lock, put_text
+from umbrella.fileio import LocksUnavailable, lock, write_atomic
 
 
 class AnswerFile:
@@ -71,10 +71,10 @@ class AnswerFile:
             UserError: another process writes to it.
         """
         with self.path.open("ab") as file:
-            with suppress(NoLocks):  # an answer that is there twice is found
+            with suppress(LocksUnavailable):  # an answer that is there twice is found
                 if not lock(file):
                     raise UserError(f"output={self.path}: another process is writing to it")
-            put_text(self.beside, json.dumps(self.about, indent=1))
+            write_atomic(self.beside, json.dumps(self.about, indent=1))
             os.truncate(self.path, _whole_lines(self.path))
             yield Appender(file)
 

@@ -11,9 +11,9 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import Splits, apply_bad_sample_policy, check_splits, fingerprint
 from umbrella.data.splits import RawSplits, read_input
+from umbrella.fileio import check_writable
 from umbrella.paths import predictions_file
 from umbrella.sigterm import on_sigterm
-from umbrella.storage import check_writable
 
 DECIDES = ("generate", "max_new_tokens", "candidates")
 """Settings of ``evaluate`` that decide what an answer is."""

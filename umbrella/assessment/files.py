@@ -9,7 +9,7 @@ from typing import Any
 from umbrella.assessment.assessment import Assessment
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.subgroups import Estimate
-from umbrella.storage import write_csv
+from umbrella.fileio import write_csv
 
 
 def write_metrics(file: Path, assessment: Assessment) -> None:

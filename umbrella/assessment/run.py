@@ -24,9 +24,9 @@ from umbrella.evaluation.metrics import notes_on
 from umbrella.evaluation.predictions import Prediction, write_predictions
 from umbrella.evaluation.scoring import find_numbers
 from umbrella.evaluation.subgroups import tabulate
+from umbrella.fileio import check_writable
 from umbrella.paths import evaluation_folder
 from umbrella.sigterm import on_sigterm
-from umbrella.storage import check_writable
 from umbrella.training.cluster import join_cluster
 
 

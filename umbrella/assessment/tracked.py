@@ -16,7 +16,7 @@ from umbrella.evaluation.subgroups import band_names
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import describe
-from umbrella.tracking.redaction import hide, read_salt
+from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.run_status import find_run
 from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
 from umbrella.training.training_state import read_training_state
@@ -94,7 +94,7 @@ def _texts(assessment: Assessment, folder: Path, asked: Sequence[Conversation]) 
 def nameless(assessment: Assessment, subjects: Collection[str], salt: str) -> Assessment:
     """The same, with these subjects hashed in all that a report without pictures of subjects tells beside numbers."""
     # Not on the page that is made of it: there an id such as 24 looks like any count.
-    hidden = partial(hide, subjects=subjects, salt=salt)
+    hidden = partial(redact_subjects, subjects=subjects, salt=salt)
     bands = band_names(assessment.settings.evaluate.bands)
     groups = {
         condition: [replace(g, value=g.value if g.value in bands else hidden(g.value)) for g in own]

@@ -27,8 +27,8 @@ from umbrella.data.splits import target_classes
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.subgroups import tabulate
+from umbrella.fileio import check_writable
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
-from umbrella.storage import check_writable
 from umbrella.tracking.provenance import describe
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint

@@ -17,9 +17,9 @@ from umbrella.base import ProgressBar, UserError, note, pluralise
 from umbrella.conversations.schema import Conversation
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import SPLITS, RawSplits, read_splits
+from umbrella.file_storage import FileStorage, as_path, is_address
 from umbrella.nodes import check_nodes, living, several_nodes
 from umbrella.paths import quarantine_file, volumes_folder
-from umbrella.shared_store import SharedStore, as_path, is_address
 from umbrella.volumes.image_formats import image_size
 from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.store_files import write_whole
@@ -138,7 +138,7 @@ def open_store(settings: "Settings") -> VolumeStore:
     own = volumes_folder(resources.storage)
     # Arrays are read as they lie: of an object store there have to be copies.
     front = resources.node_store or (str(own) if is_address(resources.store) else "")
-    behind = SharedStore(resources.store or str(own)) if front else None
+    behind = FileStorage(resources.store or str(own)) if front else None
     folder = Path(front).absolute() if front else as_path(resources.store) if resources.store else own
     return VolumeStore(folder, settings.modalities, settings.data.max_voxels, behind)
 
@@ -193,7 +193,7 @@ def _fill_store(raw: RawSplits, store: VolumeStore, processes: int, progress: Pr
         bad = {volume: reason for volume, reason in done if reason}
     except OSError as error:
         said = str(error.strerror or error)
-        if said.startswith("resources.store="):  # see ``SharedStore``
+        if said.startswith("resources.store="):  # see ``FileStorage``
             raise UserError(f"{said}; is it the right address, and are its credentials set?") from None
         raise UserError(f"{store.folder}: {said}; make room, or set resources.storage") from None
     raw.exclude(

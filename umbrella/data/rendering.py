@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from umbrella.base import UserError, loading_fault
+from umbrella.base import UserError, describe_load_error
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem
 from umbrella.data.chat_template import Frame, TurnShape, make_frame
 from umbrella.data.segments import MARK, Kind, Part, PartTokenizer, keep_volumes_apart, stripped
@@ -257,7 +257,7 @@ def _config(checkpoint: str) -> dict[str, Any]:
     try:
         return PretrainedConfig.get_config_dict(checkpoint)[0]
     except OSError as error:
-        reason = loading_fault(error)
+        reason = describe_load_error(error)
         raise UserError(f"model.checkpoint={checkpoint}: its configuration cannot be loaded: {reason}") from None
 
 

@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from umbrella.base import Place, Section
+from umbrella.base import PathOrAddress, Section
 
 
 def _several(value: Any) -> Any:
     return ([value] if value else []) if isinstance(value, str) else value
 
 
-Paths = Annotated[tuple[Place, ...], BeforeValidator(_several)]
+Paths = Annotated[tuple[PathOrAddress, ...], BeforeValidator(_several)]
 """One path or several, each a file, a folder or a pattern."""
 
 
@@ -29,9 +29,9 @@ class DataSettings(Section):
     """Conversations that predict.py answers; what stands in their last assistant turn is not looked at."""
     format: Literal["auto", "v2", "v1", "llava", "chat"] = "auto"
     """Format of the conversations; auto tells it from each sample's keys."""
-    root: Place = ""
+    root: PathOrAddress = ""
     """Folder that relative volume paths start from. Empty: the folder of each conversation file."""
-    path_map: dict[str, Place] = Field({})
+    path_map: dict[str, PathOrAddress] = Field({})
     """Beginnings of volume paths to what stands there on this machine, as in {/old/scans: /scans}."""
     modality: str = ""
     """Keep only conversations whose volumes are all of this modality. Empty: keep all."""

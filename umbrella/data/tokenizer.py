@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from umbrella.base import UserError, loading_fault
+from umbrella.base import UserError, describe_load_error
 
 IMAGE_TOKEN = "<image>"
 """The placeholder that stands, once per patch, where a volume goes."""
@@ -80,7 +80,7 @@ def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: its tokenizer cannot be loaded: {loading_fault(error)}") from None
+        raise UserError(f"{where}: its tokenizer cannot be loaded: {describe_load_error(error)}") from None
     finally:
         log.setLevel(level)
     if not tokenizer.is_fast:
@@ -115,6 +115,6 @@ def _processor_template(checkpoint: str) -> str | None:
         return template
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model.checkpoint={checkpoint}: its chat_template.json cannot be read: {loading_fault(error)};"
+            f"model.checkpoint={checkpoint}: its chat_template.json cannot be read: {describe_load_error(error)};"
             " set model.chat_template"
         ) from None

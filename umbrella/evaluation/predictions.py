@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umbrella.conversations.schema import Conversation
-from umbrella.storage import put_text
+from umbrella.fileio import write_atomic
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def cut_note(cut: int, answers: int) -> str:
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
     """JSON Lines, one object per prediction; the file is there whole, or as it was before."""
-    put_text(file, "".join(f"{prediction.to_json()}\n" for prediction in predictions))
+    write_atomic(file, "".join(f"{prediction.to_json()}\n" for prediction in predictions))
 
 
 def read_predictions(file: Path) -> list[Prediction]:

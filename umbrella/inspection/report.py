@@ -10,10 +10,10 @@ from uuid import uuid4
 
 from umbrella.base import ProgressBar, UserError
 from umbrella.data.splits import RawSplits
+from umbrella.fileio import write_csv
 from umbrella.html import number, render
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
-from umbrella.storage import write_csv
 from umbrella.volumes.slices import TILE, cut, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 

@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from umbrella.base import UserError, loading_fault
+from umbrella.base import UserError, describe_load_error
 from umbrella.modality import Modality
 from umbrella.model.inflation import inflate
 from umbrella.model.partial_checkpoint import base_of, check_base, is_partial, put_weights
@@ -52,7 +52,7 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
     try:
         config = AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be loaded: {loading_fault(error)}") from None
+        raise UserError(f"{where}: cannot be loaded: {describe_load_error(error)}") from None
     if config.model_type not in FAMILY:
         raise UserError(f"{where}: is a {config.model_type}; {', '.join(FAMILY)} work")
     tower, language = config.vision_config.model_type, config.text_config.model_type
@@ -127,7 +127,7 @@ def _from_files(settings: ModelSettings, ours: bool) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot be loaded: {loading_fault(error)}") from None
+        raise UserError(f"{where}: cannot be loaded: {describe_load_error(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
@@ -148,7 +148,7 @@ def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> Umbrella
     try:
         put_weights(folder, model)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {loading_fault(error)}") from None
+        raise UserError(f"{folder}: cannot be loaded: {describe_load_error(error)}") from None
     return model
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from umbrella.base import Place, Section
+from umbrella.base import PathOrAddress, Section
 
 MOVABLE = ("embedder", "projector", "tower", "lora")
 """What ``model.train`` can name beside "all"."""
@@ -14,9 +14,9 @@ MOVABLE = ("embedder", "projector", "tower", "lora")
 class ModelSettings(Section):
     """A tiny LLaVA made from scratch, or a checkpoint with the volume embedder in place of the 2D one."""
 
-    checkpoint: Place = ""
+    checkpoint: PathOrAddress = ""
     """A LLaVA checkpoint: a folder, or a Hugging Face name (llava-hf/llava-interleave-qwen-0.5b-hf). Empty: tiny."""
-    chat_template: Place = ""
+    chat_template: PathOrAddress = ""
     """How turns are written. Empty: the tokenizer's own, else ChatML. Or: chatml, vicuna, or a Jinja file."""
     train: str = "all"
     """Which weights move: all, or some of embedder, projector, tower, lora (of the language model): embedder+lora."""

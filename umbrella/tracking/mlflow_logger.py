@@ -20,8 +20,8 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from umbrella.base import UserError, masked, note
-from umbrella.storage import put_text
+from umbrella.base import UserError, mask_secrets, note
+from umbrella.fileio import write_atomic
 from umbrella.tracking.provenance import code_version, to_input
 from umbrella.tracking.store import can_wait, is_local, is_refusal, short, store_key
 
@@ -109,7 +109,9 @@ class MlflowLogger:
             UserError: the run was not created yet because the server does not answer.
         """
         if not self._state["run_id"]:
-            raise UserError(f"MLflow at {masked(self.uri)} does not answer, so the run has no id yet; try again later")
+            raise UserError(
+                f"MLflow at {mask_secrets(self.uri)} does not answer, so the run has no id yet; try again later"
+            )
         return self._state["run_id"]
 
     @property
@@ -212,7 +214,7 @@ class MlflowLogger:
             self._next_try = 0.0
             self._send()
         if self.waits:
-            why = f"MLflow at {masked(self.uri)} still does not answer"
+            why = f"MLflow at {mask_secrets(self.uri)} still does not answer"
             note(f"{why}; the rest stays in {self.file} and is sent when this run is resumed")
 
     def _log(self, event: Event) -> None:
@@ -256,7 +258,7 @@ class MlflowLogger:
     def _remember(self, **values: Any) -> None:
         self._state |= values
         self.folder.mkdir(parents=True, exist_ok=True)
-        put_text(self._state_file, json.dumps(self._state))
+        write_atomic(self._state_file, json.dumps(self._state))
 
     def _send(self) -> None:
         """Send what was not acknowledged, unless the server has just failed to answer."""
@@ -276,7 +278,7 @@ class MlflowLogger:
                 raise
             self._next_try = time.monotonic() + RETRY
             if not self._is_down:
-                note(f"MLflow at {masked(self.uri)} does not answer; what it misses is in {self.file} and sent later")
+                note(f"MLflow at {mask_secrets(self.uri)} does not answer; unsent events stay in {self.file}")
             self._is_down = True
         else:
             self._is_down = False
@@ -296,7 +298,7 @@ class MlflowLogger:
             run, ahead = self._find_or_create()
             self._remember(run_id=run.info.run_id, offset=0, ahead=ahead)
             if before:
-                gone = f"MLflow at {masked(self.uri)} does not have the run {before} of {self._name} any more"
+                gone = f"MLflow at {mask_secrets(self.uri)} does not have the run {before} of {self._name} any more"
                 note(f"{gone}; the run {run.info.run_id} gets all that was logged so far")
         self._may_create = False
         return self._state["offset"]
@@ -321,7 +323,7 @@ class MlflowLogger:
             if can_wait(error, self.uri) or not (no_file or is_refusal(error, self.uri)):
                 raise
             if not self._has_refused:
-                note(f"MLflow at {masked(self.uri)} refuses an event: {short(error)}; it stays in {self.file}")
+                note(f"MLflow at {mask_secrets(self.uri)} refuses an event: {short(error)}; it stays in {self.file}")
             self._has_refused = True
 
     def _send_event(self, event: Event, run_id: str) -> None:
@@ -369,7 +371,7 @@ def run_key(folder: str | Path, parent: str | None = None) -> str:
     file = Path(folder, FOLDER, "run.uuid")
     if not (file.exists() and file.read_text(encoding="utf-8")):  # empty after a power cut
         file.parent.mkdir(parents=True, exist_ok=True)
-        put_text(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
+        write_atomic(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
     return file.read_text(encoding="utf-8")
 
 

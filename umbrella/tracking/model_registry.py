@@ -17,9 +17,9 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from umbrella.base import UserError, masked, note
+from umbrella.base import UserError, mask_secrets, note
+from umbrella.fileio import link_or_copy
 from umbrella.paths import SIZES, STATE
-from umbrella.storage import link_or_copy
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import short
@@ -137,7 +137,7 @@ def log_model(
         told = {"params": run.data.params, "tags": {CHECKPOINT_TAG: _short_name(folder)}}
         logged = client.create_logged_model(run.info.experiment_id, name, run_id, **told)
     except MlflowException as error:
-        raise UserError(f"MLflow at {masked(uri)}: {short(error)}") from None
+        raise UserError(f"MLflow at {mask_secrets(uri)}: {short(error)}") from None
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as temporary:

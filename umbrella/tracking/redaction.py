@@ -1,4 +1,4 @@
-"""Subjects without their ids: the same subject has the same hash in one storage, and another one elsewhere."""
+"""Replace subject ids by hashes. A subject has one hash in a storage folder, and another one in another folder."""
 
 import hashlib
 import hmac
@@ -12,30 +12,33 @@ from umbrella.paths import salt_file
 
 
 def read_salt(storage: str | Path) -> str:
-    """The storage's salt, made when missing, for its owner's eyes only. Whoever has it can test ids for a hash."""
+    """Read the salt of a storage folder; create it if there is none.
+
+    Only the owner can read the file: a subject's hash can be computed from its id and the salt.
+    """
     path = salt_file(storage)
     if not path.exists():
-        own = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        with os.fdopen(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         try:
-            os.link(own, path)  # the first one counts
-        except FileExistsError:
+            os.link(temporary, path)
+        except FileExistsError:  # another process was first
             pass
         finally:
-            own.unlink()
+            temporary.unlink()
     return path.read_text()
 
 
-def hashed(subject: str, salt: str) -> str:
-    """A subject's stand-in: HMAC-SHA256 of its id under the salt, 64 bits of it."""
+def hash_subject(subject: str, salt: str) -> str:
+    """Hash a subject id: the first 64 bits of its HMAC-SHA256 with the salt as key."""
     return "subject-" + hmac.new(salt.encode(), subject.encode(), hashlib.sha256).hexdigest()[:16]
 
 
-def hide(text: str, subjects: Iterable[str], salt: str) -> str:
-    """A text with the ids of these subjects hashed wherever they stand as words of their own."""
+def redact_subjects(text: str, subjects: Iterable[str], salt: str) -> str:
+    """Replace the ids of these subjects by their hashes, where they are whole words in a text."""
     ids = sorted(filter(None, set(subjects)), key=len, reverse=True)
     if not ids:
         return text
     words = "|".join(map(re.escape, ids))
-    return re.sub(rf"(?<![0-9A-Za-z])(?:{words})(?![0-9A-Za-z])", lambda found: hashed(found[0], salt), text)
+    return re.sub(rf"(?<![0-9A-Za-z])(?:{words})(?![0-9A-Za-z])", lambda found: hash_subject(found[0], salt), text)

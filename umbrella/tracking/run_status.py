@@ -8,7 +8,7 @@ from types import MappingProxyType
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.base import masked, note
+from umbrella.base import mask_secrets, note
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.store import can_wait, short
 
@@ -56,4 +56,4 @@ def close_run(
         else:
             logger.end(status, outcome, wait=0)
     except (MlflowException, SQLAlchemyError, OSError) as error:  # a full disk, say, was reported already
-        note(f"MLflow at {masked(uri)} does not have the end of {Path(folder).name}: {short(error)}")
+        note(f"MLflow at {mask_secrets(uri)} does not have the end of {Path(folder).name}: {short(error)}")

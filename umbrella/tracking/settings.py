@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from umbrella.base import Section, without_secret
+from umbrella.base import Section, reject_secrets
 
 
 class TrackingSettings(Section):
@@ -26,7 +26,7 @@ class TrackingSettings(Section):
     @field_validator("uri")
     @classmethod
     def _holds_no_secret(cls, uri: str) -> str:
-        return without_secret(
+        return reject_secrets(
             uri,
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or set"
             " MLFLOW_TRACKING_URI instead",

@@ -15,9 +15,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.base import UserError, masked
+from umbrella.base import UserError, mask_secrets
+from umbrella.fileio import describe_storage_error
 from umbrella.paths import artifacts_folder, mlflow_database
-from umbrella.storage import storage_fault
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try
@@ -40,7 +40,7 @@ def tracking_uri(storage: str | Path, uri: str = "") -> str:
 
 def short(error: BaseException) -> str:
     """What an error says, in one line of at most 300 characters without credentials."""
-    return masked(" ".join(str(error)[:3000].split()))[:300]
+    return mask_secrets(" ".join(str(error)[:3000].split()))[:300]
 
 
 def is_local(uri: str) -> bool:
@@ -50,7 +50,7 @@ def is_local(uri: str) -> bool:
 
 def store_key(uri: str) -> str:
     """A short name for a store, good for a file's; every SQLite file has the same, since it may be moved."""
-    return "sqlite" if is_local(uri) else "server-" + hashlib.sha256(masked(uri).encode()).hexdigest()[:8]
+    return "sqlite" if is_local(uri) else "server-" + hashlib.sha256(mask_secrets(uri).encode()).hexdigest()[:8]
 
 
 def can_wait(error: Exception, uri: str) -> bool:
@@ -65,7 +65,9 @@ def can_wait(error: Exception, uri: str) -> bool:
 
 def is_refusal(error: Exception, uri: str) -> bool:
     """Whether the store is there and does not take it: a deleted run, a name that is not allowed."""
-    return isinstance(error, MlflowException) and error.get_http_status_code() < 500 and not storage_fault(error)
+    return (
+        isinstance(error, MlflowException) and error.get_http_status_code() < 500 and not describe_storage_error(error)
+    )
 
 
 def is_name(target: str) -> bool:
@@ -92,14 +94,14 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
             return client.create_experiment(name, artifact_location=artifacts)
     except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError) as error:
         remedy = "" if is_local(uri) else "; start it, or name another one: tracking.uri=..."
-        raise UserError(f"MLflow at {masked(uri)}: {short(error)}{remedy}") from None
+        raise UserError(f"MLflow at {mask_secrets(uri)}: {short(error)}{remedy}") from None
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
     if artifacts and not _same_place(experiment.artifact_location, artifacts):
         print(
             f"note: the storage was moved, and MLflow keeps the artifacts of experiment {name!r} at their old address,"
-            f" {masked(experiment.artifact_location)}; link that folder to {Path(storage).absolute() / 'artifacts'}, or"
-            " choose another name: experiment=...",
+            f" {mask_secrets(experiment.artifact_location)}; link that folder to"
+            f" {Path(storage).absolute() / 'artifacts'}, or choose another name: experiment=...",
             file=sys.stderr,
         )
     return experiment.experiment_id

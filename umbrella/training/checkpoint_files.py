@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from umbrella.base import UserError, note
 from umbrella.config import Settings
+from umbrella.fileio import describe_storage_error
 from umbrella.paths import (
     CHECKPOINT,
     CODE,
@@ -22,7 +23,6 @@ from umbrella.paths import (
     checkpoint_folder,
     checkpoints_in,
 )
-from umbrella.storage import storage_fault
 from umbrella.training.training_state import LOSS, NOT_EVALUATED, ranking_key
 
 if TYPE_CHECKING:  # the script and Ray Tune look for checkpoints without torch, whose import takes seconds
@@ -189,7 +189,7 @@ class CheckpointWriter:
             prune(training, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)  # there must be room again for who looks into it
-            problem = storage_fault(error)
+            problem = describe_storage_error(error)
             if not problem:
                 raise
             gone = "" if training.is_dir() else f"{training} is gone: "

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from umbrella.base import ProgressBar, UserError, note
+from umbrella.file_storage import FileStorage
+from umbrella.fileio import link_or_copy
 from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, evaluation_folder, marker_of, storage_of
-from umbrella.shared_store import SharedStore
-from umbrella.storage import link_or_copy
 from umbrella.training.checkpoint_files import find_damage
 from umbrella.training.settings import ResourceSettings
 
@@ -42,7 +42,7 @@ def synced(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> 
         yield
         return
     download(resources, folder, progress)
-    with CheckpointSync(SharedStore(resources.upload, SETTING), folder):
+    with CheckpointSync(FileStorage(resources.upload, SETTING), folder):
         yield
 
 
@@ -55,7 +55,7 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
     if not resources.upload:
         return False
     with _one_line():
-        return marker_of(folder).name in SharedStore(resources.upload, SETTING).names(_name(folder))
+        return marker_of(folder).name in FileStorage(resources.upload, SETTING).names(_name(folder))
 
 
 def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> None:
@@ -70,7 +70,7 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no {_name(folder)}; delete it or move it away")
-    store, target = SharedStore(resources.upload, SETTING), folder.with_name(f".{folder.name}.download")
+    store, target = FileStorage(resources.upload, SETTING), folder.with_name(f".{folder.name}.download")
     shutil.rmtree(target, ignore_errors=True)
     with _one_line():
         sizes = store.sizes(_name(folder))
@@ -97,7 +97,7 @@ class CheckpointSync:
         folder: of the training or sweep; its evaluation is uploaded with it.
     """
 
-    def __init__(self, store: SharedStore, folder: Path) -> None:
+    def __init__(self, store: FileStorage, folder: Path) -> None:
         self.store, self.folder = store, folder
         self.folders = [folder, evaluation_folder(storage_of(folder), folder.name)]
         self.storage, self.begun = storage_of(folder), marker_of(folder).name

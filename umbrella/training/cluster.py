@@ -16,9 +16,9 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
-from umbrella.base import UserError, masked
+from umbrella.base import UserError, mask_secrets
+from umbrella.fileio import LocksUnavailable, check_writable, lock
 from umbrella.ray_environment import ENVIRONMENT, prepare_environment
-from umbrella.storage import NoLocks, check_writable, lock
 from umbrella.training.settings import ResourceSettings
 
 DASHBOARD = "RAY_API_SERVER_ADDRESS"
@@ -49,7 +49,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     if ray.is_initialized():
         return ""
     address = resources.ray_address
-    named = masked(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
+    named = mask_secrets(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
     if address == "local":
         check_local_folders()
         create_token()
@@ -85,7 +85,7 @@ def join_cluster(resources: ResourceSettings, log_to_driver: bool, name: str) ->
 def start_lock() -> Iterator[None]:
     """Let the scripts of a user start their Rays one after another: two at once would take the same port."""
     with open(Path(gettempdir()) / f"umbrella_start_{os.getuid()}.lock", "w") as file:
-        with suppress(NoLocks):
+        with suppress(LocksUnavailable):
             lock(file, wait=True)
         yield
 

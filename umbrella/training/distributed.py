@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.base import UserError
+from umbrella.fileio import describe_storage_error
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
-from umbrella.storage import storage_fault
 from umbrella.training.settings import TrainSettings
 
 
@@ -160,7 +160,7 @@ def raise_on_all_ranks() -> Iterator[None]:
     except UserError as error:
         problem = str(error)
     except Exception as error:
-        problem = storage_fault(error)
+        problem = describe_storage_error(error)
         if not problem:
             raise
     for everyones in all_gather_object(problem):

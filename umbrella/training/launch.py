@@ -24,8 +24,8 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from umbrella.base import Stopped, UserError
+from umbrella.fileio import check_writable
 from umbrella.paths import RAY
-from umbrella.storage import check_writable
 from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
 from umbrella.training.progress_log import format_duration

@@ -16,7 +16,7 @@ from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json
-from umbrella.tracking.redaction import hide, read_salt
+from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
 from umbrella.training.job import Job
 from umbrella.training.progress_log import BUILDING, FINISHED, FIRST, STOPPED_EARLY, ProgressLog, progress_line
@@ -81,7 +81,7 @@ class Reporter:
         print(progress_line(dict(report)), flush=True)
 
     def _hidden(self, text: str, subjects: Collection[str]) -> str:
-        return hide(text, subjects, self._salt) if self._salt else text
+        return redact_subjects(text, subjects, self._salt) if self._salt else text
 
     def end(self, progress: TrainingState, place: Mapping[str, float]) -> None:
         """The training ended by itself: at its last step, or before it for want of a better evaluation."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO
 
 from umbrella.base import UserError
+from umbrella.fileio import check_writable, lock
 from umbrella.paths import lock_file, storage_of
-from umbrella.storage import check_writable, lock
 
 
 @contextmanager

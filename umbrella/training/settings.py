@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from umbrella.base import Place, Section, masked, without_secret
+from umbrella.base import PathOrAddress, Section, mask_secrets, reject_secrets
 
 
 class OptimSettings(Section):
@@ -92,13 +92,13 @@ class ResourceSettings(Section):
     """How often a training starts again from its last checkpoint after a worker died."""
     keep_checkpoints: int = Field(1, ge=1)
     """Newest checkpoints of a training that are kept, beside the best by tune.metric."""
-    storage: Place = "runs"
+    storage: PathOrAddress = "runs"
     """Folder for everything that runs write: cohort, volume store, checkpoints, sweeps, MLflow's database."""
-    upload: Place = ""
+    upload: PathOrAddress = ""
     """An address, such as s3://bucket/runs, to which trainings and sweeps are uploaded while they run, and from which one that is not on this machine is downloaded. Empty: none."""  # noqa: E501
-    store: Place = ""
+    store: PathOrAddress = ""
     """Where prepared volumes are kept for all: a folder, or an address such as s3://bucket/volumes. Empty: <storage>/volumes."""  # noqa: E501
-    node_store: Place = ""
+    node_store: PathOrAddress = ""
     """A folder of each node's own, on a fast disk, to which volumes come from the store when asked for. Empty: none."""
 
     @property
@@ -127,14 +127,14 @@ class ResourceSettings(Section):
         if "://" in str(storage):
             raise ValueError(
                 "storage is a folder that is written to, not an address; give a folder of this machine, and"
-                f" resources.upload={masked(str(storage))} to have trainings and sweeps uploaded there"
+                f" resources.upload={mask_secrets(str(storage))} to have trainings and sweeps uploaded there"
             )
         return storage
 
     @field_validator("address")
     @classmethod
     def _holds_no_secret(cls, address: str) -> str:
-        return without_secret(address, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token")
+        return reject_secrets(address, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token")
 
     @field_validator("storage", "upload", "store", "node_store")
     @classmethod

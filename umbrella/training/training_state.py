@@ -7,8 +7,8 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
+from umbrella.fileio import write_atomic
 from umbrella.paths import HISTORY, PROGRESS
-from umbrella.storage import put_text
 
 LOSS = "eval/loss"
 NOT_EVALUATED = (-inf, -inf)
@@ -78,4 +78,4 @@ def truncate_history(folder: str | Path, step: int) -> None:
     file = Path(folder) / HISTORY
     if file.exists():
         kept = [row for row in read_history(folder) if row["step"] <= step]
-        put_text(file, "".join(f"{json.dumps(row)}\n" for row in kept))
+        write_atomic(file, "".join(f"{json.dumps(row)}\n" for row in kept))

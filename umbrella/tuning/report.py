@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from umbrella.base import masked
+from umbrella.base import mask_secrets
 from umbrella.config import Settings
 from umbrella.html import number, render
 from umbrella.paths import BEST, RANKING, REPORT
@@ -245,7 +245,7 @@ def print_answer(answer: Answer, console: Console) -> None:
         "its checkpoint": _short(best.checkpoint or ""),
         "ranking": _short(files.ranking),
         "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(answer.tracking)})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {mask_secrets(answer.tracking)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from umbrella.fileio import write_csv
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
-from umbrella.storage import write_csv
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.training_state import ranking_key, read_history
 from umbrella.tuning.search_space import label

@@ -16,11 +16,11 @@ from umbrella.data.ingest import Splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance
+from umbrella.fileio import check_writable
 from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.sigterm import on_sigterm
-from umbrella.storage import check_writable
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.redaction import hide, read_salt
+from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.cluster import start_ray
@@ -164,7 +164,7 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
 def _nameless(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
     """What a trial failed of names samples and files; the report leaves the storage."""
     subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
-    return [replace(t, reason=hide(t.reason, subjects, salt)) if t.failed else t for t in trials]
+    return [replace(t, reason=redact_subjects(t.reason, subjects, salt)) if t.failed else t for t in trials]
 
 
 def _stop(name: str) -> None:

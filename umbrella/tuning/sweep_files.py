@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
+from umbrella.fileio import write_atomic
 from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of, sweep_folder
-from umbrella.storage import put_text
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.parameter import in_words
@@ -30,7 +30,7 @@ def write_question(folder: Path, question: Question, fingerprint: str) -> None:
     write_version(folder)
     (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
-    put_text(folder / SETTINGS, question.settings.to_yaml())
+    write_atomic(folder / SETTINGS, question.settings.to_yaml())
 
 
 def read_question(folder: Path) -> Question:
@@ -128,9 +128,9 @@ def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pa
     known = folder.with_name(f"{ray_id}.txt")
     folder.mkdir(parents=True, exist_ok=True)
     if not known.exists():
-        put_text(known, folder.name)
+        write_atomic(known, folder.name)
     if not (folder / POINT).exists():
-        put_text(folder / POINT, json.dumps(point))
+        write_atomic(folder / POINT, json.dumps(point))
     return folder
 
 
@@ -165,7 +165,7 @@ def write_end(folder: str | Path, state: str, reason: str = "") -> None:
     """Keep how a trial ended. What was kept before stays."""
     file = Path(folder) / END
     if file.parent.is_dir() and not file.exists():
-        put_text(file, json.dumps({"state": state, "reason": reason}))
+        write_atomic(file, json.dumps({"state": state, "reason": reason}))
 
 
 def read_end(folder: str | Path) -> End | None:

@@ -6,7 +6,7 @@
     <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``Facts``
 
 Any number of processes and nodes may share the folder: a file appears whole, by renaming, and never changes. Where
-another one lies behind it, a ``SharedStore``, what is missing is fetched from there, and what is made is put into both.
+another one lies behind it, a ``FileStorage``, what is missing is fetched from there, and what is made is put into both.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from umbrella.base import UserError
+from umbrella.file_storage import FileStorage
 from umbrella.modality import Modality
-from umbrella.shared_store import SharedStore
 from umbrella.volumes.preprocessing import on_grid, recipe, scale_intensity
 from umbrella.volumes.reading import RawVolume, content_id, header_notes, read_volume
 from umbrella.volumes.store_files import READERS, file_stamp, map_array, read_header, read_json, write_whole
@@ -67,7 +67,7 @@ class VolumeStore:
         folder: str | Path,
         modalities: Mapping[str, Modality],
         max_voxels: int,
-        behind: SharedStore | None = None,
+        behind: FileStorage | None = None,
     ) -> None:
         self.folder, self.behind = Path(folder), behind
         self.modalities = modalities

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from umbrella.base import masked
+from umbrella.base import mask_secrets
 
 CHUNK = 2**22
 """Bytes that are copied at a time."""
@@ -31,7 +31,7 @@ def as_path(place: str) -> Path:
     return Path(place.removeprefix("file://")).absolute()
 
 
-class SharedStore:
+class FileStorage:
     """Files by their name, as "sources/0a1b.json": whole or not there. Any number of machines may fetch and put.
 
     Args:
@@ -45,7 +45,7 @@ class SharedStore:
         self.address, self.setting = address if is_address(address) else str(as_path(address)), setting
 
     def __str__(self) -> str:
-        return f"{self.setting}={masked(self.address)}"
+        return f"{self.setting}={mask_secrets(self.address)}"
 
     def fetch(self, name: str, to: Path, is_whole: Callable[[Path], bool]) -> bool:
         """Copy a file into a folder of this machine, where it appears whole.
@@ -160,7 +160,7 @@ class SharedStore:
             if isinstance(error, OSError) and error.filename:  # of this machine's disk
                 raise
             said = " ".join(str(error).split())[:300] or type(error).__name__
-            words = f"{self}: {masked(said)}"
+            words = f"{self}: {mask_secrets(said)}"
             raise OSError(*filter(None, [getattr(error, "errno", None)]), words) from None
 
     def __getstate__(self) -> dict[str, Any]:

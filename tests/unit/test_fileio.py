@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sqlalchemy import create_engine, text
 
 from umbrella.base import UserError
-from umbrella.storage import check_writable, storage_fault, write_csv
+from umbrella.fileio import check_writable, describe_storage_error, write_csv
 
 
 def write_torch(folder: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_full_disk_is_known_whoever_meets_it(name: str, small_disk: Callable[[
     disk = small_disk(50_000)
     with pytest.raises(Exception) as caught:  # noqa: PT011  each library has its own
         WRITERS[name](disk)
-    said = str(caught.value) if isinstance(caught.value, UserError) else storage_fault(caught.value)
+    said = str(caught.value) if isinstance(caught.value, UserError) else describe_storage_error(caught.value)
     assert "No space left on device" in said or "database or disk is full" in said
 
 
@@ -54,7 +54,7 @@ def test_a_full_disk_is_known_whoever_meets_it(name: str, small_disk: Callable[[
 def test_a_folder_that_is_gone_is_known_too(name: str, tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         WRITERS[name](tmp_path / "gone")
-    assert any(words in storage_fault(caught.value) for words in ("No such file", "unable to open"))
+    assert any(words in describe_storage_error(caught.value) for words in ("No such file", "unable to open"))
 
 
 def test_other_errors_are_nobodys_storage() -> None:
@@ -63,7 +63,7 @@ def test_other_errors_are_nobodys_storage() -> None:
         ConnectionRefusedError(111, "refused"),
         sqlite3.OperationalError("database is locked"),
     ):
-        assert storage_fault(error) == ""
+        assert describe_storage_error(error) == ""
 
 
 def test_storage_that_cannot_be_written_ends_a_script_before_it_begins(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from umbrella.shared_store import SharedStore
+from umbrella.file_storage import FileStorage
 
 
 class Store(BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ def test_an_upload_to_s3_is_told_of_as_it_goes_on_and_not_held_in_memory(
     with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_address[1]}"
-        store = SharedStore(f"s3://bucket/runs?region=x&scheme=http&endpoint_override={address}")
+        store = FileStorage(f"s3://bucket/runs?region=x&scheme=http&endpoint_override={address}")
         store.put("weights", tmp_path / "weights", told.append)
         server.shutdown()
     assert sum(told) == 2**26 <= sum(taken), "parts have checksums, too"
