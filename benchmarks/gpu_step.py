@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.modality import Modality
 from umbrella.model.build import cast_frozen, from_llava
-from umbrella.model.trainable_parameters import parts, select_trainable
+from umbrella.model.trainable_parameters import component_parameters, select_trainable
 from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
@@ -82,7 +82,7 @@ def main(size: int, compiled: bool, warm: int = 4, steps: int = 12) -> None:
     """Measure and print."""
     model, batch, settings = make_model(), make_batch(size), OptimSettings()
     apply_options(model, TrainSettings(compile=compiled))
-    optimizer, of = build_optimizer(model, settings), parts(model)
+    optimizer, of = build_optimizer(model, settings), component_parameters(model)
     schedule = build_schedule(optimizer, settings, 1000)
 
     def run(times: int) -> float:

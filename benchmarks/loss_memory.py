@@ -15,7 +15,7 @@ import time
 import torch
 from torch.nn import functional
 
-from umbrella.model.token_nll import LOGITS_AT_ONCE, token_nll
+from umbrella.model.token_nll import MAX_LOGITS, token_nll
 
 WORDS, WIDTH, LENGTH = 152_000, 1024, 1024
 SUPERVISED = 0.15
@@ -31,7 +31,7 @@ def loss_of(
         logits = functional.linear(hidden, words)[:, :-1].flatten(0, 1)
         nll = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
         return (nll * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-    at_once = LOGITS_AT_ONCE if case.endswith("chunks") else sys.maxsize
+    at_once = MAX_LOGITS if case.endswith("chunks") else sys.maxsize
     return (token_nll(hidden, words, ids, weights, at_once) * weights).sum() / weights[:, 1:].sum()
 
 

@@ -19,7 +19,7 @@ def main(request: Request) -> None:
     from umbrella.paths import cohort_report_folder
     from umbrella.training.cluster import join_cluster
     from umbrella.training.run import check_data, check_model
-    from umbrella.volumes.store_files import holdings
+    from umbrella.volumes.store_files import stored_recipes
 
     settings, console = request.settings, make_console()
 
@@ -39,7 +39,7 @@ def main(request: Request) -> None:
     say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
     if not request.dry_run:
         used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
-        held = holdings(store.folder, settings.modalities)
+        held = stored_recipes(store.folder, settings.modalities)
         say("volumes", str(len(used)))
         say("volume store", f"{decimal(sum(h.size for h in held))} in {sum(h.arrays for h in held)} arrays")
         say("report", str(page))

@@ -18,7 +18,7 @@ def main(request: Request) -> None:
     from rich.table import Table
 
     from umbrella.data.ingest import open_store
-    from umbrella.volumes.store_files import holdings, prune
+    from umbrella.volumes.store_files import prune, stored_recipes
 
     console, modalities = make_console(), request.settings.modalities
     folder = open_store(request.settings).folder
@@ -29,7 +29,7 @@ def main(request: Request) -> None:
             f"{files} files of {decimal(size)} {done} in {folder}", highlight=False, markup=False, soft_wrap=True
         )
         return
-    held = holdings(folder, modalities)
+    held = stored_recipes(folder, modalities)
     table = Table(title=escape(str(folder)), title_justify="left")
     for name in ("recipe", "used by", "arrays", "size"):
         table.add_column(name, justify="right" if name in ("arrays", "size") else "left")

@@ -217,11 +217,11 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
     """The writer of a language model's checkpoints."""
-    from umbrella.model.partial_checkpoint import is_whole, write_weights
+    from umbrella.model.partial_checkpoint import saves_full_model, write_weights
     from umbrella.training.checkpoint_files import CheckpointWriter
     from umbrella.training.language_model import model_files
 
-    save_weights = partial(write_weights, whole=is_whole(settings.model))
+    save_weights = partial(write_weights, whole=saves_full_model(settings.model))
     return CheckpointWriter(folder, model_files(model, tokenizer, settings), save_weights, settings, code)
 
 
@@ -231,7 +231,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from dataclasses import replace
 
     from umbrella.config import load_settings
-    from umbrella.model.partial_checkpoint import names_to_write
+    from umbrella.model.partial_checkpoint import parameters_to_save
     from umbrella.training.checkpoint import snapshot
     from umbrella.training.language_model import copy_weights
     from umbrella.training.training_state import TrainingState
@@ -242,7 +242,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
         settings = load_settings(overrides=others)
         code = {"git.commit": "abc", "torch": "1", "umbrella": __version__}
         writer = make_writer(folder, training.model, tokenizer, settings, code)
-        names = names_to_write(training.model, settings.model)
+        names = parameters_to_save(training.model, settings.model)
         progress = TrainingState(step, 4 * step)
         taken = snapshot(copy_weights(training.model, names), training.optimizer, training.schedule, progress, metrics)
         writer.write(replace(taken, rng=rng) if rng else taken)

@@ -136,7 +136,7 @@ def test_a_store_that_is_given_holds_what_was_asked_about(
     model = Umbrella.from_checkpoint(learnt, device="cpu", store=tmp_path / "volumes")
     assert model.answer(said[:1]) == ["male."]
     held = VolumeStore(tmp_path / "volumes", model.modalities, 10_000)
-    assert all(held.holds(volume.image_path, volume.modality) for volume in said[0].volumes)
+    assert all(held.contains(volume.image_path, volume.modality) for volume in said[0].volumes)
 
 
 def test_scores_are_those_of_evaluations_in_training(

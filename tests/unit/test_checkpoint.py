@@ -15,9 +15,9 @@ from tests.conftest import make_writer
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
-from umbrella.model.partial_checkpoint import names_to_write
+from umbrella.model.partial_checkpoint import parameters_to_save
 from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.training.checkpoint import code_versions, describe_code_changes, restore, rng_state, snapshot
 from umbrella.training.checkpoint_files import CheckpointWriter, latest_checkpoint
 from umbrella.training.language_model import copy_weights, load_weights
@@ -44,7 +44,7 @@ class Training:
 
     def steps(self, batches: list[Batch]) -> list[StepResult]:
         return [
-            train_step(self.model, [batch], self.optimizer, self.schedule, OPTIM.clip, parts(self.model))
+            train_step(self.model, [batch], self.optimizer, self.schedule, OPTIM.clip, component_parameters(self.model))
             for batch in batches
         ]
 
@@ -65,7 +65,7 @@ def test_a_restored_training_goes_on_to_the_last_bit_like_one_that_was_never_sto
     rest = one.steps(batches[3:])
 
     other = Training(build(seed=1, train=train))
-    names = names_to_write(other.model, ModelSettings())
+    names = parameters_to_save(other.model, ModelSettings())
     assert other.restored(step, names) == TrainingState(3, 12)
     assert other.steps(batches[3:]) == rest
     torch.testing.assert_close(other.model.state_dict(), one.model.state_dict(), rtol=0, atol=0)
@@ -92,7 +92,7 @@ def test_only_what_the_base_lacks_is_written_and_a_training_goes_on_from_both(
     assert written.keys() == moving | embedder
     assert (step / "adapter").exists() == ("lora" in train)
     other = Training(build(seed=1, **options))
-    other.restored(step, names_to_write(other.model, ModelSettings(**options)))
+    other.restored(step, parameters_to_save(other.model, ModelSettings(**options)))
     assert other.steps(batches[3:]) == rest
 
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_other_weights_is_refused(build: Build, save_step: Save,
         wider.restored(step, [])
     adapted = Training(build(train="embedder+lora", lora_rank=2))
     with pytest.raises(UserError, match=r"does not fit: it lacks 28 weights, base_model\.model\..*lora_A.* among them"):
-        adapted.restored(step, names_to_write(adapted.model, ModelSettings()))
+        adapted.restored(step, parameters_to_save(adapted.model, ModelSettings()))
 
 
 def test_every_file_is_text_or_holds_nothing_but_tensors_and_numbers(
@@ -177,7 +177,7 @@ def test_a_snapshot_is_of_its_step_while_the_next_ones_are_taken(build: Build, b
 def writer(build: Build, tokenizer: Any, tmp_path: Path) -> tuple[CheckpointWriter, Callable[..., Any]]:
     """A writer to a folder, and snapshots for it."""
     one, settings = Training(build()), load_settings(overrides={"resources.keep_checkpoints": 1})
-    names = names_to_write(one.model, settings.model)
+    names = parameters_to_save(one.model, settings.model)
 
     def take(step: int, **metrics: float) -> Any:
         measured = {f"eval/{name}": value for name, value in metrics.items()}

@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from tests.unit.test_real_shapes import CHECKPOINTS, MODALITIES
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.model.build import from_llava
-from umbrella.model.trainable_parameters import parts, select_trainable
+from umbrella.model.trainable_parameters import component_parameters, select_trainable
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step
@@ -39,7 +39,7 @@ def step(model: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> tuple[
         lambda *_: seen.update({n: w.grad.clone().cpu() for n, w in model.named_parameters() if w.grad is not None})
     )
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return train_step(model, [batch.to("cuda")], optimizer, schedule, 1e9, parts(model), dtype), seen
+    return train_step(model, [batch.to("cuda")], optimizer, schedule, 1e9, component_parameters(model), dtype), seen
 
 
 def test_a_step_in_bfloat16_has_the_loss_and_gradients_of_float32(
@@ -106,7 +106,10 @@ def test_the_shapes_of_a_published_model_learn_a_batch_in_bfloat16() -> None:
     ).to("cuda")
     optimizer = build_optimizer(model, OptimSettings(lr=1e-3, warmup=0, schedule="constant"))
     schedule = build_schedule(optimizer, OptimSettings(warmup=0, schedule="constant"), 10)
-    results = [train_step(model, [batch], optimizer, schedule, 1.0, parts(model), torch.bfloat16) for _ in range(8)]
+    results = [
+        train_step(model, [batch], optimizer, schedule, 1.0, component_parameters(model), torch.bfloat16)
+        for _ in range(8)
+    ]
     assert results[-1].loss < results[0].loss
     assert set(results[0].grad_norm_by_part) == {"embedder"}
     print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, losses {[round(r.loss, 3) for r in results]}")

@@ -7,8 +7,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from umbrella.modality import Modality
-from umbrella.model.inflation import factorise, inflate, spread
-from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_table
+from umbrella.model.inflation import factorise_positions, inflate, inflate_patches
+from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_positions
 
 FLAT = {"hidden_size": 6, "num_attention_heads": 1, "image_size": 12, "patch_size": 4}
 
@@ -40,17 +40,17 @@ def test_a_volume_of_a_repeated_slice_gives_what_the_2d_embedder_gives_for_that_
 def test_a_patch_of_more_voxels_keeps_its_product_with_the_weights() -> None:
     torch.manual_seed(0)
     weight, picture = torch.randn(5, 1, 4, 3), torch.randn(4, 3)
-    larger = resize_table(resize_table(picture, 7).T, 6).T  # linear, along rows and columns
+    larger = resize_positions(resize_positions(picture, 7).T, 6).T  # linear, along rows and columns
     assert larger.shape == (7, 6)
     expected = (weight[:, 0] * picture).sum((1, 2))
-    torch.testing.assert_close(spread(weight, (1, 7, 6)) @ larger.flatten(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(inflate_patches(weight, (1, 7, 6)) @ larger.flatten(), expected, rtol=0, atol=1e-4)
 
 
 def test_positions_that_are_a_sum_over_rows_and_columns_are_taken_apart_exactly() -> None:
     torch.manual_seed(0)
     rows, columns = torch.randn(3, 1, 6), torch.randn(1, 3, 6)
     axes = ModalityEmbedder(Modality(grid=(2, 3, 3, 2), patch=(1, 1, 1, 1)), 6).positions
-    depth, row, column, time = factorise(rows + columns, axes)
+    depth, row, column, time = factorise_positions(rows + columns, axes)
     volume = depth[:, None, None, None] + row[:, None, None] + column[:, None] + time
     torch.testing.assert_close(volume, (rows + columns)[None, :, :, None].expand(2, 3, 3, 2, 6))
 
@@ -59,7 +59,7 @@ def test_other_positions_are_fitted_as_well_as_a_sum_can() -> None:
     torch.manual_seed(0)
     table = torch.randn(3, 3, 6)
     axes = ModalityEmbedder(Modality(grid=(1, 3, 3), patch=(1, 1, 1)), 6).positions
-    depth, row, column = factorise(table, axes)
+    depth, row, column = factorise_positions(table, axes)
     design = torch.cat([torch.eye(3).repeat_interleave(3, 0), torch.eye(3).repeat(3, 1)], 1)
     best = design @ torch.linalg.pinv(design) @ table.reshape(9, 6)
     torch.testing.assert_close((depth[0] + row[:, None] + column).reshape(9, 6), best)

@@ -20,11 +20,11 @@ from umbrella.inspection.balance import count_labels, count_splits, shared_subje
 from umbrella.inspection.report import write_report
 from umbrella.inspection.volumes import VolumeRow, duplicates, flag, robust_z
 from umbrella.modality import Modality
-from umbrella.volumes.slices import TILE, cut, save_thumbnail, voxel_edges
-from umbrella.volumes.store import Facts, VolumeStore
+from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail, voxel_spacing
+from umbrella.volumes.store import VolumeInfo, VolumeStore
 
 CUBE = Modality(grid=(10, 10, 10), patch=(5, 5, 5))
-FACTS = Facts((10, 20, 30), (1.0, 1.0, 1.0), "RAS", "int16", 0, 100, 10, 5, 0.3)
+FACTS = VolumeInfo((10, 20, 30), (1.0, 1.0, 1.0), "RAS", "int16", 0, 100, 10, 5, 0.3)
 Talk = Callable[..., Conversation]
 
 
@@ -51,7 +51,7 @@ def test_a_corner_that_is_right_front_and_top_is_there_in_every_plane(tmp_path: 
         np.array([[0, -1, 0, 19], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]]),
     )
     store = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000)
-    planes = cut(store.get(turned, "sMRI"), CUBE, store.facts(turned, "sMRI"))
+    planes = orthogonal_slices(store.get(turned, "sMRI"), CUBE, store.info(turned, "sMRI"))
     where = {}
     for plane in planes:
         rows, columns = np.nonzero(plane.grey > 128)
@@ -61,35 +61,36 @@ def test_a_corner_that_is_right_front_and_top_is_there_in_every_plane(tmp_path: 
     save_thumbnail(planes, tmp_path / "t.png")
     with Image.open(tmp_path / "t.png") as picture:
         bright = np.asarray(picture) > 128
-    assert bright.shape == (TILE, 3 * TILE)
-    middles = [np.argwhere(tile).mean(axis=0) / TILE for tile in np.split(bright, 3, axis=1)]
+    assert bright.shape == (THUMBNAIL_SIZE, 3 * THUMBNAIL_SIZE)
+    middles = [np.argwhere(tile).mean(axis=0) / THUMBNAIL_SIZE for tile in np.split(bright, 3, axis=1)]
     np.testing.assert_allclose(middles, [(0.3, 0.8), (0.4, 0.8), (0.4, 0.7)], atol=0.02)
 
 
 def test_a_field_of_view_that_is_no_cube_keeps_its_form(tmp_path: Path) -> None:
     # Along the axes of the file: 30 mm in Z, 10 mm in X, 20 mm in Y.
     facts = replace(FACTS, shape=(15, 10, 10), spacing=(2.0, 1.0, 2.0), orientation="SRP")
-    assert voxel_edges(CUBE, facts) == (1, 2, 3)
-    assert voxel_edges(Modality(grid=(9, 9, 9), patch=(3, 3, 3), fit="spacing", spacing=1.5), facts) == (1.5, 1.5, 1.5)
+    assert voxel_spacing(CUBE, facts) == (1, 2, 3)
+    isotropic = Modality(grid=(9, 9, 9), patch=(3, 3, 3), fit="spacing", spacing=1.5)
+    assert voxel_spacing(isotropic, facts) == (1.5, 1.5, 1.5)
     array = np.random.default_rng(0).normal(size=CUBE.grid)
-    save_thumbnail(cut(array, CUBE, facts), tmp_path / "t.png")
+    save_thumbnail(orthogonal_slices(array, CUBE, facts), tmp_path / "t.png")
     with Image.open(tmp_path / "t.png") as picture:
         filled = np.asarray(picture) > 0
-    heights = [filled[:, i * TILE : (i + 1) * TILE].any(axis=1).sum() for i in range(3)]
-    widths = [filled[:, i * TILE : (i + 1) * TILE].any(axis=0).sum() for i in range(3)]
-    np.testing.assert_allclose(heights, [TILE * 2 / 3, TILE, TILE], atol=2)
-    np.testing.assert_allclose(widths, [TILE / 3, TILE / 3, TILE * 2 / 3], atol=2)
+    heights = [filled[:, i * THUMBNAIL_SIZE : (i + 1) * THUMBNAIL_SIZE].any(axis=1).sum() for i in range(3)]
+    widths = [filled[:, i * THUMBNAIL_SIZE : (i + 1) * THUMBNAIL_SIZE].any(axis=0).sum() for i in range(3)]
+    np.testing.assert_allclose(heights, [THUMBNAIL_SIZE * 2 / 3, THUMBNAIL_SIZE, THUMBNAIL_SIZE], atol=2)
+    np.testing.assert_allclose(widths, [THUMBNAIL_SIZE / 3, THUMBNAIL_SIZE / 3, THUMBNAIL_SIZE * 2 / 3], atol=2)
 
 
 def test_a_series_shows_the_mean_of_its_middle_window() -> None:
     series = Modality(grid=(4, 4, 4, 2), patch=(4, 4, 4, 2))
     frames = np.random.default_rng(0).normal(size=(6, 4, 4, 4)).astype(np.float16)
-    shown = cut(frames, series, None)
-    still = cut(frames[2:4].mean(axis=0, dtype=np.float32), CUBE, None)
+    shown = orthogonal_slices(frames, series, None)
+    still = orthogonal_slices(frames[2:4].mean(axis=0, dtype=np.float32), CUBE, None)
     assert all((a.grey == b.grey).all() for a, b in zip(shown, still, strict=True))
 
 
-def rows_of(*facts: Facts | None) -> list[VolumeRow]:
+def rows_of(*facts: VolumeInfo | None) -> list[VolumeRow]:
     return [VolumeRow(f"/d/{i}", str(i), "sMRI", str(i), 1, ("train",), ("a",), f) for i, f in enumerate(facts)]
 
 

@@ -14,7 +14,7 @@ from umbrella.base import UserError
 from umbrella.data.batching import Batch
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
@@ -39,7 +39,7 @@ def trained(build: Callable[..., Any], batch: Batch) -> Any:
     optimizer = build_optimizer(model, settings)
     schedule = build_schedule(optimizer, settings, 3)
     for _ in range(3):
-        result = train_step(model, [batch], optimizer, schedule, settings.clip, parts(model))
+        result = train_step(model, [batch], optimizer, schedule, settings.clip, component_parameters(model))
     assert set(result.grad_norm_by_part) == {"embedder", "lora"}
     return model
 
@@ -64,8 +64,8 @@ def test_a_saved_model_with_adapters_gives_the_same_outputs(trained: Any, batch:
     settings = ModelSettings(checkpoint=str(tmp_path), train="embedder+lora", lora_rank=2)
     continued = build_model(settings, trained.config.modalities, 260, trained.config.image_token_id)
     torch.testing.assert_close(nll(continued, batch), nll(trained, batch), rtol=0, atol=1e-5)
-    assert all(w.requires_grad for w in parts(continued)["lora"])
-    assert not any(w.requires_grad for w in parts(continued)["language_model"])
+    assert all(w.requires_grad for w in component_parameters(continued)["lora"])
+    assert not any(w.requires_grad for w in component_parameters(continued)["language_model"])
 
 
 def test_adapters_are_saved_as_peft_saves_them_and_the_rest_without_them(

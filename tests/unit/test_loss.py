@@ -17,7 +17,7 @@ from tests.unit.workers import run_workers
 from umbrella.data.batching import Batch
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.training.distributed import parallelise
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import train_step
@@ -39,7 +39,7 @@ def measure(model: nn.Module, batches: Sequence[Batch]) -> Measured:
 
     optimizer.register_step_pre_hook(look)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    result = train_step(model, batches, optimizer, schedule, clip=1e9, parts=parts(inner))
+    result = train_step(model, batches, optimizer, schedule, clip=1e9, parts=component_parameters(inner))
     return result.loss, result.supervised_tokens, seen
 
 

@@ -23,7 +23,7 @@ from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
 from umbrella.model.build import build_model
-from umbrella.volumes.slices import PLANES, cut
+from umbrella.volumes.slices import PLANES, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
 
 HEAD = Modality(grid=(8, 12, 8), patch=(2, 4, 2))
@@ -125,12 +125,14 @@ def test_the_overlay_lies_as_the_planes_do() -> None:
     effects, voxels = np.zeros(HEAD.patch_grid), np.zeros(HEAD.grid)
     effects[3, 2, 1] = 1
     voxels[6:8, 8:12, 2:4] = 1  # the same patch in voxels
-    for plane in cut(voxels, HEAD, None, centre=(7, 9, 2)):
+    for plane in orthogonal_slices(voxels, HEAD, None, centre=(7, 9, 2)):
         right, up = PLANES[plane.name]
         own = over(effects, plane, HEAD).repeat(HEAD.patch[up], 0).repeat(HEAD.patch[right], 1)
         assert own.any()
         np.testing.assert_array_equal(own > 0, plane.grey > 0)
-    assert not any(over(effects, plane, HEAD).any() for plane in cut(voxels, HEAD, None, centre=(0, 0, 0)))
+    assert not any(
+        over(effects, plane, HEAD).any() for plane in orthogonal_slices(voxels, HEAD, None, centre=(0, 0, 0))
+    )
 
 
 def test_the_picture_is_red_where_the_patch_lies_and_grey_elsewhere(asked: Conversation, store_here: Any) -> None:

@@ -15,7 +15,7 @@ from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
 from umbrella.model.token_nll import token_nll
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
-from umbrella.model.umbrella_llava import restarted
+from umbrella.model.umbrella_llava import packed_position_ids
 
 MakeBatch = Callable[..., Batch]
 
@@ -54,14 +54,14 @@ def test_token_nll_is_the_cross_entropy_of_the_full_logits(model: Umbrella, make
 
 
 @pytest.mark.parametrize("moving", ["hidden and words", "hidden", "words"])
-@pytest.mark.parametrize("logits_at_once", [1, 260 * 5, 260 * 1000])
-def test_logits_a_few_at_a_time_give_the_same_likelihoods_and_gradients(logits_at_once: int, moving: str) -> None:
+@pytest.mark.parametrize("max_logits", [1, 260 * 5, 260 * 1000])
+def test_logits_a_few_at_a_time_give_the_same_likelihoods_and_gradients(max_logits: int, moving: str) -> None:
     torch.manual_seed(0)
     hidden, words = torch.randn(2, 9, 8), torch.randn(260, 8)
     wanted = [{"hidden": hidden, "words": words}[name].requires_grad_() for name in moving.split(" and ")]
     ids, weights = torch.randint(260, (2, 9)), torch.randint(2, (2, 9)) * torch.rand(2, 9)
     plain = functional.cross_entropy((hidden @ words.T)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    found = token_nll(hidden, words, ids, weights, logits_at_once)
+    found = token_nll(hidden, words, ids, weights, max_logits)
     torch.testing.assert_close(found[:, 1:], plain * (weights[:, 1:] != 0), rtol=1e-5, atol=1e-5)
     expected = torch.autograd.grad((plain * weights[:, 1:]).sum(), wanted)
     torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), wanted), expected)
@@ -92,7 +92,7 @@ def test_a_sample_in_a_shared_row_is_as_likely_as_alone(model: Umbrella, make: M
 
 def test_positions_start_anew_with_each_sample_of_a_row() -> None:
     mask = torch.tensor([[1, 1, 1, 2, 3, 3], [1, 2, 2, 0, 0, 0]])
-    assert restarted(mask).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 0, 1, 2]]
+    assert packed_position_ids(mask).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 0, 1, 2]]
 
 
 def test_a_row_in_a_mixed_batch_is_as_likely_as_alone(model: Umbrella, make: MakeBatch) -> None:
@@ -141,7 +141,7 @@ def test_features_stand_at_the_placeholders_in_reading_order(model: Umbrella, ma
         alone = [
             model.model.get_image_features((name, groups[name].voxels[i : i + 1])).pooler_output[0] for name, i in order
         ]
-        torch.testing.assert_close(model.placed(batch.input_ids, groups)[batch.image_mask], torch.cat(alone))
+        torch.testing.assert_close(model.embed_inputs(batch.input_ids, groups)[batch.image_mask], torch.cat(alone))
 
 
 def test_volumes_that_do_not_fit_the_placeholders_name_both_counts(model: Umbrella, make: MakeBatch) -> None:

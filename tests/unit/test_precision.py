@@ -10,7 +10,7 @@ import torch
 
 from umbrella.data.batching import Batch
 from umbrella.model.token_nll import token_nll
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.training.checkpoint import restore
 from umbrella.training.language_model import apply_options, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -45,7 +45,7 @@ class Training:
         self.schedule = build_schedule(self.optimizer, OPTIM, 6)
 
     def steps(self, *batches: Batch) -> list[StepResult]:
-        weights = parts(self.model)
+        weights = component_parameters(self.model)
         return [
             train_step(self.model, [batch], self.optimizer, self.schedule, 1.0, weights, torch.bfloat16)
             for batch in batches
@@ -117,7 +117,8 @@ def test_what_moves_keeps_every_digit_of_a_checkpoint_in_half_precision(
     exact, model = build(**options), build(**options, dtype="bfloat16")
     for name, weight in model.named_parameters():
         assert torch.equal(weight, exact.get_parameter(name).to(weight.dtype)), name
-    assert {weight.dtype for part in ("embedder", "projector") for weight in parts(model)[part]} == {torch.float32}
+    trained = [weight for part in ("embedder", "projector") for weight in component_parameters(model)[part]]
+    assert {weight.dtype for weight in trained} == {torch.float32}
 
 
 def test_likelihoods_and_gradients_are_float32_products_of_frozen_words_in_bfloat16() -> None:

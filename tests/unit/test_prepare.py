@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import Done
 from umbrella.modality import Modality
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.store_files import holdings
+from umbrella.volumes.store_files import stored_recipes
 
 Run = Callable[..., Done]
 GRID = "modalities.sMRI={grid: [8, 8, 8], patch: [4, 4, 4]}"
@@ -197,7 +197,7 @@ def test_store_tells_recipes_apart_and_prunes_only_what_is_unused(run: Run, data
 
     modalities = {"sMRI": Modality(grid=(8, 8, 8), patch=(4, 4, 4))}
     store = VolumeStore(folder, modalities, 10_000)
-    assert all(store.holds(data / f"{subject}.nii", "sMRI") for subject in "bcdef")
-    [held] = holdings(folder, modalities)
+    assert all(store.contains(data / f"{subject}.nii", "sMRI") for subject in "bcdef")
+    [held] = stored_recipes(folder, modalities)
     assert held.arrays == 5
     assert run("store.py", "--prune").stdout.startswith("0 files of ")

@@ -7,7 +7,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.preprocessing import Axis, on_grid, prepare, recipe
+from umbrella.volumes.preprocessing import Axis, prepare, recipe, resample_to_grid
 from umbrella.volumes.reading import RawVolume
 
 
@@ -48,7 +48,7 @@ def test_a_spacing_crops_and_pads_around_the_centre_with_the_background() -> Non
     voxels = np.full((4, 2, 6), 5.0)
     voxels[0, 0, 1] = 9
     same = modality((6, 2, 4), fit="spacing", spacing=2.0, background=-1.0)
-    values, foreground = on_grid(raw(voxels, (2, 2, 2)), same)
+    values, foreground = resample_to_grid(raw(voxels, (2, 2, 2)), same)
     expected = np.full((6, 2, 4), -1.0)
     expected[1:5] = 5
     expected[1, 0, 0] = 9
@@ -59,12 +59,14 @@ def test_a_spacing_crops_and_pads_around_the_centre_with_the_background() -> Non
 def test_a_spacing_means_millimetres_along_every_axis() -> None:
     ramp = np.broadcast_to(np.arange(8.0)[:, None, None], (8, 4, 2))
     halved = modality((4, 4, 4), fit="spacing", spacing=2.0)
-    values, _ = on_grid(raw(ramp, (1, 2, 4)), halved)  # 8 x 8 x 8 mm
+    values, _ = resample_to_grid(raw(ramp, (1, 2, 4)), halved)  # 8 x 8 x 8 mm
     np.testing.assert_allclose(values, np.broadcast_to(np.array([0.5, 2.5, 4.5, 6.5])[:, None, None], (4, 4, 4)))
 
 
 def test_scale_factors_count() -> None:
-    values, foreground = on_grid(raw([[[0, 1], [2, 3]]], slope=-2, inter=4), modality((1, 2, 2), background=4.0))
+    values, foreground = resample_to_grid(
+        raw([[[0, 1], [2, 3]]], slope=-2, inter=4), modality((1, 2, 2), background=4.0)
+    )
     np.testing.assert_allclose(values, [[[4, 2], [0, -2]]])
     np.testing.assert_array_equal(foreground, [[[False, True], [True, True]]])
 

@@ -29,7 +29,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 
 
@@ -77,9 +77,9 @@ def test_exactly_the_named_parts_move(
     model = build(train=train).train()
     model(**batch.model_inputs()).token_nll.sum().backward()
     norm = set(model.model.vision_tower.post_layernorm.parameters())
-    for name, weights in parts(model).items():
+    for name, weights in component_parameters(model).items():
         assert {p.grad is not None for p in weights if p not in norm} == {name in moving}, name
-    assert sum(len(weights) for weights in parts(model).values()) == len(list(model.parameters()))
+    assert sum(len(weights) for weights in component_parameters(model).values()) == len(list(model.parameters()))
 
 
 def test_the_norm_that_never_moves_has_no_effect(build: Callable[..., Umbrella], batch: Batch) -> None:

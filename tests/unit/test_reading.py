@@ -19,8 +19,9 @@ from scipy.io import netcdf_file
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.preprocessing import on_grid
-from umbrella.volumes.reading import SURPLUS, content_id, header_notes, read_volume
+from umbrella.volumes.image_formats import MAX_EXTRA_BYTES
+from umbrella.volumes.preprocessing import resample_to_grid
+from umbrella.volumes.reading import content_hash, header_notes, read_volume
 from umbrella.volumes.store import decode
 
 LIMIT = 2**31
@@ -34,7 +35,7 @@ def save(path: Path, voxels: np.ndarray) -> Path:
 def in_ras(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The volume on a grid of its own size, which changes nothing but the axes: (X, Y, Z), or (T, X, Y, Z)."""
     modality = Modality(grid=shape, patch=(1,) * len(shape))
-    return on_grid(read_volume(path, len(shape), LIMIT), modality)[0]
+    return resample_to_grid(read_volume(path, len(shape), LIMIT), modality)[0]
 
 
 def put(content: bytes, *fields: tuple[int, str, Any]) -> bytes:
@@ -167,7 +168,7 @@ def test_any_flip_and_permutation_of_axes_comes_back_to_ras(order: list[int], fl
     turn = np.array([[order.index(axis), -1 if flips[axis] else 1] for axis in range(3)])
     turned = image.as_reoriented(turn)
     raw = RawVolume(turned.get_fdata(), 1.0, 0.0, turned.affine)
-    back = on_grid(raw, Modality(grid=(2, 3, 4, frames), patch=(1, 1, 1, 1)))[0]
+    back = resample_to_grid(raw, Modality(grid=(2, 3, 4, frames), patch=(1, 1, 1, 1)))[0]
     np.testing.assert_array_equal(back, np.moveaxis(brain, -1, 0))
 
 
@@ -244,12 +245,12 @@ def test_an_affine_without_directions_is_refused(tmp_path: Path, brain: np.ndarr
 
 def test_content_is_that_of_both_files_of_a_pair_and_not_of_their_names(tmp_path: Path, brain: np.ndarray) -> None:
     nib.save(nib.Nifti1Pair(brain, np.eye(4)), tmp_path / "a.img")
-    assert content_id(tmp_path / "a.img") == content_id(tmp_path / "a.hdr")
+    assert content_hash(tmp_path / "a.img") == content_hash(tmp_path / "a.hdr")
     for suffix in ("img", "hdr"):
         shutil.copy(tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}")
-    assert content_id(tmp_path / "b.img") == content_id(tmp_path / "a.img")
+    assert content_hash(tmp_path / "b.img") == content_hash(tmp_path / "a.img")
     nib.save(nib.Nifti1Pair(brain, np.diag([2, 1, 1, 1])), tmp_path / "c.img")  # another header, the same voxels
-    assert content_id(tmp_path / "c.img") != content_id(tmp_path / "a.img")
+    assert content_hash(tmp_path / "c.img") != content_hash(tmp_path / "a.img")
 
 
 TWO = np.diag([2.0, 2, 2, 1])
@@ -413,8 +414,8 @@ def test_what_a_header_claims_is_compared_with_the_file_before_memory_is_taken(
 
 def test_no_more_of_a_compressed_file_is_unpacked_than_its_header_claims(tmp_path: Path, brain: np.ndarray) -> None:
     for name, pack in (("s.nii.gz", gzip.compress), ("s.nii.bz2", bz2.compress)):
-        (tmp_path / name).write_bytes(pack(SMALL + bytes(4 * SURPLUS)))
-        assert peak_of(lambda name=name: read_volume(tmp_path / name, 3, LIMIT)) < 2.5 * SURPLUS
+        (tmp_path / name).write_bytes(pack(SMALL + bytes(4 * MAX_EXTRA_BYTES)))
+        assert peak_of(lambda name=name: read_volume(tmp_path / name, 3, LIMIT)) < 2.5 * MAX_EXTRA_BYTES
 
 
 def damaged(content: bytes, draw: np.random.Generator) -> bytes:
@@ -459,6 +460,6 @@ def test_a_damaged_file_is_read_or_refused_with_its_name_in_little_memory(
         draw = np.random.default_rng(seed)
         inside = path.suffix in (".gz", ".mgz") and seed % 4
         path.write_bytes(gzip.compress(damaged(gzip.decompress(whole), draw), 1) if inside else damaged(whole, draw))
-        assert peak_of(read) < 3 * SURPLUS
+        assert peak_of(read) < 3 * MAX_EXTRA_BYTES
     assert 10 <= len(refusals) <= 50
     assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refusals)

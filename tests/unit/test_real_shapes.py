@@ -9,7 +9,7 @@ from transformers import SiglipVisionConfig as Siglip
 
 from umbrella.modality import Modality
 from umbrella.model.build import from_llava
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 
 SO400M = Siglip(
     hidden_size=1152,
@@ -84,7 +84,7 @@ def test_all_but_the_embedder_of_a_published_checkpoint_is_taken_over(
     assert sum(p.numel() for p in plain.parameters()) == flat + tower + projector + language
     kinds = {name: modality.model_dump(mode="json") for name, modality in MODALITIES.items()}
     model = from_llava(plain, kinds)
-    counts = {part: sum(w.numel() for w in weights) for part, weights in parts(model).items()}
+    counts = {part: sum(w.numel() for w in weights) for part, weights in component_parameters(model).items()}
     width = model.config.vision_config.hidden_size
     own = (16**3 + 1 + 6 + 6 + 6) * width + (16**3 * 3 + 1 + 6 + 6 + 6 + 8) * width
     own += width if name == "llava-1.5-7b" else 0  # the class token

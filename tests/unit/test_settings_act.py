@@ -30,7 +30,7 @@ from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.scoring import find_candidates
 from umbrella.modality import Modality
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.training.job import LanguageModelJob
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
@@ -217,8 +217,8 @@ def not_a_number(training: Training) -> str:
 
 def moved(training: Training) -> set[str]:
     """The parts of the model that are not what they were."""
-    before = {part: [w.detach().clone() for w in of] for part, of in parts(training.model).items()}
-    now = parts(training.ran.model)
+    before = {part: [w.detach().clone() for w in of] for part, of in component_parameters(training.model).items()}
+    now = component_parameters(training.ran.model)
     return {part for part, of in before.items() if not all(map(torch.equal, of, now[part]))}
 
 

@@ -19,7 +19,7 @@ from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint import restore, snapshot
 from umbrella.training.distributed import autocast, full_tensor, parallelise, reshard
@@ -73,7 +73,7 @@ def trained(model: Any, parallel: Any, steps: Sequence[Sequence[Batch]], dtype: 
     """
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=20.0, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    weights = parts(model)
+    weights = component_parameters(model)
     results = [train_step(parallel, batches, optimizer, schedule, CLIP, weights, dtype) for batches in steps]
     with torch.no_grad(), autocast(parallel, steps[0][0].input_ids.device, dtype):
         evaluated = parallel.eval()(**steps[0][0].model_inputs()).token_nll
@@ -125,7 +125,7 @@ class Training:
         self.schedule = build_schedule(self.optimizer, OPTIM, 6)
 
     def steps(self, steps: Sequence[Sequence[Batch]]) -> list[float]:
-        weights = parts(self.model)
+        weights = component_parameters(self.model)
         return [
             train_step(self.parallel, batches, self.optimizer, self.schedule, 1.0, weights).loss for batches in steps
         ]

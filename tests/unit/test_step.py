@@ -17,7 +17,7 @@ from tests.unit.workers import run_workers
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.model.build import build_model
 from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.training.distributed import parallelise
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
@@ -30,7 +30,7 @@ OPTIM = OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 def stepper(model: Any, settings: OptimSettings = OPTIM) -> Callable[[Batch], StepResult]:
     optimizer = build_optimizer(model, settings)
     schedule = build_schedule(optimizer, settings, 100)
-    return lambda batch: train_step(model, [batch], optimizer, schedule, settings.clip, parts(model))
+    return lambda batch: train_step(model, [batch], optimizer, schedule, settings.clip, component_parameters(model))
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def test_steps_on_one_batch_learn_it_and_the_gradient_reaches_the_embedder(
 )
 def test_only_the_selected_weights_move(build: Callable[..., Any], batch: Batch, train: str, moving: set[str]) -> None:
     model = build(train=train)
-    before = copy.deepcopy(parts(model))
+    before = copy.deepcopy(component_parameters(model))
     result = stepper(model)(batch)
-    for part, weights in parts(model).items():
+    for part, weights in component_parameters(model).items():
         moved = {not torch.equal(old, new) for old, new in zip(before[part], weights, strict=True)}
         assert moved == {part in moving}
     assert set(result.grad_norm_by_part) == moving
@@ -75,7 +75,7 @@ def test_a_step_says_the_rate_it_took_and_the_gradient_before_clipping(build: Ca
     before = [w.detach().clone() for w in model.parameters()]
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    result = train_step(model, [batch], optimizer, schedule, clip=0.01, parts=parts(model))
+    result = train_step(model, [batch], optimizer, schedule, clip=0.01, parts=component_parameters(model))
     change = torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), before, strict=True)])
     assert change.norm().item() == pytest.approx(0.5 * 0.01, rel=1e-3)
     assert result.grad_norm > 0.1
@@ -97,7 +97,7 @@ def refusal(model: Any, batches: list[Batch], **options: Any) -> Diverged:
     optimizer = build_optimizer(model, OPTIM)
     schedule = build_schedule(optimizer, OPTIM, 100)
     with pytest.raises(Diverged) as caught:
-        train_step(model, batches, optimizer, schedule, 1.0, parts(model), **options)
+        train_step(model, batches, optimizer, schedule, 1.0, component_parameters(model), **options)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert (len(optimizer.state), schedule.last_epoch) == (0, 0)
     assert all(w.grad is None for w in model.parameters())
@@ -134,7 +134,8 @@ def test_a_loss_over_its_limit_names_the_samples_over_it(build: Callable[..., An
     assert f"over the {limit:.4g} that train.max_loss_ratio allows" in str(error)
     optimizer = build_optimizer(model, OPTIM)
     schedule = build_schedule(optimizer, OPTIM, 100)
-    train_step(model, [batch], optimizer, schedule, 1.0, parts(model), limit=each[high])  # none is over it
+    # No gradient exceeds the limit.
+    train_step(model, [batch], optimizer, schedule, 1.0, component_parameters(model), limit=each[high])
 
 
 def test_a_refusal_survives_the_way_to_another_process_and_names_ten_samples_at_most() -> None:
@@ -156,7 +157,7 @@ def refuse(rank: int, folder: Path, batches: list[list[Batch]], made_of: tuple) 
         optimizer = build_optimizer(model, OPTIM)
         schedule = build_schedule(optimizer, OPTIM, 100)
         try:
-            train_step(parallel, batches[rank], optimizer, schedule, 1.0, parts(model))
+            train_step(parallel, batches[rank], optimizer, schedule, 1.0, component_parameters(model))
         except Diverged as error:
             (folder / f"{shard} {rank}.txt").write_text(str(error), encoding="utf-8")
         assert all(weight.grad is None for weight in model.parameters())

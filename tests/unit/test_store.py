@@ -17,9 +17,9 @@ from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes import store as store_module
 from umbrella.volumes.preprocessing import prepare
-from umbrella.volumes.reading import RawVolume, content_id
+from umbrella.volumes.reading import RawVolume, content_hash
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.store_files import holdings, prune
+from umbrella.volumes.store_files import prune, stored_recipes
 
 LIMIT = 2**31
 SMALL = {
@@ -119,7 +119,7 @@ def test_a_changed_source_and_another_recipe_are_other_arrays(tmp_path: Path, br
     assert other.get(path, "sMRI").shape == (8, 4, 4)
     save(path, brain[::-1])
     os.utime(path, ns=(1, 1))  # of the same size
-    assert not store.holds(path, "sMRI")
+    assert not store.contains(path, "sMRI")
     np.testing.assert_allclose(store.get(path, "sMRI"), before[::-1], atol=2e-3)
     assert len(arrays(tmp_path)) == 3
 
@@ -153,9 +153,9 @@ def test_a_series_keeps_every_frame_and_serves_windows_of_any_length_that_fits(t
     path = save(tmp_path / "f.nii", np.random.default_rng(0).normal(size=(3, 3, 3, 6)))
     assert open_store(tmp_path).get(path, "fMRI").shape == (6, 2, 2, 2)
     longer = open_store(tmp_path, fMRI=Modality(grid=(2, 2, 2, 6), patch=(1, 1, 1, 1)))
-    assert longer.holds(path, "fMRI")
+    assert longer.contains(path, "fMRI")
     too_long = open_store(tmp_path, fMRI=Modality(grid=(2, 2, 2, 7), patch=(1, 1, 1, 1)))
-    assert not too_long.holds(path, "fMRI")
+    assert not too_long.contains(path, "fMRI")
     with pytest.raises(UserError, match=r"f\.nii: has 6 frames, and a window of 7 frames"):
         too_long.get(path, "fMRI")
 
@@ -166,7 +166,7 @@ def test_what_was_seen_of_a_volume_is_kept_beside_its_array(tmp_path: Path) -> N
     nib.save(nib.Nifti1Image(voxels, np.diag([-2, 1, 1.5, 1])), tmp_path / "s.nii.gz")
     store = open_store(tmp_path)
     store.get(tmp_path / "s.nii.gz", "sMRI")
-    facts = store.facts(tmp_path / "s.nii.gz", "sMRI")
+    facts = store.info(tmp_path / "s.nii.gz", "sMRI")
     assert (facts.shape, facts.spacing, facts.orientation, facts.dtype) == ((4, 4, 4), (2, 1, 1.5), "LAS", "int16")
     assert (facts.minimum, facts.maximum, facts.mean, facts.foreground) == (0, 30, 10, 0.5)
     assert facts.deviation == pytest.approx(np.std([0, 0, 10, 30]))
@@ -186,16 +186,16 @@ def test_a_store_of_an_older_version_keeps_all_arrays_but_those_that_are_read_ot
         # Older records have no notes, and name an array by the content of the file alone.
         [record] = [r for r in (tmp_path / "store/sources").iterdir() if str(path) in r.read_text()]
         older = json.loads(record.read_text())
-        older["content"] = content_id(path)
+        older["content"] = content_hash(path)
         del older["notes"]
         record.write_text(json.dumps(older))
-    made[micron].rename(made[micron].with_stem(content_id(micron)))
+    made[micron].rename(made[micron].with_stem(content_hash(micron)))
     store = open_store(tmp_path)
     assert store.get(micron, "sMRI").shape == (4, 4, 4)
     assert made[micron].exists()
     assert store.notes(micron) == ("the unit in the header is micrometres, converted to millimetres",)
     monkeypatch.setattr(store_module, "read_volume", None)  # neither decoded nor read again
-    monkeypatch.setattr(store_module, "content_id", None)
+    monkeypatch.setattr(store_module, "content_hash", None)
     store.get(usual, "sMRI")
     assert (store.path(usual, "sMRI"), store.notes(usual)) == (made[usual], ())
     assert open_store(tmp_path).holds(usual, "sMRI")
@@ -260,7 +260,7 @@ def test_pruning_keeps_what_can_still_be_asked_for_and_nothing_else(tmp_path: Pa
         file.write_bytes(b"half")
     os.utime(left[0], (0, time.time() - 2 * 24 * 3600))
 
-    old, now = sorted(holdings(tmp_path / "store", SMALL), key=lambda holding: holding.arrays)
+    old, now = sorted(stored_recipes(tmp_path / "store", SMALL), key=lambda holding: holding.arrays)
     assert [(h.arrays, h.modalities) for h in (old, now)] == [(1, ()), (3, ("sMRI",))]
     assert now.size == sum(file.stat().st_size for file in now.folder.glob("*.npy"))
     assert old.recipe["grid"] == [8, 4, 4]

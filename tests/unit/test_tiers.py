@@ -55,14 +55,14 @@ def test_what_one_node_decodes_another_one_fetches_and_reads_the_same(
     node: Callable[[str], VolumeStore], scan: Path, decoded: list[str], tmp_path: Path
 ) -> None:
     one, two = node("one"), node("two")
-    assert not one.holds(scan, "sMRI")
+    assert not one.contains(scan, "sMRI")
     first = one.get(scan, "sMRI")
-    assert two.holds(scan, "sMRI")
+    assert two.contains(scan, "sMRI")
     assert not list((tmp_path / "two").rglob("*.npy")), "looking fetches nothing"
     into = np.empty((4, 4, 4), np.float16)
     two.read(scan, "sMRI", into)
     assert np.array_equal(into, first)
-    assert two.facts(scan, "sMRI") == one.facts(scan, "sMRI")
+    assert two.info(scan, "sMRI") == one.info(scan, "sMRI")
     assert decoded == [str(scan)]
     assert len(list((tmp_path / "two").rglob("*.npy"))) == 1, "it lies on the node now"
 
@@ -74,7 +74,7 @@ def test_an_array_that_was_cut_short_behind_is_made_again_for_all(
     whole = np.array(one.get(scan, "sMRI"))
     array = one.path(scan, "sMRI")
     array.write_bytes(array.read_bytes()[:-1])
-    one.behind.put(array.relative_to(one.folder).as_posix(), array)
+    one.shared.put(array.relative_to(one.folder).as_posix(), array)
     assert np.array_equal(node("two").get(scan, "sMRI"), whole)
     assert np.array_equal(node("three").get(scan, "sMRI"), whole)
     assert len(decoded) == 2, "the third node has fetched what the second one made"
@@ -128,7 +128,7 @@ def test_settings_say_which_store_lies_where(tmp_path: Path) -> None:
         )
         store = open_store(settings)
         assert all(folder.is_dir() for folder in shared_folders(settings).values())
-        return str(store.folder.relative_to(tmp_path)), store.behind and store.behind.address
+        return str(store.folder.relative_to(tmp_path)), store.shared and store.shared.address
 
     shared, own = str(tmp_path / "shared"), str(tmp_path / "own")
     assert opened() == ("volumes", None)

@@ -13,7 +13,7 @@ from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import Modality
 from umbrella.plots import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, shorten
-from umbrella.volumes.slices import Plane, cut, draw_plane
+from umbrella.volumes.slices import Plane, draw_plane, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def draw_volumes(
                 effects = effects[..., patch[3]]
             if limit > NOTHING:
                 centre = [int(p) * edge + edge // 2 for p, edge in zip(patch[:3], modality.patch[:3], strict=True)]
-        array, facts = store.get(volume.image_path, volume.modality), store.facts(volume.image_path, volume.modality)
-        planes = cut(array, modality, facts, centre)
+        array, facts = store.get(volume.image_path, volume.modality), store.info(volume.image_path, volume.modality)
+        planes = orthogonal_slices(array, modality, facts, centre)
         picture = save(io.BytesIO(), draw_planes, planes, title, modality, effects, limit)
         pictures.append(picture.getvalue())
     return tuple(pictures)
@@ -135,7 +135,7 @@ def draw_planes(
             colours = hues(np.where(own > 0, 1.0, 0.0))
             colours[..., 3] = 0.85 * np.abs(own) / limit
             extent = (0, plane.grey.shape[1], 0, plane.grey.shape[0])
-            axes.imshow(colours, extent=extent, aspect=plane.edges[1] / plane.edges[0], interpolation="nearest")
+            axes.imshow(colours, extent=extent, aspect=plane.spacing[1] / plane.spacing[0], interpolation="nearest")
     if effects is not None:
         bar = figure.colorbar(shade, ax=panels, shrink=0.85, fraction=0.05, pad=0.02)
         bar.set_label("for the true answer, nats" if limit > NOTHING else "no effect anywhere, nats", color=SOFT)

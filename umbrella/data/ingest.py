@@ -22,7 +22,7 @@ from umbrella.nodes import check_nodes, living, several_nodes
 from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.volumes.image_formats import image_size
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.store_files import write_whole
+from umbrella.volumes.store_files import write_atomic
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -292,7 +292,7 @@ def apply_bad_sample_policy(raw: RawSplits, settings: "Settings", write: bool = 
         entries = [{"where": w, "reasons": reasons[w], "sample": samples[w]} for w in reasons]
         content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
         path = quarantine_file(settings.resources.storage, hashlib.sha256(content).hexdigest()[:8])
-        write_whole(path, content)
+        write_atomic(path, content)
     return Splits(
         raw.splits.get("train", []),
         raw.splits.get("validation", []),
@@ -304,7 +304,7 @@ def apply_bad_sample_policy(raw: RawSplits, settings: "Settings", write: bool = 
 
 def _is_ready(store: VolumeStore, path: str, modality: str) -> bool:
     try:
-        return store.holds(path, modality)
+        return store.contains(path, modality)
     except UserError:  # trying to decode it says what is wrong
         return False
 

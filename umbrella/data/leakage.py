@@ -10,7 +10,7 @@ from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation, entity
 from umbrella.volumes.image_formats import image_files, image_size
-from umbrella.volumes.reading import content_id
+from umbrella.volumes.reading import content_hash
 
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:
@@ -28,7 +28,7 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar
     contents = {}
     for path in progress(nameless, "reading volumes without a subject") if nameless else ():
         with suppress(UserError):  # a file that cannot be read is reported elsewhere
-            contents[path] = f"volume-{content_id(path)[:16]}"
+            contents[path] = f"volume-{content_hash(path)[:16]}"
     ways: Counter[str] = Counter()
 
     def named(c: Conversation) -> Conversation:
@@ -138,7 +138,7 @@ def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, 
                 users[volume.image_path].add(name)
     groups = [list(users)]
     # Whole files are read only where size and middle are the same: volumes that are not compressed are of one size.
-    for key in (image_size, _middle, content_id):
+    for key in (image_size, _middle, content_hash):
         finer = []
         for group in groups:
             alike: dict[Hashable, list[str]] = defaultdict(list)

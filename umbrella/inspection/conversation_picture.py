@@ -8,7 +8,7 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 from umbrella.modality import Modality
-from umbrella.volumes.slices import Plane, cut, draw_plane
+from umbrella.volumes.slices import Plane, draw_plane, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.windows import num_windows, pick_window
 
@@ -38,7 +38,7 @@ def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> 
     for volume in volumes:
         modality = store.modalities[volume.modality]
         array = store.get(volume.image_path, volume.modality)
-        cuts.append(cut(array, modality, store.facts(volume.image_path, volume.modality)))
+        cuts.append(orthogonal_slices(array, modality, store.info(volume.image_path, volume.modality)))
         captions.append(f"{volume.modality}   {Path(volume.image_path).name}\n{caption(array, modality)}")
     sizes = [np.array([plane.size for plane in planes]) for planes in cuts]
     heights = [CAPTION + WIDTH * size[:, 1].max() / size[:, 0].sum() for size in sizes]

@@ -14,7 +14,7 @@ from umbrella.fileio import write_csv
 from umbrella.html import number, render
 from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
 from umbrella.inspection.volumes import VolumeRow, duplicates, survey
-from umbrella.volumes.slices import TILE, cut, save_thumbnail
+from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 
 SHOWN = 500
@@ -67,7 +67,9 @@ def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, pro
             array = store.get(row.path, row.modality)
         except (UserError, OSError):  # gone since it was checked
             continue
-        save_thumbnail(cut(array, store.modalities[row.modality], row.facts), folder / f"{row.content}.png")
+        save_thumbnail(
+            orthogonal_slices(array, store.modalities[row.modality], row.facts), folder / f"{row.content}.png"
+        )
         drawn.add(row.content)
     return drawn
 
@@ -90,7 +92,7 @@ def _page(raw: RawSplits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         drawn=drawn,
         shown=SHOWN,
         listed=LISTED,
-        tile=TILE,
+        tile=THUMBNAIL_SIZE,
         bins=BINS,
     )
 

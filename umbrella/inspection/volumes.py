@@ -10,7 +10,7 @@ import numpy as np
 
 from umbrella.base import ProgressBar, UserError
 from umbrella.data.splits import RawSplits
-from umbrella.volumes.store import Facts, VolumeStore
+from umbrella.volumes.store import VolumeInfo, VolumeStore
 
 Answer = TypeVar("Answer")
 FAR = 5.0
@@ -31,7 +31,7 @@ class VolumeRow:
     conversations: int
     splits: tuple[str, ...]
     subjects: tuple[str, ...]
-    facts: Facts | None
+    facts: VolumeInfo | None
     """None where the store has none."""
     flags: tuple[str, ...] = ()
     """What is unusual in its header, and in what it is unlike the other volumes of its modality."""
@@ -58,7 +58,7 @@ def survey(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[Vo
             splits=tuple(dict.fromkeys(split for split, _ in uses[path, modality])),
             # A comparison shows two subjects, and does not say which volume is whose: whoever is always there is.
             subjects=tuple(sorted(set.intersection(*used_by) or set.union(*used_by))),
-            facts=_known(store.facts, path, modality),
+            facts=_known(store.info, path, modality),
             flags=_known(lambda path, _: store.notes(path), path, modality) or (),
         )
         rows.append(row)
@@ -110,7 +110,7 @@ def _known(ask: Callable[[str, str], Answer], path: str, modality: str) -> Answe
         return None
 
 
-GEOMETRY: dict[str, Callable[[Facts], Any]] = {
+GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
     "shape": lambda facts: facts.shape,
     "spacing": lambda facts: tuple(round(edge, 2) for edge in facts.spacing),
     "orientation": lambda facts: facts.orientation,

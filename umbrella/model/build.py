@@ -19,7 +19,7 @@ from transformers import (
 from umbrella.base import UserError, describe_load_error
 from umbrella.modality import Modality
 from umbrella.model.inflation import inflate
-from umbrella.model.partial_checkpoint import base_of, check_base, is_partial, put_weights
+from umbrella.model.partial_checkpoint import base_checkpoint, check_base, is_partial, load_saved_weights
 from umbrella.model.settings import ModelSettings
 from umbrella.model.trainable_parameters import add_lora, select_trainable
 from umbrella.model.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForConditionalGeneration
@@ -137,7 +137,7 @@ def _from_files(settings: ModelSettings, ours: bool) -> Any:
 def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> UmbrellaForConditionalGeneration:
     """The model of a training's base, with what was trained in its place."""
     folder = Path(settings.checkpoint)
-    base = settings.model_copy(update={"checkpoint": base_of(settings.checkpoint), "embedder_init": "random"})
+    base = settings.model_copy(update={"checkpoint": base_checkpoint(settings.checkpoint), "embedder_init": "random"})
     try:
         model = load_model(base, config.modalities, config.image_token_index)
     except UserError as error:
@@ -146,7 +146,7 @@ def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> Umbrella
     if (folder / ADAPTER).is_dir() and not model.has_adapters:
         model.load_adapter(str(folder / ADAPTER))
     try:
-        put_weights(folder, model)
+        load_saved_weights(folder, model)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded: {describe_load_error(error)}") from None
     return model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_table
+from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_positions
 
 
 @torch.no_grad()
@@ -23,13 +23,13 @@ def inflate(embedder: VolumeEmbedder, flat: Any) -> None:
     weight, bias = flat.patch_embedding.weight.float(), flat.patch_embedding.bias
     for modality in embedder.by_modality.values():
         assert isinstance(modality, ModalityEmbedder)
-        modality.projection.weight.copy_(spread(weight, modality.patch))
+        modality.projection.weight.copy_(inflate_patches(weight, modality.patch))
         modality.projection.bias.copy_(bias if bias is not None else torch.zeros(()))
-        for own, factor in zip(modality.positions, factorise(table, modality.positions), strict=True):
+        for own, factor in zip(modality.positions, factorise_positions(table, modality.positions), strict=True):
             own.copy_(factor)
 
 
-def spread(weight: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
+def inflate_patches(weight: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
     """2D patch weights (width, channels, rows, columns) to (width, voxels of ``patch``): (d, h, w) or (d, h, w, t).
 
     Channels are summed, since a grey image has the same value in each. Rows and columns of another number are resized
@@ -45,10 +45,10 @@ def spread(weight: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
 
 def _resizing(old: int, new: int) -> torch.Tensor:
     """(new, old): weights of ``new`` pixels from those of ``old``, by the pseudo-inverse of linear interpolation."""
-    return torch.linalg.pinv(resize_table(torch.eye(old), new).T)
+    return torch.linalg.pinv(resize_positions(torch.eye(old), new).T)
 
 
-def factorise(table: torch.Tensor, axes: nn.ParameterList) -> list[torch.Tensor]:
+def factorise_positions(table: torch.Tensor, axes: nn.ParameterList) -> list[torch.Tensor]:
     """2D positions (rows, columns, width) as one table per axis of a volume, summed when used: (patches, width) each.
 
     The least-squares fit: the mean goes to depth, the rows' and the columns' deviations from it to their axes, and time
@@ -56,5 +56,9 @@ def factorise(table: torch.Tensor, axes: nn.ParameterList) -> list[torch.Tensor]
     """
     mean = table.mean((0, 1))
     rows, columns = table.mean(1) - mean, table.mean(0) - mean
-    factors = [mean.expand(len(axes[0]), -1), resize_table(rows, len(axes[1])), resize_table(columns, len(axes[2]))]
+    factors = [
+        mean.expand(len(axes[0]), -1),
+        resize_positions(rows, len(axes[1])),
+        resize_positions(columns, len(axes[2])),
+    ]
     return factors + [torch.zeros_like(time) for time in list(axes)[3:]]

@@ -26,25 +26,25 @@ def is_partial(folder: str | Path) -> bool:
     return (Path(folder) / BASE).is_file()
 
 
-def base_of(checkpoint: str) -> str:
+def base_checkpoint(checkpoint: str) -> str:
     """The checkpoint that holds the weights which a training from this one does not move: itself, if it is whole."""
     return (
         json.loads((Path(checkpoint) / BASE).read_text("utf-8"))["checkpoint"] if is_partial(checkpoint) else checkpoint
     )
 
 
-def is_whole(settings: ModelSettings) -> bool:
+def saves_full_model(settings: ModelSettings) -> bool:
     """Whether a training's checkpoints hold the whole model: there is no base, or everything moves."""
     return not settings.checkpoint or settings.train == "all"
 
 
-def names_to_write(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -> list[str]:
+def parameters_to_save(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -> list[str]:
     """The parameters that a training's checkpoints hold: all, or those that move and those that its base has not.
 
     The base has no volume embedder of these modalities, no adapters, and nothing of what an earlier training moved.
     """
     named = dict(model.named_parameters())
-    if is_whole(settings):
+    if saves_full_model(settings):
         return list(named)
     earlier: set[str] = set()
     if is_partial(settings.checkpoint):
@@ -77,7 +77,7 @@ def _put(weight: torch.Tensor, stored: torch.Tensor) -> None:
     weight.copy_(stored)
 
 
-def put_weights(
+def load_saved_weights(
     folder: str | Path,
     model: nn.Module,
     names: Sequence[str] = (),
@@ -118,9 +118,9 @@ def _stored_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def describe_base(checkpoint: str) -> str:
+def base_description(checkpoint: str) -> str:
     """The content of ``base.json``: which checkpoint, and what its weights look like."""
-    base = base_of(checkpoint)
+    base = base_checkpoint(checkpoint)
     return json.dumps({"checkpoint": base, "files": _fingerprint(base)}, indent=1)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 2**26
+MAX_LOGITS = 2**26
 """Logits that exist at a time, 256 MiB in float32. With 152,000 words that is 441 supervised tokens."""
 
 
@@ -20,7 +20,7 @@ def token_nll(
     words: torch.Tensor,
     input_ids: torch.Tensor,
     loss_weights: torch.Tensor,
-    logits_at_once: int = LOGITS_AT_ONCE,
+    max_logits: int = MAX_LOGITS,
     where: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The negative log likelihood, in nats, of each token that has a loss weight: (B, L), float32, 0 elsewhere.
@@ -37,7 +37,7 @@ def token_nll(
     """
     row, column = where or supervised(loss_weights)
     states, targets = hidden[row, column], input_ids[row, column + 1]
-    nll = _ChunkedNll.apply(states, words, targets, max(1, logits_at_once // len(words)))
+    nll = _ChunkedNll.apply(states, words, targets, max(1, max_logits // len(words)))
     return nll.new_zeros(loss_weights.shape).index_put((row, column + 1), nll)
 
 

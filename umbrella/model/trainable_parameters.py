@@ -10,7 +10,7 @@ LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate
 """Every matrix of the language model's layers, by Qwen2's and Llama's names."""
 
 
-def parts(model: UmbrellaForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+def component_parameters(model: UmbrellaForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
     """The model's weights by part, each weight in one: embedder, tower, projector, lora (if any), language_model."""
     named = {
         "embedder": model.embedder.named_parameters(),
@@ -55,11 +55,11 @@ def select_trainable(model: UmbrellaForConditionalGeneration, what: str) -> None
     Raises:
         ValueError: a part of that name does not exist.
     """
-    names = list(parts(model)) if what == "all" else what.split("+")
+    names = list(component_parameters(model)) if what == "all" else what.split("+")
     for name in names:
-        if name not in parts(model):
+        if name not in component_parameters(model):
             raise ValueError(f"{name} is not a part of the model")
-    for name, weights in parts(model).items():
+    for name, weights in component_parameters(model).items():
         for weight in weights:
             weight.requires_grad_(name in names)
     # The features are the output of a layer: the layers behind it, the last norm and SigLIP's head have no gradient.

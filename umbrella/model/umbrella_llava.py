@@ -122,14 +122,14 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not the next word of an answer
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 inputs |= _attending(attention_mask, complete=loss_weights is not None)
-            inputs |= {"input_ids": None, "inputs_embeds": self.placed(input_ids, pixel_values or {})}
+            inputs |= {"input_ids": None, "inputs_embeds": self.embed_inputs(input_ids, pixel_values or {})}
         if loss_weights is None:
             return super().forward(**generation | inputs)
         assert input_ids is not None
         hidden = self.model(**inputs | {"use_cache": False})[0]
         return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, where=where))
 
-    def placed(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
+    def embed_inputs(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
         """Word vectors (B, L, d) with the volumes' projected features at the placeholders."""
         words = self.get_input_embeddings()(input_ids)
         if self.training:
@@ -294,12 +294,12 @@ def _attending(attention_mask: torch.Tensor, complete: bool) -> dict[str, Any]:
     packed, left = torch.stack([(attention_mask > 1).any(), (attention_mask[:, 0] == 0).any()]).tolist()
     if packed:
         # transformers tells the samples of a row apart by where positions start anew, if it gets no mask.
-        return {"attention_mask": None, "position_ids": restarted(attention_mask), "use_cache": False}
+        return {"attention_mask": None, "position_ids": packed_position_ids(attention_mask), "use_cache": False}
     # What stands before padding never looks at it. Without a mask attention knows that it is causal, and is faster.
     return {"attention_mask": None} if complete and not left else {}
 
 
-def restarted(attention_mask: torch.Tensor) -> torch.Tensor:
+def packed_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions (B, L) that start at 0 with each sample of a row, for a mask (B, L) that numbers the samples."""
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
     begins = functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)

@@ -29,7 +29,7 @@ def patchify(voxels: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
     return patches.flatten(1 + axes).flatten(1, axes)
 
 
-def resize_table(table: torch.Tensor, size: int) -> torch.Tensor:
+def resize_positions(table: torch.Tensor, size: int) -> torch.Tensor:
     """Positions (n, width) along an axis of another number of patches: (size, width), linear between the old ones."""
     if len(table) == size:
         return table
@@ -60,14 +60,14 @@ class ModalityEmbedder(nn.Module):
     def fit_grid(self, patch_grid: tuple[int, ...]) -> None:
         """Keep positions for another grid from now on: patches along each axis, interpolated from those there are."""
         self.positions = nn.ParameterList(
-            nn.Parameter(resize_table(table.detach(), size).clone(), table.requires_grad)
+            nn.Parameter(resize_positions(table.detach(), size).clone(), table.requires_grad)
             for table, size in zip(self.positions, patch_grid, strict=True)
         )
 
     def forward(self, voxels: torch.Tensor) -> torch.Tensor:
         tokens = self.projection(patchify(voxels, self.patch).to(self.projection.weight.dtype))
         sizes = [size // step for size, step in zip(voxels.shape[1:], self.patch, strict=True)]
-        tables = [resize_table(table, size) for table, size in zip(self.positions, sizes, strict=True)]
+        tables = [resize_positions(table, size) for table, size in zip(self.positions, sizes, strict=True)]
         # Looked up, not broadcast: tables of one shape would be handed views of one gradient, and add to each other's.
         places = torch.meshgrid(*(torch.arange(size, device=tokens.device) for size in sizes), indexing="ij")
         position = torch.stack([table[place] for table, place in zip(tables, places, strict=True)]).sum(0)

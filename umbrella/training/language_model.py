@@ -23,15 +23,15 @@ from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
 from umbrella.model.build import build_model
 from umbrella.model.partial_checkpoint import (
+    base_description,
     check_base,
-    describe_base,
     is_partial,
-    is_whole,
-    names_to_write,
-    put_weights,
+    load_saved_weights,
+    parameters_to_save,
+    saves_full_model,
     write_weights,
 )
-from umbrella.model.trainable_parameters import parts
+from umbrella.model.trainable_parameters import component_parameters
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import copy_to_host
@@ -66,9 +66,9 @@ class LanguageModelTask(Task):
         config.longest_answer = job.longest_answer
         apply_options(self.model, self.settings.train)
         self.parallel = parallelise(self.model, self.settings.train, device, world_size).train()
-        self.parts = parts(self.model)
+        self.parts = component_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.settings.optim)
-        self.names = names_to_write(self.model, self.settings.model)
+        self.names = parameters_to_save(self.model, self.settings.model)
         self.watch = LossWatch(self.settings.train.max_loss_ratio)
         self.files = model_files(self.model, self.renderer.tokenizer, self.settings) if rank == 0 else {}
 
@@ -143,7 +143,7 @@ class LanguageModelTask(Task):
 
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """See ``Task.save_weights``."""
-        write_weights(folder, weights, is_whole(self.settings.model))
+        write_weights(folder, weights, saves_full_model(self.settings.model))
 
     def load_weights(self, folder: Path) -> None:
         """See ``Task.load_weights``."""
@@ -191,14 +191,14 @@ def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: S
     """Load the weights of a training's checkpoint. Every rank has to call this.
 
     Args:
-        names: the parameters that must be in it, see ``names_to_write``.
+        names: the parameters that must be in it, see ``parameters_to_save``.
 
     Raises:
         UserError: it does not fit, or the base that it stands on is another one now.
     """
     if is_partial(folder):
         check_base(folder)
-    put_weights(folder, model, names, copy_into_shard)
+    load_saved_weights(folder, model, names, copy_into_shard)
 
 
 def model_files(
@@ -217,8 +217,8 @@ def model_files(
         if model.has_adapters:
             (adapters,) = model.peft_config.values()
             adapters.save_pretrained(str(folder / ADAPTER))
-        if not is_whole(settings.model):
-            (folder / BASE).write_text(describe_base(settings.model.checkpoint), encoding="utf-8")
+        if not saves_full_model(settings.model):
+            (folder / BASE).write_text(base_description(settings.model.checkpoint), encoding="utf-8")
         return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 

@@ -24,7 +24,7 @@ imageglobals.logger.setLevel(logging.CRITICAL)  # what matters of a damaged head
 PAIRS = {".hdr", ".img", ".head", ".brik"}
 """Suffixes of images that lie in two files."""
 COMPRESSED = {".gz", ".mgz", ".bz2", ".zst"}
-SURPLUS = 2**24
+MAX_EXTRA_BYTES = 2**24
 """Bytes that a file may have before its voxels (header, extensions), and bytes that it may have after them."""
 RATIO = 1032
 """Bytes that a byte of a gzip or HDF5 file becomes at most; deflate cannot do better."""
@@ -123,7 +123,7 @@ def _open_simple(kind: Any, path: Path) -> OpenImage:
     header = kind.header_class(head)
     shape, dtype, offset = tuple(map(int, header.get_data_shape())), header.get_data_dtype(), header.get_data_offset()
     least = header.sizeof_hdr if getattr(header, "is_single", False) else 0
-    if not least <= offset <= SURPLUS:
+    if not least <= offset <= MAX_EXTRA_BYTES:
         raise UserError(f"the header puts the voxels at byte {offset} (vox_offset), where none can be; convert it anew")
 
     def read() -> tuple[np.ndarray, float, float]:
@@ -185,8 +185,8 @@ def _voxels(file: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int) ->
 
 
 def _unpack(file: Path, claimed: int) -> bytes | bytearray:
-    """The content of a compressed file, of which no more than ``claimed + SURPLUS`` bytes are unpacked."""
-    limit = claimed + SURPLUS
+    """The content of a compressed file, of which no more than ``claimed + MAX_EXTRA_BYTES`` bytes are unpacked."""
+    limit = claimed + MAX_EXTRA_BYTES
     if file.suffix.lower() in (".gz", ".mgz"):
         packed = file.read_bytes()
         # The last four bytes of a gzip member say how long it is, unpacked: libdeflate wants to know, and is fastest.

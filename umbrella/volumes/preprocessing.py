@@ -43,11 +43,11 @@ def prepare(raw: RawVolume, modality: Modality) -> np.ndarray:
     Raises:
         UserError: nothing but one value, or nothing but background, on the grid.
     """
-    values, foreground = on_grid(raw, modality)
+    values, foreground = resample_to_grid(raw, modality)
     return scale_intensity(values, foreground, modality)
 
 
-def on_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
+def resample_to_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
     """The volume in RAS+ axes on its modality's grid, in its own units, and where it is not background.
 
     Returns:

@@ -68,7 +68,7 @@ def header_notes(path: str | Path) -> tuple[str, ...]:
         return open_image(Path(path)).notes
 
 
-def content_id(path: str | Path) -> str:
+def content_hash(path: str | Path) -> str:
     """Names the content of an image: a hash of the bytes of its file, or of both files of a pair.
 
     Raises:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from umbrella.modality import Modality
 from umbrella.plots import SOFT
-from umbrella.volumes.store import Facts
+from umbrella.volumes.store import VolumeInfo
 from umbrella.volumes.windows import pick_window
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
 """Name to the two of the axes X, Y, Z that run to the right and upwards in the picture."""
 ENDS = ("LR", "PA", "IS")
 """Letters of the beginning and the end of X, Y, Z."""
-TILE = 96
+THUMBNAIL_SIZE = 96
 """Pixels along both edges of one plane of a thumbnail."""
 
 
@@ -37,15 +37,17 @@ class Plane:
     index: int
     """Where the slice lies along the third axis."""
     grey: np.ndarray
-    edges: tuple[float, float]
+    spacing: tuple[float, float]
 
     @property
     def size(self) -> tuple[float, float]:
         """Width and height in millimetres."""
-        return self.grey.shape[1] * self.edges[0], self.grey.shape[0] * self.edges[1]
+        return self.grey.shape[1] * self.spacing[0], self.grey.shape[0] * self.spacing[1]
 
 
-def cut(array: np.ndarray, modality: Modality, facts: Facts | None, centre: Sequence[int] | None = None) -> list[Plane]:
+def orthogonal_slices(
+    array: np.ndarray, modality: Modality, facts: VolumeInfo | None, centre: Sequence[int] | None = None
+) -> list[Plane]:
     """The axial, coronal and sagittal plane through one voxel.
 
     Args:
@@ -63,7 +65,7 @@ def cut(array: np.ndarray, modality: Modality, facts: Facts | None, centre: Sequ
     if dark == light:
         dark, light = volume.min(), volume.max()
     grey = (255 * np.clip((volume - dark) / (light - dark), 0, 1)).astype(np.uint8)
-    edges = voxel_edges(modality, facts)
+    edges = voxel_spacing(modality, facts)
     planes = []
     for name, (right, up) in PLANES.items():
         across = 3 - right - up
@@ -72,7 +74,7 @@ def cut(array: np.ndarray, modality: Modality, facts: Facts | None, centre: Sequ
     return planes
 
 
-def voxel_edges(modality: Modality, facts: Facts | None) -> tuple[float, float, float]:
+def voxel_spacing(modality: Modality, facts: VolumeInfo | None) -> tuple[float, float, float]:
     """Millimetres of a voxel of the prepared array along X, Y, Z; 1 where nothing tells."""
     if modality.spacing is not None:
         return (modality.spacing,) * 3
@@ -85,13 +87,13 @@ def voxel_edges(modality: Modality, facts: Facts | None) -> tuple[float, float, 
 
 
 def save_thumbnail(planes: list[Plane], file: Path) -> None:
-    """The planes side by side, all to one scale, as a grey PNG of (3 * TILE, TILE) pixels."""
-    scale = TILE / max(length for plane in planes for length in plane.size)
-    picture = Image.new("L", (len(planes) * TILE, TILE))
+    """The planes side by side, all to one scale, as a grey PNG of (3 * THUMBNAIL_SIZE, THUMBNAIL_SIZE) pixels."""
+    scale = THUMBNAIL_SIZE / max(length for plane in planes for length in plane.size)
+    picture = Image.new("L", (len(planes) * THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     for i, plane in enumerate(planes):
         width, height = (max(1, round(scale * length)) for length in plane.size)
         tile = Image.fromarray(plane.grey).resize((width, height), Image.Resampling.BICUBIC)
-        picture.paste(tile, (i * TILE + (TILE - width) // 2, (TILE - height) // 2))
+        picture.paste(tile, (i * THUMBNAIL_SIZE + (THUMBNAIL_SIZE - width) // 2, (THUMBNAIL_SIZE - height) // 2))
     picture.save(file)
 
 
@@ -108,7 +110,7 @@ def draw_plane(axes: "Axes", plane: Plane) -> None:
         vmin=0,
         vmax=255,
         extent=(0, width, 0, height),
-        aspect=plane.edges[1] / plane.edges[0],
+        aspect=plane.spacing[1] / plane.spacing[0],
         interpolation="nearest",
     )
     axes.set_title(f"{plane.name}, {'XYZ'[3 - right - up]} = {plane.index}", fontsize=9, color=SOFT)

@@ -3,7 +3,7 @@
     <folder>/sources/<key of the path>.json    path, size and time of a file, the name of its content, and its notes
     <folder>/<recipe>/recipe.json              what is done to the volumes of this folder
     <folder>/<recipe>/<content>.npy            the array
-    <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``Facts``
+    <folder>/<recipe>/<content>.json           what was seen of the volume on the way, see ``VolumeInfo``
 
 Any number of processes and nodes may share the folder: a file appears whole, by renaming, and never changes. Where
 another one lies behind it, a ``FileStorage``, what is missing is fetched from there, and what is made is put into both.
@@ -24,14 +24,14 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.file_storage import FileStorage
 from umbrella.modality import Modality
-from umbrella.volumes.preprocessing import on_grid, recipe, scale_intensity
-from umbrella.volumes.reading import RawVolume, content_id, header_notes, read_volume
-from umbrella.volumes.store_files import READERS, file_stamp, map_array, read_header, read_json, write_whole
+from umbrella.volumes.preprocessing import recipe, resample_to_grid, scale_intensity
+from umbrella.volumes.reading import RawVolume, content_hash, header_notes, read_volume
+from umbrella.volumes.store_files import READERS, file_stamp, map_array, read_header, read_json, write_atomic
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 
 @dataclass(frozen=True)
-class Facts:
+class VolumeInfo:
     """What was seen of a volume when it was prepared. Intensities are its own, on the modality's grid."""
 
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class VolumeStore:
         max_voxels: int,
         behind: FileStorage | None = None,
     ) -> None:
-        self.folder, self.behind = Path(folder), behind
+        self.folder, self.shared = Path(folder), behind
         self.modalities = modalities
         self.max_voxels = max_voxels
         self._seen: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {}
@@ -78,7 +78,7 @@ class VolumeStore:
         (self.folder / "sources").mkdir(parents=True, exist_ok=True)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return VolumeStore, (self.folder, self.modalities, self.max_voxels, self.behind)  # what was seen stays here
+        return VolumeStore, (self.folder, self.modalities, self.max_voxels, self.shared)  # what was seen stays here
 
     def get(self, source: str | Path, modality: str) -> np.ndarray:
         """The prepared volume, memory-mapped and read-only; decoded if it is new.
@@ -119,7 +119,7 @@ class VolumeStore:
             if not self._read(source, modality, into, draw):
                 raise UserError(f"{self.path(source, modality)}: was deleted while in use; is the store being pruned?")
 
-    def holds(self, source: str | Path, modality: str) -> bool:
+    def contains(self, source: str | Path, modality: str) -> bool:
         """Whether ``get`` would find the array ready, here or in the store behind; nothing is decoded or fetched.
 
         Of the store behind, names are looked at, once: an array that was cut short there is found in its use.
@@ -132,13 +132,13 @@ class VolumeStore:
         self._seen[source] = (stamp, record["content"], tuple(record["notes"]))
         return self._find(source, modality) is not None or self._is_behind(self.path(source, modality))
 
-    def facts(self, source: str | Path, modality: str) -> Facts:
+    def info(self, source: str | Path, modality: str) -> VolumeInfo:
         """What was seen of a volume that is in the store."""
         file = self.path(source, modality).with_suffix(".json")
-        if self.behind and not file.exists():
+        if self.shared and not file.exists():
             self._fetch(file)
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return Facts(**raw | {"shape": tuple(raw["shape"]), "spacing": tuple(raw["spacing"])})
+        return VolumeInfo(**raw | {"shape": tuple(raw["shape"]), "spacing": tuple(raw["spacing"])})
 
     def notes(self, source: str | Path) -> tuple[str, ...]:
         """What is unusual in the header of a volume, see ``header_notes``; kept in the store."""
@@ -202,7 +202,7 @@ class VolumeStore:
         record = self._known(source, stamp)
         if "notes" not in record:
             notes = header_notes(source)
-            content = record.get("content") or content_id(source)
+            content = record.get("content") or content_hash(source)
             if notes:
                 content += "-" + hashlib.sha256("\n".join(notes).encode()).hexdigest()[:8]
             record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content, "notes": notes}
@@ -214,7 +214,7 @@ class VolumeStore:
         """The record of a file, if the file is still as it was when it was read; else nothing."""
         file = self._record(source)
         record = read_json(file)
-        if self.behind and (record.get("size"), record.get("time")) != stamp and self._fetch(file):
+        if self.shared and (record.get("size"), record.get("time")) != stamp and self._fetch(file):
             record = read_json(file)
         return record if (record.get("size"), record.get("time")) == stamp else {}
 
@@ -231,7 +231,7 @@ class VolumeStore:
         if file_stamp(source) != stamp:
             raise UserError(f"{source}: was changed while it was read; start again when it is whole")
         mean = float(values.mean(dtype=np.float64))
-        facts = Facts(
+        facts = VolumeInfo(
             shape=tuple(raw.voxels.shape),
             spacing=raw.spacing,
             orientation=raw.orientation,
@@ -246,18 +246,18 @@ class VolumeStore:
         self._write(path, array)
 
     def _write(self, path: Path, content: bytes | np.ndarray) -> None:
-        write_whole(path, content)
-        if self.behind:
-            self.behind.put(self._name(path), path)
+        write_atomic(path, content)
+        if self.shared:
+            self.shared.put(self._name(path), path)
 
     def _fetch(self, path: Path) -> bool:
         """Bring a file from the store behind, if there is one and it has it."""
-        return self.behind is not None and self.behind.fetch(self._name(path), path, READERS[path.suffix])
+        return self.shared is not None and self.shared.fetch(self._name(path), path, READERS[path.suffix])
 
     def _is_behind(self, path: Path) -> bool:
         folder = path.parent.name
-        if self.behind and folder not in self._there:
-            self._there[folder] = self.behind.names(folder)
+        if self.shared and folder not in self._there:
+            self._there[folder] = self.shared.names(folder)
         return path.name in self._there.get(folder, ())
 
     def _name(self, path: Path) -> str:
@@ -267,7 +267,7 @@ class VolumeStore:
 def decode(
     source: str | Path, target: Modality, max_voxels: int
 ) -> tuple[RawVolume, np.ndarray, np.ndarray, np.ndarray]:
-    """A file to what is in it, that on its modality's grid with its foreground (see ``on_grid``), and the array.
+    """A file to what is in it, that on its grid with its foreground (see ``resample_to_grid``), and the array.
 
     The array is what ``VolumeStore.get`` returns.
 
@@ -279,7 +279,7 @@ def decode(
     try:
         if target.is_series:
             num_windows(raw.voxels.shape[3], target)
-        values, foreground = on_grid(raw, target)
+        values, foreground = resample_to_grid(raw, target)
         return raw, values, foreground, scale_intensity(values, foreground, target)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None

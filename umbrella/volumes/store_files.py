@@ -26,7 +26,7 @@ LONGEST = 256
 """Bytes of a header, at most."""
 
 
-def write_whole(path: Path, content: bytes | np.ndarray) -> None:
+def write_atomic(path: Path, content: bytes | np.ndarray) -> None:
     """Write a file that other processes find either whole or not at all.
 
     Only a crash of the machine may leave it cut short, which whoever reads the store notices: waiting for the disk
@@ -114,7 +114,7 @@ ABANDONED = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Holding:
+class StoredRecipe:
     """The arrays of one recipe: their folder, what it does, how many there are, bytes, and who uses it now."""
 
     folder: Path
@@ -125,14 +125,14 @@ class Holding:
     """Modalities of the present settings that have this recipe; none when only older settings had it."""
 
 
-def holdings(folder: Path, modalities: Mapping[str, Modality]) -> list[Holding]:
+def stored_recipes(folder: Path, modalities: Mapping[str, Modality]) -> list[StoredRecipe]:
     """What lies in a store, largest first."""
     found = []
     for file in folder.glob("*/recipe.json"):
         made = read_json(file)
         sizes = [_size(array) for array in file.parent.glob("*.npy")]
         users = tuple(name for name, modality in modalities.items() if recipe(modality) == made)
-        found.append(Holding(file.parent, made, len(sizes), sum(sizes), users))
+        found.append(StoredRecipe(file.parent, made, len(sizes), sum(sizes), users))
     return sorted(found, key=lambda holding: -holding.size)
 
 
@@ -151,7 +151,7 @@ def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = Fals
             living.add(source["content"])
         else:
             doomed.append(record)
-    for holding in holdings(folder, modalities):
+    for holding in stored_recipes(folder, modalities):
         files = [f for f in holding.folder.iterdir() if f.suffix in (".npy", ".json") and f.name != "recipe.json"]
         doomed += [f for f in files if not holding.modalities or f.stem not in living]
         if not holding.modalities:
