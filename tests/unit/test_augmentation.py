@@ -23,7 +23,7 @@ from umbrella.training.augmentation import (
 from umbrella.training.settings import AugmentSettings
 
 NAMES = ("two", "none", "three")
-DRAWS = ((0, 3, 7), (0, 3, 8), (0, 3, 9))
+RNG_KEYS = ((0, 3, 7), (0, 3, 8), (0, 3, 9))
 EVERYTHING = AugmentSettings(
     flip_left_right=0.5, flip_other=0.5, rotate=20, scale=0.2, shift=0.1, contrast=0.3, brightness=0.5, noise=0.1
 )
@@ -32,7 +32,7 @@ RIGHT, FRONT, TOP = torch.eye(3, dtype=torch.long)
 
 @pytest.fixture
 def batch(batch_of: Callable[..., Batch]) -> Batch:
-    return batch_of(*NAMES, draws=DRAWS)
+    return batch_of(*NAMES, rng_keys=RNG_KEYS)
 
 
 def by_run(batch: Batch) -> dict[int, torch.Tensor]:
@@ -67,7 +67,7 @@ def test_by_default_the_batch_stays_the_very_same(batch: Batch) -> None:
 
 def test_a_batch_without_draws_as_in_evaluation_stays_the_very_same(batch_of: Callable[..., Batch]) -> None:
     batch = batch_of(*NAMES)
-    assert batch.draws == batch[1:].draws == ()
+    assert batch.rng_keys == batch[1:].rng_keys == ()
     assert augment(batch, EVERYTHING) is batch
 
 
@@ -114,7 +114,7 @@ def test_the_other_flips_mirror_y_and_z_and_nothing_else_exactly(batch: Batch) -
 
 def test_a_probability_flips_some_samples_and_leaves_the_others_exactly_as_they_are(batch: Batch) -> None:
     settings, volume = AugmentSettings(flip_left_right=0.25), by_run(batch)[0]
-    seen = [by_run(augment(replace(batch, draws=((0, 0, i),) * 3), settings))[0] for i in range(200)]
+    seen = [by_run(augment(replace(batch, rng_keys=((0, 0, i),) * 3), settings))[0] for i in range(200)]
     flipped = sum(torch.equal(voxels, volume.flip(0)) for voxels in seen)
     assert 30 < flipped < 70
     assert sum(torch.equal(voxels, volume) for voxels in seen) == 200 - flipped
@@ -164,7 +164,7 @@ def test_a_batch_is_mirrored_and_then_moved_as_its_draws_say(batch: Batch) -> No
     settings = AugmentSettings(flip_left_right=0.5, flip_other=0.5, rotate=40, scale=0.3, shift=0.2)
     for sample in range(8):
         geometry = draw_geometry((0, 1, sample), settings)
-        after = augment(replace(before, draws=((0, 1, sample),)), settings)
+        after = augment(replace(before, rng_keys=((0, 1, sample),)), settings)
         for name, voxels in volumes.items():
             *sizes, frames = (*voxels.shape, 1)[:4]
             mirrored = np.flip(voxels.half().float().numpy(), np.flatnonzero(geometry.mirror)).reshape(*sizes, frames)
@@ -206,7 +206,7 @@ def test_volumes_of_a_sample_and_frames_of_a_series_move_alike(batch: Batch) -> 
 def test_contrast_stretches_around_the_mean_and_brightness_adds_deviations(batch: Batch) -> None:
     series = torch.tensor([1.0, 5.0]).repeat(2, 2, 2, 1)  # mean 3, deviation 2, over both frames
     settings = AugmentSettings(contrast=0.5, brightness=0.25)
-    drawn = draw_intensity(DRAWS[0], 0, settings)
+    drawn = draw_intensity(RNG_KEYS[0], 0, settings)
     low, high = (3 + sign * 2 * drawn.contrast + 2 * drawn.brightness for sign in (-1, 1))
     after = augment(with_volumes(batch, fMRI=series), settings).pixel_values["fMRI"].voxels[0].float()
     torch.testing.assert_close(after, torch.tensor([low, high]).repeat(2, 2, 2, 1), rtol=2e-3, atol=2e-3)
@@ -255,25 +255,25 @@ def test_a_voxel_beyond_half_precision_becomes_its_largest_number(batch: Batch) 
 def test_a_sample_is_changed_alike_in_any_batch(batch: Batch, batch_of: Callable[..., Batch], pack: int) -> None:
     expected = augment(batch, EVERYTHING)
     assert not same(expected, batch)
-    assert same(augment(batch_of(*NAMES, draws=DRAWS, pack=pack), EVERYTHING), expected)
-    assert same(augment(batch_of(*NAMES[::-1], draws=DRAWS[::-1], pack=pack), EVERYTHING)[::-1], expected)
+    assert same(augment(batch_of(*NAMES, rng_keys=RNG_KEYS, pack=pack), EVERYTHING), expected)
+    assert same(augment(batch_of(*NAMES[::-1], rng_keys=RNG_KEYS[::-1], pack=pack), EVERYTHING)[::-1], expected)
     for i, name in enumerate(NAMES):
-        assert same(augment(batch_of(name, draws=DRAWS[i : i + 1]), EVERYTHING), expected[i])
+        assert same(augment(batch_of(name, rng_keys=RNG_KEYS[i : i + 1]), EVERYTHING), expected[i])
 
 
 @pytest.mark.parametrize("other", [(1, 3, 7), (0, 4, 7), (0, 3, 8)])
 def test_another_seed_epoch_or_sample_has_other_draws(other: tuple[int, ...]) -> None:
-    some, others = draw_geometry(DRAWS[0], EVERYTHING), draw_geometry(other, EVERYTHING)
+    some, others = draw_geometry(RNG_KEYS[0], EVERYTHING), draw_geometry(other, EVERYTHING)
     assert not np.isclose(some.linear, others.linear).any()
     assert not np.isclose(some.shift, others.shift).any()
-    assert draw_intensity(DRAWS[0], 0, EVERYTHING) != draw_intensity(other, 0, EVERYTHING)
+    assert draw_intensity(RNG_KEYS[0], 0, EVERYTHING) != draw_intensity(other, 0, EVERYTHING)
 
 
 def test_one_option_leaves_the_draws_of_the_others() -> None:
-    nothing, draw = AugmentSettings(), DRAWS[0]
+    nothing, rng_key = AugmentSettings(), RNG_KEYS[0]
     for name, value in EVERYTHING:
         alone = nothing.model_copy(update={name: value})
-        parts = [(draw_geometry(draw, s), draw_intensity(draw, 0, s)) for s in (alone, EVERYTHING)]
+        parts = [(draw_geometry(rng_key, s), draw_intensity(rng_key, 0, s)) for s in (alone, EVERYTHING)]
         (some, some_values), (all_, all_values) = parts
         assert some_values.noise_seed == all_values.noise_seed
         assert {
@@ -288,11 +288,11 @@ def test_one_option_leaves_the_draws_of_the_others() -> None:
         }[name]
 
 
-@pytest.mark.parametrize("draw", [(0, 0, 0), (5, 2, 1), (2**40, 2, 1)])
-def test_no_stream_is_one_that_picks_windows_or_orders_samples(draw: tuple[int, ...]) -> None:
-    taken = [draw[:2], (*draw[:2], 1), *((*draw, index) for index in range(20))]
+@pytest.mark.parametrize("rng_key", [(0, 0, 0), (5, 2, 1), (2**40, 2, 1)])
+def test_no_stream_is_one_that_picks_windows_or_orders_samples(rng_key: tuple[int, ...]) -> None:
+    taken = [rng_key[:2], (*rng_key[:2], 1), *((*rng_key, index) for index in range(20))]
     first = {np.random.default_rng(key).random() for key in taken}
-    own = {_stream(draw, number).random() for number in range(20)}
+    own = {_stream(rng_key, number).random() for number in range(20)}
     assert len(own) == 20
     assert not own & first
 
@@ -301,14 +301,14 @@ def test_no_stream_is_one_that_picks_windows_or_orders_samples(draw: tuple[int, 
 
 
 def test_draws_stay_with_their_samples(batch: Batch) -> None:
-    assert batch["draws"] == batch.to("cpu").draws == DRAWS
-    assert "draws" in {**batch}
-    assert "draws" not in batch.model_inputs()
-    assert batch[1].draws == DRAWS[1:2]
-    assert batch[::-1].draws == DRAWS[::-1]
-    assert batch[3:].draws == ()
+    assert batch["rng_keys"] == batch.to("cpu").rng_keys == RNG_KEYS
+    assert "rng_keys" in {**batch}
+    assert "rng_keys" not in batch.model_inputs()
+    assert batch[1].rng_keys == RNG_KEYS[1:2]
+    assert batch[::-1].rng_keys == RNG_KEYS[::-1]
+    assert batch[3:].rng_keys == ()
     changed = augment(batch, EVERYTHING)
-    assert (changed.draws, changed.task_ids) == (DRAWS, NAMES)
+    assert (changed.rng_keys, changed.task_ids) == (RNG_KEYS, NAMES)
     assert changed.input_ids is batch.input_ids
 
 
@@ -331,6 +331,6 @@ def test_a_volume_that_stands_alone_is_changed_as_the_only_one_of_a_sample(batch
     batch = replace(batch, num_images_per_sample=torch.tensor([1]))
     batch = replace(batch, pixel_values={"sMRI": replace(batch.pixel_values["sMRI"], run=torch.tensor([0]))})
     voxels = batch.pixel_values["sMRI"].voxels
-    alone = augment_volumes(voxels[:, None].float(), batch.draws, EVERYTHING)
+    alone = augment_volumes(voxels[:, None].float(), batch.rng_keys, EVERYTHING)
     assert torch.equal(alone[:, 0].half(), augment(batch, EVERYTHING).pixel_values["sMRI"].voxels)
     assert not torch.equal(alone[:, 0].half(), voxels)

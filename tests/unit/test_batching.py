@@ -52,8 +52,8 @@ def test_a_draw_picks_the_window_of_each_series(examples: dict[str, Any], store:
     frames = np.moveaxis(store.get(path, "fMRI"), 0, -1)
     windows = [frames[..., start : start + 6].tolist() for start in range(3)]
 
-    def seen(*draw: int) -> int:
-        batch = collate([examples["three"]], MaskPolicy(), store, 0, 0, draws=[draw])
+    def seen(*rng_key: int) -> int:
+        batch = collate([examples["three"]], MaskPolicy(), store, 0, 0, rng_keys=[rng_key])
         return windows.index(batch.pixel_values["fMRI"].voxels[0].tolist())
 
     assert {seen(0, epoch, 7) for epoch in range(20)} == {0, 1, 2}

@@ -274,7 +274,7 @@ def sharded(training: Training) -> bool:
 def seeds(training: Training) -> dict[str, Any]:
     plan = training.trainer.plan
     initial = [weight.sum().item() for weight in training.model.parameters()]
-    drawn = plan.draws(next(plan.rows(0, 0)))
+    drawn = plan.rng_keys(next(plan.rows(0, 0)))
     return {"weights": initial, "dropout": torch.initial_seed(), "draws": drawn[0][0], "order": order(training)}
 
 

@@ -36,13 +36,13 @@ def test_windows_counted_by_hand(frames: int, modality: Modality, count: int) ->
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 80), shapes, st.one_of(st.none(), st.tuples(st.integers(0, 99), st.integers(0, 99))))
 def test_every_window_has_its_frames_inside_the_series_at_its_strides(
-    frames: int, modality: Modality, draw: tuple | None
+    frames: int, modality: Modality, rng_key: tuple | None
 ) -> None:
     if not has_window(frames, modality):
         with pytest.raises(UserError, match=f"has {frames} frames, and a window of {modality.grid[3]} frames"):
-            pick_window(frames, modality, draw)
+            pick_window(frames, modality, rng_key)
         return
-    window = pick_window(frames, modality, draw)
+    window = pick_window(frames, modality, rng_key)
     seen = np.arange(frames)[window]
     assert len(seen) == modality.grid[3]
     assert window.start % modality.window_stride == 0

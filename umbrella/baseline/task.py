@@ -41,7 +41,7 @@ class VolumeBatch:
     """(N,), int64: indices into the training samples."""
     task_ids: Sequence[str]
     """N subject identifiers."""
-    draws: Sequence[tuple[int, ...]]
+    rng_keys: Sequence[tuple[int, ...]]
     """(seed, epoch, sample) of each volume, the key of its random augmentation."""
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "VolumeBatch":
@@ -77,16 +77,16 @@ class BaselineTask(Task):
         train = self.settings.train
         return Plan(len(self.samples), self.settings.seed, train.epochs, world_size, train.batch_size, 1)
 
-    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> VolumeBatch:
+    def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> VolumeBatch:
         """See ``Task.batch``."""
         samples = [self.samples[int(i)] for i in rows["sample"]]
         targets = torch.tensor(np.stack([self.job.encoding.encode(sample.label) for sample in samples])).float()
-        voxels = self._read_volumes([sample.path for sample in samples], draws)
-        return VolumeBatch(voxels, targets, torch.tensor(rows["sample"]), [s.subject_id for s in samples], draws)
+        voxels = self._read_volumes([sample.path for sample in samples], rng_keys)
+        return VolumeBatch(voxels, targets, torch.tensor(rows["sample"]), [s.subject_id for s in samples], rng_keys)
 
     def augment(self, batch: VolumeBatch) -> VolumeBatch:
         """See ``Task.augment``."""
-        return replace(batch, voxels=augment_volumes(batch.voxels.float(), batch.draws, self.settings.train.augment))
+        return replace(batch, voxels=augment_volumes(batch.voxels.float(), batch.rng_keys, self.settings.train.augment))
 
     def step(self, batches: Sequence[VolumeBatch], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
         """See ``Task.step``. The loss is the KL divergence, averaged over the volumes of all ranks."""
@@ -158,12 +158,12 @@ class BaselineTask(Task):
             return replace(prediction, probabilities=decoded)
         return replace(prediction, said=decoded)
 
-    def _read_volumes(self, paths: Sequence[str], draws: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
-        """Read N volumes, (N, frames, X, Y, Z), float16. Without ``draws``, the middle window of each series."""
+    def _read_volumes(self, paths: Sequence[str], rng_keys: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
+        """Read N volumes, (N, frames, X, Y, Z), float16. Without ``rng_keys``, the middle window of each series."""
         volumes = torch.empty((len(paths), *self.shape), dtype=torch.float16, pin_memory=self.device.type == "cuda")
         for i, (path, frames) in enumerate(zip(paths, volumes.numpy(), strict=True)):
-            draw = (*draws[i], 0) if draws else None
-            self.store.read(path, self.settings.baseline.modality, frames if self.is_series else frames[0], draw)
+            rng_key = (*rng_keys[i], 0) if rng_keys else None
+            self.store.read(path, self.settings.baseline.modality, frames if self.is_series else frames[0], rng_key)
         return volumes
 
     def weights(self, keep: bool) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ class Plan:
             orders = {epoch: orders[epoch] if epoch in orders else self.order(epoch) for epoch in epochs}
             yield {"position": positions, "sample": self.samples(positions, orders)}
 
-    def draws(self, rows: Rows) -> list[tuple[int, int, int]]:
+    def rng_keys(self, rows: Rows) -> list[tuple[int, int, int]]:
         """(seed, epoch, sample) of each row: what its random choices are drawn from."""
         epochs = rows["position"] // self.size
         return [(self.seed, int(epoch), int(sample)) for epoch, sample in zip(epochs, rows["sample"], strict=True)]
@@ -118,14 +118,14 @@ class Plan:
         order = sample_order(self.seed, epoch, self.size)
         if self.lengths is None:
             return order
-        draw = np.random.default_rng((self.seed, epoch, 1))
+        rng = np.random.default_rng((self.seed, epoch, 1))
         step = self.sorted_by or self.per_step
         first = -epoch * self.size % step  # these complete the step that the epoch before has begun
         last = self.size - (self.size - first) % step
         for start in range(first, last, self.window * step):
             part = order[start : min(start + self.window * step, last)]
             steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, step)
-            part[:] = draw.permutation(steps).reshape(-1)
+            part[:] = rng.permutation(steps).reshape(-1)
         return order
 
     def samples(self, positions: np.ndarray, orders: Mapping[int, np.ndarray] = MappingProxyType({})) -> np.ndarray:

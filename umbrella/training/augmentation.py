@@ -38,49 +38,51 @@ class Intensity:
 
 
 def augment(batch: Batch, settings: AugmentSettings) -> Batch:
-    """The batch with other volumes; itself where nothing is switched on or it carries no draws, as in evaluation.
+    """Augment the volumes of a batch; a batch without ``rng_keys``, as in evaluation, is returned as it is.
 
-    What is done to a volume hangs on the draw of its sample and on its index there, not on the batch around it. The
-    volumes of a sample share their geometry: those of one subject stay aligned, those of several stay comparable.
-    Intensity and noise are each volume's own. The frames of a series share all but the noise. The same draw gives the
-    same noise on every CPU, and on every GPU, but not on both.
+    The augmentation of a volume depends on the key of its sample and on its index in the sample, not on the rest of the
+    batch. The volumes of a sample share their geometry: those of one subject stay aligned, those of several stay
+    comparable. Intensity and noise are drawn for each volume. The frames of a series share everything but the noise.
+    Equal keys give equal noise on all CPUs and on all GPUs, but CPU and GPU differ.
 
     Returns:
         Voxels of the shape, type and device they had.
     """
-    if not batch.draws or not any(dict(settings).values()):
+    if not batch.rng_keys or not any(dict(settings).values()):
         return batch
-    geometries = [draw_geometry(draw, settings) for draw in batch.draws]
+    geometries = [draw_geometry(rng_key, settings) for rng_key in batch.rng_keys]
     counts = batch.num_images_per_sample.tolist()
     by_run = [(sample, index) for sample, count in enumerate(counts) for index in range(count)]
     groups = {}
     for name, group in batch.pixel_values.items():
         places = [by_run[run] for run in group.run.tolist()]
         moves = [geometries[sample] for sample, _ in places]
-        intensities = [draw_intensity(batch.draws[sample], index, settings) for sample, index in places]
+        intensities = [draw_intensity(batch.rng_keys[sample], index, settings) for sample, index in places]
         groups[name] = VolumeGroup(_change(group.voxels, moves, intensities, settings), group.run)
     return replace(batch, pixel_values=groups)
 
 
-def augment_volumes(frames: torch.Tensor, draws: Sequence[tuple[int, ...]], settings: AugmentSettings) -> torch.Tensor:
+def augment_volumes(
+    frames: torch.Tensor, rng_keys: Sequence[tuple[int, ...]], settings: AugmentSettings
+) -> torch.Tensor:
     """Volumes of which each is a sample's only one, changed as ``augment`` changes those.
 
     Args:
         frames: (n, frames, X, Y, Z), float32; may be written into.
-        draws: one for each volume.
+        rng_keys: one for each volume.
     """
     if not any(dict(settings).values()):
         return frames
-    intensities = [draw_intensity(draw, 0, settings) for draw in draws]
-    return _change_frames(frames, [draw_geometry(draw, settings) for draw in draws], intensities, settings)
+    intensities = [draw_intensity(rng_key, 0, settings) for rng_key in rng_keys]
+    return _change_frames(frames, [draw_geometry(rng_key, settings) for rng_key in rng_keys], intensities, settings)
 
 
-def draw_geometry(draw: tuple[int, ...], settings: AugmentSettings) -> Geometry:
+def draw_geometry(rng_key: tuple[int, ...], settings: AugmentSettings) -> Geometry:
     """The geometry of a sample's volumes: turned around X, then Y, then Z, by the right-hand rule, and scaled.
 
-    All numbers are drawn, whatever is switched on, so that one option leaves the draws of the others as they are.
+    All numbers are drawn, whatever is switched on, so that one option does not change the draws of the others.
     """
-    stream = _stream(draw, 0)
+    stream = _stream(rng_key, 0)
     mirror = stream.random(3) < (settings.flip_left_right, settings.flip_other, settings.flip_other)
     angles = stream.uniform(-1, 1, 3) * settings.rotate
     size = 1 + stream.uniform(-1, 1) * settings.scale
@@ -88,9 +90,9 @@ def draw_geometry(draw: tuple[int, ...], settings: AugmentSettings) -> Geometry:
     return Geometry(mirror, size * Rotation.from_euler("xyz", angles, degrees=True).as_matrix(), shift)
 
 
-def draw_intensity(draw: tuple[int, ...], index: int, settings: AugmentSettings) -> Intensity:
+def draw_intensity(rng_key: tuple[int, ...], index: int, settings: AugmentSettings) -> Intensity:
     """What becomes of the values of a sample's volume, counted from 0."""
-    stream = _stream(draw, 1 + index)
+    stream = _stream(rng_key, 1 + index)
     contrast = 1 + stream.uniform(-1, 1) * settings.contrast
     return Intensity(contrast, stream.uniform(-1, 1) * settings.brightness, int(stream.integers(2**63)))
 
@@ -120,8 +122,8 @@ def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) ->
     return functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
 
 
-def _stream(draw: tuple[int, ...], number: int) -> np.random.Generator:
-    return np.random.default_rng((*draw, RNG_STREAM, number))
+def _stream(rng_key: tuple[int, ...], number: int) -> np.random.Generator:
+    return np.random.default_rng((*rng_key, RNG_STREAM, number))
 
 
 def _change(

@@ -87,11 +87,11 @@ class LanguageModelTask(Task):
             window=self.settings.data.bucket_batches,
         )
 
-    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> Batch:
+    def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> Batch:
         """See ``Task.batch``."""
         examples = [self.renderer.render(from_table(self.train, int(i))) for i in rows["sample"]]
         pack = self.settings.data.pack
-        return self.collate(examples, self.settings.mask, indices=rows["sample"], draws=draws, pack=pack)
+        return self.collate(examples, self.settings.mask, indices=rows["sample"], rng_keys=rng_keys, pack=pack)
 
     def augment(self, batch: Batch) -> Batch:
         """See ``Task.augment``."""

@@ -60,11 +60,11 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def batch(self, rows: Rows, draws: Sequence[tuple[int, ...]]) -> Any:
+    def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> Any:
         """Make the ``TaskBatch`` of some rows. Threads of the data pipeline call it.
 
         Args:
-            draws: (seed, epoch, sample) of each row, the key of its random choices.
+            rng_keys: (seed, epoch, sample) of each row; seeds its random choices.
         """
 
     @abstractmethod

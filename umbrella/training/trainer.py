@@ -150,7 +150,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[TaskBatch]:
         def make(rows: Rows) -> TaskBatch:
-            return self.task.batch(rows, self.plan.draws(rows))
+            return self.task.batch(rows, self.plan.rng_keys(rows))
 
         rows, name = self.plan.rows(self.rank, self.progress.position), f"{self.job.name}, training, worker {self.rank}"
         return batches(rows, self.plan.batch_size, self.settings.data.prefetch, make, name)

@@ -101,7 +101,7 @@ class VolumeStore:
             )
         return array
 
-    def read(self, source: str | Path, modality: str, into: np.ndarray, draw: tuple[int, ...] | None = None) -> None:
+    def read(self, source: str | Path, modality: str, into: np.ndarray, rng_key: tuple[int, ...] | None = None) -> None:
         """Copy the prepared volume, or one window of a series, into an array; decoded if it is new.
 
         A plain read is several times faster than a copy from a map, above all with several threads: a process has one
@@ -109,14 +109,14 @@ class VolumeStore:
 
         Args:
             into: float16, contiguous, (X, Y, Z), or (T, X, Y, Z) with the frames of a window.
-            draw: numbers that pick the window, see ``pick_window``.
+            rng_key: seed of the choice of the window; see ``pick_window``.
 
         Raises:
             UserError: as ``get``.
         """
-        if not self._read(source, modality, into, draw):
+        if not self._read(source, modality, into, rng_key):
             self.get(source, modality)
-            if not self._read(source, modality, into, draw):
+            if not self._read(source, modality, into, rng_key):
                 raise UserError(f"{self.path(source, modality)}: was deleted while in use; is the store being pruned?")
 
     def contains(self, source: str | Path, modality: str) -> bool:
@@ -157,7 +157,7 @@ class VolumeStore:
         target = self.modalities[modality]
         return array if not target.is_series or has_window(len(array), target) else None
 
-    def _read(self, source: str | Path, modality: str, into: np.ndarray, draw: tuple[int, ...] | None) -> bool:
+    def _read(self, source: str | Path, modality: str, into: np.ndarray, rng_key: tuple[int, ...] | None) -> bool:
         """``read``, or False where the array is not there, cut short, or shorter than a window."""
         target = self.modalities[modality]
         try:
@@ -170,7 +170,7 @@ class VolumeStore:
                     return file.readinto(into.data) == into.nbytes
                 if not has_window(shape[0], target):
                     return False
-                for frame, place in enumerate(range(shape[0])[pick_window(shape[0], target, draw)]):
+                for frame, place in enumerate(range(shape[0])[pick_window(shape[0], target, rng_key)]):
                     file.seek(start + place * into[frame].nbytes)
                     if file.readinto(into[frame].data) != into[frame].nbytes:
                         return False
@@ -302,11 +302,13 @@ class DecodedVolumes:
         self.max_voxels = max_voxels
         self._kept = lru_cache(KEPT)(self._decode)
 
-    def read(self, source: str | Path, modality: str, into: np.ndarray, draw: tuple[int, ...] | None = None) -> None:
+    def read(self, source: str | Path, modality: str, into: np.ndarray, rng_key: tuple[int, ...] | None = None) -> None:
         """As ``VolumeStore.read``. Raises UserError, too."""
-        into[...] = self._kept(os.path.abspath(source), modality, draw, file_stamp(source))
+        into[...] = self._kept(os.path.abspath(source), modality, rng_key, file_stamp(source))
 
-    def _decode(self, source: str, modality: str, draw: tuple[int, ...] | None, stamp: tuple[int, int]) -> np.ndarray:
+    def _decode(
+        self, source: str, modality: str, rng_key: tuple[int, ...] | None, stamp: tuple[int, int]
+    ) -> np.ndarray:
         target = self.modalities[modality]
         *_, array = decode(source, target, self.max_voxels)
-        return array[pick_window(len(array), target, draw)].copy() if target.is_series else array
+        return array[pick_window(len(array), target, rng_key)].copy() if target.is_series else array

@@ -31,15 +31,15 @@ def num_windows(frames: int, modality: Modality) -> int:
     return (frames - span) // modality.window_stride + 1
 
 
-def pick_window(frames: int, modality: Modality, draw: tuple[int, ...] | None) -> slice:
+def pick_window(frames: int, modality: Modality, rng_key: tuple[int, ...] | None) -> slice:
     """The frames of one window, in order.
 
     Args:
         frames: how many the series has.
-        draw: whole numbers that name the draw, such as (seed, epoch, sample); equal numbers pick the same window, and
-            all windows are equally likely. None: the middle window, always the same one.
+        rng_key: seed of the random choice, such as (seed, epoch, sample); equal keys give the same window.
+            All windows are equally likely. None selects the middle window.
     """
     count = num_windows(frames, modality)
-    index = (count - 1) // 2 if draw is None else int(np.random.default_rng(draw).integers(count))
+    index = (count - 1) // 2 if rng_key is None else int(np.random.default_rng(rng_key).integers(count))
     start = index * modality.window_stride
     return slice(start, start + _span(modality), modality.frame_stride)
