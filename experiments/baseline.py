@@ -16,11 +16,11 @@ def main(request: Request) -> None:
         for target, encoding in encodings.items():
             make_console().print(f"would learn {target}: {encoding.description}", markup=False, highlight=False)
         return
-    from umbrella.assessment.summary import print_evaluation
     from umbrella.baseline.run import run_baseline
+    from umbrella.evaluation.report import print_evaluation
 
-    for evaluated in run_baseline(request.settings, progress_bar):
-        print_evaluation(evaluated, make_console())
+    for result, page in run_baseline(request.settings, progress_bar):
+        print_evaluation(result, page, make_console())
 
 
 if __name__ == "__main__":

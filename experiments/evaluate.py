@@ -1,36 +1,34 @@
-"""What does a trained model know, and does it know it from the images? Ask a checkpoint a whole split, with controls.
+"""Evaluate a checkpoint on a split, with controls that show how much of the score comes from the images.
 
   evaluate.py checkpoint=STEP
   evaluate.py checkpoint=STEP data.test=other/test.jsonl evaluate.controls=[]
 
-STEP is a step_... folder of a training. Everything else is as it was in the training unless it is given. --dry-run says
-what would be asked.
+STEP is a step_... folder of a training. Settings are those of the training unless they are given. --dry-run prints what
+would be evaluated.
 """
 
 from umbrella.base import UserError
-from umbrella.cli import Request, make_console, progress_bar, run_script
+from umbrella.cli import Request, make_console, named_checkpoint, progress_bar, run_script
 
 
 def main(request: Request) -> None:
-    """Evaluate, or say what would be asked."""
-    from umbrella.assessment.checkpoints import named_checkpoint
-    from umbrella.assessment.questions import read_questions, settings_for
-    from umbrella.assessment.run import evaluate
-    from umbrella.assessment.summary import print_evaluation, print_plan
+    """Evaluate, or print what would be evaluated."""
+    from umbrella.evaluation.report import print_evaluation
+    from umbrella.evaluation_run.evaluate import evaluate, load_evaluation_settings, print_plan, read_evaluation_data
 
-    settings = settings_for(named_checkpoint(request.settings), request.files, request.overrides)
+    settings = load_evaluation_settings(named_checkpoint(request.settings), request.files, request.overrides)
     split = settings.evaluate.split
-    nothing = UserError(f"data.{split} is not set: name the conversations to ask, or another evaluate.split")
+    no_split = UserError(f"data.{split} is not set: name the conversations to ask, or another evaluate.split")
     if request.dry_run:
-        questions = read_questions(settings, progress_bar, volumes=False)
-        if questions is None:
-            raise nothing
-        print_plan(settings, questions, make_console())
+        data = read_evaluation_data(settings, progress_bar, volumes=False)
+        if data is None:
+            raise no_split
+        print_plan(settings, data, make_console())
         return
     evaluated = evaluate(settings, progress_bar)
     if evaluated is None:
-        raise nothing
-    print_evaluation(evaluated, make_console())
+        raise no_split
+    print_evaluation(*evaluated, make_console())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Ask a trained model: a question about volumes, a conversation in the terminal, or all questions of a cohort.
+"""Ask a trained model: one question about volumes, a chat in the terminal, or all conversations of a file.
 
   predict.py checkpoint=STEP volume.nii.gz --ask "Is this subject male or female?" --candidates "male.,female."
   predict.py checkpoint=STEP a.nii.gz b.nii.gz --modality sMRI,dMRI --ask "Is there a lesion?"
   predict.py checkpoint=STEP volume.nii.gz --chat
   predict.py checkpoint=STEP data.input=questions.jsonl output=predictions.jsonl
 
-STEP is a step_... folder of a training. A cohort that was stopped or killed goes on when the same words are given
-again: what is in the output is not asked again. --dry-run says what would be asked.
+STEP is a step_... folder of a training. The same command continues a data.input that was interrupted: conversations
+with a prediction in the output are not asked again. --dry-run prints what would be asked.
 """
 
 import sys
 from pathlib import Path
 
 from umbrella.base import UserError, note, printable
-from umbrella.cli import Option, Request, progress_bar, run_script
+from umbrella.cli import Option, Request, named_checkpoint, progress_bar, run_script
 
 OPTIONS = (
     Option("--ask", "a question about the volumes", value="QUESTION"),
@@ -26,9 +26,7 @@ OPTIONS = (
 
 
 def main(request: Request) -> None:
-    """Ask what is to be asked."""
-    from umbrella.assessment.checkpoints import named_checkpoint
-
+    """Ask in the way that the options and settings select."""
     checkpoint = named_checkpoint(request.settings)
     ways = {
         "--ask": request.options["ask"] is not None,
@@ -61,7 +59,7 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
         return
     from transformers.utils import logging
 
-    from umbrella.evaluation.answering import Umbrella
+    from umbrella.inference.model import Umbrella
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -69,7 +67,7 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
     shown = model.items(volumes, modality)
     limit = settings.evaluate.max_new_tokens
     if question is None:
-        from umbrella.assessment.dialogue import converse
+        from umbrella.inference.chat import converse
 
         converse(model, shown, limit)
         return
@@ -81,12 +79,12 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
 
 
 def _ask_cohort(request: Request, checkpoint: Path) -> None:
-    from umbrella.assessment.cohort import answer, read_cohort
     from umbrella.base import pluralise
-    from umbrella.evaluation.answering import settings_of
+    from umbrella.evaluation_run.cohort_predictions import predict_cohort, read_cohort
+    from umbrella.inference.model import load_checkpoint_settings
 
-    cohort = read_cohort(checkpoint, request.settings, settings_of(checkpoint, _dtype(request)))
-    number, left, path = len(cohort.conversations), len(cohort.left()), cohort.answers.path
+    cohort = read_cohort(checkpoint, request.settings, load_checkpoint_settings(checkpoint, _dtype(request)))
+    number, left, path = len(cohort.conversations), len(cohort.remaining()), cohort.file.path
     for line in cohort.raw.notices:
         note(line)
     if request.dry_run:
@@ -95,7 +93,7 @@ def _ask_cohort(request: Request, checkpoint: Path) -> None:
     if left < number:
         print(f"{number - left} of {pluralise(number, 'conversation')} are answered already", flush=True)
     if left:
-        splits = answer(cohort, progress_bar)
+        splits = predict_cohort(cohort, progress_bar)
         if splits.quarantined:
             left_out = pluralise(splits.quarantined, "conversation")
             note(f"{left_out} cannot be asked, see {splits.quarantine}")
@@ -103,7 +101,7 @@ def _ask_cohort(request: Request, checkpoint: Path) -> None:
 
 
 def _dtype(request: Request) -> str | None:
-    """That of the training, unless it is given."""
+    """The setting ``model.dtype`` if it is given; None: that of the training."""
     return request.settings.model.dtype if "model.dtype" in request.given else None
 
 

@@ -28,7 +28,7 @@ def main(request: Request) -> None:
             print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
         print(f"checkpoints: {folder}\nruns in MLflow: make ui")
         if best and settings.evaluate.at_end:
-            from umbrella.assessment.at_end import evaluate_at_end
+            from umbrella.evaluation_run.evaluate import evaluate_at_end
 
             evaluate_at_end(settings, best, folder.name, progress_bar, make_console())
 

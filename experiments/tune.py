@@ -42,7 +42,7 @@ def main(request: Request) -> None:
     def evaluate(answer: Answer) -> None:
         best = answer.trials[0].checkpoint
         if best and settings.evaluate.at_end:
-            from umbrella.assessment.at_end import evaluate_at_end
+            from umbrella.evaluation_run.evaluate import evaluate_at_end
 
             evaluate_at_end(answer.best, Path(best), answer.folder.name, progress_bar, console)
 

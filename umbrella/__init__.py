@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from umbrella.version import __version__
 
 if TYPE_CHECKING:
-    from umbrella.evaluation.answering import Umbrella
+    from umbrella.inference.model import Umbrella
 
 __all__ = ["Umbrella", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Umbrella":
-        from umbrella.evaluation.answering import Umbrella
+        from umbrella.inference.model import Umbrella
 
         return Umbrella
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

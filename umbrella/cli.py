@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from umbrella.base import Stopped, UserError, printable
 from umbrella.config import Settings, describe, has_space, load_settings, read_value
 from umbrella.fileio import describe_storage_error
+from umbrella.paths import all_checkpoints
 from umbrella.ray_environment import prepare_environment
 from umbrella.sigterm import on_sigterm
 
@@ -208,3 +210,22 @@ def _settings_help() -> str:
     for name, default, line in describe():
         lines.append(f"  {name} = {default!r}\n      {line}")
     return "\n".join(lines).replace("%", "%%")
+
+
+def named_checkpoint(settings: Settings) -> Path:
+    """The folder that the setting ``checkpoint`` names.
+
+    Raises:
+        UserError: the setting is empty, or there is no such folder. The message names the newest checkpoint.
+    """
+    name = settings.checkpoint
+    folder = Path(name)
+    if name and folder.is_dir():
+        return folder.absolute()
+    wrong = f"checkpoint={name}: there is no such folder" if name else "checkpoint is not set"
+    storage = Path(settings.resources.storage)
+    checkpoints = all_checkpoints(storage)
+    if not checkpoints:
+        raise UserError(f"{wrong}; name a training's step_... folder, of which {storage} has none yet")
+    newest = max(checkpoints, key=lambda step: step.stat().st_mtime)
+    raise UserError(f"{wrong}; name a training's step_... folder, as in checkpoint={newest}, the newest in {storage}")

@@ -45,14 +45,13 @@ def baseline_settings(small_settings: Callable[..., Any], mlflow_store: Callable
 def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) -> None:
     from mlflow import MlflowClient
 
-    from umbrella.assessment.summary import print_evaluation
     from umbrella.baseline.run import run_baseline
     from umbrella.cli import make_console
+    from umbrella.evaluation.report import print_evaluation
 
     settings = baseline_settings.with_values({"resources.workers": 2, "resources.cpus_per_worker": 0.25})
-    (evaluated,) = run_baseline(settings, quiet)
-    found = evaluated.assessment
-    print_evaluation(evaluated, make_console())
+    ((found, report),) = run_baseline(settings, quiet)
+    print_evaluation(found, report, make_console())
     assert "sex" in capsys.readouterr().out
     (predictions,) = found.predictions.values()
     assert [p.task_id for p in predictions] == [f"test{i}-sex" for i in range(16)]
@@ -67,7 +66,7 @@ def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) ->
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
     assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
-    assert evaluated.page.exists()
+    assert report.exists()
     assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 
@@ -79,7 +78,7 @@ def test_a_baseline_that_lost_its_newest_checkpoints_goes_on_to_the_same_answers
     def answers() -> Any:
         splits, (job,) = make_jobs(baseline_settings, quiet)
         run_job(job, in_process=True)
-        return evaluate(job, splits).assessment.predictions
+        return evaluate(job, splits)[0].predictions
 
     before = answers()
     folder = Path(baseline_settings.resources.storage) / "trainings" / "mine-sex"

@@ -22,13 +22,13 @@ from rich.console import Console
 from tests.faults.fault_injection import kill, named
 from tests.printed import printed_to, unknown_lines
 from tests.ray.conftest import quiet
-from umbrella.assessment.at_end import evaluate_at_end
-from umbrella.assessment.stream import Answerer, deal, stream
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import read_splits
 from umbrella.evaluation.predictions import read_predictions
+from umbrella.evaluation_run.evaluate import evaluate_at_end
+from umbrella.evaluation_run.prediction_workers import PredictionWorker, map_on_actors, predict_on_workers
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.launch import run_job
@@ -189,10 +189,10 @@ def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: End
 
 def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
     asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male.")).model_dump_json()
-    predictions, fault = Answerer(str(ended.checkpoint), ended.settings, {}, (), True).answer([asked])
+    predictions, fault = PredictionWorker(str(ended.checkpoint), ended.settings, {}, (), True).predict([asked])
     assert (predictions, fault.count("\n")) == ([], 0)
     assert re.fullmatch(r".*gone\.nii: .*", fault)
-    _, fault = Answerer(str(tmp_path), ended.settings, {}, (), True).answer([asked])
+    _, fault = PredictionWorker(str(tmp_path), ended.settings, {}, (), True).predict([asked])
     assert fault.startswith(f"{tmp_path}: is no checkpoint")
 
 
@@ -202,7 +202,7 @@ class Squares:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def answer(self, number: int) -> tuple[int, str]:
+    def predict(self, number: int) -> tuple[int, str]:
         time.sleep(0.02 * (number % 3))  # one that comes later may be done earlier
         for file in self.folder.glob(f"{number}-*"):
             file.unlink()
@@ -212,7 +212,7 @@ class Squares:
 
 def squares(folder: Path, numbers: list[int], max_failures: int = 3) -> Iterator[int]:
     start = partial(ray.remote(num_cpus=0)(Squares).remote, folder)
-    return deal(numbers, lambda number: number, start, 2, max_failures)
+    return map_on_actors(numbers, lambda number: number, start, 2, max_failures)
 
 
 def test_answers_come_in_order_and_what_a_process_died_of_is_asked_again(ray_session: Any, tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_process_that_dies_is_started_again_and_nothing_is_lost(ended: Ended) 
     told = ended.settings.with_values({"evaluate.batch_size": 1})
     killed = 0
     answers: list[Any] = []
-    for part in stream(shown * 20, ended.checkpoint, told, {}):
+    for part in predict_on_workers(shown * 20, ended.checkpoint, told, {}):
         answers += part
-        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "Answerer" in named(p))
+        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "PredictionWorker" in named(p))
     assert killed
     assert [one.task_id for one in answers] == [c.task_id for c in shown * 20]
     assert answers[: len(shown)] == answers[-len(shown) :]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Done, write_questions
-from umbrella.assessment.cohort import answer, read_cohort
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.answering import Umbrella, settings_of
 from umbrella.evaluation.predictions import read_predictions
+from umbrella.evaluation_run.cohort_predictions import predict_cohort, read_cohort
+from umbrella.inference.model import Umbrella, load_checkpoint_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -48,14 +48,14 @@ def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twic
     assert ask(*words, "--dry-run") == (0, f"would ask 12 of 12 conversations; 0 are answered in {out}\n", "")
     assert not out.exists()
     with pytest.raises(Killed):
-        answer(read_cohort(learnt, settings, settings_of(learnt, None)), progress)
+        predict_cohort(read_cohort(learnt, settings, load_checkpoint_settings(learnt, None)), progress)
     before = out.read_bytes()
     assert before.count(b"\n") == 8
     with out.open("a", encoding="utf-8") as cut:
         cut.write('{"task_id": "three2", "ta')
     assert ask(*words, "--dry-run").stdout.startswith("would ask 4 of 12 conversations; 8 are answered")
     counts.clear()
-    answer(read_cohort(learnt, settings, settings_of(learnt, None)), progress)
+    predict_cohort(read_cohort(learnt, settings, load_checkpoint_settings(learnt, None)), progress)
     assert counts == [0, 1, 2, 3]
     assert out.read_bytes().startswith(before)
 

@@ -16,9 +16,9 @@ from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
-from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.generation import generate
 from umbrella.evaluation.scoring import score
+from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.volumes.store import DecodedVolumes, VolumeStore
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from umbrella.assessment.controls import owners, shuffled, text_only
 from umbrella.conversations.schema import Conversation
+from umbrella.evaluation.controls import owners, shuffled, text_only
 from umbrella.evaluation.metrics import summarise
 from umbrella.evaluation.predictions import Prediction
 

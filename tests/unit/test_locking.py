@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from umbrella.assessment.answers import AnswerFile
 from umbrella.base import UserError
+from umbrella.evaluation_run.cohort_predictions import PredictionFile
 from umbrella.training import cluster
 from umbrella.training.run_lock import run_lock
 
@@ -46,5 +46,5 @@ def test_where_nothing_could_be_kept_from_being_lost_the_folder_is_named(why: st
 
 
 def test_where_nothing_can_be_said_of_others_work_goes_on(tmp_path: Path) -> None:
-    with AnswerFile(tmp_path / "answers.jsonl", {"a": 1}).opened():
+    with PredictionFile(tmp_path / "answers.jsonl", {"a": 1}).open():
         pass

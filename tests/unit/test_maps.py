@@ -12,15 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from umbrella.assessment.cases import draw_cases, draw_volumes, over, pick
-from umbrella.assessment.maps import blocks_of, occlusion
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer
-from umbrella.evaluation.answering import Umbrella
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
+from umbrella.inference.cases import draw_cases, draw_volumes, effects_on_plane, make_blocks, occlusion, select_cases
+from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.model.build import build_model
 from umbrella.volumes.slices import PLANES, orthogonal_slices
@@ -114,7 +113,7 @@ def test_a_model_that_reads_one_patch_is_seen_to(talk: Talk, tokenizer: Any, tmp
 @pytest.mark.parametrize("grid", [(6, 6, 6), (6, 6, 6, 8), (12, 12, 12), (1, 1, 1), (500, 1, 3), (7, 5, 9, 11)])
 def test_blocks_are_few_and_are_the_whole_grid_once(grid: tuple[int, ...]) -> None:
     count = np.zeros(grid)
-    blocks = list(blocks_of(grid))
+    blocks = list(make_blocks(grid))
     for block in blocks:
         count[block] += 1
     assert (count == 1).all()
@@ -127,11 +126,12 @@ def test_the_overlay_lies_as_the_planes_do() -> None:
     voxels[6:8, 8:12, 2:4] = 1  # the same patch in voxels
     for plane in orthogonal_slices(voxels, HEAD, None, centre=(7, 9, 2)):
         right, up = PLANES[plane.name]
-        own = over(effects, plane, HEAD).repeat(HEAD.patch[up], 0).repeat(HEAD.patch[right], 1)
+        own = effects_on_plane(effects, plane, HEAD).repeat(HEAD.patch[up], 0).repeat(HEAD.patch[right], 1)
         assert own.any()
         np.testing.assert_array_equal(own > 0, plane.grey > 0)
     assert not any(
-        over(effects, plane, HEAD).any() for plane in orthogonal_slices(voxels, HEAD, None, centre=(0, 0, 0))
+        effects_on_plane(effects, plane, HEAD).any()
+        for plane in orthogonal_slices(voxels, HEAD, None, centre=(0, 0, 0))
     )
 
 
@@ -161,19 +161,19 @@ def row(subject: str, label: Any = "male", right: float | None = None, said: Any
 
 def test_the_best_and_the_worst_are_of_different_subjects() -> None:
     rows = [row("a", right=0.9), row("a", right=0.95), row("a", right=0.1), row("b", right=0.2), row("c", right=0.6)]
-    assert [(kind, p.probabilities["male"]) for kind, p in pick(rows, 1)] == [("best", 0.95), ("worst", 0.2)]
+    assert [(kind, p.probabilities["male"]) for kind, p in select_cases(rows, 1)] == [("best", 0.95), ("worst", 0.2)]
     # Whoever is among the best is not among the worst, and few subjects give few.
-    assert [p.subject_id for _, p in pick(rows, 5)] == ["a", "c", "b"]
-    assert pick(rows, 0) == []
+    assert [p.subject_id for _, p in select_cases(rows, 5)] == ["a", "c", "b"]
+    assert select_cases(rows, 0) == []
 
 
 def test_numbers_are_picked_by_their_error_and_texts_by_their_likelihood() -> None:
     ages = [row("a", 60.0, said=61.0), row("b", 60.0, said=20.0), row("c", 60.0, said=None), row("d", 60, said=60)]
-    assert [(k, p.subject_id) for k, p in pick(ages, 1)] == [("best", "d"), ("worst", "b")]
+    assert [(k, p.subject_id) for k, p in select_cases(ages, 1)] == [("best", "d"), ("worst", "b")]
     texts = [row(s, None, answer_nll=n, answer_tokens=2) for s, n in (("a", 4.0), ("b", 1.0), ("c", 9.0))]
-    assert [(k, p.subject_id) for k, p in pick(texts, 1)] == [("best", "b"), ("worst", "c")]
+    assert [(k, p.subject_id) for k, p in select_cases(texts, 1)] == [("best", "b"), ("worst", "c")]
     words = [row("a", said="female"), row("b", said="male")]
-    assert [(k, p.subject_id) for k, p in pick(words, 1)] == [("best", "b"), ("worst", "a")]
+    assert [(k, p.subject_id) for k, p in select_cases(words, 1)] == [("best", "b"), ("worst", "a")]
 
 
 def test_cases_are_drawn_for_each_target(

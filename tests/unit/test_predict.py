@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Done, write_questions
-from umbrella.assessment.answers import AnswerFile
 from umbrella.base import UserError
 from umbrella.conversations.reading import read_conversations
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation_run.cohort_predictions import PredictionFile
 
 
 def volumes(conversation: Conversation) -> list[str]:
@@ -135,29 +135,29 @@ def row(task_id: str) -> Prediction:
 
 def test_answers_go_on_where_a_killed_process_left_half_a_line(tmp_path: Path) -> None:
     file, about = tmp_path / "a.jsonl", {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}
-    with AnswerFile(file, about).opened() as out:
+    with PredictionFile(file, about).open() as out:
         out.write([row("a"), row("b")])
-        with pytest.raises(UserError, match="another process is writing"), AnswerFile(file, about).opened():
+        with pytest.raises(UserError, match="another process is writing"), PredictionFile(file, about).open():
             pass
     whole = file.read_bytes()
     for cut in (1, 40):  # the line's end alone, and some of it
         file.write_bytes(whole[:-cut])
         moved = about | {"checkpoint": {"name": "elsewhere/a", "content": "1"}}
-        again = AnswerFile(file, moved)
-        assert again.answered("abc") == {"a"}
+        again = PredictionFile(file, moved)
+        assert again.predicted("abc") == {"a"}
         assert file.read_bytes() == whole[:-cut]  # looking changes nothing
-        with again.opened() as out:
+        with again.open() as out:
             out.write([row("b")])
         assert file.read_bytes() == whole
 
 
 def test_answers_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
     file, about = tmp_path / "a.jsonl", {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}
-    with AnswerFile(file, about).opened():
+    with PredictionFile(file, about).open():
         pass
-    with AnswerFile(file, {"length": 3}).opened() as out:  # it has no answer yet, and is free
+    with PredictionFile(file, {"length": 3}).open() as out:  # it has no answer yet, and is free
         out.write([])
-    with AnswerFile(file, about).opened() as out:
+    with PredictionFile(file, about).open() as out:
         out.write([row("a")])
     was = "was begun with something else: "
     for changed, words in [
@@ -167,20 +167,20 @@ def test_answers_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         ({"more": 1}, was + "more was None and is 1; give another output"),
     ]:
         with pytest.raises(UserError, match=re.escape(words)):
-            AnswerFile(file, about | changed)
+            PredictionFile(file, about | changed)
     with pytest.raises(UserError, match=r"a\.jsonl:1: a is not in data\.input; delete that line"):
-        AnswerFile(file, about).answered({"b"})
+        PredictionFile(file, about).predicted({"b"})
     file.write_text(f"{row('a').to_json()}\n{row('a').to_json()}\n{{}}\n")
     with pytest.raises(UserError, match=r"a\.jsonl:2: a is there twice"):
-        AnswerFile(file, about).answered({"a"})
+        PredictionFile(file, about).predicted({"a"})
     file.write_text("{}\n")
     with pytest.raises(UserError, match=r"a\.jsonl:1: is no prediction"):
-        AnswerFile(file, about).answered({"a"})
+        PredictionFile(file, about).predicted({"a"})
     (tmp_path / "a.jsonl.about.json").write_text("[", encoding="utf-8")
     with pytest.raises(UserError, match=r"about\.json: cannot be read; give another output"):
-        AnswerFile(file, about)
+        PredictionFile(file, about)
     (tmp_path / "a.jsonl.about.json").unlink()
     with pytest.raises(UserError, match=r"a\.jsonl: is there already, and a\.jsonl\.about\.json is not"):
-        AnswerFile(file, about)
+        PredictionFile(file, about)
     with pytest.raises(UserError, match="is a folder; name a file"):
-        AnswerFile(tmp_path, about)
+        PredictionFile(tmp_path, about)

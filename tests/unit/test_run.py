@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError, RayError
 
-from umbrella.assessment.cohort import read_cohort
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import Splits
+from umbrella.evaluation_run.cohort_predictions import read_cohort
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
 from umbrella.training.resource_check import max_concurrent_trainings

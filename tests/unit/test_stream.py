@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from umbrella.assessment.stream import WINDOW, compose
 from umbrella.conversations.schema import Conversation
+from umbrella.evaluation_run.prediction_workers import WINDOW, make_batches
 from umbrella.modality import Modality
 
 
@@ -11,7 +11,7 @@ def test_batches_hold_what_is_of_similar_length_and_everything_once(
     talk: Callable[..., Conversation], modalities: dict[str, Modality]
 ) -> None:
     sizes = [(7 * i) % 31 for i in range(100)]
-    batches = compose([talk(("user", "x" * n), ("assistant", "y")) for n in sizes], modalities, 4)
+    batches = make_batches([talk(("user", "x" * n), ("assistant", "y")) for n in sizes], modalities, 4)
     assert sorted(i for batch in batches for i in batch) == list(range(100))
     assert [len(batch) for batch in batches] == [4] * 25
     for start in range(0, len(batches), WINDOW):
@@ -24,4 +24,4 @@ def test_batches_hold_what_is_of_similar_length_and_everything_once(
 def test_volumes_count_with_their_tokens(talk: Callable[..., Conversation], modalities: dict[str, Modality]) -> None:
     shown = talk(("user", [("fMRI", "/f.nii")]), ("assistant", "y"))  # 3 tokens
     short, long = (talk(("user", "x" * n), ("assistant", "y")) for n in (2, 4))
-    assert compose([long, shown, short], modalities, 3) == [[2, 1, 0]]
+    assert make_batches([long, shown, short], modalities, 3) == [[2, 1, 0]]

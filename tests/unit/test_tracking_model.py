@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.answering import Umbrella
+from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.model_registry import EXAMPLE, AnsweringModel, keep_model, log_model

@@ -12,7 +12,7 @@ import pytest
 from umbrella import Umbrella, __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.evaluation.answering import settings_of
+from umbrella.inference.model import load_checkpoint_settings
 from umbrella.model.build import check_checkpoint, load_trained
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
@@ -28,7 +28,7 @@ OLD = [("0.1.0", "umbrella 0.1.0"), (None, "a version before 0.2.0")]
 """What ``code.json`` names, and how the error says it."""
 LOADS: dict[str, Callable[[Path], Any]] = {
     "answering": Umbrella.from_checkpoint,
-    "settings": lambda folder: settings_of(folder, None),
+    "settings": lambda folder: load_checkpoint_settings(folder, None),
     "start of a training": lambda folder: check_checkpoint(ModelSettings(checkpoint=str(folder)), {}),
     "whole model": load_trained,
     "transformers": UmbrellaForConditionalGeneration.from_pretrained,

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import ray
 
-from umbrella.assessment.assessment import AS_ASKED, Assessment
-from umbrella.assessment.run import Evaluated, write
-from umbrella.assessment.tracked import log
 from umbrella.base import ProgressBar, UserError, note
 from umbrella.baseline.job import BASELINE_TASK, BaselineJob
 from umbrella.baseline.targets import (
@@ -25,8 +22,10 @@ from umbrella.config import Settings
 from umbrella.data.ingest import Splits, fingerprint, load_splits
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.predictions import Prediction, read_predictions
+from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluation
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.subgroups import tabulate
+from umbrella.evaluation_run.evaluate import log_to_mlflow
 from umbrella.fileio import check_writable
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
 from umbrella.tracking.provenance import describe
@@ -41,7 +40,7 @@ from umbrella.training.run_lock import run_lock
 NOTE = "this network sees one volume of each conversation and no words; its numbers are computed, not generated"
 
 
-def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[Evaluated]:
+def run_baseline(settings: Settings, progress: ProgressBar) -> Iterator[tuple[EvaluationResult, Path]]:
     """Train one network per target and evaluate it on ``evaluate.split``. Yields each evaluation when it is complete.
 
     Raises:
@@ -234,7 +233,7 @@ def make_job(
     )
 
 
-def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
+def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
     """Compute the metrics of a completed training from its predictions, write the report and log to MLflow.
 
     Raises:
@@ -267,7 +266,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> Evaluated:
         notes.append(
             f"{len(evaluated)} of {len(of_target)} conversations about {job.target} have a volume of {modality}"
         )
-    assessment = Assessment(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
-    page = write(folder, assessment, ())
-    log(assessment, folder, evaluated)
-    return Evaluated(assessment, folder, page)
+    result = EvaluationResult(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
+    page = write_evaluation(folder, result, ())
+    log_to_mlflow(result, folder, evaluated)
+    return result, page

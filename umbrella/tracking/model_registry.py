@@ -57,7 +57,7 @@ class AnsweringModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the checkpoint."""
-        from umbrella.evaluation.answering import Umbrella
+        from umbrella.inference.model import Umbrella
 
         config = context.model_config or {}
         self.model = Umbrella.from_checkpoint(
@@ -160,7 +160,7 @@ def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
     from umbrella.model.partial_checkpoint import is_partial
 
     if whole and is_partial(checkpoint):
-        from umbrella.evaluation.answering import Umbrella
+        from umbrella.inference.model import Umbrella
 
         Umbrella.from_checkpoint(checkpoint, device="cpu").save_pretrained(folder)
         return folder

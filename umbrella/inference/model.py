@@ -74,7 +74,7 @@ class Umbrella:
             UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
         """
         folder = Path(folder).absolute()
-        settings = settings_of(folder, dtype)
+        settings = load_checkpoint_settings(folder, dtype)
         renderer = load_renderer(settings)
         modalities = settings.modalities
         embedded = UmbrellaConfig.from_pretrained(folder).modalities
@@ -276,7 +276,7 @@ class Umbrella:
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def settings_of(folder: Path, dtype: str | None) -> Settings:
+def load_checkpoint_settings(folder: Path, dtype: str | None) -> Settings:
     """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on.
 
     Raises:

@@ -14,14 +14,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from umbrella.assessment.assessment import AS_ASKED, CONDITIONS, Assessment
-from umbrella.assessment.cases import Case, pick
-from umbrella.assessment.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter, of_subjects
-from umbrella.assessment.report import interval, named, value, write_report
-from umbrella.assessment.tracked import nameless
 from umbrella.config import Settings
+from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter, of_subjects
 from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.report import (
+    AS_ASKED,
+    CONDITIONS,
+    Case,
+    EvaluationResult,
+    format_interval,
+    format_value,
+    metric_name,
+    write_report,
+)
 from umbrella.evaluation.subgroups import Estimate, Group
+from umbrella.evaluation_run.evaluate import anonymised
+from umbrella.inference.cases import select_cases
 from umbrella.tracking.redaction import hash_subject
 
 CLASSES = {"sex": ("female", "male"), "diagnosis": ("AD", "CN", "MCI"), "age": ()}
@@ -108,11 +116,11 @@ def group(target: str, by: str = "all", of: str = "", shift: float = 0.0, seed: 
     )
 
 
-def assessment(targets: Sequence[str] = ("sex", "diagnosis", "age"), **others: Any) -> Assessment:
+def assessment(targets: Sequence[str] = ("sex", "diagnosis", "age"), **others: Any) -> EvaluationResult:
     parts = [("task_type", "T1"), ("task_type", "T3"), ("comparison_type", "different"), ("comparison_type", "same")]
     parts += [("site", f"site {i}") for i in range(3)] + [("age", band) for band in ("below 40", "40 to 60", "from 60")]
     shifts = dict(zip(CONDITIONS, (0.0, -0.25, -0.3), strict=True))
-    made = Assessment(
+    made = EvaluationResult(
         settings=Settings(),
         model="/models/step_0000100",
         split="test",
@@ -159,7 +167,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Assessment]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvaluationResult]:
     """The folder of a report, and what it was made of."""
     folder, found = tmp_path_factory.mktemp("evaluation"), assessment()
     picture = BytesIO()
@@ -168,35 +176,35 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Assessment]
     cases = [
         Case(p, kind, (picture.getvalue(),), mapped=True)
         for target in CLASSES
-        for kind, p in pick([p for p in asked if p.target == target], 1)
+        for kind, p in select_cases([p for p in asked if p.target == target], 1)
     ]
     write_report(folder, found, cases)
     return folder, found
 
 
 @pytest.fixture(scope="module")
-def page(written: tuple[Path, Assessment]) -> Page:
+def page(written: tuple[Path, EvaluationResult]) -> Page:
     return Page((written[0] / "report.html").read_text(encoding="utf-8"))
 
 
-def test_every_group_has_its_numbers_on_the_page(page: Page, written: tuple[Path, Assessment]) -> None:
+def test_every_group_has_its_numbers_on_the_page(page: Page, written: tuple[Path, EvaluationResult]) -> None:
     shown = set(page.words)
     for condition, groups in written[1].groups.items():
         for one in groups:
             name = "generated/subjects/mae" if one.target == "age" else "likelihood/subjects/balanced_accuracy"
-            assert value(one.metrics[name].value) in shown, (condition, one)
+            assert format_value(one.metrics[name].value) in shown, (condition, one)
             if condition == AS_ASKED:
                 if one.by not in ("all", "comparison_type"):
                     assert f"{one.value} {one.conversations} {one.subjects} " in page.text
-                assert interval(one.metrics[name]) in page.text
+                assert format_interval(one.metrics[name]) in page.text
                 assert str(one.invalid) in shown
     for whole in (g for g in written[1].groups[AS_ASKED] if g.by == "all"):
         for name, estimate in whole.metrics.items():
-            assert f"{value(estimate.value)} {interval(estimate)}" in page.text, name
-            assert named(name.split("/", 2)[2]) in page.text
+            assert f"{format_value(estimate.value)} {format_interval(estimate)}" in page.text, name
+            assert metric_name(name.split("/", 2)[2]) in page.text
 
 
-def test_the_page_needs_nothing_but_itself(page: Page, written: tuple[Path, Assessment]) -> None:
+def test_the_page_needs_nothing_but_itself(page: Page, written: tuple[Path, EvaluationResult]) -> None:
     html = (written[0] / "report.html").read_text(encoding="utf-8")
     assert {urlsplit(address).scheme for address in page.addresses} == {"data"}
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -211,7 +219,7 @@ def test_the_page_needs_nothing_but_itself(page: Page, written: tuple[Path, Asse
 
 
 def test_what_must_be_known_stands_before_the_numbers(page: Page) -> None:
-    assert page.text.index("3 subjects are also in the training split") < page.text.index("What was found")
+    assert page.text.index("3 subjects are also in the training split") < page.text.index("Results")
     assert "1f0c9a7e" in page.text
     assert "another label than the reference" in page.text
 
@@ -241,7 +249,7 @@ def test_what_people_wrote_is_never_taken_as_html(tmp_path: Path) -> None:
             )
             for p in fine.predictions[AS_ASKED]
         ]
-        cases = [Case(p, kind, ()) for kind, p in pick(asked, 1)]
+        cases = [Case(p, kind, ()) for kind, p in select_cases(asked, 1)]
         found = replace(fine, predictions={AS_ASKED: asked}, groups={AS_ASKED: groups}, model=word, notes=[word])
         found = replace(found, facts={word: word})
         return Page(write_report(tmp_path / str(len(word)), found, cases).read_text(encoding="utf-8"))
@@ -253,7 +261,7 @@ def test_what_people_wrote_is_never_taken_as_html(tmp_path: Path) -> None:
 
 def test_subjects_are_hashed_and_no_number_changes_where_ids_are_numbers(tmp_path: Path) -> None:
     named = assessment(notes=["two subjects are also in the training split: 24, 0"])
-    hidden = nameless(named, {"24", "0", "1", "40"}, "salt")
+    hidden = anonymised(named, {"24", "0", "1", "40"}, "salt")
     assert hidden.notes == [
         f"two subjects are also in the training split: {hash_subject('24', 'salt')}, {hash_subject('0', 'salt')}"
     ]
@@ -279,7 +287,7 @@ def test_metrics_json_has_all_groups_and_null_for_what_is_not_defined(tmp_path: 
     assert "nan" not in Page(page.read_text()).text.lower().split()
 
 
-def test_predictions_csv_has_a_row_for_each_answer(written: tuple[Path, Assessment]) -> None:
+def test_predictions_csv_has_a_row_for_each_answer(written: tuple[Path, EvaluationResult]) -> None:
     with (written[0] / "predictions.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 3 * 3 * 24 * 3
@@ -294,7 +302,7 @@ def test_without_controls_the_page_says_that_nothing_is_known_of_the_images(tmp_
     fine = assessment(["age"])
     only = {AS_ASKED: fine.groups[AS_ASKED]}
     page = Page(write_report(tmp_path, replace(fine, groups=only, notes=(), facts={}), []).read_text())
-    assert "how much of this comes from the images is not known" in page.text
+    assert "it is not known how much of the score comes from the images" in page.text
 
 
 def test_free_texts_have_a_report_too(tmp_path: Path) -> None:

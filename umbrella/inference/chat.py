@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 from umbrella.base import UserError, printable
 from umbrella.conversations.schema import ImageItem
-from umbrella.evaluation.answering import Umbrella
+from umbrella.inference.model import Umbrella
 
 HELP = """Ask, a line each. /add FILE [MODALITY] shows a volume with the next question; an empty line or Ctrl-D ends."""
 

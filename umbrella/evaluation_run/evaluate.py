@@ -1,0 +1,349 @@
+"""Evaluate a checkpoint on a split: predictions, controls, metrics, report, and the results in MLflow."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from umbrella.base import ProgressBar, Stopped, UserError, note, pluralise
+from umbrella.config import Settings, load_settings
+from umbrella.conversations.schema import Conversation
+from umbrella.data.ingest import check_splits, fingerprint, open_store
+from umbrella.data.leakage import find_shared
+from umbrella.data.splits import read_splits
+from umbrella.evaluation.controls import shuffled, text_only
+from umbrella.evaluation.metrics import notes_on
+from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.report import (
+    AS_ASKED,
+    CONDITION_NAMES,
+    MAIN_METRIC,
+    Case,
+    EvaluationResult,
+    print_evaluation,
+    write_evaluation,
+    write_report,
+)
+from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates, find_numbers
+from umbrella.evaluation.subgroups import band_names, tabulate
+from umbrella.evaluation_run.prediction_workers import load_model, predict_on_workers
+from umbrella.fileio import check_writable
+from umbrella.inference.cases import draw_cases
+from umbrella.inference.model import load_checkpoint_settings
+from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS, evaluation_folder
+from umbrella.sigterm import on_sigterm
+from umbrella.tracking.mlflow_logger import MlflowLogger
+from umbrella.tracking.provenance import describe
+from umbrella.tracking.redaction import read_salt, redact_subjects
+from umbrella.tracking.run_status import find_run
+from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
+from umbrella.training.cluster import join_cluster
+from umbrella.training.run import check_model
+from umbrella.training.training_state import read_training_state
+
+ARTIFACTS = "evaluation"
+"""Folder of the report among the artifacts of a run."""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The conversations of the evaluated split, and the labels and answers of the training split."""
+
+    conversations: list[Conversation]
+    candidates: Candidates
+    training_labels: Mapping[str, Sequence[str | float]]
+    """Target to the labels of the training split."""
+    facts: Mapping[str, str | int]
+    notes: list[str]
+
+
+def load_evaluation_settings(
+    checkpoint: Path, files: Sequence[str] = (), overrides: Mapping[str, Any] = {}
+) -> Settings:
+    """Load the settings that a checkpoint was trained with, updated by settings files and overrides.
+
+    Model and modalities are those of the checkpoint; only ``model.dtype`` can be overridden.
+
+    Raises:
+        UserError: the folder is no checkpoint of UMBRELLA; settings are invalid.
+    """
+    load_checkpoint_settings(checkpoint, None)  # first: the settings of an earlier version may be invalid now
+    own_file = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
+    settings = load_settings([*own_file, *files], overrides)
+    own = load_checkpoint_settings(checkpoint, settings.model.dtype)
+    name = load_settings(files, overrides).name
+    return _with_checkpoint(settings.model_copy(update={"name": name}), checkpoint, own)
+
+
+def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: bool = True) -> EvaluationData | None:
+    """Read and check the conversations of ``evaluate.split``; None if that split is not set.
+
+    Args:
+        volumes: read every volume, and write the list of quarantined samples.
+
+    Raises:
+        UserError: samples that cannot be used, according to ``data.on_bad``; subjects that are also in the training
+            split, unless ``evaluate.allow_shared_subjects``; a label without a candidate answer.
+    """
+    split, evaluate = settings.evaluate.split, settings.evaluate
+    raw = read_splits(settings, progress, (split,))
+    if not raw.splits:
+        return None
+    training = read_splits(settings, progress, ("train",), check_files=False)
+    shared, notes = find_shared(training.splits | raw.splits, training.locations | raw.locations)
+    problems = [str(problem) for _, problem in shared]
+    if problems and not evaluate.allow_shared_subjects:
+        raise UserError("\n".join(problems) + "; evaluate.allow_shared_subjects=true goes on with a note")
+    notes += [*raw.notices, *problems]
+    if split == "train":
+        notes.append("the evaluated conversations are those that the model was trained on")
+    check_model(settings)
+    splits = check_splits(raw, settings, progress, dry_run=not volumes)
+    if splits.left_out:
+        notes.append(splits.left_out)
+    conversations = raw.splits[split]
+    candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
+    check_labels(candidates)
+    check_candidates(conversations, candidates)
+    labels: dict[str, list[str | float]] = defaultdict(list)
+    for conversation in training.splits["train"]:
+        if conversation.label is not None:
+            labels[conversation.target].append(conversation.label)
+    facts: dict[str, str | int] = {
+        "data fingerprint": fingerprint(raw.splits),
+        "quarantined samples": splits.quarantined,
+    }
+    return EvaluationData(conversations, candidates, labels, facts, notes)
+
+
+def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResult, Path] | None:
+    """Evaluate a checkpoint, write the report, and log the results to MLflow.
+
+    Args:
+        settings: see ``load_evaluation_settings``.
+
+    Returns:
+        (result, path of the page), or None if ``evaluate.split`` is not set.
+
+    Raises:
+        UserError: as ``read_evaluation_data`` and ``predict_on_workers``; a folder that cannot be written to.
+        Stopped: SIGTERM was received.
+    """
+    start, settings = time.monotonic(), settings.named("evaluation")
+    folder = evaluation_folder(settings.resources.storage, settings.name)
+    if settings.output:
+        folder = Path(settings.output).absolute()
+    check_writable(folder, f"output={folder}")
+    with on_sigterm(_stop):
+        join_cluster(settings.resources, log_to_driver=False, name=settings.name)
+        data = read_evaluation_data(settings, progress)
+        if data is None:
+            return None
+        predictions, notes = _predict_conditions(settings, data, progress)
+        own = settings.evaluate
+        groups = {
+            condition: tabulate(rows, own, settings.seed, data.training_labels)
+            for condition, rows in predictions.items()
+        }
+        cases = _draw_cases(settings, data.conversations, predictions[AS_ASKED]) if own.pictures else []
+        device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
+        facts = {**data.facts, "processes": f"{own.workers} on {device}"}
+        facts |= {"seconds": round(time.monotonic() - start)}
+        notes = [*data.notes, *notes, *notes_on(predictions[AS_ASKED])]
+        for line in notes:
+            note(line)
+        result = EvaluationResult(settings, settings.checkpoint, own.split, predictions, groups, facts, notes)
+        page = write_evaluation(folder, result, cases)
+        log_to_mlflow(result, folder, data.conversations)
+    return result, page
+
+
+def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: ProgressBar, console: Console) -> None:
+    """Run the final evaluation of a training or sweep, if ``evaluate.at_end`` is true and the split is set.
+
+    Args:
+        settings: of the training.
+        checkpoint: the best one.
+        name: of the training or sweep; the folder of the evaluation has the same name.
+
+    Raises:
+        UserError: as ``evaluate``.
+    """
+    if not settings.evaluate.at_end:
+        return
+    own = load_checkpoint_settings(checkpoint.absolute(), settings.model.dtype)
+    named = settings.model_copy(update={"name": name, "output": ""})
+    evaluated = evaluate(_with_checkpoint(named, checkpoint.absolute(), own), progress)
+    if evaluated:
+        print_evaluation(*evaluated, console)
+    else:
+        console.print(f"no evaluation: data.{settings.evaluate.split} is not set", markup=False, highlight=False)
+
+
+def print_plan(settings: Settings, data: EvaluationData, console: Console) -> None:
+    """Print what ``evaluate`` would do."""
+    own, conversations = settings.evaluate, data.conversations
+    subjects = len({c.subject_id for c in conversations})
+    ways = "likelihood of candidates" + (" and generated answers" if own.generate else "")
+    lines = [
+        f"would evaluate {settings.checkpoint}",
+        f"{own.split}: {pluralise(len(conversations), 'conversation')} about {pluralise(subjects, 'subject')}; {ways}",
+        "controls: " + (", ".join(CONDITION_NAMES[control] for control in own.controls) or "none"),
+    ]
+    for target, number in sorted(Counter(c.target for c in conversations).items()):
+        candidates = data.candidates.get(target, {})
+        choices = " | ".join(f"{label}: {text}" for label, text in candidates.items())
+        lines.append(f"  {target}: {pluralise(number, 'conversation')}" + (f", of {choices}" if choices else ""))
+    for line in [*lines, *(f"note: {line}" for line in data.notes)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequence[Conversation]) -> None:
+    """Log metrics, report and data of an evaluation to the run of the training, or to a new run if there is none.
+
+    With ``tracking.hash_subjects`` the logged report has no pictures and no subject ids.
+
+    Args:
+        folder: of the evaluation, with its files.
+        conversations: of the evaluated split.
+    """
+    settings, checkpoint = result.settings, Path(result.model)
+    storage = Path(settings.resources.storage).absolute()
+    uri = tracking_uri(storage, settings.tracking.uri)
+    experiment = open_experiment(uri, settings.experiment, storage)
+    training = find_run(uri, checkpoint.parent)
+    if training:
+        logger = training
+    else:
+        logger = MlflowLogger.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
+        logger.params(
+            {k: v for k, v in settings.flat().items() if k.split(".")[0] in ("evaluate", "checkpoint", "data")}
+        )
+        logger.text(settings.to_yaml(), SETTINGS)
+    metrics = dict(mlflow_metrics(result))
+    refused = sorted(name for name in metrics if not is_metric(name))
+    if refused:
+        note(f"MLflow does not accept these metric names, so they are not logged: {', '.join(refused)}")
+    paths = getattr(settings.data, result.split)
+    logger.inputs([describe(result.split, conversations, str(result.facts["data fingerprint"]), paths)])
+    step = read_training_state(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
+    logger.results({name: value for name, value in metrics.items() if name not in refused}, step)
+    for name, text in _artifacts(result, folder, conversations).items():
+        logger.text(text, f"{ARTIFACTS}/{name}")
+    if not training:
+        logger.end()
+
+
+def mlflow_metrics(result: EvaluationResult) -> Iterator[tuple[str, float]]:
+    """Names and values of the metrics that MLflow gets: ``test/<target>/<way>/<level>/<metric>``.
+
+    Controls are ``test_shuffled/...`` and ``test_text_only/...``. The main metric also has ``.../low`` and
+    ``.../high``. Subgroups and undefined values are left out.
+    """
+    for condition, groups in result.groups.items():
+        prefix = result.split if condition == AS_ASKED else f"{result.split}_{condition}"
+        for group in (group for group in groups if group.by == "all"):
+            values = {}
+            for name, estimate in group.metrics.items():
+                values[name] = estimate.value
+                if name.split("/")[-1] == MAIN_METRIC[group.kind]:
+                    values |= {f"{name}/low": estimate.low, f"{name}/high": estimate.high}
+            values |= group.references
+            if group.invalid is not None:
+                values["invalid"] = group.invalid
+            yield from ((f"{prefix}/{group.target}/{n}", v) for n, v in values.items() if isfinite(v))
+
+
+def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -> EvaluationResult:
+    """The result with subject ids hashed in the values of subgroups and in notes."""
+    # Not on the rendered page: there, an id such as 24 could be any count.
+    redact = partial(redact_subjects, subjects=subjects, salt=salt)
+    bands = band_names(result.settings.evaluate.bands)
+    groups = {
+        condition: [replace(g, value=g.value if g.value in bands else redact(g.value)) for g in groups]
+        for condition, groups in result.groups.items()
+    }
+    return replace(result, groups=groups, notes=[redact(note) for note in result.notes])
+
+
+def _artifacts(result: EvaluationResult, folder: Path, conversations: Sequence[Conversation]) -> dict[str, str]:
+    """Name to content of the files that MLflow gets."""
+    names, settings = (REPORT, METRICS), result.settings
+    if not settings.tracking.hash_subjects:
+        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    subjects = {subject for c in conversations for subject in c.subjects}
+    with TemporaryDirectory() as temporary:
+        write_report(Path(temporary), anonymised(result, subjects, read_salt(settings.resources.storage)), ())
+        return {name: (Path(temporary) / name).read_text(encoding="utf-8") for name in names}
+
+
+def _with_checkpoint(settings: Settings, checkpoint: Path, own: Settings) -> Settings:
+    """``settings`` with the model and modalities of the settings that the checkpoint was trained with (``own``)."""
+    changes = {"checkpoint": str(checkpoint), "model": own.model, "modalities": own.modalities}
+    return settings.model_copy(update=changes)
+
+
+def _predict_conditions(
+    settings: Settings, data: EvaluationData, progress: ProgressBar
+) -> tuple[dict[str, list[Prediction]], list[str]]:
+    """Condition to predictions, in the order of the data, and notes on the controls.
+
+    All conditions share the workers, because to start them takes longer than to predict a small split.
+    """
+    conditions = {AS_ASKED: data.conversations}
+    notes: list[str] = []
+    for control in dict.fromkeys(settings.evaluate.controls):
+        if control == "shuffled":
+            conditions[control], notes = shuffled(data.conversations, settings.seed)
+        else:
+            conditions[control] = text_only(data.conversations)
+    conversations = [conversation for of_one in conditions.values() for conversation in of_one]
+    numbers = find_numbers(data.conversations)
+    parts = predict_on_workers(
+        conversations, settings.checkpoint, settings, data.candidates, numbers, progress=progress
+    )
+    predictions = iter([prediction for part in parts for prediction in part])
+    return {name: [next(predictions) for _ in of_one] for name, of_one in conditions.items()}, notes
+
+
+def _draw_cases(
+    settings: Settings, conversations: Sequence[Conversation], predictions: Sequence[Prediction]
+) -> list[Case]:
+    """Draw the best and worst cases: in this process, or in a worker if the model needs a GPU."""
+    arguments = settings, [c.model_dump_json() for c in conversations], list(predictions)
+    if settings.resources.gpus_per_worker:
+        task = ray.remote(num_cpus=0, num_gpus=settings.resources.gpus_per_worker)(_draw_cases_here)
+        cases = ray.get(task.remote(*arguments))
+    else:
+        cases = _draw_cases_here(*arguments)
+    if isinstance(cases, str):
+        raise UserError(cases)
+    return cases
+
+
+def _draw_cases_here(
+    settings: Settings, conversations: Sequence[str], predictions: Sequence[Prediction]
+) -> list[Case] | str:
+    """The cases, or an error message: an exception would reach the caller as an error of Ray.
+
+    Args:
+        conversations: as JSON.
+    """
+    try:
+        model = load_model(settings.checkpoint, settings)
+        by_task = {c.task_id: c for c in map(Conversation.model_validate_json, conversations)}
+        return draw_cases(model, by_task, open_store(settings), predictions, settings.evaluate)
+    except UserError as error:
+        return str(error)
+
+
+def _stop() -> None:
+    raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")
