@@ -145,7 +145,7 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     done = run("train.py", str(file))
     asker.join(1)
     step = read_step(latest_checkpoint(folder))
-    line = f"stopped after step {step}, with a checkpoint; the same command, with name=again, goes on"
+    line = f"stopped after step {step} with a checkpoint; the same command with name=again continues"
     assert (done.status, done.stderr.splitlines()[-1]) == (143, line)
     _, ended = run_of(settings, "again")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")

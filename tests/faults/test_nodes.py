@@ -222,7 +222,7 @@ def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_sett
         cluster.kill(cluster.node_of_worker())
         script.terminate()
         errors = ended(script, status=143)
-    line = "SIGTERM: the training stopped at once; the same command, with name=alone, goes on"
+    line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=alone continues"
     said = [said for said in errors.splitlines() if "pid=" not in said]  # without what came from the nodes
     assert said[-1] == line
     _, stopped = run_of(settings, "alone")

@@ -137,5 +137,5 @@ def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_setting
         done = run("train.py", str(file))
     finally:
         remove_placement_group(taken)
-    line = "SIGTERM: the training stopped at once; the same command, with name=no-room, goes on"
+    line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=no-room continues"
     assert (done.status, done.stderr.splitlines()[-1]) == (143, line)

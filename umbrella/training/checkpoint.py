@@ -20,15 +20,15 @@ PACKAGES = ("torch", "transformers", "peft", "ray")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after a step, in memory that no later step changes."""
+    """The state after a step, in memory that later steps do not change."""
 
     weights: Mapping[str, torch.Tensor]
     """By their names in the model."""
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
     rng: Sequence[torch.Tensor]
-    """The state of each worker's random numbers, by rank."""
-    progress: TrainingState
+    """The state of the random number generators of each rank."""
+    state: TrainingState
     metrics: Mapping[str, float]
     """Of the evaluation at this step."""
 
@@ -37,43 +37,38 @@ def snapshot(
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    progress: TrainingState,
+    state: TrainingState,
     metrics: Mapping[str, float] | None = None,
     keep: bool = True,
 ) -> Snapshot:
-    """Copy what resuming needs to this machine's memory. Every worker has to call this.
+    """Copy the state of a training to the memory of the host. It is collective.
 
     Args:
         weights: copies of the weights, see ``copy_to_host``.
-        keep: whether this worker wants the optimizer's state; one of them writes.
+        keep: whether this rank needs the optimizer's state; only the rank that writes the checkpoint does.
     """
     return Snapshot(
         weights,
-        optimizer_state(optimizer, keep),
-        _copy_to_host(schedule.state_dict(), True),
+        copy_to_host(optimizer.state_dict(), keep),
+        copy_to_host(schedule.state_dict()),
         all_gather_object(rng_state()),
-        progress,
+        state,
         dict(metrics or {}),
     )
 
 
-def copy_to_host(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Copy tensors to this machine's memory; empty ones unless they are kept. Every worker has to call this."""
-    return {name: _copy_to_host(tensor, keep) for name, tensor in tensors.items()}
+def copy_to_host(value: Any, keep: bool = True) -> Any:
+    """Copy tensors, also in nested dictionaries and lists, to the memory of the host. It is collective.
 
-
-def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
-    """A copy of the optimizer's state, with empty tensors unless it is kept."""
-    return _copy_to_host(optimizer.state_dict(), keep)
-
-
-def _copy_to_host(value: Any, keep: bool) -> Any:
+    Args:
+        keep: whether this rank needs the tensors; otherwise it gets empty ones.
+    """
     if isinstance(value, torch.Tensor):
-        full = full_tensor(value)  # of sharded ones, every worker sends its part
+        full = full_tensor(value)  # every rank contributes its part of a sharded tensor
         return full.to("cpu", copy=True) if keep else torch.empty(0)
     if isinstance(value, dict):
-        return {key: _copy_to_host(item, keep) for key, item in value.items()}
-    return [_copy_to_host(item, keep) for item in value] if isinstance(value, list) else value
+        return {key: copy_to_host(item, keep) for key, item in value.items()}
+    return [copy_to_host(item, keep) for item in value] if isinstance(value, list) else value
 
 
 def restore(
@@ -82,9 +77,9 @@ def restore(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     rank: int = 0,
 ) -> None:
-    """Put a checkpoint's states in place, and this worker's random numbers where they were.
+    """Restore optimizer, schedule and random number generators from a checkpoint.
 
-    A worker that the checkpoint has no random numbers of keeps its own.
+    A rank that did not exist when the checkpoint was written keeps its random numbers.
     """
     state = torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu")
     load_optimizer_state(optimizer, state["optimizer"])
@@ -94,13 +89,17 @@ def restore(
 
 
 def code_versions(commit: Mapping[str, str]) -> dict[str, str]:
-    """Name to version of the code: ``commit`` (see ``tracking.code_version``), Python and packages."""
+    """Return the versions of the code by name.
+
+    Args:
+        commit: see ``tracking.provenance.code_version``.
+    """
     own = {"umbrella": __version__, "python": python_version()}
     return {**commit, **own, **{name: version(name) for name in PACKAGES}}
 
 
 def describe_code_changes(folder: str | Path, code: Mapping[str, str]) -> str:
-    """How the code that wrote a checkpoint differs from ``code``; empty if it does not."""
+    """Describe how ``code`` differs from the code that wrote a checkpoint. Return "" if it does not."""
     file = Path(folder) / CODE
     then = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     names = [name for name in {**then, **code} if then.get(name) != code.get(name)]
@@ -108,13 +107,13 @@ def describe_code_changes(folder: str | Path, code: Mapping[str, str]) -> str:
 
 
 def rng_state() -> torch.Tensor:
-    """The state of this process's random numbers in training: torch's on the CPU, and on the GPU if there is one."""
+    """Return the state of torch's random number generators: on the CPU, then on the GPU if there is one."""
     states = [torch.get_rng_state()]
     return torch.cat([*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states)
 
 
 def set_rng_state(state: torch.Tensor) -> None:
-    """Put ``rng_state`` back."""
+    """Restore what ``rng_state`` returned."""
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size])
     if len(state) > size and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The workers of one training: how they share a model's work and its weights, and what they say to each other."""
+"""Data-parallel and sharded models, and collective operations between the ranks of a training."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,83 +19,81 @@ from umbrella.training.settings import TrainSettings
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This worker's rank, and how many workers there are. A training in the process of a trial has one worker."""
+    """Return the rank of this process and the number of ranks: (0, 1) without a process group."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
 def seed_worker(seed: int, rank: int) -> None:
-    """From here on a worker has random numbers of its own: until then all have the same, and so the same weights."""
+    """Give each rank its own random numbers. Call it after the model is made, whose weights are the same on all."""
     torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
 
 
 def parallelise(
-    model: UmbrellaForConditionalGeneration, settings: TrainSettings, device: torch.device, workers: int
+    model: UmbrellaForConditionalGeneration, settings: TrainSettings, device: torch.device, world_size: int
 ) -> nn.Module:
-    """The model on ``device``, its gradients averaged over the workers; the same weights must be on each of them.
+    """Move a model to ``device`` and average its gradients over the ranks, which must have equal weights.
 
-    With ``settings.shard`` the model is sharded in place (FSDP2), from the CPU's memory a layer at a time, so that a
-    device never holds it whole. Its weights become other objects: ask for them, and build the optimizer, afterwards.
+    With ``settings.shard`` the model is sharded in place (FSDP2), layer by layer from the memory of the host, so that
+    no device ever holds all of it. Its parameters become other objects: build the optimizer afterwards.
     """
-    if workers > 1 and settings.shard:
+    if world_size > 1 and settings.shard:
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         for layer in model.model.language_model.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        # All else is one group, gathered once a forward pass: a tower sharded by layers would be gathered once for each
-        # modality in a batch, and workers whose batches differ in modalities would wait for each other for ever.
+        # The rest is one group, gathered once per forward pass. A vision tower sharded by layers would be gathered once
+        # per modality of a batch, and ranks whose batches differ in modalities would deadlock.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         return model
-    return data_parallel(model, device, workers)
+    return data_parallel(model, device, world_size)
 
 
-def data_parallel(model: nn.Module, device: torch.device, workers: int) -> nn.Module:
-    """The model on ``device``, its gradients averaged over the workers; the same weights must be on each of them."""
+def data_parallel(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """Move a model to ``device`` and average its gradients over the ranks, which must have equal weights."""
     model.to(device)
-    if workers == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model if world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def data_parallel_size(model: nn.Module) -> int:
-    """How many workers average the gradients of this model: 1 where it is not parallel."""
+    """Return the number of ranks that average the gradients of a model; 1 for a model that is not parallel."""
     return distributed.get_world_size() if isinstance(model, (DistributedDataParallel, FSDPModule)) else 1
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[Any]:
-    """In here gradients are added up on each worker alone, to be averaged with those of a later backward pass.
+    """Accumulate gradients without averaging them, until a backward pass outside of this context.
 
-    Not where weights are sharded: their gradients would be held whole on every worker.
+    Sharded models always average: otherwise every rank would hold the whole gradient.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Arithmetic in ``dtype``; nothing for float32."""
-    # Its cache keeps a copy in half precision of every weight that moves until the forward pass ends: none of sharded
-    # ones, which are there a layer at a time.
+    """Return the autocast context of a dtype; it does nothing for float32."""
+    # Its cache keeps a half-precision copy of every trained weight until the forward pass ends. Sharded weights must
+    # not be kept: they are gathered one layer at a time.
     cached = not isinstance(model, FSDPModule)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cached)
 
 
 def reshard(model: nn.Module) -> None:
-    """After forward passes without a backward pass: let go of the weights that they have gathered."""
+    """Free the weights that forward passes without a backward pass have gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded, detached. Every worker must ask, in the same order."""
+    """Return a tensor, gathered if it is sharded, detached. It is collective."""
     own = tensor.detach()
     return own.full_tensor() if isinstance(own, DTensor) else own
 
 
 @torch.no_grad()
 def copy_into_shard(weight: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor, the same on every worker, into a weight that may be sharded."""
+    """Copy a full tensor, the same on every rank, into a weight that may be sharded."""
     weight.copy_(_shard_like(weight, value))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """``load_state_dict`` of a state with whole tensors, taken with any number of workers: see ``checkpoint``."""
+    """Load a state with full tensors, saved with any number of ranks, into an optimizer that may be sharded."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     by_weight = {
         number: {k: _shard_like(weights[number], v) if _is_moment(v) else v for k, v in of_weight.items()}
@@ -105,54 +103,54 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
 
 def _is_moment(value: Any) -> bool:
-    """Of a weight's shape, in contrast to a count of steps."""
+    """Whether a value has the shape of a weight, unlike the step count."""
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def _shard_like(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The value sharded as the weight is; each worker takes its part of what it has."""
+    """Shard a tensor as a weight is; each rank takes its part of its own copy."""
     if not isinstance(weight, DTensor):
         return value
     return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
-def all_gather_object(own: Any) -> list[Any]:
-    """Every worker's, by rank, on each of them."""
+def all_gather_object(value: Any) -> list[Any]:
+    """Return the values of all ranks, by rank."""
     if not distributed.is_initialized():
-        return [own]
-    everyones: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyones, own)
-    return everyones
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
-def broadcast_object(own: Any, rank: int) -> Any:
-    """That of the worker of this rank, on each of them."""
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Return the value of rank ``source``."""
     if not distributed.is_initialized():
-        return own
-    message = [own]
-    distributed.broadcast_object_list(message, rank)
-    return message[0]
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, source)
+    return values[0]
 
 
 def broadcast(number: int, device: torch.device) -> int:
-    """The first worker's number, on each of them. Takes under a millisecond, so it may be asked every step."""
+    """Return the number of rank 0. It takes less than a millisecond, so it can be called in every step."""
     if not distributed.is_initialized():
         return number
-    message = torch.tensor(number, device=device)
-    distributed.broadcast(message, 0)
-    return int(message)
+    tensor = torch.tensor(number, device=device)
+    distributed.broadcast(tensor, 0)
+    return int(tensor)
 
 
 class ErrorOnAllRanks(UserError):
-    """What ended the work of one worker, raised on all of them at the same place."""
+    """An error of one rank, raised on all ranks at the same point."""
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """What ends the work in here on one worker, ends it on all: none waits for one that is gone. Each has to enter.
+    """Raise an error of one rank on all ranks, so that none waits for a rank that has failed. It is collective.
 
     Raises:
-        Agreed: what one of them met: a UserError, or storage that cannot be written or read.
+        ErrorOnAllRanks: a UserError of one rank, or its storage cannot be written or read.
     """
     problem = ""
     try:
@@ -163,6 +161,6 @@ def raise_on_all_ranks() -> Iterator[None]:
         problem = describe_storage_error(error)
         if not problem:
             raise
-    for everyones in all_gather_object(problem):
-        if everyones:
-            raise ErrorOnAllRanks(everyones)
+    first = next(filter(None, all_gather_object(problem)), None)
+    if first:
+        raise ErrorOnAllRanks(first)

@@ -34,7 +34,7 @@ from umbrella.training.stop_signal import stop_file, workers_file
 LANGUAGE_MODEL = partial(resolve_name, "umbrella.training.language_model:LanguageModelTask")
 """The task of a ``LanguageModelJob``."""
 POLL_INTERVAL = 0.5
-"""Seconds between two looks whether a training that was asked to stop still has workers."""
+"""Seconds between two checks whether a training that was asked to stop still has workers."""
 
 
 def train_loop(config: dict[str, Job]) -> str | int | None:
@@ -42,8 +42,8 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
 
     Returns:
         An error message if a restart would not help, the step if the training stopped on request, else None. Every rank
-        returns at the same place. Ray carries what rank 0 returns: a file could not be written where the storage is
-        full or gone.
+        returns at the same point. Ray transfers the value of rank 0, which also works where the storage is full or
+        gone.
     """
     from umbrella.training.distributed import ErrorOnAllRanks, raise_on_all_ranks, rank_and_world_size
     from umbrella.training.trainer import make_trainer
@@ -52,49 +52,48 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
         with raise_on_all_ranks():
             job = config["job"]
             task = job.task()
-            _keep_imports()
+            _freeze_imports()
             trainer = make_trainer(job, task)
         return trainer.run()
     except (ErrorOnAllRanks, FloatingPointError) as error:
         return str(error)
     except UserError as error:
         if rank_and_world_size()[1] > 1:
-            raise  # the others are not here and wait for this rank: as one that died, it ends them
+            raise  # the other ranks wait for this one; Ray Train ends them when this one fails
         return str(error)
 
 
 @cache
-def _keep_imports() -> None:
-    """Exempt what was imported from garbage collection, which looks at it every ten seconds, for half a second.
+def _freeze_imports() -> None:
+    """Exclude imported objects from garbage collection, which would take half a second every ten seconds.
 
-    Only before a process's first training: a later one would also keep what is left of those before it.
+    Only before the first training of a process: later it would also keep what earlier trainings left.
     """
     gc.freeze()
 
 
 def run_job(job: Job, in_process: bool = False) -> None:
-    """Run a training to its end. One whose folder holds checkpoints goes on from the newest whole one.
+    """Run a training to its end, from its newest complete checkpoint if there is one.
 
     Args:
-        here: in this process, with one worker, instead of in processes that Ray Train starts.
+        in_process: in this process with one worker, instead of in processes that Ray Train starts.
 
     Raises:
-        UserError: what stopped it, or made workers die more often than ``resources.max_failures``; and the checkpoint
-            from which it could go on.
-        Stopped: it was asked to stop, and it wrote a checkpoint or its workers are gone.
+        UserError: the training failed, or workers died more often than ``resources.max_failures``. The message names
+            the checkpoint from which it can continue.
+        Stopped: the training was asked to stop, and wrote a checkpoint or has no workers any more.
     """
     folder = Path(job.folder)
     check_writable(folder, "the folder of the training")
     for file in (stop_file(folder), workers_file(folder)):
-        file.unlink(missing_ok=True)  # of a run before this one
+        file.unlink(missing_ok=True)  # from an earlier run
     try:
         trainer = make_torch_trainer(job, in_process)
         outcome = (trainer.fit() if in_process else _fit_in_thread(trainer, folder)).return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
-        what = describe_first_failure(error.worker_failures or {0: error})
-        tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-        outcome = f"in {tries} (resources.max_failures) a worker died: {what}"
+        why = describe_first_failure(error.worker_failures or {0: error})
+        outcome = f"in {attempts} attempt{'s' * (attempts > 1)} (resources.max_failures) a worker died: {why}"
     if isinstance(outcome, str):
         latest = latest_checkpoint(folder)
         none = "there is no checkpoint yet" if folder.is_dir() else f"its checkpoints are gone with {folder}"
@@ -103,18 +102,18 @@ def run_job(job: Job, in_process: bool = False) -> None:
         )
     if outcome is not None:
         raise Stopped(
-            f"stopped after step {outcome}, with a checkpoint; the same command, with name={folder.name}, goes on"
+            f"stopped after step {outcome} with a checkpoint; the same command with name={folder.name} continues"
         )
 
 
-def stopped_at_once(folder: str | Path) -> Stopped:
-    """The end of a training that did not write a checkpoint after it was asked to stop."""
-    name = Path(folder).name
-    return Stopped(f"SIGTERM: the training stopped at once; the same command, with name={name}, goes on")
+def stopped_without_checkpoint(folder: str | Path) -> Stopped:
+    """Make the exception for a training that wrote no checkpoint after it was asked to stop."""
+    remedy = f"the same command with name={Path(folder).name} continues"
+    return Stopped(f"SIGTERM: the training stopped without a new checkpoint; {remedy}")
 
 
 class WorkerFailureCallback(UserCallback):
-    """Says that a worker has failed, and removes ``workers_file``: Ray Train then ends the others too.
+    """Print that a worker failed, and remove ``workers_file``, because Ray Train then ends the other workers too.
 
     It runs in the process of Ray Train's controller.
     """
@@ -130,10 +129,10 @@ class WorkerFailureCallback(UserCallback):
 
 
 def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
-    """``trainer.fit()`` in a thread: in the main one it replaces the handler of SIGINT by one that ends the process.
+    """Call ``trainer.fit()`` in a thread: in the main thread it would replace the handler of SIGINT.
 
     Raises:
-        Stopped: the training was asked to stop, and its workers are gone. Ray Train would wait for new ones.
+        Stopped: the training was asked to stop and has no workers any more. Ray Train would wait for new ones.
     """
     fitted: Future[Result] = Future()
 
@@ -146,36 +145,36 @@ def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
     Thread(target=fit, daemon=True, name="fit").start()
     while not wait([fitted], timeout=POLL_INTERVAL).done:
         if stop_file(folder).exists() and not workers_file(folder).exists():
-            raise stopped_at_once(folder)
+            raise stopped_without_checkpoint(folder)
     return fitted.result()
 
 
 def describe_first_failure(failures: Mapping[int, BaseException]) -> str:
-    """The cause of the first of several failures in one line: where a process is gone, the others fail for want of it.
+    """Describe the original failure in one line. When one process dies, the other ranks fail as a consequence.
 
     Args:
         failures: rank to error.
     """
-    causes = [getattr(error, "health_check_failure", error) for error in failures.values()]  # Ray Train wraps it
-    return describe_failure(min(causes, key=lambda error: not isinstance(error, RayActorError)))
+    errors = [getattr(error, "health_check_failure", error) for error in failures.values()]  # Ray Train wraps it
+    return describe_failure(min(errors, key=lambda error: not isinstance(error, RayActorError)))
 
 
 def describe_failure(error: BaseException) -> str:
-    """The cause of a worker's failure in one line: its exception, or Ray's message; of a traceback, the end."""
-    named = "" if isinstance(error, (RayError, WorkerGroupError, UserError)) else f"{type(error).__name__}: "
-    lines = f"{named}{error}".splitlines()
+    """Describe the failure of a worker in one line: the exception without its traceback, or Ray's message."""
+    kind = "" if isinstance(error, (RayError, WorkerGroupError, UserError)) else f"{type(error).__name__}: "
+    lines = f"{kind}{error}".splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
     return " ".join(" ".join(lines[frames[-1] + 1 :] if frames else lines).split())[:300]
 
 
 def make_torch_trainer(job: Job, in_process: bool = False) -> TorchTrainer:
-    """The trainer of a job. Its checkpoints are not Ray's: what lies in the folder, whole, is what there is."""
-    resources, folder = job.settings.resources, Path(job.folder)
+    """Make the ``TorchTrainer`` of a job. Checkpoints are written by ``CheckpointWriter``, not by Ray Train."""
+    resources = job.settings.resources
     least, most = resources.least_workers, resources.workers
     per_worker = {"CPU": resources.cpus_per_worker}
-    report = [TuneReportCallback()] if job.is_trial else []
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
+    callbacks = [WorkerFailureCallback(job)] + ([TuneReportCallback()] if job.is_trial else [])
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
@@ -184,13 +183,13 @@ def make_torch_trainer(job: Job, in_process: bool = False) -> TorchTrainer:
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
             elastic_resize_monitor_interval_s=resources.grow_every,
-            placement_strategy="PACK",  # as few hosts as there can be: gradients then stay within them
+            placement_strategy="PACK",  # on as few hosts as possible: gradients then stay within them
         ),
         run_config=RunConfig(
-            storage_path=str(folder / RAY),
+            storage_path=str(Path(job.folder) / RAY),
             name=job.name,
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # tracebacks; WorkerFailureCallback says it in a line
-            callbacks=None if in_process else [WorkerFailureCallback(job), *report],
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # no tracebacks; the callback prints one line
+            callbacks=None if in_process else callbacks,
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, and the schedule of their rates."""
+"""AdamW with parameter groups, and the schedule of the learning rates."""
 
 from math import cos, pi
 
@@ -9,10 +9,10 @@ from umbrella.training.settings import OptimSettings
 
 
 def build_optimizer(model: UmbrellaForConditionalGeneration, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over what is trained: matrices decay; norms, biases, positions and the class token do not.
+    """Build AdamW for the trained weights. Matrices decay; norms, biases, positions and the class token do not.
 
-    Groups have a ``name``: "embedder" or "rest", which may have other rates, and "decayed" or "kept", as in
-    "embedder.kept". ``lr`` is a group's rate, ``initial_lr`` (once there is a schedule) its peak.
+    Parameter groups have a ``name``: "embedder" or "rest", which may have different learning rates, and "decayed" or
+    "kept", as in "embedder.kept". ``lr`` is the current rate of a group, ``initial_lr`` the peak that a schedule adds.
     """
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     embedder = set(model.embedder.parameters())
@@ -27,7 +27,7 @@ def build_optimizer(model: UmbrellaForConditionalGeneration, settings: OptimSett
             ]
             weight_decay = settings.weight_decay if decay == "decayed" else 0.0
             groups.append({"params": weights, "name": f"{part}.{decay}", "lr": rate, "weight_decay": weight_decay})
-    # On a CPU the fused step rounds otherwise than torch's plain one, and gains little.
+    # On a CPU the fused step rounds differently from the default one, and saves little time.
     fused = all(weight.is_cuda for _, weight in trained) or None
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95), fused=fused)
 
@@ -35,12 +35,12 @@ def build_optimizer(model: UmbrellaForConditionalGeneration, settings: OptimSett
 def build_schedule(
     optimizer: torch.optim.Optimizer, settings: OptimSettings, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The rates over ``steps`` optimizer steps, as a share of their peaks: linear warm-up, then the schedule."""
+    """Build the schedule of the learning rates over ``steps`` optimizer steps: linear warm-up, then the decay."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, settings, steps))
 
 
 def lr_factor(step: int, settings: OptimSettings, steps: int) -> float:
-    """The share of the peak rate at a step: cosine falls to a tenth, linear to zero, constant stays."""
+    """Return the learning rate at a step as a share of its peak. Cosine ends at 0.1, linear at 0, constant at 1."""
     warmup = min(settings.warmup, steps // 2)
     if step < warmup:
         return (step + 1) / warmup
@@ -51,12 +51,12 @@ def lr_factor(step: int, settings: OptimSettings, steps: int) -> float:
 
 
 def lr_by_group(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rate that the next step takes, by group; one without a name has its number."""
+    """Return the learning rate of the next step by group name; a group without a name has its number."""
     return {group.get("name", str(i)): float(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
 
 
 def main_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The rate that ``optim.lr`` sets; the embedder's where nothing else is trained."""
+    """Return the learning rate that ``optim.lr`` sets; where only the embedder is trained, that of the embedder."""
     by_group = lr_by_group(optimizer)
     rest = [rate for name, rate in by_group.items() if not name.startswith("embedder.")]
     return (rest or list(by_group.values()))[0]

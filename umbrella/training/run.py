@@ -28,7 +28,7 @@ from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpo
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
-from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_at_once
+from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_without_checkpoint
 from umbrella.training.resource_check import max_concurrent_trainings
 from umbrella.training.run_lock import run_lock
 from umbrella.training.run_summary import sample_for_audit
@@ -192,7 +192,7 @@ def run_tracked_job(job: Job) -> None:
         request_stop(job.folder)
 
     def stop() -> NoReturn:
-        raise stopped_at_once(job.folder)
+        raise stopped_without_checkpoint(job.folder)
 
     try:
         print("00:00  starting workers", flush=True)

@@ -1,4 +1,4 @@
-"""How fast a training goes, how much of its time it waits, and what memory it holds."""
+"""Throughput of a training, its time waiting for data, and its memory."""
 
 import time
 from collections import deque
@@ -11,7 +11,7 @@ import torch
 
 MIB = 2**20
 RECENT = 50
-"""Steps that ``Pace.recent`` looks back over."""
+"""Steps that ``Throughput.recent`` covers."""
 
 
 class _Mark(NamedTuple):
@@ -22,41 +22,45 @@ class _Mark(NamedTuple):
 
 
 class Throughput:
-    """Counts from its making, or from when it was last taken."""
+    """Samples and supervised tokens per second, counted from the start or from the last ``take``."""
 
     def __init__(self) -> None:
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._since = _Mark(time.perf_counter())
-        self._steps = deque([self._since], maxlen=RECENT + 1)
+    def _reset(self) -> None:
+        self._start = _Mark(time.perf_counter())
+        self._steps = deque([self._start], maxlen=RECENT + 1)
         self._waited = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens in here is waiting for data."""
-        asked = time.perf_counter()
+        """Count the time of this context as waiting for data."""
+        start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - asked
+        self._waited += time.perf_counter() - start
 
     def step(self, samples: int, supervised_tokens: int) -> None:
-        """Count a step of the global batch. ``supervised_tokens``: 0 for a model without tokens."""
+        """Count a step of the global batch.
+
+        Args:
+            supervised_tokens: 0 for a model without tokens.
+        """
         last = self._steps[-1]
         now = time.perf_counter()
         self._steps.append(_Mark(now, self._waited, last.samples + samples, last.tokens + supervised_tokens))
 
     def recent(self) -> dict[str, float]:
-        """What ``take`` gives, over the last steps only and without beginning anew."""
-        return _figures(self._steps[0], self._steps[-1])
+        """Return the metrics of ``take`` over the last ``RECENT`` steps, without a reset."""
+        return _metrics(self._steps[0], self._steps[-1])
 
     def take(self) -> dict[str, float]:
-        """Samples and, if any were counted, supervised tokens per second; the share of time spent waiting for data."""
-        taken = _figures(self._since, self._steps[-1]._replace(time=time.perf_counter(), waited=self._waited))
-        self._begin()
-        return taken
+        """Return samples and supervised tokens per second and the share of time spent waiting for data, and reset."""
+        metrics = _metrics(self._start, self._steps[-1]._replace(time=time.perf_counter(), waited=self._waited))
+        self._reset()
+        return metrics
 
 
-def _figures(first: _Mark, last: _Mark) -> dict[str, float]:
+def _metrics(first: _Mark, last: _Mark) -> dict[str, float]:
     spent = last.time - first.time
     if not spent:  # no step yet
         return {}
@@ -69,8 +73,8 @@ def _figures(first: _Mark, last: _Mark) -> dict[str, float]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """MiB of this process: what it holds on the host, and the most that its tensors have held on the GPU so far."""
-    held = {"train/memory_host_mib": psutil.Process().memory_info().rss / MIB}
+    """Return MiB of this process: resident memory of the host, and the peak of tensors on the GPU."""
+    used = {"train/memory_host_mib": psutil.Process().memory_info().rss / MIB}
     if device.type == "cuda":
-        held["train/memory_device_mib"] = torch.cuda.max_memory_allocated(device) / MIB
-    return held
+        used["train/memory_device_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+    return used

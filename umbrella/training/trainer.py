@@ -142,7 +142,7 @@ class Trainer:
                 return step
         self._wait_for_checkpoint()
         best = best_checkpoint(self.job.folder, settings.tune.metric, settings.tune.mode) if self.rank == 0 else None
-        task.finish(broadcast_object(best, 0))
+        task.finish(broadcast_object(best))
         with raise_on_all_ranks():
             if self.reporter:
                 self.reporter.end(self.progress, self._place())
@@ -224,7 +224,7 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     (rank, world_size), device = rank_and_world_size(), get_device()
     # Rank 0 decides: on a network file system other nodes may list the folder as it was before. First, because a rank
     # that fails before a broadcast lets the others wait.
-    latest = broadcast_object(latest_checkpoint(job.folder) if rank == 0 else None, 0)
+    latest = broadcast_object(latest_checkpoint(job.folder) if rank == 0 else None)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():

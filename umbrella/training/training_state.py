@@ -1,4 +1,4 @@
-"""The position of a training in its plan, its evaluations so far, and how evaluations compare."""
+"""The position of a training, its history of evaluations, and the order of evaluations."""
 
 import json
 from collections.abc import Mapping
@@ -12,46 +12,48 @@ from umbrella.paths import HISTORY, PROGRESS
 
 LOSS = "eval/loss"
 NOT_EVALUATED = (-inf, -inf)
-"""The ``ranking_key`` of what was not evaluated."""
+"""The ``ranking_key`` without metric and loss."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Optimizer steps done, the position of the next sample, and by which steps samples are sorted: see ``Plan``.
-
-    best: the best value so far of the metric that decides. since_best: evaluations that came after it, none better.
-    epoch: the position in passes over the data.
-    """
+    """The position of a training, as its checkpoints hold it."""
 
     step: int = 0
+    """Optimizer steps done."""
     position: int = 0
+    """Of the next sample in the order of samples."""
     sorted_by: int = 0
+    """See ``Plan``."""
     best: float | None = None
+    """Best value so far of ``tune.metric``."""
     since_best: int = 0
+    """Evaluations since the best one."""
     epoch: float = 0.0
+    """Passes over the data done."""
 
     def evaluated(self, value: float, mode: str) -> "TrainingState":
-        """After an evaluation that gave this value. NaN is never better."""
+        """Return the state after an evaluation with this value. NaN is never better."""
         sign = 1 if mode == "max" else -1
         if not isnan(value) and (self.best is None or sign * value > sign * self.best):
             return replace(self, best=value, since_best=0)
         return replace(self, since_best=self.since_best + 1)
 
     def out_of_patience(self, patience: int) -> bool:
-        """Whether so many evaluations were no better than the best; never with a patience of 0."""
+        """Whether the last ``patience`` evaluations were not better than the best. Never with a patience of 0."""
         return 0 < patience <= self.since_best
 
 
 def read_training_state(folder: str | Path) -> TrainingState:
-    """How far the training of a checkpoint is."""
+    """Read the state from a checkpoint."""
     return TrainingState(**json.loads((Path(folder) / PROGRESS).read_text(encoding="utf-8")))
 
 
 def ranking_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """A key by which evaluations, trials and choices of settings compare, larger is better: the metric, then the loss.
+    """Return the key by which evaluations, trials and settings compare: the metric, then the loss. Larger is better.
 
     Args:
-        metric, loss: None or NaN if they are not known; that is worse than any number.
+        metric, loss: None or NaN if unknown, which is worse than any number.
         mode: "max" or "min", of the metric.
     """
     sign = 1 if mode == "max" else -1
@@ -60,13 +62,13 @@ def ranking_key(metric: float | None, loss: float | None, mode: str) -> tuple[fl
 
 
 def append_evaluation(folder: str | Path, report: Mapping[str, Any]) -> None:
-    """Add an evaluation: step, steps, epoch, out_of_patience, and what was measured."""
+    """Append an evaluation to the history of a training: step, steps, epoch, out_of_patience, and its metrics."""
     with (Path(folder) / HISTORY).open("a", encoding="utf-8") as file:
         print(json.dumps(report), file=file, flush=True)
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """The evaluations by step; of a step that was done again, the last. A line that is half written is none yet."""
+    """Read the evaluations of a training by step; of a repeated step the last. A partly written line is ignored."""
     file = Path(folder) / HISTORY
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n") and line.startswith("{")]
@@ -74,7 +76,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_history(folder: str | Path, step: int) -> None:
-    """Forget evaluations after a step: the training goes on from there, and will do them again."""
+    """Delete the evaluations after a step, from which the training continues: it repeats them."""
     file = Path(folder) / HISTORY
     if file.exists():
         kept = [row for row in read_history(folder) if row["step"] <= step]
