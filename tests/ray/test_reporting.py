@@ -103,12 +103,12 @@ def test_rays_metrics_have_the_figures_and_grafana_asks_for_no_others(ray_sessio
     asked = set(re.findall(r"ray_(\w+)", GRAFANA.read_text(encoding="utf-8")))
     assert asked <= {EVALUATION_GAUGE, *map(gauge_name, figures)}
     while page().keys() != {EVALUATION_GAUGE, *map(gauge_name, figures)}:  # Ray collects them now and then
-        log.figures(figures, {"step": 1, "steps": 2, "epoch": 0.5, "left": None})
-        log.evaluation(measured)
+        log.update(figures, {"step": 1, "steps": 2, "epoch": 0.5, "left": None})
+        log.update_evaluation(measured)
     lines = page()[EVALUATION_GAUGE]
     values = {re.search(r'metric="([^"]*)"', line)[1]: float(line.split()[-1]) for line in lines}  # type: ignore[index]
     assert values == measured
-    log.forget()
+    log.close()
     while not all(line.endswith(" NaN") for lines in page().values() for line in lines):
         time.sleep(0.1)
 

@@ -36,19 +36,19 @@ def test_a_new_state_is_a_line_and_figures_are_one_every_half_minute(
     now: list[float], capsys: pytest.CaptureFixture
 ) -> None:
     log = ProgressLog("a run", "a trial", start_time=990.0)
-    log.say(BUILDING)
-    log.figures(METRICS, PLACE)
+    log.print_state(BUILDING)
+    log.update(METRICS, PLACE)
     now[0] += 29
-    log.figures(METRICS, PLACE)
+    log.update(METRICS, PLACE)
     now[0] += 1
-    log.figures(METRICS, PLACE)
-    log.figures(METRICS, PLACE)
+    log.update(METRICS, PLACE)
+    log.update(METRICS, PLACE)
     now[0] += 29
-    log.evaluation({"eval/loss": 1.0})
+    log.update_evaluation({"eval/loss": 1.0})
     now[0] += 29
-    log.figures(METRICS, PLACE)
-    log.say(STOPPED_EARLY, "it got no better")
-    log.forget()
+    log.update(METRICS, PLACE)
+    log.print_state(STOPPED_EARLY, "it got no better")
+    log.close()
     assert capsys.readouterr().out.splitlines() == [
         "00:10  building the model",
         f"00:40  {LINE}",
@@ -59,7 +59,7 @@ def test_a_new_state_is_a_line_and_figures_are_one_every_half_minute(
 def test_figures_are_due_again_after_their_time(now: list[float]) -> None:
     log = ProgressLog("a run", "a trial", start_time=990.0, every=0.5)
     assert log.due
-    log.figures(METRICS, PLACE)
+    log.update(METRICS, PLACE)
     assert not log.due
     now[0] += 0.5
     assert log.due

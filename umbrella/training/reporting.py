@@ -4,7 +4,6 @@ import hashlib
 import json
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,28 +24,29 @@ from umbrella.training.throughput import Throughput, memory
 from umbrella.training.training_state import LOSS, NOT_EVALUATED, TrainingState, ranking_key
 
 PREDICTIONS = "predictions.json"
-SHOWN_AS_TABLE = {"mlflow.loggedArtifacts": json.dumps([{"path": PREDICTIONS, "type": "table"}])}
-"""The tag by which MLflow's page knows the file for a table."""
+TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": PREDICTIONS, "type": "table"}])}
+"""The tag that makes MLflow's page show the file as a table."""
 COLUMNS = ("task_id", "task_type", "target", "subject", "truth", "chosen", "right", "probabilities", "nll_per_token")
 
 
 class Reporter:
-    """One training's run in MLflow, and its progress."""
+    """Logs one training to its run in MLflow, to the console and to Ray's gauges."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.device = job, device
+        self.job, self.device, self.tune = job, device, job.settings.tune
         self.log = ProgressLog(str(job.tracking["name"]), str(job.tracking["trial"]), job.start_time)
-        self.log.say(BUILDING)
-        self._best = BestEvaluation.of(job.folder, job.settings.tune.metric, job.settings.tune.mode)
+        self.log.print_state(BUILDING)
+        best = best_checkpoint(job.folder, self.tune.metric, self.tune.mode)
+        self._best_key = self._ranking_key(read_metrics(best)) if best else NOT_EVALUATED
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(self, plan: str, task: Task) -> None:
-        """Open the run with the summary of the training.
+        """Open the run, and log the summary of the training.
 
         Args:
-            plan: in words.
+            plan: its text.
         """
-        summary = task.summary(self._hidden)
+        summary = task.summary(self._redact)
         text = f"{plan}\n{summary.text}"
         self.tracker = open_run(self.job, self.device, summary.tags)
         self.tracker.text(text, "statement.txt")
@@ -54,55 +54,70 @@ class Reporter:
             self.tracker.text(content, file)
         self.tracker.watch_system()
         print(text, flush=True)
-        self.log.say(FIRST)
+        self.log.print_state(FIRST)
 
-    def step(self, values: Mapping[str, float], place: Mapping[str, float], pace: Throughput) -> None:
-        """Log the metrics of a step. ``place``: step, steps and epoch."""
-        self.tracker.metrics(values, int(place["step"]))
-        left = self.log.seconds_left(place)
+    def step(self, values: Mapping[str, float], position: Mapping[str, float], throughput: Throughput) -> None:
+        """Log the metrics of a step.
+
+        Args:
+            position: step, steps and epoch.
+        """
+        self.tracker.metrics(values, int(position["step"]))
+        left = self.log.seconds_left(position)
         if self.log.due:
             newest = {name: values[name] for name in ("train/loss", "train/lr")}
-            self.log.figures(newest | pace.recent() | memory(self.device), {**place, "left": left})
+            self.log.update(newest | throughput.recent() | memory(self.device), {**position, "left": left})
 
     def evaluation(
-        self, step: int, measured: Mapping[str, float], report: Mapping[str, Any], scored: Sequence[Prediction]
+        self, step: int, metrics: Mapping[str, float], report: Mapping[str, Any], predictions: Sequence[Prediction]
     ) -> None:
-        """Write down an evaluation, and with it all steps before. ``scored``: the validation split."""
-        tracking, best = self.job.settings.tracking, self._best.news(measured)
-        self.tracker.metrics({**measured, **best}, step)
+        """Log an evaluation, and send all steps before it to MLflow.
+
+        Metrics ``best/...`` are those of the best evaluation, because MLflow's tables show the last value of a metric.
+
+        Args:
+            predictions: of the validation split.
+        """
+        tracking, key = self.job.settings.tracking, self._ranking_key(metrics)
+        is_best = key > self._best_key
+        best = {f"best/{name}": metrics[name] for name in (self.tune.metric, LOSS) if is_best and name in metrics}
+        self.tracker.metrics({**metrics, **best}, step)
         self.tracker.flush()
-        self.log.evaluation({name: value for name, value in measured.items() if name.startswith("eval/")})
-        if best:
+        self.log.update_evaluation({name: value for name, value in metrics.items() if name.startswith("eval/")})
+        if is_best:
+            self._best_key = key
             if tracking.predictions:
-                self.tracker.text(predictions_json(scored, tracking.predictions, self._hidden), PREDICTIONS)
-                self.tracker.tags(SHOWN_AS_TABLE)
+                self.tracker.text(predictions_json(predictions, tracking.predictions, self._redact), PREDICTIONS)
+                self.tracker.tags(TABLE_TAG)
             if tracking.checkpoint != "none":
                 self.tracker.tags({"best.checkpoint": str(checkpoint_folder(self.job.folder, step))})
-        print(progress_line(dict(report)), flush=True)
+        print(progress_line(report), flush=True)
 
-    def _hidden(self, text: str, subjects: Collection[str]) -> str:
-        return redact_subjects(text, subjects, self._salt) if self._salt else text
-
-    def end(self, progress: TrainingState, place: Mapping[str, float]) -> None:
-        """The training ended by itself: at its last step, or before it for want of a better evaluation."""
+    def end(self, state: TrainingState, position: Mapping[str, float]) -> None:
+        """End the run of a training that finished its steps, or that stopped early because of ``train.patience``."""
         outcome, note = FINISHED, ""
-        if place["step"] < place["steps"]:
-            better = "a number" if progress.best is None else f"better than {progress.best:.4g}"
-            so_long = f"for {progress.since_best} evaluations (train.patience)"
-            where = f"at step {place['step']} of {place['steps']}"
-            outcome, note = STOPPED_EARLY, f"{self.job.settings.tune.metric} has not been {better} {so_long}, {where}"
-        self._picture()
-        tune = self.job.settings.tune
-        best = best_checkpoint(self.job.folder, tune.metric, tune.mode)
+        if position["step"] < position["steps"]:
+            better = "a number" if state.best is None else f"better than {state.best:.4g}"
+            evaluations = f"for {state.since_best} evaluations (train.patience)"
+            where = f"at step {position['step']} of {position['steps']}"
+            outcome, note = STOPPED_EARLY, f"{self.tune.metric} has not been {better} {evaluations}, {where}"
+        self._log_curves()
+        best = best_checkpoint(self.job.folder, self.tune.metric, self.tune.mode)
         if best and self.job.settings.tracking.checkpoint == "best":
             self.tracker.folder_artifact(best, "checkpoint")
         self.tracker.end(outcome=outcome)
-        self.log.say(outcome, note)
+        self.log.print_state(outcome, note)
 
-    def _picture(self) -> None:
-        """The curves of the whole training."""
+    def _ranking_key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        return ranking_key(metrics.get(self.tune.metric), metrics.get(LOSS), self.tune.mode)
+
+    def _redact(self, text: str, subjects: Collection[str]) -> str:
+        return redact_subjects(text, subjects, self._salt) if self._salt else text
+
+    def _log_curves(self) -> None:
+        """Log a figure with the curves of the whole training."""
         self.tracker.flush()
-        metric = self.job.settings.tune.metric
+        metric = self.tune.metric
         panels = {
             "loss": ["train/loss", "eval/loss"],
             metric: [] if metric == "eval/loss" else [metric],
@@ -115,72 +130,42 @@ class Reporter:
 
 
 def open_run(job: Job, device: torch.device, tags: Mapping[str, str]) -> MlflowLogger:
-    """Begin or continue a training's run in MLflow and log settings, data and machine. ``tags``: of this training."""
+    """Start or continue the run of a training in MLflow, and log settings, data and machine."""
     tracker = MlflowLogger.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
     flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.unused}
     tracker.params(flat | dict(job.data))
-    told = {"device": _device_name(device), "host": socket.gethostname()}
-    tracker.tags(told | {"ray.job": ray.get_runtime_context().get_job_id(), **tags})
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    machine = {"device": name, "host": socket.gethostname(), "ray.job": ray.get_runtime_context().get_job_id()}
+    tracker.tags({**machine, **tags})
     tracker.inputs(job.datasets)
     tracker.text(job.settings.to_yaml(), SETTINGS)
     tracker.text(environment_json(), "environment.json")
     return tracker
 
 
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+def predictions_json(predictions: Sequence[Prediction], count: int, redact: Hide) -> str:
+    """Return a table of ``count`` predictions, a random sample that is the same in every run on the same data.
 
-
-class BestEvaluation:
-    """The best evaluation so far, by its ``ranking_key``."""
-
-    def __init__(self, metric: str, mode: str) -> None:
-        self.metric, self.mode = metric, mode
-        self._good = NOT_EVALUATED
-
-    @classmethod
-    def of(cls, training: str | Path, metric: str, mode: str) -> "BestEvaluation":
-        """That of a training's best checkpoint."""
-        best, checkpoint = cls(metric, mode), best_checkpoint(training, metric, mode)
-        if checkpoint:
-            best.news(read_metrics(checkpoint))
-        return best
-
-    def news(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics ``best/...`` of an evaluation that is better than all before; empty for another one.
-
-        MLflow's tables and pages know a metric by its last value, and what is kept is the best checkpoint.
-        """
-        good = ranking_key(metrics.get(self.metric), metrics.get(LOSS), self.mode)
-        if good <= self._good:
-            return {}
-        self._good = good
-        return {f"best/{name}": metrics[name] for name in (self.metric, LOSS) if name in metrics}
-
-
-def predictions_json(scored: Sequence[Prediction], count: int, hide: Hide) -> str:
-    """A table of so many questions, of all of them by chance but the same in every run on the same data.
-
-    ``probabilities`` are of the candidate answers; ``chosen`` is the most likely one, nothing where two are equally so.
-    Questions without candidates (numbers) have ``nll_per_token`` alone: nats per token of the true answer.
+    ``probabilities`` are those of the candidate answers; ``chosen`` is the most likely one, empty for a tie. Questions
+    without candidates (numbers) only have ``nll_per_token``, of the true answer, in nats.
 
     Args:
-        hide: applied to what names subjects.
+        redact: applied to texts that name subjects.
     """
-    drawn = sorted(scored, key=lambda s: hashlib.sha256(s.task_id.encode()).digest())[:count]
+    sample = sorted(predictions, key=lambda p: hashlib.sha256(p.task_id.encode()).digest())[:count]
     rows = []
-    for s in sorted(drawn, key=lambda s: s.task_id):
-        chosen = most_likely(s.probabilities)
-        values = (
-            hide(s.task_id, s.subjects),
-            s.task_type,
-            s.target,
-            hide(s.subject_id, [s.subject_id]),
-            s.label,
+    for p in sorted(sample, key=lambda p: p.task_id):
+        chosen = most_likely(p.probabilities)
+        row = (
+            redact(p.task_id, p.subjects),
+            p.task_type,
+            p.target,
+            redact(p.subject_id, [p.subject_id]),
+            p.label,
             chosen,
-            chosen == s.label if s.probabilities else None,
-            {label: round(p, 4) for label, p in s.probabilities.items()},
-            None if s.nll_per_token is None else round(s.nll_per_token, 4),
+            chosen == p.label if p.probabilities else None,
+            {label: round(probability, 4) for label, probability in p.probabilities.items()},
+            None if p.nll_per_token is None else round(p.nll_per_token, 4),
         )
-        rows.append(values)
+        rows.append(row)
     return json.dumps({"columns": COLUMNS, "data": rows})

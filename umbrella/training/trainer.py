@@ -30,11 +30,10 @@ from umbrella.training.reporting import Reporter
 from umbrella.training.stop_signal import Request, StopSignal
 from umbrella.training.task import Task, TaskBatch
 from umbrella.training.throughput import Throughput, memory
-from umbrella.training.training_state import TrainingState, read_training_state, truncate_history
-from umbrella.training.training_state import append_evaluation as note_evaluation
+from umbrella.training.training_state import TrainingState, append_evaluation, read_training_state, truncate_history
 
 SWITCH_INTERVAL = 5e-4
-"""Seconds after which a thread that makes batches lets the one that feeds the GPU go on. Python's own are 5 ms."""
+"""Seconds after which a thread that makes batches yields to the thread that feeds the GPU. Python's default is 5 ms."""
 B = TypeVar("B", bound=TaskBatch)
 
 
@@ -45,7 +44,7 @@ class Trainer:
         make_task: makes the task of (job, rank, world size, device).
         reporter: logs the run; only rank 0 has one, and writes checkpoints.
         report: called with the metrics of every evaluation, on all ranks.
-        latest: the checkpoint from which it goes on; None: it begins.
+        latest: the checkpoint to continue from; None to start.
 
     Raises:
         UserError: the settings cannot be trained, or the training's folder cannot be written to.
@@ -67,11 +66,11 @@ class Trainer:
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
         seed_worker(self.settings.seed, rank)
-        self.progress = read_training_state(latest) if latest else TrainingState()
+        self.state = read_training_state(latest) if latest else TrainingState()
         if rank == 0:
-            truncate_history(job.folder, self.progress.step)
-        self.plan = self.task.plan(world_size, self.progress.sorted_by)
-        self.steps = self.progress.step + self.plan.steps_from(self.progress.position)
+            truncate_history(job.folder, self.state.step)
+        self.plan = self.task.plan(world_size, self.state.sorted_by)
+        self.steps = self.state.step + self.plan.steps_from(self.state.position)
         self.every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         self.schedule = build_schedule(self.task.optimizer, self.settings.optim, self.steps)
         if latest:
@@ -80,17 +79,17 @@ class Trainer:
         log = samples_file(job.folder, rank)
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.log_error: OSError | None = None
-        self._log({"start": self.progress.position, "workers": world_size})
+        self._log({"start": self.state.position, "workers": world_size})
         self.writer = None
         if self.reporter:
             code = code_versions(code_version())
-            if latest and (differs := describe_code_changes(latest, code)):
-                note(f"{latest} was written by other code: {differs}")
+            if latest and (changes := describe_code_changes(latest, code)):
+                note(f"{latest} was written by other code: {changes}")
             self.writer = CheckpointWriter(job.folder, self.task.files, self.task.save_weights, self.settings, code)
             self.reporter.begin(self.plan.description, self.task)
 
     def run(self) -> int | None:
-        """Train to the end of the plan, with an evaluation and a checkpoint wherever one is due.
+        """Train to the end of the plan. Evaluate and write a checkpoint every ``train.evaluate_every`` steps.
 
         Returns:
             The step after which the training stopped on request, else None.
@@ -102,41 +101,41 @@ class Trainer:
         try:
             return self._train()
         finally:
-            if self.writer:  # whatever happened: the last checkpoint is worth waiting for
+            if self.writer:
                 self.writer.close()
             if self.reporter:
-                self.reporter.log.forget()
+                self.reporter.log.close()
 
     def _train(self) -> int | None:
         settings, task = self.settings, self.task
-        stream, pace = to_device(self._checked(self._batches()), self.device), Throughput()
+        stream, throughput = to_device(self._checked(self._batches()), self.device), Throughput()
         stop_signal = StopSignal(self.job.folder, self.rank, self.device, uses_ray_train=not self.job.in_trial)
-        for step in range(self.progress.step + 1, self.steps + 1):
-            if self.progress.out_of_patience(settings.train.patience):
+        for step in range(self.state.step + 1, self.steps + 1):
+            if self.state.out_of_patience(settings.train.patience):
                 break
-            with pace.waiting():
-                made = [next(stream) for _ in range(self.plan.accumulate)]
-            micro_batches = [task.augment(batch) for batch in made]
-            del made  # volumes on the GPU
+            with throughput.waiting():
+                loaded = [next(stream) for _ in range(self.plan.accumulate)]
+            micro_batches = [task.augment(batch) for batch in loaded]
+            del loaded  # free the volumes on the GPU
             try:
                 values = task.step(micro_batches, self.schedule)
             except FloatingPointError as error:
                 raise FloatingPointError(f"at step {step} {error}") from None
-            pace.step(self.plan.per_step, int(values.get("train/supervised_tokens", 0)))
-            position = self.progress.position + self.plan.per_step
+            throughput.step(self.plan.per_step, int(values.get("train/supervised_tokens", 0)))
+            position = self.state.position + self.plan.per_step
             sorted_by = self.plan.sorted_by or self.plan.per_step
             epoch = position / self.plan.size
-            self.progress = replace(self.progress, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
+            self.state = replace(self.state, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
             if self.reporter:
-                self.reporter.step(values, self._place(), pace)
+                self.reporter.step(values, self._position(), throughput)
             request = stop_signal.check()
             if step % self.every == 0 or step == self.steps:
-                measured = pace.take() | memory(self.device) | task.evaluate()
-                self.progress = self.progress.evaluated(measured[settings.tune.metric], settings.tune.mode)
-                self._report(values, measured)
-                pace.take()  # an evaluation is no training
+                metrics = throughput.take() | memory(self.device) | task.evaluate()
+                self.state = self.state.evaluated(metrics[settings.tune.metric], settings.tune.mode)
+                self._save(values, metrics)
+                throughput.take()  # leave out the time of the evaluation
             elif request:
-                self._report(values, pace.take() | memory(self.device), evaluated=False)
+                self._save(values, throughput.take() | memory(self.device), evaluated=False)
             if request is Request.STOP and step < self.steps:
                 self._wait_for_checkpoint()
                 return step
@@ -145,67 +144,68 @@ class Trainer:
         task.finish(broadcast_object(best))
         with raise_on_all_ranks():
             if self.reporter:
-                self.reporter.end(self.progress, self._place())
+                self.reporter.end(self.state, self._position())
         return None
 
     def _batches(self) -> Iterator[TaskBatch]:
         def make(rows: Rows) -> TaskBatch:
             return self.task.batch(rows, self.plan.rng_keys(rows))
 
-        rows, name = self.plan.rows(self.rank, self.progress.position), f"{self.job.name}, training, worker {self.rank}"
+        rows, name = self.plan.rows(self.rank, self.state.position), f"{self.job.name}, training, worker {self.rank}"
         return batches(rows, self.plan.batch_size, self.settings.data.prefetch, make, name)
 
     def _checked(self, stream: Iterator[TaskBatch]) -> Iterator[TaskBatch]:
         """Check that each batch has the samples of its position, so that none is skipped or repeated."""
         size = self.plan.batch_size
-        for rows in self.plan.rows(self.rank, self.progress.position):
+        for rows in self.plan.rows(self.rank, self.state.position):
             for start in range(0, len(rows["position"]), size):
                 batch, position = next(stream), int(rows["position"][start])
                 if batch.sample_indices.tolist() != rows["sample"][start : start + size].tolist():
-                    raise RuntimeError(f"other samples came than position {position} has")
+                    raise RuntimeError(f"the batch at position {position} does not have the samples of the plan")
                 self._log({"position": position, "task_ids": batch.task_ids})
                 yield batch
         if next(stream, None) is not None:  # ends the stream, which frees its resources
-            raise RuntimeError("more samples came than there are positions")
+            raise RuntimeError("the stream has more batches than the plan")
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.samples_log:
             try:
                 print(json.dumps({"time": time.time(), **entry}), file=self.samples_log, flush=True)
-            except OSError as error:  # raised where all ranks are: one that leaves lets the others wait
+            except OSError as error:  # raised later on all ranks: here the others would wait for this one
                 self.log_error, self.samples_log = error, None
 
-    def _place(self) -> dict[str, float]:
-        return {"step": self.progress.step, "steps": self.steps, "epoch": self.progress.epoch}
+    def _position(self) -> dict[str, float]:
+        return {"step": self.state.step, "steps": self.steps, "epoch": self.state.epoch}
 
-    def _report(self, values: dict[str, float], measured: dict[str, float], evaluated: bool = True) -> None:
+    def _save(self, values: dict[str, float], metrics: dict[str, float], evaluated: bool = True) -> None:
+        """Log the metrics, start to write a checkpoint, and report the evaluation if there is one."""
         report: dict[str, Any] = {
-            **self._place(),
-            "evaluation": ceil(self.progress.step / self.every),
+            **self._position(),
+            "evaluation": ceil(self.state.step / self.every),
             "begun": self.job.start_time,
             "time": time.time(),
-            "out_of_patience": self.progress.out_of_patience(self.settings.train.patience),
+            "out_of_patience": self.state.out_of_patience(self.settings.train.patience),
             "train/loss": values["train/loss"],
             "train/lr": values["train/lr"],
-            **measured,
-            f"best/{self.settings.tune.metric}": nan if self.progress.best is None else self.progress.best,
+            **metrics,
+            f"best/{self.settings.tune.metric}": nan if self.state.best is None else self.state.best,
         }
         with raise_on_all_ranks():
             if self.log_error:
                 raise self.log_error
             if self.reporter:
-                self.reporter.evaluation(self.progress.step, measured, report, self.task.predictions)
+                self.reporter.evaluation(self.state.step, metrics, report, self.task.predictions)
                 if evaluated:
-                    note_evaluation(self.job.folder, report)
+                    append_evaluation(self.job.folder, report)
             if self.writer:
                 self.writer.wait()
         keep = self.writer is not None
         weights = self.task.weights(keep)
-        taken = snapshot(weights, self.task.optimizer, self.schedule, self.progress, measured, keep)
+        copied = snapshot(weights, self.task.optimizer, self.schedule, self.state, metrics, keep)
         if self.writer:
-            self.writer.write(taken)
+            self.writer.write(copied)
         if evaluated:
-            if self.job.is_trial:  # the process of a trial may end as soon as it has reported
+            if self.job.is_trial:  # Ray Tune may end the process of a trial when it reports
                 self._wait_for_checkpoint()
             self.report(report)
 
@@ -216,25 +216,25 @@ class Trainer:
 
 
 def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
-    """The trainer of this process.
+    """Make the trainer of this process.
 
     Raises:
         UserError: see ``Trainer``.
     """
     (rank, world_size), device = rank_and_world_size(), get_device()
-    # Rank 0 decides: on a network file system other nodes may list the folder as it was before. First, because a rank
-    # that fails before a broadcast lets the others wait.
+    # Rank 0 chooses the checkpoint: on a network file system other nodes may list the folder as it was before. This
+    # comes first, because a rank that fails before a broadcast lets the others wait.
     latest = broadcast_object(latest_checkpoint(job.folder) if rank == 0 else None)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
         raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
     sys.setswitchinterval(SWITCH_INTERVAL)
-    # Ray says so to processes that have not imported torch yet; sums of other threads round otherwise.
+    # Ray sets this only in processes that import torch later; another number of threads rounds sums differently.
     torch.set_num_threads(job.settings.resources.threads)
     reporter = Reporter(job, device) if rank == 0 else None
-    # In the process of a trial Ray Tune takes the metrics, and ends the process's work by SystemExit where the
-    # scheduler stops the trial. From workers, ``TuneReportCallback`` passes them on.
+    # In the process of a trial ``tune.report`` raises SystemExit where the scheduler stops the trial. From the workers
+    # of Ray Train, ``TuneReportCallback`` passes the metrics on.
     report = tune.report if job.in_trial else ray.train.report
     return Trainer(job, make_task, rank, world_size, device, reporter, report, latest)
 
@@ -242,8 +242,8 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
 def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
     """Yield the batches on ``device``, in their order.
 
-    To a GPU, one batch is copied ahead of its use, on a stream of its own. So one batch more than the one in use is
-    held, on the GPU and in page-locked memory. A batch that is page-locked already is taken as it is.
+    On a GPU, the next batch is copied on a stream of its own while the current one is used. So there is one batch more
+    on the GPU and in pinned memory. A batch that is pinned already is not pinned again.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -262,7 +262,7 @@ def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
             return batch.apply(copy), stream.record_event()
 
     def wait_for(batch: B, copied: torch.cuda.Event) -> B:
-        """Let work of the current stream wait for the copy, and the memory wait for that work."""
+        """Let the current stream wait for the copy, and keep the memory until that stream has used it."""
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
 
@@ -272,8 +272,8 @@ def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
 
         return batch.apply(record)
 
-    # A thread: to ask takes tens of milliseconds even of what is there, and a step begins with a GPU that has nothing
-    # to do, since the loss of the one before was read.
+    # In a thread: fetching takes tens of milliseconds even if the batch is ready, and at the start of a step the GPU is
+    # idle, because the loss of the last step was read.
     with ThreadPoolExecutor(1, thread_name_prefix="to_device") as thread:
         ahead = thread.submit(fetch)
         while fetched := ahead.result():
