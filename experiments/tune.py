@@ -16,7 +16,7 @@ QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 def main(request: Request) -> None:
     """Run the sweep, or say what it would run."""
-    from umbrella.tuning.sweep_files import ask_again, find_sweep
+    from umbrella.tuning.sweep_files import find_sweep, resume_spec
 
     console, settings, given, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
@@ -30,23 +30,23 @@ def main(request: Request) -> None:
                 return
             with run_lock(folder):
                 download(settings.resources, folder, progress_bar)
-        settings, given = ask_again(folder, request.files, request.overrides)
+        settings, given = resume_spec(folder, request.files, request.overrides)
     if request.dry_run:
         from umbrella.tuning.dry_run import dry_run
 
         dry_run(settings, given, progress_bar, console)
         return
-    from umbrella.tuning.report import Answer, print_answer
+    from umbrella.tuning.report import SweepResult, print_result
     from umbrella.tuning.sweep import run_sweep
 
-    def evaluate(answer: Answer) -> None:
+    def evaluate(answer: SweepResult) -> None:
         best = answer.trials[0].checkpoint
         if best and settings.evaluate.at_end:
             from umbrella.evaluation_run.evaluate import evaluate_at_end
 
             evaluate_at_end(answer.best, Path(best), answer.folder.name, progress_bar, console)
 
-    run_sweep(settings, given, progress_bar, folder, lambda answer: print_answer(answer, console), evaluate)
+    run_sweep(settings, given, progress_bar, folder, lambda answer: print_result(answer, console), evaluate)
 
 
 if __name__ == "__main__":

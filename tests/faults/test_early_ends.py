@@ -19,7 +19,7 @@ from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.checkpoint_files import find_damage, latest_checkpoint
 from umbrella.tuning import monitor
-from umbrella.tuning.report import Answer
+from umbrella.tuning.report import SweepResult
 from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -83,7 +83,7 @@ def swept(small_settings: Any, ray_session: Any, tmp_path_factory: pytest.TempPa
     return settings, answer, client, parent, {t.point["optim.lr"]: by_trial[t.trial_id] for t in answer.trials}
 
 
-def ends(answer: Answer) -> dict[float, tuple[str, str]]:
+def ends(answer: SweepResult) -> dict[float, tuple[str, str]]:
     """State and reason of each trial, by its rate."""
     return {trial.point["optim.lr"]: (trial.state, trial.reason) for trial in answer.trials}
 
@@ -151,7 +151,7 @@ def test_a_model_that_cannot_be_logged_costs_nothing_else_and_the_resume_that_is
     models.rename(models.with_name("kept"))
     models.write_text("in the way", encoding="utf-8")
 
-    def go_on() -> Answer:
+    def go_on() -> SweepResult:
         told: list[Any] = []
         answer = run_sweep(settings, frozenset(), lambda *_: _[0], before.folder, told.append, told.append)
         assert told == [answer, answer]

@@ -22,7 +22,7 @@ from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.monitor import STATUS, Monitor
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import name_of, trial_folder, write_end
+from umbrella.tuning.sweep_files import make_trial_folder, save_status, trial_id_of
 
 pytestmark = pytest.mark.slow
 
@@ -134,13 +134,13 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
     sweep, client = tmp_path / "runs" / "sweeps" / "night", MlflowClient(server.uri)
     experiment, again = open_experiment(server.uri, "x", tmp_path / "runs"), "tune.py --resume night"
     points = {"finished": {"lr": 0.1}, "stopped by the scheduler": {"lr": 0.2}, "failed": {"lr": 0.3}}
-    folders = {state: trial_folder(sweep, state, point) for state, point in points.items()}
+    folders = {state: make_trial_folder(sweep, state, point) for state, point in points.items()}
 
     def begin() -> MlflowLogger:
         return MlflowLogger.start(server.uri, experiment, "night", trial="night", folder=sweep)
 
     def start(state: str, parent: MlflowLogger) -> MlflowLogger:
-        told = {"parent": parent.run_id, "trial": name_of(folders[state]), "folder": folders[state]}
+        told = {"parent": parent.run_id, "trial": trial_id_of(folders[state]), "folder": folders[state]}
         return MlflowLogger.start(server.uri, experiment, state, **told)
 
     def end(parent: MlflowLogger) -> None:
@@ -158,7 +158,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
         tracker.flush()
     trials[0].end(wait=0)
     for state, folder in folders.items():  # as the sweep's monitor does, whose workers could not
-        write_end(folder, state)
+        save_status(folder, state)
         close_run(server.uri, folder, STATUS.get(state, "FINISHED"), state)
     end(parent)
     assert f"note: {learnt} was not logged as a model in MLflow: " in (said := capsys.readouterr().err)

@@ -13,7 +13,7 @@ from tests.ray.conftest import quiet
 from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.sweep import run_sweep
-from umbrella.tuning.sweep_files import read_end
+from umbrella.tuning.sweep_files import load_status
 
 OUTPUT = "output_of_sweep.txt"
 
@@ -122,7 +122,7 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
 def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
     answer, client, parent, children = swept
     failed = answer.trials[-1]
-    assert "sub-0" in read_end(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
+    assert "sub-0" in load_status(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
     assert "subject-" in failed.reason
     for run in (parent, *children.values()):
         assert "sub-0" not in str(run.to_dictionary())

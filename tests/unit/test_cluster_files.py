@@ -158,10 +158,10 @@ def test_the_commands_in_the_files_are_of_scripts_files_and_settings_that_there_
 
 @pytest.mark.parametrize(("file", "trials"), [("local", 6), ("gpu_host", 6)])
 def test_files_of_resources_leave_the_default_question(file: str, trials: int) -> None:
-    from umbrella.tuning.search import points
+    from umbrella.tuning.search import list_points
 
     settings = parse([str(CONFIGS / f"{file}.yaml")], "", str(CONFIGS / "tune.yaml")).settings
-    assert len(points(settings)) == trials
+    assert len(list_points(settings)) == trials
     assert settings.resources.gpus_per_worker == (file == "gpu_host")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from umbrella.plots import DPI, VERMILION, WIDTH, save
 from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times
-from umbrella.tuning.results import Contender, Evaluation, Trial, rank
+from umbrella.tuning.results import Configuration, Evaluation, Trial, rank_configurations
 from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
@@ -32,8 +32,8 @@ GRID = [
 ]
 
 
-def ranked(trials: list[Trial]) -> list[Contender]:
-    return rank(trials, "max")
+def ranked(trials: list[Trial]) -> list[Configuration]:
+    return rank_configurations(trials, "max")
 
 
 def test_the_metric_has_a_panel_per_setting_and_a_line_per_combination_of_the_others() -> None:
@@ -100,11 +100,11 @@ def test_a_hundred_curves_have_six_words_and_one_thick_line() -> None:
 
 def test_the_ranking_shows_means_with_their_intervals() -> None:
     trials = [trial(f"{lr}{s}", {"optim.lr": lr, "seed": s}, lr + 0.1 * s) for lr in (0.1, 0.5) for s in (0, 1, 2)]
-    contenders = ranked(trials)
-    [axes] = draw_ranking(contenders, METRIC).axes
+    configurations = ranked(trials)
+    [axes] = draw_ranking(configurations, METRIC).axes
     bars = [container.get_children()[-1].get_segments()[0] for container in axes.containers]
     assert [tuple(bar[:, 0]) for bar in bars] == [
-        pytest.approx((c.mean - c.half, c.mean + c.half)) for c in contenders if c.mean and c.half
+        pytest.approx((c.mean - c.ci95, c.mean + c.ci95)) for c in configurations if c.mean and c.ci95
     ]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lr=0.5  1", "lr=0.1  2"]
 
@@ -129,9 +129,9 @@ def test_times_are_drawn_in_a_unit_that_can_be_read() -> None:
 )
 def test_any_space_and_failed_trials_can_be_drawn(tmp_path: Path, points: list[dict]) -> None:
     trials = [trial(f"t{i}", point, 0.5 + 0.1 * i) for i, point in enumerate(points)]
-    contenders = ranked([*trials, Trial("dead", points[0], FAILED)])
+    configurations = ranked([*trials, Trial("dead", points[0], FAILED)])
     for draw in (draw_metric, draw_curves, draw_ranking):
-        with Image.open(save(tmp_path / "a.png", draw, contenders, METRIC)) as image:
+        with Image.open(save(tmp_path / "a.png", draw, configurations, METRIC)) as image:
             assert image.width >= 0.7 * WIDTH * DPI
             assert len(set(image.convert("RGB").resize((200, 200)).getdata())) > 20
     assert isinstance(draw_times(trials), Figure)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from umbrella.training.progress_log import FINISHED
-from umbrella.tuning.results import LEAST, Trial, importance
+from umbrella.tuning.results import MIN_TRIALS, Trial, compute_importance
 from umbrella.tuning.sweep_files import FAILED
 
 
@@ -37,27 +37,27 @@ EFFECTS = {"lr": "optim.lr", "rank": "model.lora_rank", "train": "model.train"}
 
 @pytest.mark.parametrize(("effect", "name"), EFFECTS.items())
 def test_the_setting_that_decides_is_found_also_where_some_points_lack_it(effect: str, name: str) -> None:
-    found = importance(planted(24, effect))
-    assert found.sure[0] == name
+    found = compute_importance(planted(24, effect))
+    assert found.significant[0] == name
     assert found.shares[name] > 0.9  # with the rank in place of whether there is one, too
     assert "optim.weight_decay" in found.shares
-    assert "optim.weight_decay" not in found.sure
+    assert "optim.weight_decay" not in found.significant
     assert "seed" not in found.shares
-    assert found.explained > 0.3
+    assert found.r2 > 0.3
 
 
 def test_where_nothing_matters_nothing_is_claimed() -> None:
-    found = importance(planted(24, "none"))
-    assert (found.sure, found.shares) == ([], {})
-    assert f"R² = {found.explained:.2f}" in found.why_not
+    found = compute_importance(planted(24, "none"))
+    assert (found.significant, found.shares) == ([], {})
+    assert f"R² = {found.r2:.2f}" in found.unavailable
 
 
 def test_with_too_few_or_equal_trials_it_says_so_instead_of_a_number() -> None:
-    few = planted(LEAST - 1, "lr")
+    few = planted(MIN_TRIALS - 1, "lr")
     failed = [Trial(f"f{i}", t.point, FAILED, t.metric) for i, t in enumerate(few)]
-    flat = [Trial(f"e{i}", t.point, FINISHED, 0.5) for i, t in enumerate(planted(LEAST, "lr"))]
-    seeds = [Trial(f"s{i}", {"seed": i}, FINISHED, 0.5 + i) for i in range(LEAST)]
+    flat = [Trial(f"e{i}", t.point, FINISHED, 0.5) for i, t in enumerate(planted(MIN_TRIALS, "lr"))]
+    seeds = [Trial(f"s{i}", {"seed": i}, FINISHED, 0.5 + i) for i in range(MIN_TRIALS)]
     for trials, why in ((few + failed, "takes 8"), (flat, "same metric"), (seeds, "No setting")):
-        found = importance(trials)
+        found = compute_importance(trials)
         assert found.shares == {}
-        assert why in found.why_not
+        assert why in found.unavailable

@@ -10,7 +10,7 @@ import pytest
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.tuning.sweep import run_sweep
-from umbrella.tuning.sweep_files import Question, check_data, newest, read_question, write_question
+from umbrella.tuning.sweep_files import SweepSpec, check_fingerprint, latest_sweep, load_spec, save_spec
 
 SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
 
@@ -21,22 +21,22 @@ def sweep(tmp_path: Path) -> Path:
     folder = tmp_path / "sweeps" / "first"
     folder.mkdir(parents=True)
     settings = load_settings(overrides={"tune.space": SPACE, "resources.storage": str(tmp_path)})
-    write_question(folder, Question(settings, frozenset({"optim.warmup"})), "a" * 64)
+    save_spec(folder, SweepSpec(settings, frozenset({"optim.warmup"})), "a" * 64)
     return folder
 
 
 def test_a_question_is_read_back_as_it_was_asked(sweep: Path) -> None:
-    settings, given = read_question(sweep)
+    settings, given = load_spec(sweep)
     assert settings.tune.space == SPACE
     assert given == {"optim.warmup"}
-    assert newest(sweep.parent) == sweep
+    assert latest_sweep(sweep.parent) == sweep
 
 
 def test_a_sweep_that_was_moved_writes_where_it_lies_now(sweep: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     sweep.parent.rename(moved / "sweeps")
-    assert read_question(moved / "sweeps/first").settings.resources.storage == str(moved)
+    assert load_spec(moved / "sweeps/first").settings.resources.storage == str(moved)
 
 
 def test_a_sweep_that_was_moved_is_uploaded_from_its_new_place(sweep: Path, tmp_path: Path) -> None:
@@ -50,15 +50,15 @@ def test_a_sweep_that_was_moved_is_uploaded_from_its_new_place(sweep: Path, tmp_
 
 def test_a_sweep_that_there_is_not_is_named_with_those_that_there_are(sweep: Path) -> None:
     with pytest.raises(UserError, match=r"no sweep .*second; there are first$"):
-        read_question(sweep.parent / "second")
+        load_spec(sweep.parent / "second")
     with pytest.raises(UserError, match="holds no sweep"):
-        newest(sweep / "trials")
+        latest_sweep(sweep / "trials")
 
 
 def test_a_sweep_does_not_go_on_with_other_data(sweep: Path) -> None:
-    check_data(sweep, "a" * 64)
+    check_fingerprint(sweep, "a" * 64)
     with pytest.raises(UserError, match="first was begun with other data"):
-        check_data(sweep, "b" * 64)
+        check_fingerprint(sweep, "b" * 64)
 
 
 @pytest.mark.parametrize(

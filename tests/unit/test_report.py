@@ -10,8 +10,16 @@ from rich.console import Console
 from umbrella.config import Settings, load_settings
 from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
-from umbrella.tuning.report import Answer, Files, cost, duration, print_answer, winner, write_report
-from umbrella.tuning.results import Evaluation, Trial, rank, trials_of
+from umbrella.tuning.report import (
+    ReportFiles,
+    SweepResult,
+    best_trial,
+    compute_cost,
+    format_duration,
+    print_result,
+    write_report,
+)
+from umbrella.tuning.results import Evaluation, Trial, rank_configurations, ranked_trials
 from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
@@ -56,20 +64,20 @@ class Page(HTMLParser):
 
 def report(
     folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0, warning: str = ""
-) -> tuple[Files, Page]:
+) -> tuple[ReportFiles, Page]:
     folder.mkdir(exist_ok=True)
-    files = write_report(rank(trials, "max"), Settings(), folder, subjects, warning)
+    files = write_report(rank_configurations(trials, "max"), Settings(), folder, subjects, warning)
     return files, Page(files.page.read_text(encoding="utf-8"))
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     files, page = report(tmp_path, TRIALS)
-    assert len(page.addresses) == len(files.pictures) == 4
+    assert len(page.addresses) == len(files.figure_files) == 4
     assert {urlsplit(address).scheme for address in page.addresses} == {"data"}
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "url(" not in files.page.read_text(encoding="utf-8")
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files.all}
-    assert set(files.pictures) == {"metric", "ranking", "curves", "times"}
+    assert set(files.figure_files) == {"metric", "ranking", "curves", "times"}
 
 
 def test_settings_are_compared_by_their_seeds_and_every_trial_is_there(tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_where_all_failed_the_page_says_why(tmp_path: Path) -> None:
     assert "no room at 0.1" in page.text
     assert "no trial finished an evaluation" in page.text
     assert files.ranking.exists()
-    assert winner(rank([trial(0.1, 0, 0.9, FAILED)], "max")) is None
+    assert best_trial(rank_configurations([trial(0.1, 0, 0.9, FAILED)], "max")) is None
 
 
 def test_the_winner_is_written_as_a_training_and_its_command_is_on_the_page(tmp_path: Path) -> None:
@@ -116,7 +124,7 @@ def test_the_winner_is_written_as_a_training_and_its_command_is_on_the_page(tmp_
 
 def test_cost_is_what_was_reserved() -> None:
     resources = ResourceSettings(workers=4, cpus_per_worker=3, gpus_per_worker=0.5)
-    spent = cost([*TRIALS[:3], Trial("t", {}, FAILED)], resources)
+    spent = compute_cost([*TRIALS[:3], Trial("t", {}, FAILED)], resources)
     assert (spent.hours, spent.cpu_hours, spent.gpu_hours) == (3.0, 36.0, 6.0)
 
 
@@ -132,7 +140,7 @@ def test_cost_is_what_was_reserved() -> None:
     ],
 )
 def test_times_are_said_as_people_do(seconds: float | None, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
@@ -141,11 +149,11 @@ def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
     monkeypatch.chdir(tmp_path)
     files, page = report(tmp_path / "my sweep", TRIALS, warning="No trial learnt the task.")
     assert "No trial learnt the task." in page.text
-    contenders = rank(TRIALS, "max")
+    configurations = rank_configurations(TRIALS, "max")
     best = load_settings([files.best] if files.best else [])
-    answer = Answer(
-        contenders,
-        trials_of(contenders),
+    result = SweepResult(
+        configurations,
+        ranked_trials(configurations),
         best,
         tmp_path,
         files,
@@ -153,7 +161,7 @@ def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
         "No trial learnt the task.",
     )
     console = Console(width=120, record=True, file=(tmp_path / "log").open("w", encoding="utf-8"))
-    print_answer(answer, console)
+    print_result(result, console)
     said = console.export_text()
     assert f"lr=0.001 seed=1: {METRIC} 0.875 at step 10, over seeds 0.8125 ± 0.16 (n = 3)" in said
     assert "python experiments/train.py 'my sweep/best.yaml'" in said

@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 
 from umbrella.paths import HISTORY, METRICS, POINT
-from umbrella.training.checkpoint_files import mark_complete
-from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
-from umbrella.tuning.results import Trial, at_chance, rank, read_trials, trials_of
+from umbrella.training.progress import write_files
+from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.tuning.results import Trial, chance_warning, rank_configurations, ranked_trials, read_trials
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import FAILED, STOPPED, UNFINISHED, read_end, reopen, trial_folder, write_end
+from umbrella.tuning.sweep_files import (
+    FAILED,
+    STOPPED,
+    UNFINISHED,
+    allow_retry,
+    load_status,
+    make_trial_folder,
+    save_status,
+)
 
 METRIC = "eval/balanced_accuracy"
 Evaluation = tuple[int, float, float, bool]
@@ -34,7 +42,7 @@ def left(sweep: Path, number: int, evaluations: list[Evaluation], end: str = "",
         lines.append(json.dumps(row | {name: values[i] for name, values in more.items()}) + "\n")
     (folder / HISTORY).write_text("".join(lines), encoding="utf-8")
     if end:
-        write_end(folder, end, reason)
+        save_status(folder, end, reason)
     return folder
 
 
@@ -51,7 +59,7 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
     left(tmp_path, 4, [(10, 0.99, 0.1, True)], FAILED)
     left(tmp_path, 5, [(10, nan, nan, True), (30, 0.6, nan, True)], FINISHED)
     left(tmp_path, 6, [(10, 0.9, 0.1, False)], STOPPED)
-    trials = trials_of(rank(read(tmp_path), "max"))
+    trials = ranked_trials(rank_configurations(read(tmp_path), "max"))
     assert [(t.trial_id[-1], t.state, t.step, t.metric, t.loss) for t in trials[:3]] == [
         ("3", FINISHED, 10, 0.8, 0.9),
         ("1", STOPPED, 10, 0.8, 1.0),
@@ -65,7 +73,7 @@ def test_trials_rank_by_the_metric_then_by_the_loss_and_failed_ones_last(tmp_pat
     ]
     assert trials[0].checkpoint == str(tmp_path / "trials" / "3" / "step_0000010")
     assert trials[0].name == "lr=0.001"
-    by_loss = trials_of(rank(read(tmp_path, "eval/loss", "min"), "min"))
+    by_loss = ranked_trials(rank_configurations(read(tmp_path, "eval/loss", "min"), "min"))
     assert [(t.trial_id[-1], t.metric) for t in by_loss[:3]] == [("3", 0.1), ("2", 0.2), ("1", 0.5)]
 
 
@@ -86,15 +94,15 @@ def test_a_sweep_without_a_trial_above_chance_is_told_in_a_sentence(
     best: float | None, chance: float | None, subjects: int, said: bool
 ) -> None:
     trials = [Trial("a", {}, FINISHED, 0.3), Trial("b", {}, FINISHED, best)] if best else [Trial("c", {}, FAILED)]
-    sentence = at_chance(trials, TuneSettings(), chance, subjects)
+    sentence = chance_warning(trials, TuneSettings(), chance, subjects)
     assert bool(sentence) == said
     if said:
         assert sentence.startswith(f"No trial learnt the task: the best eval/balanced_accuracy, {best:.4g}, is not")
 
 
 def test_how_a_trial_ended_is_what_was_written_first(tmp_path: Path) -> None:
-    folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], STOPPED_EARLY, "train.patience is over, step 10 of 30")
-    write_end(folder, STOPPED, "by whoever did not know")
+    folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], EARLY, "train.patience is over, step 10 of 30")
+    save_status(folder, STOPPED, "by whoever did not know")
     left(tmp_path, 2, [(10, 0.7, 1.0, True)])
     assert [(t.state, t.reason) for t in sorted(read(tmp_path), key=lambda t: t.trial_id)] == [
         (STOPPED_EARLY, "train.patience is over, step 10 of 30"),
@@ -105,8 +113,8 @@ def test_how_a_trial_ended_is_what_was_written_first(tmp_path: Path) -> None:
 def test_a_failed_trial_may_go_on_and_a_stopped_one_may_not(tmp_path: Path) -> None:
     folders = [left(tmp_path, i, [], end) for i, end in enumerate((FAILED, STOPPED, FINISHED))]
     for folder in folders:
-        reopen(folder)
-    assert [end and end.state for end in map(read_end, folders)] == [None, STOPPED, FINISHED]
+        allow_retry(folder)
+    assert [end and end.state for end in map(load_status, folders)] == [None, STOPPED, FINISHED]
 
 
 def test_after_a_restart_the_curve_has_each_step_once(tmp_path: Path) -> None:
@@ -128,12 +136,14 @@ def test_after_a_restart_the_curve_has_each_step_once(tmp_path: Path) -> None:
     ]
     assert (trial.step, trial.metric) == (30, 0.8)
     # Two attempts; of the first one, the time to its last evaluation that was not done again.
-    assert (trial.started, trial.first, trial.seconds) == (960.0, 40.0, 40.0 + 45.0)
+    assert (trial.started, trial.first_evaluation, trial.seconds) == (960.0, 40.0, 40.0 + 45.0)
 
 
 def test_a_trials_folder_is_named_by_the_point_that_it_began_with(tmp_path: Path) -> None:
-    first = trial_folder(tmp_path, "ray_1", {"optim.lr": 0.1, "seed": 1})
-    assert trial_folder(tmp_path, "ray_2", {"seed": 1, "optim.lr": 0.1}) == first  # Ray's note of the first was lost
-    assert trial_folder(tmp_path, "ray_3", {"optim.lr": 0.1, "seed": 2}) != first
-    assert trial_folder(tmp_path, "ray_1", {"optim.lr": 0.2, "seed": 1}) == first  # changed on the way
+    first = make_trial_folder(tmp_path, "ray_1", {"optim.lr": 0.1, "seed": 1})
+    assert (
+        make_trial_folder(tmp_path, "ray_2", {"seed": 1, "optim.lr": 0.1}) == first
+    )  # Ray's note of the first was lost
+    assert make_trial_folder(tmp_path, "ray_3", {"optim.lr": 0.1, "seed": 2}) != first
+    assert make_trial_folder(tmp_path, "ray_1", {"optim.lr": 0.2, "seed": 1}) == first  # changed on the way
     assert json.loads((first / POINT).read_text()) == {"optim.lr": 0.1, "seed": 1}

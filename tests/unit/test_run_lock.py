@@ -17,7 +17,7 @@ from umbrella.training import cluster
 from umbrella.training.run import run_training
 from umbrella.training.run_lock import run_lock
 from umbrella.tuning.sweep import run_sweep
-from umbrella.tuning.sweep_files import Question, write_question
+from umbrella.tuning.sweep_files import SweepSpec, save_spec
 
 HOLD = "import sys; from pathlib import Path; from umbrella.training.run_lock import run_lock\n"
 HOLD += "with run_lock(Path(sys.argv[1])):\n    print('mine', flush=True)\n    sys.stdin.read()"
@@ -38,7 +38,7 @@ def begin(folder: Path, settings: Settings) -> None:
     """What a script writes first."""
     folder.mkdir(parents=True)
     if folder.parent.name == "sweeps":
-        write_question(folder, Question(settings, frozenset()), "a" * 64)
+        save_spec(folder, SweepSpec(settings, frozenset()), "a" * 64)
     else:
         (folder / BEGUN).write_text("{}", encoding="utf-8")
 

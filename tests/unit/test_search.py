@@ -12,8 +12,15 @@ from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher, SearchGenera
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.search import SeedRepeater, count_trials, make_optuna_search, make_scheduler, make_search, points
-from umbrella.tuning.search_space import label, read_space
+from umbrella.tuning.search import (
+    SeedRepeater,
+    count_trials,
+    list_points,
+    make_optuna_search,
+    make_scheduler,
+    make_search,
+)
+from umbrella.tuning.search_space import format_point, read_space
 
 METRIC = "eval/balanced_accuracy"
 BEST = f"best/{METRIC}"
@@ -35,22 +42,22 @@ def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:
 
 def test_grids_are_combined_in_order_and_the_last_moves_fastest() -> None:
     settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
-    assert [tuple(point.values()) for point in points(settings)] == [
+    assert [tuple(point.values()) for point in list_points(settings)] == [
         (0.1, "all"), (0.1, "assistant"), (0.2, "all"), (0.2, "assistant"),
     ]  # fmt: skip
 
 
 def test_what_is_drawn_is_drawn_anew_for_each_combination_and_the_same_again_for_a_seed() -> None:
     settings = sweep({"optim.lr": RATES, "mask.supervise": {"grid": ["all", "assistant"]}}, samples=3)
-    found = points(settings)
+    found = list_points(settings)
     assert [point["mask.supervise"] for point in found] == ["all", "assistant"] * 3
     assert len({point["optim.lr"] for point in found}) == 6
-    assert points(settings) == found
-    assert points(settings.with_values({"seed": 1})) != found
+    assert list_points(settings) == found
+    assert list_points(settings.with_values({"seed": 1})) != found
 
 
 def test_a_conditional_setting_is_in_a_point_only_where_its_conditions_hold() -> None:
-    found = points(sweep(PARTS, samples=2))
+    found = list_points(sweep(PARTS, samples=2))
     names = [(point["model.train"], *(name for name in point if name != "model.train")) for point in found]
     expected = [
         ("embedder", "optim.lr", "optim.embedder_lr"),
@@ -69,7 +76,7 @@ def test_conditions_chain_and_hold_all_at_once() -> None:
         "mask.supervise": {"choice": ["all"]},
         "optim.schedule": {"grid": ["linear", "cosine"]},
     }
-    assert [label(point) for point in points(sweep(space))] == [
+    assert [format_point(point) for point in list_points(sweep(space))] == [
         "warmup=0 supervise=all schedule=linear",
         "clip=1 warmup=5 supervise=all schedule=linear",
         "clip=2 warmup=5 supervise=all schedule=linear",
@@ -79,32 +86,37 @@ def test_conditions_chain_and_hold_all_at_once() -> None:
 
 
 def test_equal_points_are_run_once() -> None:
-    assert len(points(sweep({"optim.lr": {"grid": [0.1, 0.2]}}, samples=4))) == 2
-    assert len(points(sweep({"mask.supervise": {"choice": ["all", "assistant"]}}, samples=50))) == 2
+    assert len(list_points(sweep({"optim.lr": {"grid": [0.1, 0.2]}}, samples=4))) == 2
+    assert len(list_points(sweep({"mask.supervise": {"choice": ["all", "assistant"]}}, samples=50))) == 2
 
 
 def test_each_point_is_run_with_each_seed() -> None:
     settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}}, seeds=3).with_values({"seed": 7})
-    assert [tuple(point.values()) for point in points(settings)] == [(r, s) for r in (0.1, 0.2) for s in (7, 8, 9)]
+    assert [tuple(point.values()) for point in list_points(settings)] == [(r, s) for r in (0.1, 0.2) for s in (7, 8, 9)]
     assert count_trials(settings) == make_search(settings).trials == 6
 
 
 def test_a_setting_given_on_the_command_line_is_not_swept() -> None:
     settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
-    assert points(settings, frozenset({"optim.lr"})) == [{"mask.supervise": "all"}, {"mask.supervise": "assistant"}]
-    assert points(settings, frozenset({"optim.lr", "mask.supervise"})) == [{}]
+    assert list_points(settings, frozenset({"optim.lr"})) == [
+        {"mask.supervise": "all"},
+        {"mask.supervise": "assistant"},
+    ]
+    assert list_points(settings, frozenset({"optim.lr", "mask.supervise"})) == [{}]
 
 
 def test_every_run_has_a_label_of_its_own() -> None:
-    found = points(sweep(PARTS, samples=100, seeds=2))
-    assert len({label(point) for point in found}) == len(found) > 790  # two draws of four digits may agree: one point
+    found = list_points(sweep(PARTS, samples=100, seeds=2))
+    assert (
+        len({format_point(point) for point in found}) == len(found) > 790
+    )  # two draws of four digits may agree: one point
 
 
 def test_a_drawn_point_that_the_settings_refuse_is_found_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("umbrella.tuning.search_space.CHECKED", 1)  # as if there were too many to check all
     space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
     with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all do not go"):
-        points(sweep(space))
+        list_points(sweep(space))
 
 
 # Optuna
@@ -288,7 +300,7 @@ def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
     space = {"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"choice": ["all", "assistant"]}}
     search = optuna_search(space, samples=50, seeds=2)
     assert count_trials(search.settings) == 8
-    found = [label(run(search, str(number), 0.5)) for number in range(8)]
+    found = [format_point(run(search, str(number), 0.5)) for number in range(8)]
     assert len(set(found)) == 8
     assert search.suggest("9") == Searcher.FINISHED
 
@@ -323,14 +335,14 @@ def test_every_file_of_settings_is_valid_says_what_it_asks_and_how(file: Path) -
     assert any(file.name in line for line in heading)
     needs = {"model.checkpoint": "llava"} if file.stem == "embedder" else {}
     settings = load_settings([file], needs)
-    found = points(settings)
-    assert len({label(point) for point in found}) == len(found)
+    found = list_points(settings)
+    assert len({format_point(point) for point in found}) == len(found)
     assert len(found) > 1 or not settings.tune.space
     make_scheduler(settings.tune)
 
 
 def test_the_ready_questions_have_the_trials_that_they_ask_for() -> None:
-    counts = {file.stem: len(points(load_settings([file], {"model.checkpoint": "llava"}))) for file in QUESTIONS}
+    counts = {file.stem: len(list_points(load_settings([file], {"model.checkpoint": "llava"}))) for file in QUESTIONS}
     wanted = {"tune": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}
     wanted |= dict.fromkeys(["grid_96", "local", "gpu_host"], 1)  # they ask nothing
     assert counts == wanted
@@ -339,4 +351,4 @@ def test_the_ready_questions_have_the_trials_that_they_ask_for() -> None:
 def test_inflation_without_a_checkpoint_is_named() -> None:
     (file,) = (file for file in QUESTIONS if file.stem == "embedder")
     with pytest.raises(UserError, match=r"^tune\.space\.model\.embedder_init: .*needs a model\.checkpoint"):
-        points(load_settings([file]))
+        list_points(load_settings([file]))

@@ -35,7 +35,7 @@ from umbrella.training.job import LanguageModelJob
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.trainer import Trainer
-from umbrella.tuning.search_space import FIXED, IN_THE_WORKER, section_of
+from umbrella.tuning.search_space import NOT_SWEEPABLE, SWEEPABLE_DATA, section_of
 
 BASE = {
     "modalities": {
@@ -483,7 +483,7 @@ def start(
 
 
 def test_every_setting_that_can_be_swept_has_a_case() -> None:
-    names = [name for name, *_ in describe() if section_of(name) not in FIXED or name in IN_THE_WORKER]
+    names = [name for name, *_ in describe() if section_of(name) not in NOT_SWEEPABLE or name in SWEEPABLE_DATA]
     names += [f"modalities.{name}" for name in Modality.model_fields]
     names.remove("modalities")
     assert sorted(re.sub(r"^modalities\.\w+", "modalities", name) for name in CASES) == sorted(names)

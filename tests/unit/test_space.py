@@ -7,22 +7,22 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.parameter import Entry, in_words
-from umbrella.tuning.search_space import label, read_space, variants
+from umbrella.tuning.parameter import Parameter, format_value
+from umbrella.tuning.search_space import format_point, read_space, variants
 
 
 def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:
     return load_settings(overrides={"tune.space": space} | {f"tune.{name}": value for name, value in tune.items()})
 
 
-def entry_of(name: str, entry: dict[str, Any]) -> Entry:
-    (found,) = read_space(sweep({name: entry}))
+def entry_of(name: str, parameter: dict[str, Any]) -> Parameter:
+    (found,) = read_space(sweep({name: parameter}))
     return found
 
 
-def draws(name: str, entry: dict[str, Any]) -> list[Any]:
-    rng, found = np.random.default_rng(0), entry_of(name, entry)
-    return [found.draw(rng) for _ in range(300)]
+def draws(name: str, parameter: dict[str, Any]) -> list[Any]:
+    rng, found = np.random.default_rng(0), entry_of(name, parameter)
+    return [found.sample(rng) for _ in range(300)]
 
 
 def test_a_range_of_numbers_is_drawn_from_evenly_or_evenly_in_its_logarithm() -> None:
@@ -97,9 +97,9 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
         ("optim.lr", {"grid": [1], "when": {"optim.lr": [1]}}, "when: optim.lr is not swept by a grid or a choice"),
     ],
 )
-def test_what_cannot_be_swept_is_refused_by_name(name: str, entry: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_swept_is_refused_by_name(name: str, parameter: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_space(sweep({name: entry}))
+        read_space(sweep({name: parameter}))
     assert str(caught.value).startswith(f"tune.space.{name}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -161,9 +161,9 @@ def test_what_does_not_go_together_is_found_before_the_start(space: dict, messag
 def test_a_condition_takes_one_value_that_is_a_list_or_several(written: list) -> None:
     series = {"grid": [[16, 16, 16, 6], [16, 16, 16, 12], [16, 16, 16, 24]]}
     stride = {"choice": [1, 2], "when": {"modalities.fMRI.grid": written}}
-    entries = read_space(sweep({"modalities.fMRI.grid": series, "modalities.fMRI.frame_stride": stride}))
+    parameters = read_space(sweep({"modalities.fMRI.grid": series, "modalities.fMRI.frame_stride": stride}))
     values = written if isinstance(written[0], list) else [written]
-    assert [entry.when for entry in entries] == [{}, {"modalities.fMRI.grid": values}]
+    assert [parameter.when for parameter in parameters] == [{}, {"modalities.fMRI.grid": values}]
 
 
 def test_values_that_only_go_with_a_neighbours_are_taken() -> None:
@@ -203,7 +203,7 @@ def test_what_the_command_line_fixes_decides_conditions() -> None:
     }
     given = frozenset({"model.train", "modalities.sMRI.grid"})
     fixed = sweep(space).with_values({"model.train": "all"})
-    assert [(entry.name, entry.when) for entry in read_space(fixed, given)] == [
+    assert [(parameter.name, parameter.when) for parameter in read_space(fixed, given)] == [
         ("optim.embedder_lr", {}),
         ("optim.clip", {"optim.embedder_lr": [1.0]}),
     ]
@@ -212,15 +212,18 @@ def test_what_the_command_line_fixes_decides_conditions() -> None:
 
 def test_a_trial_in_words_is_short_and_tells_it_from_others() -> None:
     point = {"optim.lr": 0.0003, "mask.supervise": "all", "train.epochs": 3, "optim.clip": 0.5, "seed": 1}
-    assert label(point) == "lr=3e-4 supervise=all epochs=3 clip=0.5 seed=1"
-    assert label({"modalities.sMRI.grid": [96, 96, 96]}) == "sMRI.grid=96x96x96"  # dMRI and fMRI have one too
-    assert label({"modalities.sMRI": {"grid": [96, 96, 96], "patch": [8, 8, 8]}}) == "sMRI=(grid=96x96x96 patch=8x8x8)"
-    assert label({"optim.lr": 1e-3, "optim.embedder_lr": 1e-5}) == "lr=0.001 embedder_lr=1e-5"
-    assert label({"mask.task_weights": {"T1": 2.0}, "mask.preset": ""}) == 'task_weights=(T1=2) preset=""'
-    assert label({}) == "as set"
+    assert format_point(point) == "lr=3e-4 supervise=all epochs=3 clip=0.5 seed=1"
+    assert format_point({"modalities.sMRI.grid": [96, 96, 96]}) == "sMRI.grid=96x96x96"  # dMRI and fMRI have one too
+    assert (
+        format_point({"modalities.sMRI": {"grid": [96, 96, 96], "patch": [8, 8, 8]}})
+        == "sMRI=(grid=96x96x96 patch=8x8x8)"
+    )
+    assert format_point({"optim.lr": 1e-3, "optim.embedder_lr": 1e-5}) == "lr=0.001 embedder_lr=1e-5"
+    assert format_point({"mask.task_weights": {"T1": 2.0}, "mask.preset": ""}) == 'task_weights=(T1=2) preset=""'
+    assert format_point({}) == "as set"
 
 
 @pytest.mark.parametrize("value", [3e-4, 1.2345e-5, 0.001, 0.25, 10.0, 0.0, 1e30, 123456.5, -2e-7])
 def test_a_number_in_words_is_the_number(value: float) -> None:
-    assert float(in_words(value)) == value
-    assert len(in_words(value)) <= 9
+    assert float(format_value(value)) == value
+    assert len(format_value(value)) <= 9

@@ -20,8 +20,8 @@ from umbrella.paths import CODE
 from umbrella.tracking.model_registry import log_model
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
-from umbrella.training.run import check_unchanged
-from umbrella.tuning.sweep_files import Question, read_question, write_question
+from umbrella.training.run import check_same
+from umbrella.tuning.sweep_files import SweepSpec, load_spec, save_spec
 from umbrella.version import check_version
 
 OLD = [("0.1.0", "umbrella 0.1.0"), (None, "a version before 0.2.0")]
@@ -135,8 +135,8 @@ def test_a_sweep_that_an_earlier_version_began_does_not_go_on(
     folder = tmp_path / "sweeps" / "first"
     folder.mkdir(parents=True)
     settings = load_settings(overrides={"tune.space": {"seed": {"grid": [0, 1]}}, "resources.storage": str(tmp_path)})
-    write_question(folder, Question(settings, frozenset()), "")
-    read_question(folder)
+    save_spec(folder, SweepSpec(settings, frozenset()), "")
+    load_spec(folder)
     written_by(folder, version)
     text = (folder / "settings.yaml").read_text()
     (folder / "settings.yaml").write_text(text.replace("tune:", "tune:\n  perturb: 0.2", 1))

@@ -8,7 +8,7 @@ import pytest
 
 from umbrella.cli import parse
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.report import as_training, command, overrides, write_best
+from umbrella.tuning.report import override_arguments, training_command, training_settings, write_best
 
 SWEEP = {
     "name": "night",
@@ -34,11 +34,11 @@ def trained(settings: Settings) -> dict[str, Any]:
 
 
 @pytest.fixture
-def winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def best_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The winner of a sweep that was started in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "voxels").mkdir()
-    return as_training(load_settings(overrides=SWEEP), POINT)
+    return training_settings(load_settings(overrides=SWEEP), POINT)
 
 
 def test_the_training_is_the_trial_but_for_its_place(winner: Settings, tmp_path: Path) -> None:
@@ -56,7 +56,10 @@ def test_file_and_overrides_both_give_the_training_from_any_folder(
     winner: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_best(winner, tmp_path / "best.yaml")
-    words = [shlex.split(command(tmp_path / "best.yaml")), shlex.split(command(*overrides(winner, POINT)))]
+    words = [
+        shlex.split(training_command(tmp_path / "best.yaml")),
+        shlex.split(training_command(*override_arguments(winner, POINT))),
+    ]
     assert [w[:2] for w in words] == [["python", "experiments/train.py"]] * 2
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -66,12 +69,12 @@ def test_file_and_overrides_both_give_the_training_from_any_folder(
 
 def test_overrides_say_what_was_swept_also_where_it_is_the_default() -> None:
     usual = Settings().optim.lr
-    assert f"optim.lr={usual}" in overrides(as_training(Settings(), {"optim.lr": usual}), ["optim.lr"])
+    assert f"optim.lr={usual}" in override_arguments(training_settings(Settings(), {"optim.lr": usual}), ["optim.lr"])
 
 
 def test_a_checkpoint_is_a_path_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     names = ["mine", "llava-hf/llava-interleave-qwen-0.5b-hf", ""]
-    found = [as_training(Settings(), {"model.checkpoint": name}).model.checkpoint for name in names]
+    found = [training_settings(Settings(), {"model.checkpoint": name}).model.checkpoint for name in names]
     assert found == [str(tmp_path / "mine"), *names[1:]]

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from umbrella.base import ProgressBar, pluralise
 from umbrella.config import Settings
-from umbrella.training.resource_check import SPARE_CPUS, max_concurrent_trainings
-from umbrella.training.run import load_and_check
-from umbrella.tuning.parameter import Entry
-from umbrella.tuning.search import count_trials, points
-from umbrella.tuning.search_space import is_given, label, read_space, variants
+from umbrella.data.loading import Progress, counted
+from umbrella.training.capacity import SPARE_CPUS, trainings_that_fit
+from umbrella.training.run import load_checked
+from umbrella.tuning.parameter import Parameter
+from umbrella.tuning.search import count_trials, list_points
+from umbrella.tuning.search_space import format_point, is_fixed, read_space, variants
 from umbrella.tuning.sweep import possible_masks
 
 SHOWN = 20
@@ -25,18 +26,18 @@ def dry_run(settings: Settings, given: frozenset[str], progress: ProgressBar, co
     Raises:
         UserError: as ``load_and_check``.
     """
-    entries, total = read_space(settings, given), count_trials(settings, given)
+    parameters, total = read_space(settings, given), count_trials(settings, given)
     resources = settings.resources
     console.print(settings.to_yaml(), markup=False, highlight=False, soft_wrap=True)
     for line in _trial_lines(settings, given, total):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    fixed = [name for name in settings.tune.space if is_given(name, given)]
+    fixed = [name for name in settings.tune.space if is_fixed(name, given)]
     if fixed:
         console.print(f"set on the command line, so not swept: {', '.join(fixed)}", markup=False)
-    never = set(settings.tune.space) - set(fixed) - {entry.name for entry in entries}
+    never = set(settings.tune.space) - set(fixed) - {parameter.name for parameter in parameters}
     if never:
         console.print(f"never swept, as their conditions are never met: {', '.join(sorted(never))}", markup=False)
-    for line in how(settings, entries):
+    for line in describe_search(settings, parameters):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
@@ -45,17 +46,17 @@ def dry_run(settings: Settings, given: frozenset[str], progress: ProgressBar, co
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
         at_once = max_concurrent_trainings(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
-    shapes = variants(settings, entries, "modalities", "model")
-    splits = load_and_check(settings, progress, possible_masks(settings, given), shapes, dry_run=True)
+    shapes = variants(settings, parameters, "modalities", "model")
+    splits = load_checked(settings, progress, possible_masks(settings, given), shapes, dry_run=True)
     console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 
-def how(settings: Settings, entries: Sequence[Entry]) -> Iterator[str]:
+def describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:
     """Search, scheduler and budget in words, a line each."""
     asked = settings.tune
-    drawn = [entry.name for entry in entries if entry.kind != "grid"]
-    draws = [f"{pluralise(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
-    grids = ["every combination of the grids"] if len(drawn) < len(entries) else []
+    drawn = [parameter.name for parameter in parameters if parameter.kind != "grid"]
+    draws = [f"{counted(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
+    grids = ["every combination of the grids"] if len(drawn) < len(parameters) else []
     combinations = ", each with ".join(grids + draws) or "the settings as they are"
     optuna = f"Optuna (TPE), {pluralise(asked.samples, 'point')} at most, each proposed from those before"
     seeds = f"; {asked.seeds} seeds each, from {settings.seed} on" if asked.seeds > 1 else ""
@@ -73,10 +74,10 @@ def _trial_lines(settings: Settings, given: frozenset[str], total: int) -> Itera
     """How many trials, and which: the first of them, or what Optuna chooses from."""
     if settings.tune.search == "optuna":
         yield f"trials: {total} at most, with values that Optuna chooses from"
-        yield from (f"  {entry.name}: {entry.in_words}" for entry in read_space(settings, given))
+        yield from (f"  {parameter.name}: {parameter.description}" for parameter in read_space(settings, given))
         return
     yield f"trials: {total}"
-    every = points(settings, given)
-    yield from (f"  {label(point)}" for point in every[:SHOWN])
+    every = list_points(settings, given)
+    yield from (f"  {format_point(point)}" for point in every[:SHOWN])
     if len(every) > SHOWN:
         yield f"  ... and {len(every) - SHOWN} more"

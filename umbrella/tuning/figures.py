@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
-from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
-from umbrella.tuning.results import SEED, Contender, Importance, Trial, is_number, swept_names, trials_of
-from umbrella.tuning.search_space import label
+from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.tuning.results import SEED, Configuration, Importance, Trial, is_numeric, ranked_trials, swept_names
+from umbrella.tuning.search_space import format_point
 from umbrella.tuning.sweep_files import FAILED
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ HIGHLIGHTED, RANKED, TIMED, PANELS = 5, 25, 60, 12
 """Contenders with a colour of their own; with a row in the ranking; trials with a row over time; settings drawn."""
 
 
-def draw_metric(contenders: Sequence[Contender], metric: str) -> "Figure":
+def draw_metric(configurations: Sequence[Configuration], metric: str) -> "Figure":
     """The metric against each setting that has two values: a panel for each.
 
     Filled: trials that came to their end; hollow: stopped before it. A star: the best trial. Where the other settings
     have few combinations, each has a colour and a line through its means.
     """
-    shown = [t for t in trials_of(contenders) if t.metric is not None and not t.failed]
+    shown = [t for t in ranked_trials(configurations) if t.metric is not None and not t.failed]
     names = [name for name in swept_names(shown) if name != SEED and len({_text(t, name) for t in shown}) > 1]
     panels = names[:PANELS] or [TRIAL]
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
@@ -39,7 +39,7 @@ def draw_metric(contenders: Sequence[Contender], metric: str) -> "Figure":
     for i, name in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         having = [t for t in shown if name in t.point or name == TRIAL]
-        if is_number([t.point.get(name) for t in having]):
+        if is_numeric([t.point.get(name) for t in having]):
             _scatter(axes, having, name, [n for n in names if n != name], shown[0])
         else:
             _strip(axes, having, name, shown[0])
@@ -55,7 +55,7 @@ def draw_metric(contenders: Sequence[Contender], metric: str) -> "Figure":
 def _scatter(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[str], best: Trial) -> None:
     groups: dict[str, list[Trial]] = {}
     for t in trials:
-        groups.setdefault(label({n: t.point[n] for n in others if n in t.point}), []).append(t)
+        groups.setdefault(format_point({n: t.point[n] for n in others if n in t.point}), []).append(t)
     values = sorted({t.point[name] for t in trials})
     few = len(groups) <= len(LINES) and any(len({t.point[name] for t in group}) > 1 for group in groups.values())
     looks = zip(LINES, "os^Dv", sorted(groups.items()), strict=False) if few else [(BLUE, "o", ("", trials))]
@@ -123,17 +123,17 @@ def _point(
     axes.plot([x], [float(trial.metric or 0)], transform=where, **look)
 
 
-def draw_ranking(contenders: Sequence[Contender], metric: str) -> "Figure":
+def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figure":
     """The best contenders where there are seeds: each trial a point, the mean, and its 95% interval."""
-    shown = [c for c in contenders if c.mean is not None][:RANKED]
+    shown = [c for c in configurations if c.mean is not None][:RANKED]
     figure = new_figure(WIDTH, 0.9 + 0.27 * max(len(shown), 2))
     axes = figure.subplots()
     for place, c in enumerate(shown):
         colour = VERMILION if place == 0 else BLUE
-        if len(c.measured) > 1:
-            axes.plot(c.measured, [place] * len(c.measured), "o", color=colour, markersize=3.5, alpha=0.4)
+        if len(c.metrics) > 1:
+            axes.plot(c.metrics, [place] * len(c.metrics), "o", color=colour, markersize=3.5, alpha=0.4)
         axes.errorbar(
-            c.mean or 0, place, xerr=c.half, fmt="D" if c.half else "o", color=colour, markersize=5, capsize=3
+            c.mean or 0, place, xerr=c.ci95, fmt="D" if c.ci95 else "o", color=colour, markersize=5, capsize=3
         )
     axes.set_yticks(range(len(shown)), [f"{shorten(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
     axes.set_ylim(max(len(shown), 2) - 0.4, -0.6)
@@ -141,31 +141,31 @@ def draw_ranking(contenders: Sequence[Contender], metric: str) -> "Figure":
     return figure
 
 
-def draw_curves(contenders: Sequence[Contender], metric: str) -> "Figure":
+def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure":
     """Metric and validation loss by step, of every trial. The best contenders have colours, the winner a thick line."""
     what: dict[str, str] = {metric: "metric"} | ({} if metric == "eval/loss" else {"eval/loss": "loss"})
-    measured = [c for c in contenders if c.mean is not None]
-    coloured = measured[:HIGHLIGHTED]
+    metrics = [c for c in configurations if c.mean is not None]
+    coloured = metrics[:HIGHLIGHTED]
     figure = new_figure(WIDTH, 3.4 + 0.16 * len(coloured))
     panels = figure.subplots(1, len(what), squeeze=False)[0]
     for axes, (title, attribute) in zip(panels, what.items(), strict=True):
-        for c in reversed(contenders):
+        for c in reversed(configurations):
             place = coloured.index(c) if c in coloured else None
             colour = GREY if place is None else (VERMILION, *LINES)[place]
             for t in c.trials:
                 points = [(e.step, value) for e in t.curve if (value := getattr(e, attribute)) is not None]
                 if not points:
                     continue
-                best = bool(measured) and t is measured[0].trials[0]
+                best = bool(metrics) and t is metrics[0].trials[0]
                 width = 2.4 if best else 1.2 if place is not None else 0.7
                 alpha = 1.0 if best else 0.75 if place is not None else 0.45
                 marker = "o" if len(points) < 3 else ""
                 axes.plot(*zip(*points, strict=True), color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
         axes.set(xlabel="step", ylabel=title)
     for c, colour in zip(coloured, (VERMILION, *LINES), strict=False):
-        panels[0].plot([], [], color=colour, lw=2.4 if c is measured[0] else 1.2, label=shorten(c.name, 110))
-    if len(measured) > len(coloured) or len(contenders) > len(measured):
-        panels[0].plot([], [], color=GREY, lw=0.7, label=f"{len(contenders) - len(coloured)} others")
+        panels[0].plot([], [], color=colour, lw=2.4 if c is metrics[0] else 1.2, label=shorten(c.name, 110))
+    if len(metrics) > len(coloured) or len(configurations) > len(metrics):
+        panels[0].plot([], [], color=GREY, lw=0.7, label=f"{len(configurations) - len(coloured)} others")
     figure.legend(loc="outside lower left")
     return figure
 
@@ -174,10 +174,10 @@ def draw_importance(found: Importance) -> "Figure":
     """Each setting's share; grey where chance gives as much."""
     figure = new_figure(WIDTH, 0.9 + 0.3 * max(len(found.shares), 2))
     axes = figure.subplots()
-    colours = [BLUE if name in found.sure else GREY for name in found.shares]
+    colours = [BLUE if name in found.significant else GREY for name in found.shares]
     axes.barh(list(found.shares), list(found.shares.values()), color=colours, height=0.6)
-    axes.axvline(found.chance, color=VERMILION, linestyle="--", linewidth=1.2, label="what chance may give")
-    axes.set(xlabel="share of the importance", xlim=(0, max(1.0, found.chance * 1.05)))
+    axes.axvline(found.threshold, color=VERMILION, linestyle="--", linewidth=1.2, label="what chance may give")
+    axes.set(xlabel="share of the importance", xlim=(0, max(1.0, found.threshold * 1.05)))
     axes.set_ylim(max(len(found.shares), 2) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.legend(loc="lower right")
@@ -198,7 +198,7 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
     for place, t in enumerate(timed):
         colour, start = colours.get(t.state, ORANGE), ((t.started or 0) - zero) / unit
         axes.barh(place, (t.seconds or 0) / unit, left=start, color=colour, height=0.8)
-        axes.barh(place, (t.first or 0) / unit, left=start, color="white", alpha=0.55, height=0.8)
+        axes.barh(place, (t.first_evaluation or 0) / unit, left=start, color="white", alpha=0.55, height=0.8)
     for state in dict.fromkeys(t.state for t in timed):
         axes.barh(0, 0, color=colours.get(state, ORANGE), label=state)
     few = len(timed) <= TIMED
@@ -212,4 +212,4 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
 
 def _text(trial: Trial, name: str) -> str:
     value = trial.point.get(name)
-    return trial.trial_id if name == TRIAL else label({"": value}).removeprefix("=")
+    return trial.trial_id if name == TRIAL else format_point({"": value}).removeprefix("=")

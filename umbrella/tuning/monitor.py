@@ -19,21 +19,21 @@ from umbrella.training.launch import describe_failure
 from umbrella.training.progress_log import progress_line
 from umbrella.training.training_state import read_history
 from umbrella.tuning.results import read_trials
-from umbrella.tuning.search_space import label
+from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import (
-    BUDGET,
     FAILED,
+    OUT_OF_TIME,
     STOPPED,
     UNFINISHED,
-    how_it_ended,
-    name_of,
-    read_end,
-    trial_folder,
-    write_end,
+    final_state,
+    load_status,
+    make_trial_folder,
+    save_status,
+    trial_id_of,
 )
 
-STATUS = {FAILED: "FAILED", STOPPED: "KILLED", BUDGET: "KILLED"}
+STATUS = {FAILED: "FAILED", STOPPED: "KILLED", OUT_OF_TIME: "KILLED"}
 """How MLflow calls what did not end by itself."""
 GIVE_UP = 10**6
 """Failures that no ``resources.max_failures`` allows."""
@@ -72,9 +72,9 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         for trial in read_trials(self.folder, self.tune):
             if trial.state != UNFINISHED:
-                rows = read_history(self._place(trial.trial_id)) or [{}]
+                rows = read_history(self._trial_folder(trial.trial_id)) or [{}]
                 self.trials[trial.trial_id] = {"name": trial.name, "state": trial.state, "result": rows[-1]}
-            self._repair(trial.trial_id, trial.state)
+            self._repair_run(trial.trial_id, trial.state)
         Monitor.current = self
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2)
@@ -90,7 +90,7 @@ class Monitor:
         """Close the runs of the trials that are running, because the sweep ends."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
-                close_run(self.parent.uri, self._place(name), "KILLED", state)
+                close_run(self.parent.uri, self._trial_folder(name), "KILLED", state)
 
     def check_time(self) -> None:
         """Raise OutOfTime when it is."""
@@ -103,70 +103,73 @@ class Monitor:
             if trial["state"] == RUNNING:
                 result = trial["result"]
                 where = f"step {result['step']} of {result['steps']}" if result else "before its first evaluation"
-                self._end(name, BUDGET, f"after {self.tune.hours:g} hours (tune.hours), {where}")
+                self._end(name, OUT_OF_TIME, f"after {self.tune.hours:g} hours (tune.hours), {where}")
 
     def start(self, trial: Any) -> None:
         """A trial's process was asked for."""
-        folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        known = self.trials.get(name_of(folder))
-        self.trials[name_of(folder)] = (known or {"result": {}}) | {"name": label(trial.config), "state": RUNNING}
-        if not read_end(folder):
-            self._say(name_of(folder), "goes on" if known else "started")
+        folder = make_trial_folder(self.folder, trial.trial_id, trial.config)
+        known = self.trials.get(trial_id_of(folder))
+        self.trials[trial_id_of(folder)] = (known or {"result": {}}) | {
+            "name": format_point(trial.config),
+            "state": RUNNING,
+        }
+        if not load_status(folder):
+            self._print(trial_id_of(folder), "goes on" if known else "started")
 
     def recover(self, trial: Any) -> None:
         """A trial raised, or its process died, and Ray Tune is about to try again."""
-        if read_end(trial_folder(self.folder, trial.trial_id, trial.config)):
+        if load_status(make_trial_folder(self.folder, trial.trial_id, trial.config)):
             trial.run_metadata.num_failures = GIVE_UP  # the training said itself that trying again would not help
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial evaluated."""
-        name = name_of(trial_folder(self.folder, trial.trial_id, trial.config))
+        name = trial_id_of(make_trial_folder(self.folder, trial.trial_id, trial.config))
         last = self.trials[name]["result"]
         if "step" in result and result["step"] > last.get("step", 0):  # else it is told again
             self.trials[name]["result"] = result
-            self._say(name, progress_line(result))
+            self._print(name, progress_line(result))
 
     def end(self, trial: Any, error: BaseException | None = None) -> None:
         """A trial reached its end, was stopped, or failed."""
-        folder = trial_folder(self.folder, trial.trial_id, trial.config)
-        name = name_of(folder)
+        folder = make_trial_folder(self.folder, trial.trial_id, trial.config)
+        name = trial_id_of(folder)
         # Its process may never have started.
-        result = self.trials.setdefault(name, {"name": label(trial.config), "result": {}})["result"]
+        result = self.trials.setdefault(name, {"name": format_point(trial.config), "result": {}})["result"]
         if error:
             # Ray names the class with its module before what it says.
             self._end(name, FAILED, describe_failure(error).removeprefix("umbrella.base.UserError: "))
         else:
-            self._end(name, *self._how(result))
+            self._end(name, *self._final_state(result))
 
     def _end(self, name: str, state: str, reason: str) -> None:
-        write_end(self._place(name), state, reason)
-        end = read_end(self._place(name))
+        save_status(self._trial_folder(name), state, reason)
+        end = load_status(self._trial_folder(name))
         if end:
             self.trials[name]["state"] = end.state
-            self._say(name, f"{end.state}{end.reason and f': {end.reason}'}")
-            close_run(self.parent.uri, self._place(name), STATUS.get(end.state, "FINISHED"), end.state)
+            self._print(name, f"{end.state}{end.reason and f': {end.reason}'}")
+            close_run(self.parent.uri, self._trial_folder(name), STATUS.get(end.state, "FINISHED"), end.state)
 
-    def _how(self, result: Mapping[str, Any]) -> tuple[str, str]:
+    def _final_state(self, result: Mapping[str, Any]) -> tuple[str, str]:
         """Of a trial that raised nothing: its state, and why it did not come to its end."""
         if not result:
             return FAILED, "it ended before its first evaluation"
-        state, where = how_it_ended(result), f"step {result['step']} of {result['steps']}"
+        state, where = final_state(result), f"step {result['step']} of {result['steps']}"
         if state == STOPPED:
             return state, f"by ASHA at evaluation {result['evaluation']}, {where}"
         return state, "" if result["step"] >= result["steps"] else f"train.patience is over, {where}"
 
-    def _repair(self, name: str, state: str) -> None:
+    def _repair_run(self, name: str, state: str) -> None:
         """Correct a trial's run that a killed script left RUNNING, under another parent, or not sent to its end."""
         status, outcome = STATUS.get(state, "FINISHED"), state
         if state == UNFINISHED:
             status, outcome = "KILLED", "its script was killed"
         parent = {PARENT: self.parent.run_id}
-        close_run(self.parent.uri, self._place(name), status, outcome, self.parent.experiment, parent)
+        close_run(self.parent.uri, self._trial_folder(name), status, outcome, self.parent.experiment, parent)
 
-    def _place(self, name: str) -> Path:
+    def _trial_folder(self, name: str) -> Path:
         return self.folder / TRIALS / name.rpartition("-")[2]
 
-    def _say(self, name: str, words: str) -> None:
+    def _print(self, name: str, words: str) -> None:
         if not self.live:
             print(f"{self._elapsed()}  {self.trials[name]['name']}: {printable(words)}", flush=True)
 
@@ -187,7 +190,7 @@ class Monitor:
         return table
 
 
-class Follow(Callback):
+class MonitorCallback(Callback):
     """Tells this process's ``Monitor``. Ray Tune keeps its callbacks with the sweep, and a terminal cannot be kept."""
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:

@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-LISTED = {"grid": "[value, ...]", "choice": "[value, ...]"}
+CATEGORICAL = {"grid": "[value, ...]", "choice": "[value, ...]"}
 RANGES = {
     "uniform": "[low, high]",
     "loguniform": "[low, high]",
     "quniform": "[low, high, step]",
     "randint": "[low, high], two whole numbers, both of them included",
 }
-KINDS = LISTED | RANGES
+KINDS = CATEGORICAL | RANGES
 """Kind to what it takes. The ends of a range are part of it."""
 DIGITS = 4
 """Significant digits of a drawn number: a run's name then says the number itself, and tells it from every other."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class Parameter:
     """What is swept under one name: a setting, or a section whose values are written as mappings."""
 
     name: str
@@ -32,39 +32,39 @@ class Entry:
     """Other swept names to values of theirs: swept only where each of them has one of these."""
 
     @property
-    def listed(self) -> bool:
+    def categorical(self) -> bool:
         """Whether its values are a list, not a range."""
-        return self.kind in LISTED
+        return self.kind in CATEGORICAL
 
     @property
-    def whole(self) -> bool:
+    def integer(self) -> bool:
         """Whether a range is one of whole numbers: of such a setting, or by its kind."""
         return self.kind == "randint" or all(isinstance(value, int) for value in self.values)
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """Its values as the YAML file has them: "loguniform [1e-5, 1e-3]"."""
-        values = f"{self.kind} [{', '.join(in_words(value) for value in self.values)}]"
+        values = f"{self.kind} [{', '.join(format_value(value) for value in self.values)}]"
         conditions = [
-            f"{name} is {' or '.join(in_words(value) for value in allowed)}" for name, allowed in self.when.items()
+            f"{name} is {' or '.join(format_value(value) for value in allowed)}" for name, allowed in self.when.items()
         ]
         return " where ".join([values, " and ".join(conditions)] if conditions else [values])
 
-    def active(self, point: Mapping[str, Any]) -> bool:
+    def is_active(self, point: Mapping[str, Any]) -> bool:
         """Whether it is swept where the names before it have these values."""
         return all(name in point and point[name] in allowed for name, allowed in self.when.items())
 
-    def draw(self, rng: np.random.Generator) -> Any:
+    def sample(self, rng: np.random.Generator) -> Any:
         """A random value."""
-        if self.listed:
+        if self.categorical:
             return self.values[int(rng.integers(len(self.values)))]
         low, high = self.values[:2]
         if self.kind == "quniform":
-            return self.fitted(low + self.values[2] * rng.integers(self.steps + 1))
+            return self.rounded(low + self.values[2] * rng.integers(self.steps + 1))
         if self.kind == "loguniform":  # of whole numbers each has the share of the range up to the next
-            drawn = exp(rng.uniform(log(low), log(high + self.whole)))
-            return self.fitted(floor(drawn) if self.whole else drawn)
-        return self.fitted(rng.integers(low, high, endpoint=True) if self.whole else rng.uniform(low, high))
+            drawn = exp(rng.uniform(log(low), log(high + self.integer)))
+            return self.rounded(floor(drawn) if self.integer else drawn)
+        return self.rounded(rng.integers(low, high, endpoint=True) if self.integer else rng.uniform(low, high))
 
     @property
     def steps(self) -> int:
@@ -72,18 +72,20 @@ class Entry:
         low, high, step = self.values
         return floor((high - low) / step + 1e-9)
 
-    def fitted(self, value: float) -> Any:
+    def rounded(self, value: float) -> Any:
         """The nearest value of a range to a number: of the setting's type, on its step, within the ends."""
         low, high = self.values[:2]
         if self.kind == "quniform":
             step = self.values[2]
             count = min(max(round((value - low) / step), 0), self.steps)
             return type(low)(f"{low + count * step:.10g}")
-        value = round(value) if self.whole else float(f"{value:.{DIGITS}g}")
+        value = round(value) if self.integer else float(f"{value:.{DIGITS}g}")
         return type(low)(min(max(value, low), high))
 
 
-def combine(entries: Sequence[Entry], values: Callable[[Entry], Sequence[Any]]) -> Iterator[dict[str, Any]]:
+def combinations(
+    parameters: Sequence[Parameter], values: Callable[[Parameter], Sequence[Any]]
+) -> Iterator[dict[str, Any]]:
     """Every combination of values; an entry that is not active, or for which there are none, is left out of it.
 
     Args:
@@ -91,21 +93,21 @@ def combine(entries: Sequence[Entry], values: Callable[[Entry], Sequence[Any]]) 
         values: asked anew wherever the entry is active.
     """
 
-    def grow(rest: Sequence[Entry], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def grow(rest: Sequence[Parameter], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not rest:
             yield point
             return
         first, others = rest[0], rest[1:]
-        taken = values(first) if first.active(point) else []
+        taken = values(first) if first.is_active(point) else []
         for value in taken:
             yield from grow(others, {**point, first.name: value})
         if not taken:
             yield from grow(others, point)
 
-    yield from grow(entries, {})
+    yield from grow(parameters, {})
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value, short: 3e-4, 96x96x96, (grid=32x32x32 patch=8x8x8)."""
     if isinstance(value, float):
         plain = f"{value:.15g}"  # what people write, where repr would add a ".0"
@@ -114,8 +116,8 @@ def in_words(value: Any) -> str:
         mantissa, _, exponent = f"{value:.14e}".partition("e")
         return f"{float(mantissa):.15g}e{int(exponent)}"
     if isinstance(value, Mapping):
-        return f"({' '.join(f'{key}={in_words(part)}' for key, part in value.items())})"
+        return f"({' '.join(f'{key}={format_value(part)}' for key, part in value.items())})"
     if isinstance(value, list | tuple):
         numbers = all(isinstance(part, int) for part in value)
-        return "x".join(map(str, value)) if numbers else f"[{', '.join(map(in_words, value))}]"
+        return "x".join(map(str, value)) if numbers else f"[{', '.join(map(format_value, value))}]"
     return {None: "null", "": '""'}.get(value, str(value))

@@ -21,13 +21,13 @@ from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
 from umbrella.tuning.results import (
-    Contender,
+    Configuration,
     Trial,
-    importance,
-    interval,
+    compute_importance,
+    format_interval,
+    ranked_trials,
     ranking_table,
     swept_names,
-    trials_of,
     with_seeds,
     write_ranking,
 )
@@ -47,12 +47,12 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Files:
-    """What ``write_report`` wrote. ``best``, ``command`` and ``overrides`` are empty where no trial has a metric."""
+class ReportFiles:
+    """What ``write_report`` wrote. ``best``, ``training_command`` and ``override_arguments`` are empty where no trial has a metric."""
 
     page: Path
     ranking: Path
-    pictures: dict[str, Path]
+    figure_files: dict[str, Path]
     """metric, ranking, curves, importance, times: those that there are."""
     best: Path | None = None
     command: str = ""
@@ -62,30 +62,30 @@ class Files:
     @property
     def all(self) -> list[Path]:
         """Every file."""
-        return [self.page, self.ranking, *self.pictures.values(), *([self.best] if self.best else [])]
+        return [self.page, self.ranking, *self.figure_files.values(), *([self.best] if self.best else [])]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a sweep found. ``contenders``, ``trials``: best first. ``best``: the winner's. ``folder``: of all files."""
+class SweepResult:
+    """What a sweep found. ``configurations``, ``trials``: best first. ``best``: the winner's. ``folder``: of all files."""
 
-    contenders: list[Contender]
+    configurations: list[Configuration]
     trials: list[Trial]
     best: Settings
     folder: Path
-    files: Files
+    files: ReportFiles
     tracking: str
     warning: str = ""
-    """See ``at_chance``."""
+    """See ``chance_warning``."""
 
 
-def winner(contenders: Sequence[Contender]) -> Trial | None:
+def best_trial(configurations: Sequence[Configuration]) -> Trial | None:
     """The best trial of the best contender, where it has a metric and did not fail."""
-    best = contenders[0].trials[0] if contenders else None
+    best = configurations[0].trials[0] if configurations else None
     return best if best and best.metric is not None and not best.failed else None
 
 
-def cost(trials: Sequence[Trial], resources: ResourceSettings) -> Cost:
+def compute_cost(trials: Sequence[Trial], resources: ResourceSettings) -> Cost:
     """Of these trials together."""
     hours = sum(t.seconds or 0 for t in trials) / 3600
     held = hours * resources.workers
@@ -93,53 +93,56 @@ def cost(trials: Sequence[Trial], resources: ResourceSettings) -> Cost:
 
 
 def write_report(
-    contenders: Sequence[Contender], settings: Settings, folder: Path, subjects: int = 0, warning: str = ""
-) -> Files:
+    configurations: Sequence[Configuration], settings: Settings, folder: Path, subjects: int = 0, warning: str = ""
+) -> ReportFiles:
     """Write ``ranking.csv``, ``best.yaml``, the PNGs and ``report.html`` into the sweep's folder.
 
     Args:
-        contenders: as ``rank`` gives them.
+        contenders: as ``rank_configurations`` gives them.
         settings: the sweep's.
         subjects: that the metric is measured on; 0 if unknown.
-        warning: a sentence on all trials, see ``at_chance``.
+        warning: a sentence on all trials, see ``chance_warning``.
     """
-    trials, metric = trials_of(contenders), settings.tune.metric
+    trials, metric = ranked_trials(configurations), settings.tune.metric
     ranking = folder / RANKING
-    write_ranking(contenders, metric, ranking)  # the numbers first, before anything that could fail
-    best, file, told = winner(contenders), None, {}
+    write_ranking(configurations, metric, ranking)  # the numbers first, before anything that could fail
+    best, file, told = best_trial(configurations), None, {}
     if best:
-        training, file = as_training(settings, best.point), folder / BEST
+        training, file = training_settings(settings, best.point), folder / BEST
         write_best(training, file)
-        told = {"command": command(file.absolute()), "overrides": command(*overrides(training, best.point))}
-    found = importance(trials)
-    pictures = {}
-    if any(c.mean is not None for c in contenders):
-        pictures["metric"] = save(folder / "metric.png", figures.draw_metric, contenders, metric)
-    if with_seeds(contenders) and pictures:
-        pictures["ranking"] = save(folder / "ranking.png", figures.draw_ranking, contenders, metric)
+        told = {
+            "command": training_command(file.absolute()),
+            "overrides": training_command(*override_arguments(training, best.point)),
+        }
+    found = compute_importance(trials)
+    figure_files = {}
+    if any(c.mean is not None for c in configurations):
+        figure_files["metric"] = save(folder / "metric.png", figures.draw_metric, configurations, metric)
+    if with_seeds(configurations) and figure_files:
+        figure_files["ranking"] = save(folder / "ranking.png", figures.draw_ranking, configurations, metric)
     if any(t.curve for t in trials):
-        pictures["curves"] = save(folder / "curves.png", figures.draw_curves, contenders, metric)
+        figure_files["curves"] = save(folder / "curves.png", figures.draw_curves, configurations, metric)
     if found.shares:
-        pictures["importance"] = save(folder / "importance.png", figures.draw_importance, found)
+        figure_files["importance"] = save(folder / "importance.png", figures.draw_importance, found)
     if any(t.started is not None for t in trials):
-        pictures["times"] = save(folder / "times.png", figures.draw_times, trials)
-    files = Files(folder / REPORT, ranking, pictures, file, **told)
+        figure_files["times"] = save(folder / "times.png", figures.draw_times, trials)
+    files = ReportFiles(folder / REPORT, ranking, figure_files, file, **told)
     starts = [t.started for t in trials if t.started is not None]
     page = render(
         Path(__file__).with_name("report.html"),
         {
             "value": _value,
             "hours": "{:.3g}".format,
-            "duration": duration,
-            "interval": interval,
-            "cost": lambda ts: cost(ts, settings.resources),
+            "duration": format_duration,
+            "interval": format_interval,
+            "cost": lambda ts: compute_cost(ts, settings.resources),
         },
         name=folder.name,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         settings=settings,
         metric=metric,
-        contenders=contenders,
-        seeds=with_seeds(contenders),
+        configurations=configurations,
+        seeds=with_seeds(configurations),
         trials=trials,
         names=swept_names(trials),
         lacking=any(len(t.point) < len(swept_names(trials)) for t in trials),
@@ -147,11 +150,11 @@ def write_report(
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
         files=files,
-        images={name: embedded(picture.read_bytes()) for name, picture in pictures.items()},
+        images={name: embedded(picture.read_bytes()) for name, picture in figure_files.items()},
         importance=found,
         subjects=subjects,
         warning=warning,
-        noise=_binomial(contenders[0].mean, subjects) if best and "accuracy" in metric else None,
+        noise=_binomial(configurations[0].mean, subjects) if best and "accuracy" in metric else None,
         wall=max((t.started + (t.seconds or 0) for t in trials if t.started is not None), default=0.0)
         - min(starts, default=0.0),
         shown=SHOWN,
@@ -172,7 +175,7 @@ def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """``42 s``, ``12 min 05 s``, ``3 h 20 min``; empty if unknown."""
     if seconds is None:
         return ""
@@ -187,11 +190,17 @@ def duration(seconds: float | None) -> str:
 SCRIPT = "experiments/train.py"
 PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
 """Settings that are paths."""
-MAYBE = ("model.checkpoint", "model.chat_template", "resources.store", "resources.node_store", "resources.upload")
+OPTIONAL_PATHS = (
+    "model.checkpoint",
+    "model.chat_template",
+    "resources.store",
+    "resources.node_store",
+    "resources.upload",
+)
 """Settings that are paths where something lies there; else names on the Hub, or addresses."""
 
 
-def as_training(settings: Settings, point: dict[str, Any]) -> Settings:
+def training_settings(settings: Settings, point: dict[str, Any]) -> Settings:
     """A sweep's settings with a trial's values, as a plain training that runs from any folder.
 
     It trains as the trial did: name and folder say only where it is kept, and of ``tune`` a training knows the metric.
@@ -199,7 +208,7 @@ def as_training(settings: Settings, point: dict[str, Any]) -> Settings:
     trial = settings.with_values(point)
     flat = trial.flat()
     paths = {name: _absolute(flat[name]) for name in PATHS}
-    paths |= {name: _absolute(flat[name]) for name in MAYBE if Path(flat[name]).exists()}
+    paths |= {name: _absolute(flat[name]) for name in OPTIONAL_PATHS if Path(flat[name]).exists()}
     tune = TuneSettings(metric=trial.tune.metric, mode=trial.tune.mode)
     return trial.with_values(paths).model_copy(update={"name": "", "tune": tune})
 
@@ -210,47 +219,51 @@ def _absolute(value: Any) -> Any:
     return [_absolute(one) for one in value]
 
 
-def overrides(settings: Settings, named: Collection[str] = ()) -> list[str]:
+def override_arguments(settings: Settings, named: Collection[str] = ()) -> list[str]:
     """The words that make the defaults into these settings. What is ``named`` is also said where it is the default."""
     usual = Settings().flat()
-    return [f"{k}={_word(v)}" for k, v in settings.flat().items() if k in named or k not in usual or usual[k] != v]
+    return [
+        f"{k}={_format_override(v)}"
+        for k, v in settings.flat().items()
+        if k in named or k not in usual or usual[k] != v
+    ]
 
 
-def _word(value: Any) -> str:
+def _format_override(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip()
     return text.removesuffix("...").strip()
 
 
-def command(*words: str | Path) -> str:
+def training_command(*words: str | Path) -> str:
     """A training with these files and overrides, to be typed into a shell."""
     return shlex.join(["python", SCRIPT, *map(str, words)])
 
 
 def write_best(settings: Settings, file: Path) -> None:
     """The settings as a file that ``experiments/train.py`` takes."""
-    head = f"# The best trial of {file.parent.name}. Run it again: {command(file.absolute())}\n"
+    head = f"# The best trial of {file.parent.name}. Run it again: {training_command(file.absolute())}\n"
     file.write_text(head + settings.to_yaml(), encoding="utf-8")
 
 
-def print_answer(answer: Answer, console: Console) -> None:
+def print_result(result: SweepResult, console: Console) -> None:
     """Print the ranking, the winner, the command that trains it again, its checkpoint, and where to read further."""
-    best, metric, files = answer.trials[0], answer.best.tune.metric, answer.files
-    first = answer.contenders[0]
-    console.print(ranking_table(answer.contenders, metric))
-    seeds = f", over seeds {interval(first)}" if len(first.trials) > 1 else ""
+    best, metric, files = result.trials[0], result.best.tune.metric, result.files
+    first = result.configurations[0]
+    console.print(ranking_table(result.configurations, metric))
+    seeds = f", over seeds {format_interval(first)}" if len(first.trials) > 1 else ""
     lines = {
         "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}{seeds}",
         "its settings": " ".join(f"{name}={value}" for name, value in best.point.items()),
-        "train it again": command(_short(files.best or "")),
+        "train it again": training_command(_short(files.best or "")),
         "its checkpoint": _short(best.checkpoint or ""),
         "ranking": _short(files.ranking),
         "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {mask_secrets(answer.tracking)})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(result.tracking)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
-    if answer.warning:
-        console.print(answer.warning, markup=False, highlight=False, soft_wrap=True)
+    if result.warning:
+        console.print(result.warning, markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(path: str | Path) -> str:

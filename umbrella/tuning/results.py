@@ -13,11 +13,12 @@ from rich.table import Table
 
 from umbrella.fileio import write_csv
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
-from umbrella.training.checkpoint_files import best_checkpoint
-from umbrella.training.training_state import ranking_key, read_history
-from umbrella.tuning.search_space import label
+from umbrella.storage import write_csv
+from umbrella.training.history import read_history
+from umbrella.training.progress import best_checkpoint, goodness
+from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import FAILED, UNFINISHED, End, name_of, read_end, read_point
+from umbrella.tuning.sweep_files import FAILED, UNFINISHED, TrialStatus, load_status, read_point, trial_id_of
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Trial:
     """Seconds since 1970."""
     seconds: float | None = None
     """From its start to its last evaluation, without the pauses between two attempts."""
-    first: float | None = None
+    first_evaluation: float | None = None
     """Seconds to its first evaluation."""
 
     @property
     def name(self) -> str:
         """The trial in words."""
-        return label(self.point)
+        return format_point(self.point)
 
     @property
     def failed(self) -> bool:
@@ -75,7 +76,7 @@ def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
     return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
 
 
-def at_chance(trials: Sequence[Trial], tune: TuneSettings, chance: float | None, subjects: int) -> str:
+def chance_warning(trials: Sequence[Trial], tune: TuneSettings, chance: float | None, subjects: int) -> str:
     """A sentence for a sweep in which no trial is better than guessing; empty where one is, or where it is not known.
 
     Args:
@@ -93,9 +94,9 @@ def at_chance(trials: Sequence[Trial], tune: TuneSettings, chance: float | None,
     )
 
 
-def order(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """A key that sorts the best first, see ``ranking_key``."""
-    by_metric, by_loss = ranking_key(metric, loss, mode)
+def sort_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
+    """A key that sorts the best first, see ``goodness``."""
+    by_metric, by_loss = goodness(metric, loss, mode)
     return -by_metric, -by_loss
 
 
@@ -112,12 +113,12 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
         )
         for row in rows
     )
-    end = read_end(folder) or End(UNFINISHED, "")
+    end = load_status(folder) or TrialStatus(UNFINISHED, "")
     started, seconds, first = _times(rows)
     kept = best_checkpoint(folder, tune.metric, tune.mode)
     best = next((e for e in curve if e.checkpoint == str(kept)), None)
     return Trial(
-        trial_id=name_of(folder),
+        trial_id=trial_id_of(folder),
         point=read_point(folder),
         state=end.state,
         metric=best.metric if best else None,
@@ -128,7 +129,7 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
         curve=curve,
         started=started,
         seconds=seconds,
-        first=first,
+        first_evaluation=first,
     )
 
 
@@ -149,7 +150,7 @@ SEED = "seed"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Configuration:
     """One choice of settings, and its trials: one per seed, best first."""
 
     point: dict[str, Any]
@@ -159,17 +160,17 @@ class Contender:
     @property
     def name(self) -> str:
         """The settings in words."""
-        return label(self.point)
+        return format_point(self.point)
 
     @property
-    def measured(self) -> list[float]:
+    def metrics(self) -> list[float]:
         """The metric of each trial that has one and did not fail; of one that was stopped, the best until then."""
         return [t.metric for t in self.trials if t.metric is not None and not t.failed]
 
     @property
     def mean(self) -> float | None:
-        """Over ``measured``."""
-        return float(np.mean(self.measured)) if self.measured else None
+        """Over ``metrics``."""
+        return float(np.mean(self.metrics)) if self.metrics else None
 
     @property
     def loss(self) -> float | None:
@@ -178,14 +179,14 @@ class Contender:
         return float(np.mean(losses)) if losses else None
 
     @property
-    def half(self) -> float | None:
+    def ci95(self) -> float | None:
         """Half of the 95% interval of the mean over seeds, by Student's t; None with fewer than two."""
-        n = len(self.measured)
+        n = len(self.metrics)
         if n < 2:
             return None
         from scipy.special import stdtrit
 
-        return float(stdtrit(n - 1, 0.975) * np.std(self.measured, ddof=1) / sqrt(n))
+        return float(stdtrit(n - 1, 0.975) * np.std(self.metrics, ddof=1) / sqrt(n))
 
     @property
     def failures(self) -> int:
@@ -193,35 +194,37 @@ class Contender:
         return sum(t.failed for t in self.trials)
 
     @property
-    def ends(self) -> str:
+    def state_counts(self) -> str:
         """How its trials ended, counted: ``4 finished, 1 failed``."""
         return ", ".join(f"{n} {state}" for state, n in Counter(t.state for t in self.trials).most_common())
 
 
-def rank(trials: Iterable[Trial], mode: str) -> list[Contender]:
+def rank_configurations(trials: Iterable[Trial], mode: str) -> list[Configuration]:
     """Contenders, best first: by mean metric, then by mean loss. Those of which more than half failed come last."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(json.dumps(_choice(trial), sort_keys=True, default=str), []).append(trial)
-    contenders = [
-        Contender(_choice(group[0]), tuple(sorted(group, key=lambda t: (t.failed, order(t.metric, t.loss, mode)))))
+    configurations = [
+        Configuration(
+            _choice(group[0]), tuple(sorted(group, key=lambda t: (t.failed, sort_key(t.metric, t.loss, mode))))
+        )
         for group in groups.values()
     ]
-    return sorted(contenders, key=lambda c: (2 * c.failures > len(c.trials), order(c.mean, c.loss, mode)))
+    return sorted(configurations, key=lambda c: (2 * c.failures > len(c.trials), sort_key(c.mean, c.loss, mode)))
 
 
 def _choice(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in trial.point.items() if name != SEED}
 
 
-def trials_of(contenders: Iterable[Contender]) -> list[Trial]:
+def ranked_trials(configurations: Iterable[Configuration]) -> list[Trial]:
     """Their trials, in the order of the ranking. The first is the best seed of the best contender."""
-    return [trial for contender in contenders for trial in contender.trials]
+    return [trial for configuration in configurations for trial in configuration.trials]
 
 
-def with_seeds(contenders: Sequence[Contender]) -> bool:
+def with_seeds(configurations: Sequence[Configuration]) -> bool:
     """Whether any has more than one trial."""
-    return any(len(c.trials) > 1 for c in contenders)
+    return any(len(c.trials) > 1 for c in configurations)
 
 
 def swept_names(trials: Iterable[Trial]) -> list[str]:
@@ -229,24 +232,24 @@ def swept_names(trials: Iterable[Trial]) -> list[str]:
     return list(dict.fromkeys(name for trial in trials for name in trial.point))
 
 
-def interval(contender: Contender) -> str:
+def format_interval(configuration: Configuration) -> str:
     """``0.8125 ± 0.04 (n = 5)``; without an interval where there is one seed."""
-    if contender.mean is None:
+    if configuration.mean is None:
         return ""
-    half = "" if contender.half is None else f" ± {contender.half:.2g}"
-    return f"{contender.mean:.4g}{half} (n = {len(contender.measured)})"
+    half = "" if configuration.ci95 is None else f" ± {configuration.ci95:.2g}"
+    return f"{configuration.mean:.4g}{half} (n = {len(configuration.metrics)})"
 
 
-def ranking_table(contenders: Sequence[Contender], metric: str) -> Table:
+def ranking_table(configurations: Sequence[Configuration], metric: str) -> Table:
     """The ranking for the terminal: of contenders where there are seeds, else of trials."""
-    seeds = with_seeds(contenders)
+    seeds = with_seeds(configurations)
     table = Table(title="settings, best first" if seeds else "trials, best first", title_justify="left")
     names = ("trials", "eval/loss", f"{metric}: mean ± 95%") if seeds else ("state", "step", "eval/loss", metric)
     for name in ("settings" if seeds else "trial", *names):
         table.add_column(name, justify="left" if name in ("settings", "trial", "trials", "state") else "right")
-    for c in contenders:
+    for c in configurations:
         if seeds:
-            table.add_row(c.name, c.ends, "" if c.loss is None else f"{c.loss:.4g}", interval(c))
+            table.add_row(c.name, c.state_counts, "" if c.loss is None else f"{c.loss:.4g}", format_interval(c))
             continue
         t = c.trials[0]
         numbers = ["" if value is None else f"{value:.4g}" for value in (t.step, t.loss, t.metric)]
@@ -254,47 +257,47 @@ def ranking_table(contenders: Sequence[Contender], metric: str) -> Table:
     return table
 
 
-def write_ranking(contenders: Sequence[Contender], metric: str, file: Path) -> None:
+def write_ranking(configurations: Sequence[Configuration], metric: str, file: Path) -> None:
     """One row per trial, by rank. A swept setting has a column, empty where it does not act.
 
     ``mean`` is over seeds, ``ci95`` half of its interval.
     """
-    names = swept_names(trials_of(contenders))
+    names = swept_names(ranked_trials(configurations))
     outcome = ["state", "reason", "step", "evaluations", "eval/loss", metric, "mean", "ci95", "seeds", "seconds"]
     rows = []
-    for place, c in enumerate(contenders, 1):
+    for place, c in enumerate(configurations, 1):
         for t in c.trials:
             row = [place, t.trial_id, *(t.point.get(name, "") for name in names), t.state, t.reason]
-            row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.half, len(c.measured), t.seconds]
+            row += [t.step, len(t.curve), t.loss, t.metric, c.mean, c.ci95, len(c.metrics), t.seconds]
             rows.append([*row, t.checkpoint])
     write_csv(file, ["rank", "trial", *names, *outcome, "checkpoint"], rows)
 
 
-LEAST = 8
+MIN_TRIALS = 8
 """Trials below which nothing is said."""
 ROUNDS, TREES, SHUFFLES = 10, 50, 5
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What a forest that predicts the metric from the settings makes of each. ``why_not``: why there is no answer."""
+    """What a forest that predicts the metric from the settings makes of each. ``unavailable``: why there is no answer."""
 
     shares: dict[str, float]
     """Setting to its share of all importance, largest first."""
-    chance: float = 0.0
+    threshold: float = 0.0
     """The share that a setting without any effect may reach: 95% of the best shuffled copies stay below."""
-    explained: float = 0.0
+    r2: float = 0.0
     """R² of the forest on trials that it has not seen. At most 1."""
     trials: int = 0
-    why_not: str = ""
+    unavailable: str = ""
 
     @property
-    def sure(self) -> list[str]:
+    def significant(self) -> list[str]:
         """Settings that matter more than chance would have it."""
-        return [name for name, share in self.shares.items() if share > self.chance and not self.why_not]
+        return [name for name, share in self.shares.items() if share > self.threshold and not self.unavailable]
 
 
-def importance(trials: Sequence[Trial]) -> Importance:
+def compute_importance(trials: Sequence[Trial]) -> Importance:
     """How much each swept setting matters for the metric, over trials that have one and did not fail.
 
     Permutation importance (Breiman, 2001) in a random forest, beside a shuffled copy of each setting that tells what
@@ -305,19 +308,21 @@ def importance(trials: Sequence[Trial]) -> Importance:
     values = {name: _column(name, used) for name in swept_names(used) if name != SEED}
     values = {name: column for name, column in values.items() if len(set(column)) > 1}
     target = np.array([t.metric for t in used], float)
-    if len(used) < LEAST:
-        return Importance({}, trials=len(used), why_not=f"It takes {LEAST} measured trials; here: {len(used)}.")
+    if len(used) < MIN_TRIALS:
+        return Importance(
+            {}, trials=len(used), unavailable=f"It takes {MIN_TRIALS} measured trials; here: {len(used)}."
+        )
     if not values:
-        return Importance({}, trials=len(used), why_not="No setting other than the seed has two values.")
+        return Importance({}, trials=len(used), unavailable="No setting other than the seed has two values.")
     if np.ptp(target) == 0:
-        return Importance({}, trials=len(used), why_not="All trials have the same metric.")
-    own, chance, explained = _forests(np.stack(list(values.values()), axis=1), target)
+        return Importance({}, trials=len(used), unavailable="All trials have the same metric.")
+    own, chance, r2 = _forests(np.stack(list(values.values()), axis=1), target)
     total = own.sum()
-    if explained <= 0 or total <= 0:
-        words = f"What the settings did here does not tell how another trial would end (R² = {explained:.2f})."
-        return Importance({}, explained=explained, trials=len(used), why_not=words)
+    if r2 <= 0 or total <= 0:
+        words = f"What the settings did here does not tell how another trial would end (R² = {r2:.2f})."
+        return Importance({}, r2=r2, trials=len(used), unavailable=words)
     shares = dict(sorted(zip(values, (own / total).tolist(), strict=True), key=lambda pair: -pair[1]))
-    return Importance(shares, float(chance / total), explained, len(used))
+    return Importance(shares, float(chance / total), r2, len(used))
 
 
 def _forests(settings: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -326,21 +331,21 @@ def _forests(settings: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, floa
     from sklearn.inspection import permutation_importance
 
     draws, columns = np.random.default_rng(0), settings.shape[1]
-    own, best_shuffled, explained = [], [], []
+    own, best_shuffled, r2 = [], [], []
     for seed in range(ROUNDS):
         table = np.hstack([settings, draws.permuted(settings, axis=0)])
         forest = RandomForestRegressor(TREES, oob_score=True, random_state=seed).fit(table, target)
         found = permutation_importance(forest, table, target, n_repeats=SHUFFLES, random_state=seed).importances_mean
         own.append(np.maximum(found[:columns], 0))
         best_shuffled.append(found[columns:].max())
-        explained.append(forest.oob_score_)
-    return np.mean(own, axis=0), max(0.0, float(np.quantile(best_shuffled, 0.95))), float(np.mean(explained))
+        r2.append(forest.oob_score_)
+    return np.mean(own, axis=0), max(0.0, float(np.quantile(best_shuffled, 0.95))), float(np.mean(r2))
 
 
 def _column(name: str, trials: Sequence[Trial]) -> np.ndarray:
     """A setting as numbers: itself, or its place among its values; the median where a trial lacks it."""
     present = [t.point[name] for t in trials if name in t.point]
-    if is_number(present):
+    if is_numeric(present):
         codes = {t.trial_id: float(t.point[name]) for t in trials if name in t.point}
     else:
         places = {text: place for place, text in enumerate(sorted({json.dumps(v, default=str) for v in present}))}
@@ -349,6 +354,6 @@ def _column(name: str, trials: Sequence[Trial]) -> np.ndarray:
     return np.array([codes.get(t.trial_id, middle) for t in trials], float)
 
 
-def is_number(values: Sequence[Any]) -> bool:
+def is_numeric(values: Sequence[Any]) -> bool:
     """Whether all values are numbers, and none says yes or no."""
     return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

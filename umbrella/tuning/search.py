@@ -19,11 +19,11 @@ from ray.tune.search import Searcher
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.tuning.parameter import Entry, combine
-from umbrella.tuning.search_space import as_written, checked, distinct, read_space, with_seeds
+from umbrella.tuning.parameter import Parameter, combinations
+from umbrella.tuning.search_space import in_space_order, read_space, settings_at, unique_points, with_seeds
 from umbrella.tuning.settings import TuneSettings
 
-EVALUATIONS = "evaluation"
+TIME_ATTRIBUTE = "evaluation"
 """The key of a report that counts evaluations."""
 
 
@@ -42,13 +42,13 @@ def make_search(settings: Settings, given: frozenset[str] = frozenset()) -> Sear
     """The search that ``settings.tune`` asks for. Every trial's ``config`` is a point: dotted names to values.
 
     Raises:
-        UserError: as ``read_space`` and ``points``.
+        UserError: as ``read_space`` and ``list_points``.
     """
     total = count_trials(settings, given)
     if settings.tune.search == "optuna":
         return Search({}, total, make_optuna_search(settings, read_space(settings, given)), total)
     # A grid over whole configurations: Ray Tune saves and restores it.
-    return Search(tune.grid_search(points(settings, given)), 1, None, total)
+    return Search(tune.grid_search(list_points(settings, given)), 1, None, total)
 
 
 def make_scheduler(settings: TuneSettings) -> TrialScheduler:
@@ -56,14 +56,14 @@ def make_scheduler(settings: TuneSettings) -> TrialScheduler:
     if settings.scheduler == "none":
         return FIFOScheduler()
     return ASHAScheduler(
-        time_attr=EVALUATIONS,
+        time_attr=TIME_ATTRIBUTE,
         max_t=10**6,  # beyond any number of evaluations: a trial that is not stopped early ends by itself
         grace_period=settings.grace,
         reduction_factor=settings.reduction,
     )
 
 
-def points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+def list_points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
     """Every trial's point, of a search that does not learn: dotted names to values, only those that are swept there.
 
     They are ``tune.samples`` times all combinations of the grids, each with values of its own for what is drawn. What
@@ -72,39 +72,41 @@ def points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict
     Raises:
         UserError: as ``read_space``; a point that the settings refuse.
     """
-    entries = read_space(settings, given)
+    parameters = read_space(settings, given)
     rng = np.random.default_rng(settings.seed)
     sampled = (
         point
         for _ in range(settings.tune.samples)
-        for point in combine(entries, lambda entry: entry.values if entry.kind == "grid" else [entry.draw(rng)])
+        for point in combinations(
+            parameters, lambda parameter: parameter.values if parameter.kind == "grid" else [parameter.sample(rng)]
+        )
     )
-    found = distinct(as_written(point, settings) for point in sampled)
+    found = unique_points(in_space_order(point, settings) for point in sampled)
     for point in found:
-        checked(settings, point)
+        settings_at(settings, point)
     return [seeded for point in found for seeded in with_seeds(point, settings)]
 
 
 def count_trials(settings: Settings, given: frozenset[str] = frozenset()) -> int:
     """How many trials the sweep has; see ``Search.trials``."""
     if settings.tune.search != "optuna":
-        return len(points(settings, given))
-    entries, count = read_space(settings, given), settings.tune.samples
-    if all(entry.listed for entry in entries):
-        count = sum(1 for _ in islice(combine(entries, lambda entry: entry.values), count))
+        return len(list_points(settings, given))
+    parameters, count = read_space(settings, given), settings.tune.samples
+    if all(parameter.categorical for parameter in parameters):
+        count = sum(1 for _ in islice(combinations(parameters, lambda parameter: parameter.values), count))
     return count * settings.tune.seeds
 
 
 if TYPE_CHECKING:
     import optuna
 
-TRIES = 100
+MAX_ATTEMPTS = 100
 """Proposals in a row that are no new point; then the search counts as done."""
 POINT = "point"
 """The key of the point in a suggestion of ``OptunaSearch``, which holds Optuna's own parameters, too."""
 
 
-def make_optuna_search(settings: Settings, entries: Sequence[Entry], storage: Any = None) -> "SeedRepeater":
+def make_optuna_search(settings: Settings, parameters: Sequence[Parameter], storage: Any = None) -> "SeedRepeater":
     """Optuna's TPE (Bergstra et al., NeurIPS 2011), multivariate, a group of names for each case of the conditions.
 
     Args:
@@ -117,7 +119,7 @@ def make_optuna_search(settings: Settings, entries: Sequence[Entry], storage: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions call these three experimental
         sampler = optuna.samplers.TPESampler(seed=settings.seed, multivariate=True, group=True, constant_liar=True)
-    metric, space = f"best/{settings.tune.metric}", partial(_define, entries)
+    metric, space = f"best/{settings.tune.metric}", partial(_define, parameters)
     return SeedRepeater(OptunaSearch(space, metric, settings.tune.mode, sampler=sampler, storage=storage), settings)
 
 
@@ -126,7 +128,7 @@ class Proposal:
     """A point that the searcher has proposed under a name, and the results of its runs, one per seed."""
 
     name: str
-    waiting: list[dict[str, Any]]
+    pending: list[dict[str, Any]]
     """The runs that have not started."""
     results: list[float] = field(default_factory=list)
     """Of the runs that did not fail."""
@@ -150,12 +152,12 @@ class SeedRepeater(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next run: one more seed of the latest point, or the first seed of a new one."""
-        if self.latest is None or not self.latest.waiting:
-            self.latest = self._ask()
+        if self.latest is None or not self.latest.pending:
+            self.latest = self._propose()
         if self.latest is None:
             return Searcher.FINISHED
         self.running[trial_id] = self.latest
-        return self.latest.waiting.pop(0)
+        return self.latest.pending.pop(0)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """A run ended, was stopped or failed. With the last run of a point, the searcher gets its result."""
@@ -165,7 +167,7 @@ class SeedRepeater(Searcher):
         value = math.nan if error else (result or {}).get(self.metric, math.nan)
         if math.isfinite(value):
             proposal.results.append(value)
-        if not proposal.waiting and proposal not in self.running.values():
+        if not proposal.pending and proposal not in self.running.values():
             mean = {self.metric: fmean(proposal.results)} if proposal.results else None
             self.proposer.on_trial_complete(proposal.name, mean)
 
@@ -177,35 +179,35 @@ class SeedRepeater(Searcher):
         """Read what ``save`` wrote."""
         self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
-    def _ask(self) -> Proposal | None:
+    def _propose(self) -> Proposal | None:
         """A new point that the settings accept; None when there seems to be none left."""
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             self.asked += 1
             name = str(self.asked)
-            point = as_written(self.proposer.suggest(name)[POINT], self.settings)
+            point = in_space_order(self.proposer.suggest(name)[POINT], self.settings)
             with suppress(UserError):
                 if point not in self.seen:
-                    checked(self.settings, point)
+                    settings_at(self.settings, point)
                     self.seen.append(point)
                     return Proposal(name, with_seeds(point, self.settings))
             self.proposer.on_trial_complete(name, error=True)
         return None
 
 
-def _define(entries: Sequence[Entry], trial: "optuna.Trial") -> dict[str, dict[str, Any]]:
+def _define(parameters: Sequence[Parameter], trial: "optuna.Trial") -> dict[str, dict[str, Any]]:
     """The define-by-run space. ``OptunaSearch`` splits names at slashes; under one key they stay whole."""
-    return {POINT: next(combine(entries, lambda entry: [_suggest(trial, entry)]))}
+    return {POINT: next(combinations(parameters, lambda parameter: [_suggest(trial, parameter)]))}
 
 
-def _suggest(trial: "optuna.Trial", entry: Entry) -> Any:
-    if entry.listed:
-        return entry.values[trial.suggest_categorical(entry.name, range(len(entry.values)))]
-    low, high = entry.values[:2]
-    logarithmic = entry.kind == "loguniform"
-    if entry.kind == "quniform":
-        value = low + trial.suggest_int(entry.name, 0, entry.steps) * entry.values[2]
-    elif entry.whole:
-        value = trial.suggest_int(entry.name, int(low), int(high), log=logarithmic)
+def _suggest(trial: "optuna.Trial", parameter: Parameter) -> Any:
+    if parameter.categorical:
+        return parameter.values[trial.suggest_categorical(parameter.name, range(len(parameter.values)))]
+    low, high = parameter.values[:2]
+    logarithmic = parameter.kind == "loguniform"
+    if parameter.kind == "quniform":
+        value = low + trial.suggest_int(parameter.name, 0, parameter.steps) * parameter.values[2]
+    elif parameter.integer:
+        value = trial.suggest_int(parameter.name, int(low), int(high), log=logarithmic)
     else:
-        value = trial.suggest_float(entry.name, low, high, log=logarithmic)
-    return entry.fitted(value)
+        value = trial.suggest_float(parameter.name, low, high, log=logarithmic)
+    return parameter.rounded(value)

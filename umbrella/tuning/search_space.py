@@ -8,13 +8,13 @@ from typing import Any
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.tuning.parameter import KINDS, LISTED, Entry, combine, in_words
+from umbrella.tuning.parameter import CATEGORICAL, KINDS, Parameter, combinations, format_value
 
-CHECKED = 50_000
+MAX_CHECKED = 50_000
 """Combinations of a section that are checked at most, in a few seconds; each point is, before it runs."""
 
 
-def read_space(settings: Settings, given: frozenset[str] = frozenset()) -> list[Entry]:
+def read_space(settings: Settings, given: frozenset[str] = frozenset()) -> list[Parameter]:
     """``tune.space``, checked, less what is set on the command line and what is then never swept.
 
     Args:
@@ -27,20 +27,20 @@ def read_space(settings: Settings, given: frozenset[str] = frozenset()) -> list[
         UserError: a name that is not a setting or cannot be swept, a value that the setting refuses, an unknown kind,
             an empty range, conditions that cannot be met or go in a circle, combinations that the settings refuse.
     """
-    names = [name for name in settings.tune.space if not is_given(name, given)]
+    names = [name for name in settings.tune.space if not is_fixed(name, given)]
     for name, other in product(names, names):
-        if name != other and covers(name, other):
+        if name != other and contains(name, other):
             raise UserError(f"tune.space.{other}: is part of {name}, which is swept too; leave one of them out")
     if settings.tune.seeds > 1 and "seed" in names:
         raise UserError("tune.space.seed: tune.seeds sets the seed of every run; leave one of them out")
-    entries = _in_order([read_entry(name, names, settings) for name in names])
-    entries = list(_possible(entries, settings, given))
-    for section in dict.fromkeys(section_of(entry.name) for entry in entries):
-        variants(settings, entries, section)
-    return entries
+    parameters = _in_order([parse_parameter(name, names, settings) for name in names])
+    parameters = list(_possible(parameters, settings, given))
+    for section in dict.fromkeys(section_of(parameter.name) for parameter in parameters):
+        variants(settings, parameters, section)
+    return parameters
 
 
-def variants(settings: Settings, entries: Sequence[Entry], *sections: str) -> list[Settings]:
+def variants(settings: Settings, parameters: Sequence[Parameter], *sections: str) -> list[Settings]:
     """The settings with every combination that trials can have of the listed values of these sections.
 
     What is drawn from a range keeps the settings' value.
@@ -48,27 +48,29 @@ def variants(settings: Settings, entries: Sequence[Entry], *sections: str) -> li
     Raises:
         UserError: combinations that the settings refuse.
     """
-    needed = {entry.name for entry in entries if section_of(entry.name) in sections}
-    for entry in reversed(entries):  # and what they depend on, at any remove
-        if entry.name in needed:
-            needed |= entry.when.keys()
-    chain = [entry for entry in entries if entry.name in needed]
-    points = islice(combine(chain, lambda entry: entry.values if entry.listed else ()), CHECKED)
+    needed = {parameter.name for parameter in parameters if section_of(parameter.name) in sections}
+    for parameter in reversed(parameters):  # and what they depend on, at any remove
+        if parameter.name in needed:
+            needed |= parameter.when.keys()
+    chain = [parameter for parameter in parameters if parameter.name in needed]
+    points = islice(
+        combinations(chain, lambda parameter: parameter.values if parameter.categorical else ()), MAX_CHECKED
+    )
     own = ({name: value for name, value in point.items() if section_of(name) in sections} for point in points)
-    return [checked(settings, point) for point in distinct(own)]
+    return [settings_at(settings, point) for point in unique_points(own)]
 
 
-def checked(settings: Settings, point: Mapping[str, Any]) -> Settings:
+def settings_at(settings: Settings, point: Mapping[str, Any]) -> Settings:
     """The settings at a point. Raises UserError where the values do not go together."""
     try:
         return settings.with_values(point)
     except UserError as error:
         where, why = f"tune.space.{next(iter(point))}", "; ".join(str(error).splitlines())
         remedy = "leave such values out, or sweep the names together, as values of their section"
-        raise UserError(f"{where}: {label(point)} do not go together: {why}; {remedy}") from None
+        raise UserError(f"{where}: {format_point(point)} do not go together: {why}; {remedy}") from None
 
 
-def distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def unique_points(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The points without repetitions, in order."""
     kept: dict[str, dict[str, Any]] = {}
     for point in points:
@@ -76,7 +78,7 @@ def distinct(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
-def as_written(point: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def in_space_order(point: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """The point with its names in the order of ``tune.space``."""
     return {name: point[name] for name in settings.tune.space if name in point}
 
@@ -87,60 +89,60 @@ def with_seeds(point: dict[str, Any], settings: Settings) -> list[dict[str, Any]
     return [{**point, "seed": settings.seed + k} if seeds > 1 else point for k in range(seeds)]
 
 
-def is_given(name: str, given: frozenset[str]) -> bool:
+def is_fixed(name: str, given: frozenset[str]) -> bool:
     """Whether a swept name, or part of it, is set on the command line: then it is not swept."""
-    return any(covers(name, other) or covers(other, name) for other in given)
+    return any(contains(name, other) or contains(other, name) for other in given)
 
 
-def label(point: Mapping[str, Any]) -> str:
+def format_point(point: Mapping[str, Any]) -> str:
     """A trial in words: ``lr=3e-4 supervise=all``. A name is cut to the end that no other setting's has."""
-    return " ".join(f"{_short(name, point)}={in_words(value)}" for name, value in point.items()) or "as set"
+    return " ".join(f"{_short(name, point)}={format_value(value)}" for name, value in point.items()) or "as set"
 
 
 def _short(name: str, beside: Iterable[str]) -> str:
-    others = {f".{other}" for other in (*_sweepable(), *beside) if other != name}
+    others = {f".{other}" for other in (*_sweepable_names(), *beside) if other != name}
     parts = name.split(".")
     ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
     return next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), name)
 
 
 @cache
-def _sweepable() -> list[str]:
-    return [name for name in Settings().flat() if section_of(name) not in FIXED]
+def _sweepable_names() -> list[str]:
+    return [name for name in Settings().flat() if section_of(name) not in NOT_SWEEPABLE]
 
 
-def _in_order(entries: Sequence[Entry]) -> list[Entry]:
-    waiting = sorted(entries, key=lambda entry: entry.kind != "grid")
-    ordered: list[Entry] = []
-    while waiting:
-        open_names = {entry.name for entry in waiting}
-        ready = next((entry for entry in waiting if not open_names & entry.when.keys()), None)
+def _in_order(parameters: Sequence[Parameter]) -> list[Parameter]:
+    pending = sorted(parameters, key=lambda parameter: parameter.kind != "grid")
+    ordered: list[Parameter] = []
+    while pending:
+        open_names = {parameter.name for parameter in pending}
+        ready = next((parameter for parameter in pending if not open_names & parameter.when.keys()), None)
         if ready is None:
             names = ", ".join(sorted(open_names))
-            raise UserError(f"tune.space.{waiting[0].name}: conditions of {names} go in a circle; take one out")
-        waiting.remove(ready)
+            raise UserError(f"tune.space.{pending[0].name}: conditions of {names} go in a circle; take one out")
+        pending.remove(ready)
         ordered.append(ready)
     return ordered
 
 
-def _possible(entries: Sequence[Entry], settings: Settings, given: frozenset[str]) -> Iterator[Entry]:
+def _possible(parameters: Sequence[Parameter], settings: Settings, given: frozenset[str]) -> Iterator[Parameter]:
     """The entries, less conditions that fixed settings meet, and less entries that fixed settings rule out."""
     fixed, swept = settings.flat(), set()
-    for entry in entries:
+    for parameter in parameters:
         conditions = {}
-        for name, allowed in entry.when.items():
-            if not is_given(name, given):
+        for name, allowed in parameter.when.items():
+            if not is_fixed(name, given):
                 conditions[name] = allowed
                 if name not in swept:
                     break
             elif fixed.get(name) not in allowed:
                 break
         else:
-            swept.add(entry.name)
-            yield Entry(entry.name, entry.kind, entry.values, conditions)
+            swept.add(parameter.name)
+            yield Parameter(parameter.name, parameter.kind, parameter.values, conditions)
 
 
-FIXED = (
+NOT_SWEEPABLE = (
     "experiment",
     "name",
     "checkpoint",
@@ -153,13 +155,13 @@ FIXED = (
     "evaluate",
     "baseline",
 )
-IN_THE_WORKER = ("data.bucket_batches", "data.pack", "data.prefetch")
+SWEEPABLE_DATA = ("data.bucket_batches", "data.pack", "data.prefetch")
 """What of ``data`` acts in each trial's own workers; the rest was done once, for all of them."""
-COMPANY = 1000
+MAX_COMBINATIONS_TRIED = 1000
 """Combinations with others of its section in which a value is tried that is refused alone."""
 
 
-def read_entry(name: str, names: Sequence[str], settings: Settings) -> Entry:
+def parse_parameter(name: str, names: Sequence[str], settings: Settings) -> Parameter:
     """The entry of a name in ``tune.space``.
 
     Args:
@@ -169,37 +171,37 @@ def read_entry(name: str, names: Sequence[str], settings: Settings) -> Entry:
         UserError: a name that is not a setting or cannot be swept, a value that the setting refuses, an unknown kind,
             an empty range, a condition on what is not swept or never has such a value.
     """
-    where, entry = f"tune.space.{name}", dict(settings.tune.space[name])
-    if section_of(name) in FIXED and name not in IN_THE_WORKER:
+    where, parameter = f"tune.space.{name}", dict(settings.tune.space[name])
+    if section_of(name) in NOT_SWEEPABLE and name not in SWEEPABLE_DATA:
         raise UserError(f"{where}: {section_of(name)} settings are the same for every trial and cannot be swept")
-    when = entry.pop("when", {})
-    if nested := list(_nested(name, entry, settings.flat())):
+    when = parameter.pop("when", {})
+    if nested := list(_nested(name, parameter, settings.flat())):
         raise UserError(f"{where}: names are written with dots; write {', '.join(f'{n}: {{...}}' for n in nested)}")
-    kinds = [kind for kind in entry if kind in KINDS]
+    kinds = [kind for kind in parameter if kind in KINDS]
     if len(kinds) > 1:
         raise UserError(f"{where}: {' and '.join(kinds)} are kinds, and it has one; leave the others out")
     if not kinds:
-        raise UserError(f"{where}: {entry} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")
-    if len(entry) > 1:
-        others = ", ".join(str(key) for key in entry if key not in kinds)
+        raise UserError(f"{where}: {parameter} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")
+    if len(parameter) > 1:
+        others = ", ".join(str(key) for key in parameter if key not in kinds)
         raise UserError(f"{where}: {others}: beside {kinds[0]} there can only be when; leave it out")
-    ((kind, raw),) = entry.items()
-    if section_of(name) == "modalities" and kind not in LISTED:
+    ((kind, raw),) = parameter.items()
+    if section_of(name) == "modalities" and kind not in CATEGORICAL:
         raise UserError(f"{where}: volumes are prepared for each value before the start; list the values, as a grid")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise UserError(f"{where}: {kind} takes a list of at least one value, not {raw!r}")
-    if kind in LISTED:
-        values = [_accepted(name, value, names, settings) for value in raw]
+    if kind in CATEGORICAL:
+        values = [_validated(name, value, names, settings) for value in raw]
     else:
         values = _range(name, kind, raw, names, settings)
-    return Entry(name, kind, values, _conditions(name, when, names, settings))
+    return Parameter(name, kind, values, _conditions(name, when, names, settings))
 
 
-def _nested(name: str, entry: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
+def _nested(name: str, parameter: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
     """The dotted names of settings that are written as sections in sections."""
-    for key, value in entry.items():
+    for key, value in parameter.items():
         inner = f"{name}.{key}"
-        if isinstance(value, Mapping) and any(covers(inner, other) for other in known):
+        if isinstance(value, Mapping) and any(contains(inner, other) for other in known):
             yield from list(_nested(inner, value, known)) or [inner]
 
 
@@ -207,7 +209,7 @@ def _range(name: str, kind: str, raw: Sequence[Any], names: Sequence[str], setti
     where = f"tune.space.{name}: {kind} takes {KINDS[kind]}"
     if len(raw) != 2 + (kind == "quniform"):
         raise UserError(f"{where}; a list of values is a grid or a choice")
-    values = [_accepted(name, value, names, settings) for value in raw[:2]]
+    values = [_validated(name, value, names, settings) for value in raw[:2]]
     if kind == "quniform":
         values.append(_number(raw[2]))
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
@@ -219,7 +221,7 @@ def _range(name: str, kind: str, raw: Sequence[Any], names: Sequence[str], setti
         raise UserError(f"{where}, with a step above 0 that is not longer than the range")
     whole = kind == "randint" or isinstance(low, int)
     if whole and any(value != int(value) for value in values):
-        raise UserError(f"{where}, and these are no whole numbers: {', '.join(map(in_words, values))}")
+        raise UserError(f"{where}, and these are no whole numbers: {', '.join(map(format_value, values))}")
     return values
 
 
@@ -230,7 +232,7 @@ def _number(raw: Any) -> Any:
         return raw
 
 
-def _accepted(name: str, value: Any, names: Sequence[str], settings: Settings, where: str = "", how: str = "") -> Any:
+def _validated(name: str, value: Any, names: Sequence[str], settings: Settings, where: str = "", how: str = "") -> Any:
     """The value as the setting has it: YAML reads 1e-4 as a text.
 
     A value that is refused alone may go with one of another swept name of its section.
@@ -239,26 +241,28 @@ def _accepted(name: str, value: Any, names: Sequence[str], settings: Settings, w
         where: it stands, if that is not the entry of the name; how: it is written there.
     """
     try:
-        return _taken(settings.with_values({name: value}).flat(), name, value)
+        return _resolved(settings.with_values({name: value}).flat(), name, value)
     except UserError as error:
-        for others in _company(name, names, settings):
+        for others in _combinations_in_section(name, names, settings):
             with suppress(UserError):
-                return _taken(settings.with_values({name: value, **others}).flat(), name, value)
+                return _resolved(settings.with_values({name: value, **others}).flat(), name, value)
         why = "; ".join(str(error).splitlines())
         raise UserError(f"{where or f'tune.space.{name}'}: {why}{how}") from None
 
 
-def _company(name: str, names: Sequence[str], settings: Settings) -> Iterator[dict[str, Any]]:
+def _combinations_in_section(name: str, names: Sequence[str], settings: Settings) -> Iterator[dict[str, Any]]:
     beside = [n for n in names if n != name and section_of(n) == section_of(name)]
-    lists = {n: [v for k in LISTED for v in settings.tune.space[n].get(k) or ()] for n in beside}
+    lists = {n: [v for k in CATEGORICAL for v in settings.tune.space[n].get(k) or ()] for n in beside}
     listed = {n: values for n, values in lists.items() if values}
-    return islice((dict(zip(listed, values, strict=True)) for values in product(*listed.values())), COMPANY)
+    return islice(
+        (dict(zip(listed, values, strict=True)) for values in product(*listed.values())), MAX_COMBINATIONS_TRIED
+    )
 
 
-def _taken(flat: Mapping[str, Any], name: str, value: Any) -> Any:
+def _resolved(flat: Mapping[str, Any], name: str, value: Any) -> Any:
     """What settings have where a value was put; of a section only the part that the value names."""
     if name not in flat and isinstance(value, Mapping):
-        return {key: _taken(flat, f"{name}.{key}", part) for key, part in value.items()}
+        return {key: _resolved(flat, f"{name}.{key}", part) for key, part in value.items()}
     return flat.get(name, value)
 
 
@@ -268,18 +272,18 @@ def _conditions(name: str, when: Any, names: Sequence[str], settings: Settings) 
         raise UserError(f"{where} takes names and values, as in {{model.train: [embedder, all]}}, not {when!r}")
     conditions = {}
     for other, raw in when.items():
-        entry = settings.tune.space.get(other)
-        kinds = [kind for kind in LISTED if kind in (entry or {})]
+        parameter = settings.tune.space.get(other)
+        kinds = [kind for kind in CATEGORICAL if kind in (parameter or {})]
         if not kinds or other == name:
             raise UserError(f"{where}: {other} is not swept by a grid or a choice; sweep it so, or leave the condition")
-        has = [_accepted(other, value, names, settings) for value in (entry or {})[kinds[0]]]
+        has = [_validated(other, value, names, settings) for value in (parameter or {})[kinds[0]]]
         values = raw if isinstance(raw, list) and not _is_one_list(raw, has) else [raw]
         how = f"; write its values as a list, {other}: [{', '.join(map(str, has))}]"
-        wanted = [_accepted(other, value, names, settings, where, how) for value in values]
+        wanted = [_validated(other, value, names, settings, where, how) for value in values]
         for value in wanted:
             if value not in has:
-                listed = ", ".join(in_words(v) for v in has)
-                raise UserError(f"{where}: {other} is never {in_words(value)}; tune.space has it {listed}")
+                listed = ", ".join(format_value(v) for v in has)
+                raise UserError(f"{where}: {other} is never {format_value(value)}; tune.space has it {listed}")
         if not wanted:
             raise UserError(f"{where}: {other} needs at least one value")
         conditions[other] = wanted
@@ -291,7 +295,7 @@ def _is_one_list(raw: Sequence[Any], has: Sequence[Any]) -> bool:
     return bool(raw) and all(isinstance(value, list) for value in has) and not any(isinstance(v, list) for v in raw)
 
 
-def covers(name: str, other: str) -> bool:
+def contains(name: str, other: str) -> bool:
     """Whether ``other`` is that name, or lies within the section of that name."""
     return other == name or other.startswith(f"{name}.")
 

@@ -25,18 +25,23 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
-from umbrella.training.resource_check import max_concurrent_trainings
-from umbrella.training.run import load_and_check, make_job
-from umbrella.training.run_lock import run_lock
-from umbrella.tuning.monitor import Follow, Monitor, OutOfTime
-from umbrella.tuning.report import Answer, Files, winner, write_report
-from umbrella.tuning.results import Contender, Trial, at_chance, rank, read_trials, trials_of
+from umbrella.training.run import load_checked, make_job
+from umbrella.tuning.monitor import Monitor, MonitorCallback, OutOfTime
+from umbrella.tuning.report import ReportFiles, SweepResult, best_trial, write_report
+from umbrella.tuning.results import (
+    Configuration,
+    Trial,
+    chance_warning,
+    rank_configurations,
+    ranked_trials,
+    read_trials,
+)
 from umbrella.tuning.search import Search, make_scheduler, make_search
-from umbrella.tuning.search_space import covers, read_space, variants
-from umbrella.tuning.sweep_files import Question, check_data, reopen, write_question
+from umbrella.tuning.search_space import contains, read_space, variants
+from umbrella.tuning.sweep_files import SweepSpec, allow_retry, check_fingerprint, save_spec
 from umbrella.tuning.trial import run_trial, trial_resources
 
-ENVIRONMENT = {
+RAY_TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # after Ctrl-C its fit returns, as if the sweep had come to its end
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how often it notes what trials there are; its own choice is every 10 s
@@ -51,9 +56,9 @@ def run_sweep(
     given: frozenset[str],
     progress: ProgressBar,
     folder: Path | None = None,
-    tell: Callable[[Answer], None] = lambda answer: None,
-    then: Callable[[Answer], None] = lambda answer: None,
-) -> Answer:
+    tell: Callable[[SweepResult], None] = lambda result: None,
+    then: Callable[[SweepResult], None] = lambda result: None,
+) -> SweepResult:
     """Run every trial of ``tune.space`` and rank them.
 
     Args:
@@ -69,57 +74,57 @@ def run_sweep(
             trial succeeded.
         Stopped: SIGTERM came.
     """
-    goes_on = folder is not None
+    resumes = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweep_folder(settings.resources.storage, settings.name)
-    with run_lock(folder):
-        if not goes_on and is_uploaded(settings.resources, folder):
-            raise _is_there(folder.name)
+    with claimed(folder):
+        if not resumes and is_uploaded(settings.resources, folder):
+            raise _name_is_taken(folder.name)
         with synced(settings.resources, folder, progress):
-            answer = _run(settings, given, progress, folder, goes_on)
-            tell(answer)
-            if settings.tracking.model and (best := answer.trials[0].checkpoint):
+            result = _run(settings, given, progress, folder, resumes)
+            tell(result)
+            if settings.tracking.model and (best := result.trials[0].checkpoint):
                 from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
 
                 again = f"python experiments/tune.py --resume {folder.name}"
-                keep_model(settings.tracking, answer.tracking, folder, best, again)
-            then(answer)
-    return answer
+                keep_model(settings.tracking, result.tracking, folder, best, again)
+            then(result)
+    return result
 
 
-def _is_there(name: str) -> UserError:
+def _name_is_taken(name: str) -> UserError:
     return UserError(f"name={name}: there is such a sweep; go on with --resume {name}, or rename")
 
 
-def _run(settings: Settings, given: frozenset[str], progress: ProgressBar, folder: Path, goes_on: bool) -> Answer:
+def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, resumes: bool) -> SweepResult:
     search, scheduler = make_search(settings, given), make_scheduler(settings.tune)
     storage = storage_of(folder)
-    entries = read_space(settings, given)
-    masks, shapes = possible_masks(settings, given), variants(settings, entries, "modalities", "model")
+    parameters = read_space(settings, given)
+    masks, shapes = possible_masks(settings, given), variants(settings, parameters, "modalities", "model")
     if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     splits = load_and_check(settings, progress, masks, shapes)
     check_writable(folder, "the folder of the sweep")
-    if goes_on:
-        check_data(folder, splits.fingerprint)
+    if resumes:
+        check_fingerprint(folder, splits.fingerprint)
     elif (folder / SETTINGS).exists():
-        raise _is_there(folder.name)
+        raise _name_is_taken(folder.name)
     else:
-        write_question(folder, Question(settings, given), splits.fingerprint)
+        save_spec(folder, SweepSpec(settings, given), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     at_once = max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
     at_once = min(at_once, settings.tune.concurrent or at_once)
 
     parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
-    swept = [entry.name for entry in entries]
-    parent.params({k: v for k, v in settings.flat().items() if not any(covers(name, k) for name in swept)})
+    swept = [parameter.name for parameter in parameters]
+    parent.params({k: v for k, v in settings.flat().items() if not any(contains(name, k) for name in swept)})
     parent.text(settings.to_yaml(), SETTINGS)
     job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
     parent.params(job.data)
     parent.inputs(job.datasets)
     for trial in folder.glob(f"{TRIALS}/*/"):
-        reopen(trial)
+        allow_retry(trial)
     monitor = Monitor(folder, parent, search.trials, settings.tune)
     try:
         # Trials keep what their last checkpoints hold.
@@ -130,18 +135,18 @@ def _run(settings: Settings, given: frozenset[str], progress: ProgressBar, folde
                 monitor.stop_all()
         trials = read_trials(folder, settings.tune)
         if settings.tracking.hash_subjects:
-            trials = _nameless(trials, splits, read_salt(storage))
-        contenders = rank(trials, settings.tune.mode)
+            trials = _anonymised(trials, splits, read_salt(storage))
+        configurations = rank_configurations(trials, settings.tune.mode)
         subjects = len({c.subject_id for c in splits.validation})
         held_out = target_classes(splits.validation)
         classes = {target: len(said) for target, said in job.candidates.items() if len(held_out[target]) > 1}
-        warning = at_chance(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
-        files = write_report(contenders, settings, folder, subjects, warning)
+        warning = chance_warning(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
+        files = write_report(configurations, settings, folder, subjects, warning)
         for file in files.all:
             parent.artifact(file)
-        answer = replace(_answer(settings, contenders, files, folder, uri), warning=warning)
-        parent.results({f"best/{settings.tune.metric}": answer.trials[0].metric or 0.0}, 0)
-        parent.tags({"best.trial": answer.trials[0].name, "best.checkpoint": answer.trials[0].checkpoint})
+        result = replace(_make_result(settings, configurations, files, folder, uri), warning=warning)
+        parent.results({f"best/{settings.tune.metric}": result.trials[0].metric or 0.0}, 0)
+        parent.tags({"best.trial": result.trials[0].name, "best.checkpoint": result.trials[0].checkpoint})
         parent.end()
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Stopped)
@@ -149,7 +154,7 @@ def _run(settings: Settings, given: frozenset[str], progress: ProgressBar, folde
         if not parent.ended:
             parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
         raise
-    return answer
+    return result
 
 
 def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> list[MaskPolicy]:
@@ -161,7 +166,7 @@ def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> l
     return [variant.mask for variant in variants(settings, read_space(settings, given), "mask")]
 
 
-def _nameless(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
+def _anonymised(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
     """What a trial failed of names samples and files; the report leaves the storage."""
     subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
     return [replace(t, reason=redact_subjects(t.reason, subjects, salt)) if t.failed else t for t in trials]
@@ -173,7 +178,7 @@ def _stop(name: str) -> None:
 
 def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) -> tune.Tuner:
     settings, folder = job.settings.tune, Path(job.folder)
-    for name, value in ENVIRONMENT.items():
+    for name, value in RAY_TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
     trial = tune.with_resources(tune.with_parameters(run_trial, sweep=job), trial_resources(job.settings.resources))
@@ -194,17 +199,21 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            callbacks=[Follow()],
+            callbacks=[MonitorCallback()],
             failure_config=tune.FailureConfig(max_failures=job.settings.resources.max_failures),
             verbose=0,
         ),
     )
 
 
-def _answer(settings: Settings, contenders: list[Contender], files: Files, folder: Path, uri: str) -> Answer:
-    best = winner(contenders)
+def _make_result(
+    settings: Settings, configurations: list[Configuration], files: ReportFiles, folder: Path, uri: str
+) -> SweepResult:
+    best = best_trial(configurations)
     if not best:
         raise UserError(
             f"no trial finished an evaluation without failing later; what each one raised is told in {files.page}"
         )
-    return Answer(contenders, trials_of(contenders), settings.with_values(best.point), folder, files, uri)
+    return SweepResult(
+        configurations, ranked_trials(configurations), settings.with_values(best.point), folder, files, uri
+    )

@@ -11,29 +11,29 @@ from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
 from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
-from umbrella.tuning.parameter import in_words
-from umbrella.tuning.search_space import is_given
+from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.tuning.parameter import format_value
+from umbrella.tuning.search_space import is_fixed
 from umbrella.version import check_version, write_version
 
 
-class Question(NamedTuple):
-    """``given``: names set on the command line, which are not swept."""
+class SweepSpec(NamedTuple):
+    """``fixed``: names set on the command line, which are not swept."""
 
     settings: Settings
-    given: frozenset[str]
+    fixed: frozenset[str]
 
 
-def write_question(folder: Path, question: Question, fingerprint: str) -> None:
+def save_spec(folder: Path, question: SweepSpec, fingerprint: str) -> None:
     """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
     run_key(folder)  # a machine that downloads the folder needs the key of its run
     write_version(folder)
-    (folder / GIVEN).write_text(json.dumps(sorted(question.given)), encoding="utf-8")
+    (folder / GIVEN).write_text(json.dumps(sorted(question.fixed)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
     write_atomic(folder / SETTINGS, question.settings.to_yaml())
 
 
-def read_question(folder: Path) -> Question:
+def load_spec(folder: Path) -> SweepSpec:
     """What a sweep was begun with; its storage is where it lies now.
 
     Raises:
@@ -46,10 +46,10 @@ def read_question(folder: Path) -> Question:
         )
     check_version(folder)
     settings = load_settings([folder / SETTINGS], {"resources.storage": str(storage_of(folder))})
-    return Question(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
+    return SweepSpec(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
 
 
-def ask_again(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> Question:
+def resume_spec(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> SweepSpec:
     """What a sweep was begun with, with what is said anew of ``resources``.
 
     Args:
@@ -57,25 +57,27 @@ def ask_again(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]) 
         overrides: settings on the command line beside it, by their dotted names.
 
     Raises:
-        UserError: as ``read_question``; they ask something else, and not the same once more.
+        UserError: as ``load_spec``; they ask something else, and not the same once more.
     """
-    own = read_question(folder)
+    own = load_spec(folder)
     where = {"resources.storage": own.settings.resources.storage}
     again = load_settings([folder / SETTINGS, *files], {**overrides, **where})
     then, now = own.settings.flat(), again.flat()
-    swept = [name for name in own.settings.tune.space if not is_given(name, own.given)]
-    others = {name: "is swept" for name in overrides if any(is_given(entry, frozenset({name})) for entry in swept)}
+    swept = [name for name in own.settings.tune.space if not is_fixed(name, own.fixed)]
+    others = {
+        name: "is swept" for name in overrides if any(is_fixed(parameter, frozenset({name})) for parameter in swept)
+    }
     for name in {**then, **now}:
         if then.get(name) != now.get(name) and not name.startswith("resources."):
-            was, is_now = (in_words(flat[name]) if name in flat else "unset" for flat in (then, now))
+            was, is_now = (format_value(flat[name]) if name in flat else "unset" for flat in (then, now))
             others[name] = f"was {was}, is {is_now}"
     if others:
         told = ", ".join(f"{name} ({why})" for name, why in sorted(others.items()))
         raise UserError(f"--resume takes the sweep's own settings; leave out {told}, or begin another sweep")
-    return Question(again, own.given)
+    return SweepSpec(again, own.fixed)
 
 
-def check_data(folder: Path, fingerprint: str) -> None:
+def check_fingerprint(folder: Path, fingerprint: str) -> None:
     """Raise UserError where the data are no longer those that the sweep was begun with."""
     then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
     if then != fingerprint:
@@ -84,7 +86,7 @@ def check_data(folder: Path, fingerprint: str) -> None:
         )
 
 
-def newest(folder: Path) -> Path:
+def latest_sweep(folder: Path) -> Path:
     """The sweep that was begun last.
 
     Raises:
@@ -106,10 +108,10 @@ def find_sweep(settings: Settings, name: str) -> Path:
         UserError: there is no sweep, for "last".
     """
     folder = sweep_folder(settings.resources.storage, name)
-    return newest(folder.parent) if name == "last" else folder
+    return latest_sweep(folder.parent) if name == "last" else folder
 
 
-def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
+def find_trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
     """Where a trial's training lies, or would.
 
     Args:
@@ -122,9 +124,9 @@ def find_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Pat
     return trials / (known.read_text(encoding="utf-8") if known.exists() else _name(point))
 
 
-def trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
-    """``find_folder``, and made if need be."""
-    folder = find_folder(sweep, ray_id, point)
+def make_trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
+    """``find_trial_folder``, and made if need be."""
+    folder = find_trial_folder(sweep, ray_id, point)
     known = folder.with_name(f"{ray_id}.txt")
     folder.mkdir(parents=True, exist_ok=True)
     if not known.exists():
@@ -139,7 +141,7 @@ def read_point(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / POINT).read_text(encoding="utf-8"))
 
 
-def name_of(folder: str | Path) -> str:
+def trial_id_of(folder: str | Path) -> str:
     """A trial's name among all sweeps, which its run in MLflow is tagged with."""
     folder = Path(folder)
     return f"{folder.parent.parent.name}-{folder.name}"
@@ -149,40 +151,40 @@ def _name(point: Mapping[str, Any]) -> str:
     return sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
 
 
-STOPPED, FAILED, BUDGET = "stopped by the scheduler", "failed", "out of time"
+STOPPED, FAILED, OUT_OF_TIME = "stopped by the scheduler", "failed", "out of time"
 """How a trial ends that did not end by itself; see ``progress_log`` for the others."""
 UNFINISHED = "not finished"
 
 
-class End(NamedTuple):
-    """``state``: FINISHED, STOPPED_EARLY, STOPPED, BUDGET or FAILED. ``reason``: why, in one line."""
+class TrialStatus(NamedTuple):
+    """``state``: FINISHED, EARLY, STOPPED, BUDGET or FAILED. ``reason``: why, in one line."""
 
     state: str
     reason: str
 
 
-def write_end(folder: str | Path, state: str, reason: str = "") -> None:
+def save_status(folder: str | Path, state: str, reason: str = "") -> None:
     """Keep how a trial ended. What was kept before stays."""
     file = Path(folder) / END
     if file.parent.is_dir() and not file.exists():
         write_atomic(file, json.dumps({"state": state, "reason": reason}))
 
 
-def read_end(folder: str | Path) -> End | None:
+def load_status(folder: str | Path) -> TrialStatus | None:
     """How a trial ended, or nothing: it did not yet."""
     file = Path(folder) / END
-    return End(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    return TrialStatus(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
-def reopen(folder: str | Path) -> None:
+def allow_retry(folder: str | Path) -> None:
     """Let a trial that failed, or that time ran out for, go on."""
-    end = read_end(folder)
-    if end and end.state in (FAILED, BUDGET):
+    end = load_status(folder)
+    if end and end.state in (FAILED, OUT_OF_TIME):
         (Path(folder) / END).unlink()
 
 
-def how_it_ended(report: Mapping[str, Any]) -> str:
-    """The end of a trial that nothing went wrong with, from its last report: FINISHED, STOPPED_EARLY or STOPPED."""
+def final_state(report: Mapping[str, Any]) -> str:
+    """The end of a trial that nothing went wrong with, from its last report: FINISHED, EARLY or STOPPED."""
     if report["step"] >= report["steps"]:
         return FINISHED
     return STOPPED_EARLY if report["out_of_patience"] else STOPPED

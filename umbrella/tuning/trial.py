@@ -14,9 +14,8 @@ from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
 from umbrella.training.launch import run_job
 from umbrella.training.settings import ResourceSettings
-from umbrella.training.training_state import read_history, read_training_state, truncate_history
-from umbrella.tuning.search_space import label
-from umbrella.tuning.sweep_files import FAILED, name_of, read_end, trial_folder, write_end
+from umbrella.tuning.search_space import format_point
+from umbrella.tuning.sweep_files import FAILED, load_status, make_trial_folder, save_status, trial_id_of
 
 
 def run_trial(config: dict[str, Any], sweep: Job) -> None:
@@ -35,8 +34,8 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
     Raises:
         UserError: what the training stopped for.
     """
-    folder = trial_folder(sweep.folder, str(tune.get_context().get_trial_id()), config)
-    end = read_end(folder)
+    folder = make_trial_folder(sweep.folder, str(tune.get_context().get_trial_id()), config)
+    end = load_status(folder)
     if not end:  # an evaluation without its checkpoint is done again
         latest = latest_checkpoint(folder)
         truncate_history(folder, read_training_state(latest).step if latest else 0)
@@ -49,7 +48,7 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
     job = replace(
         sweep,
         settings=sweep.settings.with_values(config),
-        tracking={**sweep.tracking, "name": label(config), "trial": name_of(folder)},
+        tracking={**sweep.tracking, "name": format_point(config), "trial": trial_id_of(folder)},
         folder=str(folder),
         start_time=time.time(),
         is_trial=True,
@@ -58,7 +57,7 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
         with suppress(Stopped):
             run_job(job, in_process=job.settings.resources.single_worker)
     except UserError as error:
-        write_end(folder, FAILED, str(error))
+        save_status(folder, FAILED, str(error))
         raise
     finally:
         free_memory()
