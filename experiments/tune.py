@@ -1,24 +1,24 @@
-"""Which learning rate, and which turns should the loss see? Sweep any settings with Ray Tune; MLflow keeps every run.
+"""Sweep settings with Ray Tune. MLflow keeps every run.
 
-Without arguments: ray_configs/tune.yaml on a phantom cohort, which is made when it is not there yet. Files that say
-nothing of tune.space leave that question. A setting that is given on the command line is fixed and no longer swept.
-A sweep that was stopped or killed goes on with --resume and its name, or --resume last, by itself or beside what began
-it; of the settings, only those of resources can then be others.
+Without arguments: ray_configs/tune.yaml, which sweeps the learning rate and the supervised turns, on a phantom cohort,
+which is created if it does not exist. Settings files without tune.space use the search space of ray_configs/tune.yaml.
+A setting on the command line is fixed and not swept. To resume a sweep, use --resume with its name, or --resume last;
+only settings of resources may then change.
 """
 
 from pathlib import Path
 
 from umbrella.cli import Option, Request, make_console, progress_bar, run_script
 
-RESUME = Option("--resume", "go on with a sweep: its name, or last", value="NAME")
-QUESTION = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
+RESUME = Option("--resume", "resume a sweep: its name, or last", value="NAME")
+DEFAULT_SPACE = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 
 def main(request: Request) -> None:
-    """Run the sweep, or say what it would run."""
+    """Run or resume a sweep; with --dry-run, print what would run."""
     from umbrella.tuning.sweep_files import find_sweep, resume_spec
 
-    console, settings, given, folder = make_console(), request.settings, request.given, None
+    console, settings, fixed, folder = make_console(), request.settings, request.given, None
     if name := request.options["resume"]:
         folder = find_sweep(settings, name)
         if not folder.exists() and settings.resources.upload:
@@ -26,28 +26,28 @@ def main(request: Request) -> None:
             from umbrella.training.run_lock import run_lock
 
             if request.dry_run:
-                print(f"would download {folder} from resources.upload, and go on with it")
+                print(f"would download {folder} from resources.upload and resume it")
                 return
             with run_lock(folder):
                 download(settings.resources, folder, progress_bar)
-        settings, given = resume_spec(folder, request.files, request.overrides)
+        settings, fixed = resume_spec(folder, request.files, request.overrides)
     if request.dry_run:
         from umbrella.tuning.dry_run import dry_run
 
-        dry_run(settings, given, progress_bar, console)
+        dry_run(settings, fixed, progress_bar, console)
         return
     from umbrella.tuning.report import SweepResult, print_result
     from umbrella.tuning.sweep import run_sweep
 
-    def evaluate(answer: SweepResult) -> None:
-        best = answer.trials[0].checkpoint
+    def evaluate(result: SweepResult) -> None:
+        best = result.trials[0].checkpoint
         if best and settings.evaluate.at_end:
             from umbrella.evaluation_run.evaluate import evaluate_at_end
 
-            evaluate_at_end(answer.best, Path(best), answer.folder.name, progress_bar, console)
+            evaluate_at_end(result.best_settings, Path(best), result.folder.name, progress_bar, console)
 
-    run_sweep(settings, given, progress_bar, folder, lambda answer: print_result(answer, console), evaluate)
+    run_sweep(settings, fixed, progress_bar, folder, lambda result: print_result(result, console), evaluate)
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, default_file=str(QUESTION), options=[RESUME])
+    run_script(main, __doc__, default_file=str(DEFAULT_SPACE), options=[RESUME])

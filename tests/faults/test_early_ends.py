@@ -106,7 +106,7 @@ def test_the_best_of_what_there_is_by_then_is_reported(swept: Any) -> None:
     _, answer, client, _, runs = swept
     losses = {trial.point["optim.lr"]: trial.metric for trial in answer.trials}
     assert answer.trials[0].metric == min(losses.values())
-    assert answer.best.optim.lr == answer.trials[0].point["optim.lr"]
+    assert answer.best_settings.optim.lr == answer.trials[0].point["optim.lr"]
     for trial in answer.trials:
         assert not find_damage(trial.checkpoint)
         told = client.get_metric_history(runs[trial.point["optim.lr"]].info.run_id, "eval/loss")

@@ -30,7 +30,7 @@ from tests.faults.sweep_kills import faults_in, question
 from tests.faults.test_faults import assert_each_once_per_epoch, put
 from umbrella.data.loading import SPLITS, phantom_of, read_splits
 from umbrella.training.progress import latest_checkpoint, read_progress
-from umbrella.tuning.sweep_files import load_status
+from umbrella.tuning.sweep_files import load_outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -245,10 +245,10 @@ def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_fo
         cluster.add(3)
         until(lambda: len(starts(moved)) == 2, script)
         node, before = cluster.node_of_trial(moved), taken(moved)
-        until(lambda: taken(moved) > before + 3 and any(map(load_status, trials())), script)
+        until(lambda: taken(moved) > before + 3 and any(map(load_outcome, trials())), script)
         script.kill()
         cluster.kill(node)
-        done = {trial: taken(trial) for trial in trials() if load_status(trial)}
+        done = {trial: taken(trial) for trial in trials() if load_outcome(trial)}
         ended(cluster.run(TUNE, "--resume", "lost", f"resources.storage={tmp_path}"))
     first, second, third = starts(moved)
     assert first < second < third, "it went on from its checkpoints"

@@ -22,7 +22,7 @@ from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.monitor import STATUS, Monitor
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import make_trial_folder, save_status, trial_id_of
+from umbrella.tuning.sweep_files import make_trial_folder, save_outcome, trial_id_of
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +158,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
         tracker.flush()
     trials[0].end(wait=0)
     for state, folder in folders.items():  # as the sweep's monitor does, whose workers could not
-        save_status(folder, state)
+        save_outcome(folder, state)
         close_run(server.uri, folder, STATUS.get(state, "FINISHED"), state)
     end(parent)
     assert f"note: {learnt} was not logged as a model in MLflow: " in (said := capsys.readouterr().err)

@@ -13,7 +13,7 @@ from tests.ray.conftest import quiet
 from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.sweep import run_sweep
-from umbrella.tuning.sweep_files import load_status
+from umbrella.tuning.sweep_files import load_outcome
 
 OUTPUT = "output_of_sweep.txt"
 
@@ -116,13 +116,13 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
     assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
     places = [answer.folder, *answer.folder.glob("trials/*/")]
-    assert not [place for place in places if MlflowLogger(answer.tracking, place).waits]
+    assert not [place for place in places if MlflowLogger(answer.tracking_uri, place).waits]
 
 
 def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
     answer, client, parent, children = swept
     failed = answer.trials[-1]
-    assert "sub-0" in load_status(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
+    assert "sub-0" in load_outcome(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
     assert "subject-" in failed.reason
     for run in (parent, *children.values()):
         assert "sub-0" not in str(run.to_dictionary())
@@ -134,9 +134,9 @@ def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept
     from umbrella.training.training_state import read_training_state
 
     answer, client, parent, _ = swept
-    assert answer.best.optim.lr == 3e-3
-    assert answer.best.mask.supervise == "last_assistant"
-    assert read_training_state(answer.trials[0].checkpoint).step == answer.trials[0].step
+    assert answer.best_settings.optim.lr == 3e-3
+    assert answer.best_settings.mask.supervise == "last_assistant"
+    assert read_progress(answer.trials[0].checkpoint).step == answer.trials[0].step
     with (answer.folder / "ranking.csv").open() as file:
         assert [row["optim.lr"] for row in csv.DictReader(file)] == ["0.003", "1e-30", "1e+30"]
     assert answer.files.pictures["metric"].stat().st_size > 10_000

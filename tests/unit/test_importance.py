@@ -57,7 +57,7 @@ def test_with_too_few_or_equal_trials_it_says_so_instead_of_a_number() -> None:
     failed = [Trial(f"f{i}", t.point, FAILED, t.metric) for i, t in enumerate(few)]
     flat = [Trial(f"e{i}", t.point, FINISHED, 0.5) for i, t in enumerate(planted(MIN_TRIALS, "lr"))]
     seeds = [Trial(f"s{i}", {"seed": i}, FINISHED, 0.5 + i) for i in range(MIN_TRIALS)]
-    for trials, why in ((few + failed, "takes 8"), (flat, "same metric"), (seeds, "No setting")):
+    for trials, why in ((few + failed, "At least 8"), (flat, "same metric"), (seeds, "No setting")):
         found = compute_importance(trials)
         assert found.shares == {}
         assert why in found.unavailable

@@ -25,7 +25,7 @@ from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_unchanged
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import FAILED, STOPPED, make_trial_folder, save_status
+from umbrella.tuning.sweep_files import FAILED, STOPPED, make_trial_folder, save_outcome
 
 
 @pytest.fixture
@@ -428,7 +428,7 @@ def test_a_sweep_that_is_resumed_repairs_the_runs_that_its_killed_script_left(
         trial = MlflowLogger.start(parent.uri, parent.experiment, outcome, folder=folder, parent=parent.run_id)
         train(trial, range(1, 3))
         if outcome in (STOPPED, FAILED, "finished"):
-            save_status(folder, outcome)
+            save_outcome(folder, outcome)
         if outcome == "finished":
             trial.end()
     again = parent if store == "the same" else begin("another")

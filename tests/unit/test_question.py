@@ -49,7 +49,7 @@ def test_a_sweep_that_was_moved_is_uploaded_from_its_new_place(sweep: Path, tmp_
 
 
 def test_a_sweep_that_there_is_not_is_named_with_those_that_there_are(sweep: Path) -> None:
-    with pytest.raises(UserError, match=r"no sweep .*second; there are first$"):
+    with pytest.raises(UserError, match=r"no sweep .*second; existing sweeps: first$"):
         load_spec(sweep.parent / "second")
     with pytest.raises(UserError, match="holds no sweep"):
         latest_sweep(sweep / "trials")
@@ -57,15 +57,15 @@ def test_a_sweep_that_there_is_not_is_named_with_those_that_there_are(sweep: Pat
 
 def test_a_sweep_does_not_go_on_with_other_data(sweep: Path) -> None:
     check_fingerprint(sweep, "a" * 64)
-    with pytest.raises(UserError, match="first was begun with other data"):
+    with pytest.raises(UserError, match="first was started with other data"):
         check_fingerprint(sweep, "b" * 64)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--resume", "last", "optim.lr=1"], "takes the sweep's own settings; leave out optim.lr"),
-        (["--resume", "another"], "there is no sweep .*another; there are first"),
+        (["--resume", "last", "optim.lr=1"], "uses the settings of the sweep; leave out optim.lr"),
+        (["--resume", "another"], "there is no sweep .*another; existing sweeps: first"),
     ],
 )
 def test_what_cannot_be_resumed_is_told_in_one_line(
@@ -110,7 +110,7 @@ def test_what_a_file_or_a_word_beside_resume_asks_otherwise_is_refused_by_name(
     words = [str(file), *(word.format(file) for word in words)]
     done = run("tune.py", *words, f"resources.storage={sweep.parents[1]}", "--resume", "first", "--dry-run")
     assert (done.status, done.stderr.count("\n")) == (2, 1)
-    assert f"--resume takes the sweep's own settings; leave out {differs}" in done.stderr
+    assert f"--resume uses the settings of the sweep; leave out {differs}" in done.stderr
 
 
 def test_what_began_a_sweep_may_stand_beside_resume_with_other_resources(

@@ -87,7 +87,7 @@ def test_settings_are_compared_by_their_seeds_and_every_trial_is_there(tmp_path:
     assert BAD in page.text  # as words, not as a script
     assert "at evaluation 1, step 10 of 30" in page.text
     assert {t.trial_id for t in TRIALS} <= set(page.words)
-    assert "It takes 8 measured trials; here: 5." in page.text
+    assert "At least 8 trials with a metric are needed; there are 5." in page.text
 
 
 def test_one_seed_has_no_interval_and_the_page_says_so(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_one_seed_has_no_interval_and_the_page_says_so(tmp_path: Path) -> None:
 def test_the_page_says_what_so_few_subjects_can_tell_apart(tmp_path: Path) -> None:
     _, page = report(tmp_path, [trial(0.1, 0, 0.75)], subjects=48)
     # One of 48 is 0.021; 1.96 * sqrt(0.75 * 0.25 / 48) is 0.1225.
-    assert "measured on 48 subjects: one of them more or less right moves it by about 0.021" in page.text
+    assert "measured on 48 subjects: one correct answer more or less changes it by about 0.021" in page.text
     assert "± 0.12 (95%, binomial)" in page.text
 
 
@@ -107,7 +107,7 @@ def test_where_all_failed_the_page_says_why(tmp_path: Path) -> None:
     files, page = report(tmp_path, [trial(lr, 0, None, FAILED, f"no room at {lr}") for lr in (0.1, 0.2)])
     assert files.best is None
     assert "no room at 0.1" in page.text
-    assert "no trial finished an evaluation" in page.text
+    assert "No trial has finished an evaluation" in page.text
     assert files.ranking.exists()
     assert best_trial(rank_configurations([trial(0.1, 0, 0.9, FAILED)], "max")) is None
 

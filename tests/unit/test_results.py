@@ -16,9 +16,9 @@ from umbrella.tuning.sweep_files import (
     STOPPED,
     UNFINISHED,
     allow_retry,
-    load_status,
+    load_outcome,
     make_trial_folder,
-    save_status,
+    save_outcome,
 )
 
 METRIC = "eval/balanced_accuracy"
@@ -42,7 +42,7 @@ def left(sweep: Path, number: int, evaluations: list[Evaluation], end: str = "",
         lines.append(json.dumps(row | {name: values[i] for name, values in more.items()}) + "\n")
     (folder / HISTORY).write_text("".join(lines), encoding="utf-8")
     if end:
-        save_status(folder, end, reason)
+        save_outcome(folder, end, reason)
     return folder
 
 
@@ -102,7 +102,7 @@ def test_a_sweep_without_a_trial_above_chance_is_told_in_a_sentence(
 
 def test_how_a_trial_ended_is_what_was_written_first(tmp_path: Path) -> None:
     folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], EARLY, "train.patience is over, step 10 of 30")
-    save_status(folder, STOPPED, "by whoever did not know")
+    save_outcome(folder, STOPPED, "by whoever did not know")
     left(tmp_path, 2, [(10, 0.7, 1.0, True)])
     assert [(t.state, t.reason) for t in sorted(read(tmp_path), key=lambda t: t.trial_id)] == [
         (STOPPED_EARLY, "train.patience is over, step 10 of 30"),
@@ -114,7 +114,7 @@ def test_a_failed_trial_may_go_on_and_a_stopped_one_may_not(tmp_path: Path) -> N
     folders = [left(tmp_path, i, [], end) for i, end in enumerate((FAILED, STOPPED, FINISHED))]
     for folder in folders:
         allow_retry(folder)
-    assert [end and end.state for end in map(load_status, folders)] == [None, STOPPED, FINISHED]
+    assert [end and end.state for end in map(load_outcome, folders)] == [None, STOPPED, FINISHED]
 
 
 def test_after_a_restart_the_curve_has_each_step_once(tmp_path: Path) -> None:

@@ -113,9 +113,9 @@ def test_every_run_has_a_label_of_its_own() -> None:
 
 
 def test_a_drawn_point_that_the_settings_refuse_is_found_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umbrella.tuning.search_space.CHECKED", 1)  # as if there were too many to check all
+    monkeypatch.setattr("umbrella.tuning.search_space.MAX_CHECKED", 1)  # as if there were too many to check all
     space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
-    with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all do not go"):
+    with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all are not valid"):
         list_points(sweep(space))
 
 
@@ -306,7 +306,7 @@ def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
 
 
 def test_a_point_that_the_settings_refuse_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umbrella.tuning.search_space.CHECKED", 1)  # as if there were too many to check all
+    monkeypatch.setattr("umbrella.tuning.search_space.MAX_CHECKED", 1)  # as if there were too many to check all
     space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
     search = optuna_search(space)
     found = [run(search, str(number), 0.5) for number in range(3)]

@@ -62,14 +62,18 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "entry", "message"),
+    ("name", "parameter", "message"),
     [
         ("optim.learning_rate", {"grid": [1]}, "optim.learning_rate: there is no such setting"),
         ("optim.lr", {"grid": [0.1, -1]}, "optim.lr=-1: Input should be greater than 0"),
         ("mask.supervise", {"choice": ["some"]}, "mask.supervise='some': Input should be 'assistant'"),
         ("optim.lr", {"normal": [0, 1]}, "{'normal': [0, 1]} is none of grid, choice, uniform, loguniform, quniform"),
-        ("optim.lr", {"grid": [1], "choice": [1]}, "grid and choice are kinds, and it has one; leave the others out"),
-        ("optim.lr", {"grid": [1], "wen": {}}, "wen: beside grid there can only be when; leave it out"),
+        (
+            "optim.lr",
+            {"grid": [1], "choice": [1]},
+            "has the kinds grid and choice, but can have only one; leave the others out",
+        ),
+        ("optim.lr", {"grid": [1], "wen": {}}, "wen: only when is allowed beside grid; leave it out"),
         ("optim", {"lr": {"grid": [1]}}, "names are written with dots; write optim.lr: {...}"),
         ("optim", {"lr": {"grid": [1]}, "clip": {}}, "with dots; write optim.lr: {...}, optim.clip: {...}"),
         ("modalities", {"sMRI": {"grid": {"grid": [[8] * 3]}}}, "with dots; write modalities.sMRI.grid: {...}"),
@@ -78,14 +82,18 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
         ("optim.lr", {"grid": []}, "grid takes a list of at least one value, not []"),
         ("optim.lr", {"grid": 0.1}, "grid takes a list of at least one value, not 0.1"),
         ("optim.lr", {"uniform": [0.1, 0.1]}, "uniform takes [low, high], with low < high"),
-        ("optim.lr", {"uniform": [0.1, 0.2, 0.3]}, "uniform takes [low, high]; a list of values is a grid or a choice"),
+        (
+            "optim.lr",
+            {"uniform": [0.1, 0.2, 0.3]},
+            "uniform takes [low, high]; for a list of values use grid or choice",
+        ),
         ("optim.weight_decay", {"loguniform": [0, 0.1]}, "low < high and low > 0"),
-        ("mask.supervise", {"uniform": ["all", "assistant"]}, "uniform takes [low, high]: numbers; a list"),
-        ("mask.end_of_turn", {"uniform": [False, True]}, "uniform takes [low, high]: numbers; a list"),
+        ("mask.supervise", {"uniform": ["all", "assistant"]}, "uniform takes [low, high]: numbers; for a list"),
+        ("mask.end_of_turn", {"uniform": [False, True]}, "uniform takes [low, high]: numbers; for a list"),
         ("optim.clip", {"quniform": [1, 2]}, "quniform takes [low, high, step]"),
-        ("optim.clip", {"quniform": [1, 2, 3]}, "a step above 0 that is not longer than the range"),
+        ("optim.clip", {"quniform": [1, 2, 3]}, "with 0 < step <= high - low"),
         ("optim.clip", {"quniform": [1, 2, "wide"]}, "quniform takes [low, high, step]: numbers"),
-        ("model.width", {"quniform": [16, 32, 0.5]}, "no whole numbers: 16, 32, 0.5"),
+        ("model.width", {"quniform": [16, 32, 0.5]}, "not all whole numbers: 16, 32, 0.5"),
         ("optim.clip", {"randint": [0.5, 2]}, "randint takes [low, high], two whole numbers, both of them included"),
         ("data.train", {"grid": ["a", "b"]}, "data settings are the same for every trial and cannot be swept"),
         ("resources.workers", {"grid": [1, 2]}, "resources settings are the same for every trial"),
@@ -113,14 +121,14 @@ MASK = {"grid": ["all", "assistant"]}
     [
         (
             {"mask.supervise": MASK, "optim.lr": {"grid": [1], "when": {"mask.supervise": ["last_assistant"]}}},
-            "tune.space.optim.lr: when: mask.supervise is never last_assistant; tune.space has it all, assistant",
+            "tune.space.optim.lr: when: mask.supervise is never last_assistant; its values are all, assistant",
         ),
         (
             {
                 "optim.lr": {"grid": [1, 2], "when": {"optim.clip": [3]}},
                 "optim.clip": {"grid": [3, 4], "when": {"optim.lr": [1]}},
             },
-            "tune.space.optim.lr: conditions of optim.clip, optim.lr go in a circle; take one out",
+            "tune.space.optim.lr: conditions of optim.clip, optim.lr form a cycle; remove one of them",
         ),
         (
             {"optim.clip": {"uniform": [1, 2]}, "optim.lr": {"grid": [1], "when": {"optim.clip": [1]}}},
@@ -141,8 +149,9 @@ MASK = {"grid": ["all", "assistant"]}
         ),
         (
             {"modalities.sMRI.grid": {"grid": [[24] * 3, [32] * 3]}, "modalities.sMRI.patch": {"grid": [[6] * 3]}},
-            "tune.space.modalities.sMRI.grid: sMRI.grid=32x32x32 sMRI.patch=6x6x6 do not go together: modalities.sMRI:"
-            " patch (6, 6, 6) does not divide grid (32, 32, 32) along every axis; leave such values out, or sweep",
+            "tune.space.modalities.sMRI.grid: sMRI.grid=32x32x32 sMRI.patch=6x6x6 are not valid together:"
+            " modalities.sMRI: patch (6, 6, 6) does not divide grid (32, 32, 32) along every axis;"
+            " leave such values out, or sweep",
         ),
         (
             {"modalities.sMRI": {"grid": [{"patch": [6] * 3}]}, "modalities.sMRI.grid": {"grid": [[24] * 3]}},

@@ -34,37 +34,37 @@ def trained(settings: Settings) -> dict[str, Any]:
 
 
 @pytest.fixture
-def best_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def best_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The winner of a sweep that was started in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "voxels").mkdir()
     return training_settings(load_settings(overrides=SWEEP), POINT)
 
 
-def test_the_training_is_the_trial_but_for_its_place(winner: Settings, tmp_path: Path) -> None:
+def test_the_training_is_the_trial_but_for_its_place(best_settings: Settings, tmp_path: Path) -> None:
     paths = {
         "data.train": [f"{tmp_path}/with space/*.json", f"{tmp_path}/b.json"],
         "resources.storage": f"{tmp_path}/runs",
         "resources.store": f"{tmp_path}/voxels",
     }
-    assert trained(winner) == trained(load_settings(overrides=SWEEP).with_values(POINT)) | paths
-    assert winner.name == ""  # else it would go on with another training of this name
-    assert winner.tune.space == {}
+    assert trained(best_settings) == trained(load_settings(overrides=SWEEP).with_values(POINT)) | paths
+    assert best_settings.name == ""  # else it would go on with another training of this name
+    assert best_settings.tune.space == {}
 
 
 def test_file_and_overrides_both_give_the_training_from_any_folder(
-    winner: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    best_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_best(winner, tmp_path / "best.yaml")
+    write_best(best_settings, tmp_path / "best.yaml")
     words = [
         shlex.split(training_command(tmp_path / "best.yaml")),
-        shlex.split(training_command(*override_arguments(winner, POINT))),
+        shlex.split(training_command(*override_arguments(best_settings, POINT))),
     ]
     assert [w[:2] for w in words] == [["python", "experiments/train.py"]] * 2
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for given in words:
-        assert parse(given[2:], "").settings == winner
+        assert parse(given[2:], "").settings == best_settings
 
 
 def test_overrides_say_what_was_swept_also_where_it_is_the_default() -> None:

@@ -1,1 +1,1 @@
-"""Sweeps: search space, Ray Tune, and the answer."""
+"""Sweeps with Ray Tune: search space, trials, ranking and report."""

@@ -1,4 +1,4 @@
-"""What a sweep would run, and what it found, in words."""
+"""Dry run of a sweep or a training: print what would run, and start nothing."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,27 +16,33 @@ from umbrella.tuning.search import count_trials, list_points
 from umbrella.tuning.search_space import format_point, is_fixed, read_space, variants
 from umbrella.tuning.sweep import possible_masks
 
-SHOWN = 20
-"""Trials that a dry run lists."""
+MAX_TRIALS = 20
+"""Maximum number of trials that a dry run lists."""
 
 
-def dry_run(settings: Settings, given: frozenset[str], progress: ProgressBar, console: Console) -> None:
-    """Print the resolved settings, the trials, the resources asked for and the sample counts; start nothing.
+def dry_run(settings: Settings, fixed: frozenset[str], progress: Progress, console: Console) -> None:
+    """Print the resolved settings, the trials, the resources and the number of samples.
+
+    Args:
+        settings: of the sweep or the training.
+        fixed: names set on the command line; they are not swept.
+        progress: wraps slow preparations in a progress bar.
+        console: where to print.
 
     Raises:
         UserError: as ``load_and_check``.
     """
-    parameters, total = read_space(settings, given), count_trials(settings, given)
+    parameters, total = read_space(settings, fixed), count_trials(settings, fixed)
     resources = settings.resources
     console.print(settings.to_yaml(), markup=False, highlight=False, soft_wrap=True)
-    for line in _trial_lines(settings, given, total):
+    for line in _describe_trials(settings, fixed, total):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    fixed = [name for name in settings.tune.space if is_fixed(name, given)]
-    if fixed:
-        console.print(f"set on the command line, so not swept: {', '.join(fixed)}", markup=False)
-    never = set(settings.tune.space) - set(fixed) - {parameter.name for parameter in parameters}
+    not_swept = [name for name in settings.tune.space if is_fixed(name, fixed)]
+    if not_swept:
+        console.print(f"set on the command line, so not swept: {', '.join(not_swept)}", markup=False)
+    never = set(settings.tune.space) - set(not_swept) - {parameter.name for parameter in parameters}
     if never:
-        console.print(f"never swept, as their conditions are never met: {', '.join(sorted(never))}", markup=False)
+        console.print(f"not swept, because the conditions are never met: {', '.join(sorted(never))}", markup=False)
     for line in describe_search(settings, parameters):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
@@ -47,37 +53,37 @@ def dry_run(settings: Settings, given: frozenset[str], progress: ProgressBar, co
         at_once = max_concurrent_trainings(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
     shapes = variants(settings, parameters, "modalities", "model")
-    splits = load_checked(settings, progress, possible_masks(settings, given), shapes, dry_run=True)
+    splits = load_checked(settings, progress, possible_masks(settings, fixed), shapes, dry_run=True)
     console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 
 def describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:
-    """Search, scheduler and budget in words, a line each."""
-    asked = settings.tune
+    """Describe search, scheduler, metric and time limit, one line each."""
+    tune = settings.tune
     drawn = [parameter.name for parameter in parameters if parameter.kind != "grid"]
-    draws = [f"{counted(asked.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
+    draws = [f"{counted(tune.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
     grids = ["every combination of the grids"] if len(drawn) < len(parameters) else []
-    combinations = ", each with ".join(grids + draws) or "the settings as they are"
-    optuna = f"Optuna (TPE), {pluralise(asked.samples, 'point')} at most, each proposed from those before"
-    seeds = f"; {asked.seeds} seeds each, from {settings.seed} on" if asked.seeds > 1 else ""
-    yield f"search: {optuna if asked.search == 'optuna' else combinations}{seeds}"
-    after = f"after {pluralise(asked.grace, 'evaluation')} each"
+    combinations = ", each with ".join(grids + draws) or "the settings without changes"
+    optuna = f"Optuna (TPE), {counted(tune.samples, 'point')} at most, each proposed from earlier results"
+    seeds = f"; {tune.seeds} seeds each, from {settings.seed} on" if tune.seeds > 1 else ""
+    yield f"search: {optuna if tune.search == 'optuna' else combinations}{seeds}"
+    after = f"after {counted(tune.grace, 'evaluation')} each"
     yield {
-        "asha": f"early stopping: ASHA, {after}, keeps the best 1/{asked.reduction} at each rung",
+        "asha": f"early stopping: ASHA, {after}, keeps the best 1/{tune.reduction} at each rung",
         "none": "early stopping: none",
-    }[asked.scheduler]
-    yield f"decides: {'largest' if asked.mode == 'max' else 'smallest'} {asked.metric}"
-    yield f"budget: {f'{asked.hours:g} hours' if asked.hours else 'no limit of time'}"
+    }[tune.scheduler]
+    yield f"best trial: {'largest' if tune.mode == 'max' else 'smallest'} {tune.metric}"
+    yield f"budget: {f'{tune.hours:g} hours' if tune.hours else 'no time limit'}"
 
 
-def _trial_lines(settings: Settings, given: frozenset[str], total: int) -> Iterator[str]:
-    """How many trials, and which: the first of them, or what Optuna chooses from."""
+def _describe_trials(settings: Settings, fixed: frozenset[str], total: int) -> Iterator[str]:
+    """Describe the number of trials, and the first trials or the search space of Optuna."""
     if settings.tune.search == "optuna":
-        yield f"trials: {total} at most, with values that Optuna chooses from"
-        yield from (f"  {parameter.name}: {parameter.description}" for parameter in read_space(settings, given))
+        yield f"trials: {total} at most; Optuna chooses values from"
+        yield from (f"  {parameter.name}: {parameter.description}" for parameter in read_space(settings, fixed))
         return
     yield f"trials: {total}"
-    every = list_points(settings, given)
-    yield from (f"  {format_point(point)}" for point in every[:SHOWN])
-    if len(every) > SHOWN:
-        yield f"  ... and {len(every) - SHOWN} more"
+    every = list_points(settings, fixed)
+    yield from (f"  {format_point(point)}" for point in every[:MAX_TRIALS])
+    if len(every) > MAX_TRIALS:
+        yield f"  ... and {len(every) - MAX_TRIALS} more"

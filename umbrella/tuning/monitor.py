@@ -1,4 +1,4 @@
-"""A sweep as it runs: a live table in a terminal, a line per event elsewhere, and true final states in MLflow."""
+"""Progress of a sweep: a live table in a terminal, otherwise a line per event; correct final states in MLflow."""
 
 import time
 from collections.abc import Mapping
@@ -27,38 +27,41 @@ from umbrella.tuning.sweep_files import (
     STOPPED,
     UNFINISHED,
     final_state,
-    load_status,
+    load_outcome,
     make_trial_folder,
-    save_status,
+    save_outcome,
     trial_id_of,
 )
 
 STATUS = {FAILED: "FAILED", STOPPED: "KILLED", OUT_OF_TIME: "KILLED"}
-"""How MLflow calls what did not end by itself."""
+"""MLflow's run status for states other than a normal end."""
 GIVE_UP = 10**6
-"""Failures that no ``resources.max_failures`` allows."""
+"""Number of failures above every ``resources.max_failures``."""
 RUNNING = "running"
 """The state of a trial that has not ended."""
 
 
 class OutOfTime(Exception):
-    """``tune.hours`` are over. Raised in Ray Tune, which then keeps what it knows as of a script that is stopped.
+    """The time limit ``tune.hours`` is exceeded.
 
-    Its own budget counts trials that it stops as ended, and the search too: such a sweep could not go on.
+    The exception ends Ray Tune as an interrupt does, so that the sweep can be resumed. Ray Tune's own time budget would
+    mark the trials and the search as completed.
     """
 
 
 class Monitor:
-    """Follows the trials of a sweep from the driver.
+    """Shows the progress of the trials of a sweep, saves their outcomes, and closes their MLflow runs.
 
     Args:
-        folder: the sweep's. Trials that have ended there before are shown with the others.
-        parent: the sweep's run. The runs of trials that did not end them are closed in its store.
-        total: how many trials there will be.
+        folder: of the sweep. Trials that have already ended are shown, too.
+        parent: MLflow run of the sweep.
+        total: number of trials.
+        tune: settings of the sweep.
+        console: where the live table is shown; standard output if None.
     """
 
     current: ClassVar["Monitor | None"] = None
-    """The one that this process is in."""
+    """The active monitor of this process."""
 
     def __init__(
         self, folder: Path, parent: MlflowLogger, total: int, tune: TuneSettings, console: Console | None = None
@@ -87,18 +90,18 @@ class Monitor:
             self.live.stop()
 
     def close(self, state: str) -> None:
-        """Close the runs of the trials that are running, because the sweep ends."""
+        """Close the MLflow runs of running trials because the sweep is interrupted."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
                 close_run(self.parent.uri, self._trial_folder(name), "KILLED", state)
 
     def check_time(self) -> None:
-        """Raise OutOfTime when it is."""
+        """Raise OutOfTime if the time limit is exceeded."""
         if self.tune.hours and time.monotonic() - self.started >= 3600 * self.tune.hours:
             raise OutOfTime
 
     def stop_all(self) -> None:
-        """End the trials that are running, because the time is over."""
+        """End the running trials because the time limit is exceeded."""
         for name, trial in self.trials.items():
             if trial["state"] == RUNNING:
                 result = trial["result"]
@@ -106,60 +109,59 @@ class Monitor:
                 self._end(name, OUT_OF_TIME, f"after {self.tune.hours:g} hours (tune.hours), {where}")
 
     def start(self, trial: Any) -> None:
-        """A trial's process was asked for."""
+        """Record that a trial starts or resumes."""
         folder = make_trial_folder(self.folder, trial.trial_id, trial.config)
-        known = self.trials.get(trial_id_of(folder))
-        self.trials[trial_id_of(folder)] = (known or {"result": {}}) | {
-            "name": format_point(trial.config),
-            "state": RUNNING,
-        }
-        if not load_status(folder):
-            self._print(trial_id_of(folder), "goes on" if known else "started")
+        name = trial_id_of(folder)
+        known = self.trials.get(name)
+        self.trials[name] = (known or {"result": {}}) | {"name": format_point(trial.config), "state": RUNNING}
+        if not load_outcome(folder):
+            self._print(name, "resumed" if known else "started")
 
     def recover(self, trial: Any) -> None:
-        """A trial raised, or its process died, and Ray Tune is about to try again."""
-        if load_status(make_trial_folder(self.folder, trial.trial_id, trial.config)):
-            trial.run_metadata.num_failures = GIVE_UP  # the training said itself that trying again would not help
+        """Prevent that Ray Tune retries a trial with a saved outcome: it would fail again."""
+        if load_outcome(make_trial_folder(self.folder, trial.trial_id, trial.config)):
+            trial.run_metadata.num_failures = GIVE_UP
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
-        """A trial evaluated."""
+        """Record an evaluation of a trial."""
         name = trial_id_of(make_trial_folder(self.folder, trial.trial_id, trial.config))
         last = self.trials[name]["result"]
-        if "step" in result and result["step"] > last.get("step", 0):  # else it is told again
+        if "step" in result and result["step"] > last.get("step", 0):  # a resumed trial reports old results again
             self.trials[name]["result"] = result
             self._print(name, progress_line(result))
 
     def end(self, trial: Any, error: BaseException | None = None) -> None:
-        """A trial reached its end, was stopped, or failed."""
+        """Record that a trial finished, was stopped or failed."""
         folder = make_trial_folder(self.folder, trial.trial_id, trial.config)
         name = trial_id_of(folder)
-        # Its process may never have started.
+        # ``start`` is not called if the process of a trial cannot start.
         result = self.trials.setdefault(name, {"name": format_point(trial.config), "result": {}})["result"]
         if error:
-            # Ray names the class with its module before what it says.
-            self._end(name, FAILED, describe_failure(error).removeprefix("umbrella.base.UserError: "))
+            # Ray puts the name of the exception class before its message.
+            self._end(name, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
         else:
-            self._end(name, *self._final_state(result))
+            self._end(name, *self._outcome(result))
 
     def _end(self, name: str, state: str, reason: str) -> None:
-        save_status(self._trial_folder(name), state, reason)
-        end = load_status(self._trial_folder(name))
-        if end:
-            self.trials[name]["state"] = end.state
-            self._print(name, f"{end.state}{end.reason and f': {end.reason}'}")
-            close_run(self.parent.uri, self._trial_folder(name), STATUS.get(end.state, "FINISHED"), end.state)
+        save_outcome(self._trial_folder(name), state, reason)
+        outcome = load_outcome(self._trial_folder(name))  # an earlier outcome has priority
+        if outcome:
+            state, reason = outcome
+            self.trials[name]["state"] = state
+            self._print(name, f"{state}: {reason}" if reason else state)
+            close_run(self.parent.uri, self._trial_folder(name), STATUS.get(state, "FINISHED"), state)
 
-    def _final_state(self, result: Mapping[str, Any]) -> tuple[str, str]:
-        """Of a trial that raised nothing: its state, and why it did not come to its end."""
+    def _outcome(self, result: Mapping[str, Any]) -> tuple[str, str]:
+        """State and reason of a trial that ended without an error."""
         if not result:
-            return FAILED, "it ended before its first evaluation"
+            return FAILED, "the trial ended before its first evaluation"
         state, where = final_state(result), f"step {result['step']} of {result['steps']}"
         if state == STOPPED:
             return state, f"by ASHA at evaluation {result['evaluation']}, {where}"
         return state, "" if result["step"] >= result["steps"] else f"train.patience is over, {where}"
 
     def _repair_run(self, name: str, state: str) -> None:
-        """Correct a trial's run that a killed script left RUNNING, under another parent, or not sent to its end."""
+        """Correct the MLflow run of a trial after a kill: status, parent, and metrics that were not sent."""
         status, outcome = STATUS.get(state, "FINISHED"), state
         if state == UNFINISHED:
             status, outcome = "KILLED", "its script was killed"
@@ -169,9 +171,9 @@ class Monitor:
     def _trial_folder(self, name: str) -> Path:
         return self.folder / TRIALS / name.rpartition("-")[2]
 
-    def _print(self, name: str, words: str) -> None:
+    def _print(self, name: str, message: str) -> None:
         if not self.live:
-            print(f"{self._elapsed()}  {self.trials[name]['name']}: {printable(words)}", flush=True)
+            print(f"{self._elapsed()}  {self.trials[name]['name']}: {printable(message)}", flush=True)
 
     def _elapsed(self) -> str:
         seconds = int(time.monotonic() - self.started)
@@ -191,7 +193,7 @@ class Monitor:
 
 
 class MonitorCallback(Callback):
-    """Tells this process's ``Monitor``. Ray Tune keeps its callbacks with the sweep, and a terminal cannot be kept."""
+    """Forwards events to ``Monitor.current``. Ray Tune pickles callbacks, and a terminal cannot be pickled."""
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         if Monitor.current:
@@ -219,12 +221,12 @@ class MonitorCallback(Callback):
 
 
 def _error_of(trial: Any) -> BaseException:
-    with suppress(EOFError):  # it is written still
+    with suppress(EOFError):  # Ray has not finished writing the file
         if error := trial.get_pickled_error():
             return error
     return trial.get_error() or RuntimeError("its process died")
 
 
 def table_columns(metric: str) -> tuple[str, ...]:
-    """The numbers shown of each trial."""
+    """Numbers that the live table shows for each trial."""
     return ("epoch", "train/loss", "eval/loss", metric)

@@ -1,4 +1,4 @@
-"""One line of ``tune.space``: which values a setting takes, how one is drawn, and when the setting is swept at all."""
+"""One parameter of the search space: its values, how they are sampled, and the conditions under which it is swept."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,65 +15,63 @@ RANGES = {
     "randint": "[low, high], two whole numbers, both of them included",
 }
 KINDS = CATEGORICAL | RANGES
-"""Kind to what it takes. The ends of a range are part of it."""
+"""Each kind of parameter and its syntax. Ranges include both ends."""
 DIGITS = 4
-"""Significant digits of a drawn number: a run's name then says the number itself, and tells it from every other."""
+"""Significant digits of a sampled number. With few digits, the name of a run can show the exact value."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What is swept under one name: a setting, or a section whose values are written as mappings."""
+    """A swept name: a setting, or a section whose values are mappings."""
 
     name: str
     kind: str
     values: Sequence[Any]
-    """The values as the setting has them; of a range its low and high end, and for quniform the step."""
+    """The values in the type of the setting. For a range: low, high and, for quniform, the step."""
     when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Other swept names to values of theirs: swept only where each of them has one of these."""
+    """Conditions: other swept names and their allowed values. All of them must hold, or the parameter is not swept."""
 
     @property
     def categorical(self) -> bool:
-        """Whether its values are a list, not a range."""
+        """Whether the values are a list and not a range."""
         return self.kind in CATEGORICAL
 
     @property
     def integer(self) -> bool:
-        """Whether a range is one of whole numbers: of such a setting, or by its kind."""
+        """Whether a range holds whole numbers only."""
         return self.kind == "randint" or all(isinstance(value, int) for value in self.values)
 
     @property
     def description(self) -> str:
-        """Its values as the YAML file has them: "loguniform [1e-5, 1e-3]"."""
-        values = f"{self.kind} [{', '.join(format_value(value) for value in self.values)}]"
-        conditions = [
-            f"{name} is {' or '.join(format_value(value) for value in allowed)}" for name, allowed in self.when.items()
-        ]
-        return " where ".join([values, " and ".join(conditions)] if conditions else [values])
+        """Kind, values and conditions: "loguniform [1e-5, 1e-3] where train is all"."""
+        values = f"{self.kind} [{', '.join(map(format_value, self.values))}]"
+        conditions = [f"{name} is {' or '.join(map(format_value, allowed))}" for name, allowed in self.when.items()]
+        return f"{values} where {' and '.join(conditions)}" if conditions else values
 
     def is_active(self, point: Mapping[str, Any]) -> bool:
-        """Whether it is swept where the names before it have these values."""
+        """Whether the values of ``point`` meet all conditions."""
         return all(name in point and point[name] in allowed for name, allowed in self.when.items())
 
     def sample(self, rng: np.random.Generator) -> Any:
-        """A random value."""
+        """Sample a value."""
         if self.categorical:
             return self.values[int(rng.integers(len(self.values)))]
         low, high = self.values[:2]
         if self.kind == "quniform":
             return self.rounded(low + self.values[2] * rng.integers(self.steps + 1))
-        if self.kind == "loguniform":  # of whole numbers each has the share of the range up to the next
-            drawn = exp(rng.uniform(log(low), log(high + self.integer)))
-            return self.rounded(floor(drawn) if self.integer else drawn)
+        if self.kind == "loguniform":  # an integer n has the probability of the interval [n, n + 1)
+            value = exp(rng.uniform(log(low), log(high + self.integer)))
+            return self.rounded(floor(value) if self.integer else value)
         return self.rounded(rng.integers(low, high, endpoint=True) if self.integer else rng.uniform(low, high))
 
     @property
     def steps(self) -> int:
-        """Steps from the low end of a quniform to the highest value that it has."""
+        """Number of steps between the smallest and the largest value of a quniform range."""
         low, high, step = self.values
         return floor((high - low) / step + 1e-9)
 
     def rounded(self, value: float) -> Any:
-        """The nearest value of a range to a number: of the setting's type, on its step, within the ends."""
+        """The value of a range that is nearest to ``value``: on a step, within the ends, in the setting's type."""
         low, high = self.values[:2]
         if self.kind == "quniform":
             step = self.values[2]
@@ -86,31 +84,31 @@ class Parameter:
 def combinations(
     parameters: Sequence[Parameter], values: Callable[[Parameter], Sequence[Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Every combination of values; an entry that is not active, or for which there are none, is left out of it.
+    """Iterate over all combinations of values. A point omits parameters that are inactive or have no values.
 
     Args:
-        entries: each behind those that it depends on.
-        values: asked anew wherever the entry is active.
+        parameters: each after the parameters that its conditions name.
+        values: returns the values of a parameter. It is called again for every combination of earlier values.
     """
 
-    def grow(rest: Sequence[Parameter], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def extend(point: dict[str, Any], rest: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
         if not rest:
             yield point
             return
         first, others = rest[0], rest[1:]
-        taken = values(first) if first.is_active(point) else []
-        for value in taken:
-            yield from grow(others, {**point, first.name: value})
-        if not taken:
-            yield from grow(others, point)
+        own = values(first) if first.is_active(point) else []
+        for value in own:
+            yield from extend({**point, first.name: value}, others)
+        if not own:
+            yield from extend(point, others)
 
-    yield from grow(parameters, {})
+    yield from extend({}, parameters)
 
 
 def format_value(value: Any) -> str:
-    """A value, short: 3e-4, 96x96x96, (grid=32x32x32 patch=8x8x8)."""
+    """Format a value for people: 3e-4, 96x96x96, (grid=32x32x32 patch=8x8x8)."""
     if isinstance(value, float):
-        plain = f"{value:.15g}"  # what people write, where repr would add a ".0"
+        plain = f"{value:.15g}"  # 1, where repr has 1.0
         if value == 0 or 1e-3 <= abs(value) < 1e6:
             return plain
         mantissa, _, exponent = f"{value:.14e}".partition("e")

@@ -1,4 +1,4 @@
-"""The result of a sweep as files: a page with its figures, a table, and the settings of the best trial."""
+"""The result of a sweep: the report page with its figures, the ranking as CSV, and the settings of the best trial."""
 
 import shlex
 from collections import Counter
@@ -33,13 +33,24 @@ from umbrella.tuning.results import (
 )
 from umbrella.tuning.settings import TuneSettings
 
-SHOWN = 100
-"""Rows of a table on the page; all are in ranking.csv."""
+MAX_ROWS = 100
+"""Maximum number of rows of a table on the page; ranking.csv holds all rows."""
+SCRIPT = "experiments/train.py"
+PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
+"""Settings that are paths."""
+OPTIONAL_PATHS = (
+    "model.checkpoint",
+    "model.chat_template",
+    "resources.store",
+    "resources.node_store",
+    "resources.upload",
+)
+"""Settings that are paths if such a file exists, and otherwise names on the Hugging Face Hub or URLs."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of trials, and what they reserved meanwhile, with all workers that one may have."""
+    """Total time of trials, and the CPU- and GPU-hours that they reserved."""
 
     hours: float
     cpu_hours: float
@@ -48,45 +59,48 @@ class Cost:
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What ``write_report`` wrote. ``best``, ``training_command`` and ``override_arguments`` are empty where no trial has a metric."""
+    """Files that ``write_report`` wrote. ``best``, ``command`` and ``overrides`` are empty if no trial has a metric."""
 
     page: Path
     ranking: Path
     figure_files: dict[str, Path]
-    """metric, ranking, curves, importance, times: those that there are."""
+    """Names (metric, ranking, curves, importance, times) to PNG files. Some may be missing."""
     best: Path | None = None
+    """best.yaml, the settings of the best trial."""
     command: str = ""
+    """Shell command that trains with ``best``."""
     overrides: str = ""
-    """The same as a command without a file."""
+    """Shell command for the same training with overrides only."""
 
     @property
     def all(self) -> list[Path]:
-        """Every file."""
+        """All files."""
         return [self.page, self.ranking, *self.figure_files.values(), *([self.best] if self.best else [])]
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found. ``configurations``, ``trials``: best first. ``best``: the winner's. ``folder``: of all files."""
+    """The result of a sweep. ``configurations`` and ``trials`` are sorted, best first."""
 
     configurations: list[Configuration]
     trials: list[Trial]
-    best: Settings
+    best_settings: Settings
+    """Settings of the best trial."""
     folder: Path
     files: ReportFiles
-    tracking: str
+    tracking_uri: str
     warning: str = ""
     """See ``chance_warning``."""
 
 
 def best_trial(configurations: Sequence[Configuration]) -> Trial | None:
-    """The best trial of the best contender, where it has a metric and did not fail."""
+    """The best trial of the best configuration; None if it has no metric or failed."""
     best = configurations[0].trials[0] if configurations else None
     return best if best and best.metric is not None and not best.failed else None
 
 
 def compute_cost(trials: Sequence[Trial], resources: ResourceSettings) -> Cost:
-    """Of these trials together."""
+    """Compute the cost of trials. Each counts with the maximum number of workers."""
     hours = sum(t.seconds or 0 for t in trials) / 3600
     held = hours * resources.workers
     return Cost(hours, held * resources.cpus_per_worker, held * resources.gpus_per_worker)
@@ -98,19 +112,19 @@ def write_report(
     """Write ``ranking.csv``, ``best.yaml``, the PNGs and ``report.html`` into the sweep's folder.
 
     Args:
-        contenders: as ``rank_configurations`` gives them.
-        settings: the sweep's.
-        subjects: that the metric is measured on; 0 if unknown.
-        warning: a sentence on all trials, see ``chance_warning``.
+        configurations: sorted by ``rank_configurations``.
+        settings: of the sweep.
+        subjects: number of subjects in the validation split; 0 if unknown.
+        warning: see ``chance_warning``.
     """
     trials, metric = ranked_trials(configurations), settings.tune.metric
     ranking = folder / RANKING
-    write_ranking(configurations, metric, ranking)  # the numbers first, before anything that could fail
-    best, file, told = best_trial(configurations), None, {}
+    write_ranking(configurations, metric, ranking)  # first, in case that a figure fails
+    best, file, commands = best_trial(configurations), None, {}
     if best:
         training, file = training_settings(settings, best.point), folder / BEST
         write_best(training, file)
-        told = {
+        commands = {
             "command": training_command(file.absolute()),
             "overrides": training_command(*override_arguments(training, best.point)),
         }
@@ -126,7 +140,7 @@ def write_report(
         figure_files["importance"] = save(folder / "importance.png", figures.draw_importance, found)
     if any(t.started is not None for t in trials):
         figure_files["times"] = save(folder / "times.png", figures.draw_times, trials)
-    files = ReportFiles(folder / REPORT, ranking, figure_files, file, **told)
+    files = ReportFiles(folder / REPORT, ranking, figure_files, file, **commands)
     starts = [t.started for t in trials if t.started is not None]
     page = render(
         Path(__file__).with_name("report.html"),
@@ -146,37 +160,37 @@ def write_report(
         trials=trials,
         names=swept_names(trials),
         lacking=any(len(t.point) < len(swept_names(trials)) for t in trials),
-        ends=Counter(t.state for t in trials),
+        state_counts=Counter(t.state for t in trials),
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
         files=files,
-        images={name: embedded(picture.read_bytes()) for name, picture in figure_files.items()},
+        images={name: embedded(file.read_bytes()) for name, file in figure_files.items()},
         importance=found,
         subjects=subjects,
         warning=warning,
-        noise=_binomial(configurations[0].mean, subjects) if best and "accuracy" in metric else None,
+        margin=_binomial_margin(configurations[0].mean, subjects) if best and "accuracy" in metric else None,
         wall=max((t.started + (t.seconds or 0) for t in trials if t.started is not None), default=0.0)
         - min(starts, default=0.0),
-        shown=SHOWN,
+        max_rows=MAX_ROWS,
     )
     files.page.write_text(page, encoding="utf-8", errors="backslashreplace")
     return files
 
 
-def _binomial(share: float | None, subjects: int) -> float | None:
-    """Half of the 95% interval of a share of subjects of equally large classes, by the normal approximation."""
+def _binomial_margin(share: float | None, subjects: int) -> float | None:
+    """Half-width of the 95% interval of a share of subjects, by the normal approximation, for classes of equal size."""
     return 1.96 * sqrt(share * (1 - share) / subjects) if share is not None and 0 < share < 1 and subjects else None
 
 
 def _value(value: Any) -> str:
-    """A swept value for people: 8×8×8, 0.0012, last_assistant."""
+    """Format a swept value: 8×8×8, 0.0012, last_assistant."""
     if isinstance(value, list | tuple) and all(isinstance(v, int) for v in value):
         return "×".join(map(str, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def format_duration(seconds: float | None) -> str:
-    """``42 s``, ``12 min 05 s``, ``3 h 20 min``; empty if unknown."""
+    """Format seconds: ``42 s``, ``12 min 05 s``, ``3 h 20 min``; empty if unknown."""
     if seconds is None:
         return ""
     whole = round(seconds)
@@ -187,23 +201,14 @@ def format_duration(seconds: float | None) -> str:
     return f"{number(whole // 3600)} h {whole % 3600 // 60:02d} min"
 
 
-SCRIPT = "experiments/train.py"
-PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
-"""Settings that are paths."""
-OPTIONAL_PATHS = (
-    "model.checkpoint",
-    "model.chat_template",
-    "resources.store",
-    "resources.node_store",
-    "resources.upload",
-)
-"""Settings that are paths where something lies there; else names on the Hub, or addresses."""
-
-
 def training_settings(settings: Settings, point: dict[str, Any]) -> Settings:
-    """A sweep's settings with a trial's values, as a plain training that runs from any folder.
+    """Settings of a single training that repeats a trial.
 
-    It trains as the trial did: name and folder say only where it is kept, and of ``tune`` a training knows the metric.
+    Paths become absolute, so that the training runs from any folder. The name and the search space are reset.
+
+    Args:
+        settings: of the sweep.
+        point: values of the trial.
     """
     trial = settings.with_values(point)
     flat = trial.flat()
@@ -214,19 +219,17 @@ def training_settings(settings: Settings, point: dict[str, Any]) -> Settings:
 
 
 def _absolute(value: Any) -> Any:
+    """Make a path, or each path of a list, absolute. An empty string stays empty."""
     if isinstance(value, str):
         return str(Path(value).absolute()) if value else value
-    return [_absolute(one) for one in value]
+    return [_absolute(path) for path in value]
 
 
 def override_arguments(settings: Settings, named: Collection[str] = ()) -> list[str]:
-    """The words that make the defaults into these settings. What is ``named`` is also said where it is the default."""
-    usual = Settings().flat()
-    return [
-        f"{k}={_format_override(v)}"
-        for k, v in settings.flat().items()
-        if k in named or k not in usual or usual[k] != v
-    ]
+    """Command-line arguments for all settings that differ from the defaults, and for those in ``named``."""
+    defaults = Settings().flat()
+    changed = {k: v for k, v in settings.flat().items() if k in named or k not in defaults or defaults[k] != v}
+    return [f"{name}={_format_override(value)}" for name, value in changed.items()]
 
 
 def _format_override(value: Any) -> str:
@@ -234,31 +237,31 @@ def _format_override(value: Any) -> str:
     return text.removesuffix("...").strip()
 
 
-def training_command(*words: str | Path) -> str:
-    """A training with these files and overrides, to be typed into a shell."""
-    return shlex.join(["python", SCRIPT, *map(str, words)])
+def training_command(*arguments: str | Path) -> str:
+    """Shell command that starts a training with these files and overrides."""
+    return shlex.join(["python", SCRIPT, *map(str, arguments)])
 
 
 def write_best(settings: Settings, file: Path) -> None:
-    """The settings as a file that ``experiments/train.py`` takes."""
+    """Write settings to a YAML file for ``experiments/train.py``."""
     head = f"# The best trial of {file.parent.name}. Run it again: {training_command(file.absolute())}\n"
     file.write_text(head + settings.to_yaml(), encoding="utf-8")
 
 
 def print_result(result: SweepResult, console: Console) -> None:
-    """Print the ranking, the winner, the command that trains it again, its checkpoint, and where to read further."""
-    best, metric, files = result.trials[0], result.best.tune.metric, result.files
+    """Print the ranking, the best trial, the command that repeats it, and the files of the report."""
+    best, metric, files = result.trials[0], result.best_settings.tune.metric, result.files
     first = result.configurations[0]
     console.print(ranking_table(result.configurations, metric))
     seeds = f", over seeds {format_interval(first)}" if len(first.trials) > 1 else ""
     lines = {
         "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}{seeds}",
         "its settings": " ".join(f"{name}={value}" for name, value in best.point.items()),
-        "train it again": training_command(_short(files.best or "")),
-        "its checkpoint": _short(best.checkpoint or ""),
-        "ranking": _short(files.ranking),
+        "train it again": training_command(_short_path(files.best or "")),
+        "its checkpoint": _short_path(best.checkpoint or ""),
+        "ranking": _short_path(files.ranking),
         "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(result.tracking)})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(result.tracking_uri)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
@@ -266,7 +269,7 @@ def print_result(result: SweepResult, console: Console) -> None:
         console.print(result.warning, markup=False, highlight=False, soft_wrap=True)
 
 
-def _short(path: str | Path) -> str:
-    """A path, relative where it lies below the working directory."""
+def _short_path(path: str | Path) -> str:
+    """The path, relative if it is below the working directory."""
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

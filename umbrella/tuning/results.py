@@ -18,12 +18,12 @@ from umbrella.training.history import read_history
 from umbrella.training.progress import best_checkpoint, goodness
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import FAILED, UNFINISHED, TrialStatus, load_status, read_point, trial_id_of
+from umbrella.tuning.sweep_files import FAILED, UNFINISHED, TrialOutcome, load_outcome, read_point, trial_id_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One point of a trial's curve. A number is None where it was not finite, or is not known."""
+    """One evaluation of a trial. A number that is not finite or not known is None."""
 
     step: int
     epoch: float | None
@@ -36,7 +36,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial as it ended. ``metric``, ``loss``, ``step`` and ``checkpoint`` are of its best kept checkpoint."""
+    """The result of a trial. ``metric``, ``loss`` and ``step`` are those of ``checkpoint``, its best one on disk."""
 
     trial_id: str
     point: dict[str, Any]
@@ -46,42 +46,42 @@ class Trial:
     step: int | None = None
     checkpoint: str | None = None
     reason: str = ""
-    """Why it did not come to its end, in one line."""
+    """Why the trial ended early, in one line."""
     curve: tuple[Evaluation, ...] = ()
     started: float | None = None
-    """Seconds since 1970."""
+    """Unix time, in seconds."""
     seconds: float | None = None
-    """From its start to its last evaluation, without the pauses between two attempts."""
+    """Time from the start to the last evaluation, without the time between two attempts."""
     first_evaluation: float | None = None
-    """Seconds to its first evaluation."""
+    """Time from the start to the first evaluation, in seconds."""
 
     @property
     def name(self) -> str:
-        """The trial in words."""
+        """The values of the trial: "lr=3e-4 supervise=all"."""
         return format_point(self.point)
 
     @property
     def failed(self) -> bool:
-        """Whether something went wrong."""
+        """Whether the trial ended with an error."""
         return self.state == FAILED
 
 
 def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
-    """The trials that a sweep's folder knows, by when they started.
+    """Read the trials of a sweep from its folder, in the order of their start.
 
     Args:
-        tune: whose metric decides which checkpoint of a trial is its best.
+        tune: its metric and mode determine the best checkpoint of each trial.
     """
-    trials = [_trial(file.parent, tune) for file in Path(sweep).glob(f"{TRIALS}/*/{POINT}")]
+    trials = [_read_trial(file.parent, tune) for file in Path(sweep).glob(f"{TRIALS}/*/{POINT}")]
     return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
 
 
 def chance_warning(trials: Sequence[Trial], tune: TuneSettings, chance: float | None, subjects: int) -> str:
-    """A sentence for a sweep in which no trial is better than guessing; empty where one is, or where it is not known.
+    """A warning for a sweep in which no trial is better than chance; empty if one is, or if chance is unknown.
 
     Args:
-        chance: what guessing gives, as a share.
-        subjects: that the metric is measured on. Two standard errors above chance are taken for chance.
+        chance: value of the metric for random answers, between 0 and 1.
+        subjects: number of subjects in the validation split. Metrics within two standard errors count as chance.
     """
     best = max((t.metric for t in trials if t.metric is not None), default=None)
     if chance is None or best is None or not subjects:
@@ -95,12 +95,12 @@ def chance_warning(trials: Sequence[Trial], tune: TuneSettings, chance: float | 
 
 
 def sort_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """A key that sorts the best first, see ``goodness``."""
+    """Sort key that puts the best first; see ``goodness``."""
     by_metric, by_loss = goodness(metric, loss, mode)
     return -by_metric, -by_loss
 
 
-def _trial(folder: Path, tune: TuneSettings) -> Trial:
+def _read_trial(folder: Path, tune: TuneSettings) -> Trial:
     rows = read_history(folder)
     curve = tuple(
         Evaluation(
@@ -113,19 +113,19 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
         )
         for row in rows
     )
-    end = load_status(folder) or TrialStatus(UNFINISHED, "")
+    outcome = load_outcome(folder) or TrialOutcome(UNFINISHED, "")
     started, seconds, first = _times(rows)
     kept = best_checkpoint(folder, tune.metric, tune.mode)
     best = next((e for e in curve if e.checkpoint == str(kept)), None)
     return Trial(
         trial_id=trial_id_of(folder),
         point=read_point(folder),
-        state=end.state,
+        state=outcome.state,
         metric=best.metric if best else None,
         loss=best.loss if best else None,
         step=best.step if best else None,
         checkpoint=best.checkpoint if best else None,
-        reason=end.reason,
+        reason=outcome.reason,
         curve=curve,
         started=started,
         seconds=seconds,
@@ -134,10 +134,10 @@ def _trial(folder: Path, tune: TuneSettings) -> Trial:
 
 
 def _times(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None, float | None]:
-    """When a trial started, its seconds, and its seconds to the first evaluation. A restart begins anew."""
+    """Start, total seconds, and seconds to the first evaluation of a trial."""
     if not rows:
         return None, None, None
-    ends = {row["begun"]: row["time"] for row in rows}  # of each attempt, its last evaluation
+    ends = {row["begun"]: row["time"] for row in rows}  # start of each attempt: time of its last evaluation
     return rows[0]["begun"], sum(end - begun for begun, end in ends.items()), rows[0]["time"] - rows[0]["begun"]
 
 
@@ -146,41 +146,41 @@ def _number(value: Any) -> float | None:
 
 
 SEED = "seed"
-"""The setting that is no choice: trials that differ in it alone are measurements of one thing."""
+"""The setting that does not distinguish configurations: trials that differ only in it are repeated measurements."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One choice of settings, and its trials: one per seed, best first."""
+    """Values of the swept settings, and the trials with these values: one per seed, best first."""
 
     point: dict[str, Any]
-    """Without the seed."""
+    """The values, without the seed."""
     trials: tuple[Trial, ...]
 
     @property
     def name(self) -> str:
-        """The settings in words."""
+        """The values: "lr=3e-4 supervise=all"."""
         return format_point(self.point)
 
     @property
     def metrics(self) -> list[float]:
-        """The metric of each trial that has one and did not fail; of one that was stopped, the best until then."""
+        """Metrics of the trials that have one and did not fail. A stopped trial counts with its best evaluation."""
         return [t.metric for t in self.trials if t.metric is not None and not t.failed]
 
     @property
     def mean(self) -> float | None:
-        """Over ``metrics``."""
+        """Mean of ``metrics``."""
         return float(np.mean(self.metrics)) if self.metrics else None
 
     @property
     def loss(self) -> float | None:
-        """Mean validation loss of the measured trials."""
+        """Mean validation loss of the trials that did not fail."""
         losses = [t.loss for t in self.trials if t.loss is not None and not t.failed]
         return float(np.mean(losses)) if losses else None
 
     @property
     def ci95(self) -> float | None:
-        """Half of the 95% interval of the mean over seeds, by Student's t; None with fewer than two."""
+        """Half-width of the 95% confidence interval of the mean (Student's t); None with fewer than two metrics."""
         n = len(self.metrics)
         if n < 2:
             return None
@@ -190,50 +190,47 @@ class Configuration:
 
     @property
     def failures(self) -> int:
-        """Trials that failed."""
+        """Number of trials that failed."""
         return sum(t.failed for t in self.trials)
 
     @property
     def state_counts(self) -> str:
-        """How its trials ended, counted: ``4 finished, 1 failed``."""
+        """Number of trials in each state: ``4 finished, 1 failed``."""
         return ", ".join(f"{n} {state}" for state, n in Counter(t.state for t in self.trials).most_common())
 
 
 def rank_configurations(trials: Iterable[Trial], mode: str) -> list[Configuration]:
-    """Contenders, best first: by mean metric, then by mean loss. Those of which more than half failed come last."""
+    """Rank configurations by mean metric, then by mean loss. Those with mostly failed trials come last."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        groups.setdefault(json.dumps(_choice(trial), sort_keys=True, default=str), []).append(trial)
-    configurations = [
-        Configuration(
-            _choice(group[0]), tuple(sorted(group, key=lambda t: (t.failed, sort_key(t.metric, t.loss, mode))))
-        )
-        for group in groups.values()
-    ]
+        groups.setdefault(json.dumps(_without_seed(trial), sort_keys=True, default=str), []).append(trial)
+    for group in groups.values():
+        group.sort(key=lambda t: (t.failed, sort_key(t.metric, t.loss, mode)))
+    configurations = [Configuration(_without_seed(group[0]), tuple(group)) for group in groups.values()]
     return sorted(configurations, key=lambda c: (2 * c.failures > len(c.trials), sort_key(c.mean, c.loss, mode)))
 
 
-def _choice(trial: Trial) -> dict[str, Any]:
+def _without_seed(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in trial.point.items() if name != SEED}
 
 
 def ranked_trials(configurations: Iterable[Configuration]) -> list[Trial]:
-    """Their trials, in the order of the ranking. The first is the best seed of the best contender."""
+    """All trials in the order of the ranking. The first is the best trial of the best configuration."""
     return [trial for configuration in configurations for trial in configuration.trials]
 
 
 def with_seeds(configurations: Sequence[Configuration]) -> bool:
-    """Whether any has more than one trial."""
+    """Whether any configuration has more than one trial."""
     return any(len(c.trials) > 1 for c in configurations)
 
 
 def swept_names(trials: Iterable[Trial]) -> list[str]:
-    """Every setting that any point names. A point may lack some: what acts only with another setting's value."""
+    """All swept settings. The point of a trial omits settings that are inactive in it."""
     return list(dict.fromkeys(name for trial in trials for name in trial.point))
 
 
 def format_interval(configuration: Configuration) -> str:
-    """``0.8125 ± 0.04 (n = 5)``; without an interval where there is one seed."""
+    """Format mean and interval: ``0.8125 ± 0.04 (n = 5)``; without an interval if there is one seed."""
     if configuration.mean is None:
         return ""
     half = "" if configuration.ci95 is None else f" ± {configuration.ci95:.2g}"
@@ -241,7 +238,7 @@ def format_interval(configuration: Configuration) -> str:
 
 
 def ranking_table(configurations: Sequence[Configuration], metric: str) -> Table:
-    """The ranking for the terminal: of contenders where there are seeds, else of trials."""
+    """The ranking as a table for the terminal: of configurations if there are several seeds, otherwise of trials."""
     seeds = with_seeds(configurations)
     table = Table(title="settings, best first" if seeds else "trials, best first", title_justify="left")
     names = ("trials", "eval/loss", f"{metric}: mean ± 95%") if seeds else ("state", "step", "eval/loss", metric)
@@ -258,9 +255,9 @@ def ranking_table(configurations: Sequence[Configuration], metric: str) -> Table
 
 
 def write_ranking(configurations: Sequence[Configuration], metric: str, file: Path) -> None:
-    """One row per trial, by rank. A swept setting has a column, empty where it does not act.
+    """Write one row per trial, in the order of the ranking. Each swept setting has a column, empty where inactive.
 
-    ``mean`` is over seeds, ``ci95`` half of its interval.
+    ``mean`` is the mean over seeds, ``ci95`` the half-width of its 95% confidence interval.
     """
     names = swept_names(ranked_trials(configurations))
     outcome = ["state", "reason", "step", "evaluations", "eval/loss", metric, "mean", "ci95", "seeds", "seconds"]
@@ -274,55 +271,57 @@ def write_ranking(configurations: Sequence[Configuration], metric: str, file: Pa
 
 
 MIN_TRIALS = 8
-"""Trials below which nothing is said."""
+"""Minimum number of trials for an estimate."""
 ROUNDS, TREES, SHUFFLES = 10, 50, 5
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What a forest that predicts the metric from the settings makes of each. ``unavailable``: why there is no answer."""
+    """Permutation importance of each swept setting for the metric."""
 
     shares: dict[str, float]
-    """Setting to its share of all importance, largest first."""
+    """Share of each setting in the total importance, largest first."""
     threshold: float = 0.0
-    """The share that a setting without any effect may reach: 95% of the best shuffled copies stay below."""
+    """95% quantile of the largest share of a shuffled setting, which has no effect."""
     r2: float = 0.0
-    """R² of the forest on trials that it has not seen. At most 1."""
+    """Out-of-bag R² of the random forest."""
     trials: int = 0
     unavailable: str = ""
+    """Why there is no estimate; empty if there is one."""
 
     @property
     def significant(self) -> list[str]:
-        """Settings that matter more than chance would have it."""
+        """Settings with a share above the threshold."""
         return [name for name, share in self.shares.items() if share > self.threshold and not self.unavailable]
 
 
 def compute_importance(trials: Sequence[Trial]) -> Importance:
-    """How much each swept setting matters for the metric, over trials that have one and did not fail.
+    """Estimate the importance of each swept setting for the metric, from trials with a metric that did not fail.
 
-    Permutation importance (Breiman, 2001) in a random forest, beside a shuffled copy of each setting that tells what
-    chance gives (as in Boruta: Kursa and Rudnicki, 2010). A setting that a point lacks takes the median of the others
-    there, so that only its value can matter and not its presence, which another setting decides.
+    Permutation importance (Breiman, 2001) in a random forest. Shuffled copies of the settings give the threshold (as
+    in Boruta: Kursa and Rudnicki, 2010). Where a setting is inactive, it takes the median of its other values, so
+    that its value counts but not its presence, which depends on another setting.
     """
     used = [t for t in trials if t.metric is not None and not t.failed]
     values = {name: _column(name, used) for name in swept_names(used) if name != SEED}
     values = {name: column for name, column in values.items() if len(set(column)) > 1}
     target = np.array([t.metric for t in used], float)
+    why = ""
     if len(used) < MIN_TRIALS:
-        return Importance(
-            {}, trials=len(used), unavailable=f"It takes {MIN_TRIALS} measured trials; here: {len(used)}."
-        )
-    if not values:
-        return Importance({}, trials=len(used), unavailable="No setting other than the seed has two values.")
-    if np.ptp(target) == 0:
-        return Importance({}, trials=len(used), unavailable="All trials have the same metric.")
-    own, chance, r2 = _forests(np.stack(list(values.values()), axis=1), target)
+        why = f"At least {MIN_TRIALS} trials with a metric are needed; there are {len(used)}."
+    elif not values:
+        why = "No setting other than the seed has two values."
+    elif np.ptp(target) == 0:
+        why = "All trials have the same metric."
+    if why:
+        return Importance({}, trials=len(used), unavailable=why)
+    own, shuffled, r2 = _forests(np.stack(list(values.values()), axis=1), target)
     total = own.sum()
     if r2 <= 0 or total <= 0:
-        words = f"What the settings did here does not tell how another trial would end (R² = {r2:.2f})."
-        return Importance({}, r2=r2, trials=len(used), unavailable=words)
+        why = f"The settings do not predict the metric of other trials (R² = {r2:.2f})."
+        return Importance({}, r2=r2, trials=len(used), unavailable=why)
     shares = dict(sorted(zip(values, (own / total).tolist(), strict=True), key=lambda pair: -pair[1]))
-    return Importance(shares, float(chance / total), r2, len(used))
+    return Importance(shares, float(shuffled / total), r2, len(used))
 
 
 def _forests(settings: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -343,17 +342,17 @@ def _forests(settings: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, floa
 
 
 def _column(name: str, trials: Sequence[Trial]) -> np.ndarray:
-    """A setting as numbers: itself, or its place among its values; the median where a trial lacks it."""
+    """A setting as numbers: its values or, if they are not numbers, their indices; the median where it is inactive."""
     present = [t.point[name] for t in trials if name in t.point]
     if is_numeric(present):
         codes = {t.trial_id: float(t.point[name]) for t in trials if name in t.point}
     else:
-        places = {text: place for place, text in enumerate(sorted({json.dumps(v, default=str) for v in present}))}
-        codes = {t.trial_id: places[json.dumps(t.point[name], default=str)] for t in trials if name in t.point}
+        texts = sorted({json.dumps(v, default=str) for v in present})
+        codes = {t.trial_id: texts.index(json.dumps(t.point[name], default=str)) for t in trials if name in t.point}
     middle = np.quantile(list(codes.values()), 0.5, method="lower")
     return np.array([codes.get(t.trial_id, middle) for t in trials], float)
 
 
 def is_numeric(values: Sequence[Any]) -> bool:
-    """Whether all values are numbers, and none says yes or no."""
+    """Whether all values are numbers, and none is a bool."""
     return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

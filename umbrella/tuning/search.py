@@ -1,4 +1,4 @@
-"""Which trials a sweep runs: points that are known before, or one proposal of Optuna's after the other."""
+"""The search algorithm and the scheduler of a sweep: grid and random search or Optuna; ASHA or none."""
 
 import math
 import pickle
@@ -23,63 +23,71 @@ from umbrella.tuning.parameter import Parameter, combinations
 from umbrella.tuning.search_space import in_space_order, read_space, settings_at, unique_points, with_seeds
 from umbrella.tuning.settings import TuneSettings
 
+if TYPE_CHECKING:
+    import optuna
+
 TIME_ATTRIBUTE = "evaluation"
-"""The key of a report that counts evaluations."""
+"""The key of a trial's report that counts its evaluations."""
+MAX_ATTEMPTS = 100
+"""Number of consecutive proposals that are not new and valid, after which Optuna's search is considered exhausted."""
+POINT = "point"
+"""The key of the point in a suggestion of ``OptunaSearch``. The suggestion also holds Optuna's own parameters."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What Ray Tune is told of the trials: ``tune.Tuner(param_space=)``, and the rest for ``tune.TuneConfig``."""
+    """Arguments of Ray Tune: ``tune.Tuner(param_space=)``, and the others for ``tune.TuneConfig``."""
 
     param_space: dict[str, Any]
     num_samples: int
     search_alg: Searcher | None
     trials: int
-    """How many there will be; of a space that Optuna exhausts or ``tune.hours`` cuts short, at most."""
+    """Number of trials. Optuna, or the limit ``tune.hours``, may end the search with fewer."""
 
 
-def make_search(settings: Settings, given: frozenset[str] = frozenset()) -> Search:
-    """The search that ``settings.tune`` asks for. Every trial's ``config`` is a point: dotted names to values.
+def make_search(settings: Settings, fixed: frozenset[str] = frozenset()) -> Search:
+    """Make the search of ``settings.tune``. The ``config`` of each trial is a point: dotted names to values.
 
     Raises:
         UserError: as ``read_space`` and ``list_points``.
     """
-    total = count_trials(settings, given)
+    total = count_trials(settings, fixed)
     if settings.tune.search == "optuna":
-        return Search({}, total, make_optuna_search(settings, read_space(settings, given)), total)
-    # A grid over whole configurations: Ray Tune saves and restores it.
-    return Search(tune.grid_search(list_points(settings, given)), 1, None, total)
+        return Search({}, total, make_optuna_search(settings, read_space(settings, fixed)), total)
+    # A grid search over complete points: Ray Tune saves and restores its state.
+    return Search(tune.grid_search(list_points(settings, fixed)), 1, None, total)
 
 
 def make_scheduler(settings: TuneSettings) -> TrialScheduler:
-    """The scheduler that the settings ask for; metric and mode are ``tune.TuneConfig``'s."""
+    """Make the scheduler of the settings. ``tune.TuneConfig`` gets metric and mode."""
     if settings.scheduler == "none":
         return FIFOScheduler()
     return ASHAScheduler(
         time_attr=TIME_ATTRIBUTE,
-        max_t=10**6,  # beyond any number of evaluations: a trial that is not stopped early ends by itself
+        max_t=10**6,  # more than any number of evaluations: the end of a trial is not ASHA's decision
         grace_period=settings.grace,
         reduction_factor=settings.reduction,
     )
 
 
-def list_points(settings: Settings, given: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
-    """Every trial's point, of a search that does not learn: dotted names to values, only those that are swept there.
+def list_points(settings: Settings, fixed: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+    """List the points of a grid and random search; the same settings give the same list.
 
-    They are ``tune.samples`` times all combinations of the grids, each with values of its own for what is drawn. What
-    is the same is run once, and each with every seed. The same settings give the same points in the same order.
+    All combinations of the grids are repeated ``tune.samples`` times, each with newly sampled values of the other
+    parameters. Duplicates are removed; then each point is repeated for every seed.
+
+    Returns:
+        The points: dotted names to values. A point names only the parameters that are active in it.
 
     Raises:
-        UserError: as ``read_space``; a point that the settings refuse.
+        UserError: as ``read_space``; the values of a point are not valid together.
     """
-    parameters = read_space(settings, given)
+    parameters = read_space(settings, fixed)
     rng = np.random.default_rng(settings.seed)
     sampled = (
         point
         for _ in range(settings.tune.samples)
-        for point in combinations(
-            parameters, lambda parameter: parameter.values if parameter.kind == "grid" else [parameter.sample(rng)]
-        )
+        for point in combinations(parameters, lambda p: p.values if p.kind == "grid" else [p.sample(rng)])
     )
     found = unique_points(in_space_order(point, settings) for point in sampled)
     for point in found:
@@ -87,37 +95,30 @@ def list_points(settings: Settings, given: frozenset[str] = frozenset()) -> list
     return [seeded for point in found for seeded in with_seeds(point, settings)]
 
 
-def count_trials(settings: Settings, given: frozenset[str] = frozenset()) -> int:
-    """How many trials the sweep has; see ``Search.trials``."""
+def count_trials(settings: Settings, fixed: frozenset[str] = frozenset()) -> int:
+    """Number of trials of the sweep; see ``Search.trials``."""
     if settings.tune.search != "optuna":
-        return len(list_points(settings, given))
-    parameters, count = read_space(settings, given), settings.tune.samples
+        return len(list_points(settings, fixed))
+    parameters, count = read_space(settings, fixed), settings.tune.samples
     if all(parameter.categorical for parameter in parameters):
-        count = sum(1 for _ in islice(combinations(parameters, lambda parameter: parameter.values), count))
+        count = sum(1 for _ in islice(combinations(parameters, lambda p: p.values), count))
     return count * settings.tune.seeds
 
 
-if TYPE_CHECKING:
-    import optuna
-
-MAX_ATTEMPTS = 100
-"""Proposals in a row that are no new point; then the search counts as done."""
-POINT = "point"
-"""The key of the point in a suggestion of ``OptunaSearch``, which holds Optuna's own parameters, too."""
-
-
 def make_optuna_search(settings: Settings, parameters: Sequence[Parameter], storage: Any = None) -> "SeedRepeater":
-    """Optuna's TPE (Bergstra et al., NeurIPS 2011), multivariate, a group of names for each case of the conditions.
+    """Make a search with Optuna's TPE sampler (Bergstra et al., NeurIPS 2011).
+
+    The sampler is multivariate; parameters that are active together form a group.
 
     Args:
-        storage: the study's, one of ``optuna.storages``; in memory if there is none.
+        storage: one of ``optuna.storages``; the study is kept in memory if None.
     """
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions call these three experimental
+        warnings.simplefilter("ignore")  # some versions of Optuna call these arguments experimental
         sampler = optuna.samplers.TPESampler(seed=settings.seed, multivariate=True, group=True, constant_liar=True)
     metric, space = f"best/{settings.tune.metric}", partial(_define, parameters)
     return SeedRepeater(OptunaSearch(space, metric, settings.tune.mode, sampler=sampler, storage=storage), settings)
@@ -125,33 +126,33 @@ def make_optuna_search(settings: Settings, parameters: Sequence[Parameter], stor
 
 @dataclass(eq=False)
 class Proposal:
-    """A point that the searcher has proposed under a name, and the results of its runs, one per seed."""
+    """A point that the searcher proposed, and the results of its runs, one per seed."""
 
     name: str
     pending: list[dict[str, Any]]
-    """The runs that have not started."""
+    """Runs that have not started."""
     results: list[float] = field(default_factory=list)
-    """Of the runs that did not fail."""
+    """Results of the runs that did not fail."""
 
 
 class SeedRepeater(Searcher):
-    """Runs each point of another searcher with every seed, if the point is new and the settings accept it.
+    """Repeats each new, valid point of another searcher with every seed.
 
-    The searcher gets the mean over the runs that did not fail. A point of which all runs failed counts as pruned:
-    worse than any other. ``ray.tune.search.Repeater`` reports NaN for such a point, which Optuna refuses.
+    The searcher gets the mean result of the runs that did not fail. If all runs of a point failed, Optuna counts it as
+    pruned, which is worse than any result. (``ray.tune.search.Repeater`` reports NaN, which Optuna does not accept.)
     """
 
     def __init__(self, searcher: Searcher, settings: Settings) -> None:
         super().__init__(metric=searcher.metric, mode=searcher.mode)
-        # Not named ``searcher``: of what has such an attribute, Ray Tune saves that in a file of its own.
+        # Not named ``searcher``: Ray Tune saves an attribute of this name separately.
         self.proposer, self.settings = searcher, settings
-        self.asked = 0
+        self.num_proposals = 0
         self.seen: list[dict[str, Any]] = []
         self.latest: Proposal | None = None
         self.running: dict[str, Proposal] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next run: one more seed of the latest point, or the first seed of a new one."""
+        """Suggest the next run: the next seed of the latest point, or the first seed of a new point."""
         if self.latest is None or not self.latest.pending:
             self.latest = self._propose()
         if self.latest is None:
@@ -160,9 +161,9 @@ class SeedRepeater(Searcher):
         return self.latest.pending.pop(0)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """A run ended, was stopped or failed. With the last run of a point, the searcher gets its result."""
+        """Record the result of a run. After the last run of a point, report the point to the searcher."""
         proposal = self.running.pop(trial_id, None)
-        if proposal is None:  # after a restart, Ray Tune may complete a trial once more
+        if proposal is None:  # after a restart, Ray Tune may complete a trial again
             return
         value = math.nan if error else (result or {}).get(self.metric, math.nan)
         if math.isfinite(value):
@@ -172,18 +173,18 @@ class SeedRepeater(Searcher):
             self.proposer.on_trial_complete(proposal.name, mean)
 
     def save(self, checkpoint_path: str) -> None:
-        """Write the state, with that of the searcher: in one file, so that a kill cannot leave two that differ."""
+        """Write the state of both searchers to one file, so that a kill cannot leave states that differ."""
         Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Read what ``save`` wrote."""
+        """Restore the state from a file that ``save`` wrote."""
         self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
     def _propose(self) -> Proposal | None:
-        """A new point that the settings accept; None when there seems to be none left."""
+        """Propose a new, valid point; None if the search is exhausted."""
         for _ in range(MAX_ATTEMPTS):
-            self.asked += 1
-            name = str(self.asked)
+            self.num_proposals += 1
+            name = str(self.num_proposals)
             point = in_space_order(self.proposer.suggest(name)[POINT], self.settings)
             with suppress(UserError):
                 if point not in self.seen:
@@ -195,8 +196,8 @@ class SeedRepeater(Searcher):
 
 
 def _define(parameters: Sequence[Parameter], trial: "optuna.Trial") -> dict[str, dict[str, Any]]:
-    """The define-by-run space. ``OptunaSearch`` splits names at slashes; under one key they stay whole."""
-    return {POINT: next(combinations(parameters, lambda parameter: [_suggest(trial, parameter)]))}
+    """The define-by-run space. Names stay below one key because ``OptunaSearch`` splits keys at slashes."""
+    return {POINT: next(combinations(parameters, lambda p: [_suggest(trial, p)]))}
 
 
 def _suggest(trial: "optuna.Trial", parameter: Parameter) -> Any:

@@ -1,4 +1,4 @@
-"""A sweep: Ray Tune over trainings, from settings to a ranked answer; in MLflow, one run per trial under a parent."""
+"""A sweep: many trainings with Ray Tune, from settings to a ranked result. MLflow gets a run per trial."""
 
 import logging
 import os
@@ -42,37 +42,36 @@ from umbrella.tuning.sweep_files import SweepSpec, allow_retry, check_fingerprin
 from umbrella.tuning.trial import run_trial, trial_resources
 
 RAY_TUNE_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's own table would be printed over ours
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # after Ctrl-C its fit returns, as if the sweep had come to its end
-    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # how often it notes what trials there are; its own choice is every 10 s
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "300",  # for the last checkpoint of a stopped trial
+    "RAY_AIR_NEW_OUTPUT": "0",  # disables Ray Tune's own progress table
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # otherwise fit() returns normally after Ctrl-C
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # interval of saving the state of the sweep; 10 s by default
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "300",  # time for the last checkpoint of a stopped trial
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-"""Ray Tune's settings; what the person has set stays."""
+"""Environment variables of Ray Tune, used unless they are already set."""
 
 
 def run_sweep(
     settings: Settings,
-    given: frozenset[str],
-    progress: ProgressBar,
+    fixed: frozenset[str],
+    progress: Progress,
     folder: Path | None = None,
-    tell: Callable[[SweepResult], None] = lambda result: None,
-    then: Callable[[SweepResult], None] = lambda result: None,
+    on_result: Callable[[SweepResult], None] = lambda result: None,
+    before_upload: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
-    """Run every trial of ``tune.space`` and rank them.
+    """Run all trials of ``tune.space`` and rank them.
 
     Args:
-        given: names set on the command line; they are fixed, not swept.
-        progress: draws a bar over slow preparations.
-        folder: a sweep that was begun with these settings, and goes on: what has ended is not run again, and what was
-            interrupted goes on from its checkpoint.
-        tell: shows the answer, before its best checkpoint is logged as a model, which takes a while and may fail.
-        then: what comes after it; what that writes into the sweep's folder is uploaded, too.
+        fixed: names set on the command line; they are not swept.
+        progress: wraps slow preparations in a progress bar.
+        folder: of a sweep with these settings that is resumed. Trials that have ended do not run again; interrupted
+            trials continue from their checkpoints.
+        on_result: called with the result before the best checkpoint is logged as a model, which is slow and may fail.
+        before_upload: called last. Files that it writes into the folder of the sweep are uploaded, too.
 
     Raises:
-        UserError: whatever is wrong with settings or data, or another script runs it, before anything starts; or no
-            trial succeeded.
-        Stopped: SIGTERM came.
+        UserError: settings or data are not valid, another script runs this sweep, or no trial succeeded.
+        Stopped: the process received SIGTERM.
     """
     resumes = folder is not None
     settings = settings.named("sweep")
@@ -81,26 +80,26 @@ def run_sweep(
         if not resumes and is_uploaded(settings.resources, folder):
             raise _name_is_taken(folder.name)
         with synced(settings.resources, folder, progress):
-            result = _run(settings, given, progress, folder, resumes)
-            tell(result)
+            result = _run(settings, fixed, progress, folder, resumes)
+            on_result(result)
             if settings.tracking.model and (best := result.trials[0].checkpoint):
                 from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
 
                 again = f"python experiments/tune.py --resume {folder.name}"
-                keep_model(settings.tracking, result.tracking, folder, best, again)
-            then(result)
+                keep_model(settings.tracking, result.tracking_uri, folder, best, again)
+            before_upload(result)
     return result
 
 
 def _name_is_taken(name: str) -> UserError:
-    return UserError(f"name={name}: there is such a sweep; go on with --resume {name}, or rename")
+    return UserError(f"name={name}: this sweep exists; resume it with --resume {name}, or choose another name")
 
 
-def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: Path, resumes: bool) -> SweepResult:
-    search, scheduler = make_search(settings, given), make_scheduler(settings.tune)
+def _run(settings: Settings, fixed: frozenset[str], progress: Progress, folder: Path, resumes: bool) -> SweepResult:
+    search, scheduler = make_search(settings, fixed), make_scheduler(settings.tune)
     storage = storage_of(folder)
-    parameters = read_space(settings, given)
-    masks, shapes = possible_masks(settings, given), variants(settings, parameters, "modalities", "model")
+    parameters = read_space(settings, fixed)
+    masks, shapes = possible_masks(settings, fixed), variants(settings, parameters, "modalities", "model")
     if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     splits = load_and_check(settings, progress, masks, shapes)
@@ -110,7 +109,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     elif (folder / SETTINGS).exists():
         raise _name_is_taken(folder.name)
     else:
-        save_spec(folder, SweepSpec(settings, given), splits.fingerprint)
+        save_spec(folder, SweepSpec(settings, fixed), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     at_once = max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
@@ -127,7 +126,7 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
         allow_retry(trial)
     monitor = Monitor(folder, parent, search.trials, settings.tune)
     try:
-        # Trials keep what their last checkpoints hold.
+        # On SIGTERM, trials keep their last checkpoints.
         with monitor, on_sigterm(lambda: _stop(folder.name)):
             try:
                 _tuner(job, search, scheduler, at_once).fit()
@@ -138,8 +137,8 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
             trials = _anonymised(trials, splits, read_salt(storage))
         configurations = rank_configurations(trials, settings.tune.mode)
         subjects = len({c.subject_id for c in splits.validation})
-        held_out = target_classes(splits.validation)
-        classes = {target: len(said) for target, said in job.candidates.items() if len(held_out[target]) > 1}
+        held_out = classes_of(splits.validation)
+        classes = {target: len(labels) for target, labels in job.candidates.items() if len(held_out[target]) > 1}
         warning = chance_warning(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
         files = write_report(configurations, settings, folder, subjects, warning)
         for file in files.all:
@@ -157,30 +156,30 @@ def _run(settings: Settings, given: frozenset[str], progress: Progress, folder: 
     return result
 
 
-def possible_masks(settings: Settings, given: frozenset[str] = frozenset()) -> list[MaskPolicy]:
-    """Every mask policy that a trial can have. What is drawn from a range of numbers keeps the settings' value.
+def possible_masks(settings: Settings, fixed: frozenset[str] = frozenset()) -> list[MaskPolicy]:
+    """All mask policies of the trials. Parameters with a range keep the value of ``settings``.
 
     Raises:
-        UserError: swept values that do not go together.
+        UserError: a combination of values is not valid.
     """
-    return [variant.mask for variant in variants(settings, read_space(settings, given), "mask")]
+    return [variant.mask for variant in variants(settings, read_space(settings, fixed), "mask")]
 
 
 def _anonymised(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
-    """What a trial failed of names samples and files; the report leaves the storage."""
+    """Hide subjects in the reasons of failures, because the report is uploaded to MLflow."""
     subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
     return [replace(t, reason=redact_subjects(t.reason, subjects, salt)) if t.failed else t for t in trials]
 
 
 def _stop(name: str) -> None:
-    raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} goes on")
+    raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} resumes it")
 
 
 def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) -> tune.Tuner:
     settings, folder = job.settings.tune, Path(job.folder)
     for name, value in RAY_TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks; Monitor says it in a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # hides tracebacks; Monitor prints one line per failure
     trial = tune.with_resources(tune.with_parameters(run_trial, sweep=job), trial_resources(job.settings.resources))
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
@@ -211,9 +210,7 @@ def _make_result(
 ) -> SweepResult:
     best = best_trial(configurations)
     if not best:
-        raise UserError(
-            f"no trial finished an evaluation without failing later; what each one raised is told in {files.page}"
-        )
+        raise UserError(f"no trial finished an evaluation without failing later; {files.page} lists the errors")
     return SweepResult(
         configurations, ranked_trials(configurations), settings.with_values(best.point), folder, files, uri
     )

@@ -16,175 +16,172 @@ from umbrella.tuning.parameter import format_value
 from umbrella.tuning.search_space import is_fixed
 from umbrella.version import check_version, write_version
 
+STOPPED, FAILED, OUT_OF_TIME = "stopped by the scheduler", "failed", "out of time"
+"""States of trials that did not end by themselves; ``progress_log`` has the others."""
+UNFINISHED = "not finished"
+"""The state of a trial without an outcome."""
+
 
 class SweepSpec(NamedTuple):
-    """``fixed``: names set on the command line, which are not swept."""
+    """The specification of a sweep. ``fixed``: names set on the command line; they are not swept."""
 
     settings: Settings
     fixed: frozenset[str]
 
 
-def save_spec(folder: Path, question: SweepSpec, fingerprint: str) -> None:
-    """Keep what a sweep asks, and of which data. Settings come last: with them the question is whole."""
-    run_key(folder)  # a machine that downloads the folder needs the key of its run
+def save_spec(folder: Path, spec: SweepSpec, fingerprint: str) -> None:
+    """Save the specification of a sweep and the fingerprint of its data.
+
+    The settings are written last: a folder with settings is complete.
+    """
+    run_key(folder)  # creates the key of the MLflow run, which other machines download with the folder
     write_version(folder)
-    (folder / GIVEN).write_text(json.dumps(sorted(question.fixed)), encoding="utf-8")
+    (folder / GIVEN).write_text(json.dumps(sorted(spec.fixed)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
-    write_atomic(folder / SETTINGS, question.settings.to_yaml())
+    put_text(folder / SETTINGS, spec.settings.to_yaml())
 
 
 def load_spec(folder: Path) -> SweepSpec:
-    """What a sweep was begun with; its storage is where it lies now.
+    """Load the specification of a sweep. Its storage is the present location of the folder.
 
     Raises:
-        UserError: there is no such sweep; names those that there are. A version that is too old began it.
+        UserError: there is no such sweep, or an incompatible version of UMBRELLA wrote it.
     """
     if not (folder / SETTINGS).is_file():
-        there = sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}"))
-        raise UserError(
-            f"--resume: there is no sweep {folder}; {'there are ' + ', '.join(there) if there else 'none is'}"
-        )
+        existing = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}")))
+        raise UserError(f"--resume: there is no sweep {folder}; existing sweeps: {existing or 'none'}")
     check_version(folder)
     settings = load_settings([folder / SETTINGS], {"resources.storage": str(storage_of(folder))})
     return SweepSpec(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
 
 
 def resume_spec(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> SweepSpec:
-    """What a sweep was begun with, with what is said anew of ``resources``.
+    """Load the specification of a sweep that is resumed, with new values of ``resources``.
 
     Args:
-        files: of settings that were named beside ``--resume``.
-        overrides: settings on the command line beside it, by their dotted names.
+        files: YAML files of settings on the command line.
+        overrides: other settings on the command line, by dotted name.
 
     Raises:
-        UserError: as ``load_spec``; they ask something else, and not the same once more.
+        UserError: as ``load_spec``; or files or overrides change settings other than ``resources``.
     """
-    own = load_spec(folder)
-    where = {"resources.storage": own.settings.resources.storage}
-    again = load_settings([folder / SETTINGS, *files], {**overrides, **where})
-    then, now = own.settings.flat(), again.flat()
-    swept = [name for name in own.settings.tune.space if not is_fixed(name, own.fixed)]
-    others = {
-        name: "is swept" for name in overrides if any(is_fixed(parameter, frozenset({name})) for parameter in swept)
-    }
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name) and not name.startswith("resources."):
-            was, is_now = (format_value(flat[name]) if name in flat else "unset" for flat in (then, now))
-            others[name] = f"was {was}, is {is_now}"
-    if others:
-        told = ", ".join(f"{name} ({why})" for name, why in sorted(others.items()))
-        raise UserError(f"--resume takes the sweep's own settings; leave out {told}, or begin another sweep")
-    return SweepSpec(again, own.fixed)
+    spec = load_spec(folder)
+    storage = {"resources.storage": spec.settings.resources.storage}
+    resumed = load_settings([folder / SETTINGS, *files], {**overrides, **storage})
+    old, new = spec.settings.flat(), resumed.flat()
+    swept = [name for name in spec.settings.tune.space if not is_fixed(name, spec.fixed)]
+    changed = {name: "is swept" for name in overrides if any(is_fixed(other, {name}) for other in swept)}
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name) and not name.startswith("resources."):
+            was, now = (format_value(flat[name]) if name in flat else "unset" for flat in (old, new))
+            changed[name] = f"was {was}, is {now}"
+    if changed:
+        listed = ", ".join(f"{name} ({why})" for name, why in sorted(changed.items()))
+        raise UserError(f"--resume uses the settings of the sweep; leave out {listed}, or start a new sweep")
+    return SweepSpec(resumed, spec.fixed)
 
 
 def check_fingerprint(folder: Path, fingerprint: str) -> None:
-    """Raise UserError where the data are no longer those that the sweep was begun with."""
-    then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-    if then != fingerprint:
+    """Check that the data are those that the sweep was started with.
+
+    Raises:
+        UserError: they are not.
+    """
+    old = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    if old != fingerprint:
         raise UserError(
-            f"--resume: {folder.name} was begun with other data ({then[:12]}, now {fingerprint[:12]}); begin another"
+            f"--resume: {folder.name} was started with other data ({old[:12]}, now {fingerprint[:12]}); start another"
         )
 
 
-def latest_sweep(folder: Path) -> Path:
-    """The sweep that was begun last.
-
-    Raises:
-        UserError: there is none.
-    """
-    begun = {file.parent: file.stat().st_mtime for file in folder.glob(f"*/{SETTINGS}")}
-    if not begun:
-        raise UserError(f"--resume: {folder} holds no sweep")
-    return max(begun, key=begun.__getitem__)
-
-
 def find_sweep(settings: Settings, name: str) -> Path:
-    """The folder of the sweep of this name, or of the one on this machine that was begun last.
+    """The folder of a sweep.
 
     Args:
-        name: of the sweep, or "last".
+        name: of the sweep, or "last" for the sweep of this storage that was started last.
 
     Raises:
-        UserError: there is no sweep, for "last".
+        UserError: the name is "last", and there is no sweep.
     """
     folder = sweep_folder(settings.resources.storage, name)
     return latest_sweep(folder.parent) if name == "last" else folder
 
 
-def find_trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
-    """Where a trial's training lies, or would.
+def latest_sweep(folder: Path) -> Path:
+    """The sweep below ``folder`` that was started last.
 
-    Args:
-        ray_id: as Ray Tune knows the trial.
-        point: the trial's, where Ray's id is new. The folder is named by that, so that a lost note of
-            Ray's is no loss.
+    Raises:
+        UserError: there is no sweep.
     """
-    trials = Path(sweep) / TRIALS
-    known = trials / f"{ray_id}.txt"
-    return trials / (known.read_text(encoding="utf-8") if known.exists() else _name(point))
+    started = {file.parent: file.stat().st_mtime for file in folder.glob(f"*/{SETTINGS}")}
+    if not started:
+        raise UserError(f"--resume: {folder} holds no sweep")
+    return max(started, key=started.__getitem__)
 
 
 def make_trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
-    """``find_trial_folder``, and made if need be."""
-    folder = find_trial_folder(sweep, ray_id, point)
-    known = folder.with_name(f"{ray_id}.txt")
+    """The folder of a trial; it is created if it does not exist.
+
+    Args:
+        ray_id: the id of the trial in Ray Tune.
+        point: the values of the trial. They determine the name of the folder, so that a trial to which Ray Tune gives
+            a new id finds its folder again.
+    """
+    trials = Path(sweep) / TRIALS
+    link = trials / f"{ray_id}.txt"
+    name = sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+    folder = trials / (link.read_text(encoding="utf-8") if link.exists() else name)
     folder.mkdir(parents=True, exist_ok=True)
-    if not known.exists():
-        write_atomic(known, folder.name)
+    if not link.exists():
+        put_text(link, folder.name)
     if not (folder / POINT).exists():
         write_atomic(folder / POINT, json.dumps(point))
     return folder
 
 
 def read_point(folder: str | Path) -> dict[str, Any]:
-    """A trial's point."""
+    """The point of a trial."""
     return json.loads((Path(folder) / POINT).read_text(encoding="utf-8"))
 
 
 def trial_id_of(folder: str | Path) -> str:
-    """A trial's name among all sweeps, which its run in MLflow is tagged with."""
+    """The id of a trial, unique among all sweeps. A tag of its MLflow run holds it."""
     folder = Path(folder)
     return f"{folder.parent.parent.name}-{folder.name}"
 
 
-def _name(point: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+class TrialOutcome(NamedTuple):
+    """How a trial ended.
 
-
-STOPPED, FAILED, OUT_OF_TIME = "stopped by the scheduler", "failed", "out of time"
-"""How a trial ends that did not end by itself; see ``progress_log`` for the others."""
-UNFINISHED = "not finished"
-
-
-class TrialStatus(NamedTuple):
-    """``state``: FINISHED, EARLY, STOPPED, BUDGET or FAILED. ``reason``: why, in one line."""
+    ``state``: FINISHED, EARLY, STOPPED, OUT_OF_TIME or FAILED. ``reason``: the cause, in one line.
+    """
 
     state: str
     reason: str
 
 
-def save_status(folder: str | Path, state: str, reason: str = "") -> None:
-    """Keep how a trial ended. What was kept before stays."""
+def save_outcome(folder: str | Path, state: str, reason: str = "") -> None:
+    """Save how a trial ended, unless its folder already has an outcome."""
     file = Path(folder) / END
     if file.parent.is_dir() and not file.exists():
         write_atomic(file, json.dumps({"state": state, "reason": reason}))
 
 
-def load_status(folder: str | Path) -> TrialStatus | None:
-    """How a trial ended, or nothing: it did not yet."""
+def load_outcome(folder: str | Path) -> TrialOutcome | None:
+    """How a trial ended; None if it has not ended."""
     file = Path(folder) / END
-    return TrialStatus(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    return TrialOutcome(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
 def allow_retry(folder: str | Path) -> None:
-    """Let a trial that failed, or that time ran out for, go on."""
-    end = load_status(folder)
-    if end and end.state in (FAILED, OUT_OF_TIME):
+    """Delete the outcome of a trial that failed or ran out of time, so that it is resumed."""
+    outcome = load_outcome(folder)
+    if outcome and outcome.state in (FAILED, OUT_OF_TIME):
         (Path(folder) / END).unlink()
 
 
 def final_state(report: Mapping[str, Any]) -> str:
-    """The end of a trial that nothing went wrong with, from its last report: FINISHED, EARLY or STOPPED."""
+    """The state of a trial that ended without an error, from its last report: FINISHED, EARLY or STOPPED."""
     if report["step"] >= report["steps"]:
         return FINISHED
     return STOPPED_EARLY if report["out_of_patience"] else STOPPED

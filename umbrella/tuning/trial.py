@@ -15,35 +15,35 @@ from umbrella.training.job import Job
 from umbrella.training.launch import run_job
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning.search_space import format_point
-from umbrella.tuning.sweep_files import FAILED, load_status, make_trial_folder, save_status, trial_id_of
+from umbrella.tuning.sweep_files import FAILED, load_outcome, make_trial_folder, save_outcome, trial_id_of
 
 
 def run_trial(config: dict[str, Any], sweep: Job) -> None:
-    """Train with the values of a trial; Ray Tune gets every evaluation.
+    """Train with the values of a trial and report every evaluation to Ray Tune.
 
-    With one worker the training runs in this process, which takes one trial after the other: the time to start a
-    process and to import is spent once. With several workers, Ray Train starts their processes for each trial.
+    With one worker, the training runs in this process, which Ray Tune reuses for the next trial. With several workers,
+    Ray Train starts their processes for each trial.
 
-    The folder of the training says how far it is and how it ended; Ray Tune's own state may be older after a kill. So
-    the evaluations of an earlier attempt are reported again first, and a trial that has ended is not run again.
+    The state of a trial is read from its folder, because Ray Tune's own state may be older after a kill: evaluations of
+    earlier attempts are reported again, and a trial that has ended does not run again.
 
     Args:
-        config: the point: names of settings to values.
-        sweep: the job of the sweep, in whose folder the trial gets one.
+        config: the point of the trial: dotted names to values.
+        sweep: job of the sweep.
 
     Raises:
-        UserError: what the training stopped for.
+        UserError: the training failed because of its settings or data.
     """
     folder = make_trial_folder(sweep.folder, str(tune.get_context().get_trial_id()), config)
-    end = load_status(folder)
-    if not end:  # an evaluation without its checkpoint is done again
+    outcome = load_outcome(folder)
+    if not outcome:  # drop evaluations after the latest checkpoint: they are repeated
         latest = latest_checkpoint(folder)
         truncate_history(folder, read_training_state(latest).step if latest else 0)
     for row in read_history(folder):
         tune.report(row)
-    if end and end.state == FAILED:  # Ray Tune tries again; where the settings are to blame, that changes nothing
-        raise UserError(end.reason)
-    if end:
+    if outcome and outcome.state == FAILED:  # a retry would fail again
+        raise UserError(outcome.reason)
+    if outcome:
         return
     job = replace(
         sweep,
@@ -57,23 +57,23 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
         with suppress(Stopped):
             run_job(job, in_process=job.settings.resources.single_worker)
     except UserError as error:
-        save_status(folder, FAILED, str(error))
+        save_outcome(folder, FAILED, str(error))
         raise
     finally:
         free_memory()
 
 
 def free_memory() -> None:
-    """Make room for another training in this process: a model refers to itself, and its memory on a GPU is kept."""
+    """Free CPU and GPU memory for the next trial: models contain reference cycles, and CUDA caches memory."""
     gc.collect()
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
 
 
 def trial_resources(resources: ResourceSettings) -> dict[str, float]:
-    """What Ray Tune reserves for a trial's own process."""
-    if resources.single_worker:
+    """Resources that Ray Tune reserves for the process of a trial."""
+    if resources.alone:
         gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
         return {"CPU": resources.cpus_per_worker, **gpus}
-    # It waits for its workers; if it held a CPU itself, two cores would soon hold nothing but waiting trials.
+    # The process only waits for its workers. With a CPU reserved for each, trials could block their own workers.
     return {"node:__internal_head__": 0.001}
