@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from umbrella.paths import HISTORY, METRICS, POINT
-from umbrella.training.progress import write_files
-from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.training.checkpoint_files import mark_complete
+from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import Trial, chance_warning, rank_configurations, ranked_trials, read_trials
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import (
@@ -101,7 +101,7 @@ def test_a_sweep_without_a_trial_above_chance_is_told_in_a_sentence(
 
 
 def test_how_a_trial_ended_is_what_was_written_first(tmp_path: Path) -> None:
-    folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], EARLY, "train.patience is over, step 10 of 30")
+    folder = left(tmp_path, 1, [(10, 0.8, 1.0, True)], STOPPED_EARLY, "train.patience is over, step 10 of 30")
     save_outcome(folder, STOPPED, "by whoever did not know")
     left(tmp_path, 2, [(10, 0.7, 1.0, True)])
     assert [(t.state, t.reason) for t in sorted(read(tmp_path), key=lambda t: t.trial_id)] == [

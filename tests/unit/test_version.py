@@ -20,7 +20,7 @@ from umbrella.paths import CODE
 from umbrella.tracking.model_registry import log_model
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
-from umbrella.training.run import check_same
+from umbrella.training.run import check_unchanged
 from umbrella.tuning.sweep_files import SweepSpec, load_spec, save_spec
 from umbrella.version import check_version
 

@@ -8,9 +8,8 @@ from rich.console import Console
 
 from umbrella.base import ProgressBar, pluralise
 from umbrella.config import Settings
-from umbrella.data.loading import Progress, counted
-from umbrella.training.capacity import SPARE_CPUS, trainings_that_fit
-from umbrella.training.run import load_checked
+from umbrella.training.resource_check import SPARE_CPUS, max_concurrent_trainings
+from umbrella.training.run import load_and_check
 from umbrella.tuning.parameter import Parameter
 from umbrella.tuning.search import count_trials, list_points
 from umbrella.tuning.search_space import format_point, is_fixed, read_space, variants
@@ -20,7 +19,7 @@ MAX_TRIALS = 20
 """Maximum number of trials that a dry run lists."""
 
 
-def dry_run(settings: Settings, fixed: frozenset[str], progress: Progress, console: Console) -> None:
+def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, console: Console) -> None:
     """Print the resolved settings, the trials, the resources and the number of samples.
 
     Args:
@@ -53,7 +52,7 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: Progress, conso
         at_once = max_concurrent_trainings(resources, machine)
         console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
     shapes = variants(settings, parameters, "modalities", "model")
-    splits = load_checked(settings, progress, possible_masks(settings, fixed), shapes, dry_run=True)
+    splits = load_and_check(settings, progress, possible_masks(settings, fixed), shapes, dry_run=True)
     console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 
@@ -61,13 +60,13 @@ def describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iter
     """Describe search, scheduler, metric and time limit, one line each."""
     tune = settings.tune
     drawn = [parameter.name for parameter in parameters if parameter.kind != "grid"]
-    draws = [f"{counted(tune.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
+    draws = [f"{pluralise(tune.samples, 'draw')} of {', '.join(drawn)}"] if drawn else []
     grids = ["every combination of the grids"] if len(drawn) < len(parameters) else []
     combinations = ", each with ".join(grids + draws) or "the settings without changes"
-    optuna = f"Optuna (TPE), {counted(tune.samples, 'point')} at most, each proposed from earlier results"
+    optuna = f"Optuna (TPE), {pluralise(tune.samples, 'point')} at most, each proposed from earlier results"
     seeds = f"; {tune.seeds} seeds each, from {settings.seed} on" if tune.seeds > 1 else ""
     yield f"search: {optuna if tune.search == 'optuna' else combinations}{seeds}"
-    after = f"after {counted(tune.grace, 'evaluation')} each"
+    after = f"after {pluralise(tune.grace, 'evaluation')} each"
     yield {
         "asha": f"early stopping: ASHA, {after}, keeps the best 1/{tune.reduction} at each rung",
         "none": "early stopping: none",

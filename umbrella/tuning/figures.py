@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
-from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import SEED, Configuration, Importance, Trial, is_numeric, ranked_trials, swept_names
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.sweep_files import FAILED

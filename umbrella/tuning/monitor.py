@@ -138,7 +138,7 @@ class Monitor:
         result = self.trials.setdefault(name, {"name": format_point(trial.config), "result": {}})["result"]
         if error:
             # Ray puts the name of the exception class before its message.
-            self._end(name, FAILED, cause(error).removeprefix("umbrella.base.UserError: "))
+            self._end(name, FAILED, describe_failure(error).removeprefix("umbrella.base.UserError: "))
         else:
             self._end(name, *self._outcome(result))
 

@@ -261,7 +261,7 @@ def print_result(result: SweepResult, console: Console) -> None:
         "its checkpoint": _short_path(best.checkpoint or ""),
         "ranking": _short_path(files.ranking),
         "report": files.page.absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {masked(result.tracking_uri)})",
+        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {mask_secrets(result.tracking_uri)})",
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)

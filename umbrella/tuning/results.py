@@ -13,9 +13,8 @@ from rich.table import Table
 
 from umbrella.fileio import write_csv
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
-from umbrella.storage import write_csv
-from umbrella.training.history import read_history
-from umbrella.training.progress import best_checkpoint, goodness
+from umbrella.training.checkpoint_files import best_checkpoint
+from umbrella.training.training_state import ranking_key, read_history
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, UNFINISHED, TrialOutcome, load_outcome, read_point, trial_id_of
@@ -95,8 +94,8 @@ def chance_warning(trials: Sequence[Trial], tune: TuneSettings, chance: float | 
 
 
 def sort_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """Sort key that puts the best first; see ``goodness``."""
-    by_metric, by_loss = goodness(metric, loss, mode)
+    """Sort key that puts the best first; see ``ranking_key``."""
+    by_metric, by_loss = ranking_key(metric, loss, mode)
     return -by_metric, -by_loss
 
 

@@ -25,7 +25,9 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
-from umbrella.training.run import load_checked, make_job
+from umbrella.training.resource_check import max_concurrent_trainings
+from umbrella.training.run import load_and_check, make_job
+from umbrella.training.run_lock import run_lock
 from umbrella.tuning.monitor import Monitor, MonitorCallback, OutOfTime
 from umbrella.tuning.report import ReportFiles, SweepResult, best_trial, write_report
 from umbrella.tuning.results import (
@@ -54,7 +56,7 @@ RAY_TUNE_ENVIRONMENT = {
 def run_sweep(
     settings: Settings,
     fixed: frozenset[str],
-    progress: Progress,
+    progress: ProgressBar,
     folder: Path | None = None,
     on_result: Callable[[SweepResult], None] = lambda result: None,
     before_upload: Callable[[SweepResult], None] = lambda result: None,
@@ -76,7 +78,7 @@ def run_sweep(
     resumes = folder is not None
     settings = settings.named("sweep")
     folder = folder or sweep_folder(settings.resources.storage, settings.name)
-    with claimed(folder):
+    with run_lock(folder):
         if not resumes and is_uploaded(settings.resources, folder):
             raise _name_is_taken(folder.name)
         with synced(settings.resources, folder, progress):
@@ -95,7 +97,7 @@ def _name_is_taken(name: str) -> UserError:
     return UserError(f"name={name}: this sweep exists; resume it with --resume {name}, or choose another name")
 
 
-def _run(settings: Settings, fixed: frozenset[str], progress: Progress, folder: Path, resumes: bool) -> SweepResult:
+def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folder: Path, resumes: bool) -> SweepResult:
     search, scheduler = make_search(settings, fixed), make_scheduler(settings.tune)
     storage = storage_of(folder)
     parameters = read_space(settings, fixed)
@@ -137,7 +139,7 @@ def _run(settings: Settings, fixed: frozenset[str], progress: Progress, folder: 
             trials = _anonymised(trials, splits, read_salt(storage))
         configurations = rank_configurations(trials, settings.tune.mode)
         subjects = len({c.subject_id for c in splits.validation})
-        held_out = classes_of(splits.validation)
+        held_out = target_classes(splits.validation)
         classes = {target: len(labels) for target, labels in job.candidates.items() if len(held_out[target]) > 1}
         warning = chance_warning(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
         files = write_report(configurations, settings, folder, subjects, warning)

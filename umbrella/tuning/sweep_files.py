@@ -11,7 +11,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
 from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.training.progress_log import EARLY, FINISHED
+from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.parameter import format_value
 from umbrella.tuning.search_space import is_fixed
 from umbrella.version import check_version, write_version
@@ -38,7 +38,7 @@ def save_spec(folder: Path, spec: SweepSpec, fingerprint: str) -> None:
     write_version(folder)
     (folder / GIVEN).write_text(json.dumps(sorted(spec.fixed)), encoding="utf-8")
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint), encoding="utf-8")
-    put_text(folder / SETTINGS, spec.settings.to_yaml())
+    write_atomic(folder / SETTINGS, spec.settings.to_yaml())
 
 
 def load_spec(folder: Path) -> SweepSpec:
@@ -133,7 +133,7 @@ def make_trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) 
     folder = trials / (link.read_text(encoding="utf-8") if link.exists() else name)
     folder.mkdir(parents=True, exist_ok=True)
     if not link.exists():
-        put_text(link, folder.name)
+        write_atomic(link, folder.name)
     if not (folder / POINT).exists():
         write_atomic(folder / POINT, json.dumps(point))
     return folder
@@ -153,7 +153,7 @@ def trial_id_of(folder: str | Path) -> str:
 class TrialOutcome(NamedTuple):
     """How a trial ended.
 
-    ``state``: FINISHED, EARLY, STOPPED, OUT_OF_TIME or FAILED. ``reason``: the cause, in one line.
+    ``state``: FINISHED, STOPPED_EARLY, STOPPED, OUT_OF_TIME or FAILED. ``reason``: the cause, in one line.
     """
 
     state: str
@@ -181,7 +181,7 @@ def allow_retry(folder: str | Path) -> None:
 
 
 def final_state(report: Mapping[str, Any]) -> str:
-    """The state of a trial that ended without an error, from its last report: FINISHED, EARLY or STOPPED."""
+    """The state of a trial that ended without an error, from its last report: FINISHED, STOPPED_EARLY or STOPPED."""
     if report["step"] >= report["steps"]:
         return FINISHED
     return STOPPED_EARLY if report["out_of_patience"] else STOPPED

@@ -14,6 +14,7 @@ from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.job import Job
 from umbrella.training.launch import run_job
 from umbrella.training.settings import ResourceSettings
+from umbrella.training.training_state import read_history, read_training_state, truncate_history
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.sweep_files import FAILED, load_outcome, make_trial_folder, save_outcome, trial_id_of
 
@@ -72,7 +73,7 @@ def free_memory() -> None:
 
 def trial_resources(resources: ResourceSettings) -> dict[str, float]:
     """Resources that Ray Tune reserves for the process of a trial."""
-    if resources.alone:
+    if resources.single_worker:
         gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
         return {"CPU": resources.cpus_per_worker, **gpus}
     # The process only waits for its workers. With a CPU reserved for each, trials could block their own workers.
