@@ -62,21 +62,21 @@ for _tag, _pattern, _first in (
 
 
 class Settings(Section):
-    """Everything a run can be told."""
+    """All settings of a run."""
 
     experiment: str = "umbrella"
-    """Name of the experiment in MLflow."""
+    """Name of the MLflow experiment."""
     name: str = Field("", pattern=r"^[\w.-]*$")
-    """Name of a training: the same name goes on where it stopped. Empty: a new one, named by the time."""
+    """Name of a training. An existing training of this name is resumed. Empty: a new name from the current time."""
     checkpoint: PathOrAddress = ""
-    """The checkpoint that evaluate.py and predict.py ask: a training's step_... folder."""
+    """Checkpoint for evaluate.py and predict.py: a step_... folder of a training."""
     output: PathOrAddress = ""
-    """Where evaluate.py (a folder) and predict.py (a .jsonl file) write. Empty: a place in the storage folder."""
+    """Output of evaluate.py (a folder) and predict.py (a .jsonl file). Empty: in the storage folder."""
     seed: int = 0
-    """Seed of initial weights and of the order of samples."""
+    """Seed of the initial weights and of the order of samples."""
     cohort: CohortSettings = CohortSettings()
     modalities: dict[str, Modality] = DEFAULT_MODALITIES
-    """The kinds of volumes: a name as in the conversations, to its grid and patch."""
+    """Modalities: name, as in the conversations, to grid, patch and preprocessing."""
     data: DataSettings = DataSettings()
     mask: MaskPolicy = MaskPolicy()
     model: ModelSettings = ModelSettings()

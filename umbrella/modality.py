@@ -1,4 +1,4 @@
-"""A modality: what its volumes are brought to, and how many tokens such a volume becomes. No torch here."""
+"""Modalities: grid, patch and preprocessing of volumes, and their number of tokens. Does not import torch."""
 
 from math import prod
 from typing import Literal
@@ -9,28 +9,28 @@ from umbrella.base import Section
 
 
 class Modality(Section):
-    """One kind of volume. Axes are X, Y, Z in RAS+ order (left to right, back to front, bottom to top), then time."""
+    """Preprocessing of one kind of volume. Axes are X, Y, Z in RAS+ order, then time."""
 
     grid: tuple[int, ...] = Field(min_length=3, max_length=4)
-    """Voxels along X, Y, Z that a volume is brought to, and for a series the number of frames in a window."""
+    """Array size (X, Y, Z) in voxels to which volumes are brought; for a series also the frames per window."""
     patch: tuple[int, ...] = Field(min_length=3, max_length=4)
-    """Voxels along X, Y, Z (and frames) that become one token; it divides the grid."""
+    """Patch size (X, Y, Z) in voxels, and frames, that becomes one token. It divides the grid."""
     fit: Literal["resize", "spacing"] = "resize"
-    """How the grid is met: the whole field of view resized, or voxels of ``spacing`` with a centred crop or pad."""
+    """How volumes are brought to the grid: resize the whole field of view, or resample to ``spacing`` and crop or pad."""  # noqa: E501
     spacing: float | None = Field(None, gt=0)
-    """Edge of the voxels in millimetres, for ``fit: spacing``."""
+    """Voxel size in millimetres, for ``fit: spacing``."""
     intensity: Literal["zscore", "zscore_foreground", "zscore_background_min", "percentiles"] = "zscore"
-    """Z-score of all voxels, of the foreground, that with the background at its minimum; or percentiles to 0..1."""
+    """Z-score over all voxels or the foreground, the latter also with the background at the minimum; or percentiles to 0..1."""  # noqa: E501
     percentiles: tuple[float, float] = (1.0, 99.0)
-    """Percentiles of all voxels that become 0 and 1, for ``intensity: percentiles``; what lies beyond is clipped."""
+    """Percentiles of all voxels that become 0 and 1, for ``intensity: percentiles``; other values are clipped."""
     background: float = 0.0
-    """The value outside the head: padding has it, and the foreground is what differs from it."""
+    """Intensity outside the head, also used for padding. Voxels with other values are the foreground."""
     nan: Literal["refuse", "background"] = "refuse"
-    """What happens to a volume with NaN or infinite voxels: it is refused, or these voxels become ``background``."""
+    """Volumes with NaN or infinite voxels: refuse them, or replace these voxels by ``background``."""
     frame_stride: int = Field(1, ge=1)
-    """Frames from one frame of a window to its next."""
+    """Frames between consecutive frames of a window."""
     window_stride: int = Field(1, ge=1)
-    """Frames from the start of one window to the start of the next."""
+    """Frames between the starts of consecutive windows."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Modality":
@@ -48,7 +48,7 @@ class Modality(Section):
 
     @property
     def is_series(self) -> bool:
-        """Whether its volumes have a time axis."""
+        """Whether the volumes have a time axis."""
         return len(self.grid) == 4
 
     @property
@@ -58,7 +58,7 @@ class Modality(Section):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that one volume becomes. Rendering and the embedder both ask here, and nowhere else."""
+        """Tokens per volume. Rendering and the volume embedder both use this property."""
         return prod(self.patch_grid)
 
     @property
@@ -68,9 +68,9 @@ class Modality(Section):
 
 
 def class_tokens(tower: str, strategy: str) -> int:
-    """Tokens that a vision tower puts before a volume's patches and the model keeps, beside ``num_tokens``.
+    """Class tokens of a vision tower before the patches of each volume, in addition to ``num_tokens``.
 
-    CLIP has a class token, which the strategy drops ("default") or keeps ("full"). SigLIP has none.
+    CLIP has a class token, which the feature selection strategy drops ("default") or keeps ("full"). SigLIP has none.
     """
     return int(tower == "clip_vision_model" and strategy == "full")
 

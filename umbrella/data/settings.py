@@ -1,4 +1,4 @@
-"""Settings of the data and of the mask policy."""
+"""Settings of data and mask policy."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -8,53 +8,53 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 from umbrella.base import PathOrAddress, Section
 
 
-def _several(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return ([value] if value else []) if isinstance(value, str) else value
 
 
-Paths = Annotated[tuple[PathOrAddress, ...], BeforeValidator(_several)]
-"""One path or several, each a file, a folder or a pattern."""
+Paths = Annotated[tuple[PathOrAddress, ...], BeforeValidator(_as_list)]
+"""One path or a list of paths, each a file, a folder or a glob pattern."""
 
 
 class DataSettings(Section):
-    """Where conversations and volumes are, and what is done with those that cannot be used."""
+    """Location of conversations and volumes, filters, and the handling of bad samples."""
 
     train: Paths = ()
-    """Conversations to train on: JSON or JSON Lines files (also .gz), folders, patterns, or a list of such. Empty: the phantom cohort is made."""  # noqa: E501
+    """Training conversations: JSON or JSON Lines files (also .gz), folders, glob patterns, or a list of these. Empty: the phantom cohort."""  # noqa: E501
     validation: Paths = ()
-    """Conversations that choose the best trial. Required with data.train."""
+    """Validation conversations, which select the best checkpoint and trial. Required with data.train."""
     test: Paths = ()
-    """Conversations that are kept for the end: the evaluation of the best checkpoint."""
+    """Test conversations, for the evaluation of the best checkpoint."""
     input: Paths = ()
-    """Conversations that predict.py answers; what stands in their last assistant turn is not looked at."""
+    """Conversations for predict.py to answer. The text of their last assistant turn is ignored."""
     format: Literal["auto", "v2", "v1", "llava", "chat"] = "auto"
-    """Format of the conversations; auto tells it from each sample's keys."""
+    """Format of the conversations. auto: detected from the keys of each sample."""
     root: PathOrAddress = ""
-    """Folder that relative volume paths start from. Empty: the folder of each conversation file."""
+    """Base folder of relative volume paths. Empty: the folder of each conversation file."""
     path_map: dict[str, PathOrAddress] = Field({})
-    """Beginnings of volume paths to what stands there on this machine, as in {/old/scans: /scans}."""
+    """Path prefixes of volumes and their replacements on this machine, as in {/old/scans: /scans}."""
     modality: str = ""
-    """Keep only conversations whose volumes are all of this modality. Empty: keep all."""
+    """Use only conversations in which all volumes have this modality. Empty: all conversations."""
     task_filter: str = ""
-    """Keep only this task_type (T1), or the task_ids in which this regular expression is found. Empty: keep all."""
+    """Use only samples with this task_type (T1), or with a task_id that this regular expression matches. Empty: all."""
     on_bad: Literal["fail", "quarantine"] = "fail"
-    """What samples that cannot be used do: end the run, or go to a quarantine file with the reason."""
+    """Effect of bad samples: fail ends the run; quarantine writes them to a file with the reason and leaves them out."""  # noqa: E501
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
-    """With on_bad=quarantine: a larger part of bad samples than this ends the run all the same."""
+    """Largest fraction of bad samples with on_bad=quarantine; above it the run ends."""
     max_tokens: int = Field(4096, ge=16)
-    """A conversation that becomes more tokens than this cannot be used."""
+    """Largest number of tokens of a conversation. A longer one is a bad sample."""
     max_voxels: int = Field(2**31, ge=1)
-    """A volume whose header claims more voxels than this is refused before it is decoded."""
+    """Largest number of voxels of a volume according to its header. A larger one is rejected before decoding."""
     processes: int = Field(0, ge=0)
-    """Processes that decode volumes which are not in the store yet. 0: one per CPU."""
+    """Processes that decode volumes that are not in the volume store. 0: one per CPU."""
     bucket_batches: int = Field(3, ge=1)
-    """Steps whose conversations are sorted by length among themselves. More: less padding, and steps less mixed."""
+    """Number of steps whose conversations are sorted by length together. More: less padding, but less random batches."""  # noqa: E501
     pack: int = Field(0, ge=0)
-    """Tokens in a row that conversations share without padding, each attending to itself only. 0: a row each."""
+    """Tokens per row when several conversations are packed into a row; each attends only to itself. 0: one conversation per row."""  # noqa: E501
     prefetch: int = Field(2, ge=0)
-    """Batches made ahead of the training step."""
+    """Batches prepared ahead of the training step."""
     log_samples: bool = False
-    """Write which conversations each step sees, <training>/samples_<rank>.jsonl."""
+    """Log the conversations of each step to <training>/samples_<rank>.jsonl."""
 
     @field_validator("task_filter")
     @classmethod
@@ -75,26 +75,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize": "token",
     },
 }
-"""What each preset of the mask policy means."""
+"""Values of each preset of the mask policy."""
 
 
 class MaskPolicy(Section):
-    """Which tokens the loss sees, and how much each of them counts."""
+    """Which tokens are supervised, and their weights in the loss."""
 
-    model_config = ConfigDict(validate_default=True)  # so that a preset also fills in what nobody has set
+    model_config = ConfigDict(validate_default=True)  # a preset also replaces defaults
 
     preset: Literal["", "upstream"] = ""
-    """upstream: what the original program did; sets all of mask, to whole assistant turns with their header and end."""
+    """upstream: the policy of the original program; it sets all of mask, to whole assistant turns with header and end."""  # noqa: E501
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
-    """Turns whose content is a target: every assistant turn, only the last one, or every turn."""
+    """Turns whose content is supervised: every assistant turn, only the last one, or every turn."""
     end_of_turn: bool = True
-    """The end of a supervised turn is a target too, so that the model learns to stop."""
+    """Supervise the end of supervised turns, too, so that the model learns to stop."""
     turn_header: bool = False
-    """The header of a supervised turn (its role) is a target too."""
+    """Supervise the header (role) of supervised turns, too."""
     task_weights: dict[str, float] = Field({})
-    """What the targets of a task_type count, as in {T1: 1, T3: 2}. One that is not named counts 1."""
+    """Weight of the supervised tokens by task_type, as in {T1: 1, T3: 2}. Default: 1."""
     normalize: Literal["token", "turn", "sample"] = "token"
-    """What counts 1 in the loss: every target token, every turn with targets, or every conversation."""
+    """Unit with weight 1 in the loss: each supervised token, each turn with supervised tokens, or each conversation."""
 
     @field_validator("task_weights")
     @classmethod
@@ -106,18 +106,18 @@ class MaskPolicy(Section):
 
     @field_validator("supervise", "end_of_turn", "turn_header", "task_weights", "normalize")
     @classmethod
-    def _as_preset(cls, value: Any, info: ValidationInfo) -> Any:
+    def _apply_preset(cls, value: Any, info: ValidationInfo) -> Any:
         name, preset = str(info.field_name), info.data.get("preset")
         if not preset:
             return value
-        meant = PRESETS[preset][name]
-        if value not in (meant, cls.model_fields[name].default):
-            raise ValueError(f"mask.preset={preset} means {name}={meant}; leave one of them out")
-        return meant
+        preset_value = PRESETS[preset][name]
+        if value not in (preset_value, cls.model_fields[name].default):
+            raise ValueError(f"mask.preset={preset} means {name}={preset_value}; leave one of them out")
+        return preset_value
 
     @property
     def description(self) -> str:
-        """The policy as it acts, in the settings' own names: "supervise=assistant, end_of_turn=True, ..."."""
+        """The policy in one line: "supervise=assistant, end_of_turn=True, ..."."""
         weights = ", ".join(f"{task_type}: {weight:g}" for task_type, weight in self.task_weights.items())
         shown = dict(self) | {"task_weights": f"{{{weights}}}"}
         return ", ".join(f"{name}={shown[name]}" for name, value in self if value not in ("", {}))

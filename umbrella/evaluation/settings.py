@@ -8,35 +8,35 @@ from umbrella.base import Section
 
 
 class EvaluateSettings(Section):
-    """What a trained model is asked, and what is made of its answers."""
+    """Evaluation of a trained model."""
 
     at_end: bool = True
-    """A training, and the winner of a sweep, ends with an evaluation of its best checkpoint on the test split."""
+    """Evaluate the best checkpoint on the test split at the end of a training, and of a sweep."""
     split: Literal["train", "validation", "test"] = "test"
-    """The conversations that are asked."""
+    """Split to evaluate."""
     batch_size: int = Field(16, ge=1)
-    """Conversations that are asked side by side. Numbers do not depend on it but for rounding."""
+    """Conversations per forward pass. It changes results by rounding only."""
     workers: int = Field(1, ge=1)
-    """Processes that each hold the model and answer batches; resources.cpus_per_worker and .gpus_per_worker are of one."""  # noqa: E501
+    """Processes that each hold the model and answer batches; resources.cpus_per_worker and .gpus_per_worker apply to each."""  # noqa: E501
     generate: bool = True
-    """Also let the model answer in its own words; without it, only the likelihood of candidate answers is measured."""
+    """Generate free-text answers, too. false: only the likelihood of candidate answers is computed."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Tokens after which a generated answer is cut. None: those of the longest answer in the training data, at most 1024."""  # noqa: E501
+    """Largest number of tokens of a generated answer. null: that of the longest answer in the training data, at most 1024."""  # noqa: E501
     candidates: dict[str, dict[str, str]] = Field({})
-    """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: each label's most frequent text in the training data; for predict.py: none."""  # noqa: E501
+    """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: the most frequent text of each label in the training data; for predict.py: none."""  # noqa: E501
     controls: list[Literal["shuffled", "text_only"]] = Field(["shuffled", "text_only"])
-    """The same questions with other subjects' volumes (shuffled) and without volumes (text_only): what a score owes to the images."""  # noqa: E501
+    """Control conditions, which show how much of a score depends on the images: volumes of other subjects (shuffled), no volumes (text_only)."""  # noqa: E501
     breakdown: list[str] = Field(["site", "sex", "age"])
-    """Keys of metadata by whose values scores are told apart, where conversations have them; numbers are cut into bands."""  # noqa: E501
+    """Metadata keys for subgroup scores; numeric values are divided into bands."""
     bands: list[float] = Field([20, 40, 60])
-    """Where numbers of ``breakdown`` are cut: below 20, 20 to 40, 40 to 60, and from 60 on."""
+    """Boundaries of the bands of numeric values: below 20, 20 to 40, 40 to 60, 60 and above."""
     bootstrap: int = Field(1000, ge=100)
-    """Resamplings of the subjects that intervals are read from."""
+    """Bootstrap samples of subjects for confidence intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Coverage of the intervals."""
+    """Coverage of the confidence intervals."""
     allow_shared_subjects: bool = False
-    """Go on, with a note, where subjects of the evaluated split are also in the training split."""
+    """Print a note instead of an error if subjects of the evaluated split are in the training split, too."""
     pictures: int = Field(3, ge=0)
-    """Best answers, and as many of the worst, that the report shows with their volumes. 0: none."""
+    """Number of best answers, and of worst answers, that the report shows with their volumes. 0: none."""
     attention_maps: bool = True
-    """Those pictures also show which patches the answer depends on, by hiding each of them in turn."""
+    """Show in these pictures how much the answer depends on each patch, by masking one patch at a time."""

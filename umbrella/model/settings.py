@@ -8,43 +8,43 @@ from pydantic import Field, field_validator, model_validator
 from umbrella.base import PathOrAddress, Section
 
 MOVABLE = ("embedder", "projector", "tower", "lora")
-"""What ``model.train`` can name beside "all"."""
+"""Values of ``model.train`` beside "all"."""
 
 
 class ModelSettings(Section):
-    """A tiny LLaVA made from scratch, or a checkpoint with the volume embedder in place of the 2D one."""
+    """A tiny LLaVA with random weights, or a checkpoint with the volume embedder instead of its 2D embedder."""
 
     checkpoint: PathOrAddress = ""
-    """A LLaVA checkpoint: a folder, or a Hugging Face name (llava-hf/llava-interleave-qwen-0.5b-hf). Empty: tiny."""
+    """A LLaVA checkpoint: a folder or a Hugging Face name (llava-hf/llava-interleave-qwen-0.5b-hf). Empty: a tiny model."""  # noqa: E501
     chat_template: PathOrAddress = ""
-    """How turns are written. Empty: the tokenizer's own, else ChatML. Or: chatml, vicuna, or a Jinja file."""
+    """Chat template: chatml, vicuna or a Jinja file. Empty: that of the tokenizer, or ChatML if it has none."""
     train: str = "all"
-    """Which weights move: all, or some of embedder, projector, tower, lora (of the language model): embedder+lora."""
+    """Trainable parameters: all, or some of embedder, projector, tower, lora (adapters of the language model): embedder+lora."""  # noqa: E501
     embedder_init: Literal["random", "inflated"] = "random"
-    """Where a checkpoint has no volume embedder yet: random weights, or its 2D patches and positions spread over depth and time."""  # noqa: E501
+    """Initialisation of the volume embedder of a checkpoint that has none: random, or its 2D patch and position weights inflated to depth and time."""  # noqa: E501
     lora_rank: int = Field(16, ge=1)
-    """Rank of the adapters of train: lora, on every matrix of the language model's layers."""
+    """Rank of the LoRA adapters, which are on every linear layer of the language model's blocks."""
     lora_alpha: float = Field(32, gt=0)
-    """Scale of the adapters: their product is multiplied by lora_alpha / lora_rank."""
+    """Scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters, in training."""
+    """Dropout of the input of the LoRA adapters, in training."""
     attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
-    """How the language model attends. flex_attention needs a GPU, and skips what data.pack keeps apart."""
+    """Attention implementation of the language model. flex_attention needs a GPU, and skips masked blocks of data.pack."""  # noqa: E501
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass; what is trained stays in float32."""
+    """Data type of the forward pass. Trainable weights are float32."""
     width: int = Field(64, ge=8)
-    """Hidden size of the tiny model's tower and language model."""
+    """Hidden size of the tiny model's vision tower and language model."""
     tower_layers: int = Field(1, ge=1)
     """Layers of the tiny model's vision tower."""
     language_layers: int = Field(2, ge=1)
     """Layers of the tiny model's language model."""
     heads: int = Field(4, ge=1)
-    """Attention heads of the tiny model's layers."""
+    """Attention heads per layer of the tiny model."""
 
     @field_validator("checkpoint", "chat_template")
     @classmethod
     def _absolute(cls, name: str) -> str:
-        # Workers run in another folder, where a relative path would mean something else.
+        # Workers have another working directory, in which a relative path is wrong.
         is_a_path = name not in ("", "chatml", "vicuna") and os.path.exists(name)
         return os.path.abspath(name) if is_a_path else name
 

@@ -1,4 +1,4 @@
-"""Settings of what MLflow holds."""
+"""Settings of MLflow."""
 
 from typing import Literal
 
@@ -8,20 +8,20 @@ from umbrella.base import Section, reject_secrets
 
 
 class TrackingSettings(Section):
-    """What is kept of a run in MLflow, and where."""
+    """What is logged to MLflow, and where."""
 
     uri: str = ""
     """Address of an MLflow server. Empty: MLFLOW_TRACKING_URI if it is set, else a database in the storage folder."""
     checkpoint: Literal["none", "location", "best"] = "location"
-    """What MLflow gets of the best checkpoint: nothing, its place as a tag, or also its files, uploaded at the end."""
+    """How the best checkpoint is recorded in MLflow: not at all, its location as a tag, or also its files, uploaded at the end."""  # noqa: E501
     model: bool = True
-    """The best checkpoint of a sweep or training is logged as a model that answers questions, with all its weights."""
+    """Log the best checkpoint of a training or sweep as an MLflow model, with all its weights."""
     registered_as: str = ""
-    """Name of a registered model in MLflow that it becomes a version of."""
+    """Registered model in MLflow of which the logged model becomes a version. Empty: it is not registered."""
     predictions: int = Field(100, ge=0)
-    """Validation questions in predictions.json, the same in every run on the same data. 0: no such table."""
+    """Number of validation samples in predictions.json, the same ones in every run on the same data. 0: no such file."""  # noqa: E501
     hash_subjects: bool = False
-    """Subject ids in MLflow's files are hashed, with a salt that stays in the storage folder."""
+    """Replace subject ids in MLflow's files by hashes, with a salt that stays in the storage folder."""
 
     @field_validator("uri")
     @classmethod

@@ -11,7 +11,7 @@ class TuneSettings(Section):
     """Settings of a sweep."""
 
     space: dict[str, dict[str, Any]] = Field({})
-    """What is swept: a setting's name to {grid: [...]}, {choice: [...]}, {uniform: [low, high]}, {loguniform: [low, high]}, {quniform: [low, high, step]} or {randint: [low, high]}, ends included; when: {other name: [its values]} beside it for a condition."""  # noqa: E501
+    """Search space. Name of a setting to {grid: [...]}, {choice: [...]}, {uniform: [low, high]}, {loguniform: [low, high]}, {quniform: [low, high, step]} or {randint: [low, high]}, bounds included. A condition is added as when: {other name: [its values]}."""  # noqa: E501
     search: Literal["grid_and_random", "optuna"] = "grid_and_random"
     """All combinations of the grids, other values sampled at random; or optuna: TPE, which uses earlier results."""
     samples: int = Field(1, ge=1)
