@@ -13,7 +13,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 def main(request: Request) -> None:
     """Serve the storage folder's MLflow database until the keyboard stops it, or say where the server is."""
-    from umbrella.tracking.links import pages
+    from umbrella.tracking.runs import page_urls
     from umbrella.tracking.store import open_experiment, tracking_uri
 
     settings, port = request.settings, request.options["port"]
@@ -26,7 +26,7 @@ def main(request: Request) -> None:
     if request.dry_run:
         return
     experiment = open_experiment(uri, settings.experiment, storage)
-    for what, address in pages(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():
+    for what, address in page_urls(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():
         print(f"{what}: {address}", flush=True)
     if not served:
         server = f"-m mlflow server --workers 1 --host 127.0.0.1 --port {port} --backend-store-uri".split()

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 
 from umbrella.tracking import mlflow_logger
 from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger
-from umbrella.tracking.model_registry import keep_model
-from umbrella.tracking.run_status import close_run
+from umbrella.tracking.model_registry import log_best_model
+from umbrella.tracking.runs import close_run
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.monitor import STATUS, Monitor
@@ -112,7 +112,7 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
     train(again, range(91, 101))
     server.start()
     again.end()
-    assert not again.waits
+    assert not again.has_pending
     assert steps(again) == list(range(1, 101))
     assert steps(again, "eval/loss") == list(range(10, 101, 10))
     assert (Path(again.client.download_artifacts(again.run_id, "texts/late.txt"))).read_text() == "late"
@@ -147,7 +147,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
         parent.results({"best/eval/loss": 0.5}, 0)
         parent.text("<p>", "report.html")
         parent.end(wait=0)
-        keep_model(TrackingSettings(registered_as="brains"), server.uri, sweep, learnt, again)
+        log_best_model(TrackingSettings(registered_as="brains"), server.uri, sweep, learnt, again)
 
     parent = begin()
     trials = [start(state, parent) for state in ("finished", "stopped by the scheduler")]
@@ -208,7 +208,7 @@ def test_a_database_that_is_locked_for_longer_than_mlflow_waits_gets_everything_
         assert holder.stdout.readline() == "locked\n"
         logger.metrics({"train/loss": 2.0}, 1)
         logger.flush()  # MLflow gives up after 20 s
-        assert logger.waits
+        assert logger.has_pending
         holder.communicate()  # it releases the lock
     logger.end()
     assert steps(logger) == [1]

@@ -18,7 +18,7 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.tracking import mlflow_logger
 from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, run_key
-from umbrella.tracking.run_status import close_run, find_run
+from umbrella.tracking.runs import close_run, find_run
 from umbrella.tracking.store import open_experiment
 from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
@@ -135,14 +135,14 @@ def test_a_run_whose_id_was_not_noted_is_found_by_its_key_here_and_on_another_ma
     else:
         here.mkdir(parents=True)
     copied(here, elsewhere)  # the last upload before the machine is lost
-    remember = MlflowLogger._remember
+    save_state = MlflowLogger._save_state
 
     def die(logger: MlflowLogger, **values: Any) -> None:
         if "run_id" in values:
             raise SystemExit
-        remember(logger, **values)
+        save_state(logger, **values)
 
-    monkeypatch.setattr(MlflowLogger, "_remember", die)
+    monkeypatch.setattr(MlflowLogger, "_save_state", die)
     with pytest.raises(SystemExit):
         MlflowLogger.start(uri, experiment, "night", folder=here, parent=parent)
     monkeypatch.undo()
@@ -189,7 +189,7 @@ for where in places:
     if where == "written":  # to the file, but not sent
         logger._send = die
     elif where == "sent":  # but not noted as acknowledged
-        logger._remember = die
+        logger._save_state = die
     logger.metrics({f"train/{name}": 2.0 for name in range(8)}, 2)
     if where == "half a line":
         with logger.file.open("ab") as file:
@@ -391,7 +391,7 @@ def test_a_run_that_ends_while_the_server_is_down_is_sent_when_it_is_resumed(
     down = MlflowLogger.start(silent.uri, experiment, "x", folder=tmp_path / "one")
     train(down, range(1, 5))
     close_run(silent.uri, tmp_path / "one", "FAILED", "failed")
-    monkeypatch.setattr(mlflow_logger, "store_key", lambda unused: down._state_file.name[1:-5])  # it is back
+    monkeypatch.setattr(mlflow_logger, "store_id", lambda unused: down._state_file.name[1:-5])  # it is back
     close_run(uri, tmp_path / "one", "KILLED", "killed")
     (run,) = client.search_runs([experiment])
     assert (run.info.status, run.data.tags[OUTCOME]) == ("FAILED", "failed")

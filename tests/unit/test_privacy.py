@@ -12,7 +12,7 @@ from umbrella.config import load_settings
 from umbrella.evaluation.predictions import Prediction
 from umbrella.file_storage import FileStorage
 from umbrella.tracking.redaction import hash_subject, read_salt, redact_subjects
-from umbrella.tracking.store import open_experiment, short, tracking_uri
+from umbrella.tracking.store import describe_error, open_experiment, tracking_uri
 from umbrella.training.reporting import predictions_json
 
 
@@ -33,7 +33,7 @@ def test_a_servers_password_goes_where_mlflow_looks_for_it_and_nowhere_else(monk
 def test_an_address_is_printed_without_its_password(uri: str) -> None:
     assert "p@ss" in uri
     assert "p@ss" not in mask_secrets(uri)
-    assert "p@ss" not in short(ValueError(f"no answer from {uri} (twice)"))
+    assert "p@ss" not in describe_error(ValueError(f"no answer from {uri} (twice)"))
     assert "example" in mask_secrets(uri) or "host" in mask_secrets(uri)
 
 

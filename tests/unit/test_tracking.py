@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 
 from umbrella.base import UserError
 from umbrella.tracking import provenance
-from umbrella.tracking.links import pages
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.provenance import code_version, describe, environment_json
-from umbrella.tracking.store import is_name, open_experiment, tracking_uri
+from umbrella.tracking.provenance import code_version, describe_dataset, environment_json
+from umbrella.tracking.runs import page_urls
+from umbrella.tracking.store import is_valid_target, open_experiment, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,12 @@ def test_data_are_inputs_with_size_balance_and_fingerprint_and_name_nobody(
     cohort = [about(*person) for person in people]
     tracker = MlflowLogger.start(uri, experiment, "inputs", folder=tmp_path)
     for _ in range(2):  # it starts again
-        tracker.inputs([describe("training", cohort, "abc123", ["a.jsonl"]), describe("validation", [], "abc123", [])])
+        tracker.inputs(
+            [
+                describe_dataset("training", cohort, "abc123", ["a.jsonl"]),
+                describe_dataset("validation", [], "abc123", []),
+            ]
+        )
     training, validation = client.get_run(tracker.run_id).inputs.dataset_inputs
     assert [(tag.key, tag.value) for tag in training.tags] == [("mlflow.data.context", "training")]
     assert [(tag.key, tag.value) for tag in validation.tags] == [("mlflow.data.context", "validation")]
@@ -91,10 +96,10 @@ def test_a_target_is_a_name_exactly_where_mlflow_takes_its_metrics(
 ) -> None:
     run_id = MlflowLogger.start(uri, experiment, "names", folder=tmp_path).run_id
     for target in ("sex", "age group", "site/a", "a.b", "-", "Größe", "x" * 220):
-        assert is_name(target)
+        assert is_valid_target(target)
         client.log_metric(run_id, f"eval/{target}/balanced_accuracy", 1.0)
     for target in ("site/", "/a", "a//b", "a/../b", ".", "what?", "", "x" * 250):
-        assert not is_name(target)
+        assert not is_valid_target(target)
         with pytest.raises(MlflowException):
             client.log_metric(run_id, f"eval/{target}/balanced_accuracy", 1.0)
 
@@ -197,14 +202,14 @@ for name in ("DISABLE_TELEMETRY", "HTTP_REQUEST_TIMEOUT", "HTTP_REQUEST_MAX_RETR
 def test_the_links_show_runs_best_first_and_the_newest_sweeps_trials(
     uri: str, experiment: str, client: MlflowClient, tmp_path: Path
 ) -> None:
-    assert list(pages(uri, experiment, "http://here", "eval/loss", "min")) == ["runs, best first"]
+    assert list(page_urls(uri, experiment, "http://here", "eval/loss", "min")) == ["runs, best first"]
     trials = []
     for sweep in ("old", "new"):
         parent = MlflowLogger.start(uri, experiment, sweep, folder=tmp_path / sweep).run_id
         for name in ("a", "b"):
             told = {"folder": tmp_path / sweep / "trials" / name, "parent": parent, "trial": f"{sweep}-{name}"}
             trials.append(MlflowLogger.start(uri, experiment, name, **told).run_id)
-    found = pages(uri, experiment, "http://here", "eval/age group/mae", "min")
+    found = page_urls(uri, experiment, "http://here", "eval/age group/mae", "min")
     assert found == {
         "runs, best first": f"http://here/#/experiments/{experiment}/runs?workflowType=machine_learning"
         "&orderByKey=metrics.%60best%2Feval%2Fage%20group%2Fmae%60&orderByAsc=true",

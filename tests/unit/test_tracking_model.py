@@ -21,7 +21,7 @@ from umbrella.conversations.schema import Conversation
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.model_registry import EXAMPLE, AnsweringModel, keep_model, log_model
+from umbrella.tracking.model_registry import EXAMPLE, PyfuncModel, log_best_model, log_model
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -142,7 +142,7 @@ def test_what_was_trained_on_a_base_is_logged_whole_or_as_it_is(
     assert (answering / "base.json").exists() != whole
     if whole:
         (tmp_path / "base").rename(tmp_path / "gone")
-    loaded = AnsweringModel()
+    loaded = PyfuncModel()
     loaded.load_context(SimpleNamespace(artifacts={"checkpoint": str(answering)}, model_config={"device": "cpu"}))
     assert loaded.model.score([], "Sex?", ["male.", "female."]) == expected
 
@@ -155,7 +155,7 @@ def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_train
     client, models = MlflowClient(uri), tmp_path / "artifacts" / "models"
 
     def keep(checkpoint: Path, name: str = "") -> tuple[int, int]:
-        keep_model(TrackingSettings(registered_as=name), uri, folder, checkpoint, "the same command")
+        log_best_model(TrackingSettings(registered_as=name), uri, folder, checkpoint, "the same command")
         versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
         return len(client.get_run(tracker.run_id).outputs.model_outputs), len(versions)
 
@@ -191,7 +191,7 @@ def test_whatever_ends_the_logging_of_a_model_is_a_line_with_the_way_to_have_it_
     monkeypatch.setattr(MlflowClient, "search_logged_models", fail)
     stops = isinstance(error, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
-        keep_model(TrackingSettings(), uri, tmp_path, "step_1", "the same command")
+        log_best_model(TrackingSettings(), uri, tmp_path, "step_1", "the same command")
     why = "it was stopped" if stops else "a library raised"
     said = f"note: step_1 was not logged as a model in MLflow: {why}; the same command logs it\n"
     assert capsys.readouterr().err == said

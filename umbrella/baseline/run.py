@@ -28,7 +28,7 @@ from umbrella.evaluation.subgroups import tabulate
 from umbrella.evaluation_run.evaluate import log_to_mlflow
 from umbrella.fileio import check_writable
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
-from umbrella.tracking.provenance import describe
+from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.checkpoint_sync import synced
@@ -222,8 +222,8 @@ def make_job(
         folder=folder,
         start_time=time.time(),
         datasets=[
-            describe("training", used["train"], splits.fingerprint, settings.data.train),
-            describe("validation", used["validation"], splits.fingerprint, settings.data.validation),
+            describe_dataset("training", used["train"], splits.fingerprint, settings.data.train),
+            describe_dataset("validation", used["validation"], splits.fingerprint, settings.data.validation),
         ],
         target=target,
         encoding=encoding,

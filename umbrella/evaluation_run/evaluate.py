@@ -41,10 +41,10 @@ from umbrella.inference.model import load_checkpoint_settings
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS, evaluation_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.provenance import describe
+from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.redaction import read_salt, redact_subjects
-from umbrella.tracking.run_status import find_run
-from umbrella.tracking.store import is_metric, open_experiment, tracking_uri
+from umbrella.tracking.runs import find_run
+from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.cluster import join_cluster
 from umbrella.training.run import check_model
 from umbrella.training.training_state import read_training_state
@@ -229,11 +229,11 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
         )
         logger.text(settings.to_yaml(), SETTINGS)
     metrics = dict(mlflow_metrics(result))
-    refused = sorted(name for name in metrics if not is_metric(name))
+    refused = sorted(name for name in metrics if not is_valid_metric(name))
     if refused:
         note(f"MLflow does not accept these metric names, so they are not logged: {', '.join(refused)}")
     paths = getattr(settings.data, result.split)
-    logger.inputs([describe(result.split, conversations, str(result.facts["data fingerprint"]), paths)])
+    logger.inputs([describe_dataset(result.split, conversations, str(result.facts["data fingerprint"]), paths)])
     step = read_training_state(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
     logger.results({name: value for name, value in metrics.items() if name not in refused}, step)
     for name, text in _artifacts(result, folder, conversations).items():

@@ -1,7 +1,7 @@
-"""The writer of MLflow runs: one run per training, sweep or evaluation; trials are children of their sweep's run.
+"""Log to MLflow: one run per training, sweep or evaluation. The runs of trials are children of their sweep's run.
 
-Everything that a run holds is appended to a file in the run's folder and sent from there, so that an outage of the
-server loses nothing but MLflow's own system metrics. Models are logged by ``tracking.model``.
+All events are appended to a file in the run's folder and sent from there, so that an outage of the server loses
+nothing but system metrics. Models are logged by ``tracking.model_registry``.
 """
 
 import json
@@ -22,44 +22,44 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from umbrella.base import UserError, mask_secrets, note
 from umbrella.fileio import write_atomic
-from umbrella.tracking.provenance import code_version, to_input
-from umbrella.tracking.store import can_wait, is_local, is_refusal, short, store_key
+from umbrella.tracking.provenance import code_version, to_dataset_input
+from umbrella.tracking.store import describe_error, is_rejection, is_sqlite, is_temporary, store_id
 
-logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it reports each start and stop
+logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # logs each start and stop
 
 KEY, OUTCOME = "umbrella.run", "umbrella.outcome"
 TRIAL, PARENT = "ray.trial_id", "mlflow.parentRunId"
 FOLDER, EVENTS = "mlflow", "events.jsonl"
-"""Folder in that of a training, sweep or evaluation, and the file in it that holds the run's events."""
+"""Subfolder of a training, sweep or evaluation, and the file in it with the events of its run."""
 MAX_METRICS, MAX_PARAMS = 1000, 100
 """MLflow's limits per request."""
 RETRY = 30.0
-"""Seconds after which a server that did not answer is asked again."""
+"""Seconds until the next try after the server did not answer."""
 LAST_WAIT = 20.0
-"""Seconds that the end of a run waits for a server that does not answer."""
+"""Seconds for which ``MlflowLogger.end`` retries if the server does not answer."""
 Event = dict[str, Any]
 
 
 class MlflowLogger:
-    """The MLflow run that belongs to a folder.
+    """Logger of the MLflow run of a folder.
 
-    Each call appends an event to ``<folder>/mlflow/events.jsonl``, which keeps all of them, and sends what was not
-    acknowledged yet. To send an event twice has the same effect as to send it once: MLflow identifies a metric by
-    its name, value, step and time. One process at a time writes to a folder.
+    Each call appends an event to ``<folder>/mlflow/events.jsonl`` and sends those that MLflow did not acknowledge.
+    Sending an event twice has no effect: MLflow identifies a metric by its name, value, step and time. Only one process
+    at a time may write to a folder.
 
     Args:
         uri: address of the MLflow store.
         folder: folder of the training, sweep or evaluation.
         experiment: id of the experiment. If it is given and the store does not have the run, or the run was deleted
-            there, a new run is created and gets all events.
+            there, a new run is created and all events are sent to it.
     """
 
     def __init__(self, uri: str, folder: str | Path, experiment: str = "") -> None:
         self.uri, self.client = uri, MlflowClient(uri)
         self.folder = Path(folder) / FOLDER
         self.file = self.folder / EVENTS
-        # The name begins with a dot, so it is not uploaded: it holds what this machine knows of the store.
-        self._state_file = self.folder / f".{store_key(uri)}.json"
+        # Files with a leading dot are not uploaded. This one is valid on this machine only.
+        self._state_file = self.folder / f".{store_id(uri)}.json"
         self._state: Event = {"experiment": experiment, "run_id": "", "offset": 0, "ahead": {}}
         if self._state_file.exists():
             self._state |= json.loads(self._state_file.read_text(encoding="utf-8"))
@@ -68,11 +68,11 @@ class MlflowLogger:
         self._tags: dict[str, str] = {}
         self._results: dict[str, tuple[int, float]] = {}
         for event, _ in self._events():
-            self._read(event)
+            self._update(event)
         self._logged_until = self._last_step
         self._pending: list[tuple[str, float, int, int]] = []
-        self._next_try, self._is_down, self._has_refused = 0.0, False, False
-        self._watches = False
+        self._next_try, self._is_down, self._has_rejected = 0.0, False, False
+        self._logs_system = False
         self._monitor: SystemMetricsMonitor | None = None
 
     @classmethod
@@ -86,15 +86,15 @@ class MlflowLogger:
         parent: str | None = None,
         trial: str | None = None,
     ) -> "MlflowLogger":
-        """Begin or continue the folder's run; its status becomes RUNNING.
+        """Start or resume the run of a folder; its status becomes RUNNING.
 
         Args:
-            parent: id of the sweep's run, if this is a trial.
-            trial: name of the training among all.
+            parent: id of the sweep's run, for a trial.
+            trial: unique name of the training.
         """
         key = run_key(folder, parent)
         logger = cls(uri, folder, experiment)
-        logger._remember(experiment=experiment)
+        logger._save_state(experiment=experiment)
         tags = {KEY: key, "mlflow.source.name": "umbrella", **code_version()}
         tags |= {PARENT: parent} if parent else {}
         tags |= {TRIAL: trial} if trial else {}
@@ -102,13 +102,18 @@ class MlflowLogger:
         return logger
 
     @property
+    def has_id(self) -> bool:
+        """Whether the run was created in MLflow."""
+        return bool(self._state["run_id"])
+
+    @property
     def run_id(self) -> str:
-        """The run's id in MLflow.
+        """Id of the run in MLflow.
 
         Raises:
-            UserError: the run was not created yet because the server does not answer.
+            UserError: the run was not created yet, because the server does not answer.
         """
-        if not self._state["run_id"]:
+        if not self.has_id:
             raise UserError(
                 f"MLflow at {mask_secrets(self.uri)} does not answer, so the run has no id yet; try again later"
             )
@@ -120,12 +125,12 @@ class MlflowLogger:
         return self._state["experiment"]
 
     @property
-    def waits(self) -> bool:
-        """Whether there are events that MLflow has not acknowledged."""
+    def has_pending(self) -> bool:
+        """Whether MLflow has not acknowledged all events."""
         return next(self._events(self._state["offset"]), None) is not None
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters. A resumed run keeps those that it has."""
+        """Log parameters. Parameters that a resumed run already has keep their values."""
         self._log({"do": "params", "values": {name: str(value) for name, value in values.items()}})
 
     def tags(self, values: Mapping[str, Any]) -> None:
@@ -135,27 +140,27 @@ class MlflowLogger:
             self._log({"do": "tags", "tags": new})
 
     def inputs(self, datasets: Sequence[Mapping[str, Any]]) -> None:
-        """Log the datasets that the run reads, see ``datasets.describe``."""
+        """Log the datasets of the run, see ``provenance.describe_dataset``."""
         self._log({"do": "inputs", "values": [dict(dataset) for dataset in datasets]})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Collect metrics for ``flush``, unless the step was logged before a training was interrupted."""
+        """Buffer metrics until ``flush``. Steps that an interrupted training has logged before are skipped."""
         now = _now()
         if step > self._logged_until:
             self._pending += [(name, float(value), now, step) for name, value in values.items()]
 
     def flush(self) -> None:
-        """Log the collected metrics."""
-        # MLflow's compare page selects the metric that was written first. Sorted by name, that is best/...
+        """Log the buffered metrics."""
+        # MLflow's compare page selects the metric that was logged first: sorted by name, this is best/...
         pending, self._pending = sorted(self._pending, key=lambda metric: metric[0]), []
         if pending:
             self._append({"do": "metrics", "values": pending})
         self._send()
 
     def results(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics of what follows a step, such as an evaluation of its checkpoint; only values that have changed.
+        """Log metrics that are computed after a step, such as the evaluation of its checkpoint.
 
-        The run may have ended.
+        Values that have not changed are skipped. The run may have ended.
         """
         now, new = _now(), {name: value for name, value in values.items() if self._results.get(name) != (step, value)}
         if new:
@@ -171,22 +176,22 @@ class MlflowLogger:
         self.save(Path(path).read_bytes(), Path(path).name)
 
     def save(self, content: bytes, file: str) -> None:
-        """Log bytes as an artifact. A copy stays in the folder; the next artifact of this name replaces it."""
-        kept = self.folder / "files" / file
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(content)
+        """Log bytes as an artifact. A copy stays in the folder until another artifact of this name replaces it."""
+        copy = self.folder / "files" / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(content)
         self._log({"do": "file", "file": file})
 
     def folder_artifact(self, path: str | Path, folder: str) -> None:
-        """Log the files of a folder as artifacts. There is no copy: the folder has to stay until they are sent."""
+        """Log the files of a folder as artifacts. They are not copied: the folder must exist until they are sent."""
         self._log({"do": "folder", "path": os.path.relpath(path, self.folder), "to": folder})
 
     def watch_system(self) -> None:
-        """Log system metrics from the first ``flush`` on."""
-        self._watches = True
+        """Start to log system metrics at the first ``flush``."""
+        self._logs_system = True
 
     def history(self, *names: str) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) of these metrics over the whole run; without those that have none."""
+        """Return the (step, value) pairs of metrics in all events. Metrics without a value are left out."""
         found: dict[str, dict[int, float]] = {name: {} for name in names}
         for event, _ in self._events():
             if event["do"] == "metrics":
@@ -200,22 +205,22 @@ class MlflowLogger:
 
         Args:
             status: FINISHED, FAILED or KILLED.
-            outcome: value of the tag ``umbrella.outcome``, which also distinguishes early stopping.
-            wait: seconds to wait for a server that does not answer.
+            outcome: value of the tag ``umbrella.outcome``, which distinguishes early stopping, too.
+            wait: seconds for which to retry if the server does not answer.
         """
         if self._monitor and not self._is_down:
             self._monitor.finish()
-        self._watches = False
+        self._logs_system = False
         self.flush()
         self._log({"do": "end", "status": status, "tags": {OUTCOME: outcome}, "time": _now()})
         until = time.monotonic() + wait
-        while self.waits and time.monotonic() < until:
-            time.sleep(0.2 if is_local(self.uri) else 1.0)
+        while self.has_pending and time.monotonic() < until:
+            time.sleep(0.2 if is_sqlite(self.uri) else 1.0)
             self._next_try = 0.0
             self._send()
-        if self.waits:
-            why = f"MLflow at {mask_secrets(self.uri)} still does not answer"
-            note(f"{why}; the rest stays in {self.file} and is sent when this run is resumed")
+        if self.has_pending:
+            problem = f"MLflow at {mask_secrets(self.uri)} still does not answer"
+            note(f"{problem}; the rest stays in {self.file} and is sent when this run is resumed")
 
     def _log(self, event: Event) -> None:
         self._append(event)
@@ -227,13 +232,13 @@ class MlflowLogger:
         with self.file.open("ab+") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # half a line of a process that was killed
+                if file.read(1) != b"\n":  # incomplete line of a killed process
                     line = b"\n" + line
             file.write(line)
-        self._read(event)
+        self._update(event)
 
     def _events(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
-        """Events from an offset on, each with the offset of the next one."""
+        """Yield the events from an offset on, each with the offset after it."""
         if not self.file.exists():
             return
         with self.file.open("rb") as file:
@@ -241,11 +246,11 @@ class MlflowLogger:
             content = file.read()
         for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
             offset += len(line)
-            with suppress(json.JSONDecodeError):  # half a line
+            with suppress(json.JSONDecodeError):  # incomplete line
                 yield json.loads(line), offset
 
-    def _read(self, event: Event) -> None:
-        """Note what an event says of the run."""
+    def _update(self, event: Event) -> None:
+        """Update the attributes of this logger from an event."""
         if event["do"] == "start":
             self._name, self._begun, self.ended = event["name"], min(self._begun, event["time"]), False
         self._tags |= event.get("tags", {})
@@ -255,26 +260,26 @@ class MlflowLogger:
         elif event["do"] == "results":
             self._results |= {name: (step, value) for name, value, _, step in event["values"]}
 
-    def _remember(self, **values: Any) -> None:
+    def _save_state(self, **values: Any) -> None:
         self._state |= values
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._state_file, json.dumps(self._state))
 
     def _send(self) -> None:
-        """Send what was not acknowledged, unless the server has just failed to answer."""
-        if time.monotonic() < self._next_try or not self.waits:
+        """Send pending events, unless the last try failed less than ``RETRY`` seconds ago."""
+        if time.monotonic() < self._next_try or not self.has_pending:
             return
         try:
             offset = self._connect()
             try:
                 for event, end in self._events(offset):
-                    self._send_or_refuse(event)
+                    self._send_or_skip(event)
                     offset = end
             finally:
-                self._remember(offset=offset)
-            self._watch()
+                self._save_state(offset=offset)
+            self._start_monitor()
         except Exception as error:
-            if not can_wait(error, self.uri):
+            if not is_temporary(error, self.uri):
                 raise
             self._next_try = time.monotonic() + RETRY
             if not self._is_down:
@@ -284,47 +289,48 @@ class MlflowLogger:
             self._is_down = False
 
     def _connect(self) -> int:
-        """Find the run by its id or its key, or create it; returns the offset to send from."""
-        before, run = self._state["run_id"], None
-        if before and not self._may_create:
+        """Find the run by its id or key, or create it; return the offset of the first event to send."""
+        run_id, run = self._state["run_id"], None
+        if run_id and not self._may_create:
             return self._state["offset"]
-        if before:
+        if run_id:
             try:
-                run = self.client.get_run(before)
+                run = self.client.get_run(run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         if not run or run.info.lifecycle_stage != "active":
             run, ahead = self._find_or_create()
-            self._remember(run_id=run.info.run_id, offset=0, ahead=ahead)
-            if before:
-                gone = f"MLflow at {mask_secrets(self.uri)} does not have the run {before} of {self._name} any more"
-                note(f"{gone}; the run {run.info.run_id} gets all that was logged so far")
+            self._save_state(run_id=run.info.run_id, offset=0, ahead=ahead)
+            if run_id:
+                problem = f"MLflow at {mask_secrets(self.uri)} does not have the run {run_id} of {self._name} any more"
+                note(f"{problem}; the run {run.info.run_id} gets all that was logged so far")
         self._may_create = False
         return self._state["offset"]
 
     def _find_or_create(self) -> tuple[Run, dict[str, int]]:
-        """The run, and the last step of each of its metrics."""
+        """Find the run by its key, or create it. Returns the run and the last step of each of its metrics."""
         experiment, key = self.experiment, run_key(self.folder.parent)
         found = self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
         if not found:
             return self.client.create_run(experiment, self._begun, {KEY: key}, self._name), {}
-        # Another machine may have sent more events than this folder has, and the steps are trained again.
+        # Another machine may have sent events that this folder lacks; their steps are repeated here.
         (run,) = found
         newest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         return run, {name: step for name, step in newest.items() if not name.startswith("system/")}
 
-    def _send_or_refuse(self, event: Event) -> None:
-        """Send an event. One that MLflow refuses for good, such as of a run that was deleted, is named once."""
+    def _send_or_skip(self, event: Event) -> None:
+        """Send an event. If MLflow rejects it, for instance because the run was deleted, print one note and go on."""
         try:
             self._send_event(event, self._state["run_id"])
         except Exception as error:
             no_file = event["do"] in ("file", "folder") and isinstance(error, OSError)
-            if can_wait(error, self.uri) or not (no_file or is_refusal(error, self.uri)):
+            if is_temporary(error, self.uri) or not (no_file or is_rejection(error, self.uri)):
                 raise
-            if not self._has_refused:
-                note(f"MLflow at {mask_secrets(self.uri)} refuses an event: {short(error)}; it stays in {self.file}")
-            self._has_refused = True
+            if not self._has_rejected:
+                problem = f"MLflow at {mask_secrets(self.uri)} refuses an event: {describe_error(error)}"
+                note(f"{problem}; it stays in {self.file}")
+            self._has_rejected = True
 
     def _send_event(self, event: Event, run_id: str) -> None:
         client, values = self.client, event.get("values", [])
@@ -338,12 +344,12 @@ class MlflowLogger:
             for i in range(0, len(params), MAX_PARAMS):
                 client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
         elif event["do"] in ("metrics", "results"):
-            ahead = self._state["ahead"] if event["do"] == "metrics" else {}
-            metrics = [Metric(*value) for value in values if value[3] > ahead.get(value[0], -1)]
+            newest = self._state["ahead"] if event["do"] == "metrics" else {}
+            metrics = [Metric(*value) for value in values if value[3] > newest.get(value[0], -1)]
             for i in range(0, len(metrics), MAX_METRICS):
                 client.log_batch(run_id, metrics=metrics[i : i + MAX_METRICS])
         elif event["do"] == "inputs":
-            client.log_inputs(run_id, [to_input(dataset) for dataset in values])
+            client.log_inputs(run_id, [to_dataset_input(dataset) for dataset in values])
         elif event["do"] == "file" and (path := self.folder / "files" / event["file"]).exists():
             client.log_artifact(run_id, str(path), posixpath.dirname(event["file"]) or None)
         elif event["do"] == "folder" and (path := self.folder / event["path"]).exists():
@@ -351,9 +357,9 @@ class MlflowLogger:
         elif event["do"] == "end":
             client.set_terminated(run_id, event["status"], event["time"])
 
-    def _watch(self) -> None:
-        """Start MLflow's monitor of this machine, again after an outage: it ends itself when it meets one."""
-        if not self._watches or self._last_step < 0 or (self._monitor and not self._is_down):
+    def _start_monitor(self) -> None:
+        """Start MLflow's system monitor, or restart it after an outage, which stops it."""
+        if not self._logs_system or self._last_step < 0 or (self._monitor and not self._is_down):
             return
         if self._monitor:
             self._monitor.finish()
@@ -362,14 +368,14 @@ class MlflowLogger:
 
 
 def run_key(folder: str | Path, parent: str | None = None) -> str:
-    """The UUID that a run is tagged with. It is kept in the folder, and made if there is none.
+    """Return the UUID tag of a run, which is stored in the folder; create it if there is none.
 
     Args:
-        parent: id of the sweep's run. The key of its trial follows from it and the folder's name, so that another
-            machine has the same key although the folder was not uploaded yet.
+        parent: id of the sweep's run. The key of its trial is derived from it and the folder's name, so that another
+            machine gets the same key, even if the folder was not uploaded yet.
     """
     file = Path(folder, FOLDER, "run.uuid")
-    if not (file.exists() and file.read_text(encoding="utf-8")):  # empty after a power cut
+    if not (file.exists() and file.read_text(encoding="utf-8")):  # it may be empty after a power failure
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
     return file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A checkpoint as a model in MLflow: volumes and a question in, an answer out."""
+"""Log checkpoints as MLflow models, which answer questions about volumes, and register them."""
 
 import logging
 import shutil
@@ -22,15 +22,15 @@ from umbrella.fileio import link_or_copy
 from umbrella.paths import SIZES, STATE
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.settings import TrackingSettings
-from umbrella.tracking.store import short
+from umbrella.tracking.store import describe_error
 from umbrella.version import __version__, check_version
 
-logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it does well
+logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it also logs success
 CHECKPOINT = "checkpoint"
 CHECKPOINT_TAG = "umbrella.checkpoint"
-"""Of a logged model: which checkpoint of its run it is."""
-LEFT_BEHIND = (STATE, SIZES)
-"""What only a training that goes on needs: the optimizer's state is twice as large as all that was trained."""
+"""Tag of a logged model: its checkpoint."""
+TRAINING_FILES = (STATE, SIZES)
+"""Files that only resuming needs; they are not logged. The optimizer state is twice as large as the trained weights."""
 LIBRARIES = ("torch", "transformers", "peft", "nibabel", "mlflow")
 TOKENS = "max_new_tokens"
 SIGNATURE = ModelSignature(
@@ -45,14 +45,15 @@ SIGNATURE = ModelSignature(
     params=ParamSchema([ParamSpec(TOKENS, DataType.long, 0)]),
 )
 EXAMPLE = [{"volumes": ["scan.nii.gz"], "question": "What does this scan show?"}]
-"""Shows the form. It names no file that there is, and nobody's."""
+"""Example of the input format; the file does not exist."""
 
 
-class AnsweringModel(PythonModel):
-    """What ``mlflow.pyfunc.load_model`` gives: ``predict`` takes records and returns a list of answers.
+class PyfuncModel(PythonModel):
+    """The model that ``mlflow.pyfunc.load_model`` returns. ``predict`` takes records and returns a list of answers.
 
-    A record is ``volumes`` (a path or a list of paths, as the serving machine sees them), ``question`` and, where the
-    axes do not tell it, ``modality``. ``model_config`` may have ``device`` and ``dtype``, as in ``from_checkpoint``.
+    A record has ``volumes`` (a path or a list of paths on the serving machine), ``question`` and, unless the axes of
+    the volumes determine it, ``modality``. ``model_config`` may contain ``device`` and ``dtype``, see
+    ``Umbrella.from_checkpoint``.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -65,43 +66,43 @@ class AnsweringModel(PythonModel):
         )
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> list[str]:
-        """One answer per record; records are answered side by side.
+        """Return one answer per record. Records are answered in one batch.
 
         Args:
-            model_input: a row for each record. MLflow makes it of what it is given: a DataFrame, records, or JSON.
-            params: ``max_new_tokens``, see ``Umbrella.answer``; 0 stands for its default.
+            model_input: one row per record. MLflow converts a DataFrame, records or JSON to it.
+            params: ``max_new_tokens``, see ``Umbrella.answer``; 0 is its default.
         """
-        asked = []
+        questions = []
         for record in model_input.to_dict("records"):
             modality = record.get("modality")
-            modality = None if isinstance(modality, float) else modality  # a table has NaN where there is none
-            asked.append(self.model.question(record["volumes"], record["question"], modality))
-        return self.model.answer(asked, **(params or {}))
+            modality = None if isinstance(modality, float) else modality  # NaN if missing
+            questions.append(self.model.question(record["volumes"], record["question"], modality))
+        return self.model.answer(questions, **(params or {}))
 
 
-def keep_model(settings: TrackingSettings, uri: str, training: Path, checkpoint: str | Path, again: str) -> None:
-    """Log a checkpoint, and register it as settings say, unless that was done; what does not work is said, and no more.
+def log_best_model(settings: TrackingSettings, uri: str, training: Path, checkpoint: str | Path, again: str) -> None:
+    """Log and register a checkpoint unless this was done before. Errors are printed as a note and not raised.
 
     Args:
-        training: folder of the training or sweep whose run gets it.
-        again: what would try again, in words.
+        training: folder of the training or sweep to whose run the model is logged.
+        again: how the user can try again, for the note.
     """
-    client, why = MlflowClient(uri), "it was stopped"
+    client, reason = MlflowClient(uri), "it was stopped"
     try:
         tracker = MlflowLogger(uri, training)
-        tracker.flush()  # its start may wait still
-        logged = _logged(client, tracker.run_id, Path(checkpoint))
+        tracker.flush()  # the run may not have been created yet
+        logged = _find_logged(client, tracker.run_id, Path(checkpoint))
         if not logged:
             address = log_model(uri, tracker.run_id, checkpoint)
             logged = client.get_logged_model(address.rpartition("/")[2])
         if settings.registered_as and not _is_registered(client, settings.registered_as, logged):
             _register(client, settings.registered_as, logged)
-        why = ""
-    except Exception as error:  # of whatever library: what was trained weighs more
-        why = short(error) or type(error).__name__
+        reason = ""
+    except Exception as error:  # no error of any library may end a finished training
+        reason = describe_error(error) or type(error).__name__
     finally:
-        if why:
-            note(f"{checkpoint} was not logged as a model in MLflow: {why}; {again} logs it")
+        if reason:
+            note(f"{checkpoint} was not logged as a model in MLflow: {reason}; {again} logs it")
 
 
 def log_model(
@@ -114,19 +115,19 @@ def log_model(
 ) -> str:
     """Log a checkpoint as a model of a run, and register it.
 
-    Nothing of MLflow's state in this process changes, and the run may have ended.
+    MLflow's global state in this process does not change. The run may have ended.
 
     Args:
         checkpoint: see ``Umbrella.from_checkpoint``.
-        register: the name of a registered model that this becomes a version of; made when missing.
-        whole: of a checkpoint that stands on a base, log all weights, so that the model needs the base no more. False:
-            only what was trained; who loads the model needs the base under the name that the checkpoint has for it.
+        register: name of a registered model, of which this becomes a version; created if it does not exist.
+        whole: if the checkpoint holds only trained weights, log the weights of its base model, too. False: the base
+            model is needed to load the model, under the name that the checkpoint has for it.
 
     Returns:
-        The model's address, "models:/m-...", as ``mlflow.pyfunc.load_model`` takes it.
+        URI of the model for ``mlflow.pyfunc.load_model``, "models:/m-...".
 
     Raises:
-        UserError: no such checkpoint, one of a version that is too old, no such run, or MLflow cannot be reached.
+        UserError: the checkpoint or run does not exist, the checkpoint has an old version, or MLflow cannot be reached.
     """
     client, folder = MlflowClient(uri), Path(checkpoint).absolute()
     if not (folder / "config.json").is_file():
@@ -134,17 +135,17 @@ def log_model(
     check_version(folder)
     try:
         run = client.get_run(run_id)
-        told = {"params": run.data.params, "tags": {CHECKPOINT_TAG: _short_name(folder)}}
-        logged = client.create_logged_model(run.info.experiment_id, name, run_id, **told)
+        tags = {CHECKPOINT_TAG: _short_name(folder)}
+        logged = client.create_logged_model(run.info.experiment_id, name, run_id, tags, run.data.params)
     except MlflowException as error:
-        raise UserError(f"MLflow at {mask_secrets(uri)}: {short(error)}") from None
+        raise UserError(f"MLflow at {mask_secrets(uri)}: {describe_error(error)}") from None
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            answering = _gathered(folder, Path(temporary) / CHECKPOINT, whole)
-            described = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+            exported = _export(folder, Path(temporary) / CHECKPOINT, whole)
+            description = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
             saved = Path(temporary) / "model"
-            _save(saved, answering, described)
+            _save(saved, exported, description)
             client.log_model_artifacts(logged.model_id, str(saved))
         status = "READY"
     finally:
@@ -155,8 +156,8 @@ def log_model(
     return str(logged.model_uri)
 
 
-def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
-    """What is logged of a checkpoint, in a folder that is made: its files, or all weights where it has few."""
+def _export(checkpoint: Path, folder: Path, whole: bool) -> Path:
+    """Copy the files of a checkpoint to log to a new folder; with ``whole``, add the weights of the base model."""
     from umbrella.model.partial_checkpoint import is_partial
 
     if whole and is_partial(checkpoint):
@@ -165,33 +166,33 @@ def _gathered(checkpoint: Path, folder: Path, whole: bool) -> Path:
         Umbrella.from_checkpoint(checkpoint, device="cpu").save_pretrained(folder)
         return folder
     shutil.copytree(
-        checkpoint, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), copy_function=link_or_copy
+        checkpoint, folder, ignore=shutil.ignore_patterns(*TRAINING_FILES), copy_function=link_or_copy
     )  # MLflow copies twice
     return folder
 
 
-def _save(folder: Path, checkpoint: Path, described: Model) -> None:
-    needed = [f"umbrella-mri=={__version__}", *(f"{name}=={version(name).split('+')[0]}" for name in LIBRARIES)]
+def _save(folder: Path, checkpoint: Path, description: Model) -> None:
+    requirements = [f"umbrella-mri=={__version__}", *(f"{name}=={version(name).split('+')[0]}" for name in LIBRARIES)]
     pyfunc.save_model(
         folder,
         python_model=str(Path(__file__).with_name("served.py")),
         artifacts={CHECKPOINT: str(checkpoint)},
         signature=SIGNATURE,
         input_example=EXAMPLE,
-        pip_requirements=needed,
-        mlflow_model=described,
+        pip_requirements=requirements,
+        mlflow_model=description,
     )
 
 
-def _logged(client: MlflowClient, run_id: str, checkpoint: Path) -> LoggedModel | None:
-    """The whole model that a run has of a checkpoint."""
+def _find_logged(client: MlflowClient, run_id: str, checkpoint: Path) -> LoggedModel | None:
+    """Find the completely logged model of a checkpoint in its run."""
     experiment, wanted = client.get_run(run_id).info.experiment_id, (LoggedModelStatus.READY, _short_name(checkpoint))
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     return next((model for model in found if (model.status, model.tags.get(CHECKPOINT_TAG)) == wanted), None)
 
 
 def _short_name(checkpoint: Path) -> str:
-    """Tells a checkpoint from the others of its training or sweep, wherever that lies."""
+    """Name of a checkpoint that is unique in its training or sweep, and the same if the folder is moved."""
     return "/".join(checkpoint.absolute().parts[-2:])
 
 
@@ -206,5 +207,5 @@ def _register(client: MlflowClient, name: str, model: LoggedModel) -> None:
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise UserError(f"MLflow cannot register a model as {name!r}: {error}") from None
-    # By where it lies: its address would be looked up in whatever store this process has set for itself.
+    # By its location: MLflow looks a URI up in the default store of this process, which may be another one.
     client.create_model_version(name, model.artifact_location, model.source_run_id, model_id=model.model_id)

@@ -1,4 +1,4 @@
-"""The data of a run as MLflow's inputs: how many, about whom, and how their labels are spread."""
+"""Provenance of a run: its datasets, environment and code version."""
 
 import json
 import os
@@ -18,15 +18,20 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from umbrella.conversations.schema import Conversation
 
 
-def describe(
+def describe_dataset(
     split: str, conversations: Sequence[Conversation], fingerprint: str, paths: Sequence[str]
 ) -> dict[str, Any]:
-    """What is told of a split. Classes are counted, numbers have their mean; nobody is named.
+    """Describe a split for MLflow: number of conversations and subjects, and the distribution of labels.
+
+    No subject ids are included.
 
     Args:
-        split: "training", "validation" or "test", the context of MLflow's input.
-        fingerprint: of the data that the split is of.
-        paths: where they come from; none where from the phantom cohort.
+        split: "training", "validation" or "test", the context of MLflow's dataset input.
+        fingerprint: hash of the data.
+        paths: files of the conversations; empty for the phantom cohort.
+
+    Returns:
+        Name, digest, source and profile. Per target, the profile has class counts, or count and mean of numbers.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     numbers: dict[str, list[float]] = defaultdict(list)
@@ -36,7 +41,7 @@ def describe(
         elif c.label is not None:
             numbers[c.target].append(float(c.label))
     labels: dict[str, Any] = {target: dict(sorted(count.items())) for target, count in sorted(counts.items())}
-    labels |= {t: {"count": len(some), "mean": sum(some) / len(some)} for t, some in sorted(numbers.items())}
+    labels |= {t: {"count": len(values), "mean": sum(values) / len(values)} for t, values in sorted(numbers.items())}
     return {
         "name": split,
         "digest": fingerprint,
@@ -50,20 +55,20 @@ def describe(
     }
 
 
-def to_input(told: Mapping[str, Any]) -> DatasetInput:
-    """``describe``'s answer as MLflow has it."""
+def to_dataset_input(description: Mapping[str, Any]) -> DatasetInput:
+    """Convert the result of ``describe_dataset`` to MLflow's type."""
     dataset = Dataset(
-        name=told["name"],
-        digest=told["digest"],
+        name=description["name"],
+        digest=description["digest"],
         source_type="local",
-        source=json.dumps({"uri": told["source"]}),
-        profile=json.dumps(told["profile"]),
+        source=json.dumps({"uri": description["source"]}),
+        profile=json.dumps(description["profile"]),
     )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", told["name"])])
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", description["name"])])
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine of this process, to be written as JSON."""
+    """Describe packages and hardware of this process."""
     import torch
 
     packages = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
@@ -83,19 +88,21 @@ def environment() -> dict[str, Any]:
 
 @cache
 def environment_json() -> str:
-    """``environment`` as an indented text. Done once: reading what is installed takes a quarter of a second."""
+    """Return ``environment`` as JSON. Cached, because reading the installed packages takes a quarter of a second."""
     return json.dumps(environment(), indent=1)
 
 
 def code_version() -> dict[str, str]:
-    """The git commit of this code and whether files differ from it; outside a checkout, UMBRELLA_COMMIT of an image."""
+    """Return the git commit of this code and whether files were changed; outside a checkout, UMBRELLA_COMMIT."""
     folder = Path(__file__).parent
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     with suppress(OSError, subprocess.CalledProcessError):
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout around us is somebody else's
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails if the checkout is of another project
         return {
             "mlflow.source.git.commit": git("rev-parse", "HEAD"),
             "git.dirty": str(bool(git("status", "--porcelain"))),

@@ -1,7 +1,7 @@
-"""The code of a model in MLflow: a copy of this file lies in each, and runs wherever it is loaded."""
+"""Code of the logged models. MLflow copies this file into each model and runs it when the model is loaded."""
 
 from mlflow.models import set_model
 
-from umbrella.tracking.model_registry import AnsweringModel
+from umbrella.tracking.model_registry import PyfuncModel
 
-set_model(AnsweringModel())
+set_model(PyfuncModel())

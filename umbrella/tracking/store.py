@@ -1,4 +1,4 @@
-"""Where runs are kept: MLflow's store by its address, and what its errors mean."""
+"""MLflow's store: its address, its errors, valid names, and experiments."""
 
 import hashlib
 import logging
@@ -19,15 +19,14 @@ from umbrella.base import UserError, mask_secrets
 from umbrella.fileio import describe_storage_error
 from umbrella.paths import artifacts_folder, mlflow_database
 
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs, at length, what it raises as well
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each try
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the errors that it raises
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # logs each retry
 
 
 def tracking_uri(storage: str | Path, uri: str = "") -> str:
-    """Where runs are kept: ``uri``, else ``MLFLOW_TRACKING_URI``, else an SQLite file in the storage folder.
+    """Return the tracking URI: ``uri``, else ``MLFLOW_TRACKING_URI``, else an SQLite file in the storage folder.
 
-    A server's user and password go from the address into the environment of this process and of those that it starts,
-    where MLflow looks for them and nothing prints them.
+    User name and password are moved from the URI to the environment variables of MLflow, which are never printed.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{mlflow_database(storage)}"
     parts = urlsplit(uri)
@@ -38,66 +37,68 @@ def tracking_uri(storage: str | Path, uri: str = "") -> str:
     return uri
 
 
-def short(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters without credentials."""
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error in one line of at most 300 characters, without credentials."""
     return mask_secrets(" ".join(str(error)[:3000].split()))[:300]
 
 
-def is_local(uri: str) -> bool:
-    """Whether runs are kept in a file of this storage."""
+def is_sqlite(uri: str) -> bool:
+    """Whether the store is an SQLite file."""
     return uri.startswith("sqlite:")
 
 
-def store_key(uri: str) -> str:
-    """A short name for a store, good for a file's; every SQLite file has the same, since it may be moved."""
-    return "sqlite" if is_local(uri) else "server-" + hashlib.sha256(mask_secrets(uri).encode()).hexdigest()[:8]
+def store_id(uri: str) -> str:
+    """Return a name of a store for use in a file name. All SQLite files have the same one, since they may be moved."""
+    return "sqlite" if is_sqlite(uri) else "server-" + hashlib.sha256(mask_secrets(uri).encode()).hexdigest()[:8]
 
 
-def can_wait(error: Exception, uri: str) -> bool:
-    """Whether what failed may well work later, as it is: no answer, an overloaded server, wrong credentials, a lock."""
-    if is_local(uri):
+def is_temporary(error: Exception, uri: str) -> bool:
+    """Whether a request may succeed later: no answer, an overloaded server, wrong credentials, a locked database."""
+    if is_sqlite(uri):
         return "is locked" in str(error)
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return status >= 500 or status in (401, 403, 408, 429)
-    return type(error).__module__ != "builtins"  # of a library that talks to the server, or to where its files lie
+    return type(error).__module__ != "builtins"  # raised by a library that connects to the server or its artifact store
 
 
-def is_refusal(error: Exception, uri: str) -> bool:
-    """Whether the store is there and does not take it: a deleted run, a name that is not allowed."""
+def is_rejection(error: Exception, uri: str) -> bool:
+    """Whether the store rejected a request, for instance because a run was deleted or a name is not allowed."""
     return (
         isinstance(error, MlflowException) and error.get_http_status_code() < 500 and not describe_storage_error(error)
     )
 
 
-def is_name(target: str) -> bool:
+def is_valid_target(target: str) -> bool:
     """Whether MLflow accepts metrics whose names contain this target."""
-    return is_metric(f"eval/{target}/balanced_accuracy")
+    return is_valid_metric(f"eval/{target}/balanced_accuracy")
 
 
-def is_metric(name: str) -> bool:
+def is_valid_metric(name: str) -> bool:
     """Whether MLflow accepts a metric of this name."""
     return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
 
 
 def open_experiment(uri: str, name: str, storage: str | Path) -> str:
-    """The experiment's id, made when missing. To be called in the driver, before any worker opens the database.
+    """Return the id of an experiment; create it if it does not exist.
+
+    Call it in the driver, before any worker opens the database.
 
     Raises:
         UserError: the store cannot be reached, or the experiment was deleted there.
     """
     try:
         client = MlflowClient(uri)
-        artifacts = artifacts_folder(storage).as_uri() if is_local(uri) else None
+        artifacts = artifacts_folder(storage).as_uri() if is_sqlite(uri) else None
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             return client.create_experiment(name, artifact_location=artifacts)
     except (MlflowException, SQLAlchemyError, sqlite3.Error, ImportError) as error:
-        remedy = "" if is_local(uri) else "; start it, or name another one: tracking.uri=..."
-        raise UserError(f"MLflow at {mask_secrets(uri)}: {short(error)}{remedy}") from None
+        remedy = "" if is_sqlite(uri) else "; start it, or name another one: tracking.uri=..."
+        raise UserError(f"MLflow at {mask_secrets(uri)}: {describe_error(error)}{remedy}") from None
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
-    if artifacts and not _same_place(experiment.artifact_location, artifacts):
+    if artifacts and not _is_same_folder(experiment.artifact_location, artifacts):
         print(
             f"note: the storage was moved, and MLflow keeps the artifacts of experiment {name!r} at their old address,"
             f" {mask_secrets(experiment.artifact_location)}; link that folder to"
@@ -107,7 +108,7 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     return experiment.experiment_id
 
 
-def _same_place(address: str, other: str) -> bool:
-    """Whether two addresses are the same folder, which a link may have two names of."""
+def _is_same_folder(address: str, other: str) -> bool:
+    """Whether two addresses are the same folder, also through symbolic links."""
     first, second = (Path(url2pathname(urlsplit(one).path)) for one in (address, other))
     return not address.startswith("file:") or first.resolve() == second.resolve()

@@ -21,9 +21,9 @@ from umbrella.evaluation.scoring import check_candidates, check_labels, find_can
 from umbrella.paths import BEGUN, storage_of, training_folder
 from umbrella.sigterm import on_sigterm
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.tracking.provenance import describe
-from umbrella.tracking.run_status import close_run
-from umbrella.tracking.store import is_name, open_experiment, tracking_uri
+from umbrella.tracking.provenance import describe_dataset
+from umbrella.tracking.runs import close_run
+from umbrella.tracking.store import is_valid_target, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpoints
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.cluster import start_ray
@@ -109,7 +109,7 @@ def check_data(
 
 def check_target_names(targets: Iterable[str]) -> None:
     """Raise UserError where a target cannot be part of a metric's name in MLflow."""
-    unnameable = [target for target in targets if not is_name(target)]
+    unnameable = [target for target in targets if not is_valid_target(target)]
     if unnameable:
         raise UserError(
             f"target {unnameable[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"
@@ -135,8 +135,8 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         folder=folder,
         start_time=time.time(),
         datasets=[
-            describe("training", splits.train, fingerprint, settings.data.train),
-            describe("validation", splits.validation, fingerprint, settings.data.validation),
+            describe_dataset("training", splits.train, fingerprint, settings.data.train),
+            describe_dataset("validation", splits.validation, fingerprint, settings.data.validation),
         ],
     )
 
@@ -172,9 +172,9 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     run_tracked_job(job)
     best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
     if best and settings.tracking.model:
-        from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
+        from umbrella.tracking.model_registry import log_best_model  # seconds, which only the end needs
 
-        keep_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
+        log_best_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
 def run_tracked_job(job: Job) -> None:

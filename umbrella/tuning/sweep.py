@@ -85,10 +85,10 @@ def run_sweep(
             result = _run(settings, fixed, progress, folder, resumes)
             on_result(result)
             if settings.tracking.model and (best := result.trials[0].checkpoint):
-                from umbrella.tracking.model_registry import keep_model  # seconds, which only the end needs
+                from umbrella.tracking.model_registry import log_best_model  # seconds, which only the end needs
 
                 again = f"python experiments/tune.py --resume {folder.name}"
-                keep_model(settings.tracking, result.tracking_uri, folder, best, again)
+                log_best_model(settings.tracking, result.tracking_uri, folder, best, again)
             before_upload(result)
     return result
 
