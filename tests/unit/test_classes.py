@@ -5,7 +5,13 @@ import pytest
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from umbrella.evaluation.metrics import balanced_accuracy, class_metrics, codes, confusion, probability_metrics
+from umbrella.evaluation.metrics import (
+    balanced_accuracy,
+    class_indices,
+    class_metrics,
+    confusion_matrix,
+    probability_metrics,
+)
 from umbrella.evaluation.predictions import Answer
 
 CLASSES = ["a", "b", "c"]
@@ -13,7 +19,7 @@ CLASSES = ["a", "b", "c"]
 
 def counts(truth: str, said: str, classes: str = "mf") -> NDArray:
     answers = [Answer(str(i), t, s if s != "-" else None) for i, (t, s) in enumerate(zip(truth, said, strict=True))]
-    return confusion(*codes(answers, classes), len(classes), np.ones((1, len(answers))))
+    return confusion_matrix(*class_indices(answers, classes), len(classes), np.ones((1, len(answers))))
 
 
 def draw(size: int, classes: int) -> tuple[NDArray, NDArray, NDArray]:
@@ -30,7 +36,7 @@ def test_what_is_said_is_measured_as_scikit_learn_does_with_the_same_weights(siz
     truth, probabilities, weights = draw(size, classes)
     said = probabilities.argmax(1)
     said[:2] = classes  # says none of them
-    ours = class_metrics(confusion(truth, said, classes, weights), CLASSES[:classes])
+    ours = class_metrics(confusion_matrix(truth, said, classes, weights), CLASSES[:classes])
     for i, w in enumerate(weights):
         labels = range(classes)
         f1 = sk.f1_score(truth, said, labels=labels, average="macro", sample_weight=w)

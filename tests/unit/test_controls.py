@@ -7,7 +7,7 @@ import pytest
 
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.controls import owners, shuffled, text_only
-from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 
 Talk = Callable[..., Conversation]
@@ -50,7 +50,7 @@ def accuracy(conversations: Sequence[Conversation], says: Callable[[Conversation
         rows.append(
             Prediction(c.task_id, c.task_type, c.subject_id, c.target, c.label, "", {}, (), probabilities, 1, 1)
         )
-    return summarise(rows)["eval/sex/balanced_accuracy"]
+    return validation_metrics(rows)["eval/sex/balanced_accuracy"]
 
 
 def by_image(conversation: Conversation) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from umbrella.evaluation.metrics import chance, metric_names, notes_on, summarise
+from umbrella.evaluation.metrics import chance_level, metric_names, prediction_notes, validation_metrics
 from umbrella.evaluation.predictions import Prediction
 
 
@@ -14,7 +14,7 @@ def scored(
 
 
 def test_a_subject_is_predicted_by_the_mean_probability_of_its_conversations() -> None:
-    metrics = summarise(
+    metrics = validation_metrics(
         [
             scored("a", "m", m=0.9, f=0.1),  # one sure conversation outweighs
             scored("a", "m", m=0.4, f=0.6),  # two that lean to the other side
@@ -29,7 +29,7 @@ def test_a_subject_is_predicted_by_the_mean_probability_of_its_conversations() -
 
 
 def test_equal_probabilities_predict_nothing() -> None:
-    metrics = summarise(
+    metrics = validation_metrics(
         [scored("a", "m", m=0.5, f=0.5), scored("b", "f", m=0.25, f=0.75), scored("b", "f", m=0.75, f=0.25)]
     )
     assert metrics["eval/sex/balanced_accuracy"] == 0
@@ -41,11 +41,11 @@ def test_a_subject_whose_label_differs_between_conversations_counts_once_for_eac
         scored("a", "first", "older", first=0.9, second=0.1),
         scored("a", "second", "older", first=0.7, second=0.3),
     ]
-    assert summarise(older)["eval/older/balanced_accuracy"] == 0.5
+    assert validation_metrics(older)["eval/older/balanced_accuracy"] == 0.5
 
 
 def test_targets_are_averaged_and_the_loss_is_per_token() -> None:
-    metrics = summarise(
+    metrics = validation_metrics(
         [
             scored("a", "m", nll=3.0, tokens=2, m=0.9, f=0.1),
             scored("b", "f", nll=3.0, tokens=1, m=0.1, f=0.9),
@@ -73,27 +73,29 @@ def test_generated_answers_that_are_cut_or_differ_from_the_scored_ones_are_repor
     [differs] = [Prediction("t", "T1", "a", "sex", "male", "male.", text="", cut=True, probabilities=sure)]
     [number] = [Prediction("t", "T1", "a", "age", 40, "40.", text="40.", said=40.0)]
     [silent] = [Prediction("t", "T1", "a", "sex", "male", "male.", probabilities=sure)]
-    assert notes_on([*agree, number, silent]) == []
+    assert prediction_notes([*agree, number, silent]) == []
     cut = "1 of 11 generated answers were cut before they ended; raise evaluate.max_new_tokens"
-    assert notes_on([*agree, differs, number, silent]) == [cut], "one of ten is no more than a tenth"
-    _, note = notes_on([*agree[1:], differs, number])
+    assert prediction_notes([*agree, differs, number, silent]) == [cut], "one of ten is no more than a tenth"
+    _, note = prediction_notes([*agree[1:], differs, number])
     assert note.startswith("sex: in 1 of 9 conversations the generated answer is not the candidate with the highest")
 
 
 def test_without_classes_there_is_only_the_loss() -> None:
-    assert summarise([scored("a", 63.5, "age", nll=2.0, tokens=4)]) == {"eval/loss": 0.5}
+    assert validation_metrics([scored("a", 63.5, "age", nll=2.0, tokens=4)]) == {"eval/loss": 0.5}
 
 
 @pytest.mark.parametrize("classes", [{}, {"sex": 2}, {"sex": 1}, {"sex": 1, "diagnosis": 2}])
 def test_the_names_of_all_metrics_are_known_before_there_are_any(classes: dict[str, int]) -> None:
     labels = [(target, "mf"[i]) for target, number in classes.items() for i in range(number)]
-    metrics = summarise([scored("a", 63.5, "age"), *(scored("a", label, of, m=0.9, f=0.1) for of, label in labels)])
+    metrics = validation_metrics(
+        [scored("a", 63.5, "age"), *(scored("a", label, of, m=0.9, f=0.1) for of, label in labels)]
+    )
     assert sorted(metrics) == sorted(metric_names(classes))
 
 
 def test_chance_is_the_mean_over_the_targets_of_one_in_the_number_of_classes() -> None:
     classes = {"sex": 2, "diagnosis": 4}
-    assert chance("eval/diagnosis/balanced_accuracy", classes) == 0.25
-    assert chance("eval/balanced_accuracy", classes) == 0.375
-    assert chance("eval/loss", classes) is None
-    assert chance("eval/balanced_accuracy", {}) is None
+    assert chance_level("eval/diagnosis/balanced_accuracy", classes) == 0.25
+    assert chance_level("eval/balanced_accuracy", classes) == 0.375
+    assert chance_level("eval/loss", classes) is None
+    assert chance_level("eval/balanced_accuracy", {}) is None

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from umbrella.evaluation.metrics import number_metrics, text_scores
+from umbrella.evaluation.metrics import number_metrics, text_metrics
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
@@ -51,5 +51,5 @@ def test_texts_are_measured_as_squad_and_rouge_do(
     truth: str, text: str, token_f1: float, rouge_l: float, exact: float
 ) -> None:
     expected = {"token_f1": token_f1, "rouge_l": rouge_l, "exact": exact}
-    assert text_scores(truth, text) == pytest.approx(expected)
-    assert text_scores(text, truth) == pytest.approx(expected)
+    assert text_metrics(truth, text) == pytest.approx(expected)
+    assert text_metrics(text, truth) == pytest.approx(expected)

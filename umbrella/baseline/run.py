@@ -212,7 +212,7 @@ def make_job(
     used = {name: [conversation for conversation, _ in of_split] for name, of_split in pairs.items()}
 
     def put_evaluation_samples(split: str) -> ray.ObjectRef:
-        return ray.put([(Prediction.of(conversation), path) for conversation, path in pairs[split]])
+        return ray.put([(Prediction.from_conversation(conversation), path) for conversation, path in pairs[split]])
 
     return BaselineJob(
         task=BASELINE_TASK,

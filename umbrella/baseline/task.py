@@ -17,7 +17,7 @@ from umbrella.baseline.targets import BinEncoding, Sample
 from umbrella.data.ingest import open_store
 from umbrella.data.mask_audit import Hide
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
-from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Answer, Prediction, mean_number, write_predictions
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_volumes
@@ -116,7 +116,7 @@ class BaselineTask(Task):
     def evaluate(self) -> dict[str, float]:
         """See ``Task.evaluate``. Adds ``eval/<target>/mae`` over subjects for a numeric target."""
         self.predictions = self._predict(self.validation)
-        metrics = summarise(self.predictions)
+        metrics = validation_metrics(self.predictions)
         if isinstance(self.job.encoding, BinEncoding):
             answers = (Answer(a.subject_id, float(a.label or 0), a.said) for a in self.predictions)
             errors = [abs(float(subject.said or 0) - float(subject.truth)) for subject in mean_number(answers)]

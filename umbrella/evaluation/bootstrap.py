@@ -1,4 +1,4 @@
-"""Percentile intervals from resampling subjects: conversations of one subject are not independent, subjects are."""
+"""Percentile bootstrap over subjects. Subjects are independent; conversations of one subject are not."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -8,37 +8,36 @@ from numpy.typing import NDArray
 
 from umbrella.evaluation.settings import EvaluateSettings
 
-AT_ONCE = 100
+CHUNK = 100
 """Resamples whose weights are in memory together."""
 
-Measure = Callable[[NDArray], Mapping[str, NDArray]]
-"""Weights (resamples, subjects), how often each subject counts, to numbers (resamples,) by name."""
+MetricFunction = Callable[[NDArray], Mapping[str, NDArray]]
+"""Weights (resamples, subjects), how often each subject counts, to metrics (resamples,) by name."""
 
 
 class Estimate(NamedTuple):
-    """A number with the interval that resampling the subjects gives. NaN where it is not defined."""
+    """A metric with its bootstrap interval; NaN where undefined."""
 
     value: float
     low: float
     high: float
 
 
-def estimate(measure: Measure, subjects: int, settings: EvaluateSettings, seed: int = 0) -> dict[str, Estimate]:
-    """Numbers with their percentile bootstrap intervals (Efron 1979).
+def estimate(metrics: MetricFunction, subjects: int, settings: EvaluateSettings, seed: int = 0) -> dict[str, Estimate]:
+    """Compute metrics with percentile bootstrap intervals (Efron 1979).
 
-    As many subjects are drawn with replacement as there are, with all of their conversations, ``settings.bootstrap``
-    times; the interval holds the middle ``settings.confidence`` of the numbers that come out. Resamples in which a
-    number is not defined, such as one without a class, do not count for it. All numbers are measured on the same
-    draws, and the same seed and number of subjects give the same draws. With fewer than two subjects there is no
-    interval.
+    Subjects are drawn with replacement, with all of their conversations, ``settings.bootstrap`` times. The interval
+    holds the middle ``settings.confidence`` of the resampled values. Resamples in which a metric is undefined, such as
+    one without a class, are left out for it. All metrics share the same resamples, which depend on the seed and the
+    number of subjects only. With fewer than two subjects the interval is undefined.
     """
-    values = {name: float(value[0]) for name, value in measure(np.ones((1, subjects))).items()}
+    values = {name: float(value[0]) for name, value in metrics(np.ones((1, subjects))).items()}
     if subjects < 2:
         return {name: Estimate(value, np.nan, np.nan) for name, value in values.items()}
     random = np.random.default_rng(seed)
     resampled: dict[str, list[NDArray]] = {name: [] for name in values}
-    for start in range(0, settings.bootstrap, AT_ONCE):
-        for name, value in measure(_draw(random, min(AT_ONCE, settings.bootstrap - start), subjects)).items():
+    for start in range(0, settings.bootstrap, CHUNK):
+        for name, value in metrics(_draw(random, min(CHUNK, settings.bootstrap - start), subjects)).items():
             resampled[name].append(value)
     return {name: Estimate(value, *_interval(resampled[name], settings)) for name, value in values.items()}
 

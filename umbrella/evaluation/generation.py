@@ -1,4 +1,4 @@
-"""Answers in the model's own words: a batch of prompts, each continued up to its end of turn."""
+"""Generate answers: a batch of prompts, each continued up to its end of turn."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class Generated(NamedTuple):
     """A generated answer."""
 
     text: str
-    """Without special tokens and without blanks around it."""
+    """Without special tokens and surrounding blanks."""
     cut: bool
     """Whether it reached the limit of tokens before it ended."""
 
@@ -30,12 +30,12 @@ def generate(
     max_new_tokens: int = 64,
     **options: Any,
 ) -> list[Generated]:
-    """Answer a batch of prompts, each as if it were alone: the likeliest token after the other, unless told otherwise.
+    """Generate the answers of a batch of prompts, by greedy decoding unless ``options`` change it.
 
     Args:
-        model: an ``UmbrellaForConditionalGeneration`` in evaluation mode; one of two dtypes is run under autocast.
-        prompts: as ``Renderer.prompt`` gives them.
-        max_new_tokens: an answer that has not ended by then is cut off.
+        model: an ``UmbrellaForConditionalGeneration`` in evaluation mode; mixed precision is run under autocast.
+        prompts: from ``Renderer.prompt``. An answer does not depend on the other prompts.
+        max_new_tokens: longer answers are cut.
         options: of transformers' ``generate``, such as ``do_sample=True, temperature=0.7``.
     """
     batch = collate(prompts, ANSWER_ONLY).to(device)
@@ -49,17 +49,17 @@ def generate(
         pad_token_id=renderer.tokenizer.pad_token_id or 0,
         **{"do_sample": False} | options,
     )[:, length:].tolist()
-    return [_answer(row, set(stops), renderer) for row in new]
+    return [_decode(row, set(stops), renderer) for row in new]
 
 
 def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Rows (B, L) that are padded on the right, padded on the left: what comes next then stands behind all of them."""
+    """Move the padding of rows (B, L) from the right to the left, so that generation continues the last token."""
     length = tokens.shape[1]
     places = torch.arange(length, device=tokens.device) + attention_mask.sum(1, keepdim=True)
     return tokens.gather(1, places % length)
 
 
-def _answer(new: list[int], stops: set[int], renderer: Renderer) -> Generated:
+def _decode(new: list[int], stops: set[int], renderer: Renderer) -> Generated:
     end = next((i for i, token in enumerate(new) if token in stops), len(new))
     text = renderer.tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Generated(text.strip(), cut=end == len(new))

@@ -1,4 +1,4 @@
-"""The metrics of a group of predictions, by way of answering and level."""
+"""The metrics of a group of predictions, by way of answering and level (see ``subgroups.Group``)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from umbrella.evaluation.bootstrap import Measure
+from umbrella.evaluation.bootstrap import MetricFunction
 from umbrella.evaluation.metrics import (
+    class_indices,
     class_metrics,
-    codes,
-    confusion,
+    confusion_matrix,
     number_metrics,
     probability_metrics,
     ratio,
-    text_scores,
+    text_metrics,
 )
 from umbrella.evaluation.predictions import (
     Answer,
@@ -28,163 +28,166 @@ from umbrella.evaluation.predictions import (
     most_likely,
 )
 
-People = Mapping[str, int]
-"""Subject to its position in the weights that a measure is given."""
+SubjectIndex = Mapping[str, int]
+"""Subject to its column in the weights of a ``MetricFunction``."""
 
 
 @dataclass
-class Counted:
-    """Fields of ``tables.Group``, and ``measures``: ``<way>/<level>`` to what is measured there."""
+class GroupMetrics:
+    """Metric functions by ``<way>/<level>``, and the fields of ``subgroups.Group`` of the same names."""
 
-    measures: dict[str, Measure] = field(default_factory=dict)
+    functions: dict[str, MetricFunction] = field(default_factory=dict)
     references: dict[str, float] = field(default_factory=dict)
     confusion: dict[str, list[list[int]]] = field(default_factory=dict)
     ties: dict[str, int] = field(default_factory=dict)
     invalid: int | None = None
 
-    def measure(self, weights: NDArray) -> dict[str, NDArray]:
-        """All numbers by their whole names, see ``intervals.Measure``."""
-        levels = self.measures.items()
+    def compute(self, weights: NDArray) -> dict[str, NDArray]:
+        """All metrics by their full names, see ``bootstrap.MetricFunction``."""
+        levels = self.functions.items()
         return {f"{level}/{name}": value for level, of in levels for name, value in of(weights).items()}
 
 
-def generated(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Those with an answer that is not chosen from candidates. A regression gives a number, and no text."""
-    return [p for p in predictions if p.text is not None or p.said is not None]
-
-
-def labels_of(predictions: Sequence[Prediction]) -> list[str | float]:
-    """One label for each subject; each of its labels, where they differ (see ``subjects``)."""
+def distinct_labels(predictions: Sequence[Prediction]) -> list[str | float]:
+    """The label of each subject; several for a subject whose label differs between conversations."""
     return [label for _, label in dict.fromkeys((p.subject_id, p.label) for p in predictions) if label is not None]
 
 
-def count_numbers(predictions: Sequence[Prediction], training: Sequence[str | float], people: People) -> Counted:
-    """Predictions whose labels are numbers.
+def group_class_metrics(
+    predictions: Sequence[Prediction], classes: Sequence[str], training: Sequence[str | float], index: SubjectIndex
+) -> GroupMetrics:
+    """Metrics of predictions whose labels are classes.
 
     Args:
-        training: the labels whose mean is the reference.
+        training: labels of the training data; the most frequent one is a reference.
     """
-    counted = Counted()
-    rows = generated(predictions)
-    answers = [Answer(p.subject_id, float(p.label or 0), _valid(p.said)) for p in rows]
-    if rows:
-        counted.invalid = sum(answer.said is None for answer in answers)
-    for level, these in (("conversations", answers), ("subjects", mean_number(answers))):
-        if any(answer.said is not None for answer in these):
-            counted.measures[f"generated/{level}"] = _of_numbers(these, people)
-    labels = np.array([float(label) for label in labels_of(predictions)])
+    result = GroupMetrics()
+    scored = [p for p in predictions if p.probabilities]
+    if scored:
+        answers = [Answer(p.subject_id, str(p.label), most_likely(p.probabilities), p.probabilities) for p in scored]
+        _add_class_metrics(result, "likelihood", scored, answers, classes, index)
+    generated = _generated(predictions)
+    if generated:
+        found = [str(p.said) if str(p.said) in classes else None for p in generated]
+        answers = [Answer(p.subject_id, str(p.label), said) for p, said in zip(generated, found, strict=True)]
+        _add_class_metrics(result, "generated", generated, answers, classes, index)
+        result.invalid = found.count(None)
+
+    labels = distinct_labels(predictions)
+    most_frequent = Counter(sorted(map(str, training))).most_common(1)[0][0]
+    result.references = {"chance": 1 / len(classes), "majority": labels.count(most_frequent) / len(labels)}
+    references = [(p.label, reference) for p in predictions if (reference := _reference_label(p)) in classes]
+    if references:
+        result.references["copies_reference"] = fmean(label == reference for label, reference in references)
+    return result
+
+
+def group_number_metrics(
+    predictions: Sequence[Prediction], training: Sequence[str | float], index: SubjectIndex
+) -> GroupMetrics:
+    """Metrics of predictions whose labels are numbers.
+
+    Args:
+        training: labels of the training data; their mean is a reference.
+    """
+    result = GroupMetrics()
+    generated = _generated(predictions)
+    answers = [Answer(p.subject_id, float(p.label or 0), _finite(p.said)) for p in generated]
+    if generated:
+        result.invalid = sum(answer.said is None for answer in answers)
+    for level, of_level in (("conversations", answers), ("subjects", mean_number(answers))):
+        if any(answer.said is not None for answer in of_level):
+            result.functions[f"generated/{level}"] = _number_function(of_level, index)
+    labels = np.array([float(label) for label in distinct_labels(predictions)])
     error = labels - fmean(map(float, training))
-    counted.references = {"mean/mae": float(np.abs(error).mean()), "mean/rmse": float(np.sqrt((error**2).mean()))}
-    return counted
+    result.references = {"mean/mae": float(np.abs(error).mean()), "mean/rmse": float(np.sqrt((error**2).mean()))}
+    return result
 
 
-def count_texts(predictions: Sequence[Prediction], people: People) -> Counted:
-    """Predictions that are free text: scores of conversations, and their means over those of a subject."""
-    scores: dict[str, list[dict[str, float]]] = defaultdict(list)
+def group_text_metrics(predictions: Sequence[Prediction], index: SubjectIndex) -> GroupMetrics:
+    """Metrics of free text, of conversations and as means over the conversations of a subject."""
+    by_subject: dict[str, list[dict[str, float]]] = defaultdict(list)
     for p in predictions:
         if p.text is not None:
-            scores[p.subject_id].append(text_scores(p.truth, p.text))
-    if not scores:
-        return Counted()
-    each = [(subject, score) for subject, group in scores.items() for score in group]
-    means = [(s, {name: fmean(one[name] for one in group) for name in group[0]}) for s, group in scores.items()]
+            by_subject[p.subject_id].append(text_metrics(p.truth, p.text))
+    if not by_subject:
+        return GroupMetrics()
+    each = [(subject, metrics) for subject, group in by_subject.items() for metrics in group]
+    means = [(s, {name: fmean(one[name] for one in group) for name in group[0]}) for s, group in by_subject.items()]
     levels = {"generated/conversations": each, "generated/subjects": means}
-    return Counted({level: _of_texts(rows, people) for level, rows in levels.items()}, invalid=0)
+    return GroupMetrics({level: _text_function(rows, index) for level, rows in levels.items()}, invalid=0)
 
 
-def _valid(said: str | float | None) -> float | None:
-    return float(said) if isinstance(said, int | float) and isfinite(said) else None
+def _generated(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Predictions with a generated answer. A regression model gives a number without text."""
+    return [p for p in predictions if p.text is not None or p.said is not None]
 
 
-def _of_numbers(answers: Sequence[Answer], people: People) -> Measure:
-    valid = [answer for answer in answers if answer.said is not None]
-    subject = np.array([people[answer.subject] for answer in valid])
-    truth, said = (np.array(values, float) for values in zip(*((a.truth, a.said) for a in valid), strict=True))
-    return lambda weights: number_metrics(truth, said, weights[:, subject])
-
-
-def _of_texts(rows: Sequence[tuple[str, Mapping[str, float]]], people: People) -> Measure:
-    subject = np.array([people[subject] for subject, _ in rows])
-    scores = {name: np.array([score[name] for _, score in rows]) for name in rows[0][1]}
-
-    def measure(weights: NDArray) -> dict[str, NDArray]:
-        drawn = weights[:, subject]
-        return {name: ratio(drawn @ values, drawn.sum(1)) for name, values in scores.items()}
-
-    return measure
-
-
-def count_classes(
-    predictions: Sequence[Prediction], classes: Sequence[str], training: Sequence[str | float], people: People
-) -> Counted:
-    """Predictions whose labels are classes.
-
-    Args:
-        training: the labels whose most frequent one is the reference.
-    """
-    counted = Counted()
-    by_likelihood = [p for p in predictions if p.probabilities]
-    if by_likelihood:
-        likely = [
-            Answer(p.subject_id, str(p.label), most_likely(p.probabilities), p.probabilities) for p in by_likelihood
-        ]
-        _count(counted, "likelihood", by_likelihood, likely, classes, people)
-    by_words = generated(predictions)
-    if by_words:
-        found = [str(p.said) if str(p.said) in classes else None for p in by_words]
-        words = [Answer(p.subject_id, str(p.label), said) for p, said in zip(by_words, found, strict=True)]
-        _count(counted, "generated", by_words, words, classes, people)
-        counted.invalid = found.count(None)
-
-    labels = labels_of(predictions)
-    most_frequent = Counter(sorted(map(str, training))).most_common(1)[0][0]
-    counted.references = {"chance": 1 / len(classes), "majority": labels.count(most_frequent) / len(labels)}
-    references = [(p.label, reference) for p in predictions if (reference := _reference(p)) in classes]
-    if references:
-        counted.references["copies_reference"] = fmean(label == reference for label, reference in references)
-    return counted
-
-
-def _count(
-    counted: Counted,
+def _add_class_metrics(
+    result: GroupMetrics,
     way: str,
     predictions: Sequence[Prediction],
     answers: Sequence[Answer],
     classes: Sequence[str],
-    people: People,
+    index: SubjectIndex,
 ) -> None:
-    """Add one way of answering; answers are those to the predictions, in order."""
-    votes, counted.ties[way] = majority_vote(answers)
+    """Add one way of answering. ``answers`` are those of ``predictions``, in order."""
+    votes, result.ties[way] = majority_vote(answers)
     by_subject = {"subjects": mean_probability(answers)} if answers[0].probabilities else {}
     levels = {"conversations": answers, **by_subject, "votes": votes}
-    for level, these in levels.items():
-        shown = [_reference(p) for p in predictions] if level == "conversations" else []
-        counted.measures[f"{way}/{level}"] = _measure(these, shown, classes, people)
-        counts = confusion(*codes(these, classes), len(classes), np.ones((1, len(these))))[0]
-        counted.confusion[f"{way}/{level}"] = counts.astype(int).tolist()
+    for level, of_level in levels.items():
+        references = [_reference_label(p) for p in predictions] if level == "conversations" else []
+        result.functions[f"{way}/{level}"] = _class_function(of_level, references, classes, index)
+        indices, weights = class_indices(of_level, classes), np.ones((1, len(of_level)))
+        counts = confusion_matrix(*indices, len(classes), weights)[0]
+        result.confusion[f"{way}/{level}"] = counts.astype(int).tolist()
 
 
-def _measure(answers: Sequence[Answer], shown: Sequence[str], classes: Sequence[str], people: People) -> Measure:
-    """Args: shown: the labels of the answers' references, or nothing."""
-    subject = np.array([people[answer.subject] for answer in answers])
-    truth, said = codes(answers, classes)
+def _class_function(
+    answers: Sequence[Answer], references: Sequence[str], classes: Sequence[str], index: SubjectIndex
+) -> MetricFunction:
+    """Args: references: the label of the reference of each answer, or empty."""
+    subject = np.array([index[answer.subject] for answer in answers])
+    truth, predicted = class_indices(answers, classes)
     probabilities = np.array([[a.probabilities.get(label, 0.0) for label in classes] for a in answers])
-    compared = np.array([label in classes for label in shown], bool)
-    copied = np.array([a.said == label and label in classes for a, label in zip(answers, shown, strict=False)], bool)
+    compared = np.array([label in classes for label in references], bool)
+    copied = [a.said == label and label in classes for a, label in zip(answers, references, strict=False)]
 
-    def measure(weights: NDArray) -> dict[str, NDArray]:
+    def metrics(weights: NDArray) -> dict[str, NDArray]:
         drawn = weights[:, subject]
-        metrics = class_metrics(confusion(truth, said, len(classes), drawn), classes)
-        if len(set(truth.tolist())) < 2:  # always saying the one class would give 1
-            metrics["balanced_accuracy"] = np.full(len(weights), np.nan)
+        values = class_metrics(confusion_matrix(truth, predicted, len(classes), drawn), classes)
+        if len(set(truth.tolist())) < 2:  # a constant answer would reach 1
+            values["balanced_accuracy"] = np.full(len(weights), np.nan)
         if answers[0].probabilities:
-            metrics |= probability_metrics(truth, probabilities, drawn)
+            values |= probability_metrics(truth, probabilities, drawn)
         if compared.any():
-            metrics["copies_reference"] = ratio(drawn @ copied, drawn @ compared)
-        return metrics
+            values["copies_reference"] = ratio(drawn @ np.array(copied, bool), drawn @ compared)
+        return values
 
-    return measure
+    return metrics
 
 
-def _reference(prediction: Prediction) -> str:
+def _number_function(answers: Sequence[Answer], index: SubjectIndex) -> MetricFunction:
+    valid = [answer for answer in answers if answer.said is not None]
+    subject = np.array([index[answer.subject] for answer in valid])
+    truth, predicted = (np.array(values, float) for values in zip(*((a.truth, a.said) for a in valid), strict=True))
+    return lambda weights: number_metrics(truth, predicted, weights[:, subject])
+
+
+def _text_function(rows: Sequence[tuple[str, Mapping[str, float]]], index: SubjectIndex) -> MetricFunction:
+    subject = np.array([index[subject] for subject, _ in rows])
+    values = {name: np.array([metrics[name] for _, metrics in rows]) for name in rows[0][1]}
+
+    def mean(weights: NDArray) -> dict[str, NDArray]:
+        drawn = weights[:, subject]
+        return {name: ratio(drawn @ of_name, drawn.sum(1)) for name, of_name in values.items()}
+
+    return mean
+
+
+def _reference_label(prediction: Prediction) -> str:
     return str(prediction.metadata.get("reference_label"))
+
+
+def _finite(said: str | float | None) -> float | None:
+    return float(said) if isinstance(said, int | float) and isfinite(said) else None

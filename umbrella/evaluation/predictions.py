@@ -1,4 +1,4 @@
-"""One prediction per conversation, and what they give together for a subject."""
+"""Predictions for conversations, their files, and their aggregation over the conversations of a subject."""
 
 import json
 from collections import Counter, defaultdict
@@ -14,10 +14,10 @@ from umbrella.fileio import write_atomic
 
 @dataclass(frozen=True)
 class Prediction:
-    """One conversation, its truth, and what a model says. Models of any kind make these; metrics know nothing else.
+    """The prediction of a model for one conversation, with its truth. All metrics are computed from these.
 
-    Two ways of answering stand side by side: ``probabilities`` of candidate answers, and ``said``, what was found in
-    the model's own words. Either may be missing.
+    A model answers in two ways: by ``probabilities`` of candidate answers, and by generated ``text``, in which ``said``
+    is found. Either may be missing.
     """
 
     task_id: str
@@ -26,30 +26,30 @@ class Prediction:
     target: str
     """What the label is a value of, such as "sex"."""
     label: str | float | None
-    """The truth: a class, a number, or None where the answer is free text."""
+    """The true class or number; None for free text."""
     truth: str
     """The text of the true answer."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The conversation's, such as site, sex, age, comparison_type, reference_label."""
+    """Metadata of the conversation, such as site, sex, age, comparison_type, reference_label."""
     volumes: tuple[tuple[str, str], ...] = ()
-    """(modality, path) of each volume that was shown, in reading order."""
+    """(modality, path) of each volume, in reading order."""
     probabilities: Mapping[str, float] = field(default_factory=dict)
-    """Label to probability over the target's candidates; empty where it has none."""
+    """Label to probability over the candidates of the target; empty if it has none."""
     answer_nll: float | None = None
-    """Negative log likelihood of the true answer, in nats, summed over its ``answer_tokens``; None: not measured."""
+    """Negative log likelihood of the true answer in nats, summed over ``answer_tokens``; None: not measured."""
     answer_tokens: int = 0
     text: str | None = None
-    """The answer in the model's own words; None: none was asked for."""
+    """The generated answer; None: none was generated."""
     cut: bool = False
-    """Whether ``text`` reached the limit of tokens before the model ended it."""
+    """Whether ``text`` reached the limit of tokens before it ended."""
     said: str | float | None = None
-    """The label or number found in ``text``; None: it fits none (invalid), or the answer is free text."""
+    """The label or number found in ``text``; None: there is none (invalid), or the answer is free text."""
     subjects: tuple[str, ...] = ()
-    """Everybody who is shown, the reference too."""
+    """All subjects of the conversation, including the reference."""
 
     @classmethod
-    def of(cls, conversation: Conversation, truth: bool = True) -> "Prediction":
-        """The row of a conversation before anything is answered. ``truth=False``: what its answer says is left out."""
+    def from_conversation(cls, conversation: Conversation, truth: bool = True) -> "Prediction":
+        """A prediction without an answer. ``truth=False``: the true answer is left out."""
         return cls(
             task_id=conversation.task_id,
             task_type=conversation.task_type,
@@ -68,90 +68,90 @@ class Prediction:
         return None if self.answer_nll is None else self.answer_nll / self.answer_tokens
 
     def to_json(self) -> str:
-        """One line of JSON, fields as above."""
+        """One line of JSON with the fields above."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> "Prediction":
-        """What ``to_json`` wrote, to the same."""
+        """The inverse of ``to_json``."""
         raw = json.loads(line)
         tuples = {"volumes": tuple(map(tuple, raw["volumes"])), "subjects": tuple(raw.get("subjects", ()))}
         return cls(**raw | tuples)
 
 
+def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
+    """Write predictions as JSON Lines, atomically."""
+    write_atomic(file, "".join(f"{prediction.to_json()}\n" for prediction in predictions))
+
+
+def read_predictions(file: Path) -> list[Prediction]:
+    """Read the file of ``write_predictions``."""
+    with file.open(encoding="utf-8") as lines:
+        return [Prediction.from_json(line) for line in lines]
+
+
 def cut_note(cut: int, answers: int) -> str:
-    """Say how many generated answers were cut; empty if none was."""
+    """A note on the number of generated answers that were cut; empty if none was."""
     if not cut:
         return ""
     return f"{cut} of {answers} generated answers were cut before they ended; raise evaluate.max_new_tokens"
 
 
-def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
-    """JSON Lines, one object per prediction; the file is there whole, or as it was before."""
-    write_atomic(file, "".join(f"{prediction.to_json()}\n" for prediction in predictions))
-
-
-def read_predictions(file: Path) -> list[Prediction]:
-    """What ``write_predictions`` wrote, to the same."""
-    with file.open(encoding="utf-8") as lines:
-        return [Prediction.from_json(line) for line in lines]
-
-
 class Answer(NamedTuple):
-    """The answer to one conversation, or of one subject's together."""
+    """The answer for one conversation, or for one subject over all conversations."""
 
     subject: str
     truth: str | float
     said: str | float | None
-    """None: no answer, which is wrong for classes."""
+    """None: no valid answer. For classes that is wrong."""
     probabilities: Mapping[str, float] = {}
 
 
 def most_likely(probabilities: Mapping[str, float]) -> str | None:
-    """The label of the highest probability; nothing where two are equally high, or there is none."""
+    """The label of the highest probability; None for a tie or without labels."""
     best = max(probabilities.values(), default=0)
-    winners = [label for label, probability in probabilities.items() if probability == best]
-    return winners[0] if len(winners) == 1 else None
+    labels = [label for label, probability in probabilities.items() if probability == best]
+    return labels[0] if len(labels) == 1 else None
 
 
 def mean_probability(answers: Iterable[Answer]) -> list[Answer]:
-    """A subject says the label of the highest mean probability over its conversations."""
-    together = []
+    """Aggregate over subjects: the label of the highest mean probability over the conversations of a subject."""
+    subjects = []
     for (subject, truth), group in _by_subject(answers).items():
         labels = dict.fromkeys(label for answer in group for label in answer.probabilities)
         sums = {label: fsum(a.probabilities.get(label, 0.0) for a in group) for label in labels}
-        # Rounded, so that what is equal but for the arithmetic is a tie: of two labels, and of two subjects in an AUC.
+        # Rounded: values that differ only by rounding errors are ties, between labels and between subjects in an AUC.
         mean = {label: round(total / len(group), 12) for label, total in sums.items()}
-        together.append(Answer(subject, truth, most_likely(mean), mean))
-    return together
+        subjects.append(Answer(subject, truth, most_likely(mean), mean))
+    return subjects
 
 
 def majority_vote(answers: Iterable[Answer]) -> tuple[list[Answer], int]:
-    """A subject says what most of its conversations say; invalid answers do not vote, and a tie says nothing.
+    """Aggregate over subjects: the most frequent label of the valid answers of a subject; a tie is no answer.
 
     Returns:
         (answers of subjects, number of ties).
     """
-    together, ties = [], 0
+    subjects, ties = [], 0
     for (subject, truth), group in _by_subject(answers).items():
         votes = Counter(answer.said for answer in group if answer.said is not None).most_common(2)
         tie = len(votes) == 2 and votes[0][1] == votes[1][1]
         ties += tie
-        together.append(Answer(subject, truth, votes[0][0] if votes and not tie else None))
-    return together, ties
+        subjects.append(Answer(subject, truth, votes[0][0] if votes and not tie else None))
+    return subjects, ties
 
 
 def mean_number(answers: Iterable[Answer]) -> list[Answer]:
-    """A subject says the mean of the numbers of its conversations; invalid answers are left out."""
-    together = []
+    """Aggregate over subjects: the mean of the valid numbers of a subject."""
+    subjects = []
     for (subject, truth), group in _by_subject(answers).items():
         numbers = [float(answer.said) for answer in group if answer.said is not None]
-        together.append(Answer(subject, truth, fsum(numbers) / len(numbers) if numbers else None))
-    return together
+        subjects.append(Answer(subject, truth, fsum(numbers) / len(numbers) if numbers else None))
+    return subjects
 
 
 def _by_subject(answers: Iterable[Answer]) -> dict[tuple[str, str | float], list[Answer]]:
-    """A subject whose truth differs between conversations (visits, comparisons) has one entry for each truth."""
+    """(subject, truth) to answers: a subject with several truths (visits, comparisons) has an entry for each."""
     groups: dict[tuple[str, str | float], list[Answer]] = defaultdict(list)
     for answer in answers:
         groups[answer.subject, answer.truth].append(answer)

@@ -1,14 +1,18 @@
-"""The groups that an evaluation reports: the metrics of one target, over all of its predictions or a part of them."""
+"""The groups of an evaluation: the metrics of one target, over all of its predictions and over subgroups."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite, isnan, nan
-from statistics import fmean
+from math import inf, isfinite
 from typing import Any, Literal
 
 from umbrella.evaluation.bootstrap import Estimate, estimate
-from umbrella.evaluation.group_metrics import count_classes, count_numbers, count_texts, labels_of
+from umbrella.evaluation.group_metrics import (
+    distinct_labels,
+    group_class_metrics,
+    group_number_metrics,
+    group_text_metrics,
+)
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 
@@ -17,44 +21,44 @@ Kind = Literal["classes", "numbers", "texts"]
 
 @dataclass(frozen=True)
 class Group:
-    """Predictions of one target that are counted together.
+    """The metrics of a group of predictions of one target.
 
-    ``metrics`` are named ``<way>/<level>/<metric>``. way: likelihood (of the candidates) or generated (found in the
-    model's words). level: conversations; subjects (the mean probability over a subject's conversations, or the mean
-    number or score); votes (the majority of a subject's valid answers; a tie is no answer, and so wrong). A subject
-    whose label differs between conversations counts once for each. metric:
+    ``metrics`` are named ``<way>/<level>/<metric>``.
 
-    - classes: accuracy, balanced_accuracy, f1 (macro), recall/<class>, precision/<class>; with two classes also
-      sensitivity and specificity, of the class that sorts last as the positive one; by likelihood (no votes) also auc,
-      brier and calibration_error; of conversations that compare with a reference, copies_reference: the share of
-      answers that are the reference's label, right or wrong.
-    - numbers (generated only, no votes): mae, rmse, r2, pearson.
-    - texts (generated only, no votes): token_f1, rouge_l, exact.
+    - Way: likelihood (of the candidates) or generated (found in the generated text).
+    - Level: conversations; subjects (by the mean probability, number or score over the conversations of a subject);
+      votes (the majority of the valid answers of a subject; a tie is no answer, and so wrong). A subject whose label
+      differs between conversations counts once per label.
+    - Metrics of classes: accuracy, balanced_accuracy, f1 (macro), recall/<class>, precision/<class>; with two classes
+      also sensitivity and specificity, where the class that sorts last is positive; by likelihood (no votes) also auc,
+      brier and calibration_error; of conversations with a reference also copies_reference: the share of answers that
+      are the label of the reference, right or wrong.
+    - Metrics of numbers (generated only, no votes): mae, rmse, r2, pearson.
+    - Metrics of texts (generated only, no votes): token_f1, rouge_l, exact.
     """
 
     target: str
     kind: Kind
     by: str
-    """What makes the part: "all"; "task_type"; "task"; "comparison_type"; or a key of metadata."""
+    """The key of the breakdown: "all"; "task_type"; "task"; "comparison_type"; or a key of metadata."""
     value: str
-    """Which part it is: "T3"; empty for "all"."""
+    """The value of that key, such as "T3"; empty for "all"."""
     conversations: int
     subjects: int
     classes: tuple[str, ...]
     """Labels in order; empty for numbers and texts."""
     invalid: int | None
-    """Generated answers that fit no label or hold no number. For classes they count as wrong; of numbers they are left
-    out of all metrics, which are as good as the answers that are left. None: nothing was generated."""
+    """Generated answers without a label or number; None: nothing was generated. Invalid classes count as wrong; invalid
+    numbers are left out of all metrics."""
     ties: Mapping[str, int]
-    """Way to the number of subjects whose vote was a tie."""
+    """Way to the number of subjects whose vote is a tie."""
     metrics: Mapping[str, Estimate]
     references: Mapping[str, float]
-    """What is reached without looking. Classes: ``chance`` (balanced accuracy) and ``majority`` (accuracy of always
-    saying the most frequent training label, of subjects). Numbers: ``mean/mae`` and ``mean/rmse`` (always saying the
-    mean training label, of subjects). Beside the metric copies_reference: what it is for a model that is always right.
-    """
+    """Values that need no images. Classes: ``chance`` (balanced accuracy) and ``majority`` (accuracy, over subjects, of
+    the most frequent training label). Numbers: ``mean/mae`` and ``mean/rmse`` (over subjects, of the mean training
+    label). ``copies_reference``: the value of that metric for a model that is always right."""
     confusion: Mapping[str, list[list[int]]] = field(default_factory=dict)
-    """``<way>/<level>`` to counts: a row per true class, a column per class said and a last one for none."""
+    """``<way>/<level>`` to counts: a row per true class, a column per predicted class and a last one for none."""
 
 
 def tabulate(
@@ -63,60 +67,82 @@ def tabulate(
     seed: int = 0,
     training: Mapping[str, Sequence[str | float]] | None = None,
 ) -> list[Group]:
-    """The groups of each target, in the order of their names; which, and in which order, see ``parts.parts``.
+    """Compute the groups of all targets, in the order of their names and of ``split_subgroups``.
 
     Args:
-        seed: of the resampling that intervals are read from.
-        training: target to the labels of its training data, for ``references``; without them, those of the
-            predictions of the target, whose mean and most frequent label are then looked at after all.
+        seed: of the bootstrap.
+        training: target to the labels of the training data, for ``Group.references``. Without them, the labels of the
+            predictions are used.
     """
     targets: dict[tuple[str, Kind], list[Prediction]] = defaultdict(list)
     for prediction in predictions:
-        targets[prediction.target, kind_of(prediction)].append(prediction)
+        targets[prediction.target, _kind(prediction)].append(prediction)
     groups = []
     for (target, kind), of_target in sorted(targets.items()):
         given = [label for label in (training or {}).get(target, ()) if isinstance(label, str) == (kind == "classes")]
-        known = given or labels_of(of_target)
-        classes = _classes(of_target, known) if kind == "classes" else ()
-        for by, value, part in parts(of_target, settings):
-            people = {subject: i for i, subject in enumerate(dict.fromkeys(p.subject_id for p in part))}
+        labels = given or distinct_labels(of_target)
+        classes = _classes(of_target, labels) if kind == "classes" else ()
+        for by, value, members in split_subgroups(of_target, settings):
+            index = {subject: i for i, subject in enumerate(dict.fromkeys(p.subject_id for p in members))}
             if kind == "classes":
-                counted = count_classes(part, classes, known, people)
+                metrics = group_class_metrics(members, classes, labels, index)
+            elif kind == "numbers":
+                metrics = group_number_metrics(members, labels, index)
             else:
-                counted = count_numbers(part, known, people) if kind == "numbers" else count_texts(part, people)
+                metrics = group_text_metrics(members, index)
             group = Group(
                 target=target,
                 kind=kind,
                 by=by,
                 value=value,
-                conversations=len(part),
-                subjects=len(people),
+                conversations=len(members),
+                subjects=len(index),
                 classes=classes,
-                invalid=counted.invalid,
-                ties=counted.ties,
-                metrics=estimate(counted.measure, len(people), settings, seed),
-                references=counted.references,
-                confusion=counted.confusion,
+                invalid=metrics.invalid,
+                ties=metrics.ties,
+                metrics=estimate(metrics.compute, len(index), settings, seed),
+                references=metrics.references,
+                confusion=metrics.confusion,
             )
             groups.append(group)
     return groups
 
 
-def kind_of(prediction: Prediction) -> Kind:
-    """What the label is: a class, a number, or none, which is free text."""
+def split_subgroups(
+    predictions: Sequence[Prediction], settings: EvaluateSettings
+) -> Iterator[tuple[str, str, list[Prediction]]]:
+    """Split the predictions of one target; yields (by, value, predictions), see ``Group``. No subgroup is empty.
+
+    First all predictions; then each task type and each ``metadata.task``, if there are several; comparisons with a
+    reference of the same label and of another label; and the keys of ``settings.breakdown`` except the target itself.
+    """
+    target = predictions[0].target
+    yield "all", "", list(predictions)
+    tasks: tuple[tuple[str, Callable[[Prediction], Any]], ...] = (
+        ("task_type", lambda p: p.task_type),
+        ("task", lambda p: p.metadata.get("task") and str(p.metadata["task"])),
+    )
+    for by, value_of in tasks:
+        found = list(_split(predictions, value_of, settings))
+        if len(found) > 1:
+            yield from ((by, value, members) for value, members in found)
+    for value, members in reversed(list(_split(predictions, _comparison_type, settings))):
+        yield "comparison_type", value, members
+    for key in settings.breakdown:
+        if key not in (target, "task", "comparison_type"):
+            for value, members in _split(predictions, lambda p, key=key: p.metadata.get(key), settings):  # type: ignore[misc]
+                yield key, value, members
+
+
+def band_names(bands: Sequence[float]) -> set[str]:
+    """The values of subgroups of numbers."""
+    return {_band(number, sorted(bands))[1] for number in (-inf, *bands)}
+
+
+def _kind(prediction: Prediction) -> Kind:
     if prediction.label is None:
         return "texts"
     return "classes" if isinstance(prediction.label, str) else "numbers"
-
-
-def overall(groups: Iterable[Group], metric: str = "likelihood/subjects/balanced_accuracy") -> float:
-    """The mean of a metric over the targets for which it is defined, each as a whole; NaN where there is none.
-
-    By default the same number as ``eval/balanced_accuracy`` of trainings, for the same predictions.
-    """
-    values = [group.metrics[metric].value for group in groups if group.by == "all" and metric in group.metrics]
-    defined = [value for value in values if not isnan(value)]
-    return fmean(defined) if defined else nan
 
 
 def _classes(predictions: Sequence[Prediction], training: Sequence[str | float]) -> tuple[str, ...]:
@@ -124,35 +150,11 @@ def _classes(predictions: Sequence[Prediction], training: Sequence[str | float])
     return tuple(sorted(labels.union(*(prediction.probabilities for prediction in predictions))))
 
 
-def parts(predictions: Sequence[Prediction], settings: EvaluateSettings) -> Iterator[tuple[str, str, list[Prediction]]]:
-    """(by, value, predictions) as ``tables.Group`` has them, for predictions of one target; no part is empty.
+def _comparison_type(prediction: Prediction) -> str | None:
+    """Whether the reference of a comparison has the "same" or a "different" label; None without a reference.
 
-    First all; then each task type, and each ``metadata.task``, where there are several; comparisons with a reference
-    of the same label and of a different one; and ``settings.breakdown``, but for the target itself.
-    """
-    target = predictions[0].target
-    yield "all", "", list(predictions)
-    several: tuple[tuple[str, Callable[[Prediction], Any]], ...] = (
-        ("task_type", lambda p: p.task_type),
-        ("task", lambda p: p.metadata.get("task") and str(p.metadata["task"])),
-    )
-    for by, value_of in several:
-        found = list(_split(predictions, value_of, settings))
-        if len(found) > 1:
-            yield from ((by, value, part) for value, part in found)
-    for value, part in reversed(list(_split(predictions, compared_with, settings))):
-        yield "comparison_type", value, part
-    for key in settings.breakdown:
-        if key not in (target, "task", "comparison_type"):
-            for value, part in _split(predictions, lambda p, key=key: p.metadata.get(key), settings):  # type: ignore[misc]
-                yield key, value, part
-
-
-def compared_with(prediction: Prediction) -> str | None:
-    """ "same" or "different": the label of the reference that the conversation compares with; None: there is none.
-
-    What ``metadata.comparison_type`` says counts before what the two labels say: it may mean another label than the
-    target's, as in ages that are compared within one sex.
+    ``metadata.comparison_type`` takes precedence over the labels, because it may refer to another label than that of
+    the target, for example when ages are compared within one sex.
     """
     written = str(prediction.metadata.get("comparison_type") or "").removesuffix("_sex")
     if written in ("same", "different"):
@@ -175,16 +177,11 @@ def _split(
                 found[_band(value, sorted(settings.bands))].append(prediction)
         elif value is not None and value != "":
             found[len(settings.bands) + 1, str(value)].append(prediction)
-    return ((name, part) for (_, name), part in sorted(found.items(), key=lambda item: item[0]))
-
-
-def band_names(bands: Sequence[float]) -> set[str]:
-    """What the parts are called that numbers are cut into."""
-    return {_band(number, sorted(bands))[1] for number in (-inf, *bands)}
+    return ((name, members) for (_, name), members in sorted(found.items(), key=lambda item: item[0]))
 
 
 def _band(number: float, bands: Sequence[float]) -> tuple[int, str]:
-    """(position, name) of the band that a number is in; a number on a border is in the upper one."""
+    """(position, name) of the band of a number; a border belongs to the upper band."""
     position = sum(border <= number for border in bands)
     if not bands:
         return 0, "all numbers"

@@ -14,7 +14,7 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import Splits, apply_bad_sample_policy, check_splits, fingerprint
 from umbrella.data.splits import RawSplits, read_input
-from umbrella.evaluation.metrics import notes_on
+from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels, find_numbers
 from umbrella.evaluation_run.prediction_workers import predict_on_workers
@@ -198,7 +198,7 @@ def predict_cohort(cohort: Cohort, progress: ProgressBar) -> Splits:
                 cohort.remaining(), cohort.checkpoint, settings, candidates, numbers, truth=False, progress=progress
             ):
                 file.write(predictions)
-    for line in notes_on(read_predictions(path)):
+    for line in prediction_notes(read_predictions(path)):
         note(line)
     return splits
 

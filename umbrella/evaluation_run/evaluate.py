@@ -20,7 +20,7 @@ from umbrella.data.ingest import check_splits, fingerprint, open_store
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import read_splits
 from umbrella.evaluation.controls import shuffled, text_only
-from umbrella.evaluation.metrics import notes_on
+from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import (
     AS_ASKED,
@@ -157,7 +157,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
         facts = {**data.facts, "processes": f"{own.workers} on {device}"}
         facts |= {"seconds": round(time.monotonic() - start)}
-        notes = [*data.notes, *notes, *notes_on(predictions[AS_ASKED])]
+        notes = [*data.notes, *notes, *prediction_notes(predictions[AS_ASKED])]
         for line in notes:
             note(line)
         result = EvaluationResult(settings, settings.checkpoint, own.split, predictions, groups, facts, notes)

@@ -18,7 +18,7 @@ from umbrella.data.ingest import open_store
 from umbrella.data.mask_audit import Hide, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer
-from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
 from umbrella.model.build import build_model
@@ -128,7 +128,7 @@ class LanguageModelTask(Task):
         reshard(self.model)
         self.model.train()
         self.predictions = [one for part in all_gather_object(scored) for one in part]
-        return summarise(self.predictions)
+        return validation_metrics(self.predictions)
 
     def _conversations(self, rows: Rows) -> list[Conversation]:
         return [from_table(self.validation, int(i)) for i in rows["sample"]]

@@ -15,7 +15,7 @@ from umbrella.config import Settings
 from umbrella.data.ingest import Splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import target_classes
-from umbrella.evaluation.metrics import chance
+from umbrella.evaluation.metrics import chance_level
 from umbrella.fileio import check_writable
 from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
 from umbrella.sigterm import on_sigterm
@@ -141,7 +141,7 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
         subjects = len({c.subject_id for c in splits.validation})
         held_out = target_classes(splits.validation)
         classes = {target: len(labels) for target, labels in job.candidates.items() if len(held_out[target]) > 1}
-        warning = chance_warning(trials, settings.tune, chance(settings.tune.metric, classes), subjects)
+        warning = chance_warning(trials, settings.tune, chance_level(settings.tune.metric, classes), subjects)
         files = write_report(configurations, settings, folder, subjects, warning)
         for file in files.all:
             parent.artifact(file)

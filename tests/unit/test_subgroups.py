@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from umbrella.evaluation.metrics import summarise
+from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
-from umbrella.evaluation.subgroups import Group, overall, tabulate
+from umbrella.evaluation.subgroups import Group, tabulate
 
 SETTINGS = EvaluateSettings(bootstrap=100)
 GENERATED = ("generated/conversations", "generated/votes")
@@ -48,6 +48,13 @@ def only(groups: list[Group], by: str = "all", value: str = "", target: str = "s
 
 def values(group: Group) -> dict[str, float]:
     return {name: estimate.value for name, estimate in group.metrics.items()}
+
+
+def overall(groups: list[Group], metric: str = "likelihood/subjects/balanced_accuracy") -> float:
+    """The mean of a metric over the targets for which it is defined."""
+    found = [values(group).get(metric, np.nan) for group in groups if group.by == "all"]
+    defined = [value for value in found if not np.isnan(value)]
+    return float(np.mean(defined)) if defined else np.nan
 
 
 def random_predictions(subjects: int = 30) -> list[Prediction]:
@@ -116,7 +123,7 @@ def test_trainings_and_tables_give_the_same_numbers_for_the_same_predictions() -
     rows = [row for row in random_predictions() if row.probabilities]
     rows += [prediction(p.subject_id, p.label, 0.7, target="other") for p in rows]
     rows = [replace(p, answer_nll=1.0, answer_tokens=1) for p in rows]
-    summary, groups = summarise(rows), tabulate(rows, SETTINGS)
+    summary, groups = validation_metrics(rows), tabulate(rows, SETTINGS)
     for target in ("sex", "other"):
         metrics = values(only(groups, target=target))
         assert metrics["likelihood/subjects/balanced_accuracy"] == summary[f"eval/{target}/balanced_accuracy"]

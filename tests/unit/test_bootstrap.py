@@ -5,17 +5,17 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from umbrella.evaluation.bootstrap import Estimate, Measure, estimate
+from umbrella.evaluation.bootstrap import Estimate, MetricFunction, estimate
 from umbrella.evaluation.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings()
 
 
-def mean_of(values: NDArray) -> Measure:
+def mean_of(values: NDArray) -> MetricFunction:
     return lambda weights: {"mean": weights @ values / weights.sum(1)}
 
 
-def right(count: int, of: int) -> Measure:
+def right(count: int, of: int) -> MetricFunction:
     return mean_of(np.arange(of) < count)
 
 
