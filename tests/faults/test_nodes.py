@@ -124,11 +124,11 @@ def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volu
     [
         (
             {"RAY_AUTH_TOKEN": "another" * 5},
-            "a cluster answers, and does not let this process in; set RAY_AUTH_MODE=token",
+            "the cluster answers but refuses this process; set RAY_AUTH_MODE=token",
         ),
         (
             {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"},
-            "asks for a token, and there is none here; set RAY_AUTH_MODE=token",
+            "the cluster requires a token, and there is none here; set RAY_AUTH_MODE=token",
         ),
     ],
 )

@@ -37,7 +37,7 @@ def test_training_trains(one: Trained) -> None:
 def test_a_run_says_its_loss_its_mask_its_tokens_and_what_moves(one: Trained, small_settings: Any) -> None:
     client = MlflowClient(tracking_uri(small_settings({}).resources.storage))
     text = Path(client.download_artifacts(one.run.info.run_id, "statement.txt")).read_text()
-    for words in ("Σ weight·nll / Σ weight", "supervise=assistant", "assistant text", "weights that move: embedder"):
+    for words in ("Σ weight·nll / Σ weight", "supervise=assistant", "assistant text", "trained weights: embedder"):
         assert words in text
     assert "sMRI: a volume of 8x8x8 in patches of 4x4x4 is 8 tokens" in text
     assert "supervise: assistant" in Path(client.download_artifacts(one.run.info.run_id, "settings.yaml")).read_text()

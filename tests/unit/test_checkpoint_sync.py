@@ -205,5 +205,5 @@ def test_a_store_that_cannot_be_written_and_a_folder_in_the_way_are_one_line(tmp
     address = str(tmp_path / "store")
     CheckpointSync(FileStorage(address), begin(tmp_path / "other" / FIRST)).upload()
     (folder / "something").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"first exists and is no trainings/first; delete it or move it away$"):
+    with pytest.raises(UserError, match=r"first exists and is not trainings/first; delete it or move it away$"):
         download(resources(tmp_path / "home", address), folder, all_of)

@@ -56,14 +56,14 @@ def test_a_cluster_that_is_gone_is_one_line_that_names_the_setting() -> None:
         for scheme in ("", "ray://"):
             address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
             with pytest.raises(
-                UserError, match=rf"^RAY_ADDRESS={address}: nobody answers there \(Connection refused\); "
+                UserError, match=rf"^RAY_ADDRESS={address}: nothing answers there \(Connection refused\); "
             ):
                 check_reachable(address, f"RAY_ADDRESS={address}")
         taken.listen()
         check_reachable(address, "")
     for address in ("auto", "127.0.0.1", "http://host"):
         check_reachable(address, "")
-    with pytest.raises(UserError, match=r"^here: nobody answers there"):
+    with pytest.raises(UserError, match=r"^here: nothing answers there"):
         check_reachable("127.0.0.1:99999", "here")
 
 
@@ -75,7 +75,7 @@ def test_a_folder_that_is_no_place_for_rays_sockets_is_one_line(
     monkeypatch.setenv(variable, "/tmp")
     check_local_folders()
     for folder, message in (
-        (f"{tmp_path}/{'x' * 60}", r"is longer than the 4\d bytes that the paths of Ray's sockets leave for it; set "),
+        (f"{tmp_path}/{'x' * 60}", r"the path is longer than 4\d bytes, the limit for Ray's sockets; set "),
         ("/proc/none", "the folder for Ray's files cannot be written to: "),
     ):
         monkeypatch.setenv(variable, folder)

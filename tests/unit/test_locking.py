@@ -42,7 +42,7 @@ def test_storage_without_locks_ends_a_script_in_one_line_before_a_ray_is_started
 def test_where_nothing_could_be_kept_from_being_lost_the_folder_is_named(why: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/box\S*: files cannot be locked here") as refused:
         run_lock(tmp_path / "box/sweeps/first").__enter__()
-    assert "is being run already" not in str(refused.value)
+    assert "is in use by" not in str(refused.value)
 
 
 def test_where_nothing_can_be_said_of_others_work_goes_on(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: P
     begin()
     begin(resources__workers=2, tune__grace=5)
     begin(evaluate__bands=[30], data__test=["more.jsonl"], data__input=["x.jsonl"], checkpoint="a", output="b")
-    with pytest.raises(UserError, match=r"^name=mine: was begun with other settings: optim\.lr was 0\.001 and is 0"):
+    with pytest.raises(UserError, match=r"^name=mine: was started with other settings: optim\.lr was 0\.001 and is 0"):
         begin(optim__lr=0.5)
     with pytest.raises(UserError, match=r"data\.fingerprint was abc and is xyz"):
         begin("xyz")

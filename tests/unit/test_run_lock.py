@@ -57,7 +57,7 @@ def test_a_second_script_is_refused_until_the_first_one_is_dead(tmp_path: Path, 
     first = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout is not None
     assert first.stdout.readline() == b"mine\n"
-    with pytest.raises(UserError, match=rf"^first is being run already, by process {first.pid} on "), run_lock(folder):
+    with pytest.raises(UserError, match=rf"^first is in use by process {first.pid} on "), run_lock(folder):
         pass
     first.kill()
     first.communicate()
@@ -83,7 +83,7 @@ def test_a_script_on_what_is_being_run_ends_in_one_line_before_a_ray_is_started(
     with run_lock(folder):
         done = run(*words, f"resources.storage={tmp_path}/home")
     assert (done.status, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: first is being run already, by process ")
+    assert done.stderr.startswith("error: first is in use by process ")
 
 
 def test_a_lock_that_its_holder_deletes_as_it_leaves_is_taken_anew(
@@ -99,6 +99,6 @@ def test_a_lock_that_its_holder_deletes_as_it_leaves_is_taken_anew(
 
     monkeypatch.setattr(fcntl, "flock", late)
     with run_lock(folder):
-        with pytest.raises(UserError, match=r"^first is being run already"), run_lock(folder):
+        with pytest.raises(UserError, match=r"^first is in use by "), run_lock(folder):
             pass
         assert left[0].exists()

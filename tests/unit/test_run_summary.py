@@ -47,7 +47,7 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
         "       user header       0 of 6",
         "       user image        0 of 2",
         "       user text         0 of 5",
-        "weights that move: embedder 1,234, language_model 5",
+        "trained weights: embedder 1,234, language_model 5",
         "fMRI: a volume of 4x4x4x6 in patches of 4x4x4x2 is 3 tokens",
     ]
 
@@ -66,7 +66,7 @@ def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_c
         "  assistant header       0 of 11",
         "  assistant text         5 of 5, weight 1.4286",
     ]
-    assert lines[9:] == [f"{STOPS} model.chat_template=vicuna writes one", "weights that move: none"]
+    assert lines[9:] == [f"{STOPS} model.chat_template=vicuna writes one", "trained weights: none"]
 
 
 def test_the_page_has_samples_of_every_task_and_the_same_note(

@@ -23,9 +23,9 @@ SETTING = "resources.upload"
 INTERVAL = 10.0
 """Seconds between two uploads of what is new."""
 LOCAL = {STOP, WORKERS, RAY}
-"""Files and folders of this machine alone."""
+"""Files and folders that are not uploaded."""
 Stamp = tuple[int, int]
-"""Bytes of a file, and when it was written, in ns."""
+"""Size of a file in bytes, and its modification time in ns."""
 
 
 @contextmanager
@@ -54,25 +54,25 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
     """
     if not resources.upload:
         return False
-    with _one_line():
+    with _as_user_error():
         return marker_of(folder).name in FileStorage(resources.upload, SETTING).names(_name(folder))
 
 
 def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> None:
     """Download a training or sweep if this machine does not have it and the object store does.
 
-    A checkpoint without its completion marker is left out. The folder appears when all of it is there.
+    A checkpoint without its completion marker is left out. The folder is renamed when its download is complete.
 
     Raises:
-        UserError: the object store cannot be read; the folder is there and holds something else.
+        UserError: the object store cannot be read; the folder exists and holds something else.
     """
     if marker_of(folder).is_file() or not is_uploaded(resources, folder):
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is no {_name(folder)}; delete it or move it away")
+        raise UserError(f"{folder} exists and is not {_name(folder)}; delete it or move it away")
     store, target = FileStorage(resources.upload, SETTING), folder.with_name(f".{folder.name}.download")
     shutil.rmtree(target, ignore_errors=True)
-    with _one_line():
+    with _as_user_error():
         sizes = store.sizes(_name(folder))
         names = [n for n in sizes if not _checkpoint(n) or f"{_checkpoint(n)}/{SIZES}" in sizes]
         for name in progress(names, f"downloading {_name(folder)}"):
@@ -100,10 +100,10 @@ class CheckpointSync:
     def __init__(self, store: FileStorage, folder: Path) -> None:
         self.store, self.folder = store, folder
         self.folders = [folder, evaluation_folder(storage_of(folder), folder.name)]
-        self.storage, self.begun = storage_of(folder), marker_of(folder).name
+        self.storage, self.marker = storage_of(folder), marker_of(folder).name
         self._ended, self._failed = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
-        with _one_line():
+        with _as_user_error():
             self._names = {name for each in self.folders for name in store.sizes(_name(each))}
             self.store.put(f"{_name(folder)}/.probe", b"")
             self.store.delete(f"{_name(folder)}/.probe")
@@ -117,7 +117,7 @@ class CheckpointSync:
         self._ended.set()
         self._thread.join()
         if self._failed:
-            note(f"{self._failed}; {_name(self.folder)} is not uploaded to its end")
+            note(f"{self._failed}; the upload of {_name(self.folder)} is not complete")
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL):
@@ -128,21 +128,20 @@ class CheckpointSync:
         try:
             self.upload()
             self._failed = ""
-        except OSError as error:  # a training does not end for want of its copy
-            why = str(error.strerror or error)
+        except OSError as error:  # a failed upload must not end the training
             if not self._failed:
-                note(f"{why}; {_name(self.folder)} is not uploaded for now")
-            self._failed = why
+                note(f"{error.strerror or error}; {_name(self.folder)} is not uploaded for now")
+            self._failed = str(error.strerror or error)
 
     def upload(self) -> None:
-        """Upload what is new, and delete checkpoints that were deleted here once a newer one is there.
+        """Upload new files. Delete checkpoints that were deleted here, once a newer one is uploaded.
 
         Raises:
             OSError: the object store cannot be written.
         """
         late: dict[Path, tuple[Stamp, bytes]] = {}
         for file in filter(self._is_late, self._files()):
-            stamp = _stamp(file)  # before it is read, so that what is written from here on is new at the next look
+            stamp = _stamp(file)  # before the read, so that the next upload sees later changes
             if self._uploaded.get(str(file)) != stamp and _is_complete(file, content := file.read_bytes()):
                 late[file] = stamp, content
         checkpoints = sorted({file.parent for file in self._files() if file.name == SIZES})
@@ -150,9 +149,9 @@ class CheckpointSync:
             if not self._is_late(file) and not _checkpoint(str(file)):
                 self._put(file)
         whole = [checkpoint for checkpoint in checkpoints if self._put_checkpoint(checkpoint)]
-        for file in sorted(late, key=lambda file: (file.name == self.begun, file.name != END)):
+        for file in sorted(late, key=lambda file: (file.name == self.marker, file.name != END)):
             stamp, content = late[file]
-            if file.exists():  # else it was deleted meanwhile
+            if file.exists():  # it may have been deleted meanwhile
                 self._send(self._name(file), content)
                 self._uploaded[str(file)] = stamp
         newest = {checkpoint.parent: checkpoint for checkpoint in whole}
@@ -170,9 +169,9 @@ class CheckpointSync:
                 yield from (Path(folder, name) for name in sorted(visible))
 
     def _is_late(self, file: Path) -> bool:
-        """Whether a file refers to others: the end of a trial, Ray Tune's state, and what makes this a training."""
+        """Whether a file refers to others: the end of a trial, Ray Tune's state, the marker of a training or sweep."""
         of_tune = self.folder.parent.name == SWEEPS and file.parent == self.folder
-        return file.name in (END, self.begun) or of_tune
+        return file.name in (END, self.marker) or of_tune
 
     def _put(self, file: Path) -> None:
         with suppress(FileNotFoundError):  # deleted meanwhile
@@ -182,23 +181,23 @@ class CheckpointSync:
                 self._uploaded[str(file)] = stamp
 
     def _put_checkpoint(self, checkpoint: Path) -> bool:
-        """Upload a checkpoint; returns whether all of it is in the store."""
+        """Upload a checkpoint. Return whether all of it is in the store."""
         if self._name(checkpoint / SIZES) in self._names:
             return True
-        # It may be deleted before it is uploaded: links keep its files.
-        held = checkpoint.with_name(f".{checkpoint.name}.upload")
+        # Hard links keep its files if it is deleted before it is uploaded.
+        linked = checkpoint.with_name(f".{checkpoint.name}.upload")
         try:
-            shutil.rmtree(held, ignore_errors=True)
-            shutil.copytree(checkpoint, held, copy_function=link_or_copy)
-            if find_damage(held):
+            shutil.rmtree(linked, ignore_errors=True)
+            shutil.copytree(checkpoint, linked, copy_function=link_or_copy)
+            if find_damage(linked):
                 return False
-            for file in sorted(held.rglob("*"), key=lambda file: file.name == SIZES):
+            for file in sorted(linked.rglob("*"), key=lambda file: file.name == SIZES):
                 if file.is_file():
-                    self._send(self._name(checkpoint / file.relative_to(held)), file)
+                    self._send(self._name(checkpoint / file.relative_to(linked)), file)
         except (FileNotFoundError, shutil.Error):
             return False
         finally:
-            shutil.rmtree(held, ignore_errors=True)
+            shutil.rmtree(linked, ignore_errors=True)
         return True
 
     def _send(self, name: str, content: Path | bytes) -> None:
@@ -210,7 +209,7 @@ class CheckpointSync:
 
 
 def _name(folder: Path) -> str:
-    """The name of a training or sweep in the object store, such as "trainings/first"."""
+    """Return the name of a training or sweep in the object store, such as "trainings/first"."""
     return f"{folder.parent.name}/{folder.name}"
 
 
@@ -220,15 +219,15 @@ def _stamp(file: Path) -> Stamp:
 
 
 def _checkpoint(name: str) -> str:
-    """The checkpoint folder that a file lies in; empty if none."""
+    """Return the checkpoint folder of a file; "" if it is in none."""
     parts = Path(name).parts
     inside = next((i for i, part in enumerate(parts[:-1]) if part.startswith(CHECKPOINT)), None)
     return "" if inside is None else str(Path(*parts[: inside + 1]))
 
 
 def _is_complete(file: Path, content: bytes) -> bool:
-    """Whether a file that Ray Tune writes in place, JSON or a pickle, has been written to its end."""
-    if content[:1] == b"\x80":  # a pickle, whatever its name
+    """Whether a file that Ray Tune writes in place, JSON or a pickle, is complete."""
+    if content[:1] == b"\x80":  # a pickle, with any name
         return content[-1:] == b"."
     if file.suffix == ".json":
         try:
@@ -243,8 +242,8 @@ def _has_size(size: int, file: Path) -> bool:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn an error of the object store into a UserError."""
+def _as_user_error() -> Iterator[None]:
+    """Raise an error of the object store as a UserError."""
     try:
         yield
     except OSError as error:

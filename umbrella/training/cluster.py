@@ -1,4 +1,4 @@
-"""The Ray of a script: a cluster that is joined, or one of this machine's own."""
+"""Connect a script to Ray: to a running cluster, or to a local Ray that it starts."""
 
 import os
 import secrets
@@ -22,28 +22,29 @@ from umbrella.ray_environment import ENVIRONMENT, prepare_environment
 from umbrella.training.settings import ResourceSettings
 
 DASHBOARD = "RAY_API_SERVER_ADDRESS"
-"""Names the dashboard that Ray Train asks for the state of actors. Without it Ray Train looks for any Ray there is."""
+"""Address of the dashboard that Ray Train asks for the state of actors. Without it Ray Train looks for any Ray."""
 PORT = 8265
-"""The dashboard's port, unless it is taken."""
+"""Port of the dashboard, if it is free."""
 OTHER_PORTS = range(20_000, 32_768)
-"""Ports that neither Ray's workers use nor systems give to whoever asks for any port."""
+"""Ports outside of those of Ray's workers and of the ephemeral ports of the system."""
 SHARED_MEMORY = "/dev/shm"
 SOCKET_PATH = 107 if sys.platform == "linux" else 103
-"""Bytes that the path of a Unix socket may have."""
+"""Largest length of the path of a Unix socket, in bytes."""
 
 
 def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
-    """Connect to the cluster that the settings name, or start a Ray of this machine's own.
+    """Connect to the cluster that the settings name, or start a local Ray.
 
-    That listens on localhost only, if ``prepare_environment`` ran before Ray was imported, as it does in scripts.
+    A local Ray listens on localhost only if ``prepare_environment`` ran before Ray was imported, as in the scripts.
 
     Args:
-        name: of the job on Ray's dashboard; one that ``ray job submit`` was given goes before it.
+        name: of the job on Ray's dashboard; a name given to ``ray job submit`` takes precedence.
 
-    Returns the dashboard's address; empty where there is none, or Ray was started before.
+    Returns:
+        The address of the dashboard; empty if there is none, or if Ray was started before.
 
     Raises:
-        UserError: the cluster is not there, or does not let this process in; Ray cannot write here what it must.
+        UserError: the cluster does not answer or refuses this process; Ray cannot write its files here.
     """
     prepare_environment(resources.ray_address)
     if ray.is_initialized():
@@ -56,9 +57,9 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     else:
         check_reachable(address, named)
     try:
-        with _own_sigterm(), start_lock() if address == "local" else nullcontext():
+        with _keep_sigterm_handler(), start_lock() if address == "local" else nullcontext():
             if address == "local":
-                # Ray inherits this process's environment; a runtime environment would slow every start.
+                # Ray inherits the environment of this process; a runtime environment would make every start slower.
                 port = free_port()
                 os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
                 options: dict[str, Any] = {"include_dashboard": True, "dashboard_port": port}
@@ -77,13 +78,13 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
 
 
 def join_cluster(resources: ResourceSettings, log_to_driver: bool, name: str) -> str:
-    """``start_ray`` where there is a cluster to join: its nodes are asked, and decode, before anything starts."""
+    """Connect to a running cluster if there is one, because its nodes decode volumes; do not start a local Ray."""
     return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
 
 
 @contextmanager
 def start_lock() -> Iterator[None]:
-    """Let the scripts of a user start their Rays one after another: two at once would take the same port."""
+    """Let the scripts of a user start Ray one after the other: two at the same time would choose the same port."""
     with open(Path(gettempdir()) / f"umbrella_start_{os.getuid()}.lock", "w") as file:
         with suppress(LocksUnavailable):
             lock(file, wait=True)
@@ -91,7 +92,7 @@ def start_lock() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port of localhost that nobody listens on: ``PORT`` if possible."""
+    """Return a free port of localhost: ``PORT`` if possible."""
     port = PORT
     while True:
         with suppress(OSError), socket.socket() as probe:
@@ -101,9 +102,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray takes SIGTERM, prints where the process is, and exits with 15. After this, what was there before acts, or an
-    exit with 143, at which Ray ends its processes."""
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore the handler of SIGTERM that ``ray.init`` replaces, or exit with 143; Ray then ends its processes too.
+
+    Ray's own handler prints a stack trace and exits with 15.
+    """
     before = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -115,7 +118,7 @@ def _exit(*unused: Any) -> NoReturn:
 
 
 def check_reachable(address: str, named: str) -> None:
-    """Raise UserError where nobody listens at a cluster's address. Ray tries for minutes."""
+    """Raise UserError if nothing listens at the address of a cluster. Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -123,18 +126,18 @@ def check_reachable(address: str, named: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as fault:
         why = getattr(fault, "strerror", None) or fault
-        raise UserError(f"{named}: nobody answers there ({why}); start the cluster, or name another address") from None
+        raise UserError(f"{named}: nothing answers there ({why}); start the cluster, or give another address") from None
 
 
 def check_local_folders() -> None:
-    """Raise UserError where a Ray of our own cannot keep its sockets and objects."""
+    """Raise UserError if a local Ray cannot write its sockets and objects."""
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(variable, "/tmp")
     below = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
     longest = SOCKET_PATH - len(below)
     if len(os.fsencode(folder)) > longest:
         raise UserError(
-            f"{variable}={folder}: is longer than the {longest} bytes that the paths of Ray's sockets leave for it; set"
+            f"{variable}={folder}: the path is longer than {longest} bytes, the limit for Ray's sockets; set"
             " RAY_TMPDIR to a shorter folder"
         )
     check_writable(folder, f"{variable}={folder}: the folder for Ray's files")
@@ -143,10 +146,10 @@ def check_local_folders() -> None:
 
 
 def create_token() -> None:
-    """Make the token of a Ray of our own for its owner alone. Ray itself would let everybody read it.
+    """Create the token of a local Ray, readable by its owner only. A token that Ray creates is readable by all.
 
     Raises:
-        UserError: there is none, and no place for it.
+        UserError: there is no token, and it cannot be written.
     """
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
         return
@@ -158,15 +161,15 @@ def create_token() -> None:
             os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
         ):
             file.write(secrets.token_hex(32))
-    with suppress(OSError):  # another user's
+    with suppress(OSError):  # it belongs to another user
         token.chmod(0o600)
 
 
 def _why_not(error: Exception, address: str) -> str:
-    """Why a cluster cannot be joined. Ray says the same of one that is not there and of one with another token."""
+    """Describe why a cluster cannot be joined. Ray has one error for a missing cluster and for another token."""
     remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
     if isinstance(error, AuthenticationError):
-        return f"asks for a token, and there is none here; {remedy}"
+        return f"the cluster requires a token, and there is none here; {remedy}"
     if address.rpartition(":")[2].isdigit():
-        return f"a cluster answers, and does not let this process in; {remedy} (other versions of Ray do the same)"
+        return f"the cluster answers but refuses this process; {remedy} (or it has another version of Ray)"
     return " ".join(str(error).split())[:300]

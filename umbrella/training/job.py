@@ -1,7 +1,7 @@
 """The description of a training that every rank gets.
 
-Where Ray Train starts them, three processes of a training unpickle a job: the script or trial, the controller and the
-rank. Only the rank needs the model, so only the rank imports it: seconds each time.
+With Ray Train, three processes unpickle a job: the script or trial, the controller, and the rank. Importing the model
+takes seconds, so only the rank does it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,25 +16,25 @@ from umbrella.config import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training, whatever is trained."""
+    """One training of any model."""
 
     task: Callable[[], Callable[..., Any]]
-    """Returns the class of the task, see ``task.Task``. A function, so that only the ranks import the class."""
+    """Returns the class of the task, see ``task.Task``. It is a function so that only the ranks import the class."""
     settings: Settings
     data: Mapping[str, str | int]
-    """Facts about the data for MLflow: their fingerprint, and the number of samples in quarantine."""
+    """Parameters of the run in MLflow: the fingerprint of the data, and the number of samples in quarantine."""
     tracking: dict[str, str | None]
     """Arguments of ``MlflowLogger.start``."""
     folder: str
-    """Where this training's checkpoints lie."""
+    """Folder of the training."""
     start_time: float = 0.0
-    """When this attempt at the training began, in seconds since 1970."""
+    """Start of this attempt, in seconds since 1970."""
     datasets: Sequence[Mapping[str, Any]] = ()
-    """The splits as MLflow is told of them, see ``tracking.datasets``."""
+    """The splits as inputs of the run in MLflow, see ``tracking.provenance.describe``."""
     is_trial: bool = False
     """Whether Ray Tune runs it."""
     unused: ClassVar[tuple[str, ...]] = ()
-    """Sections of the settings that do not act in such a training."""
+    """Sections of the settings that have no effect on this kind of training."""
 
     @property
     def in_trial(self) -> bool:

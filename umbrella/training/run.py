@@ -1,4 +1,4 @@
-"""One training: what it needs on a cluster, and the TorchTrainer that runs it."""
+"""Run one training, from its settings to its checkpoints."""
 
 import json
 import time
@@ -43,26 +43,26 @@ def load_and_check(
     shapes: Sequence[Settings] | None = None,
     dry_run: bool = False,
 ) -> Splits:
-    """The data of a training or a sweep, after every check that is made before the start.
+    """Load the data of a training or sweep, and make all checks that precede its start.
 
     Args:
         masks, shapes, dry_run: as in ``load_splits``.
 
     Raises:
-        UserError: as ``check_model``, ``load_splits`` and ``check``.
+        UserError: as ``check_model``, ``load_splits`` and ``check_data``.
     """
     for shape in shapes or [settings]:
-        check_model(shape)  # takes seconds, and decoding volumes may take hours
+        check_model(shape)  # first: it takes seconds, and decoding volumes may take hours
     splits = load_splits(settings, progress, masks, shapes, dry_run)
     check_data(settings, splits, [settings.mask] if masks is None else masks, settings.tune.metric, shapes)
     return splits
 
 
 def check_model(settings: Settings) -> None:
-    """Raise UserError where no model and tokenizer can be made of ``settings.model``."""
+    """Raise UserError if ``settings.model`` gives no model and tokenizer."""
     load_renderer(settings)
     if settings.model.checkpoint:
-        from umbrella.model.build import check_checkpoint  # seconds, which the tiny model does not need here
+        from umbrella.model.build import check_checkpoint  # slow to import, and the tiny model does not need it
 
         check_checkpoint(settings.model, settings.modalities)
 
@@ -74,14 +74,14 @@ def check_data(
     metric: str,
     shapes: Sequence[Settings] | None = None,
 ) -> None:
-    """Check that these data can be trained on, scored, and ranked by a metric.
+    """Check that the data suit the mask policies, the scoring, and the metric that ranks checkpoints.
 
     Args:
         shapes: as in ``load_splits``.
 
     Raises:
-        UserError: a policy that supervises no token, or weighs a task that the data do not have; labels that cannot be
-            told apart; a label without a candidate answer; a metric that these data do not give.
+        UserError: a policy supervises no token, or has a weight for a task that the data do not have; two labels of a
+            target are too similar; a label has no candidate answer; the data do not give the metric.
     """
     examples = sample_for_audit(splits.train, load_renderer((shapes or [settings])[0]))
     task_types = sorted({c.task_type for c in splits.train})
@@ -108,17 +108,17 @@ def check_data(
 
 
 def check_target_names(targets: Iterable[str]) -> None:
-    """Raise UserError where a target cannot be part of a metric's name in MLflow."""
-    unnameable = [target for target in targets if not is_valid_target(target)]
-    if unnameable:
+    """Raise UserError if a target cannot be part of a metric's name in MLflow."""
+    invalid = [target for target in targets if not is_valid_target(target)]
+    if invalid:
         raise UserError(
-            f"target {unnameable[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"
+            f"target {invalid[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"
             " (a slash only between two of the others), at most 200 in all"
         )
 
 
 def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None], folder: str) -> LanguageModelJob:
-    """The job of one training, its tables put into Ray's object store."""
+    """Make the job of a training, and put its tables into Ray's object store."""
     fingerprint = splits.fingerprint
     return LanguageModelJob(
         task=LANGUAGE_MODEL,
@@ -142,15 +142,14 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
 
 
 def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path], None] = lambda folder: None) -> Path:
-    """One training from settings to checkpoints; returns the folder that they lie in.
+    """Run one training and return its folder.
 
     Args:
-        then: what comes after it, given the folder; what that writes into it is uploaded, too.
+        then: called with the folder after the training. Files that it writes there are uploaded too.
 
     Raises:
-        UserError: whatever is wrong with settings or data, or another script runs it, before anything starts; or what
-            ended the training.
-        Stopped: SIGTERM came; the training saved and stopped.
+        UserError: settings or data are invalid, another script runs the training, or the training failed.
+        Stopped: SIGTERM stopped the training.
     """
     settings = settings.named("train")
     folder = training_folder(settings.resources.storage, settings.name)
@@ -172,17 +171,19 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     run_tracked_job(job)
     best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
     if best and settings.tracking.model:
-        from umbrella.tracking.model_registry import log_best_model  # seconds, which only the end needs
+        from umbrella.tracking.model_registry import log_best_model  # slow to import, and only needed here
 
         log_best_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
 def run_tracked_job(job: Job) -> None:
-    """Run a training that is not part of a sweep to its end, seen by who started it; its run in MLflow ends with it.
+    """Run a training that is not part of a sweep, and set the final status of its run in MLflow.
+
+    The first SIGTERM asks the workers to stop; a second one, or the first if there are no workers, stops at once.
 
     Raises:
         UserError: as ``check_unchanged`` and ``run_job``.
-        Stopped: as ``run_job``; no worker ran that could be asked to stop; it was asked twice.
+        Stopped: SIGTERM stopped the training.
     """
     check_unchanged(job)
 
@@ -205,21 +206,24 @@ def run_tracked_job(job: Job) -> None:
 
 
 def check_unchanged(job: Job) -> None:
-    """Keep what a training was begun with, and refuse to go on with something else under its name.
+    """Save the settings and data of a new training; check that those of a resumed training are the same.
+
+    Settings that do not change the training, such as ``resources``, may differ. The metric changes it if ``patience``
+    is set.
 
     Raises:
-        UserError: names what differs: a setting that a training depends on, or the data. With patience what it waits
-            for belongs to the training, too. A version that is too old began it, or wrote a checkpoint in it.
+        UserError: a setting or the data differ, or the version that started the training or wrote one of its
+            checkpoints is too old.
     """
     file = Path(job.folder) / BEGUN
-    decides = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    free = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.unused)
-    asked = ("data.test", "data.input")
+    fixed = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
+    free_sections = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.unused)
+    free = ("data.test", "data.input")
 
-    def belongs(name: str) -> bool:
-        return name in decides or (name.split(".")[0] not in free and name not in asked)
+    def is_fixed(name: str) -> bool:
+        return name in fixed or (name.split(".")[0] not in free_sections and name not in free)
 
-    now = {k: v for k, v in job.settings.flat().items() if belongs(k)}
+    now = {k: v for k, v in job.settings.flat().items() if is_fixed(k)}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
     now = json.loads(json.dumps(now))
     if not file.exists():
@@ -229,9 +233,9 @@ def check_unchanged(job: Job) -> None:
         return
     for place in (*complete_checkpoints(file.parent), file.parent):
         check_version(place)
-    then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if belongs(k)}
+    then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if is_fixed(k)}
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         raise UserError(
-            f"name={file.parent.name}: was begun with other settings: {'; '.join(differs)}; take a new name"
+            f"name={file.parent.name}: was started with other settings: {'; '.join(differs)}; choose a new name"
         )

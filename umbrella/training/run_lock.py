@@ -1,4 +1,4 @@
-"""Whose a training or sweep is: one script's at a time, of all that have its storage."""
+"""A lock that lets only one script at a time run a training or sweep."""
 
 import os
 import socket
@@ -14,12 +14,12 @@ from umbrella.paths import lock_file, storage_of
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """While in here, the training or sweep is this process's. The claim goes with the process, however that ends.
+    """Hold the lock of a training or sweep. The system releases it when the process ends.
 
-    It is a lock on a file beside the folder, which need not be there yet, and is not made: it may be downloaded.
+    It is a lock on a file beside the folder. The folder need not exist and is not made, because it may be downloaded.
 
     Raises:
-        UserError: it is another one's; says whose. The storage cannot be written to, or has no locks.
+        UserError: another process holds the lock; the storage cannot be written to, or does not support locks.
     """
     storage = storage_of(folder)
     check_writable(storage, f"resources.storage={storage}")
@@ -32,40 +32,40 @@ def run_lock(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with suppress(OSError):  # the storage was moved or is gone
+                with suppress(OSError):  # the storage was moved or deleted
                     if _is_same_file(file, path):
                         path.unlink()
     finally:
         if is_new:
-            with suppress(OSError):  # there is something in it now
+            with suppress(OSError):  # it is not empty any more
                 path.parent.rmdir()
 
 
 def _open_locked(path: Path) -> IO[str]:
-    """The file, open and locked."""
+    """Open and lock a file."""
     while True:
-        with suppress(FileNotFoundError):  # whoever leaves may take the empty folder along
+        with suppress(FileNotFoundError):  # another process may delete the empty folder
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
             try:
-                is_mine = lock(file)
-            except UserError:  # no locks here
+                is_locked = lock(file)
+            except UserError:  # the file system does not support locks
                 path.unlink()
                 raise
-            if not is_mine:
+            if not is_locked:
                 with file:
                     file.seek(0)
-                    whose = file.read().strip() or "another process"
+                    owner = file.read().strip() or "another process"
                 name = path.name.removeprefix(".").removesuffix(".lock")
-                remedy = f"stop that first, or, if its machine is lost, delete {path}"
-                raise UserError(f"{name} is being run already, by {whose}; {remedy}")
+                remedy = f"stop it first, or delete {path} if its machine is lost"
+                raise UserError(f"{name} is in use by {owner}; {remedy}")
             if _is_same_file(file, path):
                 return file
             file.close()
 
 
 def _is_same_file(file: IO[str], path: Path) -> bool:
-    """Whether the path is that of the open file: one who left may have deleted it, and another one made it anew."""
+    """Whether a path is that of the open file. Another process may have deleted the file and made a new one."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False

@@ -1,4 +1,4 @@
-"""What a training says at its start: the loss, the mask, the tokens it sees, the weights that move."""
+"""The summary that a training logs at its start: loss, mask, tokens, and trained weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,8 +10,8 @@ from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 
-AUDITED = 256
-"""The audit reads this many conversations at most, drawn over the split."""
+AUDIT_SIZE = 256
+"""Conversations that the audit reads at most."""
 
 NEVER_STOPS = (
     "the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
@@ -20,14 +20,14 @@ NEVER_STOPS = (
 
 
 def sample_for_audit(conversations: Sequence[Conversation], renderer: Renderer) -> list[Example]:
-    """A sample of conversations, rendered, in their order: what a run's audit reads. The same in every run."""
-    # Drawn: every fourth one of a file that repeats four questions would be always the same question.
-    drawn = np.random.default_rng(0).permutation(len(conversations))[:AUDITED]
+    """Render a random sample of conversations, in their order. The sample is the same in every run."""
+    # At random: in a file that repeats four questions, every fourth conversation has the same question.
+    drawn = np.random.default_rng(0).permutation(len(conversations))[:AUDIT_SIZE]
     return [renderer.render(conversations[int(i)]) for i in sorted(drawn)]
 
 
 def describe_sample(examples: Sequence[Example], conversations: Sequence[Conversation]) -> str:
-    """What an audit of these examples was read from."""
+    """Describe how large the sample is."""
     return f"{len(examples)} of {len(conversations)} conversations"
 
 
@@ -39,7 +39,7 @@ def mask_audit_page(
     read: str,
     hide: Hide = as_it_is,
 ) -> str:
-    """The audit of these examples as a page of HTML, with a few of them in full; see ``audit_html``."""
+    """Return the mask audit as an HTML page with a few examples in full; see ``audit_html``."""
     notes = [f"Read from {read}."] + ([] if renderer.stops else [f"Note: {NEVER_STOPS}."])
     return audit_html(table, pick(examples), policy, renderer.tokenizer, notes, hide)
 
@@ -47,18 +47,18 @@ def mask_audit_page(
 def summarise_run(
     table: Sequence[Row],
     policy: MaskPolicy,
-    moving: Mapping[str, int],
+    trained: Mapping[str, int],
     modalities: Mapping[str, Modality],
     stops: bool,
     read: str,
 ) -> str:
-    """The start of a training in words.
+    """Return the summary of a training as text.
 
     Args:
-        table: the audit.
-        moving: part of the model to weights that move.
-        read: what the audit was read from, see ``share``.
-        stops: whether the chat template gives the model something to stop with, as ``Renderer.stops`` has it.
+        table: the mask audit.
+        trained: number of trained weights by part of the model.
+        stops: whether the chat template ends an assistant turn with a token of its own, see ``Renderer.stops``.
+        read: the size of the audited sample, see ``describe_sample``.
     """
     tokens = sum(int(row["tokens"]) for row in table)
     supervised = sum(int(row["supervised"]) for row in table)
@@ -72,7 +72,7 @@ def summarise_run(
         lines.append(f"  {row['role']:>9} {row['kind']:<6} {row['supervised']:>7} of {row['tokens']}{weight}")
     if not stops:
         lines.append(f"note: {NEVER_STOPS}")
-    lines.append("weights that move: " + (", ".join(f"{part} {n:,}" for part, n in moving.items() if n) or "none"))
+    lines.append("trained weights: " + (", ".join(f"{part} {n:,}" for part, n in trained.items() if n) or "none"))
     lines += [
         f"{name}: a volume of {_by(m.grid)} in patches of {_by(m.patch)} is {m.num_tokens} tokens"
         for name, m in modalities.items()
