@@ -10,12 +10,16 @@ import pytest
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 from umbrella.data.mask_audit import Row, audit
-from umbrella.data.rendering import Renderer
+from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.training.run_summary import describe_sample, mask_audit_page, sample_for_audit, summarise_run
+from umbrella.training.run_summary import audit_sample, mask_audit_page, summarise_run
 
 STOPS = "note: the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
+
+
+def sample_for_audit(split: list[Conversation], renderer: Renderer) -> list[Example]:
+    return [renderer.render(split[i]) for i in audit_sample(len(split))]
 
 
 def audit_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> list[Row]:
@@ -24,7 +28,9 @@ def audit_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) 
 
 def page_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> str:
     examples = sample_for_audit(split, renderer)
-    return mask_audit_page(audit(examples, policy), examples, renderer, policy, describe_sample(examples, split))
+    return mask_audit_page(
+        audit(examples, policy), examples, renderer, policy, f"{len(examples)} of {len(split)} conversations"
+    )
 
 
 def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
@@ -97,7 +103,6 @@ def test_a_large_split_is_read_in_part_whatever_repeats_in_its_order(
     assert len(numbers) == 256
     assert all(45 < kind < 85 for kind in Counter(c.task_type for c in read).values())
     assert all(45 < quarter < 85 for quarter in Counter(number // 250 for number in numbers).values())
-    assert describe_sample(sample_for_audit(split, Renderer(tokenizer, {})), split) == "256 of 1000 conversations"
 
 
 def test_a_policy_without_a_target_is_refused(tokenizer: Any, talk: Callable[..., Conversation]) -> None:

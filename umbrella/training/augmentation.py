@@ -1,4 +1,4 @@
-"""Augmentation: the volumes of a training batch mirrored, moved, rescaled and made noisy, on the batch's device."""
+"""Random flips, affine transforms, intensity changes and noise for the volumes of a batch, on its device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,28 +12,29 @@ from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.training.settings import AugmentSettings
 
 RNG_STREAM = 2**32 - 1
-"""Keeps these numbers apart from those that pick windows: there the index of a volume stands in its place."""
+"""Part of the seed, so that these random numbers differ from those that choose windows (an index of a volume there)."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the content of volumes goes: it is mirrored, then what lies at p comes to ``linear @ p + shift``.
-
-    mirror: (3,) bool, along X, Y, Z. linear: (3, 3), of voxels counted from the volume's centre along X, Y, Z. shift:
-    (3,), shares of the axes; above 0 is towards right, front and top.
-    """
+    """A flip, then an affine transform that moves the content at p to ``linear @ p + shift``."""
 
     mirror: np.ndarray
+    """(3,), bool: whether to flip X, Y, Z."""
     linear: np.ndarray
+    """(3, 3), in voxels from the centre of the volume, axes X, Y, Z."""
     shift: np.ndarray
+    """(3,), as shares of the axes; positive is towards right, front and top."""
 
 
 @dataclass(frozen=True)
 class Intensity:
-    """What becomes of a volume's values: contrast, a factor around its mean; brightness, added, in its deviations."""
+    """A change of the intensities of a volume."""
 
     contrast: float
+    """Factor of the deviation from the mean."""
     brightness: float
+    """Added, in standard deviations of the volume."""
     noise_seed: int
 
 
@@ -46,7 +47,7 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     Equal keys give equal noise on all CPUs and on all GPUs, but CPU and GPU differ.
 
     Returns:
-        Voxels of the shape, type and device they had.
+        The batch with voxels of the same shape, dtype and device.
     """
     if not batch.rng_keys or not any(dict(settings).values()):
         return batch
@@ -65,10 +66,10 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
 def augment_volumes(
     frames: torch.Tensor, rng_keys: Sequence[tuple[int, ...]], settings: AugmentSettings
 ) -> torch.Tensor:
-    """Volumes of which each is a sample's only one, changed as ``augment`` changes those.
+    """Augment volumes of samples with one volume each, with the same result as ``augment``.
 
     Args:
-        frames: (n, frames, X, Y, Z), float32; may be written into.
+        frames: (n, frames, X, Y, Z), float32; may be changed in place.
         rng_keys: one for each volume.
     """
     if not any(dict(settings).values()):
@@ -78,7 +79,7 @@ def augment_volumes(
 
 
 def draw_geometry(rng_key: tuple[int, ...], settings: AugmentSettings) -> Geometry:
-    """The geometry of a sample's volumes: turned around X, then Y, then Z, by the right-hand rule, and scaled.
+    """Draw the geometry of the volumes of a sample: rotation about X, then Y, then Z (right-hand rule), and scale.
 
     All numbers are drawn, whatever is switched on, so that one option does not change the draws of the others.
     """
@@ -91,18 +92,18 @@ def draw_geometry(rng_key: tuple[int, ...], settings: AugmentSettings) -> Geomet
 
 
 def draw_intensity(rng_key: tuple[int, ...], index: int, settings: AugmentSettings) -> Intensity:
-    """What becomes of the values of a sample's volume, counted from 0."""
+    """Draw the intensity change of volume ``index`` (from 0) of a sample."""
     stream = _stream(rng_key, 1 + index)
     contrast = 1 + stream.uniform(-1, 1) * settings.contrast
     return Intensity(contrast, stream.uniform(-1, 1) * settings.brightness, int(stream.integers(2**63)))
 
 
 def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.Tensor:
-    """Move each volume's content as ``Geometry`` says, trilinearly.
+    """Transform each volume as ``Geometry`` describes, with trilinear interpolation.
 
-    Voxels count as cubes, which they are with ``fit: spacing``. What comes from outside has the value of the nearest
-    voxel. That is background under every ``intensity`` wherever the field of view ends beside the head; a volume's
-    minimum is not, where a map has values below its background.
+    Voxels are taken as cubes, which they are with ``fit: spacing``. Points outside of the volume get the value of the
+    nearest voxel, which is background if the field of view ends beside the head. The minimum of the volume would not be
+    the background of a map with negative values.
 
     Args:
         frames: (n, frames, X, Y, Z), float32.
@@ -110,13 +111,13 @@ def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) ->
         shift: (n, 3).
     """
     sizes = np.array(frames.shape[2:])
-    # Of each voxel of the result: where it comes from. grid_sample counts an axis from -1 to 1, and names Z first.
+    # The source of each voxel of the result. grid_sample counts each axis from -1 to 1, and has Z first.
     back = np.linalg.inv(linear)
     origin = back @ (-shift * sizes)[..., None]
     columns = np.concatenate([back, origin], 2)[:, ::-1] * (2 / sizes)[::-1, None]
     terms = torch.tensor(columns, dtype=torch.float32, device=frames.device)[:, None, None, None].unbind(-1)
     grid = terms[3]
-    for axis, size in enumerate(frames.shape[2:]):  # no matrix product: those may be rounded to TF32
+    for axis, size in enumerate(frames.shape[2:]):  # no matrix product, which may round to TF32
         offset = torch.arange(size, device=frames.device) - (size - 1) / 2
         grid = grid + offset.view([-1 if a == axis else 1 for a in range(-1, 4)]) * terms[axis]
     return functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
@@ -129,11 +130,11 @@ def _stream(rng_key: tuple[int, ...], number: int) -> np.random.Generator:
 def _change(
     voxels: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
 ) -> torch.Tensor:
-    """Volumes (n, X, Y, Z) or (n, X, Y, Z, T), changed. What is switched off costs no rounding."""
+    """Augment volumes (n, X, Y, Z) or (n, X, Y, Z, T). A change that is off causes no rounding."""
     series = voxels.ndim == 5
     frames = voxels.to(torch.float32, copy=True)
     frames = _change_frames(frames.movedim(-1, 1) if series else frames[:, None], geometries, intensities, settings)
-    largest = torch.finfo(voxels.dtype).max  # an infinite voxel would end the training
+    largest = torch.finfo(voxels.dtype).max  # an infinite voxel would make the loss NaN
     frames = frames.clamp(-largest, largest).to(voxels.dtype)
     return frames.movedim(1, -1) if series else frames[:, 0]
 
@@ -141,7 +142,7 @@ def _change(
 def _change_frames(
     frames: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
 ) -> torch.Tensor:
-    """The same for (n, frames, X, Y, Z), float32, which it may write into."""
+    """Augment volumes (n, frames, X, Y, Z), float32, which may be changed in place."""
     deviation, mean = torch.std_mean(frames, (1, 2, 3, 4), correction=0, keepdim=True)
     for axis, mirrored in enumerate(np.stack([geometry.mirror for geometry in geometries], 1)):
         if mirrored.any():
@@ -157,6 +158,8 @@ def _change_frames(
     if settings.noise:
         generator = torch.Generator(frames.device)
         for volume, width, intensity in zip(frames, settings.noise * deviation, intensities, strict=True):
-            generator.manual_seed(intensity.noise_seed)  # one by one, or a volume's noise would depend on the others
+            generator.manual_seed(
+                intensity.noise_seed
+            )  # one by one, so that the noise does not depend on the rest of the batch
             volume += width * torch.randn(volume.shape, generator=generator, device=volume.device)
     return frames

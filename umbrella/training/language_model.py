@@ -1,11 +1,10 @@
-"""The task of training a language model that reads volumes: conversations, masked loss, scored validation split."""
+"""The task of a language model that reads volumes: masked loss on conversations, scores on the validation split."""
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -38,7 +37,7 @@ from umbrella.training.checkpoint import copy_to_host
 from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise, reshard
 from umbrella.training.job import LanguageModelJob
 from umbrella.training.optimizer import build_optimizer
-from umbrella.training.run_summary import describe_sample, mask_audit_page, sample_for_audit, summarise_run
+from umbrella.training.run_summary import audit_sample, mask_audit_page, summarise_run
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import Diverged, LossWatch, train_step
 from umbrella.training.task import Summary, Task
@@ -55,7 +54,7 @@ class LanguageModelTask(Task):
         self.renderer = load_renderer(self.settings)
         self.collate = Collator(self.renderer, open_store(self.settings), pin=device.type == "cuda")
         size = self.settings.train.evaluation_batch_size
-        self.rows = evaluation_rows(job.validation_lengths, rank, world_size, size)  # the same at each evaluation
+        self.rows = evaluation_rows(job.validation_lengths, rank, world_size, size)  # the same in each evaluation
         self.evaluation_name = f"{job.name}, evaluation, worker {rank}"
 
         self.model = build_model(
@@ -98,13 +97,13 @@ class LanguageModelTask(Task):
         return augment(batch, self.settings.train.augment)
 
     def step(self, batches: Sequence[Batch], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
-        """See ``Task.step``; the error names the samples of all ranks that are concerned."""
+        """See ``Task.step``; the error names the samples of all ranks."""
         clip = self.settings.optim.clip
         try:
             result = train_step(
                 self.parallel, batches, self.optimizer, schedule, clip, self.parts, self.dtype, self.watch.limit
             )
-        except Diverged as error:  # on every rank at once
+        except Diverged as error:  # raised on every rank
             samples = [task_id for own in all_gather_object(error.samples) for task_id in own]
             raise Diverged(error.what, samples) from None
         self.watch.add(result.loss)
@@ -122,7 +121,7 @@ class LanguageModelTask(Task):
         for conversations in batches(self.rows, size, 1, self._conversations, self.evaluation_name):
             scored += self._score(conversations)
             passes += 1
-        # With sharded weights a pass takes all ranks, and the first one may have a batch more than others.
+        # With sharded weights a forward pass is collective, and the first ranks may have one more batch than others.
         for _ in range(passes, ceil(ceil(self.validation.num_rows / self.world_size) / size)):
             self._score([from_table(self.validation, 0)])
         reshard(self.model)
@@ -150,32 +149,30 @@ class LanguageModelTask(Task):
         load_weights(folder, self.model, self.names)
 
     def summary(self, hide: Hide) -> Summary:
-        """The loss, the mask, the tokens and the weights that are trained; the audit of the mask as a page."""
-        conversations = _LazySequence(self.train.num_rows, lambda i: from_table(self.train, i))
-        examples = sample_for_audit(conversations, self.renderer)
-        policy = self.settings.mask
-        rows, read = audit(examples, policy), describe_sample(examples, conversations)
+        """Describe loss, mask, tokens and trained weights, and attach the mask audit as a page."""
+        size, policy = self.train.num_rows, self.settings.mask
+        examples = [self.renderer.render(from_table(self.train, i)) for i in audit_sample(size)]
+        rows, read = audit(examples, policy), f"{len(examples)} of {size} conversations"
         trained = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
         text = summarise_run(rows, policy, trained, self.settings.modalities, self.renderer.stops, read)
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
-        return Summary(
-            text, tags, {"mask_audit.html": mask_audit_page(rows, examples, self.renderer, policy, read, hide)}
-        )
+        page = mask_audit_page(rows, examples, self.renderer, policy, read, hide)
+        return Summary(text, tags, {"mask_audit.html": page})
 
 
 def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettings) -> None:
-    """Set up the layers of tower and language model as ``checkpoint_activations`` and ``compile`` say. In place.
+    """Apply ``checkpoint_activations`` and ``compile`` to the layers of vision tower and language model, in place.
 
-    Names of weights do not change. Both work in training mode; compiled layers are compiled anew for evaluation.
+    Names of weights do not change. Evaluation has no checkpointing, and compiles the layers again.
     """
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers has word vectors require gradients here, which only re-entrant checkpoints need.
+        # transformers makes embeddings require gradients here, which only re-entrant checkpointing needs.
         model.disable_input_require_grads()
     if settings.compile:
         for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
-            # Batches differ in size and length: without this, each of the first few would be compiled for.
+            # Batches differ in size and length: otherwise each of the first shapes would be compiled.
             layer.compile(dynamic=True)
 
 
@@ -188,13 +185,13 @@ def copy_weights(
 
 
 def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: Sequence[str]) -> None:
-    """Load the weights of a training's checkpoint. Every rank has to call this.
+    """Load the weights of a checkpoint. It is collective.
 
     Args:
-        names: the parameters that must be in it, see ``parameters_to_save``.
+        names: the parameters that the checkpoint must have, see ``parameters_to_save``.
 
     Raises:
-        UserError: it does not fit, or the base that it stands on is another one now.
+        UserError: the checkpoint does not fit the model, or its base checkpoint has changed.
     """
     if is_partial(folder):
         check_base(folder)
@@ -204,11 +201,11 @@ def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: S
 def model_files(
     model: UmbrellaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> dict[str, bytes]:
-    """The files that make a checkpoint's weights a model: configuration, tokenizer, adapters, base."""
+    """Return the files of a checkpoint beside its weights: configuration, tokenizer, adapters, base."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = copy.deepcopy(model.config)
-        config.architectures = [UmbrellaForConditionalGeneration.__name__]  # sharded, it has another name
+        config.architectures = [UmbrellaForConditionalGeneration.__name__]  # sharding changes the name of the class
         config.dtype = "float32"
         config.save_pretrained(folder)
         if model.generation_config:
@@ -220,16 +217,3 @@ def model_files(
         if not saves_full_model(settings.model):
             (folder / BASE).write_text(base_description(settings.model.checkpoint), encoding="utf-8")
         return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-class _LazySequence(Sequence):
-    """A table's conversations as a sequence that parses only what is asked for."""
-
-    def __init__(self, size: int, get: Callable[[int], Any]) -> None:
-        self.size, self.get = size, get
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.get(range(self.size)[index])

@@ -31,7 +31,7 @@ from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_without_checkpoint
 from umbrella.training.resource_check import max_concurrent_trainings
 from umbrella.training.run_lock import run_lock
-from umbrella.training.run_summary import sample_for_audit
+from umbrella.training.run_summary import audit_sample
 from umbrella.training.stop_signal import request_stop, workers_file
 from umbrella.version import check_version, write_version
 
@@ -83,7 +83,8 @@ def check_data(
         UserError: a policy supervises no token, or has a weight for a task that the data do not have; two labels of a
             target are too similar; a label has no candidate answer; the data do not give the metric.
     """
-    examples = sample_for_audit(splits.train, load_renderer((shapes or [settings])[0]))
+    renderer = load_renderer((shapes or [settings])[0])
+    examples = [renderer.render(splits.train[i]) for i in audit_sample(len(splits.train))]
     task_types = sorted({c.task_type for c in splits.train})
     for policy in policies:
         unknown = sorted(policy.task_weights.keys() - set(task_types))

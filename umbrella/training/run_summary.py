@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from umbrella.conversations.schema import Conversation
 from umbrella.data.mask_audit import Hide, Row, as_it_is, audit_html, is_weighted, pick, shown
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -19,16 +18,10 @@ NEVER_STOPS = (
 )
 
 
-def sample_for_audit(conversations: Sequence[Conversation], renderer: Renderer) -> list[Example]:
-    """Render a random sample of conversations, in their order. The sample is the same in every run."""
+def audit_sample(size: int) -> list[int]:
+    """Return the indices of the conversations of a split that the audit reads, sorted and the same in every run."""
     # At random: in a file that repeats four questions, every fourth conversation has the same question.
-    drawn = np.random.default_rng(0).permutation(len(conversations))[:AUDIT_SIZE]
-    return [renderer.render(conversations[int(i)]) for i in sorted(drawn)]
-
-
-def describe_sample(examples: Sequence[Example], conversations: Sequence[Conversation]) -> str:
-    """Describe how large the sample is."""
-    return f"{len(examples)} of {len(conversations)} conversations"
+    return sorted(np.random.default_rng(0).permutation(size)[:AUDIT_SIZE].tolist())
 
 
 def mask_audit_page(
@@ -58,7 +51,7 @@ def summarise_run(
         table: the mask audit.
         trained: number of trained weights by part of the model.
         stops: whether the chat template ends an assistant turn with a token of its own, see ``Renderer.stops``.
-        read: the size of the audited sample, see ``describe_sample``.
+        read: the size of the audited sample.
     """
     tokens = sum(int(row["tokens"]) for row in table)
     supervised = sum(int(row["supervised"]) for row in table)

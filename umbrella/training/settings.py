@@ -123,7 +123,7 @@ class ResourceSettings(Section):
 
     @field_validator("storage", mode="before")
     @classmethod
-    def _storage_is_a_folder(cls, storage: Any) -> Any:
+    def _check_storage(cls, storage: Any) -> Any:
         if "://" in str(storage):
             raise ValueError(
                 "storage is a folder that is written to, not an address; give a folder of this machine, and"
@@ -133,7 +133,7 @@ class ResourceSettings(Section):
 
     @field_validator("address")
     @classmethod
-    def _holds_no_secret(cls, address: str) -> str:
+    def _reject_secrets(cls, address: str) -> str:
         return reject_secrets(address, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token")
 
     @field_validator("storage", "upload", "store", "node_store")
@@ -143,7 +143,7 @@ class ResourceSettings(Section):
         return place if not place or "://" in place else str(Path(place).absolute())
 
     @model_validator(mode="after")
-    def _least_is_not_most(self) -> "ResourceSettings":
+    def _check_min_workers(self) -> "ResourceSettings":
         if self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
         return self

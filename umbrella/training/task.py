@@ -14,23 +14,23 @@ from umbrella.evaluation.predictions import Prediction
 
 
 class TaskBatch(Protocol):
-    """The samples that one rank works on in one forward pass."""
+    """A micro-batch of one rank."""
 
     @property
     def sample_indices(self) -> torch.Tensor:
-        """(N,), int64: places of the samples in the training split."""
+        """(N,), int64: indices of the samples in the training split."""
 
     @property
     def task_ids(self) -> Sequence[str]:
-        """N names of the samples."""
+        """N task ids of the samples."""
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        """Return the batch with every tensor changed."""
+        """Return the batch with ``change`` applied to every tensor."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A description of a task, which a run logs before its first step."""
+    """The description of a task that a run logs before its first step."""
 
     text: str
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -39,17 +39,17 @@ class Summary:
 
 
 class Task(ABC):
-    """A model, and how its batches, steps, evaluations and checkpoints are made.
+    """A model with its batches, steps, evaluations and checkpoints.
 
-    Every rank has one. ``augment``, ``step``, ``evaluate``, ``weights``, ``load_weights`` and ``finish`` are
+    Every rank has a task. ``augment``, ``step``, ``evaluate``, ``weights``, ``load_weights`` and ``finish`` are
     collective: every rank calls them.
     """
 
     optimizer: torch.optim.Optimizer
     files: Mapping[str, bytes] = {}
-    """Files that every checkpoint of the training has, beside its weights: name to content. Read on rank 0."""
+    """Files of every checkpoint beside its weights: name to content. Used on rank 0."""
     predictions: Sequence[Prediction] = ()
-    """The whole validation split as the last evaluation predicted it."""
+    """Predictions of the last evaluation for the whole validation split."""
 
     @abstractmethod
     def plan(self, world_size: int, sorted_by: int) -> Plan:
@@ -61,7 +61,7 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> Any:
-        """Make the ``TaskBatch`` of some rows. Threads of the data pipeline call it.
+        """Make the ``TaskBatch`` of some rows. The threads of the data pipeline call it.
 
         Args:
             rng_keys: (seed, epoch, sample) of each row; seeds its random choices.
@@ -69,14 +69,14 @@ class Task(ABC):
 
     @abstractmethod
     def augment(self, batch: Any) -> Any:
-        """Return a batch with its volumes changed at random."""
+        """Return a batch with augmented volumes."""
 
     @abstractmethod
     def step(self, batches: Sequence[Any], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
         """Make one optimizer step with the micro-batches of one global batch.
 
         Returns:
-            Metrics by name: at least train/loss and train/lr, the rate of this step; with text, also
+            Metrics by name: at least train/loss and train/lr, the learning rate of this step; for text also
             train/supervised_tokens, the number of targets in the global batch.
 
         Raises:
@@ -92,12 +92,12 @@ class Task(ABC):
         """Copy the weights that a checkpoint holds to the memory of the host.
 
         Args:
-            keep: whether this rank needs them; the others return empty tensors.
+            keep: whether this rank needs them; otherwise it returns empty tensors.
         """
 
     @abstractmethod
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        """Write what ``weights`` returned. A thread calls it."""
+        """Write the tensors that ``weights`` returned. The thread of ``CheckpointWriter`` calls it."""
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
@@ -108,7 +108,7 @@ class Task(ABC):
         """Describe the task. Rank 0 calls it.
 
         Args:
-            hide: applied to what names subjects.
+            hide: applied to texts that name subjects.
         """
 
     def finish(self, best: Path | None) -> None:  # noqa: B027  # most tasks end with their last step
