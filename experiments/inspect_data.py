@@ -19,12 +19,11 @@ OPTIONS = (
 
 def main(request: Request) -> None:
     """Print one conversation and draw its volumes."""
+    from umbrella.cohort_report.conversation import draw_volumes, find, summary, turns
     from umbrella.data.ingest import open_store
     from umbrella.data.mask_audit import pieces
     from umbrella.data.rendering import load_renderer
     from umbrella.data.splits import read_splits
-    from umbrella.inspection.conversation_picture import draw_volumes
-    from umbrella.inspection.conversation_view import find, summary, turns
     from umbrella.paths import picture_file
 
     settings, options, console = request.settings, request.options, make_console()

@@ -13,9 +13,9 @@ def main(request: Request) -> None:
     """Read, decode, report, and say what is wrong."""
     from rich.filesize import decimal
 
+    from umbrella.cohort_report.report import write_report
     from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes, open_store
     from umbrella.data.splits import SPLITS, read_splits
-    from umbrella.inspection.report import write_report
     from umbrella.paths import cohort_report_folder
     from umbrella.training.cluster import join_cluster
     from umbrella.training.run import check_data, check_model

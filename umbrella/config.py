@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from umbrella.base import PathOrAddress, Section, UserError, mask_secrets
 from umbrella.baseline.settings import BaselineSettings
-from umbrella.cohort.settings import CohortSettings
+from umbrella.cohorts.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import DEFAULT_MODALITIES, Modality

@@ -14,13 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from umbrella.base import UserError
+from umbrella.cohort_report.conversation import caption, draw_volumes, find, summary, turns
 from umbrella.conversations.schema import Conversation
 from umbrella.data.mask_audit import pieces
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.inspection.conversation_picture import caption, draw_volumes
-from umbrella.inspection.conversation_view import find, summary, turns
 from umbrella.modality import Modality
 from umbrella.volumes.store import VolumeStore
 

@@ -12,13 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from umbrella.cohort_report.cohort_statistics import (
+    VolumeRow,
+    count_labels,
+    count_splits,
+    duplicates,
+    flag,
+    robust_z,
+    shared_subjects,
+)
+from umbrella.cohort_report.report import write_report
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation
 from umbrella.data.splits import RawSplits
 from umbrella.html import number
-from umbrella.inspection.balance import count_labels, count_splits, shared_subjects
-from umbrella.inspection.report import write_report
-from umbrella.inspection.volumes import VolumeRow, duplicates, flag, robust_z
 from umbrella.modality import Modality
 from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail, voxel_spacing
 from umbrella.volumes.store import VolumeInfo, VolumeStore
@@ -363,7 +370,7 @@ def test_a_new_report_leaves_nothing_of_the_old_and_a_failed_one_leaves_all_of_i
 def test_the_page_shows_flagged_volumes_first_and_says_how_many_more_there_are(
     talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbrella.inspection.report.SHOWN", 1)
+    monkeypatch.setattr("umbrella.cohort_report.report.SHOWN", 1)
     odd = save(tmp_path / "data" / "z.nii", np.random.default_rng(1).normal(size=(9, 5, 4)).astype(np.float32))
     raw = filled(store_here, taken(train=[ask(talk, "a", volumes["one"], volumes["two"], odd)]))
     page = Page(write_report(tmp_path / "report", raw, store_here, quiet).read_text())

@@ -17,9 +17,9 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from umbrella.base import UserError
-from umbrella.cohort.phantom import make_cohort
-from umbrella.cohort.questions import draw_subjects
-from umbrella.cohort.settings import CohortSettings
+from umbrella.cohorts.phantom import make_cohort
+from umbrella.cohorts.phantom_subjects import draw_subjects
+from umbrella.cohorts.settings import CohortSettings
 
 SMALL = CohortSettings(subjects=12, spacing=8.0, functional_subjects=3, diffusion_subjects=6)
 PLAIN = SMALL.model_copy(
@@ -62,7 +62,7 @@ def canonical(folder: Path, subject: str) -> np.ndarray:
 
 def test_same_seed_gives_same_bytes_in_another_process(cohort: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from umbrella.cohort.phantom import make_cohort, CohortSettings as S\n"
+        "import sys, pathlib; from umbrella.cohorts.phantom import make_cohort, CohortSettings as S\n"
         "make_cohort(pathlib.Path(sys.argv[1]), S.model_validate_json(sys.argv[2]))"
     )
     other = tmp_path / "elsewhere"

@@ -122,7 +122,7 @@ def read_splits(
     phantom, raw = phantom_folder_of(settings), RawSplits()
     if not data.train and own.keys() != set(names):
         if not dry_run:
-            from umbrella.cohort.phantom import make_cohort
+            from umbrella.cohorts.phantom import make_cohort
 
             make_cohort(phantom, settings.cohort, lambda people: progress(list(people), "making the phantom cohort"))
         elif not (phantom / "cohort.json").exists():
@@ -255,7 +255,7 @@ def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings"
 
 def _phantom_conversations(settings: "Settings", names: Sequence[str]) -> dict[str, list[Conversation]]:
     """The conversations of the phantom cohort, without its volumes."""
-    from umbrella.cohort.questions import draw_subjects, split_conversations
+    from umbrella.cohorts.phantom_subjects import draw_subjects, split_conversations
 
     subjects = draw_subjects(settings.cohort)
     return {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from umbrella.cohort.settings import CohortSettings
+from umbrella.cohorts.settings import CohortSettings
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = {"sMRI": "T1w", "dMRI": "FA", "fMRI": "bold"}

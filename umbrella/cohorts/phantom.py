@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from umbrella.base import UserError
-from umbrella.cohort.questions import SPLITS, Subject, draw_subjects, generator, split_conversations
-from umbrella.cohort.settings import CohortSettings
+from umbrella.cohorts.phantom_subjects import SPLITS, Subject, draw_subjects, generator, split_conversations
+from umbrella.cohorts.settings import CohortSettings
 
 FORMAT_VERSION = 1
 """Raised when the same settings would make other files."""

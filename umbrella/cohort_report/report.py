@@ -9,11 +9,18 @@ from typing import Any
 from uuid import uuid4
 
 from umbrella.base import ProgressBar, UserError
+from umbrella.cohort_report.cohort_statistics import (
+    BINS,
+    VolumeRow,
+    count_labels,
+    count_splits,
+    duplicates,
+    shared_subjects,
+    survey,
+)
 from umbrella.data.splits import RawSplits
 from umbrella.fileio import write_csv
 from umbrella.html import number, render
-from umbrella.inspection.balance import BINS, count_labels, count_splits, shared_subjects
-from umbrella.inspection.volumes import VolumeRow, duplicates, survey
 from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 
