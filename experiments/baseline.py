@@ -3,23 +3,23 @@
 Without arguments: sex and age of the phantom cohort, which is made when it is not there yet.
 """
 
-from umbrella.cli import Request, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Train and evaluate; in a dry run, print the targets."""
-    if request.dry_run:
+    if args.dry_run:
         from umbrella.baseline.run import load_and_check
 
-        make_console().print(request.settings.to_yaml(), markup=False, highlight=False)
-        _, encodings = load_and_check(request.settings, progress_bar, dry_run=True)
+        make_console().print(args.settings.to_yaml(), markup=False, highlight=False)
+        _, encodings = load_and_check(args.settings, progress_bar, dry_run=True)
         for target, encoding in encodings.items():
             make_console().print(f"would learn {target}: {encoding.description}", markup=False, highlight=False)
         return
     from umbrella.baseline.run import run_baseline
     from umbrella.evaluation.report import print_evaluation
 
-    for result, page in run_baseline(request.settings, progress_bar):
+    for result, page in run_baseline(args.settings, progress_bar):
         print_evaluation(result, page, make_console())
 
 

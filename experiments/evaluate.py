@@ -8,18 +8,18 @@ would be evaluated.
 """
 
 from umbrella.base import UserError
-from umbrella.cli import Request, make_console, named_checkpoint, progress_bar, run_script
+from umbrella.cli import Arguments, make_console, named_checkpoint, progress_bar, run_script
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Evaluate, or print what would be evaluated."""
     from umbrella.evaluation.report import print_evaluation
     from umbrella.evaluation_run.evaluate import evaluate, load_evaluation_settings, print_plan, read_evaluation_data
 
-    settings = load_evaluation_settings(named_checkpoint(request.settings), request.files, request.overrides)
+    settings = load_evaluation_settings(named_checkpoint(args.settings), args.files, args.overrides)
     split = settings.evaluate.split
     no_split = UserError(f"data.{split} is not set: name the conversations to ask, or another evaluate.split")
-    if request.dry_run:
+    if args.dry_run:
         data = read_evaluation_data(settings, progress_bar, volumes=False)
         if data is None:
             raise no_split

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from umbrella.base import UserError, note
-from umbrella.cli import Option, Request, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, Option, make_console, progress_bar, run_script
 
 OPTIONS = (
     Option("--split", "split to take it from", "train", choices=("train", "validation", "test")),
@@ -17,7 +17,7 @@ OPTIONS = (
 )
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Print one conversation and draw its volumes."""
     from umbrella.cohort_report.conversation import draw_volumes, find, summary, turns
     from umbrella.data.ingest import open_store
@@ -26,7 +26,7 @@ def main(request: Request) -> None:
     from umbrella.data.splits import read_splits
     from umbrella.paths import picture_file
 
-    settings, options, console = request.settings, request.options, make_console()
+    settings, options, console = args.settings, args.options, make_console()
     split, task_id, sample = options["split"], options["task_id"], options["sample"]
     if task_id is not None and sample is not None:
         raise UserError("--task-id and --sample both name a conversation; leave one of them out")
@@ -46,7 +46,7 @@ def main(request: Request) -> None:
     found = pieces(example, settings.mask, renderer.tokenizer)
     console.print(turns(found, colours=console.color_system is not None), highlight=False, soft_wrap=True)
     console.print(summary(example, settings.mask), highlight=False)
-    if not request.dry_run and conversation.volumes:
+    if not args.dry_run and conversation.volumes:
         name = re.sub(r"[^\w.-]+", "_", conversation.task_id)[:100]
         file = options["picture"] or picture_file(settings.resources.storage, name)
         draw_volumes(conversation, open_store(settings), Path(file))

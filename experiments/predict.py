@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from umbrella.base import UserError, note, printable
-from umbrella.cli import Option, Request, named_checkpoint, progress_bar, run_script
+from umbrella.cli import Arguments, Option, named_checkpoint, progress_bar, run_script
 
 OPTIONS = (
     Option("--ask", "a question about the volumes", value="QUESTION"),
@@ -25,35 +25,35 @@ OPTIONS = (
 )
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Ask in the way that the options and settings select."""
-    checkpoint = named_checkpoint(request.settings)
+    checkpoint = named_checkpoint(args.settings)
     ways = {
-        "--ask": request.options["ask"] is not None,
-        "--chat": request.options["chat"],
-        "data.input": bool(request.settings.data.input),
+        "--ask": args.options["ask"] is not None,
+        "--chat": args.options["chat"],
+        "data.input": bool(args.settings.data.input),
     }
     asked = [way for way, wanted in ways.items() if wanted]
     if len(asked) != 1:
         what = f"{' and '.join(asked)} cannot go together" if asked else "there is no question"
         raise UserError(f'{what}; give --ask "...", --chat or data.input=FILE')
     if asked == ["data.input"]:
-        _refuse(request, "data.input", "modality", "candidates", paths=True)
-        _ask_cohort(request, checkpoint)
+        _refuse(args, "data.input", "modality", "candidates", paths=True)
+        _ask_cohort(args, checkpoint)
     else:
         if asked == ["--chat"]:
-            _refuse(request, "--chat", "candidates")
-        _ask_about_volumes(request, checkpoint)
+            _refuse(args, "--chat", "candidates")
+        _ask_about_volumes(args, checkpoint)
 
 
-def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
+def _ask_about_volumes(args: Arguments, checkpoint: Path) -> None:
     from umbrella.conversations.images import volume_file
 
-    settings, question = request.settings, request.options["ask"]
-    volumes = [volume_file(file) for file in request.paths]  # before seconds go into the model
-    names = request.options["modality"]
+    settings, question = args.settings, args.options["ask"]
+    volumes = [volume_file(file) for file in args.paths]  # before seconds go into the model
+    names = args.options["modality"]
     modality = names.split(",") if names and "," in names else names
-    if request.dry_run:
+    if args.dry_run:
         what = repr(question) if question is not None else "what standard input says"
         print(f"would ask {checkpoint} {what} about: {', '.join(volumes) or 'no volume'}")
         return
@@ -63,7 +63,7 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model = Umbrella.from_checkpoint(checkpoint, dtype=_dtype(request))
+    model = Umbrella.from_checkpoint(checkpoint, dtype=_dtype(args))
     shown = model.items(volumes, modality)
     limit = settings.evaluate.max_new_tokens
     if question is None:
@@ -72,22 +72,22 @@ def _ask_about_volumes(request: Request, checkpoint: Path) -> None:
         converse(model, shown, limit)
         return
     print(printable(model.ask(volumes, question, modality, limit)), flush=True)
-    if answers := request.options["candidates"]:
+    if answers := args.options["candidates"]:
         scores = model.score(volumes, question, [answer.strip() for answer in answers.split(",")], modality)
         for answer, probability in sorted(scores.items(), key=lambda pair: -pair[1]):
             print(f"{probability:.4f}  {printable(answer)}")
 
 
-def _ask_cohort(request: Request, checkpoint: Path) -> None:
+def _ask_cohort(args: Arguments, checkpoint: Path) -> None:
     from umbrella.base import pluralise
     from umbrella.evaluation_run.cohort_predictions import predict_cohort, read_cohort
     from umbrella.inference.model import load_checkpoint_settings
 
-    cohort = read_cohort(checkpoint, request.settings, load_checkpoint_settings(checkpoint, _dtype(request)))
+    cohort = read_cohort(checkpoint, args.settings, load_checkpoint_settings(checkpoint, _dtype(args)))
     number, left, path = len(cohort.conversations), len(cohort.remaining()), cohort.file.path
     for line in cohort.raw.notices:
         note(line)
-    if request.dry_run:
+    if args.dry_run:
         print(f"would ask {left} of {pluralise(number, 'conversation')}; {number - left} are answered in {path}")
         return
     if left < number:
@@ -100,14 +100,14 @@ def _ask_cohort(request: Request, checkpoint: Path) -> None:
     print(f"answers: {path}")
 
 
-def _dtype(request: Request) -> str | None:
+def _dtype(args: Arguments) -> str | None:
     """The setting ``model.dtype`` if it is given; None: that of the training."""
-    return request.settings.model.dtype if "model.dtype" in request.given else None
+    return args.settings.model.dtype if "model.dtype" in args.given else None
 
 
-def _refuse(request: Request, way: str, *options: str, paths: bool = False) -> None:
-    given = [f"--{name}" for name in options if request.options[name] is not None]
-    given += request.paths if paths else ()
+def _refuse(args: Arguments, way: str, *options: str, paths: bool = False) -> None:
+    given = [f"--{name}" for name in options if args.options[name] is not None]
+    given += args.paths if paths else ()
     if given:
         raise UserError(f"{', '.join(given)}: does not go with {way}; leave it out, or use --ask")
 

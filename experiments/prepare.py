@@ -6,10 +6,10 @@ leaves out the volumes, and writes nothing.
 """
 
 from umbrella.base import note
-from umbrella.cli import Request, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Read, decode, report, and say what is wrong."""
     from rich.filesize import decimal
 
@@ -21,23 +21,23 @@ def main(request: Request) -> None:
     from umbrella.training.run import check_data, check_model
     from umbrella.volumes.store_files import stored_recipes
 
-    settings, console = request.settings, make_console()
+    settings, console = args.settings, make_console()
 
     def say(what: str, value: str) -> None:
         console.print(f"{what + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
 
     check_model(settings)
-    if not request.dry_run:
+    if not args.dry_run:
         join_cluster(settings.resources, log_to_driver=False, name="prepare")
-    raw = read_splits(settings, progress_bar, SPLITS, dry_run=request.dry_run)
-    if not request.dry_run:
+    raw = read_splits(settings, progress_bar, SPLITS, dry_run=args.dry_run)
+    if not args.dry_run:
         check_volumes(raw, settings, progress_bar)
         store = open_store(settings)
     check_rendering(raw, settings, progress_bar)
-    if not request.dry_run:
+    if not args.dry_run:
         page = write_report(cohort_report_folder(settings.resources.storage), raw, store, progress_bar)
     say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
-    if not request.dry_run:
+    if not args.dry_run:
         used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
         held = stored_recipes(store.folder, settings.modalities)
         say("volumes", str(len(used)))
@@ -45,7 +45,7 @@ def main(request: Request) -> None:
         say("report", str(page))
     for line in raw.notices:
         note(line)
-    splits = apply_bad_sample_policy(raw, settings, write=not request.dry_run)
+    splits = apply_bad_sample_policy(raw, settings, write=not args.dry_run)
     if splits.quarantined:
         say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")
     check_data(settings, splits, [settings.mask], settings.tune.metric)

@@ -6,12 +6,12 @@ than these, and of files that are gone or have changed; with --dry-run it only s
 
 from typing import Any
 
-from umbrella.cli import Option, Request, make_console, run_script
+from umbrella.cli import Arguments, Option, make_console, run_script
 
 OPTIONS = (Option("--prune", "delete what nothing can ask for any more", default=False),)
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Print what is there, or delete what is of no use."""
     from rich.filesize import decimal
     from rich.markup import escape
@@ -20,11 +20,11 @@ def main(request: Request) -> None:
     from umbrella.data.ingest import open_store
     from umbrella.volumes.store_files import prune, stored_recipes
 
-    console, modalities = make_console(), request.settings.modalities
-    folder = open_store(request.settings).folder
-    if request.options["prune"]:
-        files, size = prune(folder, modalities, request.dry_run)
-        done = "would be deleted" if request.dry_run else "deleted"
+    console, modalities = make_console(), args.settings.modalities
+    folder = open_store(args.settings).folder
+    if args.options["prune"]:
+        files, size = prune(folder, modalities, args.dry_run)
+        done = "would be deleted" if args.dry_run else "deleted"
         console.print(
             f"{files} files of {decimal(size)} {done} in {folder}", highlight=False, markup=False, soft_wrap=True
         )

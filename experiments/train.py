@@ -6,17 +6,17 @@ Without arguments: the defaults on a phantom cohort, which is made when it is no
 from math import nan
 from pathlib import Path
 
-from umbrella.cli import Request, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Run the training, or say what it would run."""
-    settings = request.settings
+    settings = args.settings
     settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # one point, no sweep
-    if request.dry_run:
+    if args.dry_run:
         from umbrella.tuning.dry_run import dry_run
 
-        dry_run(settings, request.given, progress_bar, make_console())
+        dry_run(settings, args.given, progress_bar, make_console())
         return
     from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
     from umbrella.training.run import run_training

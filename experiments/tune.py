@@ -8,30 +8,30 @@ only settings of resources may then change.
 
 from pathlib import Path
 
-from umbrella.cli import Option, Request, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, Option, make_console, progress_bar, run_script
 
 RESUME = Option("--resume", "resume a sweep: its name, or last", value="NAME")
 DEFAULT_SPACE = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Run or resume a sweep; with --dry-run, print what would run."""
     from umbrella.tuning.sweep_files import find_sweep, resume_spec
 
-    console, settings, fixed, folder = make_console(), request.settings, request.given, None
-    if name := request.options["resume"]:
+    console, settings, fixed, folder = make_console(), args.settings, args.given, None
+    if name := args.options["resume"]:
         folder = find_sweep(settings, name)
         if not folder.exists() and settings.resources.upload:
             from umbrella.training.checkpoint_sync import download
             from umbrella.training.run_lock import run_lock
 
-            if request.dry_run:
+            if args.dry_run:
                 print(f"would download {folder} from resources.upload and resume it")
                 return
             with run_lock(folder):
                 download(settings.resources, folder, progress_bar)
-        settings, fixed = resume_spec(folder, request.files, request.overrides)
-    if request.dry_run:
+        settings, fixed = resume_spec(folder, args.files, args.overrides)
+    if args.dry_run:
         from umbrella.tuning.dry_run import dry_run
 
         dry_run(settings, fixed, progress_bar, console)

@@ -5,25 +5,25 @@ import sys
 from urllib.request import urlopen
 
 from umbrella.base import mask_secrets
-from umbrella.cli import Option, Request, run_script
+from umbrella.cli import Arguments, Option, run_script
 
 OPTIONS = (Option("--port", "port of MLflow's page on localhost", default=5000, kind=int, value="PORT"),)
 DASHBOARD = "http://127.0.0.1:8265"
 
 
-def main(request: Request) -> None:
+def main(args: Arguments) -> None:
     """Serve the storage folder's MLflow database until the keyboard stops it, or say where the server is."""
     from umbrella.tracking.runs import page_urls
     from umbrella.tracking.store import open_experiment, tracking_uri
 
-    settings, port = request.settings, request.options["port"]
+    settings, port = args.settings, args.options["port"]
     storage = settings.resources.storage
     uri = tracking_uri(storage, settings.tracking.uri)
     served = uri.startswith(("http:", "https:"))
     page = mask_secrets(uri) if served else f"http://127.0.0.1:{port}"
     print(f"MLflow: {page}", flush=True)
     print(f"Ray dashboard: {_dashboard()}", flush=True)
-    if request.dry_run:
+    if args.dry_run:
         return
     experiment = open_experiment(uri, settings.experiment, storage)
     for what, address in page_urls(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from umbrella.base import Stopped, UserError, printable
-from umbrella.config import Settings, describe, has_space, load_settings, read_value
+from umbrella.config import Settings, describe_settings, has_search_space, load_settings, parse_value
 from umbrella.fileio import describe_storage_error
 from umbrella.paths import all_checkpoints
 from umbrella.ray_environment import prepare_environment
@@ -56,7 +56,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """Its key in ``Request.options``: "task_id"."""
+        """Its key in ``Arguments.options``: "task_id"."""
         return self.flag.lstrip("-").replace("-", "_")
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Request:
+class Arguments:
     """What a person asked for: resolved settings, the names they set on the command line, and whether to only look."""
 
     settings: Settings
@@ -94,7 +94,7 @@ class Request:
 
 def parse(
     argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), paths: str = ""
-) -> Request:
+) -> Arguments:
     """Read a command line.
 
     Args:
@@ -123,20 +123,20 @@ def parse(
     for word in asked["words"]:
         name, equals, text = word.partition("=")
         if equals and not (paths and "/" in name):
-            overrides[name] = read_value(name, text)
+            overrides[name] = parse_value(name, text)
         elif paths and not word.lower().endswith(YAML):
             others.append(word)
         else:
             files.append(word)
-    overrides |= {name: read_value(name, asked[name]) for name in flags.values() if asked[name] is not None}
-    default = [default_file] if default_file and not any(map(has_space, files)) else []
+    overrides |= {name: parse_value(name, asked[name]) for name in flags.values() if asked[name] is not None}
+    default = [default_file] if default_file and not any(map(has_search_space, files)) else []
     own = {option.name: asked[option.name] for option in options}
     settings, given = load_settings([*default, *files], overrides), frozenset(overrides)
-    return Request(settings, given, asked["dry_run"], own, files, overrides, tuple(others))
+    return Arguments(settings, given, asked["dry_run"], own, files, overrides, tuple(others))
 
 
 def run_script(
-    main: Callable[[Request], Any],
+    main: Callable[[Arguments], Any],
     doc: str,
     default_file: str | None = None,
     options: Sequence[Option] = (),
@@ -152,9 +152,9 @@ def run_script(
 
     try:
         with on_sigterm(stop):  # while nothing knows better
-            request = parse(sys.argv[1:], doc, default_file, options, paths)
-            prepare_environment(request.settings.resources.ray_address)
-            main(request)
+            args = parse(sys.argv[1:], doc, default_file, options, paths)
+            prepare_environment(args.settings.resources.ray_address)
+            main(args)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -207,7 +207,7 @@ def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
 
 def _settings_help() -> str:
     lines = ["settings, with their defaults:"]
-    for name, default, line in describe():
+    for name, default, line in describe_settings():
         lines.append(f"  {name} = {default!r}\n      {line}")
     return "\n".join(lines).replace("%", "%%")
 

@@ -108,7 +108,7 @@ class Settings(Section):
             _put(raw, name, value)
         return _validate(raw)
 
-    def named(self, kind: str) -> "Settings":
+    def with_name(self, kind: str) -> "Settings":
         """These settings with a name: their own, else made of a kind of work and the time."""
         return self if self.name else self.model_copy(update={"name": time.strftime(f"{kind}-%Y%m%d-%H%M%S")})
 
@@ -132,13 +132,13 @@ def load_settings(files: Sequence[str | Path] = (), overrides: Mapping[str, Any]
     return _validate(raw)
 
 
-def has_space(file: str | Path) -> bool:
+def has_search_space(file: str | Path) -> bool:
     """Whether a settings file says what is swept, were it nothing. Raises UserError where it cannot be read."""
     tune = _read_yaml(Path(file)).get("tune")
     return isinstance(tune, dict) and "space" in tune
 
 
-def read_value(name: str, text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
     """The value of a word ``name=text`` on the command line. For settings that are texts, it is the text itself.
 
     Raises:
@@ -156,7 +156,7 @@ def read_value(name: str, text: str) -> Any:
     return text if is_text and not isinstance(value, str) else value
 
 
-def describe() -> Iterator[tuple[str, Any, str]]:
+def describe_settings() -> Iterator[tuple[str, Any, str]]:
     """(dotted name, default, one line) of every setting, in order."""
     yield from _describe(Settings, "")
 

@@ -21,12 +21,12 @@ PATIENCE, TRIES = 10, 3
 """Seconds without a byte after which S3 or GCS does not answer, and how often it is asked. pyarrow's own: minutes."""
 
 
-def is_address(place: str) -> bool:
+def is_remote(place: str) -> bool:
     """Whether a place is no path of this machine's, where arrays could be read as they lie."""
     return "://" in place and not place.startswith("file://")
 
 
-def as_path(place: str) -> Path:
+def local_path(place: str) -> Path:
     """The folder that a path or a file:// address names."""
     return Path(place.removeprefix("file://")).absolute()
 
@@ -42,7 +42,7 @@ class FileStorage:
     """
 
     def __init__(self, address: str, setting: str = "resources.store") -> None:
-        self.address, self.setting = address if is_address(address) else str(as_path(address)), setting
+        self.address, self.setting = address if is_remote(address) else str(local_path(address)), setting
 
     def __str__(self) -> str:
         return f"{self.setting}={mask_secrets(self.address)}"
@@ -139,7 +139,7 @@ class FileStorage:
         """The file system, and the path in it."""
         from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
-        if not is_address(self.address):
+        if not is_remote(self.address):
             return LocalFileSystem(), self.address
         with self._named():
             try:

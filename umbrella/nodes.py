@@ -22,7 +22,7 @@ ANSWER = 180.0
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedFiles:
     """What every node must see.
 
     Args:
@@ -36,13 +36,13 @@ class Shared:
     token: str
 
 
-def several_nodes() -> bool:
+def has_several_nodes() -> bool:
     """Whether this process has joined a Ray cluster of more than one node."""
     ray = sys.modules.get("ray")  # importing it takes a second, and whoever has joined has it
-    return ray is not None and ray.is_initialized() and len(living()) > 1
+    return ray is not None and ray.is_initialized() and len(alive_nodes()) > 1
 
 
-def living() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
     """The nodes that are there, as Ray describes them."""
     import ray
 
@@ -53,13 +53,13 @@ def check_nodes(folders: Mapping[str, Path], files: Sequence[Path]) -> None:
     """Let every node of the cluster look at what all share; nothing where there is only one.
 
     Args:
-        folders, files: see ``Shared``.
+        folders, files: see ``SharedFiles``.
 
     Raises:
         UserError: a folder that this node cannot write to; or a line for each fault: which node cannot see what, and
             the remedy.
     """
-    if not several_nodes():
+    if not has_several_nodes():
         return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -67,26 +67,26 @@ def check_nodes(folders: Mapping[str, Path], files: Sequence[Path]) -> None:
     for setting, folder in folders.items():
         check_writable(folder, f"{setting}={folder}")
     with _token(folders) as token:
-        shared, versions = Shared(folders, files, token), own_versions()
-        remote = ray.remote(num_cpus=0, max_retries=0)(faults)
+        shared, versions = SharedFiles(folders, files, token), installed_versions()
+        remote = ray.remote(num_cpus=0, max_retries=0)(find_problems)
         asked = {}
-        for node in living():
+        for node in alive_nodes():
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[remote.options(scheduling_strategy=here).remote(shared, versions)] = node
         done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)
-        lines = [f"{name_of(asked[one])}: did not answer within {ANSWER:g} s; is it overloaded?" for one in silent]
+        lines = [f"{node_name(asked[one])}: did not answer within {ANSWER:g} s; is it overloaded?" for one in silent]
         for one in done:
-            lines += [f"{name_of(asked[one])}: {fault}" for fault in _told(one, asked[one])]
+            lines += [f"{node_name(asked[one])}: {fault}" for fault in _told(one, asked[one])]
     if lines:
         raise UserError("\n".join(sorted(lines)))
 
 
-def name_of(node: Mapping[str, Any]) -> str:
+def node_name(node: Mapping[str, Any]) -> str:
     """A node in words."""
     return f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
 
 
-def own_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Of what must be the same everywhere, by name."""
     return {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", **{p: _version(p) for p in PACKAGES}}
 
@@ -98,7 +98,7 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def faults(shared: Shared, versions: Mapping[str, str]) -> list[str]:
+def find_problems(shared: SharedFiles, versions: Mapping[str, str]) -> list[str]:
     """What is wrong here, where this runs: what is to be shared and is not, and other versions than those given."""
     found = []
     for setting, folder in shared.folders.items():
@@ -115,7 +115,7 @@ def faults(shared: Shared, versions: Mapping[str, str]) -> list[str]:
     unshared = [folder for folder in shared.folders.values() if not (folder / shared.token).exists()]
     unseen = [f for f in shared.files if not os.path.exists(f) and not any(u in f.parents for u in unshared)]
     found += [f"the volume {file} is not there; mount the volumes at the same path on every node" for file in unseen]
-    own = own_versions()
+    own = installed_versions()
     differing = [f"{name} {own.get(name)} instead of {v}" for name, v in versions.items() if own.get(name) != v]
     if differing:
         found.append(f"has {', '.join(differing)}; install the same versions on every node")
@@ -129,7 +129,7 @@ def _told(answer: Any, node: Mapping[str, Any]) -> list[str]:
         return ray.get(answer)
     except ray.exceptions.RayError as error:
         time.sleep(0.1)
-        if node["NodeID"] not in {one["NodeID"] for one in living()}:
+        if node["NodeID"] not in {one["NodeID"] for one in alive_nodes()}:
             return []  # it went meanwhile, and is nobody's concern
         last = str(error).strip().splitlines()[-1]
         return [f"cannot run UMBRELLA: {last}; install it, with the same Python, on every node"]

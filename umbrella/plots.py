@@ -38,7 +38,7 @@ File = TypeVar("File", Path, BytesIO)
 WIDTH, DPI = 9.0, 160
 
 
-def save(file: File, draw: Callable[..., "Figure"], *about: Any) -> File:
+def save_png(file: File, draw: Callable[..., "Figure"], *about: Any) -> File:
     """Draw a figure of ``new_figure`` as a PNG."""
     import matplotlib
 
@@ -54,12 +54,12 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def shorten(words: str, most: int) -> str:
+def truncate(words: str, most: int) -> str:
     """At most so many letters."""
     return words if len(words) <= most else f"{words[: most - 1]}…"
 
 
-def embedded(png: bytes) -> tuple[str, int]:
+def png_data_url(png: bytes) -> tuple[str, int]:
     """The address that holds a PNG itself, and the width in a page at which all pictures' letters are of one size."""
     pixels = int.from_bytes(png[16:20], "big")  # of a PNG's first chunk
     return "data:image/png;base64," + base64.b64encode(png).decode(), round(pixels * 1190 / WIDTH / DPI)

@@ -116,7 +116,7 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
     assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
     places = [answer.folder, *answer.folder.glob("trials/*/")]
-    assert not [place for place in places if MlflowLogger(answer.tracking_uri, place).waits]
+    assert not [place for place in places if MlflowLogger(answer.tracking_uri, place).has_pending]
 
 
 def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:

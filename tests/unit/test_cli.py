@@ -10,8 +10,8 @@ import pytest
 from rich.table import Table
 
 from umbrella.base import UserError, note
-from umbrella.cli import FLAGS, Option, Request, make_console, parse, progress_bar, run_script
-from umbrella.config import describe
+from umbrella.cli import FLAGS, Arguments, Option, make_console, parse, progress_bar, run_script
+from umbrella.config import describe_settings
 
 
 def test_every_flag_lands_in_the_setting_that_it_names() -> None:
@@ -27,11 +27,11 @@ def test_every_flag_lands_in_the_setting_that_it_names() -> None:
     }
     assert values.keys() == FLAGS.keys()
     argv = [word for flag, value in values.items() for word in (flag, str(value))]
-    request = parse(argv, "")
-    settings = request.settings.flat()
+    args = parse(argv, "")
+    settings = args.settings.flat()
     paths = {"--train-data": ["a.json"], "--eval-data": ["b.json"]}
     assert {flag: settings[name] for flag, name in FLAGS.items()} == values | paths
-    assert request.given == {
+    assert args.given == {
         "data.train",
         "data.validation",
         "data.modality",
@@ -48,11 +48,11 @@ def test_words_with_an_equals_sign_are_overrides_and_others_are_files(tmp_path: 
     first.write_text("seed: 1\nexperiment: first\n")
     second.write_text("seed: 2\n")
     argv = [str(first), "data.task_filter=a=b", "--dry-run", "modalities.sMRI.grid=[48, 48, 48]", str(second)]
-    request = parse(argv, "")
-    assert (request.settings.seed, request.settings.experiment, request.dry_run) == (2, "first", True)
-    assert request.settings.data.task_filter == "a=b"
-    assert request.settings.modalities["sMRI"].grid == (48, 48, 48)
-    assert request.given == {"data.task_filter", "modalities.sMRI.grid"}
+    args = parse(argv, "")
+    assert (args.settings.seed, args.settings.experiment, args.dry_run) == (2, "first", True)
+    assert args.settings.data.task_filter == "a=b"
+    assert args.settings.modalities["sMRI"].grid == (48, 48, 48)
+    assert args.given == {"data.task_filter", "modalities.sMRI.grid"}
 
 
 def test_the_default_question_is_asked_unless_a_file_has_one_of_its_own(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_help_prints_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert left.value.code == 0
     assert "What this script does." in printed
-    assert [name for name, _, line in describe() if f"  {name} = " not in printed or line not in printed] == []
+    assert [name for name, _, line in describe_settings() if f"  {name} = " not in printed or line not in printed] == []
     assert [flag for flag in FLAGS if flag not in printed] == []
 
 
@@ -94,9 +94,9 @@ OWN = (
 def test_a_script_may_have_flags_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse([], "").options == {}
     assert parse([], "", options=OWN).options == {"task_id": None, "sample": None, "split": "train", "prune": False}
-    request = parse(["--sample", "3", "seed=1", "--prune", "--split", "test", "--task-id", "a=b"], "", options=OWN)
-    assert request.options == {"task_id": "a=b", "sample": 3, "split": "test", "prune": True}
-    assert (request.given, request.settings.seed) == ({"seed"}, 1)
+    args = parse(["--sample", "3", "seed=1", "--prune", "--split", "test", "--task-id", "a=b"], "", options=OWN)
+    assert args.options == {"task_id": "a=b", "sample": 3, "split": "test", "prune": True}
+    assert (args.given, args.settings.seed) == ({"seed"}, 1)
     with pytest.raises(SystemExit) as left:
         parse(["--help"], "", options=OWN)
     printed = capsys.readouterr().out
@@ -117,11 +117,11 @@ def test_a_script_that_takes_files_tells_them_from_settings(tmp_path: Path) -> N
     with pytest.raises(UserError, match="sub: there is no such setting"):
         parse(argv, "", options=own, paths="volume")
     argv.remove("sub=1/d.nii.gz")
-    request = parse(argv, "", options=own, paths="volume")
-    assert request.paths == ("b.nii.gz", "/s/sub=1/e.mgz")
-    assert (request.settings.seed, request.settings.experiment) == (1, "c.nii")
+    args = parse(argv, "", options=own, paths="volume")
+    assert args.paths == ("b.nii.gz", "/s/sub=1/e.mgz")
+    assert (args.settings.seed, args.settings.experiment) == (1, "c.nii")
     # A flag of the script's own hides the shared one of that name.
-    assert (request.options, request.settings.data.modality) == ({"modality": "sMRI"}, "")
+    assert (args.options, args.settings.data.modality) == ({"modality": "sMRI"}, "")
 
 
 def test_without_a_terminal_what_takes_long_says_how_fast_it_is(
@@ -142,7 +142,7 @@ def test_a_bar_gives_the_things_that_it_was_given_and_is_not_drawn_for_nothing(
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    def run(main: Callable[[Request], Any], *argv: str) -> None:
+    def run(main: Callable[[Arguments], Any], *argv: str) -> None:
         monkeypatch.setattr("sys.argv", ["script.py", *argv])
         run_script(main, "")
 
@@ -169,7 +169,7 @@ def test_a_users_error_is_one_line_on_stderr_and_status_2(
 def test_a_users_error_inside_the_script_has_no_traceback_either(
     run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main(request: Request) -> None:
+    def main(args: Arguments) -> None:
         raise UserError("volume.nii: cannot be read")
 
     with pytest.raises(SystemExit) as left:
@@ -180,7 +180,7 @@ def test_a_users_error_inside_the_script_has_no_traceback_either(
 def test_escape_sequences_in_texts_do_not_reach_the_terminal(
     run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main(request: Request) -> None:
+    def main(args: Arguments) -> None:
         table = Table("a\x1b[2J", title="b\x1b[2J")
         table.add_row("c\x1b[2J")
         make_console().print("d\x1b[2J", table)
@@ -197,7 +197,7 @@ def test_escape_sequences_in_texts_do_not_reach_the_terminal(
 def test_sigterm_ends_a_script_in_one_line_and_status_143_whatever_it_is_at(
     run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def main(request: Request) -> None:
+    def main(args: Arguments) -> None:
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("it went on")
 

@@ -9,25 +9,25 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.fileio import lock
-from umbrella.nodes import Shared, check_nodes, faults, own_versions
+from umbrella.nodes import SharedFiles, check_nodes, find_problems, installed_versions
 from umbrella.training.cluster import check_local_folders, check_reachable, create_token, free_port, start_lock
 
 
 def test_a_node_that_sees_everything_has_no_fault(tmp_path: Path) -> None:
     (tmp_path / "token").touch()
     (tmp_path / "scan.nii").touch()
-    shared = Shared({"resources.storage": tmp_path}, [tmp_path / "scan.nii"], "token")
-    assert faults(shared, own_versions()) == []
+    shared = SharedFiles({"resources.storage": tmp_path}, [tmp_path / "scan.nii"], "token")
+    assert find_problems(shared, installed_versions()) == []
 
 
 def test_each_fault_is_a_line_with_what_is_wrong_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     folders = {"resources.storage": tmp_path / "other", "resources.store": tmp_path / "gone"}
-    found = faults(
-        Shared(folders, [tmp_path / "scan.nii", tmp_path / "gone" / "scan.nii"], "token"),
-        own_versions() | {"Python": "2.7", "torch": "0.1"},
+    found = find_problems(
+        SharedFiles(folders, [tmp_path / "scan.nii", tmp_path / "gone" / "scan.nii"], "token"),
+        installed_versions() | {"Python": "2.7", "torch": "0.1"},
     )
-    own = own_versions()
+    own = installed_versions()
     assert found == [
         f"resources.storage={tmp_path}/other is another folder here; mount the same one at this path on every node",
         f"resources.store={tmp_path}/gone is not there; mount the same one at this path on every node",
@@ -42,7 +42,7 @@ def test_a_folder_that_can_be_seen_and_not_written_is_a_fault(tmp_path: Path) ->
     proc = Path("/proc")
     if not proc.is_dir():
         pytest.skip("no folder that even root cannot write to")
-    (fault,) = faults(Shared({"resources.storage": proc}, [], "version"), own_versions())
+    (fault,) = find_problems(SharedFiles({"resources.storage": proc}, [], "version"), installed_versions())
     assert fault.startswith("resources.storage=/proc cannot be written to: ")
 
 

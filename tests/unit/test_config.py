@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from umbrella.base import UserError
 from umbrella.cli import parse
-from umbrella.config import Settings, describe, load_settings
+from umbrella.config import Settings, describe_settings, load_settings
 
 
 def write(path: Path, text: str) -> Path:
@@ -265,9 +265,9 @@ def test_new_values_make_new_settings() -> None:
 
 
 def test_every_setting_has_a_line_that_says_what_it_does() -> None:
-    undocumented = [name for name, _, line in describe() if not line.endswith(".")]
+    undocumented = [name for name, _, line in describe_settings() if not line.endswith(".")]
     assert undocumented == []
-    assert {"optim.lr", "modalities", "tune.space", "resources.storage"} <= {name for name, _, _ in describe()}
+    assert {"optim.lr", "modalities", "tune.space", "resources.storage"} <= {name for name, _, _ in describe_settings()}
 
 
 def test_importing_the_settings_loads_neither_torch_nor_ray() -> None:

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from umbrella.plots import DPI, VERMILION, WIDTH, save
+from umbrella.plots import DPI, VERMILION, WIDTH, save_png
 from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times
 from umbrella.tuning.results import Configuration, Evaluation, Trial, rank_configurations
@@ -131,7 +131,7 @@ def test_any_space_and_failed_trials_can_be_drawn(tmp_path: Path, points: list[d
     trials = [trial(f"t{i}", point, 0.5 + 0.1 * i) for i, point in enumerate(points)]
     configurations = ranked([*trials, Trial("dead", points[0], FAILED)])
     for draw in (draw_metric, draw_curves, draw_ranking):
-        with Image.open(save(tmp_path / "a.png", draw, configurations, METRIC)) as image:
+        with Image.open(save_png(tmp_path / "a.png", draw, configurations, METRIC)) as image:
             assert image.width >= 0.7 * WIDTH * DPI
             assert len(set(image.convert("RGB").resize((200, 200)).getdata())) > 20
     assert isinstance(draw_times(trials), Figure)

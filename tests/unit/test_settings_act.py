@@ -25,7 +25,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from umbrella.base import UserError
-from umbrella.config import describe, load_settings
+from umbrella.config import describe_settings, load_settings
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.scoring import find_candidates
@@ -483,7 +483,9 @@ def start(
 
 
 def test_every_setting_that_can_be_swept_has_a_case() -> None:
-    names = [name for name, *_ in describe() if section_of(name) not in NOT_SWEEPABLE or name in SWEEPABLE_DATA]
+    names = [
+        name for name, *_ in describe_settings() if section_of(name) not in NOT_SWEEPABLE or name in SWEEPABLE_DATA
+    ]
     names += [f"modalities.{name}" for name in Modality.model_fields]
     names.remove("modalities")
     assert sorted(re.sub(r"^modalities\.\w+", "modalities", name) for name in CASES) == sorted(names)

@@ -65,7 +65,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
     check_settings(settings)  # before Ray starts
-    name = settings.named("baseline").name
+    name = settings.with_name("baseline").name
     start_ray(settings.resources, log_to_driver=True, name=name)
     splits, encodings = load_and_check(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)

@@ -17,8 +17,8 @@ from umbrella.base import ProgressBar, UserError, note, pluralise
 from umbrella.conversations.schema import Conversation
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import SPLITS, RawSplits, read_splits
-from umbrella.file_storage import FileStorage, as_path, is_address
-from umbrella.nodes import check_nodes, living, several_nodes
+from umbrella.file_storage import FileStorage, is_remote, local_path
+from umbrella.nodes import alive_nodes, check_nodes, has_several_nodes
 from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.volumes.image_formats import image_size
 from umbrella.volumes.store import VolumeStore
@@ -137,9 +137,9 @@ def open_store(settings: "Settings") -> VolumeStore:
     resources = settings.resources
     own = volumes_folder(resources.storage)
     # Arrays are read as they lie: of an object store there have to be copies.
-    front = resources.node_store or (str(own) if is_address(resources.store) else "")
+    front = resources.node_store or (str(own) if is_remote(resources.store) else "")
     behind = FileStorage(resources.store or str(own)) if front else None
-    folder = Path(front).absolute() if front else as_path(resources.store) if resources.store else own
+    folder = Path(front).absolute() if front else local_path(resources.store) if resources.store else own
     return VolumeStore(folder, settings.modalities, settings.data.max_voxels, behind)
 
 
@@ -147,8 +147,8 @@ def shared_folders(settings: "Settings") -> dict[str, Path]:
     """The folders that every node must see, by their settings."""
     resources = settings.resources
     folders = {"resources.storage": Path(resources.storage).absolute()}
-    if resources.store and not is_address(resources.store):
-        folders["resources.store"] = as_path(resources.store)
+    if resources.store and not is_remote(resources.store):
+        folders["resources.store"] = local_path(resources.store)
     return folders
 
 
@@ -331,7 +331,7 @@ def decode_volumes(store: VolumeStore, volumes: Sequence[Volume], processes: int
     Raises:
         OSError: the store cannot be written.
     """
-    if processes != 1 and several_nodes():
+    if processes != 1 and has_several_nodes():
         return _decode_on_nodes(store, volumes, processes)
     jobs = processes or joblib.cpu_count()
     tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=VOLUMES_PER_TASK if jobs > 1 else 1)
@@ -353,7 +353,7 @@ def _decode_on_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: i
     # Ray itself gives what asks for no GPU to nodes without one, as long as they have a CPU free.
     task = ray.remote(num_cpus=1)(_decode_group)
     groups = (volumes[start : start + VOLUMES_PER_TASK] for start in range(0, len(volumes), VOLUMES_PER_TASK))
-    at_once = processes or 2 * int(sum(node["Resources"].get("CPU", 0) for node in living()))
+    at_once = processes or 2 * int(sum(node["Resources"].get("CPU", 0) for node in alive_nodes()))
     asked = deque(task.remote(store, group) for group in islice(groups, at_once))
     while asked:
         try:

@@ -10,7 +10,7 @@ import numpy as np
 from umbrella.evaluation.metrics import BINS
 from umbrella.evaluation.predictions import Answer, Prediction, mean_number, mean_probability, most_likely
 from umbrella.evaluation.subgroups import Estimate
-from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, shorten
+from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, truncate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def draw_confusion(matrices: Sequence[tuple[str, list[list[int]]]], classes: Seq
 
     Colours are shares of the true class, so that a frequent class does not outshine a rare one.
     """
-    words = [shorten(name, 14) for name in classes]
+    words = [truncate(name, 14) for name in classes]
     columns = min(len(matrices), 4 if len(classes) < 3 and max(map(len, words)) < 10 else 2)
     rows = -(-len(matrices) // columns)
     figure = new_figure(WIDTH if columns > 1 else 0.56 * WIDTH, rows * (1.1 + 0.4 * len(classes)))
@@ -129,7 +129,7 @@ def _draw_roc(axes: "Axes", predictions: Sequence[Prediction], classes: Sequence
                 continue  # nothing to tell apart
             # Every threshold: those on a straight line are where small samples have their steps.
             wrong, right, _ = roc_curve(truth, [p.probabilities.get(label, 0.0) for p in rows], drop_intermediate=False)
-            words = f"{shorten(label, 24)}: area {auc(wrong, right):.3g}" if rows is subjects else None
+            words = f"{truncate(label, 24)}: area {auc(wrong, right):.3g}" if rows is subjects else None
             axes.plot(wrong, right, color=colour, alpha=alpha, linewidth=1.8, label=words)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.set(xlabel="others taken for it (1 - specificity)", ylabel="found (sensitivity)")
@@ -176,6 +176,6 @@ def draw_scatter(predictions: Sequence[Prediction], target: str) -> "Figure":
         space = 0.05 * (high - low) or 1
         axes.plot([low - space, high + space], [low - space, high + space], "--", color=GREY, linewidth=1)
         axes.set(xlim=(low - space, high + space), ylim=(low - space, high + space))
-    axes.set(xlabel=f"true {shorten(target, 40)}", ylabel="said", aspect="equal")
+    axes.set(xlabel=f"true {truncate(target, 40)}", ylabel="said", aspect="equal")
     axes.legend(loc="upper left")
     return figure

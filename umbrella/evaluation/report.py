@@ -21,7 +21,7 @@ from umbrella.evaluation.subgroups import Estimate, Group
 from umbrella.fileio import write_csv
 from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
-from umbrella.plots import embedded, save
+from umbrella.plots import png_data_url, save_png
 
 AS_ASKED = "as_asked"
 CONDITIONS = (AS_ASKED, "shuffled", "text_only")
@@ -196,8 +196,8 @@ def write_report(folder: Path, result: EvaluationResult, cases: Sequence[Case]) 
             "value": format_value,
             "interval": format_interval,
             "named": metric_name,
-            "embedded": embedded,
-            "image": lambda file: embedded(file.read_bytes()),
+            "embedded": png_data_url,
+            "image": lambda file: png_data_url(file.read_bytes()),
         },
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         result=result,
@@ -271,7 +271,7 @@ def _draw_figures(
     pictures = {}
 
     def draw(name: str, *arguments: Any) -> None:
-        pictures[name] = save(folder / f"{stem}_{name}.png", *arguments)
+        pictures[name] = save_png(folder / f"{stem}_{name}.png", *arguments)
 
     if any(isfinite(estimate.value) for _, estimate in section.conditions):
         names = {"chance": "chance", "mean/mae": "always the mean training label"}

@@ -137,7 +137,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         UserError: as ``read_evaluation_data`` and ``predict_on_workers``; a folder that cannot be written to.
         Stopped: SIGTERM was received.
     """
-    start, settings = time.monotonic(), settings.named("evaluation")
+    start, settings = time.monotonic(), settings.with_name("evaluation")
     folder = evaluation_folder(settings.resources.storage, settings.name)
     if settings.output:
         folder = Path(settings.output).absolute()

@@ -23,7 +23,7 @@ from umbrella.evaluation.scoring import ANSWER_ONLY
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
-from umbrella.plots import BLUE, SOFT, VERMILION, WIDTH, new_figure, save, shorten
+from umbrella.plots import BLUE, SOFT, VERMILION, WIDTH, new_figure, save_png, truncate
 from umbrella.volumes.slices import Plane, draw_plane, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
 
@@ -148,7 +148,7 @@ def draw_volumes(
     pictures = []
     for i, volume in enumerate(conversation.volumes):
         modality, effects = store.modalities[volume.modality], maps[i] if maps else None
-        title = f"{volume.modality}   {shorten(Path(volume.image_path).name, 60)}"
+        title = f"{volume.modality}   {truncate(Path(volume.image_path).name, 60)}"
         centre = None
         if effects is not None:
             patch = np.unravel_index(np.abs(effects).argmax(), effects.shape)
@@ -160,7 +160,7 @@ def draw_volumes(
                 centre = [int(p) * edge + edge // 2 for p, edge in zip(patch[:3], modality.patch[:3], strict=True)]
         array, info = store.get(volume.image_path, volume.modality), store.info(volume.image_path, volume.modality)
         planes = orthogonal_slices(array, modality, info, centre)
-        picture = save(io.BytesIO(), draw_planes, planes, title, modality, effects, limit)
+        picture = save_png(io.BytesIO(), draw_planes, planes, title, modality, effects, limit)
         pictures.append(picture.getvalue())
     return tuple(pictures)
 

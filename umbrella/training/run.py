@@ -152,7 +152,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         UserError: settings or data are invalid, another script runs the training, or the training failed.
         Stopped: SIGTERM stopped the training.
     """
-    settings = settings.named("train")
+    settings = settings.with_name("train")
     folder = training_folder(settings.resources.storage, settings.name)
     with run_lock(folder), synced(settings.resources, folder, progress):
         _train(settings, progress, folder)

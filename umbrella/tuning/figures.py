@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
+from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, truncate
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import SEED, Configuration, Importance, Trial, is_numeric, ranked_trials, swept_names
 from umbrella.tuning.search_space import format_point
@@ -76,7 +76,7 @@ def _scatter(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[
             xs = sorted({t.point[name] for t in group})
             means = [np.mean([t.metric for t in group if t.point[name] == x]) for x in xs]
             axes.plot(xs, means, "-", color=colour, alpha=0.6)
-            axes.plot([], [], f"-{marker}", color=colour, label=shorten(words, 40))
+            axes.plot([], [], f"-{marker}", color=colour, label=truncate(words, 40))
         for t in group:
             place = (t.point[name], t.metric)
             # What lies at the same place lies side by side: 0, 4, -4, 8, -8 points.
@@ -103,7 +103,7 @@ def _strip(axes: "Axes", trials: Sequence[Trial], name: str, best: Trial) -> Non
         axes.set_xticks([])
     else:
         long = sum(map(len, values)) > 36
-        words = [shorten(value, 24) for value in values]
+        words = [truncate(value, 24) for value in values]
         axes.set_xticks(range(len(values)), words, rotation=25 if long else 0, ha="right" if long else "center")
     axes.set_xlim(-0.6, len(values) - 0.4)
     axes.grid(axis="x", visible=False)
@@ -135,7 +135,7 @@ def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figur
         axes.errorbar(
             c.mean or 0, place, xerr=c.ci95, fmt="D" if c.ci95 else "o", color=colour, markersize=5, capsize=3
         )
-    axes.set_yticks(range(len(shown)), [f"{shorten(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
+    axes.set_yticks(range(len(shown)), [f"{truncate(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
     axes.set_ylim(max(len(shown), 2) - 0.4, -0.6)
     axes.set_xlabel(metric)
     return figure
@@ -163,7 +163,7 @@ def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure
                 axes.plot(*zip(*points, strict=True), color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
         axes.set(xlabel="step", ylabel=title)
     for c, colour in zip(coloured, (VERMILION, *LINES), strict=False):
-        panels[0].plot([], [], color=colour, lw=2.4 if c is metrics[0] else 1.2, label=shorten(c.name, 110))
+        panels[0].plot([], [], color=colour, lw=2.4 if c is metrics[0] else 1.2, label=truncate(c.name, 110))
     if len(metrics) > len(coloured) or len(configurations) > len(metrics):
         panels[0].plot([], [], color=GREY, lw=0.7, label=f"{len(configurations) - len(coloured)} others")
     figure.legend(loc="outside lower left")

@@ -16,7 +16,7 @@ from umbrella.base import mask_secrets
 from umbrella.config import Settings
 from umbrella.html import number, render
 from umbrella.paths import BEST, RANKING, REPORT
-from umbrella.plots import embedded, save
+from umbrella.plots import png_data_url, save_png
 from umbrella.training.progress_log import FINISHED
 from umbrella.training.settings import ResourceSettings
 from umbrella.tuning import figures
@@ -131,15 +131,15 @@ def write_report(
     found = compute_importance(trials)
     figure_files = {}
     if any(c.mean is not None for c in configurations):
-        figure_files["metric"] = save(folder / "metric.png", figures.draw_metric, configurations, metric)
+        figure_files["metric"] = save_png(folder / "metric.png", figures.draw_metric, configurations, metric)
     if with_seeds(configurations) and figure_files:
-        figure_files["ranking"] = save(folder / "ranking.png", figures.draw_ranking, configurations, metric)
+        figure_files["ranking"] = save_png(folder / "ranking.png", figures.draw_ranking, configurations, metric)
     if any(t.curve for t in trials):
-        figure_files["curves"] = save(folder / "curves.png", figures.draw_curves, configurations, metric)
+        figure_files["curves"] = save_png(folder / "curves.png", figures.draw_curves, configurations, metric)
     if found.shares:
-        figure_files["importance"] = save(folder / "importance.png", figures.draw_importance, found)
+        figure_files["importance"] = save_png(folder / "importance.png", figures.draw_importance, found)
     if any(t.started is not None for t in trials):
-        figure_files["times"] = save(folder / "times.png", figures.draw_times, trials)
+        figure_files["times"] = save_png(folder / "times.png", figures.draw_times, trials)
     files = ReportFiles(folder / REPORT, ranking, figure_files, file, **commands)
     starts = [t.started for t in trials if t.started is not None]
     page = render(
@@ -164,7 +164,7 @@ def write_report(
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
         files=files,
-        images={name: embedded(file.read_bytes()) for name, file in figure_files.items()},
+        images={name: png_data_url(file.read_bytes()) for name, file in figure_files.items()},
         importance=found,
         subjects=subjects,
         warning=warning,

@@ -76,7 +76,7 @@ def run_sweep(
         Stopped: the process received SIGTERM.
     """
     resumes = folder is not None
-    settings = settings.named("sweep")
+    settings = settings.with_name("sweep")
     folder = folder or sweep_folder(settings.resources.storage, settings.name)
     with run_lock(folder):
         if not resumes and is_uploaded(settings.resources, folder):
