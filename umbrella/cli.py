@@ -18,7 +18,7 @@ from umbrella.config import Settings, describe_settings, has_search_space, load_
 from umbrella.fileio import describe_storage_error
 from umbrella.paths import all_checkpoints
 from umbrella.ray_environment import prepare_environment
-from umbrella.sigterm import on_sigterm
+from umbrella.signals import on_sigterm
 
 if TYPE_CHECKING:
     from rich.console import Console

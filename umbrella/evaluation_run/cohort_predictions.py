@@ -20,7 +20,7 @@ from umbrella.evaluation.scoring import check_labels, find_numbers
 from umbrella.evaluation_run.prediction_workers import predict_on_workers
 from umbrella.fileio import LocksUnavailable, check_writable, lock, write_atomic
 from umbrella.paths import predictions_file
-from umbrella.sigterm import on_sigterm
+from umbrella.signals import on_sigterm
 from umbrella.training.cluster import join_cluster
 
 EVALUATE_SETTINGS = ("generate", "max_new_tokens", "candidates")

@@ -39,7 +39,7 @@ from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
 from umbrella.inference.model import load_checkpoint_settings
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS, evaluation_folder
-from umbrella.sigterm import on_sigterm
+from umbrella.signals import on_sigterm
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.redaction import read_salt, redact_subjects

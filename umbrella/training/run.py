@@ -19,7 +19,7 @@ from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.paths import BEGUN, storage_of, training_folder
-from umbrella.sigterm import on_sigterm
+from umbrella.signals import on_sigterm
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.runs import close_run

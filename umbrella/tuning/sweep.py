@@ -18,7 +18,7 @@ from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance_level
 from umbrella.fileio import check_writable
 from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
-from umbrella.sigterm import on_sigterm
+from umbrella.signals import on_sigterm
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri

@@ -1,4 +1,4 @@
-"""What a script does when it is asked to end."""
+"""Handling of SIGTERM in scripts."""
 
 import signal
 import threading
@@ -10,27 +10,29 @@ from umbrella.base import Stopped
 
 
 @contextmanager
-def on_sigterm(do: Callable[[], None]) -> Iterator[None]:
-    """While in here, the first SIGTERM does this; a second one does what it would have done outside.
+def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` at the first SIGTERM in this context. A second one has the effect that it has outside.
+
+    Outside of the main thread, which alone receives signals, it does nothing.
 
     Raises:
-        Stopped: as ``do``.
+        Stopped: as ``action``.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     outcome: list[Stopped] = []
 
-    def first(*unused: Any) -> None:
+    def handle(*unused: Any) -> None:
         signal.signal(signal.SIGTERM, before)
         try:
-            do()
+            action()
         except Stopped as stopped:
             outcome.append(stopped)
-            raise KeyboardInterrupt from None  # any other exception is lost where Ray waits for something
+            raise KeyboardInterrupt from None  # Ray loses any other exception while it waits
 
-    before = signal.signal(signal.SIGTERM, first)
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     except KeyboardInterrupt:
