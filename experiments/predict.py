@@ -67,9 +67,9 @@ def _ask_about_volumes(args: Arguments, checkpoint: Path) -> None:
     shown = model.items(volumes, modality)
     limit = settings.evaluate.max_new_tokens
     if question is None:
-        from umbrella.inference.chat import converse
+        from umbrella.inference.chat import run_chat
 
-        converse(model, shown, limit)
+        run_chat(model, shown, limit)
         return
     print(printable(model.ask(volumes, question, modality, limit)), flush=True)
     if answers := args.options["candidates"]:

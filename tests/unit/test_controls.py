@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.controls import owners, shuffled, text_only
+from umbrella.evaluation.controls import shuffled, text_only, volume_owners
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 
@@ -85,7 +85,7 @@ def test_nobodys_volume_is_shown_where_they_are_and_each_has_one_stand_in(talk: 
     assert [c.task_id for c in others] == [c.task_id for c in asked]
     assert not notes
     stands_for: dict[str, set[str]] = {}
-    whose = {file: subject for subject, files in owners(asked)["sMRI"].items() for file in files}
+    whose = {file: subject for subject, files in volume_owners(asked)["sMRI"].items() for file in files}
     for before, after in zip(asked, others, strict=True):
         assert after.conversations[-1] == before.conversations[-1]
         assert before.subjects.isdisjoint(whose[v.image_path] for v in after.volumes)
@@ -98,7 +98,7 @@ def test_nobodys_volume_is_shown_where_they_are_and_each_has_one_stand_in(talk: 
 
 def test_a_reference_without_a_question_of_its_own_has_its_volume(talk: Talk) -> None:
     compared = [c for c in split(talk, 4) if c.task_type == "T3"]
-    assert owners(compared)["sMRI"] == {f"s{i}": [f"/{i}_{'male' if i % 2 else 'female'}.nii"] for i in range(4)}
+    assert volume_owners(compared)["sMRI"] == {f"s{i}": [f"/{i}_{'male' if i % 2 else 'female'}.nii"] for i in range(4)}
 
 
 def test_a_modality_of_one_subject_is_left_out_and_said(talk: Talk) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from umbrella.config import Settings
-from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter, of_subjects
+from umbrella.evaluation.figures import aggregate_subjects, draw_confusion, draw_controls, draw_likelihood, draw_scatter
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import (
     AS_ASKED,
@@ -317,7 +317,7 @@ def test_free_texts_have_a_report_too(tmp_path: Path) -> None:
 def test_a_subject_is_the_mean_of_its_conversations() -> None:
     one = replace(rows("age")[0], probabilities={"a": 0.2, "b": 0.8}, said=10.0)
     rest = [replace(one, probabilities={"a": 0.6, "b": 0.4}, said=20.0), replace(one, said=None, probabilities={})]
-    (merged,) = of_subjects([one, *rest])
+    (merged,) = aggregate_subjects([one, *rest])
     assert merged.said == 15
     assert merged.probabilities == pytest.approx({"a": 0.4, "b": 0.6})
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbrella.evaluation.extraction import said
+from umbrella.evaluation.extraction import extract_answer
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -53,7 +53,7 @@ CDR = {"0": "0", "0.5": "0.5", "1": "1"}
 def test_a_class_is_found_by_whole_words_and_only_where_no_other_is(
     text: str, candidates: dict[str, str], label: str | None
 ) -> None:
-    assert said(text, candidates, number=False) == label
+    assert extract_answer(text, candidates, number=False) == label
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_class_is_found_by_whole_words_and_only_where_no_other_is(
 def test_what_is_denied_in_the_same_part_of_a_sentence_is_no_answer(
     text: str, candidates: dict[str, str], label: str | None
 ) -> None:
-    assert said(text, candidates, number=False) == label
+    assert extract_answer(text, candidates, number=False) == label
 
 
 @pytest.mark.parametrize(
@@ -112,21 +112,21 @@ def test_what_is_denied_in_the_same_part_of_a_sentence_is_no_answer(
     ],
 )
 def test_a_number_is_found_where_it_is_the_only_one(text: str, number: float | None) -> None:
-    assert said(text, SEX, number=True) == number
+    assert extract_answer(text, SEX, number=True) == number
 
 
 @few
 @given(st.floats(-1e6, 1e6).map(lambda x: round(x, 3)), st.sampled_from(["", " years", "years.", " kg/m2", ", or so"]))
 def test_every_number_is_read_back(number: float, unit: str) -> None:
-    assert said(f"I would say {number:,}{unit}", {}, number=True) == number
-    assert said(f"I would say {number:.3f}{unit}", {}, number=True) == number
+    assert extract_answer(f"I would say {number:,}{unit}", {}, number=True) == number
+    assert extract_answer(f"I would say {number:.3f}{unit}", {}, number=True) == number
 
 
 @few
 @given(st.text(), st.sampled_from([SEX, STAGE, YES, CDR]))
 def test_any_text_gives_a_known_label_or_nothing(text: str, candidates: dict[str, str]) -> None:
-    assert said(text, candidates, number=False) in (*candidates, None)
-    assert isinstance(said(text, candidates, number=True), float | None)
+    assert extract_answer(text, candidates, number=False) in (*candidates, None)
+    assert isinstance(extract_answer(text, candidates, number=True), float | None)
 
 
 @few
@@ -135,4 +135,6 @@ def test_any_text_gives_a_known_label_or_nothing(text: str, candidates: dict[str
 )
 def test_the_only_label_among_other_words_is_found(words: list[str], between: str) -> None:
     labels = set(words) & set(SEX)
-    assert said(between.join(words).upper(), SEX, number=False) == (labels.pop() if len(labels) == 1 else None)
+    assert extract_answer(between.join(words).upper(), SEX, number=False) == (
+        labels.pop() if len(labels) == 1 else None
+    )

@@ -1,9 +1,8 @@
-"""A conversation with a model in the terminal, or with lines from a pipe."""
+"""A chat session in the terminal, or with questions from a pipe."""
 
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 
 from umbrella.base import UserError, printable
 from umbrella.conversations.schema import ImageItem
@@ -12,46 +11,41 @@ from umbrella.inference.model import Umbrella
 HELP = """Ask, a line each. /add FILE [MODALITY] shows a volume with the next question; an empty line or Ctrl-D ends."""
 
 
-def converse(model: Umbrella, shown: Sequence[ImageItem], max_new_tokens: int | None) -> None:
-    """Answer lines of standard input until an empty one or its end; the first question is about the volumes ``shown``.
+def run_chat(model: Umbrella, volumes: Sequence[ImageItem], max_new_tokens: int | None) -> None:
+    """Answer the lines of standard input until an empty line or its end.
 
-    At a terminal, what is wrong is said and the conversation goes on. From a pipe nobody could put it right:
+    At a terminal, errors are printed and the session continues. With a pipe, the first error ends it.
+
+    Args:
+        volumes: shown with the first question.
 
     Raises:
-        UserError: as ``Chat.ask`` and ``Umbrella.items``.
+        UserError: as ``Chat.ask`` and ``Umbrella.items``; not at a terminal.
     """
     at_terminal = sys.stdin.isatty()
     if at_terminal:
-        import readline  # noqa: F401  # lines can be edited, and those before come back
+        import readline  # noqa: F401  # line editing and history
 
         print(HELP)
-    chat, waiting = model.chat(), list(shown)
-
-    def take(line: str) -> None:
-        if line.startswith("/"):
-            waiting.extend(_added(model, line))
-            return
-        volumes, modalities = [v.image_path for v in waiting], [v.modality for v in waiting]
-        waiting.clear()  # also if it fails: what is wrong with one of them would stand in the way of all questions
-        print(printable(chat.ask(line, volumes, modalities, max_new_tokens)), flush=True)
-
-    for line in _lines(at_terminal, waiting):
-        with _said_at_terminal() if at_terminal else nullcontext():
-            take(line)
-
-
-@contextmanager
-def _said_at_terminal() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        said = printable(str(error))
-        print(f"error: {said}; this line did nothing, so put it right, with its volumes", file=sys.stderr)
+    chat, pending = model.chat(), list(volumes)
+    for line in _read_lines(at_terminal, pending):
+        try:
+            if line.startswith("/"):
+                pending += _add_volume(model, line)
+                continue
+            paths, modalities = [v.image_path for v in pending], [v.modality for v in pending]
+            pending.clear()  # also if the question fails: a faulty volume would block all further questions
+            print(printable(chat.ask(line, paths, modalities, max_new_tokens)), flush=True)
+        except UserError as error:
+            if not at_terminal:
+                raise
+            message = printable(str(error))
+            print(f"error: {message}; this line was ignored; correct it, and add its volumes again", file=sys.stderr)
 
 
-def _lines(at_terminal: bool, waiting: Sequence[ImageItem]) -> Iterator[str]:
+def _read_lines(at_terminal: bool, pending: Sequence[ImageItem]) -> Iterator[str]:
     while True:
-        count = f"[{len(waiting)} volume{'s' if len(waiting) > 1 else ''}] " if waiting else ""
+        count = f"[{len(pending)} volume{'s' if len(pending) > 1 else ''}] " if pending else ""
         try:
             line = input(f"{count}> " if at_terminal else "").strip()
         except EOFError:
@@ -63,7 +57,7 @@ def _lines(at_terminal: bool, waiting: Sequence[ImageItem]) -> Iterator[str]:
         yield line
 
 
-def _added(model: Umbrella, line: str) -> list[ImageItem]:
+def _add_volume(model: Umbrella, line: str) -> list[ImageItem]:
     try:
         command, *words = shlex.split(line)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A trained model that is asked about volumes: everything between a file's path and an answer's text."""
+"""The class ``Umbrella``: a trained model that answers questions about volumes."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from umbrella.conversations.images import modality_by_suffix, volume_file
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Turn
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
-from umbrella.evaluation.extraction import said
+from umbrella.evaluation.extraction import extract_answer
 from umbrella.evaluation.generation import Generated, generate
 from umbrella.evaluation.predictions import Prediction, cut_note
 from umbrella.evaluation.scoring import Candidates, score
@@ -27,21 +27,23 @@ from umbrella.volumes.reading import count_axes
 from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
 DTYPES = ("float32", "bfloat16")
-UNKNOWN_LENGTH, MOST_TOKENS = 64, 1024
-"""Default limits of a generated answer in tokens: where the longest training answer is not known, and in any case."""
+DEFAULT_NEW_TOKENS = 64
+"""Limit of a generated answer, if the longest answer of the training data is not known."""
+MAX_NEW_TOKENS = 1024
+"""Limit of a generated answer, unless one is given."""
 Paths = str | Path | Sequence[str | Path]
-"""One file, or several in the order in which they are shown."""
+"""One file, or several in reading order."""
 Modalities = str | Sequence[str] | None
-"""The modality of all volumes, or one name for each; None where they can be told by their names or axes."""
+"""The modality of all volumes, or one name for each; None: found from the names or axes of the files."""
 
 
 class Umbrella:
-    """A model in evaluation mode, with the chat template, tokenizer and modalities that it was trained with.
+    """A trained model in evaluation mode, with its chat template, tokenizer and modalities.
 
         model = Umbrella.from_checkpoint("runs/<training>/step_0000100")
         model.ask("scan.nii.gz", "Is this subject male or female?", modality="sMRI")
 
-    Made by ``from_checkpoint``. Threads may share one.
+    Created by ``from_checkpoint``. Threads may share one.
     """
 
     def __init__(
@@ -61,17 +63,16 @@ class Umbrella:
         dtype: str | None = None,
         store: str | Path | VolumeStore | None = None,
     ) -> "Umbrella":
-        """The model of a training's checkpoint, or of a folder that ``save_pretrained`` wrote.
+        """Load the model of a checkpoint, or of a folder written by ``save_pretrained``.
 
         Args:
-            folder: wherever it lies now. One that holds only what was trained needs its base where it was.
-            device: the first GPU if there is one, else the CPU, when None.
-            dtype: arithmetic, float32 or bfloat16; that of the training when None. What was trained stays float32.
-            store: where prepared volumes are kept from one time to the next, a folder or a store of the model's
-                modalities; in memory when None.
+            folder: may have been moved. A checkpoint of the trained weights only needs its base model at the old path.
+            device: None: the first GPU if there is one, otherwise the CPU.
+            dtype: of the arithmetic, float32 or bfloat16; None: that of the training. Trained weights stay float32.
+            store: folder or store that keeps preprocessed volumes; None: they are kept in memory.
 
         Raises:
-            UserError: no such checkpoint, or none of UMBRELLA; it is not whole; its base is gone; no such device.
+            UserError: the folder is no complete checkpoint of UMBRELLA; the base model or the device does not exist.
         """
         folder = Path(folder).absolute()
         settings = load_checkpoint_settings(folder, dtype)
@@ -79,7 +80,11 @@ class Umbrella:
         modalities = settings.modalities
         embedded = UmbrellaConfig.from_pretrained(folder).modalities
         model = build_model(settings.model, embedded, len(renderer.tokenizer), renderer.image_id)
-        where = _on_device(model, device)
+        try:
+            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            model.to(where)
+        except (RuntimeError, AssertionError) as error:  # no such device, torch without CUDA, not enough memory
+            raise UserError(f"device={device}: {str(error).splitlines()[0]}") from None
         voxels = settings.data.max_voxels
         if isinstance(store, str | Path):
             store = VolumeStore(store, modalities, voxels)
@@ -94,7 +99,7 @@ class Umbrella:
     @property
     def max_new_tokens(self) -> int:
         """Default limit of an answer: the tokens of the longest answer in the training data, at most 1024."""
-        return min(self.model.config.longest_answer or UNKNOWN_LENGTH, MOST_TOKENS)
+        return min(self.model.config.longest_answer or DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS)
 
     def ask(
         self,
@@ -104,15 +109,15 @@ class Umbrella:
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> str:
-        """One question about volumes, which stand before it, to the answer's text. Same as ``chat().ask``."""
+        """Answer one question about volumes, which precede the question. Same as ``chat().ask``."""
         return self.chat().ask(question, volumes, modality, max_new_tokens, **options)
 
     def question(self, volumes: Paths, question: str, modality: Modalities = None) -> Conversation:
-        """A question about volumes for ``answer``, which takes several. Raises as ``items``."""
-        return as_conversation([user_turn(self.items(volumes, modality), question), assistant_turn("")])
+        """Make the conversation of one question about volumes, for ``answer``. Raises as ``items``."""
+        return _make_conversation([_user_turn(self.items(volumes, modality), question), _assistant_turn("")])
 
     def chat(self, system: str = "") -> "Chat":
-        """A new conversation. ``system``: what the system turn says; empty: there is none."""
+        """Start a chat session. ``system``: the text of the system turn; empty: no such turn."""
         return Chat(self, system)
 
     def answer(
@@ -122,55 +127,37 @@ class Umbrella:
         batch_size: int = 8,
         **options: Any,
     ) -> list[str]:
-        """The last assistant turn of each conversation in the model's words; what stands there is not looked at.
+        """Generate the last assistant turn of each conversation; its existing text is ignored.
 
-        The likeliest token follows the other, unless ``options`` of transformers' ``generate`` say otherwise. How many
-        answers reached the limit before they ended is printed.
+        The number of answers that reached the limit is printed.
 
         Args:
-            max_new_tokens: limit of an answer; ``Umbrella.max_new_tokens`` when None.
-            batch_size: conversations that are answered side by side. Answers do not depend on it.
+            max_new_tokens: limit of an answer; None: ``Umbrella.max_new_tokens``.
+            batch_size: conversations per batch. Answers do not depend on it.
+            options: of transformers' ``generate``; without them, decoding is greedy.
 
         Raises:
-            UserError: a volume that cannot be used, or of an unknown modality; what cannot be rendered.
+            UserError: a volume that cannot be used, or of an unknown modality; a conversation that cannot be rendered.
         """
         answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size, **options)
         if cut := cut_note(sum(answer.cut for answer in answers), len(answers)):
             note(cut)
         return [answer.text for answer in answers]
 
-    def _generate(
-        self, conversations: Sequence[Conversation], max_new_tokens: int, batch_size: int, **options: Any
-    ) -> list[Generated]:
-        prompts = []
-        for conversation in conversations:
-            self._check_volumes(conversation)
-            prompts.append(self.renderer.prompt(conversation))
-        answers: list[Generated] = []
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            with self._autocast():
-                answers += generate(
-                    self.model, part, self.renderer, self.collate, self.model.device, max_new_tokens, **options
-                )
-        return answers
-
     def score(
         self, volumes: Paths, question: str, answers: Sequence[str], modality: Modalities = None
     ) -> dict[str, float]:
-        """The probability of each of these answers among them; they add up to 1.
-
-        Evaluations in trainings, sweeps and reports use the same: see ``scoring.score``.
+        """The probability of each answer among the given ones; the sum is 1. See ``scoring.score``.
 
         Raises:
-            UserError: as ``answer``; no answers.
+            UserError: as ``answer``; no answers are given.
         """
         if isinstance(answers, str) or not answers:
             raise UserError(f"answers={answers!r}: give a list of texts to choose from")
-        turns = [user_turn(self.items(volumes, modality), question), assistant_turn(answers[0])]
-        asked = as_conversation(turns, subject_label=answers[0], target="answer")
-        (scored,) = self.predict([asked], {"answer": {answer: answer for answer in answers}})
-        return dict(scored.probabilities)
+        turns = [_user_turn(self.items(volumes, modality), question), _assistant_turn(answers[0])]
+        conversation = _make_conversation(turns, subject_label=answers[0], target="answer")
+        (prediction,) = self.predict([conversation], {"answer": {answer: answer for answer in answers}})
+        return dict(prediction.probabilities)
 
     def predict(
         self,
@@ -181,46 +168,39 @@ class Umbrella:
         truth: bool = True,
         max_new_tokens: int | None = 0,
     ) -> list[Prediction]:
-        """One batch, answered in both ways: how likely candidates are, and what the model itself says.
+        """Predict one batch: score candidate answers, and generate answers.
 
         Args:
-            candidates: target to label to answer text, see ``scoring.score``; so is ``truth``.
-            numbers: targets whose labels are numbers, which are looked for in the model's own words.
-            max_new_tokens: limit of the model's own words; None: as ``answer``; 0: none are generated.
+            candidates, truth: see ``scoring.score``.
+            numbers: targets whose labels are numbers, which are extracted from generated answers.
+            max_new_tokens: limit of a generated answer; None: ``Umbrella.max_new_tokens``; 0: none are generated.
 
         Raises:
             UserError: as ``answer``.
         """
         for conversation in conversations:
             self._check_volumes(conversation)
+        model, device = self.model, self.model.device
         with self._autocast():
-            found = score(
-                self.model,
-                conversations,
-                self.renderer,
-                self.collate,
-                candidates,
-                self.model.device,
-                truth=truth,
-            )
+            predictions = score(model, conversations, self.renderer, self.collate, candidates, device, truth=truth)
         if max_new_tokens == 0:
-            return found
+            return predictions
         answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size=len(conversations))
         return [
             replace(
-                one,
+                prediction,
                 text=answer.text,
                 cut=answer.cut,
-                said=said(answer.text, candidates.get(one.target, {}), one.target in numbers),
+                said=extract_answer(answer.text, candidates.get(prediction.target, {}), prediction.target in numbers),
             )
-            for one, answer in zip(found, answers, strict=True)
+            for prediction, answer in zip(predictions, answers, strict=True)
         ]
 
     def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
-        """Volumes as items of a turn, each with its modality.
+        """Make the items of a turn from volumes and their modalities.
 
         Raises:
-            UserError: a file that is not there, an unknown modality, or one that neither name nor axes of a file tell.
+            UserError: a file does not exist; a modality is unknown, or does not follow from the name or axes of a file.
         """
         paths = [volumes] if isinstance(volumes, str | Path) else list(volumes)
         names = [modality] * len(paths) if modality is None or isinstance(modality, str) else list(modality)
@@ -229,29 +209,45 @@ class Umbrella:
         items = []
         for path, name in zip(paths, names, strict=True):
             file = volume_file(path)
-            name = self._modality_of(file) if name is None else self._check_modality(name)
+            name = self._find_modality(file) if name is None else self._check_modality(name)
             items.append(ImageItem(type="image", modality=name, image_path=file))
         return items
 
     @torch.no_grad()
     def log_likelihoods(self, batch: Batch) -> list[float]:
-        """Of the supervised tokens of each row of a batch together, in nats."""
+        """The log likelihood of the supervised tokens of each row of a batch, in nats."""
         with self._autocast():
             nll = self.model(**batch.to(self.model.device).model_inputs()).token_nll
         return (-nll.double().sum(1)).tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all of the model, with tokenizer and settings: it stands on no base, and ``from_checkpoint`` reads it.
+        """Write the complete model with tokenizer and settings, which ``from_checkpoint`` loads without a base model.
 
-        Weights have the dtype that they have here.
+        Weights keep their dtype.
         """
         self.model.save_pretrained(folder)
         self.renderer.tokenizer.save_pretrained(folder)
         (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
 
-    def _modality_of(self, path: str) -> str:
-        if told := modality_by_suffix(path):
-            return self._check_modality(told)
+    def _generate(
+        self, conversations: Sequence[Conversation], max_new_tokens: int, batch_size: int, **options: Any
+    ) -> list[Generated]:
+        prompts = []
+        for conversation in conversations:
+            self._check_volumes(conversation)
+            prompts.append(self.renderer.prompt(conversation))
+        answers: list[Generated] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            with self._autocast():
+                answers += generate(
+                    self.model, batch, self.renderer, self.collate, self.model.device, max_new_tokens, **options
+                )
+        return answers
+
+    def _find_modality(self, path: str) -> str:
+        if name := modality_by_suffix(path):
+            return self._check_modality(name)
         if len(self.modalities) == 1:
             return next(iter(self.modalities))
         axes = count_axes(path)
@@ -276,11 +272,42 @@ class Umbrella:
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
 
+class Chat:
+    """A chat session: each question is asked with all previous turns."""
+
+    def __init__(self, model: Umbrella, system: str = "") -> None:
+        self.turns = [Turn(role="system", content=(TextItem(type="text", text=system),))] if system else []
+        """The previous turns."""
+        self._model = model
+
+    def ask(
+        self,
+        question: str,
+        volumes: Paths = (),
+        modality: Modalities = None,
+        max_new_tokens: int | None = None,
+        **options: Any,
+    ) -> str:
+        """Answer a question. Volumes precede the question. A question that fails is not added to the turns.
+
+        Raises:
+            UserError: as ``Umbrella.answer`` and ``Umbrella.items``.
+        """
+        turns = [*self.turns, _user_turn(self._model.items(volumes, modality), question)]
+        conversation = _make_conversation([*turns, _assistant_turn("")])
+        (answer,) = self._model.answer([conversation], max_new_tokens, **options)
+        self.turns = [*turns, _assistant_turn(answer)]
+        return answer
+
+
 def load_checkpoint_settings(folder: Path, dtype: str | None) -> Settings:
-    """The settings that a checkpoint was trained with, with its model and the modalities that it was trained on.
+    """Load the settings that a checkpoint was trained with; model and modalities are those of the checkpoint.
+
+    Args:
+        dtype: replaces ``model.dtype``; None: that of the training.
 
     Raises:
-        UserError: no checkpoint of UMBRELLA, or one of a version that is too old.
+        UserError: the folder is no checkpoint of UMBRELLA, or one of a version that is too old.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: {' and '.join(DTYPES)} work")
@@ -308,55 +335,15 @@ def load_checkpoint_settings(folder: Path, dtype: str | None) -> Settings:
     return trained.model_copy(update=changes | {"modalities": config.known_modalities})
 
 
-def _on_device(model: UmbrellaForConditionalGeneration, device: str | torch.device | None) -> torch.device:
-    try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.to(where)
-    except (RuntimeError, AssertionError) as error:  # no such device, no CUDA in this torch, not enough memory
-        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from None
-    return where
-
-
-class Chat:
-    """A conversation that goes on: each question is asked with all that was said before."""
-
-    def __init__(self, model: Umbrella, system: str = "") -> None:
-        self.turns = [Turn(role="system", content=(TextItem(type="text", text=system),))] if system else []
-        """What was said so far."""
-        self._model = model
-
-    def ask(
-        self,
-        question: str,
-        volumes: Paths = (),
-        modality: Modalities = None,
-        max_new_tokens: int | None = None,
-        **options: Any,
-    ) -> str:
-        """The answer's text. Volumes, if any, stand before the question; a question that fails was not asked.
-
-        Raises:
-            UserError: as ``Umbrella.answer`` and ``Umbrella.items``.
-        """
-        turns = [*self.turns, user_turn(self._model.items(volumes, modality), question)]
-        asked = as_conversation([*turns, assistant_turn("")])
-        (answer,) = self._model.answer([asked], max_new_tokens, **options)
-        self.turns = [*turns, assistant_turn(answer)]
-        return answer
-
-
-def user_turn(volumes: Sequence[ImageItem], question: str) -> Turn:
-    """Volumes, and then a question about them."""
+def _user_turn(volumes: Sequence[ImageItem], question: str) -> Turn:
     return Turn(role="user", content=(*volumes, TextItem(type="text", text=question)))
 
 
-def assistant_turn(text: str) -> Turn:
-    """An answer."""
+def _assistant_turn(text: str) -> Turn:
     return Turn(role="assistant", content=(TextItem(type="text", text=text),))
 
 
-def as_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
-    """Turns as a sample without a name."""
+def _make_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
     volumes = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
     images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in volumes)
     sample = {"task_id": "question", "task_type": "question", "conversations": tuple(turns), "images": images}
