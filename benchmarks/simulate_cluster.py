@@ -57,7 +57,7 @@ class Worker:
     """One of the workers of a training, without a model."""
 
     def __init__(self, rank: int, table: pa.Table, folder: str, stretch: int) -> None:
-        pipeline.ROWS_PER_STRETCH = stretch
+        pipeline.ROWS_PER_CHUNK = stretch
         self.rank, self.table = rank, table
         self.collate = Collator(Renderer(byte_tokenizer(), MODALITIES), VolumeStore(folder, MODALITIES, 10_000))
         lengths = np.random.default_rng(0).integers(16, 512, table.num_rows).astype(np.int32)
@@ -135,7 +135,7 @@ def main(*words: str) -> None:
     print(f"{WORKERS} workers, batches of {BATCH_SIZE}, {EPOCHS} epochs, {BATCHES} batches a reading")
     print("conversations  table MiB   order, s  1st batch, s  batch, ms  worker, MiB  in store, MiB")
     for size in sizes:
-        print(measure(size, 2**62 if at_once else pipeline.ROWS_PER_STRETCH), flush=True)
+        print(measure(size, 2**62 if at_once else pipeline.ROWS_PER_CHUNK), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main(args: Arguments) -> None:
     """Print one conversation and draw its volumes."""
     from umbrella.cohort_report.conversation import draw_volumes, find, summary, turns
     from umbrella.data.ingest import open_store
-    from umbrella.data.mask_audit import pieces
+    from umbrella.data.mask_audit import split_by_weight
     from umbrella.data.rendering import load_renderer
     from umbrella.data.splits import read_splits
     from umbrella.paths import picture_file
@@ -43,7 +43,7 @@ def main(args: Arguments) -> None:
         raise UserError(f"{conversation.task_id}: {error}") from None
 
     console.print(f"{conversation.task_id} ({conversation.task_type}), {split}\n", markup=False, highlight=False)
-    found = pieces(example, settings.mask, renderer.tokenizer)
+    found = split_by_weight(example, settings.mask, renderer.tokenizer)
     console.print(turns(found, colours=console.color_system is not None), highlight=False, soft_wrap=True)
     console.print(summary(example, settings.mask), highlight=False)
     if not args.dry_run and conversation.volumes:

@@ -77,7 +77,7 @@ def test_sigterm_is_not_rays_and_ends_a_script_with_status_143(ray_session: Any)
 def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(
     ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "ROWS_PER_STRETCH", 18)
+    monkeypatch.setattr(pipeline, "ROWS_PER_CHUNK", 18)
     plan = Plan(size=30, seed=1, epochs=2, workers=2, batch_size=3, accumulate=1)
 
     def slow(rows: Any) -> list[int]:

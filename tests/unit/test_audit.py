@@ -9,7 +9,15 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import audit, audit_html, is_weighted, pick, pieces, shown, visible
+from umbrella.data.mask_audit import (
+    audit,
+    audit_html,
+    format_number,
+    is_weighted,
+    select_examples,
+    show_invisible,
+    split_by_weight,
+)
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -87,7 +95,7 @@ def test_a_policy_that_supervises_nothing_is_refused(tokenizer: Any, talk: Talk)
 
 def test_a_piece_ends_where_the_weight_changes(example: Example, tokenizer: Any) -> None:
     policy = MaskPolicy(supervise="all", turn_header=True, end_of_turn=False, normalize="turn")
-    first = [(p.text, p.tokens, round(p.weight, 4)) for p in pieces(example, policy, tokenizer) if p.turn == 0]
+    first = [(p.text, p.tokens, round(p.weight, 4)) for p in split_by_weight(example, policy, tokenizer) if p.turn == 0]
     assert first == [
         ("<|im_start|>", 1, 0),
         ("user\n", 5, 0.125),
@@ -101,7 +109,7 @@ def test_a_piece_ends_where_the_weight_changes(example: Example, tokenizer: Any)
 def test_the_texts_of_the_pieces_are_those_of_the_tokens_wherever_they_stand(tokenizer: Any, talk: Talk) -> None:
     texts = [f"é{i} 👩‍⚕️" for i in range(20)]
     long = Renderer(tokenizer, {}).render(talk(*(("user" if i % 2 else "assistant", t) for i, t in enumerate(texts))))
-    found = pieces(long, MaskPolicy(), tokenizer)
+    found = split_by_weight(long, MaskPolicy(), tokenizer)
     assert [piece.text for piece in found if piece.kind == "text"] == texts
     assert "".join(piece.text for piece in found) == tokenizer.decode(long.input_ids)
 
@@ -113,7 +121,7 @@ def test_the_samples_of_the_page_are_of_every_task_and_evenly_drawn(tokenizer: A
         return [render(talk(("user", ""), ("assistant", ""), task_id=str(i), task_type=k)) for i, k in enumerate(kinds)]
 
     def picked(*kinds: str, count: int = 6) -> list[int]:
-        return [int(example.conversation.task_id) for example in pick(split(*kinds), count)]
+        return [int(example.conversation.task_id) for example in select_examples(split(*kinds), count)]
 
     assert picked(*["T1"] * 12) == [0, 2, 4, 6, 8, 10]
     assert picked(*["T1"] * 8, "T3", "T2") == [0, 2, 4, 6, 9, 8]
@@ -200,7 +208,7 @@ def test_what_is_hidden_of_a_conversation_leaves_the_pages_own_words_and_numbers
         [hostile],
         policy,
         tokenizer,
-        hide=lambda text, subjects: re.sub("[a-z0-9]", "*", text),
+        redact=lambda text, subjects: re.sub("[a-z0-9]", "*", text),
     )
     plain = audit_html(audit([hostile], policy), [hostile], policy, tokenizer)
     assert page.split("<h2>Samples")[0] == plain.split("<h2>Samples")[0]
@@ -283,7 +291,7 @@ def test_the_table_of_the_page_has_weights_only_where_they_are_not_1(example: Ex
 
 
 def test_invisible_characters_and_numbers_as_they_are_shown() -> None:
-    assert visible("a\tb\nc\u00a0\ud800é") == "a\\tb↵\nc\\xa0\\ud800é"
-    assert [shown(n) for n in (0, 3, 1 / 3, 2 / 3 + 1 / 3, 1234567, 12.50001)] == [
+    assert show_invisible("a\tb\nc\u00a0\ud800é") == "a\\tb↵\nc\\xa0\\ud800é"
+    assert [format_number(n) for n in (0, 3, 1 / 3, 2 / 3 + 1 / 3, 1234567, 12.50001)] == [
         "0", "3", "0.3333", "1", "1234567", "12.5",
     ]  # fmt: skip

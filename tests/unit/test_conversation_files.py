@@ -336,7 +336,7 @@ def test_a_sample_that_is_there_twice_is_a_problem_that_names_the_other_place(tm
 def test_no_sample_is_read_with_an_image_whose_file_or_modality_could_not_be_told(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "<image>Sex?"}, {"role": "assistant", "content": None}]
     unequal = {"id": "c", "images": ["a.nii"] * 2, "modality": "sMRI", "messages": talk}
-    [line] = problems(write(tmp_path / "c.jsonl", unequal), questions=True)
+    [line] = problems(write(tmp_path / "c.jsonl", unequal), allow_unanswered=True)
     assert ": images: the number of files is 2, that of image items and `<image>` placeholders is 1;" in line
     written = sample()
     written["conversations"][0]["content"][1]["modality"] = written["images"][0]["modality"] = "(unknown)"
@@ -384,12 +384,12 @@ def test_the_last_answer_of_a_sample_with_a_label_may_be_blank_where_that_is_ask
     raw["messages" if format == "chat" else "conversations"] = turns
     labelled = raw | {"metadata": {"subject_label": "male"}}
     file = write(tmp_path / "c.jsonl", labelled)
-    [conversation] = read_conversations(file, blank_answers=True).conversations
+    [conversation] = read_conversations(file, allow_blank_answers=True).conversations
     assert not conversation.is_answered
     assert conversation.with_answer("male.").answer == "male."
     assert [p.split(": ")[-1] for p in problems(file)] == ["is empty; write a text, or leave the turn out"]
     unlabelled = write(tmp_path / "u.jsonl", raw | {"metadata": {}})
-    assert len(problems(unlabelled, blank_answers=True)) == 1
+    assert len(problems(unlabelled, allow_blank_answers=True)) == 1
 
 
 def test_turns_in_a_row_are_allowed_and_noted_once(tmp_path: Path) -> None:
@@ -717,7 +717,11 @@ def test_whatever_is_in_a_file_it_is_read_or_told_what_is_wrong_with_it(tmp_path
             data = gzip.compress(data)[: draw.choice([None, None, -3, 20])]
         file.write_bytes(data)
         reading = read_conversations(
-            file, None, {"D:/": "."}, modalities=["sMRI"], **{draw.choice(["questions", "blank_answers"]): True}
+            file,
+            None,
+            {"D:/": "."},
+            modalities=["sMRI"],
+            **{draw.choice(["allow_unanswered", "allow_blank_answers"]): True},
         )
         assert reading.conversations or reading.problems
         assert all(line.isprintable() and len(line) < 2000 for line in map(str, reading.problems))

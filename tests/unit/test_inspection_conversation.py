@@ -16,7 +16,7 @@ from rich.console import Console
 from umbrella.base import UserError
 from umbrella.cohort_report.conversation import caption, draw_volumes, find, summary, turns
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import pieces
+from umbrella.data.mask_audit import split_by_weight
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -61,7 +61,7 @@ SUPERVISED = {
 def test_exactly_what_the_loss_sees_stands_in_the_brackets(example: Example, tokenizer: Any, choice: Any) -> None:
     policy = MaskPolicy(supervise=choice[0], end_of_turn=choice[1], turn_header=choice[2])
     out = io.StringIO()
-    view = turns(pieces(example, policy, tokenizer), colours=False)
+    view = turns(split_by_weight(example, policy, tokenizer), colours=False)
     Console(file=out, width=20, color_system=None).print(view, soft_wrap=True)
     body = out.getvalue().partition("\n")[2]
     marked = [text.replace("↵\n", "\n").replace("↵", "\n") for text in re.findall("⟦(.*?)⟧", body, re.DOTALL)]
@@ -72,7 +72,7 @@ def test_with_colours_the_same_text_is_marked_by_style_and_brackets_are_not_need
     example: Example, tokenizer: Any
 ) -> None:
     policy = MaskPolicy(supervise="last_assistant")
-    view = turns(pieces(example, policy, tokenizer), colours=True)
+    view = turns(split_by_weight(example, policy, tokenizer), colours=True)
     assert "⟦" not in view.plain
     marked = [view.plain[s.start : s.end] for s in view.spans if "green" in str(s.style)]
     assert "".join(marked) == "supervised" + "63.5<|im_end|>↵"
@@ -80,7 +80,7 @@ def test_with_colours_the_same_text_is_marked_by_style_and_brackets_are_not_need
 
 def test_the_pieces_are_all_tokens_once_and_in_order(example: Example, tokenizer: Any) -> None:
     policy = MaskPolicy(supervise="all", turn_header=True)
-    found = pieces(example, policy, tokenizer)
+    found = split_by_weight(example, policy, tokenizer)
     assert sum(piece.tokens for piece in found) == len(example.input_ids)
     assert sum(piece.tokens for piece in found if piece.supervised) == np.count_nonzero(loss_weights(example, policy))
     image = next(piece for piece in found if piece.kind == "image")
@@ -90,7 +90,7 @@ def test_the_pieces_are_all_tokens_once_and_in_order(example: Example, tokenizer
 
 
 def test_each_volume_stands_at_its_own_placeholders(examples: dict[str, Example], tokenizer: Any) -> None:
-    shown = [p.text for p in pieces(examples["three"], MaskPolicy(), tokenizer) if p.kind == "image"]
+    shown = [p.text for p in split_by_weight(examples["three"], MaskPolicy(), tokenizer) if p.kind == "image"]
     assert shown == [
         "<image: 2 tokens, sMRI, s2.nii>",
         "<image: 1 tokens, dMRI, d.nii>",
@@ -115,7 +115,7 @@ def test_weights_are_told_where_they_are_not_1(example: Example, tokenizer: Any)
     policy = MaskPolicy(normalize="turn", task_weights={"T1": 3})  # 7 tokens of text and end ("é" is two), then 6
     out = io.StringIO()
     console = Console(file=out, width=200)
-    console.print(turns(pieces(example, policy, tokenizer), colours=False))
+    console.print(turns(split_by_weight(example, policy, tokenizer), colours=False))
     console.print(summary(example, policy))
     heads = [line for line in out.getvalue().splitlines() if line.startswith("turn ")]
     assert heads == [
@@ -128,7 +128,7 @@ def test_weights_are_told_where_they_are_not_1(example: Example, tokenizer: Any)
     assert "role part tokens supervised weight" in printed
     assert "assistant end 4 4 1.8571 assistant header 22 0 0 assistant text 9 9 4.1429" in printed
     assert f"all {len(example.input_ids)} 13 6 " in printed
-    plain = turns(pieces(example, MaskPolicy(), tokenizer), colours=False)
+    plain = turns(split_by_weight(example, MaskPolicy(), tokenizer), colours=False)
     assert "per target" not in plain.plain
 
 

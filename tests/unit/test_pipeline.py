@@ -142,7 +142,7 @@ def test_stretches_are_whole_steps_and_one_after_the_other_the_whole(
     start = data.draw(st.integers(0, plan.steps - 1)) * plan.per_step
     of_a_step = plan.batch_size * plan.accumulate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ROWS_PER_STRETCH", stretch)
+        patch.setattr(pipeline, "ROWS_PER_CHUNK", stretch)
         for rank in range(plan.workers):
             rows = list(plan.rows(rank, start))
             positions = np.concatenate([part["position"] for part in rows])
@@ -211,7 +211,7 @@ def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_worke
     lengths: list, workers: int, batch_size: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ROWS_PER_STRETCH", 6)
+        patch.setattr(pipeline, "ROWS_PER_CHUNK", 6)
         opened = [evaluation_rows(np.array(lengths), rank, workers, batch_size) for rank in range(workers)]
     assert all(len(part["sample"]) % batch_size == 0 for parts in opened for part in parts[:-1])
     shares = [np.concatenate([part["sample"] for part in parts] or [np.empty(0, int)]) for parts in opened]

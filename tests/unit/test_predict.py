@@ -117,7 +117,7 @@ def test_questions_may_lack_their_answer_where_they_are_asked_and_nowhere_else(
         }.items():
             turns = [{"role": role, "content": text} for role, text in turns]
             more.write(json.dumps({"task_id": name, "task_type": "T1", "conversations": turns}) + "\n")
-    reading = read_conversations(file, questions=True)
+    reading = read_conversations(file, allow_unanswered=True)
     assert [c.task_id for c in reading.conversations] == ["two", "none", "three", "blank"]
     assert [c.answer for c in reading.conversations] == ["", "", "", " "]
     assert [c.conversations[:-1] for c in reading.conversations[:3]] == [c.conversations[:-1] for c in said]

@@ -232,7 +232,7 @@ def test_a_reference_may_be_in_several_splits_and_is_counted(tmp_path: Path, cap
     splits = load_splits(settings.with_values({"evaluate.at_end": True}), plain)
     assert [c.subject_id for c in splits.train] == ["sub-a", "b"]
     assert splits.validation[0].subjects == {"sub-r", "sub-C"}
-    assert [v.image_path for v in splits.train[1].asked_volumes] == [str(tmp_path / "b.nii")]
+    assert [v.image_path for v in splits.train[1].subject_volumes] == [str(tmp_path / "b.nii")]
     said = capsys.readouterr().err
     for note in (
         "1 volume in several splits, in each as a reference only",
@@ -593,7 +593,7 @@ def test_volumes_are_decoded_by_several_processes_with_the_same_outcome(
 ) -> None:
     from umbrella.data import ingest
 
-    monkeypatch.setattr(ingest, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(ingest, "MIN_PARALLEL_BYTES", 0)
     (folder / "a_sMRI.nii").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"a_sMRI\.nii: cannot be read as an image.* \(and 1 more conversation\)$"):
         load_splits(settings_of(folder, processes=2), plain)

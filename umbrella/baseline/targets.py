@@ -128,9 +128,9 @@ def find_targets(conversations: Iterable[Conversation]) -> list[str]:
 def find_volume(conversation: Conversation, modality: str) -> str | None:
     """Return the path of the volume that the label describes, or None if the modality has none.
 
-    This is the last volume of the modality in ``Conversation.asked_volumes``.
+    This is the last volume of the modality in ``Conversation.subject_volumes``.
     """
-    paths = [volume.image_path for volume in conversation.asked_volumes if volume.modality == modality]
+    paths = [volume.image_path for volume in conversation.subject_volumes if volume.modality == modality]
     return paths[-1] if paths else None
 
 

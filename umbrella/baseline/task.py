@@ -15,7 +15,7 @@ from torch.nn import functional
 from umbrella.baseline.job import BaselineJob, EvaluationSample
 from umbrella.baseline.targets import BinEncoding, Sample
 from umbrella.data.ingest import open_store
-from umbrella.data.mask_audit import Hide
+from umbrella.data.mask_audit import Redact
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Answer, Prediction, mean_number, write_predictions
@@ -179,7 +179,7 @@ class BaselineTask(Task):
         """See ``Task.load_weights``."""
         self.net.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True, map_location=self.device))
 
-    def summary(self, hide: Hide) -> Summary:
+    def summary(self, redact: Redact) -> Summary:
         """See ``Task.summary``."""
         size = sum(weight.numel() for weight in self.net.parameters())
         text = f"SFCN, {size} parameters, {self.net.blocks} blocks, for {self.job.target}"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from umbrella.base import UserError, printable
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import Piece, audit, is_weighted, shown, visible
+from umbrella.data.mask_audit import WeightedText, audit, format_number, is_weighted, show_invisible
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -47,7 +47,7 @@ def find(
     return by_name[task_id]
 
 
-def turns(found: Sequence[Piece], colours: bool) -> Text:
+def turns(found: Sequence[WeightedText], colours: bool) -> Text:
     """The turns one below the other. Line breaks are shown as ↵ too, and other invisible characters by their code.
 
     Args:
@@ -65,7 +65,7 @@ def turns(found: Sequence[Piece], colours: bool) -> Text:
             opening, closing = (OPEN, CLOSE) if supervised and not colours else ("", "")
             view.append(opening)
             for piece in alike:
-                view.append(visible(piece.text), mark if supervised else STYLES[piece.kind])
+                view.append(show_invisible(piece.text), mark if supervised else STYLES[piece.kind])
             if view.plain.endswith("\n"):  # the bracket belongs to the line that it closes
                 view.right_crop(1)
                 closing += "\n"
@@ -88,9 +88,9 @@ def summary(example: Example, policy: MaskPolicy) -> Group:
     for name in numbers:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(str(row["role"]), str(row["kind"]), *(shown(row[name]) for name in numbers))
+        table.add_row(str(row["role"]), str(row["kind"]), *(format_number(row[name]) for name in numbers))
     table.add_section()
-    table.add_row("all", "", *(shown(sum(row[name] for row in rows)) for name in numbers))
+    table.add_row("all", "", *(format_number(sum(row[name] for row in rows)) for name in numbers))
     c = example.conversation
     truth = f"{c.target} = {c.label}" if c.label is not None else "none"
     lines = {

@@ -109,8 +109,8 @@ def read_conversations(
     format: str = "auto",
     modalities: Collection[str] | None = None,
     check_files: bool = True,
-    questions: bool = False,
-    blank_answers: bool = False,
+    allow_unanswered: bool = False,
+    allow_blank_answers: bool = False,
 ) -> Reading:
     """Read every conversation of some files; problems are collected, not raised. Volume paths become absolute.
 
@@ -121,8 +121,9 @@ def read_conversations(
         format: that of every sample, one of ``FORMATS``, or "auto" to tell each by its keys.
         modalities: the modality names that the settings know; None accepts all.
         check_files: look whether each volume file exists.
-        questions: a sample may end with a user turn, or with a blank assistant turn; it gets a blank one.
-        blank_answers: the last answer of a sample with a label may be blank.
+        allow_unanswered: a sample may end with a user turn, to which a blank assistant turn is added, or with a blank
+            assistant turn.
+        allow_blank_answers: the last answer of a sample with a label may be blank.
 
     Samples that share a task_id and differ otherwise are numbered in the order of the files: ``id``, ``id#2``, ...
 
@@ -136,7 +137,7 @@ def read_conversations(
         what = f"{show(format)} is not known; use auto, {', '.join(FORMATS)}"
         reading.problems.append(Problem(named, "format", what))
         return reading
-    checker = Checker(format, modalities, check_files, questions, blank_answers)
+    checker = Checker(format, modalities, check_files, allow_unanswered, allow_blank_answers)
     first: dict[bytes, tuple[Path, str]] = {}
     used: Counter[str] = Counter()
     noted: dict[str, list[str]] = {}

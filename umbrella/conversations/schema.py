@@ -152,7 +152,7 @@ class Conversation(_Part):
         return {self.subject_id, *(other for other in (self.reference_id, *others) if other is not None)}
 
     @property
-    def asked_volumes(self) -> list[ImageItem]:
+    def subject_volumes(self) -> list[ImageItem]:
         """The volumes that the last answer is about: all of them, unless a reference is shown too.
 
         Then they are those whose path names the subject. Without such a path they are the volumes of the last turn
@@ -230,7 +230,7 @@ def entity(path: str) -> str | None:
     return found[-1] if found else None
 
 
-def usual_answers(conversations: Iterable[Conversation]) -> dict[str, dict[str | float, str]]:
+def most_frequent_answers(conversations: Iterable[Conversation]) -> dict[str, dict[str | float, str]]:
     """Target to label to the text that most often answers it; of texts that are equally frequent, the first."""
     answers: dict[str, dict[str | float, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for conversation in conversations:

@@ -61,14 +61,14 @@ class Checker:
         format: that of every sample, or "auto".
         modalities: the names that are known; None accepts all.
         check_files: look whether each volume file exists.
-        questions, blank_answers: as in ``read_conversations``.
+        allow_unanswered, allow_blank_answers: see ``read_conversations``.
     """
 
     format: str
     modalities: Collection[str] | None
     check_files: bool
-    questions: bool = False
-    blank_answers: bool = False
+    allow_unanswered: bool = False
+    allow_blank_answers: bool = False
     _faults: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def check(self, raw: Any, rewrite: PathRewriter) -> tuple[Conversation | None, Problems]:
@@ -84,8 +84,8 @@ class Checker:
                 what = f"has {parts} turns and items of turns, and a sample may have {MAX_PARTS}; split it"
                 return None, [("sample", what)]
             added = len(turns) - len(written) if isinstance(turns, list) and isinstance(written, list) else 0
-            blank = self.questions or (self.blank_answers and _has_label(sample))
-            if self.questions:
+            blank = self.allow_unanswered or (self.allow_blank_answers and _has_label(sample))
+            if self.allow_unanswered:
                 _leave_open(sample)
             conversation = Conversation.model_validate(sample).with_paths(rewrite)
         except FormatError as error:
@@ -94,7 +94,7 @@ class Checker:
             problems += [(field_in_file(name, kind, added), what) for name, what in explain(error)]
         except (RecursionError, ValueError):  # the latter from with_paths
             return None, [("sample", DEEP)]
-        found = [*_blank_turns(sample, blank), *(() if self.questions else _unasked_or_unanswered(sample))]
+        found = [*_blank_turns(sample, blank), *(() if self.allow_unanswered else _unasked_or_unanswered(sample))]
         problems += [(field_in_file(name, kind, added), what) for name, what in found]
         for item in image_items(sample):
             problems += self._check_volume(item, rewrite)

@@ -1,4 +1,4 @@
-"""From what was read to what is used: every volume tried, bad samples refused or quarantined, the data named."""
+"""Preparation of the data of a run: volumes decoded, conversations rendered, bad samples refused or quarantined."""
 
 import hashlib
 import json
@@ -27,40 +27,40 @@ from umbrella.volumes.store_files import write_atomic
 if TYPE_CHECKING:
     from umbrella.config import Settings
 
-WORTH_PROCESSES = 2**26
-"""Bytes of volumes to decode from which on it pays to start processes for them."""
+MIN_PARALLEL_BYTES = 2**26
+"""Size of the volumes above which decoding uses several processes."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Conversations to train on, conversations that choose the best trial, and those kept for the end."""
+    """The checked conversations of a run."""
 
     train: list[Conversation]
     validation: list[Conversation]
     test: list[Conversation] = field(default_factory=list)
     quarantined: int = 0
-    """Samples that were left out because they cannot be used."""
+    """Number of bad samples that are left out."""
     quarantine: Path | None = None
-    """The JSON Lines file that lists them."""
+    """JSON Lines file that lists the bad samples."""
     lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Split to its conversations' ``Example.bucket_length``, (size,) each."""
+    """``Example.bucket_length`` of the conversations of each split: (size,), int32."""
     longest_answer: int = 0
-    """Tokens of the longest assistant turn of the training split, see ``Example.longest_answer``."""
+    """Number of tokens of the longest assistant turn in the training split."""
 
     @property
-    def left_out(self) -> str:
-        """How many samples cannot be used, and where they are listed; empty if all can."""
+    def quarantine_note(self) -> str:
+        """The number of bad samples and the file that lists them; "" if there are none."""
         see = f", see {self.quarantine}" if self.quarantine else ""
         return f"{pluralise(self.quarantined, 'sample')} cannot be used{see}" if self.quarantined else ""
 
     @property
     def fingerprint(self) -> str:
-        """Names the data: a hash of every conversation and of each volume's file name and size, not of its folder."""
+        """Hash of the training and validation data; see ``fingerprint``."""
         return fingerprint({"train": self.train, "validation": self.validation})
 
 
 def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
-    """As ``Splits.fingerprint``, of any splits."""
+    """Return a hash of all conversations and of the file name and size, not the folder, of each volume."""
     digest = hashlib.sha256()
     for split, conversations in splits.items():
         for conversation in conversations:
@@ -82,27 +82,29 @@ def load_splits(
     shapes: Sequence["Settings"] | None = None,
     dry_run: bool = False,
 ) -> Splits:
-    """The data of a run, all of it checked: conversations read, every volume decoded into the store.
+    """Load and check the data of a run: read conversations, decode every volume into the store, render every sample.
 
-    What a training asks at its end (``evaluate.at_end``) is checked before its start.
+    The split of the final evaluation (``evaluate.at_end``) is included.
 
     Args:
-        masks: every mask policy that the run trains with; the settings' own when None.
-        shapes: settings with every set of modalities, and every tokenizer, that the run trains with; the settings
-            themselves when None. A sample that cannot be used with one of them is used with none.
-        dry_run: check everything but the volumes, and write nothing.
+        settings: all settings.
+        progress: progress bar for slow steps.
+        masks: all mask policies of the run; the policy of ``settings`` if None.
+        shapes: settings with all sets of modalities and all tokenizers of the run; ``settings`` if None. A sample is
+            used only if it is usable with all of them.
+        dry_run: do not decode volumes, and write nothing.
 
     Raises:
-        UserError: every problem found, one line each; see ``read_splits`` and ``apply_bad_sample_policy``.
+        UserError: the data has problems, one line each; see ``read_splits`` and ``apply_bad_sample_policy``.
     """
-    asked = {settings.evaluate.split} if settings.evaluate.at_end else set()
-    names = [name for name in SPLITS if name in {"train", "validation"} | asked]
+    final = {settings.evaluate.split} if settings.evaluate.at_end else set()
+    names = [name for name in SPLITS if name in {"train", "validation"} | final]
     raw = read_splits(settings, progress, names, dry_run=dry_run)
     splits = check_splits(raw, settings, progress, masks, shapes, dry_run)
     for line in raw.notices:
         note(line)
-    if splits.left_out:
-        note(splits.left_out)
+    if splits.quarantine_note:
+        note(splits.quarantine_note)
     return splits
 
 
@@ -117,12 +119,13 @@ def check_splits(
     """Decode every volume, render every conversation, then apply ``data.on_bad`` to the bad samples.
 
     Args:
-        masks, shapes, dry_run: as in ``load_splits``.
+        raw: splits; changed in place.
+        settings, progress, masks, shapes, dry_run: see ``load_splits``.
 
     Raises:
-        UserError: as ``apply_bad_sample_policy`` and ``check_nodes``.
+        UserError: see ``apply_bad_sample_policy`` and ``check_nodes``.
     """
-    # With bad conversations and on_bad=fail the run is over: better said now than after an hour of decoding.
+    # Report bad conversations before the volumes are decoded, which may take an hour.
     apply_bad_sample_policy(raw, settings, write=False)
     if not dry_run:
         check_volumes(raw, settings, progress, shapes)
@@ -133,18 +136,18 @@ def check_splits(
 
 
 def open_store(settings: "Settings") -> VolumeStore:
-    """The volume store of the settings; with a folder of this node's in front of it, where there is to be one."""
+    """Open the volume store. With ``resources.node_store`` or an object store, a local folder caches the shared one."""
     resources = settings.resources
-    own = volumes_folder(resources.storage)
-    # Arrays are read as they lie: of an object store there have to be copies.
-    front = resources.node_store or (str(own) if is_remote(resources.store) else "")
-    behind = FileStorage(resources.store or str(own)) if front else None
-    folder = Path(front).absolute() if front else local_path(resources.store) if resources.store else own
-    return VolumeStore(folder, settings.modalities, settings.data.max_voxels, behind)
+    default = volumes_folder(resources.storage)
+    # Arrays are memory-mapped, so those of an object store need local copies.
+    local = resources.node_store or (str(default) if is_remote(resources.store) else "")
+    shared = FileStorage(resources.store or str(default)) if local else None
+    folder = Path(local).absolute() if local else local_path(resources.store) if resources.store else default
+    return VolumeStore(folder, settings.modalities, settings.data.max_voxels, shared)
 
 
 def shared_folders(settings: "Settings") -> dict[str, Path]:
-    """The folders that every node must see, by their settings."""
+    """Return the folders that all nodes must share, by setting."""
     resources = settings.resources
     folders = {"resources.storage": Path(resources.storage).absolute()}
     if resources.store and not is_remote(resources.store):
@@ -152,8 +155,8 @@ def shared_folders(settings: "Settings") -> dict[str, Path]:
     return folders
 
 
-def _some_volumes(raw: RawSplits) -> list[Path]:
-    """The first and the last volume of each split: enough to see whether a node has what they lie on."""
+def _sample_volumes(raw: RawSplits) -> list[Path]:
+    """Return the first and last volume of each split, to check that every node can read them."""
     splits = [[v.image_path for c in conversations for v in c.volumes] for conversations in raw.splits.values()]
     return [Path(path).absolute() for paths in splits for path in sorted({*paths[:1], *paths[-1:]})]
 
@@ -161,55 +164,48 @@ def _some_volumes(raw: RawSplits) -> list[Path]:
 def check_volumes(
     raw: RawSplits, settings: "Settings", progress: ProgressBar, shapes: Sequence["Settings"] | None = None
 ) -> None:
-    """Bring every volume into the store; conversations about a volume that cannot be used are set aside.
+    """Decode every volume into the store, and exclude conversations with a volume that cannot be decoded.
 
-    What is unusual in the headers of the others becomes a notice of the raw, one for each kind with a count.
-    The nodes of a cluster that this process has joined do so, after each was asked whether it sees what it needs.
+    Unusual headers become notices, one for each kind with a count. On a cluster, all nodes decode.
 
     Args:
-        shapes: as in ``load_splits``.
+        raw: splits; changed in place.
+        settings, progress, shapes: see ``load_splits``.
 
     Raises:
-        UserError: as ``check_nodes``; the store cannot be written.
+        UserError: the store cannot be written; see also ``check_nodes``.
     """
-    open_store(settings)  # it makes its folder
-    check_nodes(shared_folders(settings), _some_volumes(raw))
+    open_store(settings)  # creates the folder
+    check_nodes(shared_folders(settings), _sample_volumes(raw))
     for shape in {str(shape.modalities): shape for shape in shapes or [settings]}.values():
         store = open_store(shape)
         _fill_store(raw, store, settings.data.processes, progress)
-    noted: dict[str, list[str]] = {}
+    paths_of: dict[str, list[str]] = {}
     for path in sorted({v.image_path for cs in raw.splits.values() for c in cs for v in c.volumes}):
-        for words in store.notes(path):
-            noted.setdefault(words, []).append(path)
-    raw.notices += [f"{pluralise(len(paths), 'volume')}, first {paths[0]}: {words}" for words, paths in noted.items()]
+        for text in store.notes(path):
+            paths_of.setdefault(text, []).append(path)
+    raw.notices += [f"{pluralise(len(paths), 'volume')}, first {paths[0]}: {text}" for text, paths in paths_of.items()]
 
 
 def _fill_store(raw: RawSplits, store: VolumeStore, processes: int, progress: ProgressBar) -> None:
-    everything = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
-    new = sorted(volume for volume in everything if not _is_ready(store, *volume))
-    many = sum(map(_size, new)) > WORTH_PROCESSES
+    volumes = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
+    new = sorted(volume for volume in volumes if not _is_stored(store, *volume))
+    parallel = sum(map(_size, new)) > MIN_PARALLEL_BYTES
     try:
-        done = zip(progress(new, "decoding volumes"), decode_volumes(store, new, processes if many else 1), strict=True)
-        bad = {volume: reason for volume, reason in done if reason}
+        reasons = decode_volumes(store, new, processes if parallel else 1)
+        bad = {volume: why for volume, why in zip(progress(new, "decoding volumes"), reasons, strict=True) if why}
     except OSError as error:
-        said = str(error.strerror or error)
-        if said.startswith("resources.store="):  # see ``FileStorage``
-            raise UserError(f"{said}; is it the right address, and are its credentials set?") from None
-        raise UserError(f"{store.folder}: {said}; make room, or set resources.storage") from None
-    raw.exclude(
-        {
-            (name, c.task_id): reasons
-            for name, conversations in raw.splits.items()
-            for c in conversations
-            if (
-                reasons := [
-                    ("image_path", bad[v.image_path, v.modality])
-                    for v in c.volumes
-                    if (v.image_path, v.modality) in bad
-                ]
-            )
-        }
-    )
+        message = str(error.strerror or error)
+        if message.startswith("resources.store="):  # see ``FileStorage``
+            raise UserError(f"{message}; is it the right address, and are its credentials set?") from None
+        raise UserError(f"{store.folder}: {message}; make room, or set resources.storage") from None
+    excluded = {}
+    for name, conversations in raw.splits.items():
+        for c in conversations:
+            used = [(v.image_path, v.modality) for v in c.volumes]
+            if found := [("image_path", bad[volume]) for volume in used if volume in bad]:
+                excluded[name, c.task_id] = found
+    raw.exclude(excluded)
 
 
 def check_rendering(
@@ -219,36 +215,39 @@ def check_rendering(
     masks: Sequence[MaskPolicy] | None = None,
     shapes: Sequence["Settings"] | None = None,
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Render every conversation, and set aside what cannot be used.
+    """Render every conversation, and exclude those that are too long or cannot be rendered.
 
-    Set aside is what is too long or cannot be rendered, and in the training split what one of the masks, as in
-    ``load_splits``, leaves without a target: it would cost a place in every epoch and teach nothing.
+    Training conversations that have no supervised token under one of the mask policies are excluded too.
+
+    Args:
+        raw: splits; changed in place.
+        settings, progress, masks, shapes: see ``load_splits``.
 
     Returns:
-        ``Splits.lengths``, of the first shape, and ``Splits.longest_answer``, over all shapes.
+        ``Splits.lengths`` for the first of ``shapes``, and ``Splits.longest_answer`` over all of them.
     """
     from umbrella.data.masking import loss_weights
     from umbrella.data.rendering import load_renderer
 
-    written = {(str(s.modalities), s.model.checkpoint, s.model.chat_template): s for s in shapes or [settings]}
-    renderers = [load_renderer(shape) for shape in written.values()]
+    distinct = {(str(s.modalities), s.model.checkpoint, s.model.chat_template): s for s in shapes or [settings]}
+    renderers = [load_renderer(shape) for shape in distinct.values()]
     used = (settings.mask,) if masks is None else masks
-    # What else a policy says makes targets heavier or lighter, and no target of what is none.
+    # The other options of a policy change the weight of targets, not the set of targets.
     policies = {"train": {(mask.supervise, mask.end_of_turn, mask.turn_header): mask for mask in used}.values()}
-    everything = [(name, c) for name, conversations in raw.splits.items() for c in conversations]
+    conversations = [(name, c) for name, split in raw.splits.items() for c in split]
     lengths: dict[str, list[int]] = {name: [] for name in raw.splits}
     reasons = {}
     longest_answer = 0
-    for name, conversation in progress(everything, "rendering conversations"):
+    for name, conversation in progress(conversations, "rendering conversations"):
         try:
             examples = [renderer.render(conversation) for renderer in renderers]
         except UserError as error:
             reasons[name, conversation.task_id] = [("conversations", str(error))]
             continue
         example = examples[0]
-        blind = [policy for policy in policies.get(name, ()) if not loss_weights(example, policy).any()]
-        if blind:
-            reasons[name, conversation.task_id] = [("conversations", _no_target(policy)) for policy in blind]
+        without_target = [policy for policy in policies.get(name, ()) if not loss_weights(example, policy).any()]
+        if without_target:
+            reasons[name, conversation.task_id] = [("conversations", _no_target(policy)) for policy in without_target]
         else:
             lengths[name].append(example.bucket_length)
             if name == "train":
@@ -263,14 +262,16 @@ def _no_target(policy: MaskPolicy) -> str:
 
 
 def apply_bad_sample_policy(raw: RawSplits, settings: "Settings", write: bool = True) -> Splits:
-    """Refuse the data, or go on without the bad samples, as ``data.on_bad`` says.
+    """Refuse the data or quarantine the bad samples, according to ``data.on_bad``.
 
     Args:
+        raw: the splits with their problems.
+        settings: all settings.
         write: write the quarantine file, ``<storage>/quarantine-<hash of its content>.jsonl``.
 
     Raises:
-        UserError: a problem with ``on_bad=fail``; one that is not of single samples; more bad samples than
-            ``data.max_bad_fraction``; an empty split.
+        UserError: there is a problem and ``on_bad=fail``, a problem concerns a whole file, the fraction of bad samples
+            exceeds ``data.max_bad_fraction``, or a split is empty.
     """
     data, problems = settings.data, raw.problems
     reasons: dict[str, list[str]] = {}
@@ -302,10 +303,10 @@ def apply_bad_sample_policy(raw: RawSplits, settings: "Settings", write: bool = 
     )
 
 
-def _is_ready(store: VolumeStore, path: str, modality: str) -> bool:
+def _is_stored(store: VolumeStore, path: str, modality: str) -> bool:
     try:
         return store.contains(path, modality)
-    except UserError:  # trying to decode it says what is wrong
+    except UserError:  # reported when it is decoded
         return False
 
 
@@ -317,16 +318,22 @@ def _size(volume: tuple[str, str]) -> int:
 
 
 VOLUMES_PER_TASK = 4
-"""Volumes to a task. Larger groups would make the bar jump, smaller ones cost more in talk than they do in work."""
+"""Larger groups make the progress bar jump; smaller ones cost more communication than work."""
 Volume = tuple[str, str]
-"""A path, and its modality."""
+"""(path, modality)."""
 
 
 def decode_volumes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
-    """Bring volumes into the store; of each, in order, why it cannot be used. Empty where it can, and is there now.
+    """Decode volumes into the store in parallel.
 
     Args:
-        processes: as many at once; 0: one per CPU, of this machine or of the cluster that this process has joined.
+        store: destination.
+        volumes: volumes to decode.
+        processes: number of parallel processes; 0 for one per CPU of this machine, or of the Ray cluster if this
+            process has joined one with several nodes.
+
+    Returns:
+        For each volume, in order, the reason why it cannot be decoded; "" if it is stored.
 
     Raises:
         OSError: the store cannot be written.
@@ -339,7 +346,7 @@ def decode_volumes(store: VolumeStore, volumes: Sequence[Volume], processes: int
 
 
 def decode_volume(store: VolumeStore, path: str, modality: str) -> str:
-    """Why a volume cannot be used; empty where it can, and is in the store now."""
+    """Decode a volume into the store. Return the reason why it cannot be decoded, or "" if it is stored."""
     try:
         store.get(path, modality)
     except UserError as error:
@@ -350,17 +357,17 @@ def decode_volume(store: VolumeStore, path: str, modality: str) -> str:
 def _decode_on_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
     import ray
 
-    # Ray itself gives what asks for no GPU to nodes without one, as long as they have a CPU free.
+    # Ray prefers nodes without GPUs for tasks that need none.
     task = ray.remote(num_cpus=1)(_decode_group)
     groups = (volumes[start : start + VOLUMES_PER_TASK] for start in range(0, len(volumes), VOLUMES_PER_TASK))
     at_once = processes or 2 * int(sum(node["Resources"].get("CPU", 0) for node in alive_nodes()))
-    asked = deque(task.remote(store, group) for group in islice(groups, at_once))
-    while asked:
+    pending = deque(task.remote(store, group) for group in islice(groups, at_once))
+    while pending:
         try:
-            yield from ray.get(asked.popleft())
+            yield from ray.get(pending.popleft())
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        asked.extend(task.remote(store, group) for group in islice(groups, 1))
+        pending.extend(task.remote(store, group) for group in islice(groups, 1))
 
 
 def _decode_group(store: VolumeStore, volumes: Sequence[Volume]) -> list[str]:

@@ -16,22 +16,22 @@ from umbrella.volumes.reading import content_hash
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:
     """Set ``metadata.subject_id`` of each sample that does not state it, and return notices with the counts.
 
-    The subject is the entity ``sub-...`` in the path of the last volume, or else a hash of that volume's content. Other
-    subjects in the paths become ``subject_ids`` if the sample states only one subject.
+    The subject is the BIDS entity ``sub-...`` in the path of the last volume, or else a hash of the content of this
+    volume. Other subjects in the paths become ``subject_ids`` if the sample states only one subject.
 
     Args:
         splits: name of each split to its conversations; changed in place.
-        progress: shows the reading of volumes without a subject.
+        progress: progress bar for reading volumes without a subject.
     """
     unnamed = [c for conversations in splits.values() for c in conversations if not c.stated_subject]
-    nameless = sorted({v.image_path for c in unnamed for v in c.volumes if not entity(v.image_path)})
+    anonymous = sorted({v.image_path for c in unnamed for v in c.volumes if not entity(v.image_path)})
     contents = {}
-    for path in progress(nameless, "reading volumes without a subject") if nameless else ():
+    for path in progress(anonymous, "reading volumes without a subject") if anonymous else ():
         with suppress(UserError):  # a file that cannot be read is reported elsewhere
             contents[path] = f"volume-{content_hash(path)[:16]}"
-    ways: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
 
-    def named(c: Conversation) -> Conversation:
+    def with_subject(c: Conversation) -> Conversation:
         if not c.volumes:
             return c
         stated, last = c.stated_subject, c.volumes_by_turn[-1]
@@ -39,29 +39,29 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar
             path: entity(path) or (None if stated else contents.get(path)) for v in c.volumes if (path := v.image_path)
         }
         own = stated if stated in names.values() else names[last[-1].image_path]
-        # Volumes of one turn whose paths name nobody are taken for one subject's.
+        # Volumes of one turn whose paths contain no subject are assumed to belong to one subject.
         others = {names[v.image_path] for v in c.volumes if entity(v.image_path) or v not in last} - {own, stated, None}
         changes: dict[str, Any] = {}
         if not stated:
-            ways["path" if entity(last[-1].image_path) else "content"] += 1
+            sources["path" if entity(last[-1].image_path) else "content"] += 1
             changes["metadata"] = {**c.metadata, "subject_id": own or c.task_id}
         if others and len(c.subjects) == 1:
             changes["subject_ids"] = sorted({stated or own or c.task_id, *others})
         return c.model_copy(update=changes) if changes else c
 
-    splits |= {name: [named(c) for c in conversations] for name, conversations in splits.items()}
-    sources = {
+    splits |= {name: [with_subject(c) for c in conversations] for name, conversations in splits.items()}
+    descriptions = {
         "path": "sub-... in the path of the volume names it",
         "content": "the content of the volume names it, so another scan of the same subject is not recognised",
     }
     notices = [
-        f"{pluralise(number, 'sample')} without a subject: {sources[way]}; metadata.subject_id states it"
-        for way, number in sorted(ways.items())
+        f"{pluralise(number, 'sample')} without a subject: {descriptions[source]}; metadata.subject_id states it"
+        for source, number in sorted(sources.items())
     ]
-    spelt: dict[str, set[str]] = defaultdict(set)
+    spellings: dict[str, set[str]] = defaultdict(set)
     for subject in {subject for cs in splits.values() for c in cs for subject in c.subjects}:
-        spelt[subject.casefold()].add(subject)
-    variants = sorted(sorted(alike) for alike in spelt.values() if len(alike) > 1)
+        spellings[subject.casefold()].add(subject)
+    variants = sorted(sorted(alike) for alike in spellings.values() if len(alike) > 1)
     if variants:
         more = f" (and {pluralise(len(variants) - 1, 'more name')})" if len(variants) > 1 else ""
         notices.append(f"subjects {' and '.join(variants[0])}{more} differ by case only and are kept apart")
@@ -85,7 +85,7 @@ def find_shared(
     asks: dict[str, Callable[[Conversation], Iterable[str | None]]] = {
         "subject_id": lambda c: [c.subject_id],
         "family_id": lambda c: [c.family_id],
-        "image_path": lambda c: [contents.get(v.image_path) for v in c.asked_volumes],
+        "image_path": lambda c: [contents.get(v.image_path) for v in c.subject_volumes],
     }
     shows = asks | {
         "subject_id": lambda c: c.subjects,
@@ -137,7 +137,7 @@ def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, 
             for volume in c.volumes:
                 users[volume.image_path].add(name)
     groups = [list(users)]
-    # Whole files are read only where size and middle are the same: volumes that are not compressed are of one size.
+    # Whole files are read only if size and middle agree; uncompressed volumes often have the same size.
     for key in (image_size, _middle, content_hash):
         finer = []
         for group in groups:

@@ -1,4 +1,4 @@
-"""What the loss sees of the data at hand: a table of tokens by role and kind, and a page of samples to look at."""
+"""Audit of the mask policy: a table of supervised tokens by role and kind, and an HTML page of examples."""
 
 import os
 from collections import Counter, defaultdict
@@ -17,18 +17,18 @@ from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 from umbrella.html import render
 
-SHOWN = 6
-"""Samples on the page."""
+NUM_EXAMPLES = 6
+"""Number of conversations on the page."""
 
-Hide = Callable[[str, Collection[str]], str]
-"""A text and the subjects that may be named in it, to the text as it may be kept."""
+Redact = Callable[[str, Collection[str]], str]
+"""Takes a text and the subjects that it may name; returns the text without identifiers."""
 Row = Mapping[str, Any]
-"""role, kind, tokens, supervised (how many of the tokens are targets), weight (the sum of theirs)."""
+"""Keys: role, kind, tokens, supervised (number of targets), weight (sum of their weights)."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens of one span that all have one weight. Of placeholders, ``text`` says what stands there."""
+class WeightedText:
+    """Consecutive tokens of one span with equal weight. For placeholders, ``text`` describes the volume."""
 
     turn: int
     role: str
@@ -36,21 +36,21 @@ class Piece:
     text: str
     tokens: int
     weight: float
-    """Of each token, as a target of the loss; 0 where it is none."""
+    """Weight of each token as a target of the loss; 0 if it is not a target."""
     in_loss: bool = True
-    """Whether the sample lets the loss supervise the turn; see ``Turn.in_loss``."""
+    """Whether the sample allows supervision of the turn; see ``Turn.in_loss``."""
 
     @property
     def supervised(self) -> bool:
-        """Whether the loss sees these tokens."""
+        """Whether the tokens are targets."""
         return self.weight > 0
 
 
 def audit(examples: Iterable[Example], policy: MaskPolicy) -> list[Row]:
-    """A row for each role and kind, in the order of their names.
+    """Count tokens and targets for each role and kind, sorted by name.
 
     Raises:
-        UserError: no token at all is supervised, so there is nothing to learn.
+        UserError: no token is supervised.
     """
     tokens: Counter[tuple[str, str]] = Counter()
     supervised: Counter[tuple[str, str]] = Counter()
@@ -58,10 +58,10 @@ def audit(examples: Iterable[Example], policy: MaskPolicy) -> list[Row]:
     for example in examples:
         weights = loss_weights(example, policy)
         for span in example.spans:
-            inside, key = weights[span.start : span.stop], (span.role, span.kind)
-            tokens[key] += len(inside)
-            supervised[key] += int(np.count_nonzero(inside))
-            weight[key] += float(inside.sum(dtype=np.float64))
+            of_span, key = weights[span.start : span.stop], (span.role, span.kind)
+            tokens[key] += len(of_span)
+            supervised[key] += int(np.count_nonzero(of_span))
+            weight[key] += float(of_span.sum(dtype=np.float64))
     if not supervised.total():
         raise UserError(
             f"the mask policy ({policy.description}) supervises none of the {tokens.total()} tokens: the loss would see"
@@ -80,60 +80,60 @@ def audit(examples: Iterable[Example], policy: MaskPolicy) -> list[Row]:
 
 
 def is_weighted(rows: Iterable[Row]) -> bool:
-    """Whether some targets count other than 1, so that their number does not tell what they count."""
+    """Return whether any target has a weight other than 1."""
     return any(row["weight"] != row["supervised"] for row in rows)
 
 
-def shown(number: float) -> str:
-    """A number of tokens or a sum of weights as text, with four digits after the point at most."""
+def format_number(number: float) -> str:
+    """Format a number of tokens or a sum of weights with at most four decimals."""
     return f"{round(number, 4):.12g}"
 
 
-def as_it_is(text: str, subjects: Collection[str]) -> str:
-    """What a conversation says, with its subjects in it."""
+def no_redaction(text: str, subjects: Collection[str]) -> str:
+    """Return the text unchanged."""
     return text
 
 
-def pieces(
-    example: Example, policy: MaskPolicy, tokenizer: PreTrainedTokenizerBase, hide: Hide = as_it_is
-) -> list[Piece]:
-    """The example cut wherever its span or weight changes, in order. ``hide``: see ``audit_html``."""
+def split_by_weight(
+    example: Example, policy: MaskPolicy, tokenizer: PreTrainedTokenizerBase, redact: Redact = no_redaction
+) -> list[WeightedText]:
+    """Split an example wherever its span or weight changes. ``redact``: see ``audit_html``."""
     subjects = example.conversation.subjects
     ids, weights = example.input_ids, loss_weights(example, policy)
     volumes = iter(example.conversation.volumes)
     found = []
     for span in example.spans:
-        inside = weights[span.start : span.stop]
-        cuts = [span.start, *(span.start + 1 + np.flatnonzero(np.diff(inside))).tolist(), span.stop]
+        changes = span.start + 1 + np.flatnonzero(np.diff(weights[span.start : span.stop]))
+        cuts = [span.start, *changes.tolist(), span.stop]
         for start, stop in pairwise(cuts):
             if span.kind == "image":
                 volume = next(volumes)
-                name = hide(os.path.basename(volume.image_path), subjects)
+                name = redact(os.path.basename(volume.image_path), subjects)
                 text = f"<image: {stop - start} tokens, {volume.modality}, {name}>"
             else:
-                text = hide(_decoded(tokenizer, ids, start, stop), subjects)
+                text = redact(_decode(tokenizer, ids, start, stop), subjects)
             weight = float(weights[start])
-            found.append(Piece(span.turn, span.role, span.kind, text, stop - start, weight, span.in_loss))
+            found.append(WeightedText(span.turn, span.role, span.kind, text, stop - start, weight, span.in_loss))
     return found
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, start: int, stop: int) -> str:
-    # Not these tokens alone: many a tokenizer drops the first space of what it decodes. A few tokens before are enough,
-    # as a character has at most 4 bytes. To decode all of them takes time that grows as the square of the tokens.
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, start: int, stop: int) -> str:
+    # Many tokenizers drop the first space of a decoded text, so some preceding tokens are decoded too. A character has
+    # at most 4 bytes, so a few are enough; decoding all of them would take quadratic time.
     first = max(start - 16, 0)
-    before, through = (
+    prefix, text = (
         str(tokenizer.decode(ids[first:n].tolist(), clean_up_tokenization_spaces=False)) for n in (start, stop)
     )
-    return through[len(before) :]
+    return text[len(prefix) :]
 
 
-def visible(text: str) -> str:
-    """The text with each line break as ↵ and a line break, and other invisible characters by their code."""
+def show_invisible(text: str) -> str:
+    """Mark each line break with ↵, and replace other invisible characters by their code."""
     return "".join("↵\n" if c == "\n" else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def pick(examples: Sequence[Example], count: int = SHOWN) -> list[Example]:
-    """So many of the examples: of every task_type as many, as far as it has them, and evenly over those that it has."""
+def select_examples(examples: Sequence[Example], count: int = NUM_EXAMPLES) -> list[Example]:
+    """Select ``count`` examples, equally many of each task_type if possible, evenly spaced."""
     by_type: defaultdict[str, list[Example]] = defaultdict(list)
     for example in examples:
         by_type[example.conversation.task_type].append(example)
@@ -148,24 +148,27 @@ def audit_html(
     policy: MaskPolicy,
     tokenizer: PreTrainedTokenizerBase,
     notes: Sequence[str] = (),
-    hide: Hide = as_it_is,
+    redact: Redact = no_redaction,
 ) -> str:
-    """A page that stands for itself: the policy in words, the table, and these examples with their targets marked.
+    """Render a self-contained HTML page: the policy, the table, and examples with their targets marked.
 
     Args:
-        rows: the table, as ``audit`` gives it.
-        notes: what else the reader should know, a sentence each.
-        hide: applied to what conversations say.
+        rows: table of ``audit``.
+        examples: examples to show.
+        policy: mask policy.
+        tokenizer: decodes the tokens.
+        notes: sentences to show below the table.
+        redact: applied to the texts of conversations.
     """
     samples = []
     for example in examples:
-        found = pieces(example, policy, tokenizer, hide)
+        found = split_by_weight(example, policy, tokenizer, redact)
         turns = [list(of_turn) for _, of_turn in groupby(found, key=lambda piece: piece.turn)]
         samples.append((example.conversation, turns))
     weights = [piece.weight for _, turns in samples for turn in turns for piece in turn]
     return render(
         Path(__file__).with_name("audit.html"),
-        {"visible": visible, "shown": shown, "kept": hide},
+        {"visible": show_invisible, "shown": format_number, "kept": redact},
         rows=rows,
         weighted=is_weighted(rows),
         samples=samples,

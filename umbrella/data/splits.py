@@ -1,4 +1,4 @@
-"""The conversations of a run, split by split: where they come from, what the filters leave, what cannot be used."""
+"""Reading of the data splits: conversations, filters, and problems."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.images import MISSING
 from umbrella.conversations.reading import Problem, Reading, read_conversations
-from umbrella.conversations.schema import Conversation, usual_answers
+from umbrella.conversations.schema import Conversation, most_frequent_answers
 from umbrella.data.leakage import assign_subjects, find_shared
 from umbrella.paths import phantom_folder
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from umbrella.config import Settings
 
 SPLITS = ("train", "validation", "test")
-FEW = 10
-"""Different whole numbers up to which the labels of a target may be classes, if no answer holds a digit."""
+MAX_NUMERIC_CLASSES = 10
+"""A target with at most this many distinct whole-number labels may be a classification, if no answer has a digit."""
 VARYING = re.compile(
     r"""'(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" | \d+(?:\.\d+)?
     | (?:^|(?<=\ ))(?:/|[A-Za-z]:[\\/]|\\\\).+?(?=[:;,]\ |\ does\ not\ |\ is\ a\ |\ \(|$)""",
     re.VERBOSE,
 )
-"""What may differ between messages of one kind: quoted values, absolute paths, numbers."""
+"""Parts that differ between messages of one kind: quoted values, absolute paths and numbers."""
 
 
 @dataclass
 class RawSplits:
-    """What was read: conversations that can be used so far, and every reason why others cannot."""
+    """Usable conversations of each split, and the problems of the others."""
 
     splits: dict[str, list[Conversation]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -41,51 +41,50 @@ class RawSplits:
     """(split, task_id) to "file:line"."""
 
     def add(self, name: str, reading: Reading) -> None:
-        """Take in what was read of a split."""
+        """Add the conversations, problems and notices of one split."""
         self.splits[name] = reading.conversations
         self.problems += reading.problems
         self.notices += reading.notices
         self.locations |= {(name, task_id): place for task_id, place in reading.locations.items()}
 
     def exclude(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
-        """Take conversations out: (split, task_id) to (field, what is wrong) of each."""
+        """Remove conversations and record their problems.
+
+        Args:
+            reasons: (split, task_id) to the (field, message) pairs of a conversation.
+        """
         for name, conversations in self.splits.items():
             for c in conversations:
                 self.problems += [
-                    Problem(self.locations[name, c.task_id], of, what, c.model_dump(mode="json"))
-                    for of, what in reasons.get((name, c.task_id), ())
+                    Problem(self.locations[name, c.task_id], key, message, c.model_dump(mode="json"))
+                    for key, message in reasons.get((name, c.task_id), ())
                 ]
             self.splits[name] = [c for c in conversations if (name, c.task_id) not in reasons]
 
     def problem_lines(self) -> list[str]:
-        """One line per kind of problem: the first of its kind, how many more there are, and the names of some."""
+        """Return one line per kind of problem: the first problem, the number of others, and some of their names."""
         kinds: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
-            kind = (
-                re.sub(r"\.\d+", ".#", problem.field),
-                VARYING.sub(lambda found: _root(found[0]) or "#", problem.what),
-            )
-            kinds.setdefault(kind, []).append(problem)
-        return [_in_one_line(problems) for problems in kinds.values()]
+            message = VARYING.sub(lambda match: _first_folder(match[0]) or "#", problem.what)
+            kinds.setdefault((re.sub(r"\.\d+", ".#", problem.field), message), []).append(problem)
+        return [_summarise(problems) for problems in kinds.values()]
 
 
-def _root(value: str) -> str:
-    """The first folder of an absolute path; empty for what is none. Files below different roots are told apart."""
-    found = re.match(r"/[^/]*/|[A-Za-z]:|\\\\[^\\]*", value)
-    return found[0] if found else ""
+def _first_folder(value: str) -> str:
+    """Return the first folder or drive of an absolute path, or "" if the value is no absolute path."""
+    match = re.match(r"/[^/]*/|[A-Za-z]:|\\\\[^\\]*", value)
+    return match[0] if match else ""
 
 
-def _in_one_line(problems: Sequence[Problem]) -> str:
-    first, places = problems[0], len({problem.where for problem in problems})
-    others = (
-        f"and {pluralise(places - 1, 'more conversation')}" if places > 1 else f"and {len(problems) - 1} more there"
-    )
+def _summarise(problems: Sequence[Problem]) -> str:
+    first, samples = problems[0], len({problem.where for problem in problems})
+    others = pluralise(samples - 1, "more conversation") if samples > 1 else f"{len(problems) - 1} more there"
     values = zip(*(VARYING.findall(problem.what) for problem in problems), strict=False)
     names = next((found for value in values if len(found := list(dict.fromkeys(value))) > 1), [])
     if not names:
-        return f"{first} ({others})" if len(problems) > 1 else str(first)
-    if not all(map(_root, names)):
-        return f"{first} ({others}, next {', '.join(names[1:3])})"
+        return f"{first} (and {others})" if len(problems) > 1 else str(first)
+    if not all(map(_first_folder, names)):
+        return f"{first} (and {others}, next {', '.join(names[1:3])})"
     paths = [name.replace("\\", "/").split("/") for name in names]
     levels = zip(*(path[:-1] for path in paths), strict=False)
     common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
@@ -94,7 +93,7 @@ def _in_one_line(problems: Sequence[Problem]) -> str:
         listed = f"{len(names)} files below {folder} do not exist, first {', '.join(names[:3])}"
         remedy = f"data.path_map={{{folder}: /your/folder}}, or data.root for relative paths"
         return str(replace(first, what=f"{listed}; {remedy}"))
-    return f"{first} ({others} below {folder}, next {', '.join(names[1:3])})"
+    return f"{first} (and {others} below {folder}, next {', '.join(names[1:3])})"
 
 
 def read_splits(
@@ -104,39 +103,44 @@ def read_splits(
     check_files: bool = True,
     dry_run: bool = False,
 ) -> RawSplits:
-    """Read splits; without ``data.train``, the phantom cohort's, which is made when it is not there yet.
+    """Read splits. Without ``data.train``, read the phantom cohort, and make it first if it does not exist.
 
     Args:
-        check_files: look whether each volume file exists.
-        dry_run: a phantom cohort that is not there yet is not made: its conversations are, without their volumes.
+        settings: all settings.
+        progress: progress bar for slow steps.
+        names: names of the splits to read.
+        check_files: check that each volume file exists.
+        dry_run: do not make a phantom cohort; return its conversations without volumes.
 
     Raises:
-        UserError: a file or folder that does not exist; a split without a path, or with nothing left after the filters.
+        UserError: a file or folder does not exist, a split has no path, or the filters leave nothing of a split.
     """
     data = settings.data
-    own = {name: getattr(data, name) for name in names if getattr(data, name)}
+    paths_of = {name: getattr(data, name) for name in names if getattr(data, name)}
     if not data.train and "validation" in names and (data.validation or data.test):
         raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
     if data.train and not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
     phantom, raw = phantom_folder_of(settings), RawSplits()
-    if not data.train and own.keys() != set(names):
+    if not data.train and paths_of.keys() != set(names):
         if not dry_run:
             from umbrella.cohorts.phantom import make_cohort
 
-            make_cohort(phantom, settings.cohort, lambda people: progress(list(people), "making the phantom cohort"))
+            make_cohort(
+                phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort")
+            )
         elif not (phantom / "cohort.json").exists():
             raw.splits = filter_splits(_phantom_conversations(settings, names), settings)
             raw.locations = {(name, c.task_id): "the phantom" for name, cs in raw.splits.items() for c in cs}
             return raw
     for name in names:
         root: str | Path | None = data.root or None
-        paths: Sequence[str | Path] = own.get(name, ())
+        paths: Sequence[str | Path] = paths_of.get(name, ())
         if not paths and not data.train:
             root, paths = phantom, [phantom / "conversations" / f"{name}.jsonl"]
         if paths:
-            where = (paths, root, data.path_map, data.format, settings.modalities)
-            raw.add(name, read_conversations(*where, check_files, blank_answers=name != "train"))
+            options = (paths, root, data.path_map, data.format, settings.modalities, check_files)
+            raw.add(name, read_conversations(*options, allow_blank_answers=name != "train"))
     if not raw.problems or any(raw.splits.values()):
         raw.splits = filter_splits(raw.splits, settings)
     _check_answers(raw, lambda: read_splits(settings, progress, ("train",), check_files=False))
@@ -152,19 +156,20 @@ def read_splits(
 
 
 def _check_answers(raw: RawSplits, read_training: Callable[[], RawSplits]) -> None:
-    """Compare last answers and labels with the training split: set aside what contradicts, note what looks mistaken.
+    """Compare last answers and labels with the training split; exclude contradictions and add notices.
 
-    Held-out samples that have a label and a blank last answer get the usual answer of that label.
+    A held-out sample with a label and a blank last answer gets the most frequent answer of that label.
 
     Args:
-        read_training: called where a blank answer needs the training split, and that is not part of ``raw``.
+        raw: splits; changed in place.
+        read_training: reads the training split; called if a blank answer needs it and ``raw`` does not contain it.
     """
     blank = {(name, c.task_id) for name, cs in raw.splits.items() for c in cs if not c.is_answered}
     training = raw.splits.get("train", [])
     if blank and "train" not in raw.splits:
         training = read_training().splits.get("train", [])
-    usual = usual_answers(training)
-    said = Counter((c.target, c.label, c.answer) for c in training)
+    usual = most_frequent_answers(training)
+    frequencies = Counter((c.target, c.label, c.answer) for c in training)
     reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
     filled: Counter[str] = Counter()
     for name, conversations in raw.splits.items():
@@ -175,23 +180,29 @@ def _check_answers(raw: RawSplits, read_training: Callable[[], RawSplits]) -> No
                     conversations[i] = c.with_answer(texts[c.label])
                     filled[name] += 1
                 else:
-                    what = f"the last answer is empty, and data.train answers no sample of {c.target!r} with the label"
-                    reasons[name, c.task_id] = [("conversations", f"{what} {c.label!r}; write the answer")]
+                    message = (
+                        f"the last answer is empty, and data.train answers no sample of {c.target!r} with the label"
+                        f" {c.label!r}; write the answer"
+                    )
+                    reasons[name, c.task_id] = [("conversations", message)]
             elif isinstance(c.label, str) and texts.get(c.label, c.answer) != c.answer:
-                frequency = said[c.target, c.label, c.answer]
+                frequency = frequencies[c.target, c.label, c.answer]
                 others = [label for label in texts if texts[label] == c.answer and label != c.label]
-                if any(said[c.target, label, c.answer] > frequency for label in others):
-                    what = f"the label is {c.label!r}, but the answer {c.answer!r} is that of the label {others[0]!r}"
-                    reasons[name, c.task_id] = [("metadata.subject_label", f"{what}; correct one of them")]
+                if any(frequencies[c.target, label, c.answer] > frequency for label in others):
+                    message = (
+                        f"the label is {c.label!r}, but the answer {c.answer!r} is that of the label {others[0]!r};"
+                        " correct one of them"
+                    )
+                    reasons[name, c.task_id] = [("metadata.subject_label", message)]
     raw.exclude(reasons)
     for name, count in filled.items():
-        what = "with an empty last answer; each gets the usual answer of its label in data.train"
-        raw.notices.append(f"data.{name}: {pluralise(count, 'sample')} {what}")
+        remedy = "each gets the usual answer of its label in data.train"
+        raw.notices.append(f"data.{name}: {pluralise(count, 'sample')} with an empty last answer; {remedy}")
     raw.notices += _doubtful_labels(training)
 
 
 def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
-    """Targets with numbers that are written as texts, or with classes that are written as numbers."""
+    """Yield a notice for each target with numbers written as text, or with classes written as numbers."""
     labels: dict[str, list[str | float]] = defaultdict(list)
     with_digits = {c.target for c in conversations if re.search(r"\d", c.answer)}
     for c in conversations:
@@ -203,7 +214,7 @@ def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
         if texts and not {*texts} <= {"0", "1"} and all(re.fullmatch(r"\s*[-+]?\d+([.,]\d+)?\s*", t) for t in texts):
             what = f"{pluralise(len(texts), 'label')} of {target!r} are numbers written as text, first {texts[0]!r}"
             yield f"{what}; for a regression write them as numbers, without quotes"
-        few = len(numbers) <= FEW and all(float(number).is_integer() for number in numbers)
+        few = len(numbers) <= MAX_NUMERIC_CLASSES and all(float(number).is_integer() for number in numbers)
         if numbers and (numbers <= {0, 1} or (few and target not in with_digits)):
             listed = ", ".join(f"{number:g}" for number in sorted(numbers, key=float))
             what = f"{pluralise(len(of_target) - len(texts), 'label')} of {target!r} are the numbers {listed}"
@@ -211,50 +222,52 @@ def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
 
 
 def read_input(settings: "Settings") -> RawSplits:
-    """Read the conversations of ``data.input`` as a split "input". Their last answers may be missing.
+    """Read the conversations of ``data.input`` as the split "input". Their last answers may be missing.
 
     Raises:
-        UserError: a file or folder that does not exist; nothing is left after the filters.
+        UserError: a file or folder does not exist, or the filters leave nothing.
     """
     data, raw = settings.data, RawSplits()
-    root = data.root or None
-    raw.add(
-        "input", read_conversations(data.input, root, data.path_map, data.format, settings.modalities, questions=True)
-    )
+    options = (data.input, data.root or None, data.path_map, data.format, settings.modalities)
+    raw.add("input", read_conversations(*options, allow_unanswered=True))
     raw.splits = filter_splits(raw.splits, settings)
     raw.notices += assign_subjects(raw.splits, lambda things, what: things)
     return raw
 
 
 def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict[str, list[Conversation]]:
-    """What ``data.modality`` and ``data.task_filter`` leave of each split.
+    """Apply ``data.modality`` and ``data.task_filter`` to each split.
 
     Raises:
-        UserError: a split of which nothing is left.
+        UserError: nothing is left of a split.
     """
     data = settings.data
     types = {c.task_type for conversations in splits.values() for c in conversations}
     by_type = bool(data.task_filter) and data.task_filter in types
 
-    def wanted(c: Conversation) -> bool:
+    def is_selected(c: Conversation) -> bool:
         if data.modality and any(v.modality != data.modality for v in c.volumes):
             return False
         if by_type:
             return c.task_type == data.task_filter
         return not data.task_filter or bool(re.search(data.task_filter, c.task_id))
 
-    kept = {name: [c for c in conversations if wanted(c)] for name, conversations in splits.items()}
+    kept = {name: [c for c in conversations if is_selected(c)] for name, conversations in splits.items()}
     for name, conversations in kept.items():
         if splits[name] and not conversations:
-            filters = [f"data.{of}={getattr(data, of)!r}" for of in ("modality", "task_filter") if getattr(data, of)]
-            known = f"there are {', '.join(sorted({v.modality for c in splits[name] for v in c.volumes} | types))}"
-            what = f"none of its {len(splits[name])} conversations is left after {' and '.join(filters)}"
-            raise UserError(f"data.{name}: {what}; {known}")
+            filters = [
+                f"data.{key}={getattr(data, key)!r}" for key in ("modality", "task_filter") if getattr(data, key)
+            ]
+            known = sorted({v.modality for c in splits[name] for v in c.volumes} | types)
+            raise UserError(
+                f"data.{name}: none of its {len(splits[name])} conversations is left after {' and '.join(filters)};"
+                f" there are {', '.join(known)}"
+            )
     return kept
 
 
 def _phantom_conversations(settings: "Settings", names: Sequence[str]) -> dict[str, list[Conversation]]:
-    """The conversations of the phantom cohort, without its volumes."""
+    """Return the conversations of the phantom cohort without making its volumes."""
     from umbrella.cohorts.phantom_subjects import draw_subjects, split_conversations
 
     subjects = draw_subjects(settings.cohort)
@@ -268,24 +281,24 @@ def _phantom_conversations(settings: "Settings", names: Sequence[str]) -> dict[s
 
 
 def phantom_folder_of(settings: "Settings") -> Path:
-    """Where the phantom cohort lies: a folder per cohort settings, so that another cohort never meets this one."""
+    """Return the folder of the phantom cohort; each set of cohort settings has its own folder."""
     key = hashlib.sha256(settings.cohort.model_dump_json().encode()).hexdigest()[:8]
     return phantom_folder(settings.resources.storage, key)
 
 
 def _single_class_notices(raw: RawSplits) -> list[str]:
-    """A note for each target of which a held-out split has one class, so that there is no balanced accuracy."""
-    notes = []
+    """Return a notice for each target that has a single class in a held-out split."""
+    notices = []
     for name in raw.splits.keys() - {"train"}:
         for target, labels in target_classes(raw.splits[name]).items():
             if len(labels) == 1:
                 what = f"every label of {target!r} is {labels.pop()!r}, so it has no balanced accuracy"
-                notes.append(f"data.{name}: {what}")
-    return sorted(notes)
+                notices.append(f"data.{name}: {what}")
+    return sorted(notices)
 
 
 def target_classes(conversations: Iterable[Conversation]) -> dict[str, set[str]]:
-    """Target to its labels that are classes."""
+    """Return the class labels of each target."""
     classes: dict[str, set[str]] = defaultdict(set)
     for c in conversations:
         if isinstance(c.label, str):

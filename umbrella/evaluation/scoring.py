@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from umbrella.base import UserError
-from umbrella.conversations.schema import Conversation, usual_answers
+from umbrella.conversations.schema import Conversation, most_frequent_answers
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -27,7 +27,7 @@ Branching = tuple[int, list[list[int]]]
 
 def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
     """The candidates of each target whose labels are classes: the most frequent answer text of each label."""
-    usual = usual_answers(c for c in conversations if isinstance(c.label, str))
+    usual = most_frequent_answers(c for c in conversations if isinstance(c.label, str))
     return {
         target: {str(label): text for label, text in sorted(by_label.items())}
         for target, by_label in sorted(usual.items())

@@ -107,8 +107,8 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
         notes.append("the evaluated conversations are those that the model was trained on")
     check_model(settings)
     splits = check_splits(raw, settings, progress, dry_run=not volumes)
-    if splits.left_out:
-        notes.append(splits.left_out)
+    if splits.quarantine_note:
+        notes.append(splits.quarantine_note)
     conversations = raw.splits[split]
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
     check_labels(candidates)

@@ -14,7 +14,7 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.ingest import open_store
-from umbrella.data.mask_audit import Hide, audit
+from umbrella.data.mask_audit import Redact, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.metrics import validation_metrics
@@ -148,7 +148,7 @@ class LanguageModelTask(Task):
         """See ``Task.load_weights``."""
         load_weights(folder, self.model, self.names)
 
-    def summary(self, hide: Hide) -> Summary:
+    def summary(self, redact: Redact) -> Summary:
         """Describe loss, mask, tokens and trained weights, and attach the mask audit as a page."""
         size, policy = self.train.num_rows, self.settings.mask
         examples = [self.renderer.render(from_table(self.train, i)) for i in audit_sample(size)]
@@ -157,7 +157,7 @@ class LanguageModelTask(Task):
         text = summarise_run(rows, policy, trained, self.settings.modalities, self.renderer.stops, read)
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
-        page = mask_audit_page(rows, examples, self.renderer, policy, read, hide)
+        page = mask_audit_page(rows, examples, self.renderer, policy, read, redact)
         return Summary(text, tags, {"mask_audit.html": page})
 
 

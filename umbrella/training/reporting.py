@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from umbrella.data.mask_audit import Hide
+from umbrella.data.mask_audit import Redact
 from umbrella.evaluation.predictions import Prediction, most_likely
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.plots import curves
@@ -143,7 +143,7 @@ def open_run(job: Job, device: torch.device, tags: Mapping[str, str]) -> MlflowL
     return tracker
 
 
-def predictions_json(predictions: Sequence[Prediction], count: int, redact: Hide) -> str:
+def predictions_json(predictions: Sequence[Prediction], count: int, redact: Redact) -> str:
     """Return a table of ``count`` predictions, a random sample that is the same in every run on the same data.
 
     ``probabilities`` are those of the candidate answers; ``chosen`` is the most likely one, empty for a tie. Questions

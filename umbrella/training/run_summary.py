@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from umbrella.data.mask_audit import Hide, Row, as_it_is, audit_html, is_weighted, pick, shown
+from umbrella.data.mask_audit import Redact, Row, audit_html, format_number, is_weighted, no_redaction, select_examples
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -30,11 +30,11 @@ def mask_audit_page(
     renderer: Renderer,
     policy: MaskPolicy,
     read: str,
-    hide: Hide = as_it_is,
+    redact: Redact = no_redaction,
 ) -> str:
     """Return the mask audit as an HTML page with a few examples in full; see ``audit_html``."""
     notes = [f"Read from {read}."] + ([] if renderer.stops else [f"Note: {NEVER_STOPS}."])
-    return audit_html(table, pick(examples), policy, renderer.tokenizer, notes, hide)
+    return audit_html(table, select_examples(examples), policy, renderer.tokenizer, notes, redact)
 
 
 def summarise_run(
@@ -61,7 +61,7 @@ def summarise_run(
         f"supervised: {supervised} of {tokens} tokens ({100 * supervised / tokens:.1f}%), in {read}",
     ]
     for row in table:
-        weight = f", weight {shown(row['weight'])}" if is_weighted(table) and row["supervised"] else ""
+        weight = f", weight {format_number(row['weight'])}" if is_weighted(table) and row["supervised"] else ""
         lines.append(f"  {row['role']:>9} {row['kind']:<6} {row['supervised']:>7} of {row['tokens']}{weight}")
     if not stops:
         lines.append(f"note: {NEVER_STOPS}")

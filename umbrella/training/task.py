@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from umbrella.data.mask_audit import Hide
+from umbrella.data.mask_audit import Redact
 from umbrella.data.pipeline import Plan, Rows
 from umbrella.evaluation.predictions import Prediction
 
@@ -104,11 +104,11 @@ class Task(ABC):
         """Load the weights of a checkpoint."""
 
     @abstractmethod
-    def summary(self, hide: Hide) -> Summary:
+    def summary(self, redact: Redact) -> Summary:
         """Describe the task. Rank 0 calls it.
 
         Args:
-            hide: applied to texts that name subjects.
+            redact: applied to texts that name subjects.
         """
 
     def finish(self, best: Path | None) -> None:  # noqa: B027  # most tasks end with their last step
