@@ -39,9 +39,9 @@ def main(args: Arguments) -> None:
     say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
     if not args.dry_run:
         used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
-        held = stored_recipes(store.folder, settings.modalities)
+        recipes = stored_recipes(store.folder, settings.modalities)
         say("volumes", str(len(used)))
-        say("volume store", f"{decimal(sum(h.size for h in held))} in {sum(h.arrays for h in held)} arrays")
+        say("volume store", f"{decimal(sum(r.size for r in recipes))} in {sum(r.arrays for r in recipes)} arrays")
         say("report", str(page))
     for line in raw.notices:
         note(line)

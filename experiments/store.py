@@ -1,18 +1,18 @@
-"""What the volume store holds, and how to make room in it.
+"""List the recipes of the volume store, or delete unused arrays.
 
-Without arguments: a table of its recipes. --prune deletes what nothing can ask for any more: arrays of settings other
-than these, and of files that are gone or have changed; with --dry-run it only says how much that is.
+Without arguments: a table of recipes. --prune deletes arrays of recipes that these settings do not use, and arrays of
+source files that are missing or have changed. With --dry-run it only prints how much it would delete.
 """
 
 from typing import Any
 
 from umbrella.cli import Arguments, Option, make_console, run_script
 
-OPTIONS = (Option("--prune", "delete what nothing can ask for any more", default=False),)
+OPTIONS = (Option("--prune", "delete arrays that these settings and files do not use", default=False),)
 
 
 def main(args: Arguments) -> None:
-    """Print what is there, or delete what is of no use."""
+    """Print the table, or delete unused arrays."""
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -29,20 +29,20 @@ def main(args: Arguments) -> None:
             f"{files} files of {decimal(size)} {done} in {folder}", highlight=False, markup=False, soft_wrap=True
         )
         return
-    held = stored_recipes(folder, modalities)
+    recipes = stored_recipes(folder, modalities)
     table = Table(title=escape(str(folder)), title_justify="left")
     for name in ("recipe", "used by", "arrays", "size"):
         table.add_column(name, justify="right" if name in ("arrays", "size") else "left")
-    for holding in held:
-        users = ", ".join(holding.modalities) or "nothing in these settings"
-        table.add_row(in_words(holding.recipe), escape(users), str(holding.arrays), decimal(holding.size))
+    for stored in recipes:
+        users = ", ".join(stored.modalities) or "nothing in these settings"
+        table.add_row(describe(stored.recipe), escape(users), str(stored.arrays), decimal(stored.size))
     table.add_section()
-    table.add_row("all", "", str(sum(h.arrays for h in held)), decimal(sum(h.size for h in held)))
+    table.add_row("all", "", str(sum(r.arrays for r in recipes)), decimal(sum(r.size for r in recipes)))
     console.print(table)
 
 
-def in_words(recipe: dict[str, Any]) -> str:
-    """A recipe as a person would say it."""
+def describe(recipe: dict[str, Any]) -> str:
+    """Describe a recipe in one line."""
     parts = [
         "×".join(map(str, recipe["grid"])) + (" per frame" if recipe["series"] else ""),
         f"voxels of {recipe['spacing']:g} mm" if recipe["spacing"] else "resized",

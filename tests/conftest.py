@@ -221,7 +221,7 @@ def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: A
     from umbrella.training.checkpoint_files import CheckpointWriter
     from umbrella.training.language_model import model_files
 
-    save_weights = partial(write_weights, whole=saves_full_model(settings.model))
+    save_weights = partial(write_weights, full=saves_full_model(settings.model))
     return CheckpointWriter(folder, model_files(model, tokenizer, settings), save_weights, settings, code)
 
 

@@ -43,12 +43,12 @@ def arrays(folder: Path) -> list[Path]:
 
 def test_a_volume_is_decoded_once_and_handed_out_as_a_read_only_map(tmp_path: Path, brain: np.ndarray) -> None:
     path = save(tmp_path / "s.nii", brain)
-    assert not open_store(tmp_path).holds(path, "sMRI")
+    assert not open_store(tmp_path).contains(path, "sMRI")
     first = open_store(tmp_path).get(path, "sMRI")
     [made] = arrays(tmp_path)
     os.utime(made, ns=(1, 1))
     again = open_store(tmp_path).get(path, "sMRI")
-    assert open_store(tmp_path).holds(path, "sMRI")
+    assert open_store(tmp_path).contains(path, "sMRI")
     assert made.stat().st_mtime_ns == 1
     assert isinstance(again, np.memmap)
     assert not again.flags.writeable
@@ -145,7 +145,7 @@ def test_an_array_that_was_cut_short_is_made_again(tmp_path: Path, brain: np.nda
     whole = np.array(open_store(tmp_path).get(path, "sMRI"))
     [made] = arrays(tmp_path)
     os.truncate(made, size)
-    assert not open_store(tmp_path).holds(path, "sMRI")
+    assert not open_store(tmp_path).contains(path, "sMRI")
     np.testing.assert_array_equal(open_store(tmp_path).get(path, "sMRI"), whole)
 
 
@@ -198,7 +198,7 @@ def test_a_store_of_an_older_version_keeps_all_arrays_but_those_that_are_read_ot
     monkeypatch.setattr(store_module, "content_hash", None)
     store.get(usual, "sMRI")
     assert (store.path(usual, "sMRI"), store.notes(usual)) == (made[usual], ())
-    assert open_store(tmp_path).holds(usual, "sMRI")
+    assert open_store(tmp_path).contains(usual, "sMRI")
 
 
 def fill(folder: Path, paths: list[Path]) -> list[bytes]:
@@ -271,7 +271,7 @@ def test_pruning_keeps_what_can_still_be_asked_for_and_nothing_else(tmp_path: Pa
     assert size > 0
     assert len(arrays(tmp_path)) == 2
     assert [file.exists() for file in left] == [False, True]
-    assert open_store(tmp_path).holds(paths[0], "sMRI")
+    assert open_store(tmp_path).contains(paths[0], "sMRI")
     records = [json.loads(record.read_text())["path"] for record in (tmp_path / "store/sources").iterdir()]
     assert sorted(records) == [str(paths[0]), str(paths[2])]
     assert prune(tmp_path / "store", SMALL) == (0, 0)

@@ -1,1 +1,1 @@
-"""From image files to arrays of a modality's grid, each decoded once."""
+"""Reading, preprocessing and storage of volumes. Each image file is decoded once."""

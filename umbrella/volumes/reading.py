@@ -18,61 +18,61 @@ from nibabel.affines import voxel_sizes
 from umbrella.base import UserError
 from umbrella.volumes.image_formats import image_files, open_image
 
-SAMPLED = 4099
-"""Of whole numbers every so many are looked at first: where two of them differ, the volume is not constant."""
-LONGEST_AXIS = 2**15
-"""Voxels along an axis of space, at most. NIfTI-1 allows 32,767."""
+SAMPLE_STRIDE = 4099
+"""Stride of the voxels in the first, fast check that an integer volume is not constant."""
+MAX_AXIS_LENGTH = 2**15
+"""Largest number of voxels along a spatial axis. NIfTI-1 allows 32,767."""
 
 
 @dataclass(frozen=True)
 class RawVolume:
-    """A volume as it is stored.
-
-    voxels: (I, J, K) or (I, J, K, T), any real type, in the order of the file. A value is ``slope * voxel + inter``.
-    affine: (4, 4), voxel indices to RAS+ millimetres.
-    """
+    """A volume as it is stored in a file. The value of a voxel is ``slope * voxel + inter``."""
 
     voxels: np.ndarray
+    """(I, J, K) or (I, J, K, T), any real type, in the axis order of the file."""
     slope: float
     inter: float
     affine: np.ndarray
+    """(4, 4); maps voxel indices to RAS+ coordinates in millimetres."""
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Edges of a voxel along I, J, K, in millimetres."""
+        """Voxel spacing along I, J, K in millimetres."""
         return tuple(float(edge) for edge in voxel_sizes(self.affine))
 
     @property
     def orientation(self) -> str:
-        """Where I, J, K point, such as "LIA"; RAS+ is "RAS"."""
+        """Directions of I, J, K, such as "LIA". RAS+ is "RAS"."""
         return "".join(code or "?" for code in nib.aff2axcodes(self.affine))
 
 
 def count_axes(path: str | Path) -> int:
-    """Axes of an image by its header alone: 3 of a volume, 4 of a series. Further ones of length 1 do not count.
+    """Return the number of axes of an image from its header: 3 for a volume, 4 for a series.
+
+    Trailing axes of length 1 do not count.
 
     Raises:
-        UserError: it cannot be read as an image.
+        UserError: if the file cannot be read as an image.
     """
-    with _errors_name(path):
-        return len(_without_ones(open_image(Path(path)).shape, 3))
+    with _raise_with_path(path):
+        return len(_drop_trailing_ones(open_image(Path(path)).shape, 3))
 
 
 def header_notes(path: str | Path) -> tuple[str, ...]:
-    """What is unusual in the header of an image, and changes how the image is read: a phrase for each.
+    """Describe unusual header fields that change how the image is read, such as missing orientation codes.
 
     Raises:
-        UserError: the header cannot be used.
+        UserError: if the header cannot be used.
     """
-    with _errors_name(path):
+    with _raise_with_path(path):
         return open_image(Path(path)).notes
 
 
 def content_hash(path: str | Path) -> str:
-    """Names the content of an image: a hash of the bytes of its file, or of both files of a pair.
+    """Return a hash of the bytes of an image's file, or of both files of a pair.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: if a file cannot be read.
     """
     path = Path(path)
     digest = hashlib.blake2b(digest_size=16)
@@ -91,38 +91,38 @@ def read_volume(path: str | Path, axes: int, max_voxels: int, fill: float | None
 
     Args:
         path: any image file that nibabel reads; for an image in two files, either of them.
-        axes: 3 for a volume (further axes of length 1 are dropped), 4 for a series.
-        max_voxels: a header that claims more is refused before the data are decoded.
-        fill: the value that NaN and infinite voxels get; they are refused when None.
+        axes: expected number of axes: 3 for a volume, 4 for a series. Trailing axes of length 1 are dropped.
+        max_voxels: maximum number of voxels. The header is checked before the data are decoded.
+        fill: value that replaces NaN and infinite voxels. None: such voxels are an error.
 
     Raises:
-        UserError: unreadable, truncated or too large; another number of axes; not finite; constant. Names the file and
-            the remedy.
+        UserError: if the file is unreadable, truncated or too large, has another number of axes, or contains
+            non-finite or constant values. Names the file and the remedy.
     """
-    with _errors_name(path):
+    with _raise_with_path(path):
         image = open_image(Path(path))
         _check_shape(image.shape, max_voxels)
-        shape = _without_ones(image.shape, max(axes, 3))
+        shape = _drop_trailing_ones(image.shape, max(axes, 3))
         if len(shape) != axes:
-            raise UserError(f"has {len(shape)} axes {shape}, {_wrong_axes(Path(path), len(shape))}")
+            raise UserError(f"has {len(shape)} axes {shape}, {_wrong_axes_hint(Path(path), len(shape))}")
         voxels, slope, inter = image.read()
-        voxels = _checked(voxels.reshape(shape, order="A"), slope, inter, fill)
+        voxels = _check_voxels(voxels.reshape(shape, order="A"), slope, inter, fill)
         return RawVolume(voxels, slope, inter, image.affine)
 
 
 @contextmanager
-def _errors_name(path: str | Path) -> Iterator[None]:
-    """Turn every error into a UserError that names the file."""
+def _raise_with_path(path: str | Path) -> Iterator[None]:
+    """Convert every exception to a UserError that names the file."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # nibabel, gzip and zlib raise a dozen kinds for a damaged file
-        raise UserError(f"{path}: cannot be read as an image: {_why(Path(path), error)}") from None
+    except Exception as error:  # nibabel, gzip and zlib raise many types for a damaged file
+        raise UserError(f"{path}: cannot be read as an image: {_describe_error(Path(path), error)}") from None
 
 
-def _why(path: Path, error: Exception) -> str:
-    """Why a file cannot be read: what it is instead of an image, or else the error."""
+def _describe_error(path: Path, error: Exception) -> str:
+    """Return the actual format of a file that is not an image, or else the error message."""
     try:
         with path.open("rb") as file:
             head = file.read(132)
@@ -142,7 +142,7 @@ def _why(path: Path, error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}; copy or convert the file anew"
 
 
-def _wrong_axes(path: Path, axes: int) -> str:
+def _wrong_axes_hint(path: Path, axes: int) -> str:
     if axes == 4 and re.search(r"_dwi(\.\w+)*$", path.name, re.IGNORECASE):
         return (
             "raw diffusion data, and its modality has single volumes: dMRI is a scalar map such as FA or MD unless"
@@ -152,8 +152,8 @@ def _wrong_axes(path: Path, axes: int) -> str:
     return f"{kind.get(axes, 'neither a volume nor a series')}; correct the modality or the file"
 
 
-def _without_ones(shape: tuple[int, ...], least: int) -> tuple[int, ...]:
-    while len(shape) > least and shape[-1] == 1:
+def _drop_trailing_ones(shape: tuple[int, ...], min_axes: int) -> tuple[int, ...]:
+    while len(shape) > min_axes and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
@@ -165,24 +165,24 @@ def _check_shape(shape: tuple[int, ...], max_voxels: int) -> None:
         raise UserError(
             f"the header claims {shape} voxels, more than data.max_voxels={max_voxels}; raise it if that is true"
         )
-    if max(shape[:3]) > LONGEST_AXIS:
+    if max(shape[:3]) > MAX_AXIS_LENGTH:
         raise UserError(f"the header claims {shape} voxels, which no volume has; the file is damaged, or is a surface")
 
 
-def _checked(voxels: np.ndarray, slope: float, inter: float, fill: float | None) -> np.ndarray:
-    """The voxels, if they are finite (or there is something to put in the place of those that are not) and differ."""
-    if voxels.dtype.kind in "biu" and len(np.unique(voxels.ravel("K")[::SAMPLED])) > 1 and slope:
+def _check_voxels(voxels: np.ndarray, slope: float, inter: float, fill: float | None) -> np.ndarray:
+    """Check that the voxels are finite and not constant. With ``fill``, replace NaN and infinite voxels."""
+    if voxels.dtype.kind in "biu" and len(np.unique(voxels.ravel("K")[::SAMPLE_STRIDE])) > 1 and slope:
         return voxels
     low, high = voxels.min(), voxels.max()
     if not np.isfinite(float(high) - float(low)):
         finite = np.isfinite(voxels)
-        bad = voxels.size - np.count_nonzero(finite)
-        if bad and fill is None:
+        num_invalid = voxels.size - np.count_nonzero(finite)
+        if num_invalid and fill is None:
             raise UserError(
-                f"holds {bad} voxels that are NaN or infinite; mask or repair the file, or set nan: background"
+                f"holds {num_invalid} voxels that are NaN or infinite; mask or repair the file, or set nan: background"
                 " for its modality"
             )
-        if bad and fill is not None and slope:
+        if num_invalid and fill is not None and slope:
             voxels = np.where(finite, voxels, voxels.dtype.type((fill - inter) / slope))
             low, high = voxels.min(), voxels.max()
     if low == high or not slope:

@@ -1,7 +1,7 @@
-"""Three planes of a prepared volume, turned as a radiology atlas shows them, and small pictures of them.
+"""Axial, coronal and sagittal slices of a prepared volume, and thumbnails of them.
 
-Neurological convention: the left of the subject is on the left. The picture's up is the subject's front in the axial
-plane and its top in the other two; the sagittal plane looks to the right.
+Orientation follows the neurological convention: the left of the subject is on the left of the picture. Up is anterior
+in the axial slice and superior in the other two. Anterior is on the right of the sagittal slice.
 """
 
 from collections.abc import Sequence
@@ -21,73 +21,77 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
-"""Name to the two of the axes X, Y, Z that run to the right and upwards in the picture."""
-ENDS = ("LR", "PA", "IS")
-"""Letters of the beginning and the end of X, Y, Z."""
+"""For each plane, the indices of the axes (X, Y, Z) that point to the right and up in the picture."""
+AXIS_LABELS = ("LR", "PA", "IS")
+"""Letters of the negative and the positive end of X, Y, Z."""
 THUMBNAIL_SIZE = 96
-"""Pixels along both edges of one plane of a thumbnail."""
+"""Width and height of one slice of a thumbnail, in pixels."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One slice. grey: (rows downwards, columns to the right), uint8. edges: millimetres of a voxel, right and up."""
+    """One slice of a volume."""
 
     name: str
     axes: tuple[int, int]
+    """Indices of the volume axes that point to the right and up."""
     index: int
-    """Where the slice lies along the third axis."""
+    """Position of the slice along the third axis."""
     grey: np.ndarray
+    """(rows, columns), uint8; rows run from top to bottom."""
     spacing: tuple[float, float]
+    """Width and height of a voxel in millimetres."""
 
     @property
     def size(self) -> tuple[float, float]:
-        """Width and height in millimetres."""
+        """Width and height of the slice in millimetres."""
         return self.grey.shape[1] * self.spacing[0], self.grey.shape[0] * self.spacing[1]
 
 
 def orthogonal_slices(
-    array: np.ndarray, modality: Modality, facts: VolumeInfo | None, centre: Sequence[int] | None = None
+    array: np.ndarray, modality: Modality, info: VolumeInfo | None, centre: Sequence[int] | None = None
 ) -> list[Plane]:
-    """The axial, coronal and sagittal plane through one voxel.
+    """Return the axial, coronal and sagittal slice through one voxel.
 
     Args:
-        array: as ``VolumeStore.get`` gives it. Of a series the mean over its middle window is shown.
-        facts: tell how large a voxel is; taken for a cube when None.
-        centre: the voxel, along X, Y, Z; the middle of what is bright when None.
+        array: (X, Y, Z) or (T, X, Y, Z), from ``VolumeStore.get``. A series is averaged over its middle window.
+        modality: the modality of the array.
+        info: gives the voxel spacing. None: isotropic voxels.
+        centre: the voxel along X, Y, Z. None: the centre of the voxels that are brighter than the mean.
     """
     if modality.is_series:
         array = array[pick_window(len(array), modality, None)].mean(axis=0, dtype=np.float32)
     volume = np.asarray(array, np.float32)
     if centre is None:
-        # The store does not keep which voxels are background; those brighter than the mean lie in the head.
+        # The store does not keep the foreground mask. Voxels brighter than the mean lie in the head.
         centre = np.rint(np.argwhere(volume > volume.mean()).mean(axis=0)).astype(int).tolist()
     dark, light = np.percentile(volume, (1, 99.5))
     if dark == light:
         dark, light = volume.min(), volume.max()
     grey = (255 * np.clip((volume - dark) / (light - dark), 0, 1)).astype(np.uint8)
-    edges = voxel_spacing(modality, facts)
+    spacing = voxel_spacing(modality, info)
     planes = []
     for name, (right, up) in PLANES.items():
-        across = 3 - right - up
-        index = centre[across]
-        planes.append(Plane(name, (right, up), index, grey.take(index, across).T[::-1], (edges[right], edges[up])))
+        normal = 3 - right - up
+        index = centre[normal]
+        planes.append(Plane(name, (right, up), index, grey.take(index, normal).T[::-1], (spacing[right], spacing[up])))
     return planes
 
 
-def voxel_spacing(modality: Modality, facts: VolumeInfo | None) -> tuple[float, float, float]:
-    """Millimetres of a voxel of the prepared array along X, Y, Z; 1 where nothing tells."""
+def voxel_spacing(modality: Modality, info: VolumeInfo | None) -> tuple[float, float, float]:
+    """Return the voxel spacing of the prepared array along X, Y, Z in millimetres, or 1 if it is unknown."""
     if modality.spacing is not None:
         return (modality.spacing,) * 3
-    edges = [1.0, 1.0, 1.0]
-    if facts is not None and "?" not in facts.orientation:
-        for code, size, edge in zip(facts.orientation, facts.shape, facts.spacing, strict=False):
-            axis = next(i for i, ends in enumerate(ENDS) if code in ends)
-            edges[axis] = size * edge / modality.grid[axis]
-    return edges[0], edges[1], edges[2]
+    spacing = [1.0, 1.0, 1.0]
+    if info is not None and "?" not in info.orientation:
+        for code, size, edge in zip(info.orientation, info.shape, info.spacing, strict=False):
+            axis = next(i for i, labels in enumerate(AXIS_LABELS) if code in labels)
+            spacing[axis] = size * edge / modality.grid[axis]
+    return spacing[0], spacing[1], spacing[2]
 
 
 def save_thumbnail(planes: list[Plane], file: Path) -> None:
-    """The planes side by side, all to one scale, as a grey PNG of (3 * THUMBNAIL_SIZE, THUMBNAIL_SIZE) pixels."""
+    """Save slices side by side, at one scale, as a grey PNG. Each slice has THUMBNAIL_SIZE x THUMBNAIL_SIZE pixels."""
     scale = THUMBNAIL_SIZE / max(length for plane in planes for length in plane.size)
     picture = Image.new("L", (len(planes) * THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     for i, plane in enumerate(planes):
@@ -98,9 +102,9 @@ def save_thumbnail(planes: list[Plane], file: Path) -> None:
 
 
 def draw_plane(axes: "Axes", plane: Plane) -> None:
-    """A plane in its own proportions, its name above it and the letters of its ends beside it.
+    """Draw a slice with its name as title and orientation letters as tick labels.
 
-    One unit of the axes is a voxel; (0, 0) is the corner at the lower left.
+    One unit of the axes is one voxel; (0, 0) is the lower left corner.
     """
     right, up = plane.axes
     height, width = plane.grey.shape
@@ -114,8 +118,8 @@ def draw_plane(axes: "Axes", plane: Plane) -> None:
         interpolation="nearest",
     )
     axes.set_title(f"{plane.name}, {'XYZ'[3 - right - up]} = {plane.index}", fontsize=9, color=SOFT)
-    axes.set_xticks([0, width], ENDS[right])
-    axes.set_yticks([0, height], ENDS[up])
+    axes.set_xticks([0, width], AXIS_LABELS[right])
+    axes.set_yticks([0, height], AXIS_LABELS[up])
     axes.tick_params(length=0, labelsize=9, labelcolor=SOFT)
     axes.grid(visible=False)
     for spine in axes.spines.values():

@@ -1,4 +1,4 @@
-"""The files of the store, and when those that they are made from have changed."""
+"""Files of the volume store: reading, writing, validation and pruning."""
 
 import json
 import os
@@ -21,20 +21,19 @@ from umbrella.volumes.preprocessing import recipe
 HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \((\d+(?:, \d+)*)\), \} *\n", re.DOTALL
 )
-"""How a file of NumPy's begins that holds an array of the store: two bytes say how long the braces are."""
-LONGEST = 256
-"""Bytes of a header, at most."""
+"""The NPY 1.0 header of a float16 array in C order. Two bytes after the version are the length of the dictionary."""
+MAX_HEADER_BYTES = 256
 
 
 def write_atomic(path: Path, content: bytes | np.ndarray) -> None:
-    """Write a file that other processes find either whole or not at all.
+    """Write a file under a temporary name and rename it, so that other processes never see a partial file.
 
-    Only a crash of the machine may leave it cut short, which whoever reads the store notices: waiting for the disk
-    would take three times as long as preparing a small volume.
+    There is no ``fsync``: it would take three times as long as preparing a small volume. A crash of the machine can
+    therefore truncate a file; every reader of the store checks for this.
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        # Not tempfile, whose files no other user may read: the umask decides.
+        # tempfile would make the file unreadable for other users; here the umask applies.
         with partial.open("xb") as file:
             if isinstance(content, bytes):
                 file.write(content)
@@ -46,26 +45,28 @@ def write_atomic(path: Path, content: bytes | np.ndarray) -> None:
 
 
 def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
-    """The shape of an array of the store, and where in its file the values begin.
+    """Read the NPY header of an array of the store.
 
-    NumPy takes this header for a Python expression, and Python's parser now and then fails in one of several threads
-    (python/cpython#106905): a trial of ours died of that.
+    NumPy parses this header as a Python expression, which can fail with several threads (python/cpython#106905).
+
+    Returns:
+        The shape of the array, and the offset of its values in the file, in bytes.
 
     Raises:
-        ValueError: it is no such array, or is cut short in its header.
+        ValueError: if the file is not an array of the store, or its header is truncated.
     """
-    found = HEADER.match(file.read(LONGEST))
-    if not found:
+    header = HEADER.match(file.read(MAX_HEADER_BYTES))
+    if not header:
         raise ValueError("not an array of the store")
-    return tuple(map(int, found[1].split(b", "))), found.end()
+    return tuple(map(int, header[1].split(b", "))), header.end()
 
 
 def map_array(path: Path) -> np.ndarray:
-    """An array of the store: float16, memory-mapped and read-only.
+    """Memory-map an array of the store: float16, read-only.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no such array, or is cut short.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not an array of the store, or is truncated.
     """
     with path.open("rb") as file:
         shape, start = read_header(file)
@@ -73,7 +74,7 @@ def map_array(path: Path) -> np.ndarray:
 
 
 def is_current(record: Mapping[str, Any]) -> bool:
-    """Whether the file of a record in ``sources/`` is still as it was when it was read."""
+    """Return whether the source file of a record in ``sources/`` is unchanged."""
     try:
         return file_stamp(record["path"]) == (record["size"], record["time"])
     except (UserError, KeyError):
@@ -81,7 +82,11 @@ def is_current(record: Mapping[str, Any]) -> bool:
 
 
 def file_stamp(source: str | Path) -> tuple[int, int]:
-    """Size and time of an image's files, which change when the image does."""
+    """Return the total size in bytes and the modification time in nanoseconds (a sum for two files) of an image.
+
+    Raises:
+        UserError: if a file does not exist or cannot be accessed.
+    """
     try:
         stats = [os.stat(file) for file in image_files(source)]
     except OSError as error:
@@ -91,7 +96,7 @@ def file_stamp(source: str | Path) -> tuple[int, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small file of the store; nothing where it is missing or not whole."""
+    """Read a JSON file of the store. Return an empty dictionary if it is missing or truncated."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -106,74 +111,80 @@ def _is_array(file: Path) -> bool:
     return True
 
 
-READERS: Mapping[str, Callable[[Path], bool]] = {".npy": _is_array, ".json": lambda file: bool(read_json(file))}
-"""Ending of a file of the store to whether one is whole."""
+VALIDATORS: Mapping[str, Callable[[Path], bool]] = {".npy": _is_array, ".json": lambda file: bool(read_json(file))}
+"""For each suffix, a function that returns whether a file is complete."""
 
-ABANDONED = 24 * 3600
-"""Seconds after which a file that nobody finished writing counts as left behind."""
+MAX_PARTIAL_AGE = 24 * 3600
+"""Age in seconds above which a partial file counts as abandoned."""
 
 
 @dataclass(frozen=True)
 class StoredRecipe:
-    """The arrays of one recipe: their folder, what it does, how many there are, bytes, and who uses it now."""
+    """The arrays of one recipe in the store."""
 
     folder: Path
     recipe: dict[str, Any]
+    """Content of ``recipe.json``, see ``preprocessing.recipe``."""
     arrays: int
+    """Number of arrays."""
     size: int
+    """Bytes of all arrays."""
     modalities: tuple[str, ...]
-    """Modalities of the present settings that have this recipe; none when only older settings had it."""
+    """Modalities of the current settings with this recipe. Empty if only other settings use it."""
 
 
 def stored_recipes(folder: Path, modalities: Mapping[str, Modality]) -> list[StoredRecipe]:
-    """What lies in a store, largest first."""
-    found = []
+    """List the recipes of a store, largest first."""
+    recipes = []
     for file in folder.glob("*/recipe.json"):
-        made = read_json(file)
+        content = read_json(file)
         sizes = [_size(array) for array in file.parent.glob("*.npy")]
-        users = tuple(name for name, modality in modalities.items() if recipe(modality) == made)
-        found.append(StoredRecipe(file.parent, made, len(sizes), sum(sizes), users))
-    return sorted(found, key=lambda holding: -holding.size)
+        users = tuple(name for name, modality in modalities.items() if recipe(modality) == content)
+        recipes.append(StoredRecipe(file.parent, content, len(sizes), sum(sizes), users))
+    return sorted(recipes, key=lambda stored: -stored.size)
 
 
 def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = False) -> tuple[int, int]:
-    """Delete what nothing can ask for any more: (files deleted, bytes). A dry run only counts them.
+    """Delete the files of a store that the current settings and source files do not use.
 
-    That is: arrays of recipes that no modality of the settings has; arrays whose every source file is gone or has
-    changed; records of such sources; and what a process left half-written more than a day ago. A run that uses the
-    store with other settings makes its arrays again. Sources that this machine cannot see count as gone.
+    These are: arrays of recipes that no modality of the settings has; arrays whose source files are all missing or
+    changed; records of such source files; partial files older than a day. Source files that this machine cannot access
+    count as missing. A run with other settings decodes its volumes again.
+
+    Returns:
+        The number of deleted files and their total size in bytes. A dry run only counts them.
     """
-    doomed = [f for f in folder.rglob("*.partial") if _age(f) > ABANDONED]
-    living = set()
-    for record in (folder / "sources").glob("*.json"):
-        source = read_json(record)
-        if is_current(source):
-            living.add(source["content"])
+    unused = [file for file in folder.rglob("*.partial") if _age(file) > MAX_PARTIAL_AGE]
+    current_contents = set()
+    for record_file in (folder / "sources").glob("*.json"):
+        record = read_json(record_file)
+        if is_current(record):
+            current_contents.add(record["content"])
         else:
-            doomed.append(record)
-    for holding in stored_recipes(folder, modalities):
-        files = [f for f in holding.folder.iterdir() if f.suffix in (".npy", ".json") and f.name != "recipe.json"]
-        doomed += [f for f in files if not holding.modalities or f.stem not in living]
-        if not holding.modalities:
-            doomed.append(holding.folder / "recipe.json")
-    size = sum(map(_size, doomed))
-    for file in [] if dry_run else doomed:
+            unused.append(record_file)
+    for stored in stored_recipes(folder, modalities):
+        files = [f for f in stored.folder.iterdir() if f.suffix in (".npy", ".json") and f.name != "recipe.json"]
+        unused += [f for f in files if not stored.modalities or f.stem not in current_contents]
+        if not stored.modalities:
+            unused.append(stored.folder / "recipe.json")  # last: its folder is removed with it
+    size = sum(map(_size, unused))
+    for file in [] if dry_run else unused:
         file.unlink(missing_ok=True)
         if file.name == "recipe.json":
-            with suppress(OSError):  # another process is writing there
+            with suppress(OSError):  # another process is writing to the folder
                 file.parent.rmdir()
-    return len(doomed), size
+    return len(unused), size
 
 
 def _size(file: Path) -> int:
-    """Bytes; none where another process has taken the file away meanwhile."""
+    """Return the size of a file in bytes, or 0 if another process has deleted it."""
     with suppress(OSError):
         return file.stat().st_size
     return 0
 
 
 def _age(file: Path) -> float:
-    """Seconds since a file was written; none where it has been renamed meanwhile."""
+    """Return the seconds since a file was written, or 0 if another process has renamed it."""
     with suppress(OSError):
         return time.time() - file.stat().st_mtime
     return 0
