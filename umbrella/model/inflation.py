@@ -1,7 +1,7 @@
-"""A volume embedder from a checkpoint's 2D one: patch weights spread over depth and time, positions taken apart.
+"""Initialize a volume embedder from the 2D embeddings of a checkpoint (inflation).
 
-The first axis of a volume is its depth; the second and third are an image's rows and columns. What is inflated gives,
-for a volume made of one repeated slice, what the 2D embedder gives for that slice as a grey image of three channels.
+The first axis of a volume is depth; the second and third axis correspond to the rows and columns of an image. For a
+volume that repeats one slice, an inflated embedder returns the 2D embedding of that slice as a grey RGB image.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, res
 
 
 @torch.no_grad()
-def inflate(embedder: VolumeEmbedder, flat: Any) -> None:
-    """Overwrite every modality's weights with those of a SigLIP's or CLIP's 2D embeddings, ``flat``."""
-    positions = flat.position_embedding.weight.float()
+def inflate(embedder: VolumeEmbedder, embeddings_2d: Any) -> None:
+    """Overwrite the weights of all modalities with inflated 2D embeddings of SigLIP or CLIP. In place."""
+    positions = embeddings_2d.position_embedding.weight.float()
     if embedder.class_embedding is not None:
         positions = positions[1:]
     side = round(len(positions) ** 0.5)
     table = positions.reshape(side, side, -1)
-    weight, bias = flat.patch_embedding.weight.float(), flat.patch_embedding.bias
+    weight, bias = embeddings_2d.patch_embedding.weight.float(), embeddings_2d.patch_embedding.bias
     for modality in embedder.by_modality.values():
         assert isinstance(modality, ModalityEmbedder)
         modality.projection.weight.copy_(inflate_patches(weight, modality.patch))
@@ -30,29 +30,42 @@ def inflate(embedder: VolumeEmbedder, flat: Any) -> None:
 
 
 def inflate_patches(weight: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
-    """2D patch weights (width, channels, rows, columns) to (width, voxels of ``patch``): (d, h, w) or (d, h, w, t).
+    """Inflate 2D patch weights to 3D or 4D.
 
-    Channels are summed, since a grey image has the same value in each. Rows and columns of another number are resized
-    so that a resized patch keeps its product with them (PI-resize of FlexiViT, Beyer et al., CVPR 2023). Depth and time
-    share the weight evenly (I3D, Carreira and Zisserman, CVPR 2017).
+    Channels are summed, because a grey image has equal channels. Rows and columns are resized so that the product with
+    a resized patch is preserved (PI-resize of FlexiViT, Beyer et al., CVPR 2023). Weights are divided evenly over depth
+    and time (I3D, Carreira and Zisserman, CVPR 2017).
+
+    Args:
+        weight: (width, channels, rows, columns).
+        patch: (depth, height, width) or (depth, height, width, frames) in voxels.
+
+    Returns:
+        (width, voxels per patch).
     """
     depth, height, width, *frames = patch
-    plane = _resizing(weight.shape[2], height) @ weight.sum(1) @ _resizing(weight.shape[3], width).T
+    plane = _pi_resize_matrix(weight.shape[2], height) @ weight.sum(1) @ _pi_resize_matrix(weight.shape[3], width).T
     time = frames[0] if frames else 1
     even = plane[:, None, :, :, None] / (depth * time)
     return even.expand(-1, depth, -1, -1, time).flatten(1)
 
 
-def _resizing(old: int, new: int) -> torch.Tensor:
-    """(new, old): weights of ``new`` pixels from those of ``old``, by the pseudo-inverse of linear interpolation."""
+def _pi_resize_matrix(old: int, new: int) -> torch.Tensor:
+    """Return the matrix (new, old) that resizes weights: the pseudo-inverse of linear interpolation."""
     return torch.linalg.pinv(resize_positions(torch.eye(old), new).T)
 
 
 def factorise_positions(table: torch.Tensor, axes: nn.ParameterList) -> list[torch.Tensor]:
-    """2D positions (rows, columns, width) as one table per axis of a volume, summed when used: (patches, width) each.
+    """Approximate 2D position embeddings by a sum of one table per axis of a volume (least squares).
 
-    The least-squares fit: the mean goes to depth, the rows' and the columns' deviations from it to their axes, and time
-    starts at nothing. Exact where the 2D positions are such a sum.
+    Depth gets the mean, rows and columns get their deviations from the mean, and time gets zeros.
+
+    Args:
+        table: (rows, columns, width).
+        axes: current tables of the volume's axes, (patches, width) each. Only their shapes are used.
+
+    Returns:
+        One table (patches, width) per axis.
     """
     mean = table.mean((0, 1))
     rows, columns = table.mean(1) - mean, table.mean(0) - mean

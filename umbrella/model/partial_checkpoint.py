@@ -1,9 +1,10 @@
-"""Weights in a folder: all of a model, or what a training moved and the base that the rest is taken from."""
+"""Full and partial checkpoints. A partial checkpoint has the trained weights and a reference to its base checkpoint."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,65 +16,73 @@ from umbrella.base import UserError
 from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 
-WHOLE, TRAINED = "model.safetensors", "trained.safetensors"
-ADAPTERS = f"{ADAPTER}/adapter_model.safetensors"
-SAMPLES, SAMPLE = 16, 1 << 16
-"""How many pieces of a file, of how many bytes, are hashed: 1 MB of each file, whatever its size."""
+FULL_WEIGHTS, TRAINED_WEIGHTS = "model.safetensors", "trained.safetensors"
+ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
+NUM_BLOCKS, BLOCK_SIZE = 16, 1 << 16
+"""Number and size in bytes of the blocks of a file that are hashed: 1 MiB per file."""
 
 
 def is_partial(folder: str | Path) -> bool:
-    """Whether a folder holds what a training moved, and not the whole model."""
+    """Return whether a folder holds a partial checkpoint."""
     return (Path(folder) / BASE).is_file()
 
 
 def base_checkpoint(checkpoint: str) -> str:
-    """The checkpoint that holds the weights which a training from this one does not move: itself, if it is whole."""
-    return (
-        json.loads((Path(checkpoint) / BASE).read_text("utf-8"))["checkpoint"] if is_partial(checkpoint) else checkpoint
-    )
+    """Return the base of a partial checkpoint, or the checkpoint itself if it is full."""
+    return _read_base(checkpoint)["checkpoint"] if is_partial(checkpoint) else checkpoint
+
+
+def _read_base(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / BASE).read_text("utf-8"))
 
 
 def saves_full_model(settings: ModelSettings) -> bool:
-    """Whether a training's checkpoints hold the whole model: there is no base, or everything moves."""
+    """Return whether a training saves full checkpoints: it has no base checkpoint, or trains all weights."""
     return not settings.checkpoint or settings.train == "all"
 
 
 def parameters_to_save(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -> list[str]:
-    """The parameters that a training's checkpoints hold: all, or those that move and those that its base has not.
+    """Return the names of the parameters in a training's checkpoints.
 
-    The base has no volume embedder of these modalities, no adapters, and nothing of what an earlier training moved.
+    A partial checkpoint has the trainable parameters and those that its base lacks: the volume embedder, the adapters,
+    and the weights that an earlier partial checkpoint has.
     """
-    named = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     if saves_full_model(settings):
-        return list(named)
-    earlier: set[str] = set()
+        return list(parameters)
+    trained_before: set[str] = set()
     if is_partial(settings.checkpoint):
-        with safe_open(Path(settings.checkpoint) / TRAINED, "pt") as file:
-            earlier = set(file.keys())
+        with safe_open(Path(settings.checkpoint) / TRAINED_WEIGHTS, "pt") as file:
+            trained_before = set(file.keys())
     embedder = set(model.embedder.parameters())
     return [
         name
-        for name, weight in named.items()
-        if weight.requires_grad or weight in embedder or ".lora_" in name or _stored_name(name) in earlier
+        for name, weight in parameters.items()
+        if weight.requires_grad or weight in embedder or ".lora_" in name or _stored_name(name) in trained_before
     ]
 
 
-def write_weights(folder: Path, weights: Mapping[str, torch.Tensor], whole: bool) -> None:
-    """Write weights, by the names of the model's parameters: those of adapters to ``adapter/``, as PEFT does."""
-    own = {_stored_name(name): weight for name, weight in weights.items() if ".lora_" not in name}
-    adapters = {_stored_name(name): weight for name, weight in weights.items() if ".lora_" in name}
-    save_file(own, folder / (WHOLE if whole else TRAINED), {"format": "pt"})
-    if adapters:
+def write_weights(folder: Path, weights: Mapping[str, torch.Tensor], full: bool) -> None:
+    """Write the weights of a checkpoint. Adapter weights go to ``adapter/``, in the format of PEFT.
+
+    Args:
+        weights: tensors by parameter name.
+        full: whether this is a full checkpoint.
+    """
+    model_weights = {_stored_name(name): weight for name, weight in weights.items() if ".lora_" not in name}
+    adapter_weights = {_stored_name(name): weight for name, weight in weights.items() if ".lora_" in name}
+    save_file(model_weights, folder / (FULL_WEIGHTS if full else TRAINED_WEIGHTS), {"format": "pt"})
+    if adapter_weights:
         (folder / ADAPTER).mkdir(exist_ok=True)
-        save_file(adapters, folder / ADAPTERS, {"format": "pt"})
+        save_file(adapter_weights, folder / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 @torch.no_grad()
-def _put(weight: torch.Tensor, stored: torch.Tensor) -> None:
-    # What was trained has float32, where the base that it is laid over may have less.
-    kind = torch.promote_types(weight.dtype, stored.dtype)
-    if kind != weight.dtype:
-        weight.data = weight.data.to(kind)
+def _copy_promoting(weight: torch.Tensor, stored: torch.Tensor) -> None:
+    # Trained weights are float32. The base may have a smaller dtype.
+    dtype = torch.promote_types(weight.dtype, stored.dtype)
+    if dtype != weight.dtype:
+        weight.data = weight.data.to(dtype)
     weight.copy_(stored)
 
 
@@ -81,62 +90,64 @@ def load_saved_weights(
     folder: str | Path,
     model: nn.Module,
     names: Sequence[str] = (),
-    put: Callable[[torch.Tensor, torch.Tensor], None] = _put,
+    copy: Callable[[torch.Tensor, torch.Tensor], None] = _copy_promoting,
 ) -> None:
-    """Put the weights that a folder holds into a model, one after the other: there is never a second model.
+    """Load the weights of a full or partial checkpoint into a model, one tensor at a time to save memory.
 
     Args:
-        names: parameters that must be there.
-        put: copies the second into the first.
+        folder: the checkpoint.
+        model: the model, changed in place.
+        names: parameters that the checkpoint must have.
+        copy: called with a parameter and its stored value; copies the value to the parameter.
 
     Raises:
-        UserError: they are not, or the model has no such weight, or one of another shape.
+        UserError: if a required parameter is missing, or a stored one is unknown or has another shape.
     """
     folder = Path(folder)
-    weights = {_stored_name(name): weight for name, weight in model.named_parameters()}
-    wanted = {_stored_name(name) for name in names}
-    files = [folder / (TRAINED if is_partial(folder) else WHOLE), folder / ADAPTERS]
+    parameters = {_stored_name(name): weight for name, weight in model.named_parameters()}
+    missing = {_stored_name(name) for name in names}
+    files = [folder / (TRAINED_WEIGHTS if is_partial(folder) else FULL_WEIGHTS), folder / ADAPTER_WEIGHTS]
     for path in files if files[1].exists() else files[:1]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
                 stored = file.get_tensor(name)
-                if name not in weights or weights[name].shape != stored.shape:
-                    has = f"one of shape {tuple(weights[name].shape)}" if name in weights else "none"
+                if name not in parameters or parameters[name].shape != stored.shape:
+                    has = f"one of shape {tuple(parameters[name].shape)}" if name in parameters else "none"
                     raise UserError(
                         f"{path}: does not fit: {name} is of shape {tuple(stored.shape)}, the model has {has}"
                     )
-                put(weights[name], stored)
-                wanted.discard(name)
-    if wanted:
-        raise UserError(f"{folder}: does not fit: it lacks {len(wanted)} weights, {min(wanted)} among them")
+                copy(parameters[name], stored)
+                missing.discard(name)
+    if missing:
+        raise UserError(f"{folder}: does not fit: it lacks {len(missing)} weights, {min(missing)} among them")
 
 
 def _stored_name(name: str) -> str:
-    """A parameter's name in a file: as if there were no adapters, and those by PEFT's names."""
+    """Return the name of a parameter in a file: without PEFT's wrappers, and in PEFT's format for adapter weights."""
     if ".lora_" in name:
         return f"base_model.model.{name.replace('.default.', '.')}"
     return name.replace(".base_layer.", ".")
 
 
 def base_description(checkpoint: str) -> str:
-    """The content of ``base.json``: which checkpoint, and what its weights look like."""
+    """Return the content of ``base.json``: the base checkpoint, and size and hash of its weight files."""
     base = base_checkpoint(checkpoint)
     return json.dumps({"checkpoint": base, "files": _fingerprint(base)}, indent=1)
 
 
 def check_base(folder: str | Path) -> None:
-    """See that the base that a folder's weights stand on is what it was. Of a name on a hub, only what is here already.
+    """Check that the base of a partial checkpoint is unchanged. For a name on the Hub, check only cached files.
 
     Raises:
-        UserError: it is gone, or another one.
+        UserError: if a file of the base is missing or has changed.
     """
-    base = json.loads((Path(folder) / BASE).read_text("utf-8"))
-    checkpoint, there = base["checkpoint"], _fingerprint(base["checkpoint"])
-    for name, was in base["files"].items():
-        if name in there and there[name] == was:
+    base = _read_base(folder)
+    checkpoint, current = base["checkpoint"], _fingerprint(base["checkpoint"])
+    for name, expected in base["files"].items():
+        if name in current and current[name] == expected:
             continue
-        if name in there or _is_local(checkpoint):
-            what = "is not what it was" if name in there else "is gone"
+        if name in current or _is_local(checkpoint):
+            what = "has changed" if name in current else "is gone"
             raise UserError(
                 f"{folder}: holds what was trained on {checkpoint}, and {name} there {what}; put it back (a link will"
                 " do)"
@@ -148,20 +159,20 @@ def _is_local(checkpoint: str) -> bool:
 
 
 def _fingerprint(checkpoint: str) -> dict[str, dict[str, int | str]]:
-    """Size and hash of a little of each file of weights that lies here."""
+    """Return size and partial hash of each local weight file of a checkpoint, by file name."""
     folder = Path(checkpoint)
     if not _is_local(checkpoint):
         try:
             folder = Path(str(cached_file(checkpoint, "config.json"))).parent
-        except (OSError, ValueError):  # who loads it says more
+        except (OSError, ValueError):  # loading the model raises the error
             return {}
-    return {path.name: _looks(path) for path in sorted(folder.glob("*.safetensors"))}
+    return {path.name: _file_fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
-def _looks(path: Path) -> dict[str, int | str]:
+def _file_fingerprint(path: Path) -> dict[str, int | str]:
     size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        for i in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE))
+        for i in range(NUM_BLOCKS):
+            file.seek(max(0, size - BLOCK_SIZE) * i // (NUM_BLOCKS - 1))
+            digest.update(file.read(BLOCK_SIZE))
     return {"bytes": size, "sample": digest.hexdigest()[:32]}

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from umbrella.base import PathOrAddress, Section
 
-MOVABLE = ("embedder", "projector", "tower", "lora")
+COMPONENTS = ("embedder", "projector", "tower", "lora")
 """Values of ``model.train`` beside "all"."""
 
 
@@ -52,8 +52,8 @@ class ModelSettings(Section):
     @classmethod
     def _known_parts(cls, train: str) -> str:
         names = train.split("+")
-        if train != "all" and (len(set(names)) < len(names) or not set(names) <= set(MOVABLE)):
-            raise ValueError(f"is not all, and not some of {', '.join(MOVABLE)} joined by +")
+        if train != "all" and (len(set(names)) < len(names) or not set(names) <= set(COMPONENTS)):
+            raise ValueError(f"is not all, and not some of {', '.join(COMPONENTS)} joined by +")
         return train
 
     @model_validator(mode="after")

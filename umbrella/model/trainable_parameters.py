@@ -1,4 +1,4 @@
-"""Which weights move: the model's parts by name, and adapters for the language model."""
+"""Selection of trainable parameters by component, and LoRA adapters."""
 
 from torch import nn
 
@@ -7,12 +7,15 @@ from umbrella.model.settings import ModelSettings
 from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Every matrix of the language model's layers, by Qwen2's and Llama's names."""
+"""Regular expression for all linear layers in the decoder layers of Qwen2 and Llama."""
 
 
 def component_parameters(model: UmbrellaForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
-    """The model's weights by part, each weight in one: embedder, tower, projector, lora (if any), language_model."""
-    named = {
+    """Return the parameters of each component: embedder, tower, projector, lora, language_model.
+
+    Each parameter belongs to exactly one component. Components without parameters are omitted.
+    """
+    candidates = {
         "embedder": model.embedder.named_parameters(),
         "tower": model.model.vision_tower.named_parameters(),
         "projector": model.model.multi_modal_projector.named_parameters(),
@@ -21,48 +24,53 @@ def component_parameters(model: UmbrellaForConditionalGeneration) -> dict[str, l
     }
     seen: set[nn.Parameter] = set()
     result: dict[str, list[nn.Parameter]] = {}
-    for name, weights in named.items():
+    for name, weights in candidates.items():
         result[name] = [weight for _, weight in weights if weight not in seen]
         seen.update(result[name])
     return {name: weights for name, weights in result.items() if weights}
 
 
 def add_lora(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -> None:
-    """Adapters (LoRA, Hu et al. 2021) on the language model, unless a checkpoint has brought its own.
+    """Add LoRA adapters (Hu et al. 2021) to the language model, unless the checkpoint has adapters.
 
     Raises:
-        UserError: those that it brought are made otherwise than the settings say.
+        UserError: if the adapters of the checkpoint differ from the settings.
     """
-    from peft import LoraConfig  # seconds, which trainings without adapters need not spend
+    from peft import LoraConfig  # this import takes seconds
 
-    asked = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    wanted = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
     if not model.has_adapters:
-        model.add_adapter(LoraConfig(**asked, target_modules=LORA_TARGETS))
+        model.add_adapter(LoraConfig(**wanted, target_modules=LORA_TARGETS))
         return
-    (own,) = model.peft_config.values()
-    there = {name: getattr(own, name) for name in asked}
-    if there != asked:
-        has = ", ".join(f"{name}={value:g}" for name, value in there.items())
+    (config,) = model.peft_config.values()
+    existing = {name: getattr(config, name) for name in wanted}
+    if existing != wanted:
+        has = ", ".join(f"{name}={value:g}" for name, value in existing.items())
         raise UserError(
             f"model.checkpoint={settings.checkpoint}: has adapters already, made with {has}; set model.lora_rank,"
             " .lora_alpha and .lora_dropout to that"
         )
 
 
-def select_trainable(model: UmbrellaForConditionalGeneration, what: str) -> None:
-    """Freeze every part that ``what`` does not name: "all", or parts joined by +, as in "embedder+lora".
+def select_trainable(model: UmbrellaForConditionalGeneration, train: str) -> None:
+    """Set ``requires_grad`` of all parameters.
+
+    Args:
+        model: the model, changed in place.
+        train: "all", or trainable components joined by +, as in "embedder+lora". The others are frozen.
 
     Raises:
-        ValueError: a part of that name does not exist.
+        ValueError: if a component does not exist.
     """
-    names = list(component_parameters(model)) if what == "all" else what.split("+")
+    components = component_parameters(model)
+    names = list(components) if train == "all" else train.split("+")
     for name in names:
-        if name not in component_parameters(model):
+        if name not in components:
             raise ValueError(f"{name} is not a part of the model")
-    for name, weights in component_parameters(model).items():
+    for name, weights in components.items():
         for weight in weights:
             weight.requires_grad_(name in names)
-    # The features are the output of a layer: the layers behind it, the last norm and SigLIP's head have no gradient.
+    # Layers after the last feature layer, the final norm and the head of SigLIP get no gradient.
     tower = model.model.vision_tower
     unused = [*tower.encoder.layers[max(model.feature_layers) :], tower.post_layernorm, getattr(tower, "head", None)]
     for module in unused:

@@ -1,4 +1,4 @@
-"""Volumes to vectors: each modality's patches as one matrix product, plus learned positions per axis."""
+"""Patch embeddings of volumes with learned position embeddings per axis."""
 
 from collections.abc import Mapping
 
@@ -14,10 +14,10 @@ def patchify(voxels: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
 
     Args:
         voxels: (n, X, Y, Z) or (n, X, Y, Z, T).
-        patch: voxels per patch along each axis; divides the volume's axes.
+        patch: patch size in voxels along each axis. It divides the volume's shape.
 
     Returns:
-        (n, patches, voxels per patch). The last axis of the grid runs fastest among patches, and within a patch.
+        (n, patches, voxels per patch), both in C order: the last axis varies fastest.
     """
     n, *grid = voxels.shape
     split = [n]
@@ -30,17 +30,21 @@ def patchify(voxels: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
 
 
 def resize_positions(table: torch.Tensor, size: int) -> torch.Tensor:
-    """Positions (n, width) along an axis of another number of patches: (size, width), linear between the old ones."""
+    """Interpolate position embeddings (n, width) linearly to another number of patches: (size, width)."""
     if len(table) == size:
         return table
     return functional.interpolate(table.T[None], size=size, mode="linear", align_corners=False)[0].T
 
 
 class ModalityEmbedder(nn.Module):
-    """One modality's patches to vectors: (n, *grid) to (n, patches, width).
+    """Patch embedding of one modality: (n, *grid) to (n, patches, width).
 
-    Positions are a sum over axes of one learned table per axis. A volume of another grid than the one trained has them
+    The position embedding of a patch is the sum of one learned vector per axis. For another grid, the embeddings are
     interpolated along each axis.
+
+    Args:
+        modality: gives the patch size and the grid.
+        width: hidden size.
     """
 
     def __init__(self, modality: Modality, width: int) -> None:
@@ -51,14 +55,14 @@ class ModalityEmbedder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random weights: a z-scored patch becomes a vector of about unit variance; positions start small."""
+        """Initialize the weights: a z-scored patch gets an embedding of about unit variance; positions start small."""
         nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
         nn.init.zeros_(self.projection.bias)
         for table in self.positions:
             nn.init.normal_(table, std=0.02)
 
     def fit_grid(self, patch_grid: tuple[int, ...]) -> None:
-        """Keep positions for another grid from now on: patches along each axis, interpolated from those there are."""
+        """Replace the position embeddings by interpolated ones for a grid of ``patch_grid`` patches."""
         self.positions = nn.ParameterList(
             nn.Parameter(resize_positions(table.detach(), size).clone(), table.requires_grad)
             for table, size in zip(self.positions, patch_grid, strict=True)
@@ -68,17 +72,21 @@ class ModalityEmbedder(nn.Module):
         tokens = self.projection(patchify(voxels, self.patch).to(self.projection.weight.dtype))
         sizes = [size // step for size, step in zip(voxels.shape[1:], self.patch, strict=True)]
         tables = [resize_positions(table, size) for table, size in zip(self.positions, sizes, strict=True)]
-        # Looked up, not broadcast: tables of one shape would be handed views of one gradient, and add to each other's.
-        places = torch.meshgrid(*(torch.arange(size, device=tokens.device) for size in sizes), indexing="ij")
-        position = torch.stack([table[place] for table, place in zip(tables, places, strict=True)]).sum(0)
-        # Under autocast bfloat16: what the tower passes from layer to layer has the type of what it is given here.
+        # Index, do not broadcast: broadcast tables of equal shape would get views of one gradient and accumulate in it.
+        indices = torch.meshgrid(*(torch.arange(size, device=tokens.device) for size in sizes), indexing="ij")
+        position = torch.stack([table[index] for table, index in zip(tables, indices, strict=True)]).sum(0)
+        # Under autocast, the hidden states of the tower keep the dtype of its input.
         return (tokens + position.reshape(-1, tokens.shape[-1])).to(tokens.dtype)
 
 
 class VolumeEmbedder(nn.Module):
-    """Stands where a vision tower has its 2D embeddings. One ``ModalityEmbedder`` per modality, by name.
+    """Replacement for the 2D embeddings of a vision tower, with one ``ModalityEmbedder`` per modality.
 
-    A tower with a class token (CLIP) has it here too, its position added in; it stands before the patches.
+    Args:
+        modalities: modality by name.
+        width: hidden size of the tower.
+        class_token: whether the tower (CLIP) has a class token. It precedes the patches; its embedding includes its
+            position.
     """
 
     def __init__(self, modalities: Mapping[str, Modality], width: int, class_token: bool = False) -> None:
@@ -87,7 +95,15 @@ class VolumeEmbedder(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width)) if class_token else None
 
     def forward(self, pixel_values: tuple[str, torch.Tensor], **unused: object) -> torch.Tensor:
-        """``(modality, voxels (n, *grid))`` to (n, tokens, width). The tower passes its 2D options along."""
+        """Embed volumes of one modality.
+
+        Args:
+            pixel_values: name of the modality, and voxels (n, *grid).
+            unused: options that the tower passes to 2D embeddings.
+
+        Returns:
+            (n, tokens, width).
+        """
         name, voxels = pixel_values
         tokens = self.by_modality[name](voxels)
         if self.class_embedding is None:
