@@ -63,7 +63,7 @@ def test_base_and_trained_weights_are_the_model_and_can_be_saved_as_one(
     torch.testing.assert_close(nll(again, batch), expected, rtol=0, atol=1e-5)
     for name, weight in model.named_parameters():
         assert torch.equal(again.get_parameter(name), weight), name
-    with pytest.raises(ValueError, match=r"run/step_0000001 holds only what was trained.*build\.load_trained makes"):
+    with pytest.raises(ValueError, match=r"run/step_0000001 is a partial checkpoint.*build\.load_trained loads"):
         Umbrella.from_pretrained(step)
     load_trained(step).save_pretrained(tmp_path / "alone")
     alone = Umbrella.from_pretrained(tmp_path / "alone")

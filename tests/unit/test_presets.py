@@ -263,7 +263,7 @@ def test_a_checkpoint_that_was_cut_short_says_so(
 
 def test_a_plain_llava_is_not_taken_for_a_saved_model(save_llava: Callable[..., Any], tmp_path: Path) -> None:
     save_llava(tmp_path)
-    with pytest.raises(ValueError, match=r"is a llava without volume embedders; presets\.build_model gives it some"):
+    with pytest.raises(ValueError, match=r"is a llava without volume embedders; umbrella\.model\.build\.build_model"):
         Umbrella.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The model: transformers' LLaVA, reading volumes through a 3D/4D embedder in place of the tower's 2D one."""
+"""The model: LLaVA from transformers, with 3D and 4D patch embeddings in the vision tower."""
 
 import copy
 import shutil
@@ -20,23 +20,23 @@ from transformers import (
 from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality
-from umbrella.model.token_nll import supervised, token_nll
+from umbrella.model.token_nll import supervised_positions, token_nll
 from umbrella.model.volume_embedder import VolumeEmbedder
 from umbrella.version import check_version, write_version
 
 ADAPTER = "adapter"
-"""The folder beside a saved model's weights that holds its adapters, as PEFT saves them."""
+"""Subfolder of a saved model with its adapters, in the format of PEFT."""
 BASE = "base.json"
-"""Says, beside weights that are not all of a model, which checkpoint has the others: see ``partial``."""
+"""File of a partial checkpoint that names its base checkpoint, see ``partial_checkpoint``."""
 
 
 class UmbrellaConfig(LlavaConfig):
-    """A LLaVA configuration, the modalities that the model has an embedder for, and what it was trained on.
+    """A LLaVA configuration with the modalities of the volume embedder.
 
     Args:
-        umbrella_modalities: name to grid and patch of each modality.
-        trained_modalities: names of the modalities that occur in the training data; None where this is not recorded.
-        longest_answer: tokens of the longest assistant turn in the training data, with its end of turn.
+        umbrella_modalities: fields of ``Modality`` (grid, patch, ...) by modality name.
+        trained_modalities: names of the modalities in the training data. None if not recorded.
+        longest_answer: number of tokens of the longest assistant turn in the training data, with its end of turn.
     """
 
     model_type = "umbrella_llava"
@@ -47,33 +47,34 @@ class UmbrellaConfig(LlavaConfig):
 
     @property
     def modalities(self) -> dict[str, Modality]:
-        """The modalities as their own type."""
+        """The modalities of the volume embedder by name."""
         return {name: Modality.model_validate(raw) for name, raw in (self.umbrella_modalities or {}).items()}
 
     @property
     def known_modalities(self) -> dict[str, Modality]:
-        """The modalities that the model was trained on; all of its modalities where this is not recorded."""
+        """The modalities that the model was trained on, or all of them if this is not recorded."""
         trained = self.trained_modalities
         return {name: m for name, m in self.modalities.items() if trained is None or name in trained}
 
 
 @dataclass
 class UmbrellaOutput(ModelOutput):
-    """token_nll (B, L), float32: the negative log likelihood of each token that has a loss weight, 0 elsewhere."""
+    """Output of a forward pass with loss weights."""
 
     token_nll: torch.Tensor | None = None
+    """(B, L), float32: the negative log likelihood in nats of each supervised token, 0 at other tokens."""
 
 
 class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
-    """Reads volumes and text, and says how likely each supervised token is.
+    """LLaVA for volumes and text. With loss weights, it returns the negative log likelihood of supervised tokens.
 
-    1. input_ids (B, L)                                → word vectors (B, L, d)
-    2. each modality's voxels (n, *grid)               → embedder (n, tokens, w) → tower → projector (n, tokens, d)
-    3. features of all modalities are put at the placeholder runs they stand at
+    1. input_ids (B, L)                                → token embeddings (B, L, d)
+    2. voxels of each modality (n, *grid)              → embedder (n, tokens, w) → tower → projector (n, tokens, d)
+    3. The features replace the embeddings of the placeholder tokens.
     4. language model                                  → hidden states (B, L, d)
-    5. hidden states before supervised tokens (S, d)   → logits, float32, a chunk of S at a time → token_nll (B, L)
+    5. hidden states before supervised tokens (S, d)   → logits, float32, in chunks of S → token_nll (B, L)
 
-    Without loss weights, step 5 is transformers' own: logits for ``generate``, which is greedy unless told otherwise.
+    Without loss weights, the output is that of LLaVA: logits, as ``generate`` needs them.
     """
 
     config_class = UmbrellaConfig
@@ -87,15 +88,18 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def embedder(self) -> VolumeEmbedder:
-        """The part that is new: patches to vectors."""
+        """The volume embedder, which replaces the 2D embeddings of the vision tower."""
         return self.model.vision_tower.embeddings
 
     @property
     def feature_layers(self) -> list[int]:
-        """After how many of the tower's layers its states are read; those behind the last of them are not run."""
-        read = self.config.vision_feature_layer
+        """Numbers of the tower layers whose outputs are the features; 0 is the input of the first layer.
+
+        Layers after the last feature layer are not run.
+        """
+        layers = self.config.vision_feature_layer
         count = len(self.model.vision_tower.encoder.layers)
-        return [layer % (count + 1) for layer in ([read] if isinstance(read, int) else read)]
+        return [layer % (count + 1) for layer in ([layers] if isinstance(layers, int) else layers)]
 
     def forward(
         self,
@@ -105,92 +109,113 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         loss_weights: torch.Tensor | None = None,
         **generation: Any,
     ) -> Any:
-        """See the class.
+        """Run the model.
 
         Args:
-            attention_mask: (B, L), 0 at padding. Rows that several samples share have 1 at the first one's tokens, 2 at
-                the second one's, and so on: each attends to itself only, and its positions start at 0.
-            pixel_values: modality to its ``VolumeGroup``.
+            input_ids: (B, L). Each volume has one run of consecutive placeholder tokens.
+            attention_mask: (B, L), 0 at padding. In rows with several packed samples, the tokens of the first sample
+                are 1, of the second 2, and so on. Each sample attends only to itself, and its positions start at 0.
+            pixel_values: ``VolumeGroup`` by modality name.
+            loss_weights: (B, L), nonzero at supervised tokens. None: return logits.
+            generation: further arguments of LLaVA's ``forward``.
+
+        Returns:
+            ``UmbrellaOutput`` with loss weights, otherwise the output of LLaVA.
 
         Raises:
-            ValueError: a run of placeholders and the volume that stands there disagree in number of tokens.
+            ValueError: if the number of placeholder tokens of a run differs from the number of tokens of its volume.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # All that reads numbers from the GPU comes before its long work: each reading waits until that is done.
-        where = None if loss_weights is None else supervised(loss_weights)
+        # Synchronize with the GPU only before its long computations.
+        positions = None if loss_weights is None else supervised_positions(loss_weights)
         cache = generation.get("past_key_values")
-        if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not the next word of an answer
+        if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not a later generation step
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                inputs |= _attending(attention_mask, complete=loss_weights is not None)
+                inputs |= _attention_arguments(attention_mask, is_complete=loss_weights is not None)
             inputs |= {"input_ids": None, "inputs_embeds": self.embed_inputs(input_ids, pixel_values or {})}
         if loss_weights is None:
             return super().forward(**generation | inputs)
         assert input_ids is not None
         hidden = self.model(**inputs | {"use_cache": False})[0]
-        return UmbrellaOutput(token_nll=token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, where=where))
+        nll = token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, positions=positions)
+        return UmbrellaOutput(token_nll=nll)
 
     def embed_inputs(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:
-        """Word vectors (B, L, d) with the volumes' projected features at the placeholders."""
-        words = self.get_input_embeddings()(input_ids)
+        """Return token embeddings (B, L, d), with volume features at the placeholder tokens."""
+        embeddings = self.get_input_embeddings()(input_ids)
         if self.training:
-            words = words + self._anchor(pixel_values)
+            embeddings = embeddings + self._zero_of_unused_weights(pixel_values)
         run = torch.cat([input_ids.new_empty(0), *(group.run for group in pixel_values.values())])
         sizes = [
-            group.run.new_full(group.run.shape, self._tokens(n, group.voxels)) for n, group in pixel_values.items()
+            group.run.new_full(group.run.shape, self._num_tokens(name, group.voxels))
+            for name, group in pixel_values.items()
         ]
         order = torch.argsort(run)
-        starts = self._starts(input_ids, run[order], torch.cat([run[:0], *sizes])[order])
+        starts = self._run_starts(input_ids, run[order], torch.cat([run[:0], *sizes])[order])
         if not pixel_values:
-            return words
-        features, places = [], []
+            return embeddings
+        features, indices = [], []
         for name, group in pixel_values.items():
-            part = self.volume_features(name, group.voxels)
-            features.append(part.flatten(0, 1))
-            places.append((starts[group.run][:, None] + torch.arange(part.shape[1], device=run.device)).flatten())
-        flat = words.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(features).to(words.dtype))
-        return flat.view_as(words)
+            of_group = self.volume_features(name, group.voxels)
+            features.append(of_group.flatten(0, 1))
+            offsets = torch.arange(of_group.shape[1], device=run.device)
+            indices.append((starts[group.run][:, None] + offsets).flatten())
+        flat = embeddings.flatten(0, 1).index_copy(0, torch.cat(indices), torch.cat(features).to(embeddings.dtype))
+        return flat.view_as(embeddings)
 
-    def _tokens(self, name: str, voxels: torch.Tensor) -> int:
-        """How many tokens each of these volumes becomes."""
+    def _num_tokens(self, name: str, voxels: torch.Tensor) -> int:
+        """Return the number of tokens of each of these volumes (n, *grid)."""
         modality: Any = self.embedder.by_modality[name]
         patches = prod(size // step for size, step in zip(voxels.shape[1:], modality.patch, strict=True))
-        dropped = self.config.vision_feature_select_strategy == "default"
-        return patches + (self.embedder.class_embedding is not None) - dropped
+        drops_class_token = self.config.vision_feature_select_strategy == "default"
+        return patches + (self.embedder.class_embedding is not None) - drops_class_token
 
     def volume_features(self, name: str, voxels: torch.Tensor) -> torch.Tensor:
-        """One modality's volumes (n, *grid) through tower and projector: (n, tokens, d).
+        """Run volumes of one modality through vision tower and projector.
 
-        Which layer of the tower is read, and whether its class token stays, is the configuration's
-        ``vision_feature_layer`` and ``vision_feature_select_strategy``.
+        The configuration's ``vision_feature_layer`` selects the layers of the tower, and
+        ``vision_feature_select_strategy`` keeps or drops the class token.
+
+        Args:
+            name: name of the modality.
+            voxels: (n, *grid).
+
+        Returns:
+            (n, tokens, d).
         """
-        tower, read = self.model.vision_tower, self.feature_layers
+        tower, feature_layers = self.model.vision_tower, self.feature_layers
         state = tower.embeddings((name, voxels))
-        if hasattr(tower, "pre_layrnorm"):  # CLIP's, and its spelling
+        if hasattr(tower, "pre_layrnorm"):  # CLIP spells it like this
             state = tower.pre_layrnorm(state)
-        # Layer by layer, since what transformers does to note all states breaks a compiled layer into three.
+        # A loop over layers: output_hidden_states would split each compiled layer into three graphs.
         states = {0: state}
-        for number, layer in enumerate(tower.encoder.layers[: max(read)], 1):
+        for number, layer in enumerate(tower.encoder.layers[: max(feature_layers)], 1):
             state = layer(state, attention_mask=None)
-            if number in read:
+            if number in feature_layers:
                 states[number] = state
-        selected = torch.cat([states[number] for number in read], -1)
+        selected = torch.cat([states[number] for number in feature_layers], -1)
         if self.config.vision_feature_select_strategy == "default":
             selected = selected[:, 1:]
         return self.model.multi_modal_projector(selected)
 
-    def _starts(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        """Where each run of placeholders begins, (V,), in the rows laid end to end.
+    def _run_starts(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """Return the start of each run of placeholder tokens, (V,), as an index into the flattened (B * L) tokens.
 
-        ``runs`` (V,), rising, and ``sizes`` (V,): at which of them the volumes stand, and how many tokens they are.
+        Args:
+            input_ids: (B, L).
+            runs: (V,), ascending; the number of each volume's run in the batch.
+            sizes: (V,), number of tokens of each volume.
         """
         mask = functional.pad(input_ids == self.config.image_token_id, (1, 1))
-        edges = (mask[:, 1:] != mask[:, :-1]).nonzero()  # where a run starts, where it stops, and so on
+        edges = (mask[:, 1:] != mask[:, :-1]).nonzero()  # alternating starts and stops
         starts, stops = edges[0::2], edges[1::2]
         lengths = stops[:, 1] - starts[:, 1]
         if len(lengths) != len(sizes) or (runs != torch.arange(len(lengths), device=runs.device)).any():
-            alone = sorted(set(range(len(lengths))) - set(runs.tolist()))
-            where = f"; row {int(starts[alone[0], 0])}, run {alone[0]} of the batch has none" if alone else ""
-            raise ValueError(f"{len(sizes)} volumes for {len(lengths)} runs of placeholders in the batch{where}")
+            unmatched = sorted(set(range(len(lengths))) - set(runs.tolist()))
+            example = (
+                f"; row {int(starts[unmatched[0], 0])}, run {unmatched[0]} of the batch has none" if unmatched else ""
+            )
+            raise ValueError(f"{len(sizes)} volumes for {len(lengths)} runs of placeholders in the batch{example}")
         if (lengths != sizes).any():
             wrong = int((lengths != sizes).nonzero()[0])
             raise ValueError(
@@ -199,28 +224,28 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             )
         return starts[:, 0] * input_ids.shape[1] + starts[:, 1]
 
-    def _anchor(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
-        """Zero, made of the weights that this batch leaves out, for the word vectors.
+    def _zero_of_unused_weights(self, pixel_values: dict[str, Any]) -> torch.Tensor | float:
+        """Return 0, computed from the trainable vision weights that this batch does not use.
 
-        So the backward passes of data-parallel workers reach the same weights through the same layers, whatever their
-        batches hold: with sharded weights each layer is gathered on its way.
+        It connects these weights to the loss, so that all data-parallel ranks compute gradients of the same weights
+        through the same layers. Sharded weights are gathered layer by layer and need this.
         """
-        absent = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
+        unused = [m for name, m in self.embedder.by_modality.items() if name not in pixel_values]
         if not pixel_values:
-            absent = [self.model.vision_tower, self.model.multi_modal_projector]
-        weights = [p for module in absent for p in module.parameters() if p.requires_grad]
+            unused = [self.model.vision_tower, self.model.multi_modal_projector]
+        weights = [p for module in unused for p in module.parameters() if p.requires_grad]
         return 0.0 * sum(p.sum() for p in weights) if weights else 0.0
 
     @property
     def has_adapters(self) -> bool:
-        """Whether PEFT has put adapters into the model."""
+        """Whether the model has PEFT adapters."""
         return bool(getattr(self, "peft_config", None))
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, with one answer for each row.
+        """Generate one answer per row, see ``GenerationMixin.generate``.
 
         Raises:
-            ValueError: several beams or answers for each row are asked for, and volumes would not follow.
+            ValueError: if several beams or sequences per row are requested; ``generate`` would not repeat the volumes.
         """
         config = options.get("generation_config") or self.generation_config
         for name in ("num_beams", "num_return_sequences"):
@@ -229,23 +254,25 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         return super().generate(*args, **options)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Write weights and configuration as safetensors and JSON; adapters apart, in ``adapter/``, as PEFT does.
+        """Save weights as safetensors, and the configuration. Adapters go to ``adapter/``, in the format of PEFT.
 
-        ``code.json`` says which version of UMBRELLA wrote them.
+        ``code.json`` gets the version of UMBRELLA.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_version(save_directory)
-        options = {"save_original_format": False} | options  # weights by their names here, not by LLaVA's older ones
+        options = {"save_original_format": False} | options  # current parameter names, not LLaVA's older ones
         adapter = Path(save_directory) / ADAPTER
-        shutil.rmtree(adapter, ignore_errors=True)  # what another model has left there is not this one's
+        shutil.rmtree(adapter, ignore_errors=True)  # may belong to a model saved here before
         if not self.has_adapters:
             return super().save_pretrained(save_directory, **options)
-        super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})  # adapters alone; PEFT reads one file
-        own = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
+        super().save_pretrained(
+            adapter, **options | {"max_shard_size": "1TB"}
+        )  # only adapters; PEFT reads a single file
+        weights = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
         save_torch_state_dict(
-            own,
+            weights,
             save_directory,
-            max_shard_size=options.get("max_shard_size", "50GB"),  # as in transformers
+            max_shard_size=options.get("max_shard_size", "50GB"),  # the default of transformers
             shared_tensors_to_discard=list(self.all_tied_weights_keys),
         )
         config = copy.deepcopy(self.config)
@@ -257,30 +284,32 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
-        """A model that ``save_pretrained`` wrote, with its adapters. With adapters, no weight moves until told to.
+        """Load a model that ``save_pretrained`` wrote, with its adapters. With adapters, all weights are frozen.
 
-        Only safetensors are read: nothing is unpickled.
+        Only safetensors files are read, no pickles.
 
         Raises:
-            ValueError: a plain LLaVA, which ``presets.build_model`` makes a model of; a checkpoint that holds only what
-                was trained, which ``loading.load_trained`` does.
-            UserError: a version of UMBRELLA that is too old wrote it.
+            ValueError: if it is a plain LLaVA (use ``build.build_model``) or a partial checkpoint (use
+                ``build.load_trained``).
+            UserError: if its version of UMBRELLA is too old.
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: options[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in options}
-        kind = PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
-        if kind != UmbrellaConfig.model_type:
-            raise ValueError(f"{name} is a {kind} without volume embedders; presets.build_model gives it some")
+        model_type = PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+        if model_type != UmbrellaConfig.model_type:
+            raise ValueError(
+                f"{name} is a {model_type} without volume embedders; umbrella.model.build.build_model adds them"
+            )
         check_version(name, **hub)
         if (Path(name) / BASE).is_file():
             raise ValueError(
-                f"{name} holds only what was trained, not the base that it stands on;"
-                " umbrella.model.build.load_trained makes the whole model, and its save_pretrained a folder for here"
+                f"{name} is a partial checkpoint: it has only the trained weights. umbrella.model.build.load_trained"
+                " loads the full model; save_pretrained then writes a folder that from_pretrained reads"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})
         try:
             config = cached_file(name, "adapter_config.json", subfolder=ADAPTER, **hub)
-        except OSError:  # it has no adapters
+        except OSError:  # no adapters
             return loaded
         cached_file(name, "adapter_model.safetensors", subfolder=ADAPTER, **hub)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -288,22 +317,31 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         return loaded
 
 
-def _attending(attention_mask: torch.Tensor, complete: bool) -> dict[str, Any]:
-    """How a mask (B, L) is told to the language model. ``complete``: no words will follow, and no cache is needed."""
-    # Read in one go: each reading waits for the GPU.
-    packed, left = torch.stack([(attention_mask > 1).any(), (attention_mask[:, 0] == 0).any()]).tolist()
-    if packed:
-        # transformers tells the samples of a row apart by where positions start anew, if it gets no mask.
+def _attention_arguments(attention_mask: torch.Tensor, is_complete: bool) -> dict[str, Any]:
+    """Return the arguments of the language model for an attention mask.
+
+    Args:
+        attention_mask: (B, L), see ``UmbrellaForConditionalGeneration.forward``.
+        is_complete: whether no generation follows, so that no cache is needed.
+    """
+    # One transfer for both values: each one synchronizes with the GPU.
+    is_packed, is_left_padded = torch.stack([(attention_mask > 1).any(), (attention_mask[:, 0] == 0).any()]).tolist()
+    if is_packed:
+        # Without a mask, transformers separates the samples of a row where position ids restart.
         return {"attention_mask": None, "position_ids": packed_position_ids(attention_mask), "use_cache": False}
-    # What stands before padding never looks at it. Without a mask attention knows that it is causal, and is faster.
-    return {"attention_mask": None} if complete and not left else {}
+    # Causal attention never reads right padding. Without a mask, a faster kernel for causal attention is used.
+    return {"attention_mask": None} if is_complete and not is_left_padded else {}
 
 
 def packed_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, L) that start at 0 with each sample of a row, for a mask (B, L) that numbers the samples."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
-    begins = functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(1).values
+    """Return position ids (B, L) that restart at 0 with each sample of a row.
+
+    Args:
+        attention_mask: (B, L) with the number of each token's sample, starting at 1.
+    """
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
+    is_start = functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
+    return positions - torch.where(is_start, positions, 0).cummax(1).values
 
 
 AutoConfig.register(UmbrellaConfig.model_type, UmbrellaConfig)
