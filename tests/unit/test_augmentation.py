@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.training.augmentation import (
-    _stream,
+    _generator,
     apply_affine,
     augment,
     augment_volumes,
@@ -289,10 +289,10 @@ def test_one_option_leaves_the_draws_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("rng_key", [(0, 0, 0), (5, 2, 1), (2**40, 2, 1)])
-def test_no_stream_is_one_that_picks_windows_or_orders_samples(rng_key: tuple[int, ...]) -> None:
+def test_no_generator_is_one_that_picks_windows_or_orders_samples(rng_key: tuple[int, ...]) -> None:
     taken = [rng_key[:2], (*rng_key[:2], 1), *((*rng_key, index) for index in range(20))]
     first = {np.random.default_rng(key).random() for key in taken}
-    own = {_stream(rng_key, number).random() for number in range(20)}
+    own = {_generator(rng_key, number).random() for number in range(20)}
     assert len(own) == 20
     assert not own & first
 

@@ -57,9 +57,9 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     groups = {}
     for name, group in batch.pixel_values.items():
         places = [by_run[run] for run in group.run.tolist()]
-        moves = [geometries[sample] for sample, _ in places]
+        group_geometries = [geometries[sample] for sample, _ in places]
         intensities = [draw_intensity(batch.rng_keys[sample], index, settings) for sample, index in places]
-        groups[name] = VolumeGroup(_change(group.voxels, moves, intensities, settings), group.run)
+        groups[name] = VolumeGroup(_augment(group.voxels, group_geometries, intensities, settings), group.run)
     return replace(batch, pixel_values=groups)
 
 
@@ -69,33 +69,33 @@ def augment_volumes(
     """Augment volumes of samples with one volume each, with the same result as ``augment``.
 
     Args:
-        frames: (n, frames, X, Y, Z), float32; may be changed in place.
+        frames: (n, frames, X, Y, Z), float32; they may be changed in place.
         rng_keys: one for each volume.
     """
     if not any(dict(settings).values()):
         return frames
     intensities = [draw_intensity(rng_key, 0, settings) for rng_key in rng_keys]
-    return _change_frames(frames, [draw_geometry(rng_key, settings) for rng_key in rng_keys], intensities, settings)
+    return _augment_frames(frames, [draw_geometry(rng_key, settings) for rng_key in rng_keys], intensities, settings)
 
 
 def draw_geometry(rng_key: tuple[int, ...], settings: AugmentSettings) -> Geometry:
     """Draw the geometry of the volumes of a sample: rotation about X, then Y, then Z (right-hand rule), and scale.
 
-    All numbers are drawn, whatever is switched on, so that one option does not change the draws of the others.
+    All numbers are drawn, also for options that are off, so that one option does not change the draws of the others.
     """
-    stream = _stream(rng_key, 0)
-    mirror = stream.random(3) < (settings.flip_left_right, settings.flip_other, settings.flip_other)
-    angles = stream.uniform(-1, 1, 3) * settings.rotate
-    size = 1 + stream.uniform(-1, 1) * settings.scale
-    shift = stream.uniform(-1, 1, 3) * settings.shift
+    rng = _generator(rng_key, 0)
+    mirror = rng.random(3) < (settings.flip_left_right, settings.flip_other, settings.flip_other)
+    angles = rng.uniform(-1, 1, 3) * settings.rotate
+    size = 1 + rng.uniform(-1, 1) * settings.scale
+    shift = rng.uniform(-1, 1, 3) * settings.shift
     return Geometry(mirror, size * Rotation.from_euler("xyz", angles, degrees=True).as_matrix(), shift)
 
 
 def draw_intensity(rng_key: tuple[int, ...], index: int, settings: AugmentSettings) -> Intensity:
     """Draw the intensity change of volume ``index`` (from 0) of a sample."""
-    stream = _stream(rng_key, 1 + index)
-    contrast = 1 + stream.uniform(-1, 1) * settings.contrast
-    return Intensity(contrast, stream.uniform(-1, 1) * settings.brightness, int(stream.integers(2**63)))
+    rng = _generator(rng_key, 1 + index)
+    contrast = 1 + rng.uniform(-1, 1) * settings.contrast
+    return Intensity(contrast, rng.uniform(-1, 1) * settings.brightness, int(rng.integers(2**63)))
 
 
 def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.Tensor:
@@ -123,23 +123,23 @@ def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) ->
     return functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
 
 
-def _stream(rng_key: tuple[int, ...], number: int) -> np.random.Generator:
+def _generator(rng_key: tuple[int, ...], number: int) -> np.random.Generator:
     return np.random.default_rng((*rng_key, RNG_STREAM, number))
 
 
-def _change(
+def _augment(
     voxels: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
 ) -> torch.Tensor:
     """Augment volumes (n, X, Y, Z) or (n, X, Y, Z, T). A change that is off causes no rounding."""
     series = voxels.ndim == 5
     frames = voxels.to(torch.float32, copy=True)
-    frames = _change_frames(frames.movedim(-1, 1) if series else frames[:, None], geometries, intensities, settings)
+    frames = _augment_frames(frames.movedim(-1, 1) if series else frames[:, None], geometries, intensities, settings)
     largest = torch.finfo(voxels.dtype).max  # an infinite voxel would make the loss NaN
     frames = frames.clamp(-largest, largest).to(voxels.dtype)
     return frames.movedim(1, -1) if series else frames[:, 0]
 
 
-def _change_frames(
+def _augment_frames(
     frames: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
 ) -> torch.Tensor:
     """Augment volumes (n, frames, X, Y, Z), float32, which may be changed in place."""
@@ -158,8 +158,6 @@ def _change_frames(
     if settings.noise:
         generator = torch.Generator(frames.device)
         for volume, width, intensity in zip(frames, settings.noise * deviation, intensities, strict=True):
-            generator.manual_seed(
-                intensity.noise_seed
-            )  # one by one, so that the noise does not depend on the rest of the batch
+            generator.manual_seed(intensity.noise_seed)  # per volume: independent of the rest of the batch
             volume += width * torch.randn(volume.shape, generator=generator, device=volume.device)
     return frames

@@ -55,7 +55,7 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
     if not resources.upload:
         return False
     with _as_user_error():
-        return marker_of(folder).name in FileStorage(resources.upload, SETTING).names(_name(folder))
+        return marker_of(folder).name in FileStorage(resources.upload, SETTING).names(_run_name(folder))
 
 
 def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> None:
@@ -69,14 +69,14 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
     if marker_of(folder).is_file() or not is_uploaded(resources, folder):
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not {_name(folder)}; delete it or move it away")
+        raise UserError(f"{folder} exists and is not {_run_name(folder)}; delete it or move it away")
     store, target = FileStorage(resources.upload, SETTING), folder.with_name(f".{folder.name}.download")
     shutil.rmtree(target, ignore_errors=True)
     with _as_user_error():
-        sizes = store.sizes(_name(folder))
-        names = [n for n in sizes if not _checkpoint(n) or f"{_checkpoint(n)}/{SIZES}" in sizes]
-        for name in progress(names, f"downloading {_name(folder)}"):
-            file = target / os.path.relpath(name, _name(folder))
+        sizes = store.sizes(_run_name(folder))
+        names = [n for n in sizes if not _checkpoint_folder(n) or f"{_checkpoint_folder(n)}/{SIZES}" in sizes]
+        for name in progress(names, f"downloading {_run_name(folder)}"):
+            file = target / os.path.relpath(name, _run_name(folder))
             file.parent.mkdir(parents=True, exist_ok=True)
             if not store.fetch(name, file, partial(_has_size, sizes[name])):
                 raise OSError(f"{store}: {name} changed while it was downloaded")
@@ -88,9 +88,9 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
 class CheckpointSync:
     """Uploads the folder of a training or sweep from a thread, every ``INTERVAL`` seconds and at the end.
 
-    A machine may be lost between any two files, so what is uploaded must always be consistent: a file that refers to
-    checkpoints, such as the end of a trial, is read before they are looked at and uploaded after them; a checkpoint's
-    completion marker is uploaded after its other files.
+    A machine may fail at any time, so the object store is always consistent: a file that refers to checkpoints, such as
+    the end of a trial, is read before the checkpoints are listed and uploaded after them, and the completion marker of
+    a checkpoint is uploaded after its other files.
 
     Args:
         store: names in it are paths below the storage folder.
@@ -101,12 +101,12 @@ class CheckpointSync:
         self.store, self.folder = store, folder
         self.folders = [folder, evaluation_folder(storage_of(folder), folder.name)]
         self.storage, self.marker = storage_of(folder), marker_of(folder).name
-        self._ended, self._failed = threading.Event(), ""
+        self._stop, self._error = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         with _as_user_error():
-            self._names = {name for each in self.folders for name in store.sizes(_name(each))}
-            self.store.put(f"{_name(folder)}/.probe", b"")
-            self.store.delete(f"{_name(folder)}/.probe")
+            self._names = {name for each in self.folders for name in store.sizes(_run_name(each))}
+            self.store.put(f"{_run_name(folder)}/.probe", b"")
+            self.store.delete(f"{_run_name(folder)}/.probe")
         self._uploaded: dict[str, Stamp] = {}
 
     def __enter__(self) -> "CheckpointSync":
@@ -114,24 +114,25 @@ class CheckpointSync:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._ended.set()
+        self._stop.set()
         self._thread.join()
-        if self._failed:
-            note(f"{self._failed}; the upload of {_name(self.folder)} is not complete")
+        if self._error:
+            note(f"{self._error}; the upload of {_run_name(self.folder)} is not complete")
 
     def _run(self) -> None:
-        while not self._ended.wait(INTERVAL):
-            self._try()
-        self._try()
+        while not self._stop.wait(INTERVAL):
+            self._upload_or_note()
+        self._upload_or_note()
 
-    def _try(self) -> None:
+    def _upload_or_note(self) -> None:
         try:
             self.upload()
-            self._failed = ""
+            self._error = ""
         except OSError as error:  # a failed upload must not end the training
-            if not self._failed:
-                note(f"{error.strerror or error}; {_name(self.folder)} is not uploaded for now")
-            self._failed = str(error.strerror or error)
+            message = str(error.strerror or error)
+            if not self._error:
+                note(f"{message}; {_run_name(self.folder)} is not uploaded for now")
+            self._error = message
 
     def upload(self) -> None:
         """Upload new files. Delete checkpoints that were deleted here, once a newer one is uploaded.
@@ -139,25 +140,26 @@ class CheckpointSync:
         Raises:
             OSError: the object store cannot be written.
         """
-        late: dict[Path, tuple[Stamp, bytes]] = {}
-        for file in filter(self._is_late, self._files()):
+        references: dict[Path, tuple[Stamp, bytes]] = {}
+        for file in filter(self._is_reference, self._files()):
             stamp = _stamp(file)  # before the read, so that the next upload sees later changes
             if self._uploaded.get(str(file)) != stamp and _is_complete(file, content := file.read_bytes()):
-                late[file] = stamp, content
+                references[file] = stamp, content
         checkpoints = sorted({file.parent for file in self._files() if file.name == SIZES})
         for file in self._files():
-            if not self._is_late(file) and not _checkpoint(str(file)):
+            if not self._is_reference(file) and not _checkpoint_folder(str(file)):
                 self._put(file)
-        whole = [checkpoint for checkpoint in checkpoints if self._put_checkpoint(checkpoint)]
-        for file in sorted(late, key=lambda file: (file.name == self.marker, file.name != END)):
-            stamp, content = late[file]
+        uploaded = [checkpoint for checkpoint in checkpoints if self._put_checkpoint(checkpoint)]
+        for file in sorted(references, key=lambda file: (file.name == self.marker, file.name != END)):
+            stamp, content = references[file]
             if file.exists():  # it may have been deleted meanwhile
-                self._send(self._name(file), content)
+                self._send(self._store_name(file), content)
                 self._uploaded[str(file)] = stamp
-        newest = {checkpoint.parent: checkpoint for checkpoint in whole}
+        newest = {checkpoint.parent: checkpoint for checkpoint in uploaded}
         for name in sorted(self._names, key=lambda name: not name.endswith(f"/{SIZES}")):
-            checkpoint = self.storage / _checkpoint(name)
-            if _checkpoint(name) and not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
+            folder = _checkpoint_folder(name)
+            checkpoint = self.storage / folder
+            if folder and not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
                 self.store.delete(name)
                 self._names.discard(name)
 
@@ -168,7 +170,7 @@ class CheckpointSync:
                 visible = (name for name in names if not name.startswith(".") and name not in LOCAL)
                 yield from (Path(folder, name) for name in sorted(visible))
 
-    def _is_late(self, file: Path) -> bool:
+    def _is_reference(self, file: Path) -> bool:
         """Whether a file refers to others: the end of a trial, Ray Tune's state, the marker of a training or sweep."""
         of_tune = self.folder.parent.name == SWEEPS and file.parent == self.folder
         return file.name in (END, self.marker) or of_tune
@@ -177,12 +179,12 @@ class CheckpointSync:
         with suppress(FileNotFoundError):  # deleted meanwhile
             stamp = _stamp(file)
             if self._uploaded.get(str(file)) != stamp:
-                self._send(self._name(file), file.read_bytes())
+                self._send(self._store_name(file), file.read_bytes())
                 self._uploaded[str(file)] = stamp
 
     def _put_checkpoint(self, checkpoint: Path) -> bool:
         """Upload a checkpoint. Return whether all of it is in the store."""
-        if self._name(checkpoint / SIZES) in self._names:
+        if self._store_name(checkpoint / SIZES) in self._names:
             return True
         # Hard links keep its files if it is deleted before it is uploaded.
         linked = checkpoint.with_name(f".{checkpoint.name}.upload")
@@ -193,7 +195,7 @@ class CheckpointSync:
                 return False
             for file in sorted(linked.rglob("*"), key=lambda file: file.name == SIZES):
                 if file.is_file():
-                    self._send(self._name(checkpoint / file.relative_to(linked)), file)
+                    self._send(self._store_name(checkpoint / file.relative_to(linked)), file)
         except (FileNotFoundError, shutil.Error):
             return False
         finally:
@@ -204,11 +206,11 @@ class CheckpointSync:
         self.store.put(name, content)
         self._names.add(name)
 
-    def _name(self, file: Path) -> str:
+    def _store_name(self, file: Path) -> str:
         return file.relative_to(self.storage).as_posix()
 
 
-def _name(folder: Path) -> str:
+def _run_name(folder: Path) -> str:
     """Return the name of a training or sweep in the object store, such as "trainings/first"."""
     return f"{folder.parent.name}/{folder.name}"
 
@@ -218,7 +220,7 @@ def _stamp(file: Path) -> Stamp:
     return found.st_size, found.st_mtime_ns
 
 
-def _checkpoint(name: str) -> str:
+def _checkpoint_folder(name: str) -> str:
     """Return the checkpoint folder of a file; "" if it is in none."""
     parts = Path(name).parts
     inside = next((i for i, part in enumerate(parts[:-1]) if part.startswith(CHECKPOINT)), None)
