@@ -271,7 +271,7 @@ def test_a_placeholder_that_the_model_has_no_word_for_is_refused(
     save_llava: Callable[..., Any], modalities: dict[str, Modality], tmp_path: Path
 ) -> None:
     save_llava(tmp_path)
-    with pytest.raises(UserError, match="its tokenizer's placeholder is token 350, and its model knows 264 words"):
+    with pytest.raises(UserError, match="its tokenizer's placeholder is token 350, and its model has 264 tokens"):
         build_model(ModelSettings(checkpoint=str(tmp_path)), modalities, 351, 350)
 
 

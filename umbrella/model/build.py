@@ -1,4 +1,4 @@
-"""A checkpoint to a model: a plain LLaVA, whose parts are taken over, a saved model of ours, or what was trained."""
+"""Build the model: tiny with random weights, or from a LLaVA, a saved UMBRELLA model or a partial checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +26,11 @@ from umbrella.model.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForCo
 from umbrella.model.volume_embedder import ModalityEmbedder
 from umbrella.version import check_version
 
-FAMILY = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)
-"""Kinds of checkpoints with a tower, a projector of two layers and a language model, which can be taken over."""
-TOWERS = ("siglip_vision_model", "clip_vision_model")
-LANGUAGE_MODELS = ("qwen2", "llama")
-TAKEN_OVER = (
+SUPPORTED_MODELS = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)
+"""Supported model types. All have a vision tower, a projector of two layers and a language model."""
+SUPPORTED_TOWERS = ("siglip_vision_model", "clip_vision_model")
+SUPPORTED_LANGUAGE_MODELS = ("qwen2", "llama")
+COPIED_SETTINGS = (
     "image_token_index",
     "projector_hidden_act",
     "vision_feature_select_strategy",
@@ -38,38 +38,42 @@ TAKEN_OVER = (
     "multimodal_projector_bias",
     "tie_word_embeddings",
 )
-"""What of a plain LLaVA's configuration is ours too."""
+"""Settings that are copied from the configuration of a plain LLaVA."""
 
 
 def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]) -> PretrainedConfig:
-    """The configuration of ``settings.checkpoint``, if a model for these modalities can be made of it.
+    """Check that a model for these modalities can be built from ``settings.checkpoint``, without loading weights.
+
+    Returns:
+        The configuration of the checkpoint.
 
     Raises:
-        UserError: it cannot be read, is no LLaVA of a known kind, or does not fit the modalities; a version
-            of UMBRELLA that is too old wrote it; it holds what was trained on a base that is gone or changed.
+        UserError: if the checkpoint cannot be read, is not a supported LLaVA, does not fit the modalities, was written
+            by a version of UMBRELLA that is too old, or is partial and its base is missing or has changed.
     """
     where = f"model.checkpoint={settings.checkpoint}"
     try:
         config = AutoConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be loaded: {describe_load_error(error)}") from None
-    if config.model_type not in FAMILY:
-        raise UserError(f"{where}: is a {config.model_type}; {', '.join(FAMILY)} work")
+    if config.model_type not in SUPPORTED_MODELS:
+        raise UserError(f"{where}: is a {config.model_type}; {', '.join(SUPPORTED_MODELS)} work")
     tower, language = config.vision_config.model_type, config.text_config.model_type
-    if tower not in TOWERS:
-        raise UserError(f"{where}: its tower is {tower}; {' and '.join(TOWERS)} work")
-    if language not in LANGUAGE_MODELS:
-        raise UserError(f"{where}: its language model is {language}; {' and '.join(LANGUAGE_MODELS)} work")
+    if tower not in SUPPORTED_TOWERS:
+        raise UserError(f"{where}: its tower is {tower}; {' and '.join(SUPPORTED_TOWERS)} work")
+    if language not in SUPPORTED_LANGUAGE_MODELS:
+        raise UserError(f"{where}: its language model is {language}; {' and '.join(SUPPORTED_LANGUAGE_MODELS)} work")
     if isinstance(config, UmbrellaConfig):
         check_version(settings.checkpoint)
-        own = config.modalities
+        known = config.modalities
         for name, modality in modalities.items():
-            if name in own and own[name].patch != modality.patch:
+            if name in known and known[name].patch != modality.patch:
                 raise UserError(
-                    f"{where}: reads {name} in patches of {_by(own[name].patch)}, and modalities.{name}.patch is"
-                    f" {_by(modality.patch)}; take the same, or give the modality another name"
+                    f"{where}: reads {name} in patches of {_format_patch(known[name].patch)}, and"
+                    f" modalities.{name}.patch is {_format_patch(modality.patch)}; take the same, or give the modality"
+                    " another name"
                 )
-            if name not in own and settings.embedder_init == "inflated":
+            if name not in known and settings.embedder_init == "inflated":
                 raise UserError(
                     f"{where}: has no embedder for {name}, and no 2D weights to inflate one from; take"
                     " model.embedder_init=random"
@@ -82,30 +86,37 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
 def load_model(
     settings: ModelSettings, modalities: Mapping[str, Modality], image_id: int
 ) -> UmbrellaForConditionalGeneration:
-    """The model of ``settings.checkpoint``, in float32, with an embedder for each of these modalities.
+    """Load ``settings.checkpoint`` with an embedder for each of these modalities.
+
+    Args:
+        settings: gives checkpoint, initialization of new embedders, and dtype.
+        modalities: modality by name.
+        image_id: id of the placeholder token.
 
     Raises:
-        UserError: see ``check_checkpoint``; weights that are missing, cut short, or not safetensors.
+        UserError: see ``check_checkpoint``; also if weights are missing, truncated, or not in safetensors format.
     """
     where = f"model.checkpoint={settings.checkpoint}"
     config = check_checkpoint(settings, modalities)
-    words = config.text_config.vocab_size
-    if image_id >= words:
-        raise UserError(f"{where}: its tokenizer's placeholder is token {image_id}, and its model knows {words} words")
-    ours = isinstance(config, UmbrellaConfig)
-    model = _laid_over_base(settings, config) if is_partial(settings.checkpoint) else _from_files(settings, ours)
-    kinds = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
-    if ours:
-        _fit(model, modalities)
+    vocabulary = config.text_config.vocab_size
+    if image_id >= vocabulary:
+        raise UserError(
+            f"{where}: its tokenizer's placeholder is token {image_id}, and its model has {vocabulary} tokens"
+        )
+    is_umbrella = isinstance(config, UmbrellaConfig)
+    model = _load_partial(settings, config) if is_partial(settings.checkpoint) else _load_full(settings, is_umbrella)
+    modality_configs = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
+    if is_umbrella:
+        _set_embedders(model, modalities)
     else:
-        model = from_llava(model, kinds, settings.embedder_init)
-    model.config.umbrella_modalities = kinds
+        model = from_llava(model, modality_configs, settings.embedder_init)
+    model.config.umbrella_modalities = modality_configs
     model.config.image_token_index = image_id
     return model
 
 
 def load_trained(folder: str | Path) -> UmbrellaForConditionalGeneration:
-    """The model of a training's checkpoint, whole or not, in float32; its ``save_pretrained`` writes all of it.
+    """Load the full model of a full or partial checkpoint of a training, in float32 and in evaluation mode.
 
     Raises:
         UserError: see ``load_model``.
@@ -114,14 +125,15 @@ def load_trained(folder: str | Path) -> UmbrellaForConditionalGeneration:
     return load_model(ModelSettings(checkpoint=str(folder)), config.modalities, config.image_token_index).eval()
 
 
-def _from_files(settings: ModelSettings, ours: bool) -> Any:
-    """What transformers makes of a checkpoint that holds all weights."""
+def _load_full(settings: ModelSettings, is_umbrella: bool) -> Any:
+    """Load a full checkpoint with transformers."""
     where = f"model.checkpoint={settings.checkpoint}"
+    model_class: Any = UmbrellaForConditionalGeneration if is_umbrella else AutoModelForImageTextToText
     try:
-        model, report = (UmbrellaForConditionalGeneration if ours else AutoModelForImageTextToText).from_pretrained(
+        model, report = model_class.from_pretrained(
             settings.checkpoint,
-            # What a run of ours trained is float32, and stays so; others are cast below, part by part.
-            dtype=torch.float32 if ours or settings.dtype == "float32" else "auto",
+            # Trained weights are float32. ``cast_frozen`` casts the others later.
+            dtype=torch.float32 if is_umbrella or settings.dtype == "float32" else "auto",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -130,19 +142,19 @@ def _from_files(settings: ModelSettings, ours: bool) -> Any:
         raise UserError(f"{where}: cannot be loaded: {describe_load_error(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download whole?")
+        raise UserError(f"{where}: lacks {len(missing)} weights, {missing[0]} among them; is the download complete?")
     return model
 
 
-def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> UmbrellaForConditionalGeneration:
-    """The model of a training's base, with what was trained in its place."""
+def _load_partial(settings: ModelSettings, config: UmbrellaConfig) -> UmbrellaForConditionalGeneration:
+    """Load the base of a partial checkpoint, then the trained weights."""
     folder = Path(settings.checkpoint)
     base = settings.model_copy(update={"checkpoint": base_checkpoint(settings.checkpoint), "embedder_init": "random"})
     try:
         model = load_model(base, config.modalities, config.image_token_index)
     except UserError as error:
-        raise UserError(f"{folder}: holds what was trained on {base.checkpoint}: {error}") from None
-    check_base(folder)  # now that all of it is here
+        raise UserError(f"{folder}: was trained on {base.checkpoint}: {error}") from None
+    check_base(folder)  # again: all files are downloaded now
     if (folder / ADAPTER).is_dir() and not model.has_adapters:
         model.load_adapter(str(folder / ADAPTER))
     try:
@@ -153,40 +165,46 @@ def _laid_over_base(settings: ModelSettings, config: UmbrellaConfig) -> Umbrella
 
 
 @torch.no_grad()
-def from_llava(llava: Any, kinds: dict, init: str = "random") -> UmbrellaForConditionalGeneration:
-    """A plain LLaVA with volume embedders, random or inflated, in place of its 2D one; all else is taken over.
+def from_llava(llava: Any, modality_configs: dict, init: str = "random") -> UmbrellaForConditionalGeneration:
+    """Replace the 2D embeddings of a plain LLaVA by volume embedders. All other modules are shared, not copied.
 
-    The embedders are float32, whatever the rest is: with a rest in half precision, run it under autocast.
+    The embedders are float32. If the other weights have half precision, run the model under autocast.
+
+    Args:
+        llava: a LLaVA model of transformers.
+        modality_configs: fields of ``Modality`` by modality name.
+        init: "random" or "inflated".
     """
     config = UmbrellaConfig(
-        **{name: getattr(llava.config, name) for name in TAKEN_OVER if hasattr(llava.config, name)},
-        # The parts keep their configurations, which say how each attends.
+        **{name: getattr(llava.config, name) for name in COPIED_SETTINGS if hasattr(llava.config, name)},
+        # The configurations of the components contain their attention implementation.
         vision_config=llava.config.vision_config,
         text_config=llava.config.text_config,
-        umbrella_modalities=kinds,
+        umbrella_modalities=modality_configs,
     )
     if config.vision_config.model_type == "siglip_vision_model":
-        config.vision_feature_select_strategy = "full"  # "default" drops a class token, and SigLIP has none
-    flat = llava.model.vision_tower.embeddings
-    with torch.device("meta"):  # every weight but the embedder's is taken over
+        config.vision_feature_select_strategy = "full"  # "default" drops the class token, which SigLIP lacks
+    embeddings_2d = llava.model.vision_tower.embeddings
+    with torch.device("meta"):  # all weights except the embedder's are replaced below
         model = UmbrellaForConditionalGeneration(config)
-    embedder = model.embedder.to_empty(device=flat.position_embedding.weight.device)
+    embedder = model.embedder.to_empty(device=embeddings_2d.position_embedding.weight.device)
     for modality in embedder.by_modality.values():
         assert isinstance(modality, ModalityEmbedder)
         modality.reset_parameters()
     if embedder.class_embedding is not None:
-        embedder.class_embedding.copy_(flat.class_embedding.float() + flat.position_embedding.weight[0].float())
+        class_position = embeddings_2d.position_embedding.weight[0].float()
+        embedder.class_embedding.copy_(embeddings_2d.class_embedding.float() + class_position)
     if init == "inflated":
-        inflate(embedder, flat)
+        inflate(embedder, embeddings_2d)
     llava.model.vision_tower.embeddings = embedder
-    for part in ("vision_tower", "multi_modal_projector", "language_model"):
-        setattr(model.model, part, getattr(llava.model, part))
+    for component in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(model.model, component, getattr(llava.model, component))
     model.lm_head, model.generation_config = llava.lm_head, llava.generation_config
     return model.train(llava.training)
 
 
-def _fit(model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality]) -> None:
-    """Give a saved model embedders for these modalities: its own, on another grid if need be, and new ones."""
+def _set_embedders(model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality]) -> None:
+    """Keep the embedders of these modalities, interpolated to their grids, and add missing ones. In place."""
     known, width = model.embedder.by_modality, model.config.vision_config.hidden_size
     embedders = {}
     for name, modality in modalities.items():
@@ -197,32 +215,33 @@ def _fit(model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modal
     model.embedder.by_modality = nn.ModuleDict(embedders)
 
 
-def _by(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))
+def _format_patch(patch: tuple[int, ...]) -> str:
+    return "x".join(map(str, patch))
 
 
 def build_model(
     settings: ModelSettings, modalities: Mapping[str, Modality], vocabulary: int, image_id: int
 ) -> UmbrellaForConditionalGeneration:
-    """A model whose volume embedder fits ``modalities``, with ``settings.train`` saying which weights move.
+    """Build the model of the settings. Parameters outside ``settings.train`` are frozen.
 
     Args:
-        vocabulary: words that the tokenizer knows; the tiny model gets as many.
-        image_id: the placeholder's token id.
+        settings: settings of the model.
+        modalities: modality by name; each gets an embedder.
+        vocabulary: size of the vocabulary, for the tiny model.
+        image_id: id of the placeholder token.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded, that is no LLaVA of a known kind, or that does not fit.
+        UserError: if the checkpoint cannot be loaded, is not a supported LLaVA, or does not fit the modalities.
     """
-    kinds = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
     if settings.checkpoint:
         model = load_model(settings, modalities, image_id)
     else:
-        model = UmbrellaForConditionalGeneration(_tiny_config(settings, kinds, vocabulary, image_id))
+        model = UmbrellaForConditionalGeneration(_tiny_config(settings, modalities, vocabulary, image_id))
     model.set_attn_implementation({"text_config": settings.attention})
-    # Greedy: a checkpoint's own way of generating may draw words, search, or punish repetition.
-    own = model.generation_config
+    # Greedy decoding: the generation settings of a checkpoint may include sampling, beams or repetition penalties.
+    loaded = model.generation_config
     model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        bos_token_id=loaded.bos_token_id, eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id
     )
     if "lora" in settings.train.split("+"):
         add_lora(model, settings)
@@ -232,17 +251,19 @@ def build_model(
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the matrices that do not move in ``dtype``, and all other weights in float32. In place; ties stay ties.
+    """Cast frozen matrices to ``dtype`` and all other parameters to float32. In place; tied weights stay tied.
 
-    Such a model of two dtypes runs under autocast, as training and evaluation do. Frozen norms and biases take no room
-    worth saving, and a norm on a CPU wants its own in float32.
+    Run such a model under autocast. Frozen norms and biases stay in float32: they are small, and norms on a CPU need
+    float32 parameters.
     """
     for weight in model.parameters():
-        frozen_matrix = weight.ndim > 1 and not weight.requires_grad
-        weight.data = weight.data.to(dtype if frozen_matrix else torch.float32)
+        is_frozen_matrix = weight.ndim > 1 and not weight.requires_grad
+        weight.data = weight.data.to(dtype if is_frozen_matrix else torch.float32)
 
 
-def _tiny_config(settings: ModelSettings, kinds: dict, vocabulary: int, image_id: int) -> UmbrellaConfig:
+def _tiny_config(
+    settings: ModelSettings, modalities: Mapping[str, Modality], vocabulary: int, image_id: int
+) -> UmbrellaConfig:
     layer = {
         "hidden_size": settings.width,
         "intermediate_size": 4 * settings.width,
@@ -260,5 +281,5 @@ def _tiny_config(settings: ModelSettings, kinds: dict, vocabulary: int, image_id
         image_token_index=image_id,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
-        umbrella_modalities=kinds,
+        umbrella_modalities={name: modality.model_dump(mode="json") for name, modality in modalities.items()},
     )

@@ -265,9 +265,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         shutil.rmtree(adapter, ignore_errors=True)  # may belong to a model saved here before
         if not self.has_adapters:
             return super().save_pretrained(save_directory, **options)
-        super().save_pretrained(
-            adapter, **options | {"max_shard_size": "1TB"}
-        )  # only adapters; PEFT reads a single file
+        # This call saves only the adapters. PEFT reads a single file.
+        super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})
         weights = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
         save_torch_state_dict(
             weights,
