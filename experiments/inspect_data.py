@@ -19,7 +19,7 @@ OPTIONS = (
 
 def main(args: Arguments) -> None:
     """Print one conversation and draw its volumes."""
-    from umbrella.cohort_report.conversation import draw_volumes, find, summary, turns
+    from umbrella.cohort_report.conversation import draw_volumes, find_conversation, format_summary, format_turns
     from umbrella.data.ingest import open_store
     from umbrella.data.mask_audit import split_by_weight
     from umbrella.data.rendering import load_renderer
@@ -35,7 +35,7 @@ def main(args: Arguments) -> None:
         raise UserError(f"data.{split}: holds no conversation that can be used; experiments/prepare.py says why")
     if raw.problems:
         note(f"{split} has {len(raw.problems)} problems; experiments/prepare.py lists them")
-    conversation = find(raw.splits[split], split, task_id, sample or 0)
+    conversation = find_conversation(raw.splits[split], split, task_id, sample or 0)
     renderer = load_renderer(settings)
     try:
         example = renderer.render(conversation)
@@ -44,8 +44,8 @@ def main(args: Arguments) -> None:
 
     console.print(f"{conversation.task_id} ({conversation.task_type}), {split}\n", markup=False, highlight=False)
     found = split_by_weight(example, settings.mask, renderer.tokenizer)
-    console.print(turns(found, colours=console.color_system is not None), highlight=False, soft_wrap=True)
-    console.print(summary(example, settings.mask), highlight=False)
+    console.print(format_turns(found, colours=console.color_system is not None), highlight=False, soft_wrap=True)
+    console.print(format_summary(example, settings.mask), highlight=False)
     if not args.dry_run and conversation.volumes:
         name = re.sub(r"[^\w.-]+", "_", conversation.task_id)[:100]
         file = options["picture"] or picture_file(settings.resources.storage, name)

@@ -14,7 +14,13 @@ from PIL import Image
 from rich.console import Console
 
 from umbrella.base import UserError
-from umbrella.cohort_report.conversation import caption, draw_volumes, find, summary, turns
+from umbrella.cohort_report.conversation import (
+    describe_volume,
+    draw_volumes,
+    find_conversation,
+    format_summary,
+    format_turns,
+)
 from umbrella.conversations.schema import Conversation
 from umbrella.data.mask_audit import split_by_weight
 from umbrella.data.masking import loss_weights
@@ -61,7 +67,7 @@ SUPERVISED = {
 def test_exactly_what_the_loss_sees_stands_in_the_brackets(example: Example, tokenizer: Any, choice: Any) -> None:
     policy = MaskPolicy(supervise=choice[0], end_of_turn=choice[1], turn_header=choice[2])
     out = io.StringIO()
-    view = turns(split_by_weight(example, policy, tokenizer), colours=False)
+    view = format_turns(split_by_weight(example, policy, tokenizer), colours=False)
     Console(file=out, width=20, color_system=None).print(view, soft_wrap=True)
     body = out.getvalue().partition("\n")[2]
     marked = [text.replace("↵\n", "\n").replace("↵", "\n") for text in re.findall("⟦(.*?)⟧", body, re.DOTALL)]
@@ -72,7 +78,7 @@ def test_with_colours_the_same_text_is_marked_by_style_and_brackets_are_not_need
     example: Example, tokenizer: Any
 ) -> None:
     policy = MaskPolicy(supervise="last_assistant")
-    view = turns(split_by_weight(example, policy, tokenizer), colours=True)
+    view = format_turns(split_by_weight(example, policy, tokenizer), colours=True)
     assert "⟦" not in view.plain
     marked = [view.plain[s.start : s.end] for s in view.spans if "green" in str(s.style)]
     assert "".join(marked) == "supervised" + "63.5<|im_end|>↵"
@@ -101,7 +107,7 @@ def test_each_volume_stands_at_its_own_placeholders(examples: dict[str, Example]
 def test_the_summary_counts_tokens_and_names_policy_and_truth(example: Example) -> None:
     out = io.StringIO()
     policy = MaskPolicy(supervise="last_assistant")
-    Console(file=out, width=100).print(summary(example, policy))
+    Console(file=out, width=100).print(format_summary(example, policy))
     printed = " ".join(re.sub("[│┃]", " ", out.getvalue()).split())
     targets = int(loss_weights(example, policy).sum())
     assert f"all {len(example.input_ids)} {targets} " in printed
@@ -115,8 +121,8 @@ def test_weights_are_told_where_they_are_not_1(example: Example, tokenizer: Any)
     policy = MaskPolicy(normalize="turn", task_weights={"T1": 3})  # 7 tokens of text and end ("é" is two), then 6
     out = io.StringIO()
     console = Console(file=out, width=200)
-    console.print(turns(split_by_weight(example, policy, tokenizer), colours=False))
-    console.print(summary(example, policy))
+    console.print(format_turns(split_by_weight(example, policy, tokenizer), colours=False))
+    console.print(format_summary(example, policy))
     heads = [line for line in out.getvalue().splitlines() if line.startswith("turn ")]
     assert heads == [
         "turn 1, user",
@@ -128,7 +134,7 @@ def test_weights_are_told_where_they_are_not_1(example: Example, tokenizer: Any)
     assert "role part tokens supervised weight" in printed
     assert "assistant end 4 4 1.8571 assistant header 22 0 0 assistant text 9 9 4.1429" in printed
     assert f"all {len(example.input_ids)} 13 6 " in printed
-    plain = turns(split_by_weight(example, MaskPolicy(), tokenizer), colours=False)
+    plain = format_turns(split_by_weight(example, MaskPolicy(), tokenizer), colours=False)
     assert "per target" not in plain.plain
 
 
@@ -137,15 +143,15 @@ def test_a_conversation_is_found_by_name_or_number_and_a_wrong_name_gets_near_on
 ) -> None:
     names = ["sub-01_sex", "sub-01_age", "zebra"]
     several = [talk(("user", "?"), ("assistant", "!"), task_id=name) for name in names]
-    assert find(several, "train", "zebra").task_id == "zebra"
-    assert find(several, "train", sample=1).task_id == "sub-01_age"
+    assert find_conversation(several, "train", "zebra").task_id == "zebra"
+    assert find_conversation(several, "train", sample=1).task_id == "sub-01_age"
     with pytest.raises(UserError, match=r"--task-id sub-1_sex: not among the 3 .* did you mean sub-01_sex, sub-01_age"):
-        find(several, "train", "sub-1_sex")
+        find_conversation(several, "train", "sub-1_sex")
     with pytest.raises(UserError, match="its first is sub-01_sex"):
-        find(several, "train", "qqq")
+        find_conversation(several, "train", "qqq")
     for sample in (3, -1):
         with pytest.raises(UserError, match=f"--sample {sample}: train has the samples 0 to 2"):
-            find(several, "train", sample=sample)
+            find_conversation(several, "train", sample=sample)
 
 
 def test_the_picture_has_the_patch_grid_over_three_planes_of_each_volume(
@@ -170,11 +176,11 @@ def test_the_picture_has_the_patch_grid_over_three_planes_of_each_volume(
 
 def test_the_caption_of_a_series_says_which_frames_are_seen() -> None:
     series = Modality(grid=(4, 4, 4, 3), patch=(4, 4, 2, 3), frame_stride=2, window_stride=2)
-    words = caption(np.zeros((12, 4, 4, 4)), series)
+    words = describe_volume(np.zeros((12, 4, 4, 4)), series)
     assert "grid 4×4×4×3, patch 4×4×2×3: 2 tokens" in words
     # Windows start at 0, 2, 4 and 6.
     assert "mean of frames 2 to 6 in steps of 2, out of 12: the middle one of 4 windows" in words
-    assert "its only window" in caption(np.zeros((5, 4, 4, 4)), series)
+    assert "its only window" in describe_volume(np.zeros((5, 4, 4, 4)), series)
 
 
 def test_a_conversation_without_volumes_has_no_picture(

@@ -16,9 +16,9 @@ from umbrella.cohort_report.cohort_statistics import (
     VolumeRow,
     count_labels,
     count_splits,
-    duplicates,
-    flag,
-    robust_z,
+    find_duplicates,
+    flag_outliers,
+    robust_z_scores,
     shared_subjects,
 )
 from umbrella.cohort_report.report import write_report
@@ -109,7 +109,7 @@ def test_what_is_unlike_the_others_is_flagged_by_name() -> None:
         replace(FACTS, spacing=(1.5, 1, 1)),
         replace(FACTS, foreground=0.9, deviation=50),
     ]
-    flags = [row.flags for row in flag(rows_of(*usual, *odd, None))]
+    flags = [row.flags for row in flag_outliers(rows_of(*usual, *odd, None))]
     assert flags[:9] == [()] * 9
     assert [tuple(name.split()[0] for name in names) for names in flags[9:]] == [
         ("mean",),
@@ -123,11 +123,11 @@ def test_what_is_unlike_the_others_is_flagged_by_name() -> None:
 
 
 def test_the_robust_z_is_blind_to_the_outlier_itself() -> None:
-    z = robust_z([1.0, 2, 3, 4, 1000])
+    z = robust_z_scores([1.0, 2, 3, 4, 1000])
     assert z[2] == 0
     assert z[4] == pytest.approx(997 / 1.4826)
-    assert robust_z([5.0] * 3).tolist() == [0, 0, 0]
-    assert abs(robust_z([1.0] * 11 + [0.2])[-1]) > 5  # most are alike: their median deviation is 0
+    assert robust_z_scores([5.0] * 3).tolist() == [0, 0, 0]
+    assert abs(robust_z_scores([1.0] * 11 + [0.2])[-1]) > 5  # most are alike: their median deviation is 0
 
 
 def test_labels_are_counted_by_target_and_split_and_rare_classes_marked(talk: Talk) -> None:
@@ -315,7 +315,7 @@ def test_the_tables_hold_every_volume_and_conversation(
 
 def test_files_of_the_same_content_are_found() -> None:
     rows = [replace(row, content="x" if row.file in "02" else row.content) for row in rows_of(*[FACTS] * 4)]
-    assert duplicates([*rows, replace(rows[0], modality="dMRI"), replace(rows[3], content="")]) == [["0", "2"]]
+    assert find_duplicates([*rows, replace(rows[0], modality="dMRI"), replace(rows[3], content="")]) == [["0", "2"]]
 
 
 def test_a_volume_that_is_gone_again_is_an_empty_row_and_no_error(
@@ -370,7 +370,7 @@ def test_a_new_report_leaves_nothing_of_the_old_and_a_failed_one_leaves_all_of_i
 def test_the_page_shows_flagged_volumes_first_and_says_how_many_more_there_are(
     talk: Talk, volumes: dict[str, Path], store_here: VolumeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbrella.cohort_report.report.SHOWN", 1)
+    monkeypatch.setattr("umbrella.cohort_report.report.MAX_ROWS", 1)
     odd = save(tmp_path / "data" / "z.nii", np.random.default_rng(1).normal(size=(9, 5, 4)).astype(np.float32))
     raw = filled(store_here, taken(train=[ask(talk, "a", volumes["one"], volumes["two"], odd)]))
     page = Page(write_report(tmp_path / "report", raw, store_here, quiet).read_text())

@@ -15,13 +15,13 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.splits import RawSplits
 from umbrella.volumes.store import VolumeInfo, VolumeStore
 
-RARE = 0.1
+RARE_SHARE = 0.1
 """A class of a smaller part than this of its split is marked."""
 BINS = 20
 
 
 @dataclass(frozen=True)
-class Classes:
+class ClassCounts:
     """How often each label of a target occurs in a split."""
 
     counts: Mapping[str, int]
@@ -32,11 +32,11 @@ class Classes:
 
     def is_rare(self, label: str) -> bool:
         """Whether so few have it that a model may well never say it."""
-        return self.share(label) < RARE
+        return self.share(label) < RARE_SHARE
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberSummary:
     """The numbers that a target's labels are in a split. histogram: counts in bins that all splits share."""
 
     n: int
@@ -48,19 +48,19 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetLabels:
     """The labels of one target, by split. A target has classes or numbers; with both, somebody mixed them up."""
 
     name: str
-    classes: Mapping[str, Classes]
-    numbers: Mapping[str, Numbers]
+    classes: Mapping[str, ClassCounts]
+    numbers: Mapping[str, NumberSummary]
     low: float = 0.0
     high: float = 0.0
     """Where the histograms begin and end."""
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitSummary:
     """One split in numbers."""
 
     name: str
@@ -74,7 +74,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedSubjects:
     """Subjects that two splits have both."""
 
     splits: tuple[str, str]
@@ -82,10 +82,10 @@ class Shared:
     subjects: tuple[str, ...]
 
 
-def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[Split]:
+def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSummary]:
     """The numbers of each split."""
     return [
-        Split(
+        SplitSummary(
             name=name,
             conversations=len(conversations),
             task_types=dict(sorted(Counter(c.task_type for c in conversations).items())),
@@ -97,10 +97,10 @@ def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[Split]:
     ]
 
 
-def shared_subjects(splits: Sequence[Split]) -> list[Shared]:
+def shared_subjects(splits: Sequence[SplitSummary]) -> list[SharedSubjects]:
     """For each two splits: subjects of answers in both, and subjects shown in both. There should be none."""
     return [
-        Shared((one.name, two.name), role, tuple(sorted(both)))
+        SharedSubjects((one.name, two.name), role, tuple(sorted(both)))
         for one, two in combinations(splits, 2)
         for role, both in (
             ("subject of an answer", one.answer_subjects & two.answer_subjects),
@@ -109,7 +109,7 @@ def shared_subjects(splits: Sequence[Split]) -> list[Shared]:
     ]
 
 
-def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[Target]:
+def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLabels]:
     """The labels of each target, targets by name. What has no label is left out."""
     labels: dict[str, dict[str, list[str | float]]] = defaultdict(lambda: defaultdict(list))
     for split, conversations in splits.items():
@@ -125,13 +125,13 @@ def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[Target]:
         low, high = (min(every), max(every)) if every else (0.0, 0.0)
         # A class that one split lacks is worth a row of zero there.
         known = sorted({word for found in words.values() for word in found})
-        classes = {split: Classes({k: Counter(found)[k] for k in known}) for split, found in words.items() if found}
-        summed = {split: _summary(found, low, high) for split, found in numbers.items() if found}
-        targets.append(Target(name, classes, summed, low, high))
+        classes = {split: ClassCounts({k: Counter(found)[k] for k in known}) for split, found in words.items() if found}
+        summed = {split: _summarise(found, low, high) for split, found in numbers.items() if found}
+        targets.append(TargetLabels(name, classes, summed, low, high))
     return targets
 
 
-def _summary(values: list[float], low: float, high: float) -> Numbers:
+def _summarise(values: list[float], low: float, high: float) -> NumberSummary:
     # Halved, because the difference of two numbers may be more than a float can hold.
     half = high / 2 - low / 2
     places = [(x / 2 - low / 2) / half if half else 0.5 for x in values]
@@ -140,7 +140,7 @@ def _summary(values: list[float], low: float, high: float) -> Numbers:
     exponent = frexp(max(map(abs, values)))[1]
     small = np.ldexp(values, -exponent)
     mean, deviation = (float(np.ldexp(of(small), exponent)) for of in (np.mean, np.std))
-    return Numbers(len(values), mean, deviation, min(values), max(values), tuple(int(n) for n in counts))
+    return NumberSummary(len(values), mean, deviation, min(values), max(values), tuple(int(n) for n in counts))
 
 
 def _label(conversation: Conversation) -> str | float | None:
@@ -154,8 +154,8 @@ def _label(conversation: Conversation) -> str | float | None:
     return None if label is None else str(label)
 
 
-Answer = TypeVar("Answer")
-FAR = 5.0
+T = TypeVar("T")
+OUTLIER_Z = 5.0
 """Robust deviations from the median of its modality from which on a volume is an outlier."""
 MEASURED = ("mean", "deviation", "foreground")
 
@@ -173,13 +173,13 @@ class VolumeRow:
     conversations: int
     splits: tuple[str, ...]
     subjects: tuple[str, ...]
-    facts: VolumeInfo | None
+    info: VolumeInfo | None
     """None where the store has none."""
     flags: tuple[str, ...] = ()
     """What is unusual in its header, and in what it is unlike the other volumes of its modality."""
 
 
-def survey(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
+def collect_volumes(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
     """A row for each volume that the conversations use: those with flags first, then by file."""
     uses: dict[tuple[str, str], list[tuple[str, set[str]]]] = defaultdict(list)
     for split, conversations in raw.splits.items():
@@ -190,7 +190,7 @@ def survey(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[Vo
     rows = []
     for path, modality in progress(sorted(uses), "looking at volumes"):
         used_by = [subjects for _, subjects in uses[path, modality]]
-        place = _known(store.path, path, modality)
+        place = _from_store(store.path, path, modality)
         row = VolumeRow(
             path=path,
             file=os.path.relpath(path, top),
@@ -200,33 +200,33 @@ def survey(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[Vo
             splits=tuple(dict.fromkeys(split for split, _ in uses[path, modality])),
             # A comparison shows two subjects, and does not say which volume is whose: whoever is always there is.
             subjects=tuple(sorted(set.intersection(*used_by) or set.union(*used_by))),
-            facts=_known(store.info, path, modality),
-            flags=_known(lambda path, _: store.notes(path), path, modality) or (),
+            info=_from_store(store.info, path, modality),
+            flags=_from_store(lambda path, _: store.notes(path), path, modality) or (),
         )
         rows.append(row)
     names = {row.modality for row in rows}
-    flagged = [row for name in names for row in flag(row for row in rows if row.modality == name)]
+    flagged = [row for name in names for row in flag_outliers(row for row in rows if row.modality == name)]
     return sorted(flagged, key=lambda row: (not row.flags, row.file, row.modality))
 
 
-def flag(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
+def flag_outliers(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
     """The same volumes of one modality, with what is unlike the others added to the flags of each."""
     rows = list(rows)
-    facts = [row.facts for row in rows if row.facts]
-    flags: list[list[str]] = [[] for _ in facts]
+    info = [row.info for row in rows if row.info]
+    flags: list[list[str]] = [[] for _ in info]
     for name, of in GEOMETRY.items():
-        usual = Counter(map(of, facts)).most_common(1)
-        for own, seen in zip(flags, facts, strict=True):
+        usual = Counter(map(of, info)).most_common(1)
+        for own, seen in zip(flags, info, strict=True):
             own += [name] if of(seen) != usual[0][0] else []
-    for name in MEASURED if facts else ():
-        scores = robust_z([getattr(seen, name) for seen in facts])
+    for name in MEASURED if info else ():
+        scores = robust_z_scores([getattr(seen, name) for seen in info])
         for own, score in zip(flags, scores, strict=True):
-            own += [f"{name} {score:+.1f} σ"] if abs(score) > FAR else []
+            own += [f"{name} {score:+.1f} σ"] if abs(score) > OUTLIER_Z else []
     found = iter(flags)
-    return [replace(row, flags=(*row.flags, *next(found))) if row.facts else row for row in rows]
+    return [replace(row, flags=(*row.flags, *next(found))) if row.info else row for row in rows]
 
 
-def robust_z(values: Sequence[float]) -> np.ndarray:
+def robust_z_scores(values: Sequence[float]) -> np.ndarray:
     """How far each value is from the median, in standard deviations as the median absolute deviation tells them.
 
     Where more than half of the values are alike that deviation is 0, and the mean absolute one takes its place.
@@ -236,7 +236,7 @@ def robust_z(values: Sequence[float]) -> np.ndarray:
     return away / scale if scale else away
 
 
-def duplicates(rows: Iterable[VolumeRow]) -> list[list[str]]:
+def find_duplicates(rows: Iterable[VolumeRow]) -> list[list[str]]:
     """Files of the same content under different paths, a list for each content."""
     files: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -244,7 +244,7 @@ def duplicates(rows: Iterable[VolumeRow]) -> list[list[str]]:
     return sorted(sorted(alike) for content, alike in files.items() if content and len(alike) > 1)
 
 
-def _known(ask: Callable[[str, str], Answer], path: str, modality: str) -> Answer | None:
+def _from_store(ask: Callable[[str, str], T], path: str, modality: str) -> T | None:
     """What the store answers; None where it has lost it since, which a report survives."""
     try:
         return ask(path, modality)
@@ -253,8 +253,8 @@ def _known(ask: Callable[[str, str], Answer], path: str, modality: str) -> Answe
 
 
 GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
-    "shape": lambda facts: facts.shape,
-    "spacing": lambda facts: tuple(round(edge, 2) for edge in facts.spacing),
-    "orientation": lambda facts: facts.orientation,
+    "shape": lambda info: info.shape,
+    "spacing": lambda info: tuple(round(edge, 2) for edge in info.spacing),
+    "orientation": lambda info: info.orientation,
 }
 """What the volumes of a modality share as a rule."""

@@ -27,7 +27,7 @@ SUPERVISED = "bold green underline"
 STYLES = {"header": "dim", "text": "", "image": "cyan", "end": "dim"}
 
 
-def find(
+def find_conversation(
     conversations: Sequence[Conversation], split: str, task_id: str | None = None, sample: int = 0
 ) -> Conversation:
     """The conversation of that name, or without a name the ``sample``-th, counted from 0.
@@ -47,7 +47,7 @@ def find(
     return by_name[task_id]
 
 
-def turns(found: Sequence[WeightedText], colours: bool) -> Text:
+def format_turns(found: Sequence[WeightedText], colours: bool) -> Text:
     """The turns one below the other. Line breaks are shown as ↵ too, and other invisible characters by their code.
 
     Args:
@@ -74,7 +74,7 @@ def turns(found: Sequence[WeightedText], colours: bool) -> Text:
     return view
 
 
-def summary(example: Example, policy: MaskPolicy) -> Group:
+def format_summary(example: Example, policy: MaskPolicy) -> Group:
     """Token counts by role and kind, the policy and the truth.
 
     Raises:
@@ -103,8 +103,8 @@ def summary(example: Example, policy: MaskPolicy) -> Group:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINE = "#ffb000"
-WIDTH, CAPTION = 10.5, 0.8
+LINE_COLOUR = "#ffb000"
+WIDTH, CAPTION_HEIGHT = 10.5, 0.8
 """Inches: of the picture, and of the words above a row of it."""
 
 
@@ -127,9 +127,9 @@ def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> 
         modality = store.modalities[volume.modality]
         array = store.get(volume.image_path, volume.modality)
         cuts.append(orthogonal_slices(array, modality, store.info(volume.image_path, volume.modality)))
-        captions.append(f"{volume.modality}   {Path(volume.image_path).name}\n{caption(array, modality)}")
+        captions.append(f"{volume.modality}   {Path(volume.image_path).name}\n{describe_volume(array, modality)}")
     sizes = [np.array([plane.size for plane in planes]) for planes in cuts]
-    heights = [CAPTION + WIDTH * size[:, 1].max() / size[:, 0].sum() for size in sizes]
+    heights = [CAPTION_HEIGHT + WIDTH * size[:, 1].max() / size[:, 0].sum() for size in sizes]
 
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(volumes), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -143,7 +143,7 @@ def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> 
     plt.close(figure)
 
 
-def caption(array: np.ndarray, modality: Modality) -> str:
+def describe_volume(array: np.ndarray, modality: Modality) -> str:
     """Grid, patch and tokens in words, and for a series which frames are seen, counted from 0."""
     grid, patch = ("×".join(map(str, sizes)) for sizes in (modality.grid, modality.patch))
     words = f"grid {grid}, patch {patch}: {modality.num_tokens} tokens"
@@ -161,6 +161,6 @@ def _draw(axes: "Axes", plane: Plane, modality: Modality) -> None:
     right, up = plane.axes
     height, width = plane.grey.shape
     for x in range(0, width + 1, modality.patch[right]):
-        axes.axvline(x, color=LINE, linewidth=0.8, alpha=0.8)
+        axes.axvline(x, color=LINE_COLOUR, linewidth=0.8, alpha=0.8)
     for y in range(0, height + 1, modality.patch[up]):
-        axes.axhline(y, color=LINE, linewidth=0.8, alpha=0.8)
+        axes.axhline(y, color=LINE_COLOUR, linewidth=0.8, alpha=0.8)

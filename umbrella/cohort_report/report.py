@@ -12,11 +12,11 @@ from umbrella.base import ProgressBar, UserError
 from umbrella.cohort_report.cohort_statistics import (
     BINS,
     VolumeRow,
+    collect_volumes,
     count_labels,
     count_splits,
-    duplicates,
+    find_duplicates,
     shared_subjects,
-    survey,
 )
 from umbrella.data.splits import RawSplits
 from umbrella.fileio import write_csv
@@ -24,11 +24,11 @@ from umbrella.html import number, render
 from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail
 from umbrella.volumes.store import VolumeStore
 
-SHOWN = 500
+MAX_ROWS = 500
 """Volumes, and problems, that the page shows; the others are in the tables."""
-LISTED = 20
+MAX_NAMES = 20
 """Subjects that two splits share, and files of one content, that the page names."""
-FACTS = ("shape", "spacing", "orientation", "dtype", "minimum", "maximum", "mean", "deviation", "foreground")
+INFO_FIELDS = ("shape", "spacing", "orientation", "dtype", "minimum", "maximum", "mean", "deviation", "foreground")
 
 
 def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> Path:
@@ -43,12 +43,12 @@ def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: Pro
     Returns:
         The page.
     """
-    rows = survey(raw, store, progress)
+    rows = collect_volumes(raw, store, progress)
     fresh = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     replaced = fresh.with_suffix(".replaced")
     try:
         (fresh / "thumbnails").mkdir(parents=True)
-        drawn = _thumbnails(rows[:SHOWN], store, fresh / "thumbnails", progress)
+        drawn = _thumbnails(rows[:MAX_ROWS], store, fresh / "thumbnails", progress)
         page = _page(raw, rows, drawn)
         # A name of a file may hold bytes that are no UTF-8, and the page must be.
         (fresh / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -75,7 +75,7 @@ def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, pro
         except (UserError, OSError):  # gone since it was checked
             continue
         save_thumbnail(
-            orthogonal_slices(array, store.modalities[row.modality], row.facts), folder / f"{row.content}.png"
+            orthogonal_slices(array, store.modalities[row.modality], row.info), folder / f"{row.content}.png"
         )
         drawn.add(row.content)
     return drawn
@@ -95,10 +95,10 @@ def _page(raw: RawSplits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         notices=raw.notices,
         rows=rows,
         flagged=sum(bool(row.flags) for row in rows),
-        duplicates=duplicates(rows),
+        duplicates=find_duplicates(rows),
         drawn=drawn,
-        shown=SHOWN,
-        listed=LISTED,
+        max_rows=MAX_ROWS,
+        max_names=MAX_NAMES,
         tile=THUMBNAIL_SIZE,
         bins=BINS,
     )
@@ -108,10 +108,10 @@ def _write_tables(folder: Path, raw: RawSplits, rows: Sequence[VolumeRow]) -> No
     files = {row.path: row.file for row in rows}
     write_csv(
         folder / "volumes.csv",
-        ["file", "modality", "conversations", "splits", "subjects", *FACTS, "flags", "content", "path"],
+        ["file", "modality", "conversations", "splits", "subjects", *INFO_FIELDS, "flags", "content", "path"],
         (
             [r.file, r.modality, r.conversations, _join(r.splits), _join(r.subjects)]
-            + [_join(v) if isinstance(v := getattr(r.facts, name, None), tuple) else v for name in FACTS]
+            + [_join(v) if isinstance(v := getattr(r.info, name, None), tuple) else v for name in INFO_FIELDS]
             + [_join(r.flags), r.content, r.path]
             for r in rows
         ),
