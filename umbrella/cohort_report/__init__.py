@@ -1,1 +1,1 @@
-"""For looking at data before it is used: a report of a whole cohort, and one conversation as the model gets it."""
+"""Inspection of data before training: a report of a cohort, and views of single conversations."""

@@ -16,28 +16,28 @@ from umbrella.data.splits import RawSplits
 from umbrella.volumes.store import VolumeInfo, VolumeStore
 
 RARE_SHARE = 0.1
-"""A class of a smaller part than this of its split is marked."""
+"""Classes with a smaller share of their split are marked as rare."""
 BINS = 20
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """How often each label of a target occurs in a split."""
+    """Number of conversations with each label of a target, in one split."""
 
     counts: Mapping[str, int]
 
     def share(self, label: str) -> float:
-        """The part of the split that has the label, 0 to 1."""
+        """Share of conversations with the label, 0 to 1."""
         return self.counts[label] / sum(self.counts.values())
 
     def is_rare(self, label: str) -> bool:
-        """Whether so few have it that a model may well never say it."""
+        """Whether the share of the label is below RARE_SHARE."""
         return self.share(label) < RARE_SHARE
 
 
 @dataclass(frozen=True)
 class NumberSummary:
-    """The numbers that a target's labels are in a split. histogram: counts in bins that all splits share."""
+    """Summary of the numeric labels of a target, in one split. ``histogram``: counts; all splits have the same bins."""
 
     n: int
     mean: float
@@ -49,33 +49,33 @@ class NumberSummary:
 
 @dataclass(frozen=True)
 class TargetLabels:
-    """The labels of one target, by split. A target has classes or numbers; with both, somebody mixed them up."""
+    """Labels of one target, by split. A target should have either classes or numbers; both indicate an error."""
 
     name: str
     classes: Mapping[str, ClassCounts]
     numbers: Mapping[str, NumberSummary]
     low: float = 0.0
     high: float = 0.0
-    """Where the histograms begin and end."""
+    """Range of the histograms."""
 
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split in numbers."""
+    """Counts of one split."""
 
     name: str
     conversations: int
     task_types: Mapping[str, int]
     labelled: int
     answer_subjects: frozenset[str]
-    """Whom the last answers are about."""
+    """Subjects of the last answers."""
     subjects: frozenset[str]
-    """Everybody who is shown."""
+    """All subjects with a volume or an answer."""
 
 
 @dataclass(frozen=True)
 class SharedSubjects:
-    """Subjects that two splits have both."""
+    """Subjects that occur in two splits."""
 
     splits: tuple[str, str]
     role: str
@@ -83,7 +83,7 @@ class SharedSubjects:
 
 
 def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSummary]:
-    """The numbers of each split."""
+    """Count conversations, task types, labels and subjects of each split."""
     return [
         SplitSummary(
             name=name,
@@ -98,7 +98,7 @@ def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSumm
 
 
 def shared_subjects(splits: Sequence[SplitSummary]) -> list[SharedSubjects]:
-    """For each two splits: subjects of answers in both, and subjects shown in both. There should be none."""
+    """Find subjects that occur in two splits, as subject of an answer or anywhere. There should be none."""
     return [
         SharedSubjects((one.name, two.name), role, tuple(sorted(both)))
         for one, two in combinations(splits, 2)
@@ -110,7 +110,7 @@ def shared_subjects(splits: Sequence[SplitSummary]) -> list[SharedSubjects]:
 
 
 def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLabels]:
-    """The labels of each target, targets by name. What has no label is left out."""
+    """Count the labels of each target, sorted by name. Conversations without a label are omitted."""
     labels: dict[str, dict[str, list[str | float]]] = defaultdict(lambda: defaultdict(list))
     for split, conversations in splits.items():
         for c in conversations:
@@ -123,7 +123,7 @@ def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLab
         words = {split: [x for x in found if isinstance(x, str)] for split, found in by_split.items()}
         every = [x for found in numbers.values() for x in found]
         low, high = (min(every), max(every)) if every else (0.0, 0.0)
-        # A class that one split lacks is worth a row of zero there.
+        # A class that is missing in one split has a row with 0 there.
         known = sorted({word for found in words.values() for word in found})
         classes = {split: ClassCounts({k: Counter(found)[k] for k in known}) for split, found in words.items() if found}
         summed = {split: _summarise(found, low, high) for split, found in numbers.items() if found}
@@ -132,11 +132,11 @@ def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLab
 
 
 def _summarise(values: list[float], low: float, high: float) -> NumberSummary:
-    # Halved, because the difference of two numbers may be more than a float can hold.
+    # Halved, because the difference of two numbers may overflow.
     half = high / 2 - low / 2
     places = [(x / 2 - low / 2) / half if half else 0.5 for x in values]
     counts, _ = np.histogram(places, bins=BINS, range=(0, 1))
-    # Brought below 1 by a power of two, which changes no digit, because so may their sum and their squares.
+    # Scaled below 1 by a power of two, which is exact, because the sum and the squares may overflow.
     exponent = frexp(max(map(abs, values)))[1]
     small = np.ldexp(values, -exponent)
     mean, deviation = (float(np.ldexp(of(small), exponent)) for of in (np.mean, np.std))
@@ -144,43 +144,43 @@ def _summarise(values: list[float], low: float, high: float) -> NumberSummary:
 
 
 def _label(conversation: Conversation) -> str | float | None:
-    """A class as text, a number as float; None for no label, and for a number that is none."""
+    """A class as a string, a number as a float; None without a label or if the number is not finite."""
     label = conversation.label
     if isinstance(label, int | float) and not isinstance(label, bool):
         try:
             return float(label) if isfinite(label) else None
-        except OverflowError:  # an integer beyond what a float can hold
+        except OverflowError:  # an integer that is too large for a float
             return None
     return None if label is None else str(label)
 
 
 T = TypeVar("T")
 OUTLIER_Z = 5.0
-"""Robust deviations from the median of its modality from which on a volume is an outlier."""
+"""Absolute robust z-score, within a modality, above which a volume is an outlier."""
 MEASURED = ("mean", "deviation", "foreground")
 
 
 @dataclass(frozen=True)
 class VolumeRow:
-    """One volume as one modality: where it is, who uses it, what it is."""
+    """One volume, read as one modality: its path, its use and its properties."""
 
     path: str
     file: str
-    """The path below the folder that all volumes share."""
+    """The path relative to the common folder of all volumes."""
     modality: str
     content: str
-    """Names the bytes of the file; empty where they cannot be read any more."""
+    """Hash of the content of the file; empty if the file cannot be read any more."""
     conversations: int
     splits: tuple[str, ...]
     subjects: tuple[str, ...]
     info: VolumeInfo | None
-    """None where the store has none."""
+    """None if the store does not hold the volume."""
     flags: tuple[str, ...] = ()
-    """What is unusual in its header, and in what it is unlike the other volumes of its modality."""
+    """Unusual properties of its header, and properties that differ from other volumes of the modality."""
 
 
 def collect_volumes(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
-    """A row for each volume that the conversations use: those with flags first, then by file."""
+    """Collect the volumes that conversations use, sorted: volumes with flags first, then by file."""
     uses: dict[tuple[str, str], list[tuple[str, set[str]]]] = defaultdict(list)
     for split, conversations in raw.splits.items():
         for c in conversations:
@@ -188,7 +188,7 @@ def collect_volumes(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -
                 uses[volume].append((split, c.subjects))
     top = os.path.commonpath([os.path.dirname(path) for path, _ in uses]) if uses else ""
     rows = []
-    for path, modality in progress(sorted(uses), "looking at volumes"):
+    for path, modality in progress(sorted(uses), "checking volumes"):
         used_by = [subjects for _, subjects in uses[path, modality]]
         place = _from_store(store.path, path, modality)
         row = VolumeRow(
@@ -198,7 +198,7 @@ def collect_volumes(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -
             content=place.stem if place else "",
             conversations=len(used_by),
             splits=tuple(dict.fromkeys(split for split, _ in uses[path, modality])),
-            # A comparison shows two subjects, and does not say which volume is whose: whoever is always there is.
+            # A comparison shows two subjects without the owner of each volume: it is the one in all conversations.
             subjects=tuple(sorted(set.intersection(*used_by) or set.union(*used_by))),
             info=_from_store(store.info, path, modality),
             flags=_from_store(lambda path, _: store.notes(path), path, modality) or (),
@@ -210,7 +210,7 @@ def collect_volumes(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -
 
 
 def flag_outliers(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
-    """The same volumes of one modality, with what is unlike the others added to the flags of each."""
+    """Add flags to volumes of one modality: unusual geometry and outliers of the intensity statistics."""
     rows = list(rows)
     info = [row.info for row in rows if row.info]
     flags: list[list[str]] = [[] for _ in info]
@@ -227,9 +227,9 @@ def flag_outliers(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
 
 
 def robust_z_scores(values: Sequence[float]) -> np.ndarray:
-    """How far each value is from the median, in standard deviations as the median absolute deviation tells them.
+    """Distance of each value from the median, in standard deviations estimated from the median absolute deviation.
 
-    Where more than half of the values are alike that deviation is 0, and the mean absolute one takes its place.
+    The mean absolute deviation is used if the median absolute deviation is 0 (more than half of the values are equal).
     """
     away = np.asarray(values, np.float64) - np.median(values)
     scale = 1.4826 * np.median(np.abs(away)) or 1.2533 * np.abs(away).mean()
@@ -237,17 +237,17 @@ def robust_z_scores(values: Sequence[float]) -> np.ndarray:
 
 
 def find_duplicates(rows: Iterable[VolumeRow]) -> list[list[str]]:
-    """Files of the same content under different paths, a list for each content."""
+    """Find files with the same content; one list of paths for each content."""
     files: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         files[row.content].add(row.file)
     return sorted(sorted(alike) for content, alike in files.items() if content and len(alike) > 1)
 
 
-def _from_store(ask: Callable[[str, str], T], path: str, modality: str) -> T | None:
-    """What the store answers; None where it has lost it since, which a report survives."""
+def _from_store(query: Callable[[str, str], T], path: str, modality: str) -> T | None:
+    """Query the store; None if it no longer holds the volume or cannot read it."""
     try:
-        return ask(path, modality)
+        return query(path, modality)
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -257,4 +257,4 @@ GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
     "spacing": lambda info: tuple(round(edge, 2) for edge in info.spacing),
     "orientation": lambda info: info.orientation,
 }
-"""What the volumes of a modality share as a rule."""
+"""Properties that are usually equal in all volumes of a modality."""

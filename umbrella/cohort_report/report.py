@@ -1,4 +1,4 @@
-"""The report of a cohort: a folder with a page to look at and tables to compute with."""
+"""The report of a cohort: an HTML page and CSV tables."""
 
 import json
 import shutil
@@ -25,23 +25,25 @@ from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thum
 from umbrella.volumes.store import VolumeStore
 
 MAX_ROWS = 500
-"""Volumes, and problems, that the page shows; the others are in the tables."""
+"""Maximum number of volumes and of problems on the page; the tables hold all."""
 MAX_NAMES = 20
-"""Subjects that two splits share, and files of one content, that the page names."""
+"""Maximum number of subjects in two splits, and of files with the same content, that a row of the page names."""
 INFO_FIELDS = ("shape", "spacing", "orientation", "dtype", "minimum", "maximum", "mean", "deviation", "foreground")
 
 
 def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> Path:
     """Write ``index.html``, ``volumes.csv``, ``conversations.csv``, ``problems.csv`` and ``thumbnails/``.
 
-    What is in ``folder`` from before stays until all is written, and is replaced as a whole.
+    An existing report is replaced only after the new one is complete.
 
     Args:
-        folder: made when missing; nothing but the report may be in it.
-        store: holds the volumes of the conversations; one that it lacks has empty cells.
+        folder: created if it does not exist. All other content of the folder is deleted.
+        raw: the conversations of each split, and the problems that were found.
+        store: holds the volumes. The cells of a volume that it does not hold are empty.
+        progress: wraps slow loops in a progress bar.
 
     Returns:
-        The page.
+        The path of ``index.html``.
     """
     rows = collect_volumes(raw, store, progress)
     fresh = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
@@ -50,7 +52,7 @@ def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: Pro
         (fresh / "thumbnails").mkdir(parents=True)
         drawn = _thumbnails(rows[:MAX_ROWS], store, fresh / "thumbnails", progress)
         page = _page(raw, rows, drawn)
-        # A name of a file may hold bytes that are no UTF-8, and the page must be.
+        # File names may hold bytes that are not valid UTF-8.
         (fresh / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
         _write_tables(fresh, raw, rows)
         if folder.exists():
@@ -65,14 +67,14 @@ def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: Pro
 
 
 def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, progress: ProgressBar) -> set[str]:
-    """Draw each content once; the names of those that could be."""
+    """Draw a thumbnail for each content, and return the hashes of those that could be drawn."""
     drawn = set()
     for row in progress(rows, "drawing thumbnails"):
         if not row.content or row.content in drawn:
             continue
         try:
             array = store.get(row.path, row.modality)
-        except (UserError, OSError):  # gone since it was checked
+        except (UserError, OSError):  # the file was removed after the check
             continue
         save_thumbnail(
             orthogonal_slices(array, store.modalities[row.modality], row.info), folder / f"{row.content}.png"

@@ -1,1 +1,1 @@
-"""The embedded cohort: brain volumes with effects of known size, made from a template."""
+"""The phantom cohort: simulated brain volumes with effects of known size."""

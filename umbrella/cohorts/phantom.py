@@ -1,6 +1,6 @@
-"""The phantom cohort: subjects made from the MNI152 T1 template, with planted effects of sex and age of known size.
+"""The phantom cohort: subjects simulated from the MNI152 T1 template, with effects of sex and age of known size.
 
-Nothing is downloaded: nilearn carries the template, which is brain-extracted. Positions are MNI millimetres (RAS+),
+Nothing is downloaded: nilearn contains the template, which is brain-extracted. Positions are MNI millimetres (RAS+),
 arrays are (X, Y, Z) and (X, Y, Z, T).
 """
 
@@ -22,20 +22,20 @@ from umbrella.cohorts.phantom_subjects import SPLITS, Subject, draw_subjects, ge
 from umbrella.cohorts.settings import CohortSettings
 
 FORMAT_VERSION = 1
-"""Raised when the same settings would make other files."""
+"""Increased when the same settings give other files."""
 REPETITION_TIME = 2.0
 """Seconds between the frames of a functional series."""
 FRAMES = 12
 TEMPLATE_SPACING = 2
 
-# The field of view, with room around the largest head that the settings allow.
+# The field of view, with a margin around the largest head that the settings allow.
 FIELD_OF_VIEW = ((-88.0, 88.0), (-124.0, 92.0), (-90.0, 100.0))
 HEAD_CENTRE = np.array([0.0, -21.0, 11.0])
 VENTRICLE_CENTRE, VENTRICLE_REACH = np.array([0.0, -15.0, 14.0]), np.array([30.0, 50.0, 30.0])
 FRONTAL_CENTRE, FRONTAL_REACH = np.array([28.0, 40.0, 14.0]), np.array([15.0, 15.0, 15.0])
 KNOT_DISTANCE = 30.0
 KNOTS = [np.arange(low, high + KNOT_DISTANCE, KNOT_DISTANCE) for low, high in FIELD_OF_VIEW]
-# By the last digit of the number; the others are RAS. Whatever reads the cohort has to look at the affine.
+# By the last digit of the subject number; the others are RAS. Readers of the cohort have to use the affine.
 STORED_ORIENTATION = {5: "LAS", 0: "PIR"}
 # Stored integers are thousandths: of the brightest tissue for sMRI and fMRI, of 1 for the diffusion map.
 STORED_UNIT = 0.001
@@ -46,12 +46,12 @@ Array = NDArray[np.float64]
 def make_cohort(
     folder: Path, settings: CohortSettings, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Path:
-    """Make the phantom cohort in ``folder`` and return the folder; return at once when it is there already.
+    """Make the phantom cohort in ``folder``, unless the folder already holds it, and return the folder.
 
     The folder gets ``volumes/*.nii.gz``, ``participants.tsv``, ``conversations/{train,validation,test}.jsonl`` (the v2
     format, image paths relative to the folder) and ``cohort.json``. sMRI is (X, Y, Z) int16 at ``settings.spacing``;
     dMRI (X, Y, Z) with values from 0 to 1; fMRI (X, Y, Z, T) int16 at twice the spacing. The same settings give the
-    same bytes. The folder appears whole or not at all. ``progress`` wraps the iteration over subjects, as tqdm does.
+    same bytes. The folder appears when it is complete. ``progress`` wraps the iteration over subjects, as tqdm does.
 
     Raises:
         UserError: the folder holds a cohort of other settings, or other files.
@@ -66,7 +66,7 @@ def make_cohort(
         try:
             building.rename(folder)
         except OSError:
-            # Another process may have made the same cohort meanwhile.
+            # Another process may have made the same cohort in the meantime.
             if not _is_made(folder, settings):
                 raise
     return folder
@@ -77,7 +77,7 @@ def _description(settings: CohortSettings) -> dict[str, Any]:
 
 
 def _is_made(folder: Path, settings: CohortSettings) -> bool:
-    """Whether the folder holds the cohort of these settings; a UserError when it holds anything else."""
+    """Whether the folder holds the cohort of these settings. Raises UserError if it holds anything else."""
     remedy = "Choose another folder for the phantom cohort, or remove this one."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
@@ -120,8 +120,8 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _load_template() -> tuple[Array, Array]:
-    """The template, brightest tissue 1, background 0, and the position of its first voxel in millimetres."""
-    # nilearn takes seconds to import, which a cohort that is already there need not wait for.
+    """The template, scaled to 1 in the brightest tissue, and the position of its first voxel in millimetres."""
+    # Imported here because the import takes seconds, and an existing cohort does not need it.
     from nilearn.datasets import load_mni152_template
 
     image = load_mni152_template(resolution=TEMPLATE_SPACING)
@@ -130,13 +130,13 @@ def _load_template() -> tuple[Array, Array]:
 
 
 def _at_spacing(template: tuple[Array, Array], spacing: float) -> tuple[Array, Array]:
-    """The template as voxels of this size see it: a voxel averages over its extent, a point sample would alias."""
+    """Smooth the template for a voxel size: a voxel is an average over its extent. Point samples would alias."""
     data, origin = template
     return ndimage.gaussian_filter(data, 0.4 * np.sqrt(max(0.0, (spacing / TEMPLATE_SPACING) ** 2 - 1))), origin
 
 
 def _axes(spacing: float) -> list[Array]:
-    """The positions of the voxel centres along each axis, in millimetres."""
+    """Positions of the voxel centres along each axis, in millimetres."""
     return [low + spacing * np.arange(np.ceil((high - low) / spacing) + 1) for low, high in FIELD_OF_VIEW]
 
 
@@ -160,12 +160,12 @@ def _anatomy(
 ) -> tuple[Array, Array, Array]:
     """The subject's tissue (0 outside the brain), bias field, and the template position of each voxel (3, X, Y, Z).
 
-    The coefficients drawn here do not depend on the grid: a subject has one shape at every spacing and modality.
+    The random coefficients do not depend on the grid: a subject has the same shape at every spacing and modality.
     """
     rng = generator(settings.seed, subject.number, "anatomy")
     fields = _smooth_fields(rng.standard_normal((4, *(len(knots) for knots in KNOTS))), axes)
 
-    # From the subject's head to the template's: the inverse of growing the head and then its ventricles.
+    # Map from subject to template: the inverse of scaling the head and then enlarging the ventricles.
     ratio = np.sqrt(1 + settings.sex_scale)
     scale = ratio if subject.sex == "male" else 1 / ratio
     head = HEAD_CENTRE[:, None, None, None]
@@ -173,7 +173,7 @@ def _anatomy(
     positions += settings.deformation * fields[:3]
     ventricles = VENTRICLE_CENTRE[:, None, None, None]
     grown = settings.age_ventricle * (subject.age - 20) / 60
-    # Flat near the centre and gone at the cortex: the ventricles grow evenly, and the head does not grow with them.
+    # Constant near the centre and zero at the cortex: the ventricles grow evenly, and the head keeps its size.
     growth = grown * _bump(positions, VENTRICLE_CENTRE, VENTRICLE_REACH, order=4)
     positions = (positions - ventricles) / (1 + growth) + ventricles
 
@@ -191,7 +191,7 @@ def _structural(template: tuple[Array, Array], subject: Subject, settings: Cohor
 
 
 def _diffusion(template: tuple[Array, Array], subject: Subject, settings: CohortSettings) -> NDArray[np.int16]:
-    """A map like fractional anisotropy: high in white matter, which is the bright tissue of the template."""
+    """A map similar to fractional anisotropy: high in white matter, which is the bright tissue of the template."""
     tissue, _, _ = _anatomy(template, subject, settings, _axes(settings.spacing))
     anisotropy = 0.1 + 0.6 / (1 + np.exp((0.77 - tissue) / 0.04))
     stored = _stored(anisotropy, tissue > 0, settings.noise, generator(settings.seed, subject.number, "dMRI"))
@@ -199,20 +199,20 @@ def _diffusion(template: tuple[Array, Array], subject: Subject, settings: Cohort
 
 
 def _functional(template: tuple[Array, Array], subject: Subject, settings: CohortSettings) -> NDArray[np.int16]:
-    """A series (X, Y, Z, T): T2*-like contrast, bright in fluid, and six regions with slow courses of their own."""
+    """A series (X, Y, Z, T): T2*-like contrast, bright in fluid, and six regions with slow time courses."""
     axes = _axes(2 * settings.spacing)
     tissue, bias, _ = _anatomy(template, subject, settings, axes)
     rng = generator(settings.seed, subject.number, "fMRI")
     regions = _smooth_fields(rng.standard_normal((6, *(len(knots) for knots in KNOTS))), axes)
     courses = ndimage.gaussian_filter1d(rng.standard_normal((6, FRAMES)), sigma=1.0, axis=1)
     fluctuation = 0.05 * np.einsum("cxyz,ct->xyzt", regions, courses)
-    # Below fluid's own value a voxel is partly outside the brain, which must not look like fluid.
+    # A voxel below the intensity of fluid is partly outside the brain and must not look like fluid.
     mean = (1.2 - 0.8 * tissue) * np.minimum(tissue / 0.3, 1) * bias
     return _stored(mean[..., None] * (1 + fluctuation), tissue > 0, settings.noise, rng)
 
 
 def _stored(data: Array, brain: NDArray[np.bool_], noise: float, rng: np.random.Generator) -> NDArray[np.int16]:
-    """Noise added, background 0 as after brain extraction, in units of ``STORED_UNIT``."""
+    """Add noise, set the background to 0 as after brain extraction, and convert to units of ``STORED_UNIT``."""
     noisy = data + noise * rng.standard_normal(data.shape)
     noisy[~brain] = 0
     return np.rint(np.maximum(noisy, 0) / STORED_UNIT).astype(np.int16)
@@ -221,7 +221,7 @@ def _stored(data: Array, brain: NDArray[np.bool_], noise: float, rng: np.random.
 def _write_nifti(
     path: Path, data: NDArray[np.int16], spacing: float, orientation: str, slope: float | None = None
 ) -> None:
-    """Write (X, Y, Z[, T]) data, RAS over the field of view, in another storage order; equal data give equal bytes."""
+    """Write (X, Y, Z[, T]) data in RAS order to a file with the given orientation. Equal data give equal bytes."""
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = [low for low, _ in FIELD_OF_VIEW]
     image = nib.Nifti1Image(data, affine)
@@ -232,6 +232,6 @@ def _write_nifti(
     if data.ndim == 4:
         image.header.set_zooms((*image.header.get_zooms()[:3], REPETITION_TIME))
     image.header.set_slope_inter(slope, 0 if slope else None)
-    # The gzip header would otherwise hold the time and the name.
+    # Without name and time, which the gzip header holds by default.
     with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped:
         zipped.write(image.to_bytes())

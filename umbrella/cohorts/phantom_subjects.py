@@ -1,4 +1,4 @@
-"""Who is in the phantom cohort, and the conversations about them."""
+"""The subjects of the phantom cohort, and their conversations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ AGE_QUESTIONS = ("How old is this subject, in years?", "What is the age of this 
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject. Sex and age follow from the seed and the number; split and modalities from all of the settings."""
+    """One subject. Seed and number determine sex and age; all settings determine split and modalities."""
 
     number: int
     """1 for the first subject."""
@@ -28,7 +28,7 @@ class Subject:
     split: str
     """One of ``SPLITS``."""
     modalities: tuple[str, ...]
-    """The modalities there are volumes of, in the order of ``SUFFIXES``; sMRI is always the first."""
+    """Modalities with a volume, in the order of ``SUFFIXES``; sMRI is always the first."""
 
     @property
     def id(self) -> str:
@@ -36,20 +36,20 @@ class Subject:
         return f"sub-{self.number:04d}"
 
     def path(self, modality: str) -> str:
-        """The volume of a modality, relative to the cohort's folder."""
+        """Path of the volume of a modality, relative to the folder of the cohort."""
         return f"volumes/{self.id}_{SUFFIXES[modality]}.nii.gz"
 
 
 def generator(seed: int, number: int, purpose: str) -> np.random.Generator:
     """The random generator of one subject (or pair of subjects) for one purpose.
 
-    No draw depends on how many others were made before it, so a larger cohort holds the smaller one's volumes.
+    Samples do not depend on earlier ones, so a larger cohort contains the volumes of a smaller one.
     """
     return np.random.default_rng([seed, number, *purpose.encode()])
 
 
 def draw_subjects(settings: CohortSettings) -> list[Subject]:
-    """The subjects of a cohort, in the order of their numbers.
+    """Sample the subjects of a cohort, in the order of their numbers.
 
     Subjects 1 and 2, 3 and 4, ... are pairs of one male and one female subject. Splits are made of pairs, so each is
     balanced; where the number is odd, the subject without a partner is in the training split.
@@ -63,7 +63,7 @@ def draw_subjects(settings: CohortSettings) -> list[Subject]:
     split_of_pair |= dict.fromkeys(shuffled[held_out : 2 * held_out].tolist(), "test")
     splits = {number: split_of_pair.get((number - 1) // 2, "train") for number in numbers}
 
-    # Each split gives its first subjects, in proportion to its size: rank over size puts every split's first first.
+    # Take the first subjects of each split, in proportion to its size: sort by the rank within the split over its size.
     members = {split: [number for number in numbers if splits[number] == split] for split in SPLITS}
     early = sorted(numbers, key=lambda number: members[splits[number]].index(number) / len(members[splits[number]]))
     having = {
@@ -83,7 +83,7 @@ def draw_subjects(settings: CohortSettings) -> list[Subject]:
 
 
 def split_conversations(subjects: Sequence[Subject], seed: int) -> list[dict[str, Any]]:
-    """All conversations about the subjects of one split, as samples of the v2 conversation format.
+    """Make all conversations about the subjects of one split, as samples of the v2 conversation format.
 
     ``subjects`` are all members of the split, in pairs as ``draw_subjects`` makes them. Of each pair, one is compared
     with a reference of the same sex and the other with one of the other sex, so repeating the reference's label is
@@ -99,7 +99,7 @@ def split_conversations(subjects: Sequence[Subject], seed: int) -> list[dict[str
             _sample(subject, "age_estimation", [[_image(subject, "sMRI"), _text(age_question)]]),
         ]
 
-        # The sex compared with the same changes from pair to pair, so that neither sex has all the same references.
+        # Alternate between pairs which sex is compared with a reference of the same sex.
         same = (position // 2 + (subject.sex == "male")) % 2 == 0
         candidates = [other for other in subjects if other != subject and (other.sex == subject.sex) == same]
         reference = candidates[rng.integers(len(candidates))]
@@ -128,7 +128,7 @@ def _image(subject: Subject, modality: str) -> dict[str, str]:
 def _sample(
     subject: Subject, task: str, turns: list[list[dict[str, str]]], reference: Subject | None = None
 ) -> dict[str, Any]:
-    """One sample: the given turns, user first, and the true answer after them; ``images`` is read off the turns."""
+    """Make a sample: the given turns, user first, followed by the correct answer."""
     target = "age" if task == "age_estimation" else "sex"
     answer = f"{subject.age} years." if target == "age" else f"{subject.sex}."
     task_id = f"{subject.id}_{task}"

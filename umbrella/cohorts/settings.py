@@ -1,4 +1,4 @@
-"""Settings of the embedded phantom cohort."""
+"""Settings of the phantom cohort."""
 
 from pydantic import Field
 
