@@ -1,7 +1,7 @@
 """UMBRELLA: train LLaVA-style models that read brain MRI, and find out which training choices work.
 
-Importing this package stays cheap: neither torch nor ray is loaded until a room that needs them is. ``Umbrella``, a
-trained model that answers questions, is loaded when it is asked for.
+The import of this package is fast: modules import torch and ray only if they need them, and the class ``Umbrella``,
+a trained model that answers questions, at its first use.
 """
 
 from typing import TYPE_CHECKING, Any
