@@ -15,7 +15,7 @@ import time
 import torch
 from torch.nn import functional
 
-from umbrella.model.token_nll import MAX_LOGITS, token_nll
+from umbrella.models.token_nll import MAX_LOGITS, token_nll
 
 WORDS, WIDTH, LENGTH = 152_000, 1024, 1024
 SUPERVISED = 0.15

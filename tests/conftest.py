@@ -201,8 +201,8 @@ def build(tokenizer: Any) -> Callable[..., Any]:
     """A tiny model in training mode, its weights drawn from a seed."""
     import torch
 
-    from umbrella.model.build import build_model
-    from umbrella.model.settings import ModelSettings
+    from umbrella.models.build import build_model
+    from umbrella.models.settings import ModelSettings
 
     torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
 
@@ -217,7 +217,7 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
     """The writer of a language model's checkpoints."""
-    from umbrella.model.partial_checkpoint import saves_full_model, write_weights
+    from umbrella.models.partial_checkpoint import saves_full_model, write_weights
     from umbrella.training.checkpoint_files import CheckpointWriter
     from umbrella.training.language_model import model_files
 
@@ -231,7 +231,7 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
     from dataclasses import replace
 
     from umbrella.config import load_settings
-    from umbrella.model.partial_checkpoint import parameters_to_save
+    from umbrella.models.partial_checkpoint import parameters_to_save
     from umbrella.training.checkpoint import snapshot
     from umbrella.training.language_model import copy_weights
     from umbrella.training.training_state import TrainingState

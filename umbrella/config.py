@@ -20,7 +20,7 @@ from umbrella.cohorts.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.modality import DEFAULT_MODALITIES, Modality
-from umbrella.model.settings import ModelSettings
+from umbrella.models.settings import ModelSettings
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSettings
 from umbrella.tuning.settings import TuneSettings

@@ -55,7 +55,7 @@ def test_a_run_can_be_told_apart_by_what_mlflow_holds(one: Trained) -> None:
 
 
 def test_a_checkpoint_is_a_model_that_loads(one: Trained) -> None:
-    from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+    from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 
     last = sorted(one.folder.glob("step_*"))[-1]
     model = UmbrellaForConditionalGeneration.from_pretrained(last)

@@ -21,7 +21,7 @@ from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.inference.cases import draw_cases, draw_volumes, effects_on_plane, make_blocks, occlusion, select_cases
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
-from umbrella.model.build import build_model
+from umbrella.models.build import build_model
 from umbrella.volumes.slices import PLANES, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
 

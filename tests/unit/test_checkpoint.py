@@ -15,9 +15,9 @@ from tests.conftest import make_writer
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
-from umbrella.model.partial_checkpoint import parameters_to_save
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import component_parameters
+from umbrella.models.partial_checkpoint import parameters_to_save
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.checkpoint import code_versions, describe_code_changes, restore, rng_state, snapshot
 from umbrella.training.checkpoint_files import CheckpointWriter, latest_checkpoint
 from umbrella.training.language_model import copy_weights, load_weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from umbrella.modality import Modality
-from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, patchify
+from umbrella.models.volume_embedder import ModalityEmbedder, VolumeEmbedder, patchify
 
 MODALITIES = {
     "sMRI": Modality(grid=(4, 6, 2), patch=(2, 3, 1)),

@@ -9,8 +9,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from tests.unit.test_real_shapes import CHECKPOINTS, MODALITIES
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.model.build import from_llava
-from umbrella.model.trainable_parameters import component_parameters, select_trainable
+from umbrella.models.build import from_llava
+from umbrella.models.trainable_parameters import component_parameters, select_trainable
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import StepResult, train_step

@@ -7,8 +7,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from umbrella.modality import Modality
-from umbrella.model.inflation import factorise_positions, inflate, inflate_patches
-from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_positions
+from umbrella.models.inflation import factorise_positions, inflate, inflate_patches
+from umbrella.models.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_positions
 
 FLAT = {"hidden_size": 6, "num_attention_heads": 1, "image_size": 12, "patch_size": 4}
 

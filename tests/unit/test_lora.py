@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from umbrella.base import UserError
 from umbrella.data.batching import Batch
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import component_parameters
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import train_step

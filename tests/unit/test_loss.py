@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.unit.workers import run_workers
 from umbrella.data.batching import Batch
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import component_parameters
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.distributed import parallelise
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import train_step

@@ -11,11 +11,11 @@ from torch.nn import functional
 from umbrella.data.batching import Batch, VolumeGroup, collate
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
-from umbrella.model.token_nll import token_nll
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
-from umbrella.model.umbrella_llava import packed_position_ids
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
+from umbrella.models.token_nll import token_nll
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
+from umbrella.models.umbrella_llava import packed_position_ids
 
 MakeBatch = Callable[..., Batch]
 

@@ -9,8 +9,8 @@ import torch
 
 from umbrella.data.batching import VolumeGroup
 from umbrella.modality import Modality, class_tokens
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
 
 SLICE = {"sMRI": Modality(grid=(1, 8, 8), patch=(1, 4, 4)), "fMRI": Modality(grid=(1, 8, 8, 1), patch=(1, 4, 4, 1))}
 IMAGE = 259

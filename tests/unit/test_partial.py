@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.unit.test_lora import nll
 from umbrella.base import UserError
 from umbrella.data.batching import Batch
-from umbrella.model.build import load_trained
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
+from umbrella.models.build import load_trained
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from umbrella.data.batching import Batch
-from umbrella.model.token_nll import token_nll
-from umbrella.model.trainable_parameters import component_parameters
+from umbrella.models.token_nll import token_nll
+from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.checkpoint import restore
 from umbrella.training.language_model import apply_options, load_weights
 from umbrella.training.optimizer import build_optimizer, build_schedule

@@ -27,10 +27,10 @@ from umbrella.data.batching import Batch, collate
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import component_parameters
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_a_checkpoint_that_was_cut_short_says_so(
 
 def test_a_plain_llava_is_not_taken_for_a_saved_model(save_llava: Callable[..., Any], tmp_path: Path) -> None:
     save_llava(tmp_path)
-    with pytest.raises(ValueError, match=r"is a llava without volume embedders; umbrella\.model\.build\.build_model"):
+    with pytest.raises(ValueError, match=r"is a llava without volume embedders; umbrella\.models\.build\.build_model"):
         Umbrella.from_pretrained(tmp_path)
 
 

@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers import SiglipVisionConfig as Siglip
 
 from umbrella.modality import Modality
-from umbrella.model.build import from_llava
-from umbrella.model.trainable_parameters import component_parameters
+from umbrella.models.build import from_llava
+from umbrella.models.trainable_parameters import component_parameters
 
 SO400M = Siglip(
     hidden_size=1152,

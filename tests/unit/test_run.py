@@ -54,7 +54,7 @@ def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_
 
 def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
     light = ["umbrella.training.run", "umbrella.tuning.sweep", "umbrella.training.job", "umbrella.tuning.trial"]
-    heavy = ["umbrella.model.umbrella_llava", "transformers.generation.utils", "sklearn", "torch.distributed.fsdp"]
+    heavy = ["umbrella.models.umbrella_llava", "transformers.generation.utils", "sklearn", "torch.distributed.fsdp"]
     looked = f"import {', '.join(light)}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", looked], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

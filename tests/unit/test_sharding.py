@@ -17,9 +17,9 @@ from tests.unit.workers import run_workers
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import component_parameters
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import component_parameters
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint import restore, snapshot
 from umbrella.training.distributed import autocast, full_tensor, parallelise, reshard

@@ -15,9 +15,9 @@ from torch import distributed
 
 from tests.unit.workers import run_workers
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.model.build import build_model
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import component_parameters
+from umbrella.models.build import build_model
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.distributed import parallelise
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings

@@ -13,9 +13,9 @@ from umbrella import Umbrella, __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.inference.model import load_checkpoint_settings
-from umbrella.model.build import check_checkpoint, load_trained
-from umbrella.model.settings import ModelSettings
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.models.build import check_checkpoint, load_trained
+from umbrella.models.settings import ModelSettings
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.paths import CODE
 from umbrella.tracking.model_registry import log_model
 from umbrella.training.job import Job

@@ -9,7 +9,7 @@ from torch.multiprocessing import start_processes
 
 # Each worker starts as a copy of one process with these imports. A fresh process would take six seconds for them.
 multiprocessing.set_forkserver_preload(
-    ["umbrella.model.build", "umbrella.training.language_model", "torch.distributed.fsdp", "peft"]
+    ["umbrella.models.build", "umbrella.training.language_model", "torch.distributed.fsdp", "peft"]
 )
 
 

@@ -19,8 +19,8 @@ from umbrella.evaluation.generation import Generated, generate
 from umbrella.evaluation.predictions import Prediction, cut_note
 from umbrella.evaluation.scoring import Candidates, score
 from umbrella.modality import Modality
-from umbrella.model.build import build_model
-from umbrella.model.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.models.build import build_model
+from umbrella.models.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
 from umbrella.paths import SETTINGS, checkpoints_in
 from umbrella.version import check_version
 from umbrella.volumes.reading import count_axes

@@ -158,7 +158,7 @@ def log_model(
 
 def _export(checkpoint: Path, folder: Path, whole: bool) -> Path:
     """Copy the files of a checkpoint to log to a new folder; with ``whole``, add the weights of the base model."""
-    from umbrella.model.partial_checkpoint import is_partial
+    from umbrella.models.partial_checkpoint import is_partial
 
     if whole and is_partial(checkpoint):
         from umbrella.inference.model import Umbrella

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.base import UserError
 from umbrella.fileio import describe_storage_error
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.training.settings import TrainSettings
 
 

@@ -20,8 +20,8 @@ from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
-from umbrella.model.build import build_model
-from umbrella.model.partial_checkpoint import (
+from umbrella.models.build import build_model
+from umbrella.models.partial_checkpoint import (
     base_description,
     check_base,
     is_partial,
@@ -30,8 +30,8 @@ from umbrella.model.partial_checkpoint import (
     saves_full_model,
     write_weights,
 )
-from umbrella.model.trainable_parameters import component_parameters
-from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
+from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import copy_to_host
 from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise, reshard

@@ -4,7 +4,7 @@ from math import cos, pi
 
 import torch
 
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.training.settings import OptimSettings
 
 

@@ -62,7 +62,7 @@ def check_model(settings: Settings) -> None:
     """Raise UserError if ``settings.model`` gives no model and tokenizer."""
     load_renderer(settings)
     if settings.model.checkpoint:
-        from umbrella.model.build import check_checkpoint  # slow to import, and the tiny model does not need it
+        from umbrella.models.build import check_checkpoint  # slow to import, and the tiny model does not need it
 
         check_checkpoint(settings.model, settings.modalities)
 

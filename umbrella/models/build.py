@@ -18,12 +18,12 @@ from transformers import (
 
 from umbrella.base import UserError, describe_load_error
 from umbrella.modality import Modality
-from umbrella.model.inflation import inflate
-from umbrella.model.partial_checkpoint import base_checkpoint, check_base, is_partial, load_saved_weights
-from umbrella.model.settings import ModelSettings
-from umbrella.model.trainable_parameters import add_lora, select_trainable
-from umbrella.model.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForConditionalGeneration
-from umbrella.model.volume_embedder import ModalityEmbedder
+from umbrella.models.inflation import inflate
+from umbrella.models.partial_checkpoint import base_checkpoint, check_base, is_partial, load_saved_weights
+from umbrella.models.settings import ModelSettings
+from umbrella.models.trainable_parameters import add_lora, select_trainable
+from umbrella.models.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForConditionalGeneration
+from umbrella.models.volume_embedder import ModalityEmbedder
 from umbrella.version import check_version
 
 SUPPORTED_MODELS = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.utils import cached_file
 
 from umbrella.base import UserError
-from umbrella.model.settings import ModelSettings
-from umbrella.model.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
+from umbrella.models.settings import ModelSettings
+from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 
 FULL_WEIGHTS, TRAINED_WEIGHTS = "model.safetensors", "trained.safetensors"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"

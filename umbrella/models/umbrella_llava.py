@@ -20,8 +20,8 @@ from transformers import (
 from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality
-from umbrella.model.token_nll import supervised_positions, token_nll
-from umbrella.model.volume_embedder import VolumeEmbedder
+from umbrella.models.token_nll import supervised_positions, token_nll
+from umbrella.models.volume_embedder import VolumeEmbedder
 from umbrella.version import check_version, write_version
 
 ADAPTER = "adapter"
@@ -297,12 +297,12 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         model_type = PretrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
         if model_type != UmbrellaConfig.model_type:
             raise ValueError(
-                f"{name} is a {model_type} without volume embedders; umbrella.model.build.build_model adds them"
+                f"{name} is a {model_type} without volume embedders; umbrella.models.build.build_model adds them"
             )
         check_version(name, **hub)
         if (Path(name) / BASE).is_file():
             raise ValueError(
-                f"{name} is a partial checkpoint: it has only the trained weights. umbrella.model.build.load_trained"
+                f"{name} is a partial checkpoint: it has only the trained weights. umbrella.models.build.load_trained"
                 " loads the full model; save_pretrained then writes a folder that from_pretrained reads"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})

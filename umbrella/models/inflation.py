@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from umbrella.model.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_positions
+from umbrella.models.volume_embedder import ModalityEmbedder, VolumeEmbedder, resize_positions
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 from torch import nn
 
 from umbrella.base import UserError
-from umbrella.model.settings import ModelSettings
-from umbrella.model.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.models.settings import ModelSettings
+from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Regular expression for all linear layers in the decoder layers of Qwen2 and Llama."""
