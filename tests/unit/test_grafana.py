@@ -31,9 +31,9 @@ def queries(dashboard: dict[str, Any]) -> Iterator[str]:
 
 
 def test_each_metric_that_is_asked_for_is_one_that_a_training_tells(dashboard: dict[str, Any]) -> None:
-    pace = Throughput()
-    pace.step(1, 1)
-    told = {"train/loss", "train/lr", *pace.recent(), *memory(torch.device("cuda"))}
+    throughput = Throughput()
+    throughput.step(1, 1)
+    told = {"train/loss", "train/lr", *throughput.recent(), *memory(torch.device("cuda"))}
     gauges = {f"ray_{name}" for name in [EVALUATION_GAUGE, *map(gauge_name, told)]}
     asked = {name for query in queries(dashboard) for name in re.findall(r"\bray_\w+", query)}
     assert asked <= gauges

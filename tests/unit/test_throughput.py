@@ -19,36 +19,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def step(pace: Throughput, clock: list[float], waits: float, works: float) -> None:
-    with pace.waiting():
+def step(throughput: Throughput, clock: list[float], waits: float, works: float) -> None:
+    with throughput.waiting():
         clock[0] += waits
     clock[0] += works
-    pace.step(8, 100)
+    throughput.step(8, 100)
 
 
 def test_figures_are_of_the_time_since_they_were_last_taken(clock: list[float]) -> None:
-    pace = Throughput()
+    throughput = Throughput()
     for _ in range(4):
-        step(pace, clock, waits=0.5, works=1.5)
-    assert pace.take() == {SAMPLES: 4, TOKENS: 50, WAITING: 0.25}
+        step(throughput, clock, waits=0.5, works=1.5)
+    assert throughput.take() == {SAMPLES: 4, TOKENS: 50, WAITING: 0.25}
     clock[0] += 100  # an evaluation
-    assert pace.take()[SAMPLES] == 0
-    step(pace, clock, waits=0, works=1)
-    assert pace.take() == {SAMPLES: 8, TOKENS: 100, WAITING: 0}
+    assert throughput.take()[SAMPLES] == 0
+    step(throughput, clock, waits=0, works=1)
+    assert throughput.take() == {SAMPLES: 8, TOKENS: 100, WAITING: 0}
 
 
 def test_recent_figures_forget_the_steps_before_and_take_nothing(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "RECENT", 3)
-    pace = Throughput()
-    assert pace.recent() == {}
-    step(pace, clock, waits=99, works=1)
-    assert pace.recent() == {SAMPLES: 0.08, TOKENS: 1, WAITING: 0.99}
+    throughput = Throughput()
+    assert throughput.recent() == {}
+    step(throughput, clock, waits=99, works=1)
+    assert throughput.recent() == {SAMPLES: 0.08, TOKENS: 1, WAITING: 0.99}
     for _ in range(3):
-        step(pace, clock, waits=1, works=1)
-    assert pace.recent() == pace.recent() == {SAMPLES: 4, TOKENS: 50, WAITING: 0.5}
-    assert pace.take()[SAMPLES] == 32 / 106
+        step(throughput, clock, waits=1, works=1)
+    assert throughput.recent() == throughput.recent() == {SAMPLES: 4, TOKENS: 50, WAITING: 0.5}
+    assert throughput.take()[SAMPLES] == 32 / 106
 
 
 def test_memory_is_of_this_process_and_of_a_gpu_only_where_there_is_one() -> None:

@@ -73,7 +73,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
                 **options,
             )
     except (ConnectionError, AuthenticationError) as error:
-        raise UserError(f"{named}: {_why_not(error, address)}") from None
+        raise UserError(f"{named}: {_describe_connection_error(error, address)}") from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
@@ -165,7 +165,7 @@ def create_token() -> None:
         token.chmod(0o600)
 
 
-def _why_not(error: Exception, address: str) -> str:
+def _describe_connection_error(error: Exception, address: str) -> str:
     """Describe why a cluster cannot be joined. Ray has one error for a missing cluster and for another token."""
     remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
     if isinstance(error, AuthenticationError):

@@ -67,11 +67,11 @@ def summarise_run(
         lines.append(f"note: {NEVER_STOPS}")
     lines.append("trained weights: " + (", ".join(f"{part} {n:,}" for part, n in trained.items() if n) or "none"))
     lines += [
-        f"{name}: a volume of {_by(m.grid)} in patches of {_by(m.patch)} is {m.num_tokens} tokens"
+        f"{name}: a volume of {_format_shape(m.grid)} in patches of {_format_shape(m.patch)} is {m.num_tokens} tokens"
         for name, m in modalities.items()
     ]
     return "\n".join(lines)
 
 
-def _by(sizes: Sequence[int]) -> str:
+def _format_shape(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes))
