@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from umbrella.conversations.fields import explain, plain, show
-from umbrella.conversations.schema import Conversation, TextItem, entity
+from umbrella.conversations.schema import Conversation, TextItem, bids_subject
+from umbrella.conversations.value_checks import describe_errors, format_name, format_value
 
 
 def sample(**changes: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def sample(**changes: Any) -> dict[str, Any]:
 def refusals(raw: Any) -> list[tuple[str, str]]:
     with pytest.raises(ValidationError) as caught:
         Conversation.model_validate(raw)
-    return explain(caught.value)
+    return describe_errors(caught.value)
 
 
 def test_plain_strings_extra_keys_and_numbers_are_kept() -> None:
@@ -218,11 +218,11 @@ def test_a_subject_is_the_same_however_it_is_stated(stated: dict, subject: str) 
     ],
 )
 def test_the_last_bids_entity_of_a_path_names_the_subject(path: str, subject: str | None) -> None:
-    assert entity(path) == subject
+    assert bids_subject(path) == subject
 
 
 def test_values_are_shown_as_json_has_them_and_short() -> None:
-    assert show([None, True, {"a": False}]) == "[null, true, {'a': false}]"
-    assert (plain("a b"), plain("a\nb"), plain("")) == ("a b", "'a\\nb'", "''")
-    assert len(show("x" * 5000)) == len(plain("x" * 5000)) == 300
-    assert len(show(["x" * 5000, 10**400])) < 100
+    assert format_value([None, True, {"a": False}]) == "[null, true, {'a': false}]"
+    assert (format_name("a b"), format_name("a\nb"), format_name("")) == ("a b", "'a\\nb'", "''")
+    assert len(format_value("x" * 5000)) == len(format_name("x" * 5000)) == 300
+    assert len(format_value(["x" * 5000, 10**400])) < 100

@@ -246,7 +246,7 @@ def test_conversion_problems_hide_none_of_the_others_and_bear_the_names_of_the_f
         "c.jsonl:1: task_id: is missing; give every sample a name of its own in `task_id` or `id`",
         "c.jsonl:1: conversations.0.from: 'bot' is not known; use system, user or assistant",
         "c.jsonl:1: conversations.1.from: is missing; add it",
-        "c.jsonl:2: modality: cannot be told from the file name 'b.nii'; add `modality` to the sample",
+        "c.jsonl:2: modality: cannot be inferred from the file name 'b.nii'; add `modality` to the sample",
         "c.jsonl:2: messages: no assistant turn, so there is nothing to learn from or to score; add the answer",
         f"c.jsonl:2: image_path: {tmp_path}/b.nii does not exist; see `data.root` and `data.path_map`",
     ]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from umbrella.conversations.formats import FORMATS, FormatError, convert, field_in_file, recognise, to_v2
+from umbrella.conversations.formats import FORMATS, FormatError, convert, detect_format, original_field
 from umbrella.conversations.schema import Conversation, ImageItem
 
 V2 = {
@@ -49,6 +49,13 @@ CHAT = {
 SAMPLES = dict(zip(FORMATS, (V2, V1, LLAVA, CHAT), strict=True))
 
 
+def to_v2(raw: Any, format: str = "auto") -> dict[str, Any]:
+    sample, problems = convert(raw, detect_format(raw) if format == "auto" else format)
+    if problems:
+        raise FormatError(problems)
+    return sample
+
+
 def read(raw: dict, **options: Any) -> Conversation:
     return Conversation.model_validate(to_v2(raw, **options))
 
@@ -71,7 +78,7 @@ def refusals(raw: Any, **options: Any) -> list[tuple[str, str]]:
 def test_each_format_is_recognised_and_means_the_same(format: str) -> None:
     raw = SAMPLES[format]
     before = copy.deepcopy(raw)
-    assert recognise(raw) == format
+    assert detect_format(raw) == format
     conversation = read(raw)
     assert turns(conversation) == [("user", ["<sMRI a_T1w.nii>", "Sex?"]), ("assistant", ["male."])]
     assert [(image.path, image.modality) for image in conversation.images] == [("a_T1w.nii", "sMRI")]
@@ -222,10 +229,9 @@ def test_the_modality_is_told_from_the_suffix_of_the_file_name(name: str, modali
 
 def test_a_stated_modality_wins_and_one_that_cannot_be_told_is_a_problem() -> None:
     assert read(LLAVA | {"modality": "PET"}).images[0].modality == "PET"
-    assert read(LLAVA | {"modalities": ["PET"]}, modality="CT").images[0].modality == "PET"
-    assert read(LLAVA, modality="CT").images[0].modality == "CT"
+    assert read(LLAVA | {"modalities": ["PET"], "modality": "CT"}).images[0].modality == "PET"
     for raw in (LLAVA | {"image": "FA/a_T1w_brain.nii"}, LLAVA | {"image": "dir_bold.d/a_T1w_brain.nii"}):
-        what = "cannot be told from the file name 'a_T1w_brain.nii'; add `modality` to the sample"
+        what = "cannot be inferred from the file name 'a_T1w_brain.nii'; add `modality` to the sample"
         assert refusals(raw) == [("modality", what)]
     what = "['PET', 'CT'] is not a list of one for each image; the number of images is 1"
     assert refusals(LLAVA | {"modalities": ["PET", "CT"]}) == [("modalities", what)]
@@ -233,7 +239,7 @@ def test_a_stated_modality_wins_and_one_that_cannot_be_told_is_a_problem() -> No
 
 def test_a_stated_format_wins_over_the_keys() -> None:
     raw = V2 | {"messages": CHAT["messages"], "images": []}
-    assert recognise(raw) == "v2"
+    assert detect_format(raw) == "v2"
     assert turns(read(raw, format="chat")) == turns(read(CHAT))
     with pytest.raises(FormatError, match="format: 'v3' is not known; use auto, v2, v1, llava, chat"):
         to_v2(V2, format="v3")
@@ -255,7 +261,7 @@ def test_a_stated_format_wins_over_the_keys() -> None:
     ],
 )
 def test_unfinished_samples_are_recognised_too(raw: dict, expected: str) -> None:
-    assert recognise(raw) == expected
+    assert detect_format(raw) == expected
 
 
 def test_a_sample_of_no_format_is_told_what_it_has_and_what_is_accepted() -> None:
@@ -276,10 +282,10 @@ def test_rubbish_is_left_for_the_type_to_refuse(format: str, rubbish: Any) -> No
 
 
 def test_fields_are_named_as_in_the_file() -> None:
-    assert field_in_file("conversations.0.role", "chat") == "messages.0.role"
-    assert field_in_file("conversations.0.role", "llava") == "conversations.0.from"
-    assert field_in_file("conversations.0.content.1.text", "llava") == "conversations.0.value"
-    assert field_in_file("conversations.0.content.1.text", "v1") == "conversations.0.content.1.text"
+    assert original_field("conversations.0.role", "chat") == "messages.0.role"
+    assert original_field("conversations.0.role", "llava") == "conversations.0.from"
+    assert original_field("conversations.0.content.1.text", "llava") == "conversations.0.value"
+    assert original_field("conversations.0.content.1.text", "v1") == "conversations.0.content.1.text"
 
 
 def loss_of(conversation: Conversation) -> list[bool]:

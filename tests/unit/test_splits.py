@@ -13,7 +13,7 @@ from tokenizers import normalizers
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.images import MISSING
+from umbrella.conversations.images import FILE_MISSING
 from umbrella.conversations.reading import Problem
 from umbrella.data.ingest import Splits, load_splits, open_store
 from umbrella.data.settings import MaskPolicy
@@ -455,14 +455,14 @@ def test_problems_of_one_kind_are_one_line_with_their_number_common_folder_and_f
         ).problem_lines()
 
     gone = [f"/old/disk/scans/{name}.nii" for name in ("a", "b/x", "c", "d", "a")]
-    assert lines("image_path", *(f"{path}{MISSING}" for path in [*gone, "D:\\x\\a.nii", "D:/x/b.nii"])) == [
+    assert lines("image_path", *(f"{path}{FILE_MISSING}" for path in [*gone, "D:\\x\\a.nii", "D:/x/b.nii"])) == [
         "c.jsonl:1: image_path: 4 files below /old/disk/scans do not exist, first a.nii, b/x.nii, c.nii;"
         " data.path_map={/old/disk/scans: /your/folder}, or data.root for relative paths",
         "c.jsonl:6: image_path: 2 files below D:/x do not exist, first a.nii, b.nii;"
         " data.path_map={D:/x: /your/folder}, or data.root for relative paths",
     ]
-    assert lines("image_path", *[f"{gone[0]}{MISSING}"] * 2) == [
-        f"c.jsonl:1: image_path: {gone[0]}{MISSING} (and 1 more conversation)"
+    assert lines("image_path", *[f"{gone[0]}{FILE_MISSING}"] * 2) == [
+        f"c.jsonl:1: image_path: {gone[0]}{FILE_MISSING} (and 1 more conversation)"
     ]
     assert lines("image_path", *(f"{path}: has 5 axes (1, 2), neither; correct it" for path in gone)) == [
         f"c.jsonl:1: image_path: {gone[0]}: has 5 axes (1, 2), neither; correct it"

@@ -1,1 +1,1 @@
-"""From every accepted conversation file to the one Conversation type. References only: no voxel is read here."""
+"""Conversations: reading and validation of all accepted formats. Volumes are referenced, not read."""

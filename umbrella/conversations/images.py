@@ -1,4 +1,4 @@
-"""The file and the modality of each image of a sample, from wherever its format has them."""
+"""Image items of samples: conversion of turns, file paths and modalities."""
 
 import os
 import re
@@ -7,10 +7,13 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from umbrella.base import UserError
-from umbrella.conversations.fields import plain, show
+from umbrella.conversations.value_checks import format_name, format_value
 
+IMAGE_TOKEN = "<image>"
+"""Placeholder of an image in texts."""
+ROLES = {"human": "user", "gpt": "assistant"}
 UNKNOWN = "(unknown)"
-"""Stands for a path or modality that could not be told, once that is reported, so that the other checks still run."""
+"""Replaces a path or modality that is reported as missing, so that the other checks can run."""
 PATH_KEYS = ("image_path", "path", "image", "image_url", "url")
 SUFFIXES = {
     **dict.fromkeys(("T1w", "T2w", "FLAIR"), "sMRI"),
@@ -18,155 +21,160 @@ SUFFIXES = {
     "bold": "fMRI",
 }
 
-MISSING = " does not exist; see `data.root` and `data.path_map`"
-"""What is said of a path that leads nowhere, after the path."""
+FILE_MISSING = " does not exist; see `data.root` and `data.path_map`"
+"""Message about a file that does not exist, after its path."""
 Problems = list[tuple[str, str]]
-"""(field, what is wrong; the remedy)."""
+"""(field, message) pairs."""
 
 
-def path_in(named: Any) -> Any:
-    """The file that an image item, an entry of ``images`` or a URL object names; None without one."""
-    if isinstance(named, dict):
-        return next((path_in(named[key]) for key in PATH_KEYS if key in named), None)
-    if isinstance(named, str) and named.startswith("file://"):
-        path = unquote(urlparse(named).path)
-        return path[1:] if is_windows(path[1:]) else path
-    return named
+def file_path(source: Any) -> Any:
+    """Return the path in a string, image item, entry of ``images`` or URL object; None if there is none."""
+    if isinstance(source, dict):
+        return next((file_path(source[key]) for key in PATH_KEYS if key in source), None)
+    if isinstance(source, str) and source.startswith("file://"):
+        path = unquote(urlparse(source).path)
+        return path[1:] if is_windows_path(path[1:]) else path
+    return source
 
 
-def is_windows(path: str) -> bool:
-    """Whether the path is absolute on Windows: ``D:\\scans``, ``D:/scans`` or ``\\\\server\\scans``."""
+def is_windows_path(path: str) -> bool:
+    """Return whether the path is an absolute Windows path: ``D:\\scans``, ``D:/scans`` or ``\\\\server\\scans``."""
     return bool(re.match(r"[A-Za-z]:[\\/]|\\\\", path))
 
 
-def name_files(shown: list[dict[str, Any]], files: list[Any], key: str, what_shows: str, whole: bool) -> Problems:
-    """Give each image item that names no file the one at its place in ``files``; returns what stands against that.
+def assign_files(items: list[dict[str, Any]], files: list[Any], key: str, noun: str, complete: bool) -> Problems:
+    """Set the file of each image item that has none to the corresponding entry of ``files``.
 
     Args:
-        shown: the image items in reading order; changed in place.
-        files: the sample's own list, which may be empty where every item names its file.
-        key: the name of that list in the sample.
-        what_shows: what an image is called in the turns of this format.
-        whole: as in ``tell_modalities``.
+        items: image items in reading order; changed in place.
+        files: list of files of the sample; may be empty if every item has a file.
+        key: key of this list in the sample.
+        noun: name of images in the turns of this format, for messages.
+        complete: see ``assign_modalities``.
+
+    Returns:
+        The problems.
     """
     problems = []
     for i, file in enumerate(files):
         if not isinstance(file, str):
-            what = "names no file; write the file's path" if file is None else f"must be a text, not {show(file)}"
-            problems.append((f"{key}.{i}" if len(files) > 1 else key, what))
-    if len(files) != len(shown) and (files or any("image_path" not in item for item in shown)):
-        what = f"the number of files is {len(files)}, that of {what_shows} is {len(shown)}; there must be one for each"
-        problems += [(key, what)] if whole else []
+            expected = "names no file; write the file's path"
+            message = expected if file is None else f"must be a text, not {format_value(file)}"
+            problems.append((f"{key}.{i}" if len(files) > 1 else key, message))
+    if len(files) != len(items) and (files or any("image_path" not in item for item in items)):
+        message = f"the number of files is {len(files)}, that of {noun} is {len(items)}; there must be one for each"
+        problems += [(key, message)] if complete else []
         files = []
-    for item, file in zip(shown, files or [UNKNOWN] * len(shown), strict=True):
-        item.setdefault("image_path", text_or_unknown(file))
+    for item, file in zip(items, files or [UNKNOWN] * len(items), strict=True):
+        item.setdefault("image_path", str_or_unknown(file))
     return problems
 
 
-def tell_modalities(shown: list[dict[str, Any]], sample: dict[str, Any], modality: str, whole: bool) -> Problems:
-    """Give each image item its modality, from the item, the sample, the caller or the file's suffix, in this order.
+def assign_modalities(items: list[dict[str, Any]], sample: dict[str, Any], complete: bool) -> Problems:
+    """Set the modality of each image item, from the item, the sample or the file suffix, in this order.
 
     Args:
-        whole: every turn could be looked into. Otherwise no numbers are compared: that of images is not known.
+        items: image items in reading order; changed in place.
+        sample: the sample.
+        complete: all turns are well formed, so the number of images is known and can be checked.
+
+    Returns:
+        The problems.
     """
     problems = []
-    stated = sample.get("modalities") or [sample.get("modality") or modality] * len(shown)
-    if not isinstance(stated, list) or len(stated) != len(shown):
-        what = f"{show(stated)} is not a list of one for each image; the number of images is {len(shown)}"
-        problems += [("modalities", what)] if whole else []
-        stated = [UNKNOWN] * len(shown)
-    for item, name in zip(shown, stated, strict=True):
+    stated = sample.get("modalities") or [sample.get("modality")] * len(items)
+    if not isinstance(stated, list) or len(stated) != len(items):
+        message = f"{format_value(stated)} is not a list of one for each image; the number of images is {len(items)}"
+        problems += [("modalities", message)] if complete else []
+        stated = [UNKNOWN] * len(items)
+    for item, name in zip(items, stated, strict=True):
         file = os.path.basename(str(item["image_path"]))
-        told = item.get("modality") or name or modality_by_suffix(file)
-        if not told and file not in (UNKNOWN, ""):
-            what = f"cannot be told from the file name {show(file)}; add `modality` to the sample"
-            problems.append(("modality", what))
-        if told and told is name and not isinstance(name, str):
+        found = item.get("modality") or name or modality_by_suffix(file)
+        if not found and file not in (UNKNOWN, ""):
+            message = f"cannot be inferred from the file name {format_value(file)}; add `modality` to the sample"
+            problems.append(("modality", message))
+        if found and found is name and not isinstance(name, str):
             key = "modalities" if sample.get("modalities") else "modality"
-            problems.append((key, f"must be a text, not {show(name)}"))
-            told = UNKNOWN
-        item["modality"] = told or UNKNOWN
+            problems.append((key, f"must be a text, not {format_value(name)}"))
+            found = UNKNOWN
+        item["modality"] = found or UNKNOWN
     return problems
 
 
 def modality_by_suffix(file: str) -> str:
-    """The modality of a file's BIDS suffix: "sMRI" for ``sub-01_T1w.nii.gz``; empty where the suffix is not known."""
+    """Return the modality of a BIDS suffix, such as "sMRI" for ``sub-01_T1w.nii.gz``; "" if it is unknown."""
     suffix = re.search(r"_([A-Za-z0-9]+)(\.[A-Za-z0-9]+)*$", os.path.basename(file))
     return SUFFIXES.get(suffix[1], "") if suffix else ""
 
 
-def text_or_unknown(value: Any) -> str:
-    """What is no text is reported where it was written, and not again where it was copied to."""
+def str_or_unknown(value: Any) -> str:
+    """Replace a value that is not a string by ``UNKNOWN``; the value is reported elsewhere."""
     return value if isinstance(value, str) else UNKNOWN
 
 
-def fault_of_path(path: str, as_written: str, on_disk: bool) -> str:
-    """What is wrong with a volume's path; empty when nothing is.
+def path_error(path: str, as_written: str, on_disk: bool) -> str:
+    """Return the problem of a volume path, or "".
 
     Args:
-        path: where it leads, after ``path_map`` and ``root``.
-        as_written: after ``path_map`` alone.
-        on_disk: look whether the file exists.
+        path: absolute path, after ``path_map`` and ``root``.
+        as_written: path after ``path_map`` only.
+        on_disk: check that the file exists.
     """
     if not as_written.strip():
         return "is empty; write the file's path"
     if re.match(r"[a-z][a-z0-9+.-]+://|data:", as_written, re.I):
-        return f"{show(as_written)} is not a file; download it and write the file's path"
+        return f"{format_value(as_written)} is not a file; download it and write the file's path"
     if not on_disk or os.path.isfile(path):
         return ""
     if os.path.isdir(path):
-        return f"{plain(path)} is a folder; name the image file"
-    return plain(path) + MISSING
+        return f"{format_name(path)} is a folder; name the image file"
+    return format_name(path) + FILE_MISSING
 
 
 def volume_file(path: str | os.PathLike[str]) -> str:
-    """The absolute path of a volume that a person has named.
+    """Return the absolute path of a volume.
 
     Raises:
-        UserError: it is no file.
+        UserError: the path is not a file.
     """
     file = os.path.abspath(os.path.expanduser(path))
-    if fault := fault_of_path(file, str(path), on_disk=True):
-        raise UserError(fault.split(";")[0])
+    if error := path_error(file, str(path), on_disk=True):
+        raise UserError(error.split(";")[0])
     return file
 
 
-def disagreements(shown: list[tuple[Any, Any]], listed: list[tuple[Any, Any]]) -> Iterator[tuple[tuple, str]]:
-    """(location, what is wrong) where (path, modality) of the turns and of ``images`` differ."""
-    if len(shown) != len(listed):
+def compare_images(items: list[tuple[Any, Any]], listed: list[tuple[Any, Any]]) -> Iterator[tuple[tuple, str]]:
+    """Yield (location, message) where the (path, modality) pairs of the turns and of ``images`` differ."""
+    if len(items) != len(listed):
         yield (
             ("images",),
-            f"the number of entries is {len(listed)}, that of images in the turns is {len(shown)};"
+            f"the number of entries is {len(listed)}, that of images in the turns is {len(items)};"
             " list each of those once, in their order",
         )
         return
-    for i, (item, image) in enumerate(zip(shown, listed, strict=True)):
+    for i, (item, image) in enumerate(zip(items, listed, strict=True)):
         for field, in_turn, in_list in zip(("path", "modality"), item, image, strict=True):
-            # What is no text, and what could not be told, is reported as such.
+            # Values that are not strings, and unknown ones, are reported elsewhere.
             comparable = isinstance(in_turn, str) and isinstance(in_list, str) and UNKNOWN not in (in_turn, in_list)
             if comparable and in_turn != in_list:
-                what = f"{show(in_list)}, but image {i} of the turns has {show(in_turn)}; they must be the same"
-                yield ("images", i, field), what
+                message = f"{format_value(in_list)}, but image {i} of the turns has {format_value(in_turn)}"
+                yield ("images", i, field), f"{message}; they must be the same"
 
 
-ROLES = {"human": "user", "gpt": "assistant"}
-TOKEN = "<image>"
-
-
-def objects_in(raw: Any, key: str) -> list[dict[str, Any]]:
-    """The objects of the list ``raw[key]``; whatever is not of that shape is passed over."""
+def dicts_in(raw: Any, key: str) -> list[dict[str, Any]]:
+    """Return the dicts in the list ``raw[key]``; ignore other values."""
     entries = raw.get(key) if isinstance(raw, dict) else None
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, (list, tuple)) else []
 
 
 def image_items(raw: Any) -> list[dict[str, Any]]:
-    """The image items of a raw v2 sample in reading order; whatever is not of that shape is passed over."""
-    items = (item for turn in objects_in(raw, "conversations") for item in objects_in(turn, "content"))
+    """Return the image items of a raw v2 sample in reading order; ignore malformed values."""
+    items = (item for turn in dicts_in(raw, "conversations") for item in dicts_in(turn, "content"))
     return [item for item in items if item.get("type") == "image"]
 
 
-def images_can_be_counted(raw: Any) -> bool:
-    """Whether turns and ``images`` of a raw v2 sample are of their shape, so that no image can have been overlooked."""
+def is_well_formed(raw: Any) -> bool:
+    """Return whether turns and ``images`` of a raw v2 sample are well formed, so that all images are found."""
     if not isinstance(raw, dict) or not _only_objects(raw.get("images", [])):
         return False
     turns = raw.get("conversations")
@@ -185,10 +193,13 @@ def _only_objects(entries: Any) -> bool:
     return isinstance(entries, (list, tuple)) and all(isinstance(entry, dict) for entry in entries)
 
 
-def v2_turn(turn: Any, format: str, cut: bool) -> Any:
-    """A turn of any format as one of v2; ``cut`` says that ``<image>`` in its texts stands for an image.
+def to_v2_turn(turn: Any, format: str, split: bool) -> Any:
+    """Convert a turn of any format to v2. Malformed values are kept; ``Conversation`` reports them.
 
-    Whatever is not of the format is left as it is, for ``Conversation`` to find.
+    Args:
+        turn: the turn.
+        format: format of the sample.
+        split: treat ``<image>`` in texts as an image.
     """
     if not isinstance(turn, dict):
         return turn
@@ -199,32 +210,32 @@ def v2_turn(turn: Any, format: str, cut: bool) -> Any:
     if "content" in turn and turn["content"] in (None, []):
         turn["content"] = ""
     content = turn.get("content")
-    if isinstance(content, str) and cut:
-        turn["content"] = cut_text(content)
+    if isinstance(content, str) and split:
+        turn["content"] = split_at_placeholders(content)
     elif isinstance(content, list):
-        turn["content"] = [part for item in content for part in _v2_items(item, format, cut)]
+        turn["content"] = [part for item in content for part in _v2_items(item, format, split)]
     return turn
 
 
-def _v2_items(item: Any, format: str, cut: bool) -> list[Any]:
-    """An item of any format as items of v2: more than one where a text is cut at placeholders."""
+def _v2_items(item: Any, format: str, split: bool) -> list[Any]:
+    """Convert an item of any format to v2 items; a text with placeholders becomes several."""
     if not isinstance(item, dict):
         return [item]
     kind = str(item.get("type"))
-    if kind == "text" and cut and isinstance(item.get("text"), str):
-        return cut_text(item["text"])
+    if kind == "text" and split and isinstance(item.get("text"), str):
+        return split_at_placeholders(item["text"])
     if format == "v2" or not re.fullmatch("image(_.*)?", kind):
         return [dict(item)]
     image = {key: value for key, value in item.items() if key not in PATH_KEYS} | {"type": "image"}
     if format == "v1" and kind != "image":
         image.setdefault("modality", kind.removeprefix("image_"))
-    path = path_in(item)
+    path = file_path(item)
     return [image if path is None else image | {"image_path": path}]
 
 
-def cut_text(text: str) -> list[dict[str, Any]]:
-    """Text and image items of a text with placeholders; line breaks that only set a placeholder apart go."""
-    pieces = text.split(TOKEN)
+def split_at_placeholders(text: str) -> list[dict[str, Any]]:
+    """Split a text into text and image items, and drop line breaks next to placeholders."""
+    pieces = text.split(IMAGE_TOKEN)
     items: list[dict[str, Any]] = []
     for i, piece in enumerate(pieces):
         if i > 0:

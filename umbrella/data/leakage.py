@@ -8,7 +8,7 @@ from typing import Any
 
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.reading import Problem
-from umbrella.conversations.schema import Conversation, entity
+from umbrella.conversations.schema import Conversation, bids_subject
 from umbrella.volumes.image_formats import image_files, image_size
 from umbrella.volumes.reading import content_hash
 
@@ -24,7 +24,7 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar
         progress: progress bar for reading volumes without a subject.
     """
     unnamed = [c for conversations in splits.values() for c in conversations if not c.stated_subject]
-    anonymous = sorted({v.image_path for c in unnamed for v in c.volumes if not entity(v.image_path)})
+    anonymous = sorted({v.image_path for c in unnamed for v in c.volumes if not bids_subject(v.image_path)})
     contents = {}
     for path in progress(anonymous, "reading volumes without a subject") if anonymous else ():
         with suppress(UserError):  # a file that cannot be read is reported elsewhere
@@ -36,14 +36,20 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar
             return c
         stated, last = c.stated_subject, c.volumes_by_turn[-1]
         names = {
-            path: entity(path) or (None if stated else contents.get(path)) for v in c.volumes if (path := v.image_path)
+            path: bids_subject(path) or (None if stated else contents.get(path))
+            for v in c.volumes
+            if (path := v.image_path)
         }
         own = stated if stated in names.values() else names[last[-1].image_path]
         # Volumes of one turn whose paths contain no subject are assumed to belong to one subject.
-        others = {names[v.image_path] for v in c.volumes if entity(v.image_path) or v not in last} - {own, stated, None}
+        others = {names[v.image_path] for v in c.volumes if bids_subject(v.image_path) or v not in last} - {
+            own,
+            stated,
+            None,
+        }
         changes: dict[str, Any] = {}
         if not stated:
-            sources["path" if entity(last[-1].image_path) else "content"] += 1
+            sources["path" if bids_subject(last[-1].image_path) else "content"] += 1
             changes["metadata"] = {**c.metadata, "subject_id": own or c.task_id}
         if others and len(c.subjects) == 1:
             changes["subject_ids"] = sorted({stated or own or c.task_id, *others})

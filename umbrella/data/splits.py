@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbrella.base import ProgressBar, UserError, pluralise
-from umbrella.conversations.images import MISSING
+from umbrella.conversations.images import FILE_MISSING
 from umbrella.conversations.reading import Problem, Reading, read_conversations
 from umbrella.conversations.schema import Conversation, most_frequent_answers
 from umbrella.data.leakage import assign_subjects, find_shared
@@ -89,7 +89,7 @@ def _summarise(problems: Sequence[Problem]) -> str:
     levels = zip(*(path[:-1] for path in paths), strict=False)
     common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     folder, names = "/".join(common), ["/".join(path[len(common) :]) for path in paths]
-    if first.what.endswith(MISSING):
+    if first.what.endswith(FILE_MISSING):
         listed = f"{len(names)} files below {folder} do not exist, first {', '.join(names[:3])}"
         remedy = f"data.path_map={{{folder}: /your/folder}}, or data.root for relative paths"
         return str(replace(first, what=f"{listed}; {remedy}"))

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from umbrella.base import UserError, describe_load_error
+from umbrella.conversations.images import IMAGE_TOKEN
 
-IMAGE_TOKEN = "<image>"
-"""The placeholder that stands, once per patch, where a volume goes."""
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
