@@ -1,4 +1,4 @@
-"""The command line that every script in experiments/ shares: settings in, one clear line and status 2 for a user error.
+"""Command line of the scripts in experiments/: settings, options, exit status and console output.
 
 script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-# Flags of the research program that people come from, as other names of settings.
+# Flags of the original research program, as aliases of settings.
 FLAGS = {
     "--train-data": "data.train",
     "--eval-data": "data.validation",
@@ -36,31 +36,31 @@ FLAGS = {
     "--output-dir": "resources.storage",
 }
 YAML = (".yaml", ".yml")
-BETWEEN_LINES = 30.0
-"""Seconds between two lines of a progress bar that is not drawn, because there is no terminal."""
+PROGRESS_INTERVAL = 30.0
+"""Seconds between two lines of progress if the output is not a terminal."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A flag of one script. ``default=False`` makes it a switch; else it takes a value, of one of the ``choices``."""
+    """A command line option of one script. With ``default=False`` it is a switch, otherwise it takes a value."""
 
     flag: str
-    """As it is written: "--task-id"."""
+    """Such as "--task-id"."""
     help: str
     default: Any = None
     kind: Callable[[str], Any] = str
-    """From the word on the command line to the value."""
+    """Converts the text on the command line to the value."""
     choices: Sequence[str] | None = None
     value: str = "VALUE"
-    """What the value is called in ``--help``, where there are no choices."""
+    """Name of the value in ``--help``, if there are no ``choices``."""
 
     @property
     def name(self) -> str:
-        """Its key in ``Arguments.options``: "task_id"."""
+        """Key in ``Arguments.options``, such as "task_id"."""
         return self.flag.lstrip("-").replace("-", "_")
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Let the parser know the flag."""
+        """Add the option to a parser."""
         if self.default is False:
             parser.add_argument(self.flag, dest=self.name, action="store_true", help=self.help)
         else:
@@ -77,38 +77,40 @@ class Option:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a person asked for: resolved settings, the names they set on the command line, and whether to only look."""
+    """The parsed command line. ``given`` holds the names of the settings on it."""
 
     settings: Settings
     given: frozenset[str]
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The script's own flags, by ``Option.name``."""
+    """Values of the script's own options, by ``Option.name``."""
     files: Sequence[str] = ()
-    """The settings files that were named, in order; not the script's default file."""
+    """Settings files on the command line, in order; without the script's default file."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """The settings on the command line, by their dotted names: files and these are laid over the defaults."""
+    """Settings on the command line, by their dotted names."""
     paths: tuple[str, ...] = ()
-    """Words that are neither settings nor settings files, of scripts that take such."""
+    """Other files, of scripts that accept them."""
 
 
 def parse(
     argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), paths: str = ""
 ) -> Arguments:
-    """Read a command line.
+    """Parse a command line.
 
     Args:
-        default_file: what is swept, where no file has a ``tune.space``.
-        options: the script's own flags. One that has the name of a shared flag takes its place.
-        paths: what files other than of settings are called in ``--help``, as in "volume.nii.gz". A word is one unless
-            it ends like YAML, or has an "=" and no "/" before that. Empty: the script takes none.
+        argv: arguments without the script's name.
+        doc: description in ``--help``.
+        default_file: settings file that is read first if no other file has a ``tune.space``.
+        options: options of the script. An option with the name of a shared flag replaces it.
+        paths: name of files other than settings files in ``--help``, such as "volume.nii.gz". An argument is such a
+            file unless it ends with .yaml or .yml, or has an "=" without a "/" before it. Empty: not accepted.
     """
     parser = argparse.ArgumentParser(
         description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     metavar = " | ".join(["file.yaml", "name=value", *([paths] if paths else [])])
-    words = "settings files and overrides" + (f", and each {paths}" if paths else "")
-    parser.add_argument("words", nargs="*", metavar=metavar, help=words)
+    positional = "settings files and overrides" + (f", and each {paths}" if paths else "")
+    parser.add_argument("words", nargs="*", metavar=metavar, help=positional)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     for option in options:
@@ -116,11 +118,11 @@ def parse(
     flags = {flag: name for flag, name in FLAGS.items() if flag not in {option.flag for option in options}}
     for flag, name in flags.items():
         parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
-    asked = vars(parser.parse_intermixed_args(argv))
+    values = vars(parser.parse_intermixed_args(argv))
 
-    files, others = list(asked["config"]), []
+    files, others = list(values["config"]), []
     overrides: dict[str, Any] = {}
-    for word in asked["words"]:
+    for word in values["words"]:
         name, equals, text = word.partition("=")
         if equals and not (paths and "/" in name):
             overrides[name] = parse_value(name, text)
@@ -128,11 +130,11 @@ def parse(
             others.append(word)
         else:
             files.append(word)
-    overrides |= {name: parse_value(name, asked[name]) for name in flags.values() if asked[name] is not None}
+    overrides |= {name: parse_value(name, values[name]) for name in flags.values() if values[name] is not None}
     default = [default_file] if default_file and not any(map(has_search_space, files)) else []
-    own = {option.name: asked[option.name] for option in options}
+    own = {option.name: values[option.name] for option in options}
     settings, given = load_settings([*default, *files], overrides), frozenset(overrides)
-    return Arguments(settings, given, asked["dry_run"], own, files, overrides, tuple(others))
+    return Arguments(settings, given, values["dry_run"], own, files, overrides, tuple(others))
 
 
 def run_script(
@@ -142,24 +144,27 @@ def run_script(
     options: Sequence[Option] = (),
     paths: str = "",
 ) -> None:
-    """Parse ``sys.argv`` as ``parse`` does, call ``main`` and leave with its fate as the exit status.
+    """Parse ``sys.argv``, call ``main``, and exit.
 
-    That is 0, 2 for a user error and for a disk that is full or read-only, or 143 after SIGTERM.
+    Exit status: 0; 2 after a user error or if the disk is full or read-only; 130 after Ctrl-C; 143 after SIGTERM.
+
+    Args:
+        doc, default_file, options, paths: see ``parse``.
     """
 
     def stop() -> NoReturn:
         raise Stopped("stopped by SIGTERM")
 
     try:
-        with on_sigterm(stop):  # while nothing knows better
+        with on_sigterm(stop):  # until main sets a handler of its own
             args = parse(sys.argv[1:], doc, default_file, options, paths)
             prepare_environment(args.settings.resources.ray_address)
             main(args)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except Stopped as outcome:
-        print(outcome, file=sys.stderr)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -172,11 +177,11 @@ def run_script(
 
 
 def make_console() -> "Console":
-    """Where scripts print: as wide as the terminal, and wide enough for a table where there is none."""
+    """Create the console of a script. Without a terminal it is wide enough for tables."""
     from rich.console import Console
 
     class PlainConsole(Console):
-        """Writes control characters of texts as codes; its own are not part of texts."""
+        """Replaces control characters in texts by their codes."""
 
         def render_str(self, text: str, **options: Any) -> "Text":
             return super().render_str(printable(text), **options)
@@ -185,24 +190,24 @@ def make_console() -> "Console":
     return console if console.is_terminal else PlainConsole(width=140)
 
 
-def progress_bar(things: Sequence[Any], what: str) -> Iterable[Any]:
-    """The things, with a bar while they are taken: in a terminal as it moves, elsewhere one line at the end.
+def progress_bar(items: Sequence[Any], description: str) -> Iterable[Any]:
+    """Yield the items and show a progress bar.
 
-    Elsewhere, what takes long has a line in between every ``BETWEEN_LINES`` seconds.
+    If the output is not a terminal, print one line at the end and one every ``PROGRESS_INTERVAL`` seconds.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    if not things:  # the bar would not know how long it is
+    if not items:  # rich shows an empty list as work of unknown length
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=make_console()) as progress:
-        begun = said = time.monotonic()
-        for done, thing in enumerate(progress.track(things, description=what)):
+        begun = printed = time.monotonic()
+        for done, item in enumerate(progress.track(items, description=description)):
             now = time.monotonic()
-            if now - said >= BETWEEN_LINES and not progress.console.is_terminal:
-                print(f"{what} {done}/{len(things)}, {done / (now - begun):.3g} per second", flush=True)
-                said = now
-            yield thing
+            if now - printed >= PROGRESS_INTERVAL and not progress.console.is_terminal:
+                print(f"{description} {done}/{len(items)}, {done / (now - begun):.3g} per second", flush=True)
+                printed = now
+            yield item
 
 
 def _settings_help() -> str:
@@ -213,10 +218,10 @@ def _settings_help() -> str:
 
 
 def named_checkpoint(settings: Settings) -> Path:
-    """The folder that the setting ``checkpoint`` names.
+    """Return the folder of the setting ``checkpoint``.
 
     Raises:
-        UserError: the setting is empty, or there is no such folder. The message names the newest checkpoint.
+        UserError: the setting is empty or the folder does not exist; the message suggests the newest checkpoint.
     """
     name = settings.checkpoint
     folder = Path(name)

@@ -1,6 +1,6 @@
-"""Every setting in one tree: YAML files and dotted overrides in, one frozen resolved ``Settings`` out.
+"""All settings in one tree, read from YAML files and dotted overrides.
 
-Each room keeps its settings in a ``settings.py`` of its own, beside what they configure; this file collects them.
+Each package defines its settings in its ``settings.py``; this module combines them.
 """
 
 import difflib
@@ -27,26 +27,26 @@ from umbrella.tuning.settings import TuneSettings
 
 SPACE = "tune.space."
 LONGEST_NAME = 200
-"""Bytes of a training's name. File systems allow 255 in a file name, which has more than the name."""
+"""Bytes of the longest name of a training. File systems allow 255 bytes, and file names add to the name."""
 REMOVED = {
     "resources.mirror": "set resources.upload",
     "tune.perturb": "population-based training is gone; take tune.scheduler=asha",
     "tune.perturb_every": "population-based training is gone; take tune.scheduler=asha",
     "evaluate.length_normalised": "candidates are compared where their tokens differ, whatever their lengths; leave it out",  # noqa: E501
 }
-"""Settings of earlier versions, and what to do instead."""
+"""Settings of earlier versions, and their replacements."""
 
-HOW = {
+FORMAT_HINTS = {
     **dict.fromkeys(("int_parsing", "float_parsing"), "; write one number in decimal digits, as in 90 or 0.5"),
     "string_type": "; write a text in quotes, as in '7'",
 }
-"""pydantic's kind of error about a value that begins with a digit, to how the value is to be written."""
+"""Type of a pydantic error to a hint, for values that begin with a digit."""
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the plain scalars of version 1.2: ``010``, ``1:30``, ``on`` and ``2024-01-01`` are texts.
+    """YAML with the plain scalars of version 1.2: ``010``, ``1:30``, ``on`` and ``2024-01-01`` are strings.
 
-    ``~`` is a text too: the home folder. Numbers with an exponent are texts, which settings of numbers accept.
+    ``~`` (the home folder) is a string, too, and so are numbers with an exponent, which numeric settings accept.
     """
 
 
@@ -98,31 +98,31 @@ class Settings(Section):
         return name
 
     def to_yaml(self) -> str:
-        """The resolved settings, in a form that ``load_settings`` reads back to the same."""
+        """Return the settings as YAML, from which ``load_settings`` restores the same settings."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
     def with_values(self, values: Mapping[str, Any]) -> "Settings":
-        """These settings with dotted names set anew. Raises UserError for a name or value that is refused."""
+        """Return a copy with changed values, by dotted names. Raises UserError for an invalid name or value."""
         raw = self.model_dump(mode="json")
         for name, value in values.items():
             _put(raw, name, value)
         return _validate(raw)
 
     def with_name(self, kind: str) -> "Settings":
-        """These settings with a name: their own, else made of a kind of work and the time."""
+        """Return these settings; without a name, a copy whose name is the kind of work and the time."""
         return self if self.name else self.model_copy(update={"name": time.strftime(f"{kind}-%Y%m%d-%H%M%S")})
 
     def flat(self) -> dict[str, Any]:
-        """Dotted name to value, one entry per leaf."""
+        """Return the settings as a flat mapping of dotted names to values."""
         return dict(_flatten(self.model_dump(mode="json")))
 
 
 def load_settings(files: Sequence[str | Path] = (), overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Defaults, then YAML files in order, then dotted overrides (``{"optim.lr": 3e-4}``).
+    """Load settings: defaults, then YAML files in order, then overrides by dotted name (``{"optim.lr": 3e-4}``).
 
     Raises:
-        UserError: an unreadable file, an unknown name (with the nearest known one), or a refused value (with what is
-            allowed).
+        UserError: a file cannot be read, a name is unknown (the message suggests a similar one), or a value is invalid
+            (the message says which values are valid).
     """
     raw = Settings().model_dump(mode="json")
     for file in files:
@@ -133,13 +133,13 @@ def load_settings(files: Sequence[str | Path] = (), overrides: Mapping[str, Any]
 
 
 def has_search_space(file: str | Path) -> bool:
-    """Whether a settings file says what is swept, were it nothing. Raises UserError where it cannot be read."""
+    """Whether a settings file has ``tune.space``, even an empty one. Raises UserError if it cannot be read."""
     tune = _read_yaml(Path(file)).get("tune")
     return isinstance(tune, dict) and "space" in tune
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of a word ``name=text`` on the command line. For settings that are texts, it is the text itself.
+    """Parse the value of ``name=text`` on the command line. The value of a string setting is the text itself.
 
     Raises:
         UserError: the text is not YAML.
@@ -157,7 +157,7 @@ def parse_value(name: str, text: str) -> Any:
 
 
 def describe_settings() -> Iterator[tuple[str, Any, str]]:
-    """(dotted name, default, one line) of every setting, in order."""
+    """Yield (dotted name, default, description) of every setting."""
     yield from _describe(Settings, "")
 
 
@@ -191,7 +191,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> None:
-    """Lay ``new`` over ``into``. A range of ``tune.space`` replaces the whole range before it; null takes it out."""
+    """Update ``into`` with ``new``. An entry of ``tune.space`` is replaced as a whole, or removed by null."""
     for key, value in new.items():
         if prefix == SPACE and value is None:
             into.pop(key, None)
@@ -204,7 +204,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> No
 
 
 def _put(raw: dict[str, Any], name: str, value: Any) -> None:
-    """Set a dotted name. Keys of ``tune.space`` are dotted names themselves."""
+    """Set a value by its dotted name. The keys of ``tune.space`` are dotted names themselves."""
     if name.startswith(SPACE):
         _merge(raw["tune"]["space"], {name.removeprefix(SPACE): value}, SPACE)
         return
@@ -230,31 +230,31 @@ def _validate(raw: dict[str, Any]) -> Settings:
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
                 given = "" if isinstance(issue["input"], dict) else mask_secrets(f"={issue['input']!r}")
-                how = HOW.get(issue["type"], "") if re.match(r"[-+]?\d", str(issue["input"])) else ""
-                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{how}")
+                format_hint = FORMAT_HINTS.get(issue["type"], "") if re.match(r"[-+]?\d", str(issue["input"])) else ""
+                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{format_hint}")
         raise UserError("\n".join(problems)) from None
-    if problems := list(_misread(raw, settings.model_dump(mode="json"), "")):
+    if problems := list(_ambiguous_numbers(raw, settings.model_dump(mode="json"), "")):
         raise UserError("\n".join(problems))
     return settings
 
 
-def _misread(given: Any, became: Any, name: str) -> Iterator[str]:
-    """What pydantic takes for a number and a person may not have meant as that one."""
-    if isinstance(given, Mapping) and isinstance(became, dict):
+def _ambiguous_numbers(given: Any, parsed: Any, name: str) -> Iterator[str]:
+    """Yield a message for each value that pydantic accepts as a number although it may mean something else."""
+    if isinstance(given, Mapping) and isinstance(parsed, dict):
         for key, value in given.items():
-            yield from _misread(value, became.get(key), f"{name}.{key}" if name else str(key))
-    elif isinstance(given, list | tuple) and isinstance(became, list):
-        for i, (value, other) in enumerate(zip(given, became, strict=False)):
-            yield from _misread(value, other, f"{name}.{i}")
-    elif isinstance(became, int | float) and not isinstance(became, bool):
+            yield from _ambiguous_numbers(value, parsed.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(given, list | tuple) and isinstance(parsed, list):
+        for i, (value, other) in enumerate(zip(given, parsed, strict=False)):
+            yield from _ambiguous_numbers(value, other, f"{name}.{i}")
+    elif isinstance(parsed, int | float) and not isinstance(parsed, bool):
         if isinstance(given, bool):
-            yield f"{name}={str(given).lower()}: is a truth value, and a number is needed; write {became:g}, or another"
+            yield f"{name}={str(given).lower()}: is a truth value, and a number is needed; write {parsed:g}, or another"
         elif isinstance(given, str) and re.match(r"[-+]?0\d", given):
-            yield f"{name}={given}: a number that begins with 0 can mean an octal one; write {became}"
+            yield f"{name}={given}: a number that begins with 0 can mean an octal one; write {parsed}"
 
 
 def _nearest(name: str) -> str:
-    """A hint at what was probably meant: the known name nearest as a whole or by its last part, else its siblings."""
+    """Suggest a known name: the most similar one as a whole or in its last part, else all names of the section."""
     known = [*Settings().flat(), *Settings.model_fields]
     by_last = {n.rsplit(".", 1)[-1]: n for n in reversed(known)}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)

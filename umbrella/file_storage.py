@@ -1,6 +1,6 @@
-"""A place that machines share: a folder, or an object store by its address.
+"""Files in a folder or an object store, by an address.
 
-An address is what pyarrow or fsspec knows: s3://bucket/prefix, gs://..., file:///..., or a plain path.
+An address is a path or a URL that pyarrow or fsspec supports: s3://bucket/prefix, gs://..., file:///...
 """
 
 import io
@@ -16,29 +16,32 @@ from uuid import uuid4
 from umbrella.base import mask_secrets
 
 CHUNK = 2**22
-"""Bytes that are copied at a time."""
-PATIENCE, TRIES = 10, 3
-"""Seconds without a byte after which S3 or GCS does not answer, and how often it is asked. pyarrow's own: minutes."""
+"""Bytes per read and write."""
+TIMEOUT, TRIES = 10, 3
+"""Seconds without data until a request to S3 or GCS fails, and the number of tries. pyarrow waits for minutes."""
 
 
-def is_remote(place: str) -> bool:
-    """Whether a place is no path of this machine's, where arrays could be read as they lie."""
-    return "://" in place and not place.startswith("file://")
+def is_remote(address: str) -> bool:
+    """Whether an address is not a local path."""
+    return "://" in address and not address.startswith("file://")
 
 
-def local_path(place: str) -> Path:
-    """The folder that a path or a file:// address names."""
-    return Path(place.removeprefix("file://")).absolute()
+def local_path(address: str) -> Path:
+    """Return the folder of a path or a file:// URL."""
+    return Path(address.removeprefix("file://")).absolute()
 
 
 class FileStorage:
-    """Files by their name, as "sources/0a1b.json": whole or not there. Any number of machines may fetch and put.
+    """Files by name, such as "sources/0a1b.json". Incomplete files are never visible.
+
+    Any number of machines may read and write at the same time.
 
     Args:
-        setting: which names the address.
+        address: a path or URL.
+        setting: setting with this address, for error messages.
 
     Raises:
-        OSError: it cannot be reached, read or written; names setting and address.
+        OSError: the storage cannot be reached, read or written; the message has setting and address.
     """
 
     def __init__(self, address: str, setting: str = "resources.store") -> None:
@@ -47,14 +50,19 @@ class FileStorage:
     def __str__(self) -> str:
         return f"{self.setting}={mask_secrets(self.address)}"
 
-    def fetch(self, name: str, to: Path, is_whole: Callable[[Path], bool]) -> bool:
-        """Copy a file into a folder of this machine, where it appears whole.
+    def fetch(self, name: str, to: Path, is_complete: Callable[[Path], bool]) -> bool:
+        """Download a file.
 
-        Returns False where there is none of this name, or ``is_whole`` does not find the copy to be so.
+        Args:
+            to: local path of the copy, which is renamed to it when it is complete.
+            is_complete: checks the copy.
+
+        Returns:
+            False if the file does not exist or ``is_complete`` returns False.
         """
-        filesystem, root = self._place
+        filesystem, root = self._filesystem
         partial = to.with_name(f".{to.name}.{uuid4().hex}.partial")
-        with self._named():
+        with self._describe_errors():
             try:
                 source = filesystem.open_input_stream(f"{root}/{name}")
             except FileNotFoundError:
@@ -63,7 +71,7 @@ class FileStorage:
                 with source, partial.open("xb") as target:
                     while chunk := source.read(CHUNK):
                         target.write(chunk)
-                if not is_whole(partial):  # cut short, or still being written: what lies here already may be better
+                if not is_complete(partial):  # truncated or still being written; keep an existing file
                     return False
                 partial.replace(to)
             finally:
@@ -71,9 +79,9 @@ class FileStorage:
         return True
 
     def read(self, name: str) -> bytes | None:
-        """What is in a file; None where there is none of this name."""
-        filesystem, root = self._place
-        with self._named():
+        """Return the content of a file; None if it does not exist."""
+        filesystem, root = self._filesystem
+        with self._describe_errors():
             try:
                 with filesystem.open_input_stream(f"{root}/{name}") as source:
                     return source.read()
@@ -81,35 +89,35 @@ class FileStorage:
                 return None
 
     def put(self, name: str, file: Path | bytes, copied: Callable[[int], None] = lambda size: None) -> None:
-        """Copy a file there, or write bytes. Object stores show it when it is whole; in a folder it gets its name then.
+        """Upload a file or bytes. In a folder, the file is renamed when it is complete, as object stores do it.
 
         Args:
-            copied: told how many bytes each time that some were.
+            copied: called with the number of bytes after each write.
         """
         from pyarrow.fs import LocalFileSystem
 
-        filesystem, root = self._place
+        filesystem, root = self._filesystem
         path = f"{root}/{name}"
         in_folder = isinstance(filesystem, LocalFileSystem)
-        first = f"{root}/{os.path.dirname(name)}/.{uuid4().hex}.partial" if in_folder else path
-        with self._named():
+        temporary = f"{root}/{os.path.dirname(name)}/.{uuid4().hex}.partial" if in_folder else path
+        with self._describe_errors():
             filesystem.create_dir(os.path.dirname(path), recursive=True)
             with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as source:
-                chunk = source.read(CHUNK)  # a file that cannot be read leaves what is there as it is
-                with filesystem.open_output_stream(first) as target:
+                chunk = source.read(CHUNK)  # read before the target is opened, so that an error leaves it unchanged
+                with filesystem.open_output_stream(temporary) as target:
                     while chunk:
                         target.write(chunk)
                         copied(len(chunk))
                         chunk = source.read(CHUNK)
             if in_folder:
-                os.replace(first, path)
+                os.replace(temporary, path)
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it is there; in a folder also the folders that it leaves empty."""
+        """Delete a file if it exists, and in a local folder its parent folders if they are empty."""
         from pyarrow.fs import LocalFileSystem
 
-        filesystem, root = self._place
-        with self._named(), suppress(FileNotFoundError):
+        filesystem, root = self._filesystem
+        with self._describe_errors(), suppress(FileNotFoundError):
             filesystem.delete_file(f"{root}/{name}")
         if isinstance(filesystem, LocalFileSystem):
             with suppress(OSError):
@@ -117,65 +125,65 @@ class FileStorage:
                     Path(root, folder).rmdir()
 
     def names(self, folder: str) -> set[str]:
-        """The files of a folder of the store."""
+        """Return the names of the files in a folder."""
         from pyarrow.fs import FileSelector
 
-        filesystem, root = self._place
-        with self._named():
+        filesystem, root = self._filesystem
+        with self._describe_errors():
             found = filesystem.get_file_info(FileSelector(f"{root}/{folder}", allow_not_found=True))
         return {file.base_name for file in found}
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """The files below a folder of the store, by their names in the store, with their bytes."""
+        """Return the sizes in bytes of all files below a folder, by name."""
         from pyarrow.fs import FileSelector, FileType
 
-        filesystem, root = self._place
-        with self._named():
+        filesystem, root = self._filesystem
+        with self._describe_errors():
             found = filesystem.get_file_info(FileSelector(f"{root}/{folder}", allow_not_found=True, recursive=True))
         return {file.path[len(root) + 1 :]: file.size for file in found if file.type is FileType.File}
 
     @cached_property
-    def _place(self) -> tuple[Any, str]:
-        """The file system, and the path in it."""
+    def _filesystem(self) -> tuple[Any, str]:
+        """The pyarrow file system, and the path in it."""
         from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
         if not is_remote(self.address):
             return LocalFileSystem(), self.address
-        with self._named():
+        with self._describe_errors():
             try:
                 filesystem, path = FileSystem.from_uri(self.address)
-                filesystem = _impatient(filesystem)
-            except (ValueError, NotImplementedError):  # a scheme that pyarrow itself does not know
+                filesystem = _with_timeouts(filesystem)
+            except (ValueError, NotImplementedError):  # a URL scheme that pyarrow does not support
                 import fsspec
 
-                known, path = fsspec.core.url_to_fs(self.address)
-                filesystem = PyFileSystem(FSSpecHandler(known))
+                other, path = fsspec.core.url_to_fs(self.address)
+                filesystem = PyFileSystem(FSSpecHandler(other))
         return filesystem, path.rstrip("/")
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _describe_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # each library has errors of its own
-            if isinstance(error, OSError) and error.filename:  # of this machine's disk
+        except Exception as error:  # each library raises its own errors
+            if isinstance(error, OSError) and error.filename:  # an error of the local disk
                 raise
-            said = " ".join(str(error).split())[:300] or type(error).__name__
-            words = f"{self}: {mask_secrets(said)}"
-            raise OSError(*filter(None, [getattr(error, "errno", None)]), words) from None
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            message = f"{self}: {mask_secrets(reason)}"
+            raise OSError(*filter(None, [getattr(error, "errno", None)]), message) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"address": self.address, "setting": self.setting}  # connections do not travel
+        return {"address": self.address, "setting": self.setting}  # connections cannot be pickled
 
 
-def _impatient(filesystem: Any) -> Any:
-    """The same file system, made anew as pickle would, but with limits that addresses cannot hold."""
-    import pyarrow.fs as known
+def _with_timeouts(filesystem: Any) -> Any:
+    """Return a copy of a file system with timeouts, which cannot be set in a URL."""
+    import pyarrow.fs
 
     limits: dict[str, Any] = {}
     if filesystem.type_name == "s3":
-        # What is written in the background is held in memory, and only sent while the file is closed.
-        limits = {"connect_timeout": PATIENCE, "request_timeout": PATIENCE, "background_writes": False}
-        limits["retry_strategy"] = known.AwsStandardS3RetryStrategy(max_attempts=TRIES)
+        # Background writes stay in memory until the file is closed.
+        limits = {"connect_timeout": TIMEOUT, "request_timeout": TIMEOUT, "background_writes": False}
+        limits["retry_strategy"] = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=TRIES)
     elif filesystem.type_name == "gcs":
-        limits = {"retry_time_limit": timedelta(seconds=PATIENCE * TRIES)}
+        limits = {"retry_time_limit": timedelta(seconds=TIMEOUT * TRIES)}
     return type(filesystem)(**{**filesystem.__reduce__()[1][0], **limits}) if limits else filesystem

@@ -1,4 +1,4 @@
-"""Pages of HTML that stand for themselves: one template each, over the style that they share (``page.html``)."""
+"""Render self-contained HTML pages. Each has a template, and all share the style of ``page.html``."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +11,9 @@ from umbrella.base import printable
 
 
 def render(template: Path, filters: Mapping[str, Callable] = MappingProxyType({}), **values: Any) -> str:
-    """The page of a template. It may extend ``page.html``. Nothing in ``values`` is taken as HTML."""
+    """Render a template, which may extend ``page.html``. All ``values`` are escaped."""
     folders = FileSystemLoader([template.parent, Path(__file__).parent])
-    # For every file, and not by its name: what people wrote may hold anything.
+    # Escape in every file, whatever its extension: values may contain any text.
     jinja = Environment(
         loader=folders,
         autoescape=True,
@@ -27,5 +27,5 @@ def render(template: Path, filters: Mapping[str, Callable] = MappingProxyType({}
 
 
 def number(value: float) -> str:
-    """A number for people: four digits that count, and no exponent where five more digits say it."""
+    """Format a number with four significant digits; large numbers below 1e9 as integers with thousands separators."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""The machines of a Ray cluster, before anything starts on them: whether each sees what all of them must share."""
+"""Check that all nodes of a Ray cluster have the same folders, files and package versions."""
 
 import os
 import sys
@@ -16,19 +16,19 @@ from umbrella.base import UserError
 from umbrella.fileio import check_writable, describe_storage_error
 
 PACKAGES = ("umbrella-mri", "ray", "torch", "transformers")
-"""What makes other numbers in another version, or does not understand the other one's messages."""
-ANSWER = 180.0
-"""Seconds in which a node has to answer: one that has run nothing yet starts a process for it first."""
+"""Packages that must have the same version on all nodes."""
+TIMEOUT = 180.0
+"""Seconds within which a node must answer. It may have to start a process first."""
 
 
 @dataclass(frozen=True)
 class SharedFiles:
-    """What every node must see.
+    """Folders and files that every node must have.
 
     Args:
-        folders: settings, as in "resources.storage", to their folders, which are written to.
-        files: some of what is only read.
-        token: the name of a file that lies in each folder while nodes look.
+        folders: setting, such as "resources.storage", to its folder, which must be writable.
+        files: files that must be readable.
+        token: name of a file that is in each folder during the check.
     """
 
     folders: Mapping[str, Path]
@@ -38,26 +38,25 @@ class SharedFiles:
 
 def has_several_nodes() -> bool:
     """Whether this process has joined a Ray cluster of more than one node."""
-    ray = sys.modules.get("ray")  # importing it takes a second, and whoever has joined has it
+    ray = sys.modules.get("ray")  # not imported here, which takes a second: a process that has joined has imported it
     return ray is not None and ray.is_initialized() and len(alive_nodes()) > 1
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """The nodes that are there, as Ray describes them."""
+    """Return the nodes of the cluster that are alive, as ``ray.nodes`` describes them."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def check_nodes(folders: Mapping[str, Path], files: Sequence[Path]) -> None:
-    """Let every node of the cluster look at what all share; nothing where there is only one.
+    """Check every node of the cluster, if there are several.
 
     Args:
         folders, files: see ``SharedFiles``.
 
     Raises:
-        UserError: a folder that this node cannot write to; or a line for each fault: which node cannot see what, and
-            the remedy.
+        UserError: this node cannot write to a folder; or one line for each problem of a node, with the remedy.
     """
     if not has_several_nodes():
         return
@@ -69,25 +68,25 @@ def check_nodes(folders: Mapping[str, Path], files: Sequence[Path]) -> None:
     with _token(folders) as token:
         shared, versions = SharedFiles(folders, files, token), installed_versions()
         remote = ray.remote(num_cpus=0, max_retries=0)(find_problems)
-        asked = {}
+        tasks = {}
         for node in alive_nodes():
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[remote.options(scheduling_strategy=here).remote(shared, versions)] = node
-        done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)
-        lines = [f"{node_name(asked[one])}: did not answer within {ANSWER:g} s; is it overloaded?" for one in silent]
-        for one in done:
-            lines += [f"{node_name(asked[one])}: {fault}" for fault in _told(one, asked[one])]
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            tasks[remote.options(scheduling_strategy=strategy).remote(shared, versions)] = node
+        done, silent = ray.wait(list(tasks), num_returns=len(tasks), timeout=TIMEOUT)
+        lines = [f"{node_name(tasks[task])}: did not answer within {TIMEOUT:g} s; is it overloaded?" for task in silent]
+        for task in done:
+            lines += [f"{node_name(tasks[task])}: {problem}" for problem in _result(task, tasks[task])]
     if lines:
         raise UserError("\n".join(sorted(lines)))
 
 
 def node_name(node: Mapping[str, Any]) -> str:
-    """A node in words."""
+    """Address and host name of a node, for messages."""
     return f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
 
 
 def installed_versions() -> dict[str, str]:
-    """Of what must be the same everywhere, by name."""
+    """Return the versions that must be the same on all nodes, by package."""
     return {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", **{p: _version(p) for p in PACKAGES}}
 
 
@@ -99,38 +98,38 @@ def _version(package: str) -> str:
 
 
 def find_problems(shared: SharedFiles, versions: Mapping[str, str]) -> list[str]:
-    """What is wrong here, where this runs: what is to be shared and is not, and other versions than those given."""
-    found = []
+    """Find missing folders and files, and versions that differ from those given, on the node that runs this."""
+    problems = []
     for setting, folder in shared.folders.items():
         if not (folder / shared.token).exists():
             what = "is another folder here" if folder.is_dir() else "is not there"
-            found.append(f"{setting}={folder} {what}; mount the same one at this path on every node")
+            problems.append(f"{setting}={folder} {what}; mount the same one at this path on every node")
             continue
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             fault = describe_storage_error(error) or str(error)
-            found.append(f"{setting}={folder} cannot be written to: {fault}; let this user write there")
+            problems.append(f"{setting}={folder} cannot be written to: {fault}; let this user write there")
     unshared = [folder for folder in shared.folders.values() if not (folder / shared.token).exists()]
     unseen = [f for f in shared.files if not os.path.exists(f) and not any(u in f.parents for u in unshared)]
-    found += [f"the volume {file} is not there; mount the volumes at the same path on every node" for file in unseen]
+    problems += [f"the volume {file} is not there; mount the volumes at the same path on every node" for file in unseen]
     own = installed_versions()
     differing = [f"{name} {own.get(name)} instead of {v}" for name, v in versions.items() if own.get(name) != v]
     if differing:
-        found.append(f"has {', '.join(differing)}; install the same versions on every node")
-    return found
+        problems.append(f"has {', '.join(differing)}; install the same versions on every node")
+    return problems
 
 
-def _told(answer: Any, node: Mapping[str, Any]) -> list[str]:
+def _result(task: Any, node: Mapping[str, Any]) -> list[str]:
     import ray
 
     try:
-        return ray.get(answer)
+        return ray.get(task)
     except ray.exceptions.RayError as error:
         time.sleep(0.1)
         if node["NodeID"] not in {one["NodeID"] for one in alive_nodes()}:
-            return []  # it went meanwhile, and is nobody's concern
+            return []  # the node has left the cluster
         last = str(error).strip().splitlines()[-1]
         return [f"cannot run UMBRELLA: {last}; install it, with the same Python, on every node"]
 

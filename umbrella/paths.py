@@ -1,14 +1,14 @@
-"""Where files lie below the storage folder, ``resources.storage``.
+"""Layout of the storage folder, ``resources.storage``.
 
 trainings/<name>/               one training
-  begun_with.json code.json       settings, data and version that it was begun with
-  evaluations.jsonl               a line per evaluation
+  begun_with.json code.json       settings, data and version at its start
+  evaluations.jsonl               one line per evaluation
   samples_<rank>.jsonl            order of samples, with data.log_samples
   mlflow/                         events of its run, see ``tracking.mlflow_logger``
   predictions.jsonl               of a baseline
   stop, workers                   see ``training.stop_signal``
   ray/                            files of Ray Train
-  step_0000100/                   a checkpoint: weights, and what resuming needs
+  step_0000100/                   a checkpoint: weights and training state
     settings.yaml code.json progress.json metrics.json state.pt
     files.json                      completion marker: the sizes of all files
 sweeps/<name>/                  one sweep
@@ -22,8 +22,8 @@ quarantine-<hash>.jsonl         samples that were left out
 predictions-<hash>.jsonl        answers of predict.py
 report/                         the report of prepare.py
 inspect/                        pictures of inspect_data.py
-mlflow.db, artifacts/           MLflow's database, and its files
-subjects.salt                   with which tracking.hash_subjects hashes
+mlflow.db, artifacts/           MLflow's database and artifacts
+subjects.salt                   salt of tracking.hash_subjects
 """
 
 from pathlib import Path
@@ -41,11 +41,11 @@ POINT, END = "point.json", "end.json"
 """Files of a trial."""
 TRIALS = "trials"
 STOP, WORKERS = "stop", "workers"
-"""Files by which a script and the workers of a training know of each other, see ``training.stop_signal``."""
+"""Files with which a script and the workers of a training communicate, see ``training.stop_signal``."""
 RAY = "ray"
-"""The folder of Ray Train's own files in that of a training."""
+"""Subfolder of a training with the files of Ray Train."""
 CHECKPOINT = "step_"
-"""How the names of checkpoints begin."""
+"""Prefix of the names of checkpoints."""
 
 
 def training_folder(storage: str | Path, name: str) -> Path:
@@ -69,17 +69,17 @@ def lock_file(folder: Path) -> Path:
 
 
 def evaluation_folder(storage: str | Path, name: str) -> Path:
-    """The folder of an evaluation. That of a training or sweep has its name."""
+    """The folder of an evaluation; that of a training or sweep has the same name."""
     return Path(storage).absolute() / EVALUATIONS / name
 
 
 def storage_of(folder: Path) -> Path:
-    """The storage folder that a training or sweep lies in."""
+    """The storage folder of a training or sweep."""
     return folder.parent.parent
 
 
 def marker_of(folder: Path) -> Path:
-    """The file without which a folder is no training, or no sweep."""
+    """The file that every folder of a training or sweep has."""
     return folder / {TRAININGS: BEGUN, SWEEPS: SETTINGS}[folder.parent.name]
 
 
@@ -89,7 +89,7 @@ def checkpoint_folder(training: str | Path, step: int) -> Path:
 
 
 def checkpoints_in(training: str | Path) -> list[Path]:
-    """The checkpoints of a training, whole or not, by step."""
+    """The checkpoints of a training by step, including incomplete ones."""
     return sorted(Path(training).glob(f"{CHECKPOINT}*"))
 
 
@@ -100,7 +100,7 @@ def all_checkpoints(storage: str | Path) -> list[Path]:
 
 
 def volumes_folder(storage: str | Path) -> Path:
-    """The folder of prepared volumes, unless ``resources.store`` names another one."""
+    """The default folder of the volume store, see ``resources.store``."""
     return Path(storage).absolute() / "volumes"
 
 
@@ -120,25 +120,25 @@ def cohort_report_folder(storage: str | Path) -> Path:
 
 
 def picture_file(storage: str | Path, name: str) -> Path:
-    """The file of a picture of inspect_data.py."""
+    """A picture of inspect_data.py."""
     return Path(storage).absolute() / "inspect" / f"{name}.png"
 
 
 def salt_file(storage: str | Path) -> Path:
-    """The file of the salt with which subjects are hashed."""
+    """The salt of hashed subject ids."""
     return Path(storage).absolute() / "subjects.salt"
 
 
 def mlflow_database(storage: str | Path) -> Path:
-    """The file of MLflow's database, unless ``tracking.uri`` names another store."""
+    """The default database of MLflow, see ``tracking.uri``."""
     return Path(storage).absolute() / "mlflow.db"
 
 
 def artifacts_folder(storage: str | Path) -> Path:
-    """The folder of the artifacts of runs in ``mlflow_database``."""
+    """The artifacts of the runs in ``mlflow_database``."""
     return Path(storage).absolute() / "artifacts"
 
 
 def predictions_file(storage: str | Path, key: str) -> Path:
-    """The file of the answers of predict.py."""
+    """The answers of predict.py."""
     return Path(storage).absolute() / f"predictions-{key}.jsonl"

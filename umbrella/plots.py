@@ -1,6 +1,6 @@
-"""What pictures share: colours, letters, sizes, and the way into a page.
+"""Style of figures, and functions to save them.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
 import base64
@@ -17,7 +17,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "
 GREY, SOFT, INK = "#98A2B3", "#667085", "#1D2430"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 STYLE = {
-    "text.parse_math": False,  # people's words may hold dollar signs
+    "text.parse_math": False,  # labels may contain dollar signs
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -38,39 +38,44 @@ File = TypeVar("File", Path, BytesIO)
 WIDTH, DPI = 9.0, 160
 
 
-def save_png(file: File, draw: Callable[..., "Figure"], *about: Any) -> File:
-    """Draw a figure of ``new_figure`` as a PNG."""
+def save_png(file: File, draw: Callable[..., "Figure"], *arguments: Any) -> File:
+    """Save the figure that ``draw(*arguments)`` returns as a PNG, and return ``file``."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        draw(*about).savefig(file, dpi=DPI, format="png")
+        draw(*arguments).savefig(file, dpi=DPI, format="png")
     return file
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches."""
-    from matplotlib.figure import Figure  # not pyplot: this one keeps no state, and draws without a screen
+    """Create an empty figure. Sizes are in inches."""
+    from matplotlib.figure import Figure  # unlike pyplot it has no global state and needs no display
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def truncate(words: str, most: int) -> str:
-    """At most so many letters."""
-    return words if len(words) <= most else f"{words[: most - 1]}…"
+def truncate(text: str, length: int) -> str:
+    """Shorten a text to at most ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def png_data_url(png: bytes) -> tuple[str, int]:
-    """The address that holds a PNG itself, and the width in a page at which all pictures' letters are of one size."""
-    pixels = int.from_bytes(png[16:20], "big")  # of a PNG's first chunk
+    """Return a data URL of a PNG, and the width in pixels at which all figures of a page have the same font size."""
+    pixels = int.from_bytes(png[16:20], "big")  # the width in the PNG header
     return "data:image/png;base64," + base64.b64encode(png).decode(), round(pixels * 1190 / WIDTH / DPI)
 
 
-MOST = 2000
-"""Points of a curve that are drawn; a longer one is thinned out."""
+MAX_POINTS = 2000
+"""Largest number of points of a curve; more points are thinned out."""
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str) -> bytes:
-    """A PNG with a panel for each entry: its name to curves, each a name to (step, value) points."""
+    """Plot curves over steps as a PNG.
+
+    Args:
+        panels: name of a panel to its curves, each of which is a label to its (step, value) points.
+        title: title of the figure.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,7 +84,7 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], titl
     rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (name, lines) in zip(rows, panels.items(), strict=True):
         for label, points in lines.items():
-            thinned = points[:: max(1, len(points) // MOST)]
+            thinned = points[:: max(1, len(points) // MAX_POINTS)]
             steps, values = [step for step, _ in thinned], [value for _, value in thinned]
             axes.plot(steps, values, "o-" if len(points) < 40 else "-", markersize=4, label=label)
         axes.set_ylabel(name)

@@ -127,7 +127,7 @@ def test_a_script_that_takes_files_tells_them_from_settings(tmp_path: Path) -> N
 def test_without_a_terminal_what_takes_long_says_how_fast_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("umbrella.cli.BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("umbrella.cli.PROGRESS_INTERVAL", 0.0)
     assert list(progress_bar(range(3), "counting")) == [0, 1, 2]
     assert re.search(r"^counting 2/3, \S+ per second$", capsys.readouterr().out, re.M)
 
