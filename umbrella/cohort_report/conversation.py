@@ -22,7 +22,7 @@ from umbrella.volumes.store import VolumeStore
 from umbrella.volumes.windows import num_windows, pick_window
 
 OPEN, CLOSE = "⟦", "⟧"
-"""Around supervised text: a console without colours shows no other sign."""
+"""Brackets around supervised text on a console without colours."""
 SUPERVISED = "bold green underline"
 STYLES = {"header": "dim", "text": "", "image": "cyan", "end": "dim"}
 
@@ -30,10 +30,10 @@ STYLES = {"header": "dim", "text": "", "image": "cyan", "end": "dim"}
 def find_conversation(
     conversations: Sequence[Conversation], split: str, task_id: str | None = None, sample: int = 0
 ) -> Conversation:
-    """The conversation of that name, or without a name the ``sample``-th, counted from 0.
+    """Find a conversation by its id or, without an id, by its index.
 
     Raises:
-        UserError: there is none; of a name with the nearest ones.
+        UserError: there is no such conversation; the message suggests similar ids.
     """
     if task_id is None:
         if not 0 <= sample < len(conversations):
@@ -48,17 +48,18 @@ def find_conversation(
 
 
 def format_turns(found: Sequence[WeightedText], colours: bool) -> Text:
-    """The turns one below the other. Line breaks are shown as ↵ too, and other invisible characters by their code.
+    """Format the turns of a conversation. Line breaks are shown as ↵, other invisible characters by their code.
 
     Args:
-        colours: mark what is supervised by colour; with brackets otherwise.
+        found: the pieces of the rendered conversation, in order.
+        colours: mark supervised text with a colour; with brackets otherwise.
     """
     legend, mark = ("supervised", SUPERVISED) if colours else (f"{OPEN}supervised{CLOSE}", "")
     view = Text.assemble((legend, mark), "   ", ("header and end", "dim"), "   ", ("<image: ...>", "cyan"), "\n")
     for turn, of_turn in groupby(found, key=lambda piece: piece.turn):
         parts = list(of_turn)
         view.append(f"\nturn {turn + 1}, {parts[0].role}", "bold")
-        weight = max(piece.weight for piece in parts)  # the targets of a turn all have one
+        weight = max(piece.weight for piece in parts)  # all supervised tokens of a turn have the same weight
         view.append("" if parts[0].in_loss else ", loss: false")
         view.append(f", {weight:.4g} per target\n" if weight not in (0, 1) else "\n")
         for supervised, alike in groupby(parts, key=lambda piece: piece.supervised):
@@ -66,7 +67,7 @@ def format_turns(found: Sequence[WeightedText], colours: bool) -> Text:
             view.append(opening)
             for piece in alike:
                 view.append(show_invisible(piece.text), mark if supervised else STYLES[piece.kind])
-            if view.plain.endswith("\n"):  # the bracket belongs to the line that it closes
+            if view.plain.endswith("\n"):  # the closing bracket comes before the line break
                 view.right_crop(1)
                 closing += "\n"
             view.append(closing)
@@ -75,7 +76,7 @@ def format_turns(found: Sequence[WeightedText], colours: bool) -> Text:
 
 
 def format_summary(example: Example, policy: MaskPolicy) -> Group:
-    """Token counts by role and kind, the policy and the truth.
+    """Format token counts by role and kind, the mask policy, and the label.
 
     Raises:
         UserError: the policy supervises none of the tokens.
@@ -105,14 +106,14 @@ if TYPE_CHECKING:
 
 LINE_COLOUR = "#ffb000"
 WIDTH, CAPTION_HEIGHT = 10.5, 0.8
-"""Inches: of the picture, and of the words above a row of it."""
+"""Width of the figure and height of the caption of a row, in inches."""
 
 
 def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> None:
-    """Draw three planes of each volume, a row each, with the borders of the patches over them.
+    """Draw three planes of each volume, with the borders of the patches. Each volume has one row.
 
     Raises:
-        UserError: a volume that cannot be used, or a conversation that has none.
+        UserError: a volume cannot be read, or the conversation has no volume.
     """
     import matplotlib
 
@@ -133,9 +134,9 @@ def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> 
 
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(volumes), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for row, volume, words, planes, size in zip(rows, volumes, captions, cuts, sizes, strict=True):
-        row.suptitle(words, fontsize=10, ha="left", x=0.02)
-        # As wide as they are in millimetres: one scale for the three.
+    for row, volume, text, planes, size in zip(rows, volumes, captions, cuts, sizes, strict=True):
+        row.suptitle(text, fontsize=10, ha="left", x=0.02)
+        # Widths in millimetres: the three planes have the same scale.
         for axes, plane in zip(row.subplots(1, 3, width_ratios=size[:, 0]), planes, strict=True):
             _draw(axes, plane, store.modalities[volume.modality])
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,16 +145,16 @@ def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> 
 
 
 def describe_volume(array: np.ndarray, modality: Modality) -> str:
-    """Grid, patch and tokens in words, and for a series which frames are seen, counted from 0."""
+    """Describe grid, patch and number of tokens and, for a series, the frames of the window (from 0)."""
     grid, patch = ("×".join(map(str, sizes)) for sizes in (modality.grid, modality.patch))
-    words = f"grid {grid}, patch {patch}: {modality.num_tokens} tokens"
+    text = f"grid {grid}, patch {patch}: {modality.num_tokens} tokens"
     if modality.is_series:
         frames = range(len(array))[pick_window(len(array), modality, None)]
         step = f" in steps of {frames.step}" if frames.step > 1 else ""
         count = num_windows(len(array), modality)
         which = f"the middle one of {count} windows, of which training draws one" if count > 1 else "its only window"
-        words += f"\nmean of frames {frames[0]} to {frames[-1]}{step}, out of {len(array)}: {which}"
-    return words
+        text += f"\nmean of frames {frames[0]} to {frames[-1]}{step}, out of {len(array)}: {which}"
+    return text
 
 
 def _draw(axes: "Axes", plane: Plane, modality: Modality) -> None:

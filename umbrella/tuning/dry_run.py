@@ -46,11 +46,13 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
-    console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for Ray's helpers")
+    console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for other processes of Ray")
     if resources.ray_address == "local":
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
-        at_once = max_concurrent_trainings(resources, machine)
-        console.print(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {at_once} trials at once")
+        concurrent = max_concurrent_trainings(resources, machine)
+        console.print(
+            f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} concurrent trials"
+        )
     shapes = variants(settings, parameters, "modalities", "model")
     splits = load_and_check(settings, progress, possible_masks(settings, fixed), shapes, dry_run=True)
     console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")

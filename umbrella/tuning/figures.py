@@ -1,4 +1,4 @@
-"""The pictures of a sweep."""
+"""Figures of a sweep."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRIAL = "trial"
-"""What stands on the axis where nothing was swept."""
-HIGHLIGHTED, RANKED, TIMED, PANELS = 5, 25, 60, 12
-"""Contenders with a colour of their own; with a row in the ranking; trials with a row over time; settings drawn."""
+"""Label of the x axis if no setting was swept."""
+MAX_COLOURED, MAX_RANKED, MAX_NAMED, MAX_PANELS = 5, 25, 60, 12
+"""Maximum number of coloured and of ranked configurations, of trials with a name on the axis, and of panels."""
 
 
 def draw_metric(configurations: Sequence[Configuration], metric: str) -> "Figure":
-    """The metric against each setting that has two values: a panel for each.
+    """Plot the metric against each setting with at least two values, one panel per setting.
 
-    Filled: trials that came to their end; hollow: stopped before it. A star: the best trial. Where the other settings
-    have few combinations, each has a colour and a line through its means.
+    Filled: finished trials; hollow: trials that were stopped; star: the best trial. If the other settings have few
+    combinations, each has a colour and a line through its means.
     """
     shown = [t for t in ranked_trials(configurations) if t.metric is not None and not t.failed]
     names = [name for name in swept_names(shown) if name != SEED and len({_text(t, name) for t in shown}) > 1]
-    panels = names[:PANELS] or [TRIAL]
+    panels = names[:MAX_PANELS] or [TRIAL]
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     rows = -(-len(panels) // columns)
     figure = new_figure(WIDTH if columns > 1 else 0.7 * WIDTH, 3.2 * rows)
@@ -47,7 +47,7 @@ def draw_metric(configurations: Sequence[Configuration], metric: str) -> "Figure
         axes.set_xlabel(f"{name}\n({lacking} trials without it)" if lacking else name)
         axes.set_ylabel(metric if i % columns == 0 else "")
         axes.set_ylim(low - space, high + space)
-    if more := len(names[PANELS:]):
+    if more := len(names[MAX_PANELS:]):
         figure.supxlabel(f"{more} more swept setting{'s' * (more > 1)}: see ranking.csv", fontsize=9)
     return figure
 
@@ -59,7 +59,7 @@ def _scatter(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[
     values = sorted({t.point[name] for t in trials})
     few = len(groups) <= len(LINES) and any(len({t.point[name] for t in group}) > 1 for group in groups.values())
     looks = zip(LINES, "os^Dv", sorted(groups.items()), strict=False) if few else [(BLUE, "o", ("", trials))]
-    # Points that stand aside of their place do not count where matplotlib chooses the limits.
+    # Limits are set explicitly: automatic limits ignore the offsets of points.
     log = values[0] > 0 and values[-1] / values[0] >= 10
     if log:
         space = (values[-1] / values[0]) ** 0.07
@@ -79,27 +79,27 @@ def _scatter(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[
             axes.plot([], [], f"-{marker}", color=colour, label=truncate(words, 40))
         for t in group:
             place = (t.point[name], t.metric)
-            # What lies at the same place lies side by side: 0, 4, -4, 8, -8 points.
-            aside = (there[place] + 1) // 2 * (4 if there[place] % 2 else -4)
+            # Points at the same position are drawn side by side, with offsets of 0, 4, -4, 8, -8 points.
+            offset = (there[place] + 1) // 2 * (4 if there[place] % 2 else -4)
             there[place] += 1
-            _point(axes, t, t.point[name], colour, marker, t is best, aside)
+            _point(axes, t, t.point[name], colour, marker, t is best, offset)
     if few and len(groups) > 1:
         axes.legend()
 
 
 def _strip(axes: "Axes", trials: Sequence[Trial], name: str, best: Trial) -> None:
-    """A column of points per value, a short line at their mean."""
+    """Draw a column of points per value, with a short line at their mean."""
     values = sorted({_text(t, name) for t in trials})
     for place, value in enumerate(values):
         group = [t for t in trials if _text(t, name) == value]
         spread = np.linspace(-0.18, 0.18, len(group)) if len(group) > 1 else [0.0]
-        # In the order of the ranking they would form a slope.
-        for t, aside in zip(group, np.random.default_rng(0).permutation(spread), strict=True):
-            _point(axes, t, place + aside, BLUE, "o", t is best)
+        # Shuffled: in the order of the ranking, the points would form a slope.
+        for t, offset in zip(group, np.random.default_rng(0).permutation(spread), strict=True):
+            _point(axes, t, place + offset, BLUE, "o", t is best)
         if len(group) > 1:
             mean = np.mean([float(t.metric or 0) for t in group])
             axes.hlines(mean, place - 0.3, place + 0.3, color=INK, linewidth=1.2)
-    if len(values) > 20:  # as a sweep without settings has them
+    if len(values) > 20:  # for example the trials of a sweep without swept settings
         axes.set_xticks([])
     else:
         long = sum(map(len, values)) > 36
@@ -110,12 +110,16 @@ def _strip(axes: "Axes", trials: Sequence[Trial], name: str, best: Trial) -> Non
 
 
 def _point(
-    axes: "Axes", trial: Trial, x: float, colour: str, marker: str, best: bool = False, aside: float = 0
+    axes: "Axes", trial: Trial, x: float, colour: str, marker: str, best: bool = False, offset: float = 0
 ) -> None:
-    """Draw a trial, so many points aside of its place."""
+    """Draw a trial.
+
+    Args:
+        offset: horizontal offset in points (1/72 inch).
+    """
     from matplotlib.transforms import ScaledTranslation
 
-    where = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    where = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
     filled = colour if trial.state in (FINISHED, STOPPED_EARLY) else "white"
     look: dict[str, Any] = {"marker": marker, "color": colour, "mfc": filled, "ms": 5.5, "alpha": 0.85}
     if best:
@@ -124,8 +128,8 @@ def _point(
 
 
 def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figure":
-    """The best contenders where there are seeds: each trial a point, the mean, and its 95% interval."""
-    shown = [c for c in configurations if c.mean is not None][:RANKED]
+    """Plot the best configurations: each trial, the mean over seeds, and its 95% confidence interval."""
+    shown = [c for c in configurations if c.mean is not None][:MAX_RANKED]
     figure = new_figure(WIDTH, 0.9 + 0.27 * max(len(shown), 2))
     axes = figure.subplots()
     for place, c in enumerate(shown):
@@ -142,13 +146,13 @@ def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figur
 
 
 def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure":
-    """Metric and validation loss by step, of every trial. The best contenders have colours, the winner a thick line."""
-    what: dict[str, str] = {metric: "metric"} | ({} if metric == "eval/loss" else {"eval/loss": "loss"})
-    metrics = [c for c in configurations if c.mean is not None]
-    coloured = metrics[:HIGHLIGHTED]
+    """Plot metric and validation loss by step. The best configurations have colours, the best trial a thick line."""
+    titles: dict[str, str] = {metric: "metric"} | ({} if metric == "eval/loss" else {"eval/loss": "loss"})
+    measured = [c for c in configurations if c.mean is not None]
+    coloured = measured[:MAX_COLOURED]
     figure = new_figure(WIDTH, 3.4 + 0.16 * len(coloured))
-    panels = figure.subplots(1, len(what), squeeze=False)[0]
-    for axes, (title, attribute) in zip(panels, what.items(), strict=True):
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, (title, attribute) in zip(panels, titles.items(), strict=True):
         for c in reversed(configurations):
             place = coloured.index(c) if c in coloured else None
             colour = GREY if place is None else (VERMILION, *LINES)[place]
@@ -156,27 +160,27 @@ def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure
                 points = [(e.step, value) for e in t.curve if (value := getattr(e, attribute)) is not None]
                 if not points:
                     continue
-                best = bool(metrics) and t is metrics[0].trials[0]
+                best = bool(measured) and t is measured[0].trials[0]
                 width = 2.4 if best else 1.2 if place is not None else 0.7
                 alpha = 1.0 if best else 0.75 if place is not None else 0.45
                 marker = "o" if len(points) < 3 else ""
                 axes.plot(*zip(*points, strict=True), color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
         axes.set(xlabel="step", ylabel=title)
     for c, colour in zip(coloured, (VERMILION, *LINES), strict=False):
-        panels[0].plot([], [], color=colour, lw=2.4 if c is metrics[0] else 1.2, label=truncate(c.name, 110))
-    if len(metrics) > len(coloured) or len(configurations) > len(metrics):
+        panels[0].plot([], [], color=colour, lw=2.4 if c is measured[0] else 1.2, label=truncate(c.name, 110))
+    if len(measured) > len(coloured) or len(configurations) > len(measured):
         panels[0].plot([], [], color=GREY, lw=0.7, label=f"{len(configurations) - len(coloured)} others")
     figure.legend(loc="outside lower left")
     return figure
 
 
 def draw_importance(found: Importance) -> "Figure":
-    """Each setting's share; grey where chance gives as much."""
+    """Plot the share of each setting; shares below the threshold are grey."""
     figure = new_figure(WIDTH, 0.9 + 0.3 * max(len(found.shares), 2))
     axes = figure.subplots()
     colours = [BLUE if name in found.significant else GREY for name in found.shares]
     axes.barh(list(found.shares), list(found.shares.values()), color=colours, height=0.6)
-    axes.axvline(found.threshold, color=VERMILION, linestyle="--", linewidth=1.2, label="what chance may give")
+    axes.axvline(found.threshold, color=VERMILION, linestyle="--", linewidth=1.2, label="threshold of chance")
     axes.set(xlabel="share of the importance", xlim=(0, max(1.0, found.threshold * 1.05)))
     axes.set_ylim(max(len(found.shares), 2) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -185,7 +189,7 @@ def draw_importance(found: Importance) -> "Figure":
 
 
 def draw_times(trials: Sequence[Trial]) -> "Figure":
-    """When each trial ran, and how it ended. Pale: before its first evaluation."""
+    """Plot the time and the final state of each trial. Pale: before its first evaluation."""
     timed = sorted((t for t in trials if t.started is not None), key=lambda t: t.started or 0)
     zero = min((t.started or 0 for t in timed), default=0)
     longest = max(((t.started or 0) - zero + (t.seconds or 0) for t in timed), default=0)
@@ -201,7 +205,7 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
         axes.barh(place, (t.first_evaluation or 0) / unit, left=start, color="white", alpha=0.55, height=0.8)
     for state in dict.fromkeys(t.state for t in timed):
         axes.barh(0, 0, color=colours.get(state, ORANGE), label=state)
-    few = len(timed) <= TIMED
+    few = len(timed) <= MAX_NAMED
     axes.set_yticks(range(len(timed)) if few else [], [t.trial_id for t in timed] if few else [], fontsize=6.5)
     axes.set_ylim(len(timed) - 0.4, -0.6)
     axes.set_xlabel(f"{name} since the first trial began")

@@ -114,8 +114,8 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
         save_spec(folder, SweepSpec(settings, fixed), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    at_once = max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
-    at_once = min(at_once, settings.tune.concurrent or at_once)
+    concurrent = max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
+    concurrent = min(concurrent, settings.tune.concurrent or concurrent)
 
     parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
     swept = [parameter.name for parameter in parameters]
@@ -129,9 +129,9 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
     monitor = Monitor(folder, parent, search.trials, settings.tune)
     try:
         # On SIGTERM, trials keep their last checkpoints.
-        with monitor, on_sigterm(lambda: _stop(folder.name)):
+        with monitor, on_sigterm(lambda: _raise_stopped(folder.name)):
             try:
-                _tuner(job, search, scheduler, at_once).fit()
+                _make_tuner(job, search, scheduler, concurrent).fit()
             except OutOfTime:
                 monitor.stop_all()
         trials = read_trials(folder, settings.tune)
@@ -173,11 +173,11 @@ def _anonymised(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
     return [replace(t, reason=redact_subjects(t.reason, subjects, salt)) if t.failed else t for t in trials]
 
 
-def _stop(name: str) -> None:
+def _raise_stopped(name: str) -> None:
     raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} resumes it")
 
 
-def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) -> tune.Tuner:
+def _make_tuner(job: Job, search: Search, scheduler: TrialScheduler, concurrent: int) -> tune.Tuner:
     settings, folder = job.settings.tune, Path(job.folder)
     for name, value in RAY_TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -193,7 +193,7 @@ def _tuner(job: Job, search: Search, scheduler: TrialScheduler, at_once: int) ->
             mode=settings.mode,
             num_samples=search.num_samples,
             search_alg=search.search_alg,
-            max_concurrent_trials=at_once,
+            max_concurrent_trials=concurrent,
             scheduler=scheduler,
             reuse_actors=job.settings.resources.single_worker,
         ),
