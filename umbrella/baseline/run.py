@@ -179,18 +179,18 @@ def training_settings(settings: Settings, target: str, encoding: LabelEncoding, 
         labels: the classes in the validation split. With a single class, balanced accuracy is undefined, and the
             loss selects the best checkpoint.
     """
-    own = settings.baseline
+    baseline = settings.baseline
     metric = f"eval/{target}/mae" if isinstance(encoding, BinEncoding) else f"eval/{target}/balanced_accuracy"
     if isinstance(encoding, ClassEncoding) and len(labels) == 1:
         metric = "eval/loss"
     return settings.with_values(
         {
             "baseline.target": target,
-            "optim.lr": own.lr,
+            "optim.lr": baseline.lr,
             "optim.embedder_lr": None,
-            "optim.weight_decay": own.weight_decay,
-            "train.epochs": own.epochs,
-            "train.batch_size": own.batch_size,
+            "optim.weight_decay": baseline.weight_decay,
+            "train.epochs": baseline.epochs,
+            "train.batch_size": baseline.batch_size,
             "train.accumulate": 1,
             "tune.metric": metric,
             "tune.mode": "max" if metric.endswith("balanced_accuracy") else "min",

@@ -57,19 +57,19 @@ class BaselineTask(Task):
         self.job, self.settings = job, job.settings
         self.rank, self.world_size, self.device = rank, world_size, device
         torch.backends.cudnn.deterministic = True
-        own = self.settings.baseline
-        self.dtype = getattr(torch, own.dtype)
+        baseline = self.settings.baseline
+        self.dtype = getattr(torch, baseline.dtype)
         self.store = open_store(self.settings)
         self.samples: Sequence[Sample]
         self.samples, self.validation, self.evaluation = ray.get([job.samples, job.validation, job.evaluation])
-        modality = self.store.modalities[own.modality]
+        modality = self.store.modalities[baseline.modality]
         self.is_series = modality.is_series
         self.shape = (modality.grid[3] if self.is_series else 1, *modality.grid[:3])
-        self.net = Sfcn(self.shape[1:], own.channels, job.encoding.num_outputs, own.dropout, self.shape[0])
+        self.net = Sfcn(self.shape[1:], baseline.channels, job.encoding.num_outputs, baseline.dropout, self.shape[0])
         self.parallel = data_parallel(self.net, device, world_size)
         optim = self.settings.optim
         self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=optim.lr, momentum=own.momentum, weight_decay=optim.weight_decay
+            self.net.parameters(), lr=optim.lr, momentum=baseline.momentum, weight_decay=optim.weight_decay
         )
 
     def plan(self, world_size: int, sorted_by: int) -> Plan:

@@ -25,8 +25,8 @@ def inflate(embedder: VolumeEmbedder, embeddings_2d: Any) -> None:
         assert isinstance(modality, ModalityEmbedder)
         modality.projection.weight.copy_(inflate_patches(weight, modality.patch))
         modality.projection.bias.copy_(bias if bias is not None else torch.zeros(()))
-        for own, factor in zip(modality.positions, factorise_positions(table, modality.positions), strict=True):
-            own.copy_(factor)
+        for position, factor in zip(modality.positions, factorise_positions(table, modality.positions), strict=True):
+            position.copy_(factor)
 
 
 def inflate_patches(weight: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:

@@ -149,7 +149,7 @@ def check_base(folder: str | Path) -> None:
         if name in current or _is_local(checkpoint):
             what = "has changed" if name in current else "is gone"
             raise UserError(
-                f"{folder}: holds what was trained on {checkpoint}, and {name} there {what}; put it back (a link will"
+                f"{folder}: is a partial checkpoint of {checkpoint}, and {name} there {what}; put it back (a link will"
                 " do)"
             )
 
