@@ -139,7 +139,7 @@ def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept
     assert read_training_state(answer.trials[0].checkpoint).step == answer.trials[0].step
     with (answer.folder / "ranking.csv").open() as file:
         assert [row["optim.lr"] for row in csv.DictReader(file)] == ["0.003", "1e-30", "1e+30"]
-    assert answer.files.pictures["metric"].stat().st_size > 10_000
+    assert answer.files.figure_files["metric"].stat().st_size > 10_000
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {
         "best.yaml",
         "metric.png",
