@@ -1,13 +1,13 @@
-"""Cold: a conformed 256^3 uint8 .nii.gz to a 96^3 fp16 array, volumes per second on one core, beside MONAI's.
+"""Decode conformed 256^3 uint8 .nii.gz files to 96^3 fp16 arrays: volumes per second on one core, compared with MONAI.
 
     .venv/bin/python -m pip install monai==1.6.1 && .venv/bin/python benchmarks/cold.py
 
-Both read the same files from the page cache, in turns, in one process with one thread.
+Both read the same files from the page cache, alternately, in one process with one thread.
 """
 
 import os
 
-# Before numpy is imported, which reads them then.
+# numpy reads them at import.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
@@ -30,9 +30,10 @@ SIZE, SLICES, GRID, FILES, ROUNDS = 256, 176, 96, 4, 8
 
 
 def make_scan(path: Path, seed: int, stripped: bool) -> None:
-    """The MNI152 head as conforming software writes a scan of 176 slices: 256^3 at 1 mm, uint8, LIA, zero outside.
+    """Write the MNI152 head as a conformed scan of 176 slices: 256^3 at 1 mm, uint8, LIA, zero outside.
 
-    Stripped of all but the brain, or with noise in the air around it.
+    Args:
+        stripped: keep only the brain; otherwise the air around it has noise.
     """
     from nibabel.processing import conform
     from nilearn.datasets import load_mni152_template
@@ -48,7 +49,7 @@ def make_scan(path: Path, seed: int, stripped: bool) -> None:
 
 
 def seconds(work: Callable[[Path], object], files: list[Path]) -> float:
-    """Per volume."""
+    """Seconds per volume."""
     start = time.perf_counter()
     for file in files:
         work(file)

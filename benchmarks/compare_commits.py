@@ -1,9 +1,9 @@
-"""Show that two commits compute the same, bit for bit on a CPU: python benchmarks/compare_commits.py BASE
+"""Check that two commits give the same results, bit for bit on a CPU: python benchmarks/compare_commits.py BASE
 
-The working tree is compared with the commit BASE, in the same environment. Each runs one small training, the same
-training killed and given again, a sweep without a scheduler, and the baseline. Compared are the losses and metrics of
-every step, the order of the samples, the tensors of the last checkpoint, and the trials of the sweep. Exits with 1 on a
-difference.
+The working tree is compared with the commit BASE, in the same environment. Each runs a small training, the same one
+killed and resumed, a sweep without a scheduler, and the baseline. The comparison covers losses and metrics of every
+step, the order of samples, the tensors of the last checkpoint, and the trials of the sweep. The exit status is 1 if
+anything differs.
 """
 
 import json
@@ -48,7 +48,7 @@ SWEEP = {
 }
 BASELINE = {"baseline.epochs": 3, "baseline.channels": [8, 8, 8], "evaluate.bootstrap": 100}
 SAME = ("train/loss", "train/lr", "train/grad_norm", "train/supervised_tokens")
-"""Metrics that, like those of evaluations, depend on settings and data alone."""
+"""Metrics that depend only on settings and data, as all metrics of evaluations do."""
 
 
 def start(tree: Path, script: str, storage: Path, name: str, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -74,7 +74,7 @@ def finish(script: subprocess.Popen[bytes], storage: Path, name: str) -> None:
 
 
 def kill_after_first_checkpoint(script: subprocess.Popen[bytes], training: Path) -> None:
-    """Kill a script and all of its processes once its training has a whole checkpoint."""
+    """Kill a script and all of its processes when its training has a complete checkpoint."""
     while not list(training.glob("step_*")):
         if script.poll() is not None:
             sys.exit(f"{training.name} ended before it had a checkpoint")
@@ -87,7 +87,7 @@ def kill_after_first_checkpoint(script: subprocess.Popen[bytes], training: Path)
 
 
 def run_all(tree: Path, storage: Path) -> dict[str, Any]:
-    """Run the four scenarios in ``tree``; returns what must be the same."""
+    """Run the four scenarios in ``tree``, and return the values to compare."""
     finish(start(tree, "train.py", storage, "whole", SETTINGS), storage, "whole")
     kill_after_first_checkpoint(start(tree, "train.py", storage, "killed", SETTINGS), storage / "trainings" / "killed")
     finish(start(tree, "train.py", storage, "killed", SETTINGS), storage, "killed")
@@ -114,7 +114,7 @@ def metrics(storage: Path) -> Iterator[tuple[str, Any]]:
         name = run.info.run_name if is_named else f"trial {swept}"
         for metric in run.data.metrics:
             if metric.startswith("eval/") or metric in SAME:
-                # A step that was done again after a kill has one value for each time.
+                # A step that is repeated after a kill has several values.
                 values = {m.step: m.value for m in client.get_metric_history(run.info.run_id, metric)}
                 yield f"{name}: {metric}", sorted(values.items())
 
@@ -141,7 +141,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def main() -> None:
-    """Run both, and print every difference."""
+    """Run both commits, and print every difference."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     base = subprocess.run(["git", "rev-parse", sys.argv[1]], cwd=HERE, check=True, capture_output=True, text=True)

@@ -1,10 +1,9 @@
-"""A bare training step on one GPU: milliseconds, samples a second, and where the time goes, kernel by kernel.
+"""Training step on one GPU without a data pipeline: milliseconds, samples per second, and time per kernel.
 
     python benchmarks/gpu_step.py [batch=64] [compile=true]
 
 The shape of llava-interleave-qwen-0.5b with random weights, two 96^3 volumes and 94 tokens of text a sample, only the
-volume embedder trained, bfloat16. One batch, which stays on the GPU: what gpu_training.py would reach if data cost
-nothing.
+volume embedder trained, bfloat16. A single batch stays on the GPU, so the result is an upper bound for gpu_training.py.
 """
 
 import sys
@@ -32,7 +31,7 @@ MODALITIES = {"sMRI": Modality(grid=(GRID,) * 3, patch=(PATCH,) * 3)}
 
 
 def make_model() -> Any:
-    """Random weights, made on the GPU."""
+    """Create a model with random weights on the GPU."""
     torch.manual_seed(0)
     text = Qwen2Config(**SHAPES["0.5b"], vocab_size=WORDS)
     vision = SiglipVisionConfig(**LAYER, image_size=384, patch_size=14, vision_use_head=False)
@@ -52,14 +51,15 @@ def make_model() -> Any:
         else:
             torch.nn.init.constant_(weight, float("norm" in name and name.endswith("weight")))
     model = from_llava(llava, {name: modality.model_dump(mode="json") for name, modality in MODALITIES.items()})
-    model.model.language_model.rotary_emb = Qwen2RotaryEmbedding(text).cuda()  # its frequencies are no weights
+    # The frequencies are a buffer, which is not initialised above.
+    model.model.language_model.rotary_emb = Qwen2RotaryEmbedding(text).cuda()
     select_trainable(model.cuda(), "embedder")
     cast_frozen(model, torch.bfloat16)
     return model.train()
 
 
 def make_batch(size: int) -> Batch:
-    """Two volumes and random words a sample."""
+    """Create a batch of samples with two volumes and random tokens."""
     ids = torch.randint(0, 150_000, (size, 2 * VOLUME + TEXT))
     ids[:, 5 : 5 + VOLUME] = ids[:, 20 + VOLUME : 20 + 2 * VOLUME] = IMAGE
     weights = torch.zeros(ids.shape)
@@ -82,14 +82,14 @@ def main(size: int, compiled: bool, warm: int = 4, steps: int = 12) -> None:
     """Measure and print."""
     model, batch, settings = make_model(), make_batch(size), OptimSettings()
     apply_options(model, TrainSettings(compile=compiled))
-    optimizer, of = build_optimizer(model, settings), component_parameters(model)
+    optimizer, groups = build_optimizer(model, settings), component_parameters(model)
     schedule = build_schedule(optimizer, settings, 1000)
 
     def run(times: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(times):
-            train_step(model, [batch], optimizer, schedule, 1.0, of, torch.bfloat16)
+            train_step(model, [batch], optimizer, schedule, 1.0, groups, torch.bfloat16)
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / times
 

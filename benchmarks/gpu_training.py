@@ -1,4 +1,4 @@
-"""A training on GPUs from end to end: .nii.gz files, store, Ray Data, Ray Train; the shape of a published model.
+"""Training on GPUs from end to end, from .nii.gz files to Ray Train, with the shape of a published model.
 
     python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [steps=300] [folder=...] [any setting=...]
 
@@ -79,7 +79,7 @@ def make_scan(path: Path) -> None:
 
 
 def conversation(number: int, subjects: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A comparison of two subjects' scans, as the format of the data has it."""
+    """A conversation that compares the scans of two subjects."""
     other = int(rng.integers(subjects))
     label = ("female", "male")[number % 2]
     paths = [f"scans/{i % subjects}.nii.gz" for i in (other, number)]
@@ -100,7 +100,7 @@ def conversation(number: int, subjects: int, rng: np.random.Generator) -> dict[s
 
 
 def make_cohort(folder: Path, subjects: int, samples: int) -> dict[str, Any]:
-    """Scans and conversations, training and validation; the settings that name them."""
+    """Write scans and conversations of both splits. Returns their settings."""
     (folder / "scans").mkdir(parents=True, exist_ok=True)
     held_out = max(2, subjects // 16)
     with ProcessPoolExecutor() as pool:
@@ -118,7 +118,7 @@ def make_cohort(folder: Path, subjects: int, samples: int) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path, shape: str) -> str:
-    """A plain LLaVA of this shape with random weights, as a published one lies in its folder."""
+    """Save a LLaVA of this shape with random weights as a Hugging Face checkpoint."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
     from umbrella.data.tokenizer import byte_tokenizer
@@ -144,7 +144,7 @@ def make_checkpoint(folder: Path, shape: str) -> str:
 
 
 def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """One training; what it says."""
+    """Run one training and return its measurements."""
     from mlflow import MlflowClient
 
     from umbrella.config import load_settings

@@ -1,4 +1,4 @@
-"""The loss: memory and time of logits at supervised positions only, beside the logits of every token.
+"""Memory and time of the loss: logits at supervised positions only, compared with the logits of every token.
 
     .venv/bin/python benchmarks/loss_memory.py
 
@@ -36,7 +36,7 @@ def loss_of(
 
 
 def measure(case: str, device: str) -> dict[str, float]:
-    """Peak GiB above the inputs, seconds of a second pass, the loss and two sums that tell the gradients apart."""
+    """Peak GiB above the inputs, seconds of a second pass, the loss and the norms of two gradients."""
     rows = ROWS[device]
     torch.manual_seed(0)
     hidden = torch.randn(rows, LENGTH, WIDTH, device=device, requires_grad=True)
@@ -59,7 +59,7 @@ def measure(case: str, device: str) -> dict[str, float]:
 
 
 def peak(device: str) -> int:
-    """Bytes at the worst moment so far."""
+    """Peak memory in bytes so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

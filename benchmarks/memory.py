@@ -1,9 +1,9 @@
-"""Memory: the peak of the whole process tree of a real training on few and on many volumes of 96^3, and over epochs.
+"""Peak memory of all processes of a training, by number of 96^3 volumes and of epochs.
 
     .venv/bin/python benchmarks/memory.py
 
-Proportional set size: memory that processes share counts once. Each training is experiments/train.py, from volumes that
-were never decoded before; their files are small, so one process decodes them.
+The measure is the proportional set size, in which shared memory counts once. Each training runs experiments/train.py
+with an empty volume store; the files are small, so that one process decodes them.
 """
 
 import json
@@ -18,12 +18,12 @@ import numpy as np
 import psutil
 
 RUNS = ((200, 1), (2000, 1), (200, 10), (200, 40))
-"""(volumes, epochs); the first is what the others are compared with."""
+"""(volumes, epochs); the others are compared with the first."""
 TRAIN = Path(__file__).resolve().parent.parent / "experiments" / "train.py"
 
 
 def make_cohort(folder: Path, size: int) -> None:
-    """Conversations about ``size`` volumes in training and 40 in validation. The files are 8^3, and become 96^3."""
+    """Write conversations about ``size`` training and 40 validation volumes. Files have 8^3 voxels, arrays 96^3."""
     for split, numbers in (("train", range(size)), ("validation", range(size, size + 40))):
         lines = []
         for number in numbers:
@@ -46,18 +46,18 @@ def make_cohort(folder: Path, size: int) -> None:
 
 
 def memory_of_tree(process: psutil.Process) -> int:
-    """Bytes of a process and of all that came from it."""
+    """Memory in bytes of a process and its descendants."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
             total += one.memory_full_info().pss
-        except psutil.Error:  # gone meanwhile  # noqa: PERF203
+        except psutil.Error:  # the process has ended  # noqa: PERF203
             continue
     return total
 
 
 def peak(size: int, epochs: int) -> int:
-    """Bytes at the worst moment of a training."""
+    """Peak memory of a training in bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_cohort(folder, size)

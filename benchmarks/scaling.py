@@ -1,4 +1,4 @@
-"""What a large cohort takes: the tables of docs/scaling.md, from measured constants that stand here once.
+"""Estimate time, storage and cost for a large cohort: the tables of docs/scaling.md, from measured constants.
 
     python benchmarks/scaling.py [subjects=40000] [price=3.0] [any constant=...]
 
@@ -19,7 +19,7 @@ def constant(value: float, meaning: str, source: str) -> float:
 
 @dataclass(frozen=True)
 class Constants:
-    """Everything that the tables are computed from."""
+    """Constants of the tables."""
 
     subjects: float = constant(40_000, "subjects", "UK Biobank, about; yours")
     epochs: float = constant(8, "epochs of a training", "the default of train.epochs")
@@ -44,11 +44,11 @@ class Constants:
 
     @property
     def volume(self) -> float:
-        """Bytes of an array of the store."""
+        """Bytes of an array in the volume store."""
         return self.grid**3 * self.voxel
 
     def rate(self, gpus: int) -> float:
-        """Samples/s of one training; every doubling is taken to cost what the first one did."""
+        """Samples/s of one training. Each doubling of GPUs is assumed to be as efficient as the first."""
         return self.samples * self.doubled ** log2(gpus)
 
 
@@ -121,7 +121,7 @@ def sweep(c: Constants) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words, by thousands."""
+    """Format a number of bytes with a decimal unit."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,14 +1,14 @@
-"""The data pipeline over cohorts of up to a million conversations: what grows with their number, and what does not.
+"""Time and memory of the data pipeline for cohorts of up to a million conversations.
 
     .venv/bin/python benchmarks/simulate_cluster.py [conversations ...] [--at-once]
 
-For each size, two workers as Ray actors do what a training's do: rows through Ray Data, conversations rendered, tiny
-volumes read and collated, for so many batches from the start and from the middle of eight epochs. The conversations are
-one, with other names; 64 volumes stand for all.
+For each size, two Ray actors run the data pipeline of a training: rows through Ray Data, rendering, reading of small
+volumes, collation. They read batches from the start and from the middle of eight epochs. All conversations have the
+same content and different names; they share 64 volumes.
 
-Times are CPU seconds of the worker with most of them: to order an epoch, to the first batch after a start, and to each
-other one. Memory is what a worker has more than before, without the table that it maps, and what lies in Ray's object
-store beside the table. --at-once makes all rows before the first batch.
+Times are CPU seconds of the slowest worker: to order an epoch, until the first batch, and per further batch. Memory is
+the increase of a worker without the mapped table, and the use of Ray's object store without the table. --at-once
+creates all rows before the first batch.
 """
 
 import platform
@@ -42,7 +42,7 @@ MODALITIES = {"sMRI": Modality(grid=(4, 4, 4), patch=(2, 2, 2))}
 
 
 def make_table(folder: Path, size: int) -> pa.Table:
-    """A table as ``to_table`` makes one, a piece at a time: what reads files is not looked at here."""
+    """Create a table like that of ``to_table``, in chunks and without reading files."""
     written = [conversation(folder, number).model_dump_json() for number in range(VOLUMES)]
     pieces = []
     for start in range(0, size, 50_000):
@@ -71,7 +71,7 @@ class Worker:
         return time.process_time() - start
 
     def run(self, position: int) -> dict[str, float]:
-        """Take batches from a position on: CPU seconds to the first and to each other, and the most memory."""
+        """Read batches from a position on. Returns CPU seconds to the first and per further batch, and peak memory."""
         expected, first, most = next(self.plan.rows(self.rank, position))["sample"], 0.0, 0.0
         asked = time.process_time()
         stream = batches(self.plan.rows(self.rank, position), BATCH_SIZE, 2, self._make)
@@ -89,7 +89,7 @@ class Worker:
 
 
 def own_memory() -> float:
-    """MiB of this process that it shares with no other one: without the table, which all workers of a node map."""
+    """Unshared MiB of this process, without the table, which all workers of a node map."""
     memory = psutil.Process().memory_info()
     return (memory.rss - memory.shared) / 2**20
 
@@ -102,7 +102,7 @@ def in_store() -> float:
 
 
 def measure(size: int, stretch: int) -> str:
-    """One line of the table."""
+    """Measure one row of the table."""
     with tempfile.TemporaryDirectory() as name:
         table = make_table(Path(name), size)
         text = table.nbytes / 2**20

@@ -1,4 +1,4 @@
-"""What a sweep adds to its trainings: K trials one after the other, beside the same trainings without Ray Tune.
+"""Overhead of a sweep: K sequential trials, compared with the same trainings without Ray Tune.
 
     python benchmarks/sweep_overhead.py [trials=6] [rounds=3] [any setting=...]
 
@@ -53,14 +53,14 @@ def main(words: list[str]) -> None:
     settings = load_settings(overrides=fixed)
     splits = load_splits(settings, lambda things, what: things)
     uri = tracking_uri(storage)
-    told: dict[str, str | None] = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage)}
+    tracking: dict[str, str | None] = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage)}
     client = MlflowClient(uri)
 
     def bare(name: str, rates: Sequence[float]) -> list[float]:
         start_ray(settings.resources, log_to_driver=False)
         spans = []
         for number, rate in enumerate(rates):
-            own = {**told, "name": f"{name}-{number}", "trial": f"{name}-{number}"}
+            own = {**tracking, "name": f"{name}-{number}", "trial": f"{name}-{number}"}
             job = make_job(settings.with_values({"optim.lr": rate}), splits, own, f"{storage}/{name}-{number}")
             begun = time.time()
             run_job(replace(job, start_time=begun), in_process=True)
@@ -81,7 +81,7 @@ def main(words: list[str]) -> None:
         question = {"optim.lr": {"grid": rates}, "mask.supervise": None}
         space = {f"tune.space.{setting}": values for setting, values in question.items()}
         whole = script("tune.py", name=name, **space, **{"tune.scheduler": "none", "tune.concurrent": 1})
-        runs = client.search_runs([str(told["experiment"])], f"attributes.run_name = '{name}'")
+        runs = client.search_runs([str(tracking["experiment"])], f"attributes.run_name = '{name}'")
         begun, ended = runs[0].info.start_time / 1000, runs[0].info.end_time / 1000
         done = sorted(read_trials(storage / "sweeps" / name, settings.tune), key=lambda trial: trial.started or 0.0)
         starts = [trial.started or 0.0 for trial in done]
@@ -114,13 +114,13 @@ def main(words: list[str]) -> None:
     lists = [name for name, value in table[0].items() if isinstance(value, list)]
     of_all = {name: _middle([v for row in table for v in row[name]]) for name in lists}
     of_all |= {name: _middle([row[name] for row in table]) for name in table[0] if name not in lists}
-    said = {
+    summary = {
         "trials": trials,
         "rounds": rounds,
         "the first of all, s": round(warm[0], 1),
         "median [least, most]": of_all,
     }
-    print(json.dumps(said, indent=1))
+    print(json.dumps(summary, indent=1))
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

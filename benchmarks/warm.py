@@ -1,10 +1,10 @@
-"""Warm: volumes from the store through Ray Data to collated batches, beside a plain torch DataLoader with two workers.
+"""Read volumes from the store to collated batches: Ray Data compared with a torch DataLoader with two workers.
 
     .venv/bin/python benchmarks/warm.py [volumes] [batch size]
 
-Three ways over one store of 96^3 fp16 arrays in the page cache, in turns: `ray` is what a training uses (rows through
-Ray Data, conversations rendered, masks, volumes copied into the batch); `loader` is a DataLoader with two worker
-processes that does the same; `plain` is one that only stacks the arrays.
+Three variants read one store of 96^3 fp16 arrays in the page cache in turns: `ray` is the pipeline of a training (Ray
+Data, rendering, masks, volumes copied into the batch); `loader` does the same in a DataLoader with two worker
+processes; `plain` is a DataLoader that only stacks the arrays.
 """
 
 import statistics
@@ -37,7 +37,7 @@ MODALITIES = {"sMRI": Modality(grid=(96, 96, 96), patch=(16, 16, 16))}
 
 
 def conversation(folder: Path, number: int) -> Conversation:
-    """A question about one volume, whose file is made: 4^3 voxels, which the store brings to 96^3."""
+    """Write a volume of 4^3 voxels, which the store resizes to 96^3, and return a conversation about it."""
     import nibabel as nib
 
     path = folder / f"{number}.nii"
@@ -58,7 +58,7 @@ def conversation(folder: Path, number: int) -> Conversation:
 
 @dataclass
 class Maker:
-    """What all ways share: the store, and samples to a batch."""
+    """Makes batches for all variants."""
 
     store: VolumeStore
     table: pa.Table
@@ -66,18 +66,18 @@ class Maker:
     renderer: Renderer
 
     def batch(self, samples: Iterable[int]) -> Batch:
-        """As a training's worker makes it."""
+        """Make a batch as the worker of a training does."""
         examples = [self.renderer.render(from_table(self.table, int(i))) for i in samples]
         return collate(examples, MaskPolicy(), self.store, self.renderer.image_id, 0)
 
     def rows(self, rows: Mapping[str, np.ndarray]) -> Batch:
-        """The same, of Ray Data's rows."""
+        """Make a batch of rows of Ray Data."""
         return self.batch(rows["sample"])
 
 
 @dataclass
 class Samples(Dataset):
-    """Samples in an order: their numbers, for a collate function to make batches of."""
+    """Dataset of sample numbers in a given order."""
 
     order: list[int]
 
@@ -90,7 +90,7 @@ class Samples(Dataset):
 
 @dataclass
 class Arrays(Samples):
-    """Samples in an order: their arrays and nothing else."""
+    """Dataset of arrays in a given order."""
 
     maker: Maker
 
@@ -101,7 +101,7 @@ class Arrays(Samples):
 
 
 def rates(stream: Iterable[Any], batch_size: int, batches_per_round: int) -> list[float]:
-    """Volumes per second of each round of a stream that goes on, each batch touched once."""
+    """Volumes per second in each round of a stream. Each batch is read once."""
     found, start = [], time.perf_counter()
     for number, batch in enumerate(stream, start=1):
         voxels = batch if isinstance(batch, torch.Tensor) else batch.pixel_values["sMRI"].voxels
@@ -127,7 +127,8 @@ def main(size: int = 400, batch_size: int = 4) -> None:
         workers: dict[str, Any] = {"batch_size": batch_size, "num_workers": 2, "multiprocessing_context": "forkserver"}
         per_round = size // batch_size
         found = {}
-        for way in ("plain", "loader", "ray", "plain", "loader", "ray"):  # what slows the machine down hits all
+        # Alternate, so that all variants are affected if the machine slows down.
+        for way in ("plain", "loader", "ray", "plain", "loader", "ray"):
             if way == "ray":
                 start_ray(ResourceSettings(), log_to_driver=False)
                 stream: Iterable[Any] = batches(plan.rows(0, 0), batch_size, 2, maker.rows)

@@ -1,6 +1,6 @@
 """The baseline: train a small 3D CNN for each target on the same data, and evaluate it like a language model.
 
-Without arguments: sex and age of the phantom cohort, which is made when it is not there yet.
+Without arguments: sex and age of the phantom cohort, which is created if it does not exist.
 """
 
 from umbrella.cli import Arguments, make_console, progress_bar, run_script

@@ -1,6 +1,6 @@
-"""Look at one conversation as the model gets it: its tokens, what the loss sees of them, and its volumes as a picture.
+"""Show one conversation as the model receives it: its tokens, their weights in the loss, and a picture of its volumes.
 
-Without arguments: the first conversation of the training split. --dry-run: no volume is decoded and no picture is made.
+Without arguments: the first conversation of the training split. --dry-run decodes no volume and draws no picture.
 """
 
 import re
@@ -10,10 +10,10 @@ from umbrella.base import UserError, note
 from umbrella.cli import Arguments, Option, make_console, progress_bar, run_script
 
 OPTIONS = (
-    Option("--split", "split to take it from", "train", choices=("train", "validation", "test")),
-    Option("--task-id", "the conversation of this name", value="ID"),
-    Option("--sample", "the N-th conversation of the split, counted from 0", kind=int, value="N"),
-    Option("--picture", "where the picture goes (default: <storage>/inspect/<task_id>.png)", value="FILE"),
+    Option("--split", "split of the conversation", "train", choices=("train", "validation", "test")),
+    Option("--task-id", "task_id of the conversation", value="ID"),
+    Option("--sample", "index of the conversation in the split, from 0", kind=int, value="N"),
+    Option("--picture", "file of the picture (default: <storage>/inspect/<task_id>.png)", value="FILE"),
 )
 
 

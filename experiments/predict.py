@@ -17,32 +17,35 @@ from umbrella.cli import Arguments, Option, named_checkpoint, progress_bar, run_
 
 OPTIONS = (
     Option("--ask", "a question about the volumes", value="QUESTION"),
-    Option("--chat", "questions from standard input, a line each, in one conversation", default=False),
+    Option("--chat", "read questions from standard input, one per line, in one conversation", default=False),
     Option(
-        "--modality", "of the volumes: one for all or, with commas, one for each (default: by their names, else axes)"
+        "--modality",
+        "modality of all volumes, or one for each, separated by commas (default: from their names, else their axes)",
     ),
-    Option("--candidates", "answers, with commas between them, whose probabilities are shown too", value="ANSWERS"),
+    Option(
+        "--candidates", "candidate answers, separated by commas, whose probabilities are printed, too", value="ANSWERS"
+    ),
 )
 
 
 def main(args: Arguments) -> None:
     """Ask in the way that the options and settings select."""
     checkpoint = named_checkpoint(args.settings)
-    ways = {
+    modes = {
         "--ask": args.options["ask"] is not None,
         "--chat": args.options["chat"],
         "data.input": bool(args.settings.data.input),
     }
-    asked = [way for way, wanted in ways.items() if wanted]
+    asked = [mode for mode, is_set in modes.items() if is_set]
     if len(asked) != 1:
         what = f"{' and '.join(asked)} cannot go together" if asked else "there is no question"
         raise UserError(f'{what}; give --ask "...", --chat or data.input=FILE')
     if asked == ["data.input"]:
-        _refuse(args, "data.input", "modality", "candidates", paths=True)
+        _reject(args, "data.input", "modality", "candidates", paths=True)
         _ask_cohort(args, checkpoint)
     else:
         if asked == ["--chat"]:
-            _refuse(args, "--chat", "candidates")
+            _reject(args, "--chat", "candidates")
         _ask_about_volumes(args, checkpoint)
 
 
@@ -50,7 +53,7 @@ def _ask_about_volumes(args: Arguments, checkpoint: Path) -> None:
     from umbrella.conversations.images import volume_file
 
     settings, question = args.settings, args.options["ask"]
-    volumes = [volume_file(file) for file in args.paths]  # before seconds go into the model
+    volumes = [volume_file(file) for file in args.paths]  # before the model is loaded, which takes seconds
     names = args.options["modality"]
     modality = names.split(",") if names and "," in names else names
     if args.dry_run:
@@ -105,11 +108,11 @@ def _dtype(args: Arguments) -> str | None:
     return args.settings.model.dtype if "model.dtype" in args.given else None
 
 
-def _refuse(args: Arguments, way: str, *options: str, paths: bool = False) -> None:
+def _reject(args: Arguments, mode: str, *options: str, paths: bool = False) -> None:
     given = [f"--{name}" for name in options if args.options[name] is not None]
     given += args.paths if paths else ()
     if given:
-        raise UserError(f"{', '.join(given)}: does not go with {way}; leave it out, or use --ask")
+        raise UserError(f"{', '.join(given)}: does not go with {mode}; leave it out, or use --ask")
 
 
 if __name__ == "__main__":

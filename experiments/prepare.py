@@ -1,8 +1,8 @@
-"""Check all data before anything learns from it: read every conversation, decode every volume once, write a report.
+"""Check all data before a training: read every conversation, decode every volume once, and write a report.
 
-Without arguments: the phantom cohort, which is made when it is not there yet. The report is written also when there are
-problems, as <storage>/report/index.html. Everything that a training checks before its start is checked. --dry-run
-leaves out the volumes, and writes nothing.
+Without arguments: the phantom cohort, which is created if it does not exist. The checks are those at the start of a
+training. The report is <storage>/report/index.html; it is also written if there are problems. --dry-run skips the
+volumes and writes nothing.
 """
 
 from umbrella.base import note
@@ -10,7 +10,7 @@ from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
 
 def main(args: Arguments) -> None:
-    """Read, decode, report, and say what is wrong."""
+    """Check the data, write the report, and print a summary."""
     from rich.filesize import decimal
 
     from umbrella.cohort_report.report import write_report
@@ -23,8 +23,8 @@ def main(args: Arguments) -> None:
 
     settings, console = args.settings, make_console()
 
-    def say(what: str, value: str) -> None:
-        console.print(f"{what + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
+    def print_row(name: str, value: str) -> None:
+        console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
 
     check_model(settings)
     if not args.dry_run:
@@ -36,18 +36,20 @@ def main(args: Arguments) -> None:
     check_rendering(raw, settings, progress_bar)
     if not args.dry_run:
         page = write_report(cohort_report_folder(settings.resources.storage), raw, store, progress_bar)
-    say("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
+    print_row("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
     if not args.dry_run:
         used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
         recipes = stored_recipes(store.folder, settings.modalities)
-        say("volumes", str(len(used)))
-        say("volume store", f"{decimal(sum(r.size for r in recipes))} in {sum(r.arrays for r in recipes)} arrays")
-        say("report", str(page))
+        print_row("volumes", str(len(used)))
+        print_row("volume store", f"{decimal(sum(r.size for r in recipes))} in {sum(r.arrays for r in recipes)} arrays")
+        print_row("report", str(page))
     for line in raw.notices:
         note(line)
     splits = apply_bad_sample_policy(raw, settings, write=not args.dry_run)
     if splits.quarantined:
-        say("quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}")
+        print_row(
+            "quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}"
+        )
     check_data(settings, splits, [settings.mask], settings.tune.metric)
 
 

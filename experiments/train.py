@@ -1,6 +1,6 @@
-"""One training with the same settings as a sweep: a run in MLflow, checkpoints, an evaluation after each epoch.
+"""Train one model, with the same settings as a sweep: MLflow run, checkpoints, an evaluation after each epoch.
 
-Without arguments: the defaults on a phantom cohort, which is made when it is not there yet.
+Without arguments: the default settings on a phantom cohort, which is created if it does not exist.
 """
 
 from math import nan
@@ -10,9 +10,9 @@ from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
 
 def main(args: Arguments) -> None:
-    """Run the training, or say what it would run."""
+    """Run the training; with --dry-run, print what would run."""
     settings = args.settings
-    settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # one point, no sweep
+    settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # a single training
     if args.dry_run:
         from umbrella.tuning.dry_run import dry_run
 
@@ -21,7 +21,7 @@ def main(args: Arguments) -> None:
     from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
     from umbrella.training.run import run_training
 
-    def tell(folder: Path) -> None:
+    def finish(folder: Path) -> None:
         metric = settings.tune.metric
         best = best_checkpoint(folder, metric, settings.tune.mode)
         if best:
@@ -32,7 +32,7 @@ def main(args: Arguments) -> None:
 
             evaluate_at_end(settings, best, folder.name, progress_bar, make_console())
 
-    run_training(settings, progress_bar, tell)
+    run_training(settings, progress_bar, finish)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Open MLflow's page on localhost, and say where it and the Ray dashboard are."""
+"""Start MLflow's web interface on localhost, and print its address and that of the Ray dashboard."""
 
 import os
 import sys
@@ -7,12 +7,12 @@ from urllib.request import urlopen
 from umbrella.base import mask_secrets
 from umbrella.cli import Arguments, Option, run_script
 
-OPTIONS = (Option("--port", "port of MLflow's page on localhost", default=5000, kind=int, value="PORT"),)
+OPTIONS = (Option("--port", "port of MLflow's web interface on localhost", default=5000, kind=int, value="PORT"),)
 DASHBOARD = "http://127.0.0.1:8265"
 
 
 def main(args: Arguments) -> None:
-    """Serve the storage folder's MLflow database until the keyboard stops it, or say where the server is."""
+    """Serve the MLflow database of the storage folder until Ctrl-C, or print the address of the MLflow server."""
     from umbrella.tracking.runs import page_urls
     from umbrella.tracking.store import open_experiment, tracking_uri
 
@@ -34,7 +34,7 @@ def main(args: Arguments) -> None:
 
 
 def _dashboard() -> str:
-    """Where it is, or when there will be one."""
+    """Address of the Ray dashboard, or a note that there is none."""
     try:
         with urlopen(DASHBOARD, timeout=1):
             return DASHBOARD
