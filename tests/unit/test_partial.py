@@ -127,7 +127,7 @@ def test_a_base_that_is_gone_or_another_one_is_named(
     weights = load_file(f"{base}/model.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, f"{base}/model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"^.*step_0000001: holds .* on .*base, and model\.safetensors there is not what"
+        UserError, match=r"^.*step_0000001: is a partial checkpoint of .*base, and model\.safetensors there has changed"
     ):
         build(checkpoint=str(step))
     Path(base).rename(tmp_path / "elsewhere")
