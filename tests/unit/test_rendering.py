@@ -197,7 +197,7 @@ def test_a_template_without_turn_after_turn_is_refused(
 def test_a_template_that_does_not_end_or_overflows_is_one_line(
     talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    monkeypatch.setattr("umbrella.data.chat_template.SECONDS", 0.2)
+    monkeypatch.setattr("umbrella.data.chat_template.MAX_SECONDS", 0.2)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
@@ -279,7 +279,7 @@ def test_a_long_conversation_has_the_tokens_of_one_rendered_turn_by_turn_with_wo
     example = Renderer(tokenizer, modalities).render(talk(*turns))
     work = sum(written)
     assert_covered(example)
-    monkeypatch.setattr("umbrella.data.chat_template.EXACT", 1000)
+    monkeypatch.setattr("umbrella.data.chat_template.MAX_EXACT_TURNS", 1000)
     exact = Renderer(tokenizer, modalities).render(talk(*turns))
     assert example.input_ids.tolist() == exact.input_ids.tolist()
     assert example.spans == exact.spans

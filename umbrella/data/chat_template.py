@@ -1,7 +1,7 @@
-"""What a chat template writes around the contents of turns.
+"""Extraction of the text that a chat template adds around the contents of turns.
 
-The template is rendered once with a private mark in place of each text. What stands between the marks is, letter for
-letter, what the template writes around them.
+The template is rendered with a private-use marker in place of each text; the template's own text is what is between the
+markers.
 """
 
 import re
@@ -19,26 +19,26 @@ from umbrella.base import UserError
 from umbrella.data.segments import MARK
 from umbrella.data.tokenizer import IMAGE_TOKEN
 
-EXACT = 16
-"""Turns up to which every beginning of a conversation is rendered: work that grows as the square of the turns."""
-SECONDS, MEMORY = 2.0, 1 << 30
-"""Processor time and bytes that rendering a template once may take."""
+MAX_EXACT_TURNS = 16
+"""Every prefix of a conversation is rendered up to this number of turns; the work is quadratic."""
+MAX_SECONDS, MAX_BYTES = 2.0, 1 << 30
+"""Limits on processor time and memory for rendering a template once."""
 STATM = Path("/proc/self/statm")
-"""Where Linux says how much memory this process has mapped."""
+"""Linux reports the mapped memory of the process here."""
 
 
 class TurnShape(NamedTuple):
-    """A turn without what it says: its role, and "text" or "image" for each of its items."""
+    """Role of a turn, and "text" or "image" for each of its items."""
 
     role: str
     items: tuple[str, ...]
 
 
 class Frame(NamedTuple):
-    """What a template writes before and after a turn's content, and between its items.
+    """Text that a template adds before and after the content of a turn, and between its items.
 
-    ``between`` is None where the template is given the content as one text. Where ``strips``, this text, or else each
-    text item, loses the blanks around it.
+    ``between`` is None if the content is passed as one text. With ``strips``, the template strips this text, or each
+    text item.
     """
 
     header: str
@@ -47,55 +47,55 @@ class Frame(NamedTuple):
     between: tuple[str, ...] | None = None
 
 
-def make_frame(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[TurnShape]) -> list[Frame]:
-    """The frame of each turn. A template may take contents as texts, or as lists of items.
+def turn_frames(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[TurnShape]) -> list[Frame]:
+    """Return the frame of each turn. A template may take contents as texts or as lists of items.
 
-    One that takes items is given those of the turn, if it writes them in the order of the turn and images as
-    ``<image>``. Else it is given the content as one text item: what is said keeps its order.
+    If the template takes items, keeps their order and writes images as ``<image>``, it gets the items of the turn.
+    Otherwise it gets the content as one text item, which keeps the order.
 
     Raises:
-        UserError: the template does not write one turn after another, refuses these roles, or changes contents.
+        UserError: the template does not write turns one after another, refuses these roles, or changes contents.
     """
     roles = [turn.role for turn in turns]
-    known: list[TurnShape | None] = [None] * len(turns)  # None: as one text
+    known: list[TurnShape | None] = [None] * len(turns)  # None: content as one text
     try:
-        return _read_frame(tokenizer, template, roles, known, as_text=True)
+        return _read_frames(tokenizer, template, roles, known, as_text=True)
     except UserError as error:
-        # A processor's template wants items, and writes nothing of a text.
+        # Templates of processors take items and ignore strings.
         with suppress(UserError):
-            return _read_frame(tokenizer, template, roles, turns)
+            return _read_frames(tokenizer, template, roles, turns)
         try:
-            frames = _read_frame(tokenizer, template, roles, known)
+            frames = _read_frames(tokenizer, template, roles, known)
         except UserError:
             raise error from None
-    # One by one in short conversations; in long ones, turns of one shape together.
-    groups: Sequence[object] = range(len(turns)) if len(turns) <= EXACT else turns
+    # Turns are tried one by one in short conversations, and together by shape in long ones.
+    groups: Sequence[object] = range(len(turns)) if len(turns) <= MAX_EXACT_TURNS else turns
     for group in dict.fromkeys(groups):
         given = [turn if own == group else old for own, turn, old in zip(groups, turns, known, strict=True)]
         with suppress(UserError):
-            frames = _read_frame(tokenizer, template, roles, given)
+            frames = _read_frames(tokenizer, template, roles, given)
             known = given
     return frames
 
 
-def _read_frame(
+def _read_frames(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     roles: Sequence[str],
     shapes: Sequence[TurnShape | None],
     as_text: bool = False,
 ) -> list[Frame]:
-    # Where a turn ends is seen where it is the last one. After EXACT turns, a turn that is written like an earlier one
-    # of its kind ends like that one. The check against the whole conversation at the end covers both.
+    # The end of a turn is found by rendering the conversation up to it. After MAX_EXACT_TURNS turns, the text around an
+    # earlier turn of the same kind is reused if it matches. The final check on the whole conversation covers both.
     def write(contents: Sequence[Sequence[str]]) -> str:
         messages = [
             {"role": role, "content": content[0] if as_text else [_item(text) for text in content]}
             for role, content in zip(roles, contents, strict=False)
         ]
         try:
-            with _bounded():
+            with _limited():
                 return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except Exception as error:  # whatever the template's own expressions raise
+        except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {reason}") from None
 
@@ -108,16 +108,16 @@ def _read_frame(
         "the tokenizer's chat template changes what turns say, or says it twice; all it may do is strip the blanks on"
         " both sides"
     )
-    whole = write(contents) if len(contents) > EXACT else ""
+    whole = write(contents) if len(contents) > MAX_EXACT_TURNS else ""
     around: list[list[str]] = []
-    like: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}  # what was written around an earlier turn of this kind
+    seen: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}  # text around an earlier turn of this kind
     before = ""
     for i, content in enumerate(contents):
         kind = (roles[i - 1] if i else "", roles[i], kinds[i])
-        if EXACT <= i < len(contents) - 1 and kind in like:
-            turn = "".join(gap + item for gap, item in zip(like[kind], [*content, ""], strict=True))
+        if MAX_EXACT_TURNS <= i < len(contents) - 1 and kind in seen:
+            turn = "".join(gap + item for gap, item in zip(seen[kind], [*content, ""], strict=True))
             if whole.startswith(turn, len(before)):
-                around.append(like[kind])
+                around.append(seen[kind])
                 before += turn
                 continue
         rendered = write(contents[: i + 1])
@@ -129,7 +129,7 @@ def _read_frame(
         if found != content:
             raise changed
         around.append(gaps)
-        like[kind] = gaps
+        seen[kind] = gaps
         before = rendered
 
     padded = [[item if item == IMAGE_TOKEN else f" \n{item}\n " for item in content] for content in contents]
@@ -150,23 +150,23 @@ def _read_frame(
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """Bound what a template may take: transformers' sandbox bounds one range, but no nested loops and no texts.
+def _limited() -> Iterator[None]:
+    """Limit time and memory of a template; the sandbox of transformers does not limit nested loops or text sizes.
 
-    Limits are those of the process and timers need the main thread, which renders each template first.
+    Timers need the main thread, which renders each template first. Memory limits apply to the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(*unused: Any) -> NoReturn:
-        raise TimeoutError(f"it takes more than {SECONDS:g} s")
+    def stop(*unused: Any) -> NoReturn:
+        raise TimeoutError(f"it takes more than {MAX_SECONDS:g} s")
 
     limit = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
     if STATM.exists():
-        most = int(STATM.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        most = int(STATM.read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most if limit[0] < 0 else min(most, limit[0]), limit[1]))
     try:
         yield

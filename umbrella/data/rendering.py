@@ -1,8 +1,8 @@
-"""Text to tokens: a conversation through the tokenizer's chat template, with one span per part of a turn.
+"""Rendering of conversations to tokens with the chat template, with one span for each segment of a turn.
 
-Spans are found by construction: the frame that the template writes around the contents is known, so all parts are. They
-are tokenized together, as a pretrained model has seen them: a token may begin in one part and end in the next, as
-"▁male" does after "ASSISTANT: ", and belongs to the part that it ends in.
+The text that the template adds around contents is known, so spans follow by construction. Segments are tokenized
+together, as in the training of pretrained models: a token may start in one segment and end in the next, as "▁male"
+after "ASSISTANT: ", and belongs to the segment in which it ends.
 """
 
 from collections import Counter
@@ -15,8 +15,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from umbrella.base import UserError, describe_load_error
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem
-from umbrella.data.chat_template import Frame, TurnShape, make_frame
-from umbrella.data.segments import MARK, Kind, Part, PartTokenizer, keep_volumes_apart, stripped
+from umbrella.data.chat_template import Frame, TurnShape, turn_frames
+from umbrella.data.segments import MARK, Kind, Segment, SegmentTokenizer, separate_volumes, strip_segments
 from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN, load_tokenizer
 from umbrella.modality import Modality, class_tokens
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from umbrella.config import Settings
 
 PROBES = ("A", "0")
-"""Answers that a tokenizer may join with the blank before them, and may not."""
+"""Answers that a tokenizer may or may not join with the preceding blank."""
 ANSWER_STEP = 32
-"""Tokens by which the length of an answer in free text is told."""
+"""Free-text answer lengths are rounded up to a multiple of this for batching by length."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens ``start`` to ``stop`` (exclusive): one part of one turn."""
+    """Tokens ``start`` to ``stop`` (exclusive) of one segment of a turn."""
 
     start: int
     stop: int
@@ -39,12 +39,12 @@ class Span:
     role: str
     kind: Kind
     in_loss: bool = True
-    """Whether the training loss may supervise it; see ``Turn.in_loss``."""
+    """Whether the training loss may include it; see ``Turn.in_loss``."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A rendered conversation: token ids (L,), int64, spans that cover all of them in order, and whose it is."""
+    """A rendered conversation: token ids (L,), int64, and the spans that cover them in order."""
 
     conversation: Conversation
     input_ids: np.ndarray
@@ -52,7 +52,7 @@ class Example:
 
     @property
     def longest_answer(self) -> int:
-        """Tokens of the longest assistant turn, with its end of turn and without its header."""
+        """Number of tokens of the longest assistant turn, with its end and without its header."""
         lengths: Counter[int] = Counter()
         for span in self.spans:
             if span.role == "assistant" and span.kind != "header":
@@ -61,9 +61,9 @@ class Example:
 
     @property
     def bucket_length(self) -> int:
-        """By what conversations are batched with others: the tokens before the last turn, and a free text's roughly.
+        """Length for batching: the tokens before the last turn, plus the rounded length of a free-text answer.
 
-        The length of an answer with a label would tell "male" from "female", and batches would be of one label.
+        The answer of a labelled sample is not included, because batches would then contain a single label.
         """
         answer = next((s.start for s in self.spans if s.turn == self.spans[-1].turn), 0)
         if self.conversation.label is not None:
@@ -73,14 +73,14 @@ class Example:
 
 
 class Renderer:
-    """Turns conversations into examples. Threads may share one.
+    """Renders conversations to examples. Thread-safe.
 
     Args:
-        tokenizer: its own chat template is used; ChatML where it has none. It knows the ``<image>`` token.
-        modalities: name to grid and patch, for the number of placeholders per volume.
-        max_tokens: a conversation longer than this is an error.
-        class_tokens: placeholders per volume beside those of its patches; see ``umbrella.modality.class_tokens``.
-        positions: that the language model has; a conversation longer than this is an error.
+        tokenizer: tokenizer with the ``<image>`` token; ChatML is used if it has no chat template.
+        modalities: modalities by name, for the number of placeholders per volume.
+        max_tokens: maximum number of tokens of a conversation.
+        class_tokens: additional placeholders per volume; see ``umbrella.modality.class_tokens``.
+        positions: number of positions of the language model, the other limit on the number of tokens.
     """
 
     def __init__(
@@ -98,49 +98,51 @@ class Renderer:
         self.positions = positions
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.template = tokenizer.chat_template or CHATML
-        self._parts = PartTokenizer(tokenizer)
-        self._image = self._parts.by_template(IMAGE_TOKEN)
+        self._segment_tokenizer = SegmentTokenizer(tokenizer)
+        self._image = self._segment_tokenizer.template_text(IMAGE_TOKEN)
         self._frames: dict[tuple[TurnShape, ...], list[Frame] | UserError] = {}
 
     @property
     def stops(self) -> bool:
-        """Whether the template ends an answer with a special token, so that a model can learn to stop there.
+        """Whether the template ends an answer with a special token, so that a model can learn to stop.
 
         Raises:
-            UserError: the template does not write a question and its answer one after another.
+            UserError: see ``turn_frames``.
         """
         return MARK in self._frame((TurnShape("user", ("text",)), TurnShape("assistant", ("text",))))[-1].end
 
     def render(self, conversation: Conversation, answer: str | None = None) -> Example:
-        """Render a conversation, with another text as the last assistant turn when ``answer`` is given.
+        """Render a conversation, optionally with ``answer`` as the text of the last assistant turn.
 
-        Volumes stand where the template writes images, if it takes items and keeps their order, and are followed by a
-        line break otherwise. Two in a row are kept apart by a line break too where the template writes nothing.
+        If the template takes content as items and keeps their order, it places the images. Otherwise each image is
+        followed by a line break. Adjacent images are separated by a line break.
 
         Raises:
-            UserError: more tokens than ``max_tokens`` or ``positions``, unless ``answer`` is given; a template that
-                does not write turns one after another, or refuses these roles, or changes what is said; words that the
-                tokenizer makes a special token of; volumes that the tokenizer makes one of.
+            UserError: there are more tokens than ``max_tokens`` or ``positions`` (not checked if ``answer`` is given),
+                the template is not supported (see ``turn_frames``), the tokenizer makes a special token of plain text,
+                or it merges volumes.
         """
         turns = conversation.conversations
         contents = [turn.content for turn in turns]
         if answer is not None:
             contents[conversation.last_answer] = (TextItem(type="text", text=answer),)
         shapes = (TurnShape(t.role, tuple(x.type for x in items)) for t, items in zip(turns, contents, strict=True))
-        parts: list[Part] = []
+        segments: list[Segment] = []
         for i, frame in enumerate(self._frame(tuple(shapes))):
             content = self._content(i, contents[i], frame)
-            parts += [Part(i, "header", frame.header), *content, Part(i, "end", frame.end)]
-        parts = list(keep_volumes_apart(parts))
-        # An answer that is given is one to be scored: the flags of its turn concern the training loss only.
+            segments += [Segment(i, "header", frame.header), *content, Segment(i, "end", frame.end)]
+        segments = list(separate_volumes(segments))
+        # A given answer is scored; the flags of its turn concern only the training loss.
         in_loss = [answer is not None or turn.in_loss for turn in turns]
         ids: list[int] = []
         spans: list[Span] = []
-        for part, tokens in zip(parts, self._parts.encode([part.text for part in parts]), strict=True):
+        ids_of_segments = self._segment_tokenizer.encode([segment.text for segment in segments])
+        for segment, tokens in zip(segments, ids_of_segments, strict=True):
             if tokens:
                 start = len(ids)
-                ids += tokens * part.times
-                spans.append(Span(start, len(ids), part.turn, turns[part.turn].role, part.kind, in_loss[part.turn]))
+                ids += tokens * segment.times
+                i = segment.turn
+                spans.append(Span(start, len(ids), i, turns[i].role, segment.kind, in_loss[i]))
         if answer is None and len(ids) > self.max_tokens:
             raise UserError(
                 f"becomes {len(ids)} tokens, more than data.max_tokens={self.max_tokens}; raise that, shorten the"
@@ -152,55 +154,55 @@ class Renderer:
                 " (max_position_embeddings); shorten the text or take larger patches"
             )
         example = Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
-        self._check_volumes(example.input_ids, sum(part.kind == "image" for part in parts))
+        self._check_volumes(example.input_ids, sum(segment.kind == "image" for segment in segments))
         return example
 
     def prompt(self, conversation: Conversation) -> Example:
-        """What stands before the last assistant turn's text, whatever that says: an answer is generated after it.
+        """Render the conversation up to the text of the last assistant turn, as the prompt for generation.
 
-        The tokens are those of ``render``, up to the answer's first. Where a token begins in the header and ends in an
-        answer, as "▁male" does and "▁" before a number does not, it is left to the answer.
+        The tokens are those of ``render`` before the answer. A token that may start in the header and end in the
+        answer, such as "▁male", does not belong to the prompt.
 
         Raises:
-            UserError: as ``render``.
+            UserError: see ``render``.
         """
         turns, last = conversation.conversations, conversation.last_answer
         blank = turns[last].model_copy(update={"content": (TextItem(type="text", text=""),)})
-        asked = conversation.model_copy(update={"conversations": (*turns[:last], blank)})
-        rendered = [self.render(asked, probe) for probe in PROBES]
+        prompted = conversation.model_copy(update={"conversations": (*turns[:last], blank)})
+        rendered = [self.render(prompted, probe) for probe in PROBES]
         starts = [next(s.start for s in e.spans if (s.turn, s.kind) == (last, "text")) for e in rendered]
         stop, example = min(zip(starts, rendered, strict=True), key=lambda pair: pair[0])
-        return Example(asked, example.input_ids[:stop], tuple(s for s in example.spans if s.stop <= stop))
+        return Example(prompted, example.input_ids[:stop], tuple(s for s in example.spans if s.stop <= stop))
 
     def stop_ids(self) -> list[int]:
-        """The tokens that end an answer: the special ones that the template ends a turn with, and the end of a text.
+        """Return the tokens that end an answer: special tokens at the end of a turn in the template, and eos.
 
         Raises:
-            UserError: as ``stops``.
+            UserError: see ``stops``.
         """
-        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        example = self.render(Conversation(task_id="stop", task_type="stop", conversations=said))
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        example = self.render(Conversation(task_id="stop", task_type="stop", conversations=turns))
         spans = [span for span in example.spans if (span.turn, span.kind) == (1, "end")]
         end = {id for span in spans for id in example.input_ids[span.start : span.stop].tolist()}
         special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         own = {self.tokenizer.eos_token_id} - {None}
         return sorted(end & special | own)
 
-    def _content(self, turn: int, items: Sequence[TextItem | ImageItem], frame: Frame) -> list[Part]:
+    def _content(self, turn: int, items: Sequence[TextItem | ImageItem], frame: Frame) -> list[Segment]:
         as_one = frame.between is None
-        parts: list[Part] = []
+        segments: list[Segment] = []
         for i, item in enumerate(items):
             if i and frame.between:
-                parts.append(Part(turn, "text", frame.between[i - 1]))
+                segments.append(Segment(turn, "text", frame.between[i - 1]))
             if isinstance(item, ImageItem):
                 tokens = self.class_tokens + self.modalities[item.modality].num_tokens
-                parts.append(Part(turn, "image", self._image, tokens))
+                segments.append(Segment(turn, "image", self._image, tokens))
                 if as_one:
-                    parts.append(Part(turn, "text", "\n"))
+                    segments.append(Segment(turn, "text", "\n"))
             else:
                 text = item.text.strip() if frame.strips and not as_one else item.text
-                parts.append(Part(turn, "text", self._parts.by_person(text)))
-        return stripped(parts) if frame.strips and as_one else parts
+                segments.append(Segment(turn, "text", self._segment_tokenizer.plain_text(text)))
+        return strip_segments(segments) if frame.strips and as_one else segments
 
     def _check_volumes(self, ids: np.ndarray, volumes: int) -> None:
         starts = np.diff(ids == self.image_id, prepend=False) & (ids == self.image_id)
@@ -213,13 +215,13 @@ class Renderer:
 
     def _frame(self, turns: tuple[TurnShape, ...]) -> list[Frame]:
         if turns not in self._frames:
-            by_template = self._parts.by_template
+            escape = self._segment_tokenizer.template_text
             try:
                 self._frames[turns] = [
-                    Frame(by_template(header), by_template(end), strips, between and tuple(map(by_template, between)))
-                    for header, end, strips, between in make_frame(self.tokenizer, self.template, turns)
+                    Frame(escape(header), escape(end), strips, between and tuple(map(escape, between)))
+                    for header, end, strips, between in turn_frames(self.tokenizer, self.template, turns)
                 ]
-            except UserError as error:  # kept, since to find it out again may take seconds
+            except UserError as error:  # cached, because rendering may take seconds
                 self._frames[turns] = error
         frames = self._frames[turns]
         if isinstance(frames, UserError):
@@ -228,11 +230,11 @@ class Renderer:
 
 
 def load_renderer(settings: "Settings") -> Renderer:
-    """The renderer of these settings: tokenizer and chat template of the checkpoint, modalities, ``data.max_tokens``.
+    """Make the renderer for the settings of model, modalities and ``data.max_tokens``.
 
     Raises:
-        UserError: the checkpoint's tokenizer or configuration cannot be loaded; the tokenizer has more tokens than the
-            model's embedding; no such chat template.
+        UserError: the tokenizer, its chat template or the configuration of the checkpoint cannot be loaded, or the
+            tokenizer has more tokens than the embedding of the model.
     """
     model = settings.model
     tokenizer = load_tokenizer(model.checkpoint, model.chat_template)
@@ -253,7 +255,7 @@ def load_renderer(settings: "Settings") -> Renderer:
 
 
 def _config(checkpoint: str) -> dict[str, Any]:
-    # As a file and not as a class: the class of our own models lies in a room that this one does not know.
+    # Read as a file, because this package does not import the configuration classes of our own models.
     try:
         return PretrainedConfig.get_config_dict(checkpoint)[0]
     except OSError as error:
@@ -262,7 +264,7 @@ def _config(checkpoint: str) -> dict[str, Any]:
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's configuration, with the defaults of its kind; empty where the kind is not known."""
+    """Return the configuration of the language model with the defaults of its type; empty if the type is unknown."""
     from transformers import CONFIG_MAPPING
 
     own = config.get("text_config") or {}

@@ -1,4 +1,4 @@
-"""The parts of turns as texts, and a text of parts to tokens: tokenized as a whole, each token given to one part."""
+"""Segments of turns, and their joint tokenization: each token is assigned to one segment."""
 
 import copy
 import re
@@ -13,16 +13,16 @@ from umbrella.base import UserError
 from umbrella.data.tokenizer import IMAGE_TOKEN
 
 MARK = "\ue000"
-"""A character for private use. It stands in a text where something else is meant."""
-LETTERS = 0xF0000
-"""The first of 65,534 more such characters. They tell stand-ins apart."""
+"""Private-use character that starts the substitute of a special token."""
+FIRST_SUBSTITUTE = 0xF0000
+"""First of 65,534 private-use characters that distinguish substitutes."""
 
 
 Kind = Literal["header", "text", "image", "end"]
 
 
-class Part(NamedTuple):
-    """A part of a turn as text; its tokens are repeated ``times``."""
+class Segment(NamedTuple):
+    """A segment of a turn as text; its tokens are repeated ``times``."""
 
     turn: int
     kind: Kind
@@ -30,106 +30,109 @@ class Part(NamedTuple):
     times: int = 1
 
 
-def stripped(parts: list[Part]) -> list[Part]:
-    """The parts without the blanks that they begin and end with, taken together."""
-    for strip, order in ((str.lstrip, range(len(parts))), (str.rstrip, reversed(range(len(parts))))):
+def strip_segments(segments: list[Segment]) -> list[Segment]:
+    """Strip the blanks at the start and end of the concatenated segments, in place."""
+    for strip, order in ((str.lstrip, range(len(segments))), (str.rstrip, reversed(range(len(segments))))):
         for i in order:
-            parts[i] = parts[i]._replace(text=strip(parts[i].text))
-            if parts[i].text:
+            segments[i] = segments[i]._replace(text=strip(segments[i].text))
+            if segments[i].text:
                 break
-    return parts
+    return segments
 
 
-def keep_volumes_apart(parts: Iterable[Part]) -> Iterator[Part]:
-    """The parts with a line break between two volumes where nothing else is: the model tells them apart by runs."""
-    # LLaVA-Interleave's template writes the images of a turn side by side; a turn may also say "" between two.
+def separate_volumes(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Insert a line break between adjacent volumes, because the model separates volumes by runs of placeholders."""
+    # LLaVA-Interleave's template writes the images of a turn side by side; a text between two images may be empty.
     last = None
-    for part in parts:
-        if part.text:
-            if last == part.kind == "image":
-                yield Part(part.turn, "text", "\n")
-            last = part.kind
-        yield part
+    for segment in segments:
+        if segment.text:
+            if last == segment.kind == "image":
+                yield Segment(segment.turn, "text", "\n")
+            last = segment.kind
+        yield segment
 
 
-class PartTokenizer:
-    """Tokenizes parts of a text together, as they follow each other.
+class SegmentTokenizer:
+    """Tokenizes consecutive segments of a text together. Thread-safe.
 
-    Only the template can write special tokens: a person who writes "<image>" or "<|im_end|>" has written words. So
-    the copy of the tokenizer in here takes every special token for words, and knows a stand-in for each, a mark and a
-    letter, that the template's parts are written with. A mark in what a person writes has a stand-in as well.
-    Threads may share one.
+    Only the template can produce special tokens; "<image>" or "<|im_end|>" in the text of a turn is plain text.
+    Therefore a copy of the tokenizer treats special tokens as plain text, and has a substitute for each of them
+    (``MARK`` and a private-use character), which is used in the template's segments. ``MARK`` in the text of a turn
+    has a substitute too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         special = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
-        # Some checkpoints have it as a word.
+        # In some checkpoints it is not a special token.
         special.setdefault(IMAGE_TOKEN, AddedToken(IMAGE_TOKEN, special=True, normalized=False))
-        standins = {text: MARK + chr(LETTERS + i) for i, text in enumerate([*special, MARK])}
-        self._standins = standins
-        self._pattern = re.compile("|".join(re.escape(text) for text in sorted(standins, key=len, reverse=True)))
+        substitutes = {text: MARK + chr(FIRST_SUBSTITUTE + i) for i, text in enumerate([*special, MARK])}
+        self._substitutes = substitutes
+        self._pattern = re.compile("|".join(re.escape(text) for text in sorted(substitutes, key=len, reverse=True)))
 
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
         backend.no_truncation()
         backend.no_padding()
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # its own may leave blanks out of the offsets
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # the original may omit blanks
         backend.add_special_tokens([special[IMAGE_TOKEN]])
         backend.encode_special_tokens = True
         backend.add_tokens(
             [
-                AddedToken(standins[text], lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+                AddedToken(substitutes[text], lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
                 for text, token in special.items()
             ]
         )
-        backend.add_tokens([AddedToken(standins[MARK], normalized=False)])
+        backend.add_tokens([AddedToken(substitutes[MARK], normalized=False)])
         self._backend = backend
 
         ids = {text: tokenizer.convert_tokens_to_ids(text) for text in special}
-        self._meant = {backend.token_to_id(standins[text]): [id] for text, id in ids.items()}
-        standin, *mark = backend.encode(standins[MARK] + MARK, add_special_tokens=False).ids
-        self._meant[standin] = mark
+        self._special_ids = {backend.token_to_id(substitutes[text]): [id] for text, id in ids.items()}
+        substitute, *mark = backend.encode(substitutes[MARK] + MARK, add_special_tokens=False).ids
+        self._special_ids[substitute] = mark
         self._special = {id: text for text, id in ids.items() if id != tokenizer.unk_token_id}
         bos = tokenizer.bos_token
-        begins = bos is not None and tokenizer("").input_ids[:1] == [ids[bos]]
-        self._bos = (standins[bos], ids[bos]) if begins else None
+        adds_bos = bos is not None and tokenizer("").input_ids[:1] == [ids[bos]]
+        self._bos = (substitutes[bos], ids[bos]) if adds_bos else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._backend.encode_special_tokens = True  # the one thing that is not pickled with it
+        self._backend.encode_special_tokens = True  # not pickled
 
-    def by_template(self, text: str) -> str:
-        """The text as a part in which special tokens are meant."""
-        return self._pattern.sub(lambda found: self._standins[found[0]], text)
+    def template_text(self, text: str) -> str:
+        """Replace special tokens by their substitutes."""
+        return self._pattern.sub(lambda match: self._substitutes[match[0]], text)
 
-    def by_person(self, text: str) -> str:
-        """The text as a part that is words and nothing else."""
-        return text.replace(MARK, self._standins[MARK])
+    def plain_text(self, text: str) -> str:
+        """Escape ``MARK`` in a text whose special tokens are plain text."""
+        return text.replace(MARK, self._substitutes[MARK])
 
-    def encode(self, parts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each part. A token belongs to the part that holds its last character.
+    def encode(self, segments: Sequence[str]) -> list[list[int]]:
+        """Tokenize segments. A token belongs to the segment that contains its last character.
 
-        The first part begins with the bos token where the tokenizer begins every text with it and this text does not.
+        If the tokenizer adds a bos token to every text and this text has none, it is added to the first segment.
+
+        Returns:
+            The token ids of each segment.
 
         Raises:
-            UserError: words that the tokenizer makes a special token of.
+            UserError: the tokenizer makes a special token of plain text.
         """
-        text = "".join(parts)
+        text = "".join(segments)
         encoding = self._backend.encode(text, add_special_tokens=False)
-        confused = sorted(self._special[id] for id in self._special.keys() & set(encoding.ids))
-        if confused:
+        unexpected = sorted(self._special[id] for id in self._special.keys() & set(encoding.ids))
+        if unexpected:
             raise UserError(
-                f"says {confused[0]} in words, and the tokenizer makes a special token of them; change them"
+                f"says {unexpected[0]} in words, and the tokenizer makes a special token of them; change them"
             )
-        ids: list[list[int]] = [[] for _ in parts]
+        ids: list[list[int]] = [[] for _ in segments]
         if self._bos and not text.startswith(self._bos[0]):
             ids[0].append(self._bos[1])
-        borders = list(accumulate(map(len, parts)))
-        part = 0
+        ends = list(accumulate(map(len, segments)))
+        segment = 0
         for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            meant = self._meant.get(id)
-            if meant:
-                stop = text.index(MARK, start) + 1  # a special token may take in the blanks beside it
-            while borders[part] < stop:
-                part += 1
-            ids[part] += meant or [id]
+            special = self._special_ids.get(id)
+            if special:
+                stop = text.index(MARK, start) + 1  # a special token may include adjacent blanks
+            while ends[segment] < stop:
+                segment += 1
+            ids[segment] += special or [id]
         return ids

@@ -1,4 +1,4 @@
-"""The tokenizer: bytes, made in code, for the tiny model; a checkpoint's own otherwise. And its chat template."""
+"""Loading of tokenizers and chat templates; a byte tokenizer for the tiny model."""
 
 import json
 import logging
@@ -15,26 +15,28 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The chat template for a tokenizer that has none."""
+"""Chat template of tokenizers that have none."""
 VICUNA = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }} "
     "{% elif message.role == 'user' %}USER: {{ message.content }} "
     "{% else %}ASSISTANT: {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""What LLaVA 1.5 was trained with. The template in its checkpoint writes the same without the end of a turn."""
+"""Chat template of the training of LLaVA 1.5. The one in its checkpoint omits the end of turns."""
 TEMPLATES = {"chatml": CHATML, "vicuna": VICUNA}
 
 
 def load_tokenizer(checkpoint: str, template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of a LLaVA checkpoint (folder or Hugging Face name), or the byte tokenizer for an empty name.
+    """Load the tokenizer of a LLaVA checkpoint, or the byte tokenizer.
 
     Args:
-        template: the chat template: a name of ``TEMPLATES`` or a Jinja file. Empty: the tokenizer's own, else that of
-            the checkpoint's processor, else ChatML. The tokenizer carries it, so saving the one saves the other.
+        checkpoint: folder or Hugging Face name; empty for the byte tokenizer.
+        template: chat template: a key of ``TEMPLATES`` or a Jinja file. Empty: the template of the tokenizer, else of
+            the processor of the checkpoint, else ChatML. It is saved with the tokenizer.
 
     Raises:
-        UserError: no tokenizer there, one without the ``<image>`` token or not of the tokenizers library; no template.
+        UserError: the tokenizer cannot be loaded, has no ``<image>`` token or is not a fast tokenizer, or the template
+            cannot be read.
     """
     tokenizer = _checkpoint_tokenizer(checkpoint) if checkpoint else byte_tokenizer()
     if template:
@@ -53,7 +55,7 @@ def load_tokenizer(checkpoint: str, template: str = "") -> PreTrainedTokenizerBa
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8, and ChatML's special tokens. 260 tokens; any text survives a round trip."""
+    """Return a tokenizer of 260 tokens: the bytes of UTF-8 and the special tokens of ChatML."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -69,10 +71,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # brings all models with it: seconds that scripts without one do not need
+    from transformers import AutoTokenizer  # slow import
 
     where = f"model.checkpoint={checkpoint}"
-    # It reads the configuration too, and warns of the kind of our own models, which lies in a room unknown to this one.
+    # It reads the configuration too, and warns about the model type of our own models.
     log = logging.getLogger("transformers.configuration_utils")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -95,17 +97,17 @@ def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
 def _template_file(template: str) -> str:
     try:
         return Path(template).read_text("utf-8")
-    except (OSError, ValueError):  # no such file, a folder, a name too long to be one; not UTF-8
+    except (OSError, ValueError):  # missing, a folder, a name that is too long, or not UTF-8
         raise UserError(
             f"model.chat_template={template[:100]}: is not {' or '.join(TEMPLATES)}, and no Jinja file that can be read"
         ) from None
 
 
 def _processor_template(checkpoint: str) -> str | None:
-    # Tokenizers read chat_template.jinja themselves. This is the file in which older processors keep theirs.
+    # Tokenizers read chat_template.jinja themselves; older processors use this file.
     try:
         file = cached_file(checkpoint, "chat_template.json")
-    except OSError:  # it has none
+    except OSError:  # no such file
         return None
     try:
         template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
