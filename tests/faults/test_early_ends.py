@@ -4,9 +4,7 @@ The winner of what there is then becomes a model in MLflow.
 """
 
 import csv
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +15,9 @@ from mlflow.entities import Run
 
 from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
 from umbrella.tracking.store import tracking_uri
-from umbrella.training.checkpoint_files import find_damage, latest_checkpoint
+from umbrella.training.checkpoint_files import find_damage
 from umbrella.tuning import monitor
+from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.report import SweepResult
 from umbrella.tuning.sweep import run_sweep
 
@@ -27,19 +26,6 @@ GOOD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 2e-2, 6e-3
 LONG = 12
 """Epochs of the trial that is to be stopped: 39 steps, each evaluated. The others have 4."""
 HOUR = 3600.0
-
-
-def when_evaluated(storage: Path, rate: float, do: Callable[[], None]) -> None:
-    """Do it in a thread, once the trial with this rate has the checkpoint of an evaluation."""
-
-    def wait() -> None:
-        while True:
-            for point in storage.glob("sweeps/*/trials/*/point.json"):
-                if f'"optim.lr": {rate}' in point.read_text(encoding="utf-8") and latest_checkpoint(point.parent):
-                    return do()
-            time.sleep(0.02)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +58,16 @@ def swept(small_settings: Any, ray_session: Any, tmp_path_factory: pytest.TempPa
     )
     jump = {"seconds": 0.0}
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + jump["seconds"])
-    when_evaluated(storage, BEST, lambda: jump.update(seconds=HOUR))
+    show_result = Monitor.result
+
+    def result(self: Monitor, trial: Any, metrics: dict[str, Any]) -> None:
+        show_result(self, trial, metrics)
+        if trial.config["optim.lr"] == BEST:
+            jump.update(seconds=HOUR)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitor, "time", clock)
+        patch.setattr(Monitor, "result", result)
         answer = run_sweep(settings, frozenset(), lambda things, what: things)
     client = MlflowClient(tracking_uri(storage))
     runs = client.search_runs([client.get_experiment_by_name("ends").experiment_id])
