@@ -23,10 +23,11 @@ import numpy as np
 
 from umbrella.base import UserError
 from umbrella.file_storage import FileStorage
+from umbrella.fileio import write_atomic
 from umbrella.modality import Modality
 from umbrella.volumes.preprocessing import recipe, resample_to_grid, scale_intensity
 from umbrella.volumes.reading import RawVolume, content_hash, header_notes, read_volume
-from umbrella.volumes.store_files import VALIDATORS, file_stamp, map_array, read_header, read_json, write_atomic
+from umbrella.volumes.store_files import VALIDATORS, file_stamp, map_array, read_header, read_json
 from umbrella.volumes.windows import has_window, num_windows, pick_window
 
 

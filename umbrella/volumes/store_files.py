@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import numpy as np
 
@@ -23,25 +22,6 @@ HEADER = re.compile(
 )
 """The NPY 1.0 header of a float16 array in C order. Two bytes after the version are the length of the dictionary."""
 MAX_HEADER_BYTES = 256
-
-
-def write_atomic(path: Path, content: bytes | np.ndarray) -> None:
-    """Write a file under a temporary name and rename it, so that other processes never see a partial file.
-
-    There is no ``fsync``: it would take three times as long as preparing a small volume. A crash of the machine can
-    therefore truncate a file; every reader of the store checks for this.
-    """
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        # tempfile would make the file unreadable for other users; here the umask applies.
-        with partial.open("xb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
