@@ -68,7 +68,7 @@ def test_prepare_fills_the_store_and_writes_the_report(run: Run, tmp_path: Path)
     assert f"report:         {tmp_path}/runs/report/index.html" in done.stdout
     assert len(list((tmp_path / "runs/volumes").glob("*/*.npy"))) == 6
     assert len(list((tmp_path / "runs/report/thumbnails").iterdir())) == 6
-    assert "None: every conversation" in (tmp_path / "runs/report/index.html").read_text()
+    assert "None: all conversations and volumes can be used." in (tmp_path / "runs/report/index.html").read_text()
     assert not list((tmp_path / "runs").glob("quarantine*"))
 
 

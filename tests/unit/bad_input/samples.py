@@ -147,7 +147,7 @@ SAMPLES = [
     case(
         "llava without a modality",
         llava("<image>", "b.nii"),
-        f"{B}modality: cannot be told from the file name 'b.nii'; add `modality` to the sample",
+        f"{B}modality: cannot be inferred from the file name 'b.nii'; add `modality` to the sample",
     ),
     case(
         "a web address in llava",
