@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Begins a sweep or a training under a name, or goes on with the one that has it: what a scheduler can start again and again.
+# Starts a sweep or training with a name, or resumes it if it exists, so that a scheduler can run this command repeatedly.
 #     STORAGE=/shared/runs ray_configs/begin_or_resume.sh NAME experiments/tune.py ray_configs/tune.yaml data.train=...
 # STORAGE is resources.storage, an absolute path that every node sees. Other paths start at the repository's folder. UPLOAD, if it is
 # set, is resources.upload, an address from which a sweep or training is downloaded that STORAGE does not have.
@@ -14,9 +14,9 @@ begun() { # whether there is a sweep of this name, here or in the object store
     [[ -n ${UPLOAD:-} ]] && python - "$UPLOAD" "sweeps/$name" << 'END'
 import sys
 
-from umbrella.shared_store import SharedStore
+from umbrella.file_storage import FileStorage
 
-sys.exit("settings.yaml" not in SharedStore(sys.argv[1], "resources.upload").names(sys.argv[2]))
+sys.exit("settings.yaml" not in FileStorage(sys.argv[1], "resources.upload").names(sys.argv[2]))
 END
 }
 if [[ $script == *tune.py ]] && begun; then

@@ -180,3 +180,20 @@ def test_shellcheck_finds_no_fault(script: str) -> None:
         pytest.skip("needs shellcheck, which the dev extras bring")
     done = subprocess.run([found, str(CONFIGS / script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("name", "flag"), [("uploaded", "--resume uploaded"), ("new", "name=new")])
+def test_a_sweep_that_only_the_object_store_has_is_resumed(tmp_path: Path, name: str, flag: str) -> None:
+    uploaded = tmp_path / "bucket" / "sweeps" / "uploaded"
+    uploaded.mkdir(parents=True)
+    (uploaded / "settings.yaml").touch()
+    script = tmp_path / "tune.py"
+    script.write_text("import sys; print(*sys.argv[1:])", encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    places = {"STORAGE": str(tmp_path / "runs"), "UPLOAD": (tmp_path / "bucket").as_uri()}
+    command = [str(CONFIGS / "begin_or_resume.sh"), name, str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path, **places}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert flag in done.stdout
