@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, NoReturn
@@ -51,26 +51,22 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
         return ""
     address = resources.ray_address
     named = mask_secrets(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
+    options: AbstractContextManager[dict[str, Any]]
     if address == "local":
         check_local_folders()
         create_token()
+        options = _local_options()
     else:
         check_reachable(address, named)
+        options = nullcontext({"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}})
     try:
-        with _keep_sigterm_handler(), start_lock() if address == "local" else nullcontext():
-            if address == "local":
-                # Ray inherits the environment of this process; a runtime environment would make every start slower.
-                port = free_port()
-                os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
-                options: dict[str, Any] = {"include_dashboard": True, "dashboard_port": port}
-            else:
-                options = {"runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}}
+        with _keep_sigterm_handler(), options as arguments:
             context = ray.init(
                 address=address,
                 log_to_driver=log_to_driver,
                 logging_level="ERROR",
                 job_config=JobConfig(metadata={"job_name": name} if name else {}),
-                **options,
+                **arguments,
             )
     except (ConnectionError, AuthenticationError) as error:
         raise UserError(f"{named}: {_describe_connection_error(error, address)}") from None
@@ -89,6 +85,16 @@ def start_lock() -> Iterator[None]:
         with suppress(LocksUnavailable):
             lock(file, wait=True)
         yield
+
+
+@contextmanager
+def _local_options() -> Iterator[dict[str, Any]]:
+    """Arguments of ``ray.init`` for a local Ray. The port of its dashboard stays reserved inside the block."""
+    with start_lock():
+        port = free_port()
+        # Ray inherits the environment of this process; a runtime environment would make every start slower.
+        os.environ[DASHBOARD] = f"http://127.0.0.1:{port}"
+        yield {"include_dashboard": True, "dashboard_port": port}
 
 
 def free_port() -> int:
