@@ -8,13 +8,11 @@ import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 from uuid import uuid4
-
-import numpy as np
 
 from umbrella.base import UserError, printable
 
@@ -82,21 +80,21 @@ def describe_storage_error(error: BaseException | None) -> str:
     return ""
 
 
-def write_atomic(file: str | Path, content: str | bytes | np.ndarray) -> None:
+def write_atomic(file: str | Path, content: str | bytes | Callable[[BinaryIO], Any]) -> None:
     """Write a file under a temporary name and rename it, so that other processes never see a partial file.
 
     There is no ``fsync``: it would take three times as long as preparing a small volume. A crash of the machine can
     therefore truncate a file.
 
     Args:
-        content: text, bytes, or an array that is written in the NPY format.
+        content: text, bytes, or a function that writes the content to the open file.
     """
     partial = Path(file).with_name(f".{Path(file).name}.{uuid4().hex}.partial")
     try:
         # tempfile would make the file unreadable for other users; here the umask applies.
         with partial.open("xb") as out:
-            if isinstance(content, np.ndarray):
-                np.save(out, content)
+            if callable(content):
+                content(out)
             else:
                 out.write(content.encode() if isinstance(content, str) else content)
         partial.replace(file)

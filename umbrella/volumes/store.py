@@ -12,12 +12,12 @@ Several processes and nodes can use one folder: files appear complete, by renami
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -189,7 +189,7 @@ class VolumeStore:
             folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:12]
             if read_json(folder / "recipe.json") != json.loads(text):
                 folder.mkdir(exist_ok=True)
-                self._write(folder / "recipe.json", text.encode())
+                self._write(folder / "recipe.json", text)
             self._recipe_folders[modality] = folder
         return self._recipe_folders[modality]
 
@@ -211,7 +211,7 @@ class VolumeStore:
             if notes:
                 content += "-" + hashlib.sha256("\n".join(notes).encode()).hexdigest()[:8]
             record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content, "notes": notes}
-            self._write(self._record_path(source), json.dumps(record).encode())
+            self._write(self._record_path(source), json.dumps(record))
         self._identities[source] = (stamp, record["content"], tuple(record["notes"]))
         return self._identities[source][1:]
 
@@ -247,10 +247,10 @@ class VolumeStore:
             deviation=sqrt(sum(float(np.square(plane - mean).sum(dtype=np.float64)) for plane in values) / values.size),
             foreground=float(foreground.mean()),
         )
-        self._write(path.with_suffix(".json"), json.dumps(asdict(info)).encode())
-        self._write(path, array)
+        self._write(path.with_suffix(".json"), json.dumps(asdict(info)))
+        self._write(path, lambda file: np.save(file, array))
 
-    def _write(self, path: Path, content: bytes | np.ndarray) -> None:
+    def _write(self, path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
         write_atomic(path, content)
         if self.shared:
             self.shared.put(self._name(path), path)
