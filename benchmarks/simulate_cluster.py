@@ -26,6 +26,7 @@ import ray
 from ray._private.internal_api import node_stats
 from warm import conversation
 
+from umbrella.cluster import start_ray
 from umbrella.data import pipeline
 from umbrella.data.batching import Collator
 from umbrella.data.pipeline import Plan, Rows, batches, from_table
@@ -33,7 +34,6 @@ from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
-from umbrella.training.cluster import start_ray
 from umbrella.training.settings import ResourceSettings
 from umbrella.volumes.store import VolumeStore
 

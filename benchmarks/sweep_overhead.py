@@ -37,10 +37,10 @@ def main(words: list[str]) -> None:
     import ray
     from mlflow import MlflowClient
 
+    from umbrella.cluster import start_ray
     from umbrella.config import load_settings
     from umbrella.data.ingest import load_splits
     from umbrella.tracking.store import open_experiment, tracking_uri
-    from umbrella.training.cluster import start_ray
     from umbrella.training.launch import run_job
     from umbrella.training.run import make_job
     from umbrella.tuning.results import read_trials

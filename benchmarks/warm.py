@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from umbrella.cluster import start_ray
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, collate
 from umbrella.data.pipeline import Plan, batches, from_table, to_table
@@ -28,7 +29,6 @@ from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
-from umbrella.training.cluster import start_ray
 from umbrella.training.settings import ResourceSettings
 from umbrella.volumes.store import VolumeStore
 

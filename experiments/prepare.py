@@ -13,11 +13,11 @@ def main(args: Arguments) -> None:
     """Check the data, write the report, and print a summary."""
     from rich.filesize import decimal
 
+    from umbrella.cluster import join_cluster
     from umbrella.cohort_report.report import write_report
     from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes, open_store
     from umbrella.data.splits import SPLITS, read_splits
     from umbrella.paths import cohort_report_folder
-    from umbrella.training.cluster import join_cluster
     from umbrella.training.run import check_data, check_model
     from umbrella.volumes.store_files import stored_recipes
 
@@ -28,7 +28,7 @@ def main(args: Arguments) -> None:
 
     check_model(settings)
     if not args.dry_run:
-        join_cluster(settings.resources, log_to_driver=False, name="prepare")
+        join_cluster(settings.resources, "prepare")
     raw = read_splits(settings, progress_bar, SPLITS, dry_run=args.dry_run)
     if not args.dry_run:
         check_volumes(raw, settings, progress_bar)

@@ -22,8 +22,8 @@ def main(args: Arguments) -> None:
     if name := args.options["resume"]:
         folder = find_sweep(settings, name)
         if not folder.exists() and settings.resources.upload:
+            from umbrella.fileio import run_lock
             from umbrella.training.checkpoint_sync import download
-            from umbrella.training.run_lock import run_lock
 
             if args.dry_run:
                 print(f"would download {folder} from resources.upload and resume it")

@@ -20,9 +20,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from umbrella.cluster import prepare_environment
 from umbrella.conversations.schema import Conversation
 from umbrella.modality import Modality
-from umbrella.ray_environment import prepare_environment
 
 prepare_environment("local")  # as scripts do, before Ray is imported
 
@@ -415,7 +415,7 @@ def ray_session() -> Any:
     """The one Ray of the whole test session, started as the scripts start theirs."""
     import ray
 
-    from umbrella.training.cluster import start_ray
+    from umbrella.cluster import start_ray
     from umbrella.training.settings import ResourceSettings
 
     os.environ["RAY_metrics_report_interval_ms"] = "200"  # noqa: SIM112  # 10 s: more than a training here takes

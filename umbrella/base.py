@@ -1,10 +1,13 @@
-"""Base class of settings, exceptions that end a script with one line, and helpers for messages."""
+"""Base class of settings, exceptions and signals that end a script, and helpers for messages."""
 
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -44,6 +47,40 @@ class UserError(Exception):
     The message states the problem, its place and the remedy. Scripts print it without a traceback and exit with
     status 2. Several problems are several lines of one message.
     """
+
+
+@contextmanager
+def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` at the first SIGTERM in this context. A second one has the effect that it has outside.
+
+    Outside of the main thread, which alone receives signals, it does nothing.
+
+    Raises:
+        Stopped: as ``action``.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    outcome: list[Stopped] = []
+
+    def handle(*unused: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        try:
+            action()
+        except Stopped as stopped:
+            outcome.append(stopped)
+            raise KeyboardInterrupt from None  # Ray loses any other exception while it waits
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if outcome:
+            raise outcome[0] from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def printable(text: str) -> str:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from umbrella.base import Stopped, UserError, printable
+from umbrella.base import Stopped, UserError, on_sigterm, printable
+from umbrella.cluster import prepare_environment
 from umbrella.config import Settings, describe_settings, has_search_space, load_settings, parse_value
 from umbrella.fileio import describe_storage_error
 from umbrella.paths import all_checkpoints
-from umbrella.ray_environment import prepare_environment
-from umbrella.signals import on_sigterm
 
 if TYPE_CHECKING:
     from rich.console import Console

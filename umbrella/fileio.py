@@ -6,15 +6,18 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from uuid import uuid4
 
 from umbrella.base import UserError, printable
+from umbrella.paths import lock_file, storage_of
 
 STORAGE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
@@ -57,6 +60,30 @@ def lock(file: IO[Any], wait: bool = False) -> bool:
             " know of each other; have it mounted with locks (Lustre: -o flock), or take another folder"
         ) from None
     return True
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a training or sweep, so that only one script at a time runs it.
+
+    It is a lock on a file beside the folder, which need not exist: it may be downloaded. The file stays: a script that
+    deleted it could lock the deleted file while another locks a new one.
+
+    Raises:
+        UserError: another process holds the lock; the storage cannot be written to, or does not support locks.
+    """
+    storage, path = storage_of(folder), lock_file(folder)
+    check_writable(storage, f"resources.storage={storage}")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        if not lock(file):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            remedy = f"stop it first, or delete {path} if its machine is lost"
+            raise UserError(f"{folder.name} is in use by {owner}; {remedy}")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
 
 
 def describe_storage_error(error: BaseException | None) -> str:

@@ -16,13 +16,13 @@ from mlflow import MlflowClient
 
 from tests.conftest import SMALL
 from tests.ray.conftest import quiet
+from umbrella.cluster import start_ray
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import Splits, load_splits
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.tracking.store import open_experiment, tracking_uri
-from umbrella.training.cluster import start_ray
 from umbrella.training.launch import run_job
 from umbrella.training.run import make_job
 from umbrella.training.training_state import read_history

@@ -214,6 +214,11 @@ def test_a_refused_value_names_the_key_the_value_and_what_is_allowed() -> None:
     assert epochs.startswith("train.epochs='many': Input should be a valid integer")
 
 
+def test_more_required_workers_than_workers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"resources: min_workers=3 is more than workers=2"):
+        load_settings(overrides={"resources.workers": 2, "resources.min_workers": 3})
+
+
 def test_a_bad_patch_is_named_by_its_modality() -> None:
     with pytest.raises(
         UserError, match=r"^modalities\.sMRI: patch \(7, 8, 8\) does not divide grid \(48, 48, 48\) along every axis$"

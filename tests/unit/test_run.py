@@ -19,37 +19,9 @@ from umbrella.data.ingest import Splits
 from umbrella.evaluation_run.cohort_predictions import read_cohort
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
-from umbrella.training.resource_check import max_concurrent_trainings
 from umbrella.training.run import check_data, check_unchanged
-from umbrella.training.settings import ResourceSettings
 from umbrella.training.stop_signal import workers_file
 from umbrella.tuning.sweep import possible_masks
-
-
-@pytest.mark.parametrize(
-    ("asked", "cluster", "at_once"),
-    [
-        ({}, {"CPU": 2}, 2),
-        ({"cpus_per_worker": 0.75}, {"CPU": 2}, 1),
-        ({"workers": 2}, {"CPU": 2}, 1),
-        ({}, {"CPU": 16}, 16),
-        ({"gpus_per_worker": 0.5}, {"CPU": 16, "GPU": 1}, 2),
-        ({"workers": 2, "gpus_per_worker": 1, "cpus_per_worker": 4}, {"CPU": 64, "GPU": 4}, 2),
-        ({"workers": 4, "min_workers": 1, "gpus_per_worker": 1}, {"CPU": 64, "GPU": 8}, 2),
-        ({"workers": 4, "min_workers": 1, "gpus_per_worker": 1}, {"CPU": 64, "GPU": 2}, 1),
-    ],
-)
-def test_as_many_trainings_at_once_as_leave_a_cpu_for_rays_helpers(asked: dict, cluster: dict, at_once: int) -> None:
-    assert max_concurrent_trainings(ResourceSettings(**asked), cluster) == at_once
-
-
-def test_a_training_that_cannot_start_says_what_is_short_instead_of_waiting_for_ever() -> None:
-    with pytest.raises(
-        UserError, match=r"need 3 CPUs, and Ray has 2; lower resources\.cpus_per_worker or resources\.workers"
-    ):
-        max_concurrent_trainings(ResourceSettings(workers=2, cpus_per_worker=1), {"CPU": 2})
-    with pytest.raises(UserError, match=r"1 workers of 1 GPUs need 1 GPUs, and Ray has 0"):
-        max_concurrent_trainings(ResourceSettings(gpus_per_worker=1), {"CPU": 8})
 
 
 def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
@@ -58,13 +30,6 @@ def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
     looked = f"import {', '.join(light)}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", looked], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_no_fewer_workers_than_the_fewest_start() -> None:
-    with pytest.raises(UserError, match=r"2 workers of 1 GPUs need 2 GPUs, and Ray has 1"):
-        max_concurrent_trainings(ResourceSettings(workers=4, min_workers=2, gpus_per_worker=1), {"CPU": 8, "GPU": 1})
-    with pytest.raises(UserError, match=r"resources: min_workers=3 is more than workers=2"):
-        load_settings(overrides={"resources.workers": 2, "resources.min_workers": 3})
 
 
 @pytest.mark.parametrize(

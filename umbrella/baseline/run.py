@@ -18,6 +18,7 @@ from umbrella.baseline.targets import (
     make_samples,
     pair_with_volumes,
 )
+from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.ingest import Splits, fingerprint, load_splits
 from umbrella.data.splits import target_classes
@@ -26,16 +27,13 @@ from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluat
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation.subgroups import tabulate
 from umbrella.evaluation_run.evaluate import log_to_mlflow
-from umbrella.fileio import check_writable
+from umbrella.fileio import check_writable, run_lock
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.checkpoint_sync import synced
-from umbrella.training.cluster import start_ray
-from umbrella.training.resource_check import max_concurrent_trainings
 from umbrella.training.run import check_target_names, run_tracked_job
-from umbrella.training.run_lock import run_lock
 
 NOTE = "this network sees one volume of each conversation and no words; its numbers are computed, not generated"
 
@@ -70,7 +68,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     splits, encodings = load_and_check(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
+    max_concurrent_trainings(settings.resources)
     jobs = []
     for target, encoding in encodings.items():
         run_name = "-".join([name, re.sub(r"[^\w.-]", "_", target)])

@@ -14,12 +14,12 @@ import joblib
 import numpy as np
 
 from umbrella.base import ProgressBar, UserError, note, pluralise
+from umbrella.cluster import alive_nodes, check_nodes, has_several_nodes
 from umbrella.conversations.schema import Conversation
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import SPLITS, RawSplits, read_splits
 from umbrella.file_storage import FileStorage, is_remote, local_path
 from umbrella.fileio import write_atomic
-from umbrella.nodes import alive_nodes, check_nodes, has_several_nodes
 from umbrella.paths import quarantine_file, volumes_folder
 from umbrella.volumes.image_formats import image_size
 from umbrella.volumes.store import VolumeStore

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from umbrella.base import ProgressBar, Stopped, UserError, note
+from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm
+from umbrella.cluster import join_cluster
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import Splits, apply_bad_sample_policy, check_splits, fingerprint
@@ -20,8 +21,6 @@ from umbrella.evaluation.scoring import check_labels, find_numbers
 from umbrella.evaluation_run.prediction_workers import predict_on_workers
 from umbrella.fileio import LocksUnavailable, check_writable, lock, write_atomic
 from umbrella.paths import predictions_file
-from umbrella.signals import on_sigterm
-from umbrella.training.cluster import join_cluster
 
 EVALUATE_SETTINGS = ("generate", "max_new_tokens", "candidates")
 """Settings of ``evaluate`` that predictions depend on."""
@@ -190,7 +189,7 @@ def predict_cohort(cohort: Cohort, progress: ProgressBar) -> Splits:
         raise Stopped(f"SIGTERM: what was answered is in {path}; the same command goes on")
 
     with on_sigterm(stop):
-        join_cluster(settings.resources, log_to_driver=False, name=settings.name)
+        join_cluster(settings.resources, settings.name)
         splits = check_splits(cohort.raw, settings, progress)
         numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
         with cohort.file.open() as file:

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from umbrella.base import ProgressBar, Stopped, UserError, note, pluralise
+from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm, pluralise
+from umbrella.cluster import join_cluster
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import check_splits, fingerprint, open_store
@@ -39,13 +40,11 @@ from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
 from umbrella.inference.model import load_checkpoint_settings
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS, evaluation_folder
-from umbrella.signals import on_sigterm
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.runs import find_run
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
-from umbrella.training.cluster import join_cluster
 from umbrella.training.run import check_model
 from umbrella.training.training_state import read_training_state
 
@@ -143,7 +142,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         folder = Path(settings.output).absolute()
     check_writable(folder, f"output={folder}")
     with on_sigterm(_stop):
-        join_cluster(settings.resources, log_to_driver=False, name=settings.name)
+        join_cluster(settings.resources, settings.name)
         data = read_evaluation_data(settings, progress)
         if data is None:
             return None

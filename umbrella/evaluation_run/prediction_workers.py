@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from umbrella.base import ProgressBar, UserError
+from umbrella.cluster import check_resources, start_ray
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, TextItem
 from umbrella.data.ingest import open_store
@@ -18,9 +19,7 @@ from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import Candidates
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
-from umbrella.training.cluster import start_ray
 from umbrella.training.launch import describe_failure
-from umbrella.training.resource_check import check_resources
 
 WINDOW = 8
 """Batches whose conversations are sorted by length among themselves, and whose predictions are returned together."""
@@ -53,7 +52,7 @@ def predict_on_workers(
         return
     start_ray(settings.resources, log_to_driver=False, name=settings.name)
     resources, workers = settings.resources, settings.evaluate.workers
-    check_resources(resources, workers, "evaluate.workers", ray.cluster_resources(), ray.nodes())
+    check_resources(resources, workers, "evaluate.workers")
     batches = make_batches(conversations, settings.modalities, settings.evaluate.batch_size)
     actor = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)(PredictionWorker)
 

@@ -8,7 +8,8 @@ from typing import NoReturn
 
 import ray
 
-from umbrella.base import ProgressBar, Stopped, UserError
+from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
+from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.ingest import Splits, load_splits
 from umbrella.data.mask_audit import audit
@@ -18,19 +19,16 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
+from umbrella.fileio import run_lock
 from umbrella.paths import BEGUN, storage_of, training_folder
-from umbrella.signals import on_sigterm
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.runs import close_run
 from umbrella.tracking.store import is_valid_target, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpoints
 from umbrella.training.checkpoint_sync import synced
-from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_without_checkpoint
-from umbrella.training.resource_check import max_concurrent_trainings
-from umbrella.training.run_lock import run_lock
 from umbrella.training.run_summary import audit_sample
 from umbrella.training.stop_signal import request_stop, workers_file
 from umbrella.version import check_version, write_version
@@ -166,7 +164,7 @@ def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
     splits = load_and_check(settings, progress)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
+    max_concurrent_trainings(settings.resources)
     tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
     job = make_job(settings, splits, tracking, str(folder))
     run_tracked_job(job)

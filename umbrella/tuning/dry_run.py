@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 
 from umbrella.base import ProgressBar, pluralise
+from umbrella.cluster import SPARE_CPUS, max_concurrent_trainings
 from umbrella.config import Settings
-from umbrella.training.resource_check import SPARE_CPUS, max_concurrent_trainings
 from umbrella.training.run import load_and_check
 from umbrella.tuning.parameter import Parameter
 from umbrella.tuning.search import count_trials, list_points
@@ -49,7 +49,7 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
     console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for other processes of Ray")
     if resources.ray_address == "local":
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
-        concurrent = max_concurrent_trainings(resources, machine)
+        concurrent = max_concurrent_trainings(resources, [machine])
         console.print(
             f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} concurrent trials"
         )

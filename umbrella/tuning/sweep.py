@@ -6,28 +6,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from umbrella.base import ProgressBar, Stopped, UserError
+from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
+from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.ingest import Splits
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance_level
-from umbrella.fileio import check_writable
+from umbrella.fileio import check_writable, run_lock
 from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
-from umbrella.signals import on_sigterm
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
-from umbrella.training.cluster import start_ray
 from umbrella.training.job import Job
-from umbrella.training.resource_check import max_concurrent_trainings
 from umbrella.training.run import load_and_check, make_job
-from umbrella.training.run_lock import run_lock
 from umbrella.tuning.monitor import Monitor, MonitorCallback, OutOfTime
 from umbrella.tuning.report import ReportFiles, SweepResult, best_trial, write_report
 from umbrella.tuning.results import (
@@ -114,7 +110,7 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
         save_spec(folder, SweepSpec(settings, fixed), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
-    concurrent = max_concurrent_trainings(settings.resources, ray.cluster_resources(), ray.nodes())
+    concurrent = max_concurrent_trainings(settings.resources)
     concurrent = min(concurrent, settings.tune.concurrent or concurrent)
 
     parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
