@@ -20,9 +20,9 @@ from umbrella.tracking import mlflow_logger
 from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, run_key
 from umbrella.tracking.runs import close_run, find_run
 from umbrella.tracking.store import open_experiment
-from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_unchanged
+from umbrella.training.task import Job
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, STOPPED, make_trial_folder, save_outcome

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from umbrella.training.job import Job
+from umbrella.training.task import Job
 
 
 @pytest.mark.parametrize(

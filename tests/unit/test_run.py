@@ -17,15 +17,14 @@ from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import Splits
 from umbrella.evaluation_run.cohort_predictions import read_cohort
-from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
 from umbrella.training.run import check_data, check_unchanged
-from umbrella.training.stop_signal import workers_file
+from umbrella.training.task import Job, LanguageModelJob
 from umbrella.tuning.sweep import possible_masks
 
 
 def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
-    light = ["umbrella.training.run", "umbrella.tuning.sweep", "umbrella.training.job", "umbrella.tuning.trial"]
+    light = ["umbrella.training.run", "umbrella.tuning.sweep", "umbrella.training.task", "umbrella.tuning.trial"]
     heavy = ["umbrella.models.umbrella_llava", "transformers.generation.utils", "sklearn", "torch.distributed.fsdp"]
     looked = f"import {', '.join(light)}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", looked], check=True, capture_output=True, text=True)
@@ -59,10 +58,10 @@ def test_of_several_workers_the_one_that_is_gone_is_told(capsys: pytest.CaptureF
     assert describe_first_failure({0: OSError("no file")}) == "OSError: no file"
     settings, begun = load_settings(), time.time() - 65
     job = Job(task=LANGUAGE_MODEL, settings=settings, data={}, tracking={}, folder=str(tmp_path), start_time=begun)
-    workers_file(tmp_path).touch()
+    (tmp_path / "workers").touch()
     WorkerFailureCallback(job).after_exception(None, others)
     assert re.fullmatch(r"01:\d\d  a worker died: The actor died\.\n", capsys.readouterr().out)
-    assert not workers_file(tmp_path).exists()
+    assert not (tmp_path / "workers").exists()
 
 
 def splits(talk: Callable[..., Conversation], target: str, held_out: int = 2) -> Splits:

@@ -31,9 +31,9 @@ from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.scoring import find_candidates
 from umbrella.modality import Modality
 from umbrella.models.trainable_parameters import component_parameters
-from umbrella.training.job import LanguageModelJob
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
+from umbrella.training.task import LanguageModelJob
 from umbrella.training.trainer import Trainer
 from umbrella.tuning.search_space import NOT_SWEEPABLE, SWEEPABLE_DATA, section_of
 

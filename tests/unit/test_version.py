@@ -18,9 +18,9 @@ from umbrella.models.settings import ModelSettings
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.paths import CODE
 from umbrella.tracking.model_registry import log_model
-from umbrella.training.job import Job
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_unchanged
+from umbrella.training.task import Job
 from umbrella.tuning.sweep_files import SweepSpec, load_spec, save_spec
 from umbrella.version import check_version
 

@@ -9,7 +9,7 @@ import ray
 
 from umbrella.baseline.targets import LabelEncoding
 from umbrella.evaluation.predictions import Prediction
-from umbrella.training.job import Job
+from umbrella.training.task import Job
 
 BASELINE_TASK = partial(resolve_name, "umbrella.baseline.task:BaselineTask")
 """Import the task of a ``BaselineJob``."""

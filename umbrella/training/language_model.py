@@ -35,12 +35,11 @@ from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditional
 from umbrella.training.augmentation import augment
 from umbrella.training.checkpoint import copy_to_host
 from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise, reshard
-from umbrella.training.job import LanguageModelJob
 from umbrella.training.optimizer import build_optimizer
 from umbrella.training.run_summary import audit_sample, mask_audit_page, summarise_run
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import Diverged, LossWatch, train_step
-from umbrella.training.task import Summary, Task
+from umbrella.training.task import LanguageModelJob, Summary, Task
 
 
 class LanguageModelTask(Task):

@@ -25,11 +25,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from umbrella.base import Stopped, UserError
 from umbrella.fileio import check_writable
-from umbrella.paths import RAY
+from umbrella.paths import RAY, STOP, WORKERS
 from umbrella.training.checkpoint_files import latest_checkpoint
-from umbrella.training.job import Job
 from umbrella.training.progress_log import format_duration
-from umbrella.training.stop_signal import stop_file, workers_file
+from umbrella.training.task import Job
 
 LANGUAGE_MODEL = partial(resolve_name, "umbrella.training.language_model:LanguageModelTask")
 """The task of a ``LanguageModelJob``."""
@@ -85,8 +84,8 @@ def run_job(job: Job, in_process: bool = False) -> None:
     """
     folder = Path(job.folder)
     check_writable(folder, "the folder of the training")
-    for file in (stop_file(folder), workers_file(folder)):
-        file.unlink(missing_ok=True)  # from an earlier run
+    for name in (STOP, WORKERS):
+        (folder / name).unlink(missing_ok=True)  # from an earlier run
     try:
         trainer = make_torch_trainer(job, in_process)
         outcome = (trainer.fit() if in_process else _fit_in_thread(trainer, folder)).return_value
@@ -113,18 +112,18 @@ def stopped_without_checkpoint(folder: str | Path) -> Stopped:
 
 
 class WorkerFailureCallback(UserCallback):
-    """Print that a worker failed, and remove ``workers_file``, because Ray Train then ends the other workers too.
+    """Print that a worker failed, and remove the file ``WORKERS``, because Ray Train then ends the other workers too.
 
     It runs in the process of Ray Train's controller.
     """
 
     def __init__(self, job: Job) -> None:
-        self.folder, self.start_time = job.folder, job.start_time
+        self.job = job
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """See ``UserCallback``."""
-        workers_file(self.folder).unlink(missing_ok=True)
-        elapsed, why = format_duration(time.time() - self.start_time), describe_first_failure(worker_exceptions)
+        (Path(self.job.folder) / WORKERS).unlink(missing_ok=True)
+        elapsed, why = format_duration(time.time() - self.job.start_time), describe_first_failure(worker_exceptions)
         print(f"{elapsed}  a worker died: {why}", flush=True)
 
 
@@ -144,7 +143,7 @@ def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
 
     Thread(target=fit, daemon=True, name="fit").start()
     while not wait([fitted], timeout=POLL_INTERVAL).done:
-        if stop_file(folder).exists() and not workers_file(folder).exists():
+        if (folder / STOP).exists() and not (folder / WORKERS).exists():
             raise stopped_without_checkpoint(folder)
     return fitted.result()
 

@@ -17,9 +17,8 @@ from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
-from umbrella.training.job import Job
 from umbrella.training.progress_log import BUILDING, FINISHED, FIRST, STOPPED_EARLY, ProgressLog, progress_line
-from umbrella.training.task import Task
+from umbrella.training.task import Job, Task
 from umbrella.training.throughput import Throughput, memory
 from umbrella.training.training_state import LOSS, NOT_EVALUATED, TrainingState, ranking_key
 

@@ -1,6 +1,7 @@
 """Run one training, from its settings to its checkpoints."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,17 +21,16 @@ from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.fileio import run_lock
-from umbrella.paths import BEGUN, storage_of, training_folder
+from umbrella.paths import BEGUN, STOP, WORKERS, training_folder
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.runs import close_run
 from umbrella.tracking.store import is_valid_target, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpoints
 from umbrella.training.checkpoint_sync import synced
-from umbrella.training.job import Job, LanguageModelJob
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_without_checkpoint
 from umbrella.training.run_summary import audit_sample
-from umbrella.training.stop_signal import request_stop, workers_file
+from umbrella.training.task import Job, LanguageModelJob
 from umbrella.version import check_version, write_version
 
 
@@ -151,28 +151,23 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         Stopped: SIGTERM stopped the training.
     """
     settings = settings.with_name("train")
-    folder = training_folder(settings.resources.storage, settings.name)
+    name, storage = settings.name, settings.resources.storage
+    folder = training_folder(storage, name)
     with run_lock(folder), synced(settings.resources, folder, progress):
-        _train(settings, progress, folder)
+        start_ray(settings.resources, log_to_driver=True, name=name)
+        splits = load_and_check(settings, progress)
+        uri = tracking_uri(storage, settings.tracking.uri)
+        experiment = open_experiment(uri, settings.experiment, storage)
+        max_concurrent_trainings(settings.resources)
+        tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
+        run_tracked_job(make_job(settings, splits, tracking, str(folder)))
+        best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
+        if best and settings.tracking.model:
+            from umbrella.tracking.model_registry import log_best_model  # slow to import, and only needed here
+
+            log_best_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
         then(folder)
     return folder
-
-
-def _train(settings: Settings, progress: ProgressBar, folder: Path) -> None:
-    name, storage = folder.name, storage_of(folder)
-    start_ray(settings.resources, log_to_driver=True, name=name)
-    splits = load_and_check(settings, progress)
-    uri = tracking_uri(storage, settings.tracking.uri)
-    experiment = open_experiment(uri, settings.experiment, storage)
-    max_concurrent_trainings(settings.resources)
-    tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
-    job = make_job(settings, splits, tracking, str(folder))
-    run_tracked_job(job)
-    best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
-    if best and settings.tracking.model:
-        from umbrella.tracking.model_registry import log_best_model  # slow to import, and only needed here
-
-        log_best_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
 
 
 def run_tracked_job(job: Job) -> None:
@@ -185,14 +180,16 @@ def run_tracked_job(job: Job) -> None:
         Stopped: SIGTERM stopped the training.
     """
     check_unchanged(job)
+    folder = Path(job.folder)
 
     def ask() -> None:
-        if not workers_file(job.folder).exists():
+        if not (folder / WORKERS).exists():
             stop()
-        request_stop(job.folder)
+        (folder / STOP).touch()
+        print("SIGTERM: the training will stop after this step and write a checkpoint", file=sys.stderr, flush=True)
 
     def stop() -> NoReturn:
-        raise stopped_without_checkpoint(job.folder)
+        raise stopped_without_checkpoint(folder)
 
     try:
         print("00:00  starting workers", flush=True)
@@ -200,7 +197,7 @@ def run_tracked_job(job: Job) -> None:
             run_job(job)
     except BaseException as error:
         outcomes = {KeyboardInterrupt: ("KILLED", "killed"), Stopped: ("KILLED", "asked to stop")}
-        close_run(str(job.tracking["uri"]), job.folder, *outcomes.get(type(error), ("FAILED", "failed")))
+        close_run(str(job.tracking["uri"]), folder, *outcomes.get(type(error), ("FAILED", "failed")))
         raise
 
 

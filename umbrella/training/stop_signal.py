@@ -6,41 +6,22 @@ a node will be removed.
 """
 
 import os
-import sys
 import time
 from enum import IntEnum
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray.train
+import torch
 
 from umbrella.paths import STOP, WORKERS
-
-if TYPE_CHECKING:  # scripts use this module without torch, whose import takes seconds
-    import torch
+from umbrella.training.distributed import broadcast
 
 FILE_INTERVAL = 0.5
 """Seconds between two checks for the file."""
 PREEMPTION_INTERVAL = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
 """Seconds between two calls of ``get_preemption_info``; Ray itself asks the cluster as often. A call takes several
 messages between processes while the GPUs wait, and a node is drained with more notice than that."""
-
-
-def stop_file(folder: str | Path) -> Path:
-    """Return the file that asks a training to stop."""
-    return Path(folder) / STOP
-
-
-def workers_file(folder: str | Path) -> Path:
-    """Return the file that exists while workers run that check ``stop_file``."""
-    return Path(folder) / WORKERS
-
-
-def request_stop(folder: str | Path) -> None:
-    """Ask the training of a folder to stop, and print that."""
-    stop_file(folder).touch()
-    print("SIGTERM: the training will stop after this step and write a checkpoint", file=sys.stderr, flush=True)
 
 
 class Request(IntEnum):
@@ -62,17 +43,15 @@ class StopSignal:
         uses_ray_train: whether Ray Train started this process. Ray Tune gives no preemption info.
     """
 
-    def __init__(self, folder: str | Path, rank: int, device: "torch.device", uses_ray_train: bool = True) -> None:
-        self._file, self._rank, self._device = stop_file(folder), rank, device
+    def __init__(self, folder: str | Path, rank: int, device: torch.device, uses_ray_train: bool = True) -> None:
+        self._file, self._rank, self._device = Path(folder) / STOP, rank, device
         self._next_file_check, self._next_preemption_check = 0.0, 0.0 if uses_ray_train else inf
         self._last_preemption: ray.train.PreemptionInfo | None = None
         if rank == 0:
-            workers_file(folder).touch()
+            (Path(folder) / WORKERS).touch()
 
     def check(self) -> Request:
         """Return the current request, the same on every rank. All ranks call it after each step."""
-        from umbrella.training.distributed import broadcast
-
         request = Request(broadcast(self._check_on_rank_0() if self._rank == 0 else Request.NOTHING, self._device))
         if request is not Request.CHECK_PREEMPTION:
             return request

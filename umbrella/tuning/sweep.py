@@ -22,8 +22,8 @@ from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
-from umbrella.training.job import Job
 from umbrella.training.run import load_and_check, make_job
+from umbrella.training.task import Job
 from umbrella.tuning.monitor import Monitor, MonitorCallback, OutOfTime
 from umbrella.tuning.report import ReportFiles, SweepResult, best_trial, write_report
 from umbrella.tuning.results import (
