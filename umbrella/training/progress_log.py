@@ -1,16 +1,27 @@
-"""The progress of a training while it runs: lines on the console, which Ray sends to the script, and Ray's gauges."""
+"""The progress of a training while it runs: its throughput, lines on the console, and Ray's gauges."""
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import nan
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 from ray.util.metrics import Gauge
+
+if TYPE_CHECKING:
+    import torch
 
 BUILDING, FIRST, FINISHED, STOPPED_EARLY = "building the model", "first step", "finished", "stopped early"
 """States of a training; it ends in one of the last two."""
 EVALUATION_GAUGE = "umbrella_evaluation"
 """The gauge of the metrics of the validation split."""
+MIB = 2**20
+RECENT = 50
+"""Steps that ``Throughput.recent`` covers."""
+UPDATE_INTERVAL = 0.5
+"""Seconds between two updates of the gauges."""
 LINE_INTERVAL = 30.0
 """Seconds between two lines of metrics."""
 FORMATS = {
@@ -25,25 +36,24 @@ FORMATS = {
 
 
 class ProgressLog:
-    """Prints the progress of a training, and sets Ray's gauges. Only rank 0 has one.
+    """Prints the progress of a training, which Ray sends to the script, and sets Ray's gauges. Only rank 0 has one.
 
     Args:
         run, trial: tags of the gauges.
         start_time: of the training, in seconds since 1970.
-        every: seconds between two updates of the gauges.
     """
 
-    def __init__(self, run: str, trial: str, start_time: float, every: float = 0.5) -> None:
-        self.tags, self.start_time, self.every = {"run": run, "trial": trial}, start_time, every
+    def __init__(self, run: str, trial: str, start_time: float) -> None:
+        self.tags, self.start_time = {"run": run, "trial": trial}, start_time
         self._gauges: dict[str, Gauge] = {}
         self._series: dict[tuple[str, str | None], tuple[Gauge, dict[str, str]]] = {}
-        self._updated, self._printed = -every, time.monotonic()
+        self._updated, self._printed = -UPDATE_INTERVAL, time.monotonic()
         self._first_step: tuple[float, float] | None = None
 
     @property
     def due(self) -> bool:
         """Whether ``update`` should be called."""
-        return time.monotonic() - self._updated >= self.every
+        return time.monotonic() - self._updated >= UPDATE_INTERVAL
 
     def seconds_left(self, position: Mapping[str, float]) -> float | None:
         """Estimate the seconds to the end. Call it after each step; it returns None after the first one.
@@ -122,3 +132,71 @@ def progress_line(report: Mapping[str, Any]) -> str:
     shown = [name for name in report if name in wanted or name.startswith("eval/")]
     values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
     return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"
+
+
+class _Mark(NamedTuple):
+    time: float
+    waited: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+
+class Throughput:
+    """Samples and supervised tokens per second, counted from the start or from the last ``take``."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = _Mark(time.perf_counter())
+        self._steps = deque([self._start], maxlen=RECENT + 1)
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of this context as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def step(self, samples: int, supervised_tokens: int) -> None:
+        """Count a step of the global batch.
+
+        Args:
+            supervised_tokens: 0 for a model without tokens.
+        """
+        last = self._steps[-1]
+        now = time.perf_counter()
+        self._steps.append(_Mark(now, self._waited, last.samples + samples, last.tokens + supervised_tokens))
+
+    def recent(self) -> dict[str, float]:
+        """Return the metrics of ``take`` over the last ``RECENT`` steps, without a reset."""
+        return _metrics(self._steps[0], self._steps[-1])
+
+    def take(self) -> dict[str, float]:
+        """Return samples and supervised tokens per second and the share of time spent waiting for data, and reset."""
+        metrics = _metrics(self._start, self._steps[-1]._replace(time=time.perf_counter(), waited=self._waited))
+        self._reset()
+        return metrics
+
+
+def _metrics(first: _Mark, last: _Mark) -> dict[str, float]:
+    spent = last.time - first.time
+    if not spent:  # no step yet
+        return {}
+    tokens = {"train/supervised_tokens_per_second": (last.tokens - first.tokens) / spent} if last.tokens else {}
+    return {
+        "train/samples_per_second": (last.samples - first.samples) / spent,
+        **tokens,
+        "train/waiting_for_data": (last.waited - first.waited) / spent,
+    }
+
+
+def memory(device: "torch.device") -> dict[str, float]:
+    """Return MiB of this process: resident memory of the host, and the peak of tensors on the GPU."""
+    used = {"train/memory_host_mib": psutil.Process().memory_info().rss / MIB}
+    if device.type == "cuda":
+        import torch  # scripts use this module, and the import takes seconds
+
+        used["train/memory_device_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+    return used

@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import ray
@@ -17,9 +18,17 @@ from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
-from umbrella.training.progress_log import BUILDING, FINISHED, FIRST, STOPPED_EARLY, ProgressLog, progress_line
+from umbrella.training.progress_log import (
+    BUILDING,
+    FINISHED,
+    FIRST,
+    STOPPED_EARLY,
+    ProgressLog,
+    Throughput,
+    memory,
+    progress_line,
+)
 from umbrella.training.task import Job, Task
-from umbrella.training.throughput import Throughput, memory
 from umbrella.training.training_state import LOSS, NOT_EVALUATED, TrainingState, ranking_key
 
 PREDICTIONS = "predictions.json"
@@ -40,14 +49,22 @@ class Reporter:
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(self, plan: str, task: Task) -> None:
-        """Open the run, and log the summary of the training.
+        """Start or continue the run in MLflow, and log settings, data, machine, and the summary of the training.
 
         Args:
             plan: its text.
         """
-        summary = task.summary(self._redact)
+        job, device, summary = self.job, self.device, task.summary(self._redact)
         text = f"{plan}\n{summary.text}"
-        self.tracker = open_run(self.job, self.device, summary.tags)
+        self.tracker = MlflowLogger.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
+        flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.unused}
+        self.tracker.params(flat | dict(job.data))
+        name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+        machine = {"device": name, "host": socket.gethostname(), "ray.job": ray.get_runtime_context().get_job_id()}
+        self.tracker.tags({**machine, **summary.tags})
+        self.tracker.inputs(job.datasets)
+        self.tracker.text(job.settings.to_yaml(), SETTINGS)
+        self.tracker.text(environment_json(), "environment.json")
         self.tracker.text(text, "statement.txt")
         for file, content in summary.artifacts.items():
             self.tracker.text(content, file)
@@ -100,7 +117,15 @@ class Reporter:
             evaluations = f"for {state.since_best} evaluations (train.patience)"
             where = f"at step {position['step']} of {position['steps']}"
             outcome, note = STOPPED_EARLY, f"{self.tune.metric} has not been {better} {evaluations}, {where}"
-        self._log_curves()
+        self.tracker.flush()
+        metric = self.tune.metric
+        panels = {"loss": ["train/loss", "eval/loss"], metric: [metric], "rate": ["train/lr"]}
+        if metric == LOSS:
+            del panels[metric]
+        lines = self.tracker.history(*chain.from_iterable(panels.values()))
+        drawn = {panel: {name: lines[name] for name in names if name in lines} for panel, names in panels.items()}
+        if drawn := {panel: of_panel for panel, of_panel in drawn.items() if of_panel}:
+            self.tracker.save(curves(drawn, str(self.job.tracking["name"])), "curves.png")
         best = best_checkpoint(self.job.folder, self.tune.metric, self.tune.mode)
         if best and self.job.settings.tracking.checkpoint == "best":
             self.tracker.folder_artifact(best, "checkpoint")
@@ -112,34 +137,6 @@ class Reporter:
 
     def _redact(self, text: str, subjects: Collection[str]) -> str:
         return redact_subjects(text, subjects, self._salt) if self._salt else text
-
-    def _log_curves(self) -> None:
-        """Log a figure with the curves of the whole training."""
-        self.tracker.flush()
-        metric = self.tune.metric
-        panels = {
-            "loss": ["train/loss", "eval/loss"],
-            metric: [] if metric == "eval/loss" else [metric],
-            "rate": ["train/lr"],
-        }
-        lines = self.tracker.history(*(name for names in panels.values() for name in names))
-        drawn = {panel: {name: lines[name] for name in names if name in lines} for panel, names in panels.items()}
-        if drawn := {panel: curve for panel, curve in drawn.items() if curve}:
-            self.tracker.save(curves(drawn, str(self.job.tracking["name"])), "curves.png")
-
-
-def open_run(job: Job, device: torch.device, tags: Mapping[str, str]) -> MlflowLogger:
-    """Start or continue the run of a training in MLflow, and log settings, data and machine."""
-    tracker = MlflowLogger.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
-    flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.unused}
-    tracker.params(flat | dict(job.data))
-    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    machine = {"device": name, "host": socket.gethostname(), "ray.job": ray.get_runtime_context().get_job_id()}
-    tracker.tags({**machine, **tags})
-    tracker.inputs(job.datasets)
-    tracker.text(job.settings.to_yaml(), SETTINGS)
-    tracker.text(environment_json(), "environment.json")
-    return tracker
 
 
 def predictions_json(predictions: Sequence[Prediction], count: int, redact: Redact) -> str:

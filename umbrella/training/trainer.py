@@ -25,10 +25,10 @@ from umbrella.training.checkpoint import code_versions, describe_code_changes, r
 from umbrella.training.checkpoint_files import CheckpointWriter, best_checkpoint, latest_checkpoint
 from umbrella.training.distributed import broadcast_object, raise_on_all_ranks, rank_and_world_size, seed_worker
 from umbrella.training.optimizer import build_schedule
+from umbrella.training.progress_log import Throughput, memory
 from umbrella.training.reporting import Reporter
 from umbrella.training.stop_signal import Request, StopSignal
 from umbrella.training.task import Job, Task, TaskBatch
-from umbrella.training.throughput import Throughput, memory
 from umbrella.training.training_state import TrainingState, append_evaluation, read_training_state, truncate_history
 
 SWITCH_INTERVAL = 5e-4
