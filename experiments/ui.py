@@ -13,8 +13,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 def main(args: Arguments) -> None:
     """Serve the MLflow database of the storage folder until Ctrl-C, or print the address of the MLflow server."""
-    from umbrella.tracking.runs import page_urls
-    from umbrella.tracking.store import open_experiment, tracking_uri
+    from umbrella.tracking.store import open_experiment, page_urls, tracking_uri
 
     settings, port = args.settings, args.options["port"]
     storage = settings.resources.storage

@@ -15,9 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.tracking import mlflow_logger
-from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger
+from umbrella.tracking.mlflow_logger import OUTCOME, MlflowLogger, close_run
 from umbrella.tracking.model_registry import log_best_model
-from umbrella.tracking.runs import close_run
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.tuning.monitor import STATUS, Monitor
@@ -95,7 +94,7 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
     train(tracker, range(1, 31))
     server.kill()
     train(tracker, range(31, 61))
-    tracker.text("late", "texts/late.txt")
+    tracker.artifact("late", "texts/late.txt")
     # Killed, and started again from step 45 with the server still down; another training begins meanwhile.
     again = MlflowLogger.start(server.uri, experiment, "first", trial="first", folder=first)
     train(again, range(46, 81))
@@ -145,7 +144,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
 
     def end(parent: MlflowLogger) -> None:
         parent.results({"best/eval/loss": 0.5}, 0)
-        parent.text("<p>", "report.html")
+        parent.artifact("<p>", "report.html")
         parent.end(wait=0)
         log_best_model(TrackingSettings(registered_as="brains"), server.uri, sweep, learnt, again)
 

@@ -1,10 +1,9 @@
-"""A run in MLflow: which run belongs to a folder, one value per step, its status, and what an outage costs."""
+"""The logger of a run in MLflow: identity of the run, one value per step, final status, outages, system metrics."""
 
 import json
+import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,9 @@ import pytest
 from mlflow import MlflowClient
 
 from umbrella.base import UserError
-from umbrella.config import load_settings
 from umbrella.tracking import mlflow_logger
-from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, run_key
-from umbrella.tracking.runs import close_run, find_run
+from umbrella.tracking.mlflow_logger import KEY, OUTCOME, PARENT, TRIAL, MlflowLogger, close_run, find_run, run_key
 from umbrella.tracking.store import open_experiment
-from umbrella.training.launch import LANGUAGE_MODEL
-from umbrella.training.run import check_unchanged
-from umbrella.training.task import Job
 from umbrella.tuning.monitor import Monitor
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, STOPPED, make_trial_folder, save_outcome
@@ -30,7 +24,7 @@ from umbrella.tuning.sweep_files import FAILED, STOPPED, make_trial_folder, save
 
 @pytest.fixture
 def start(uri: str, experiment: str, tmp_path: Path) -> Callable[..., MlflowLogger]:
-    """Begins or continues the run of a folder below this test's, in its store."""
+    """Starts or resumes the run of a folder below ``tmp_path``."""
     return lambda folder="one", **more: MlflowLogger.start(uri, experiment, "a run", folder=tmp_path / folder, **more)
 
 
@@ -47,56 +41,43 @@ def values(logger: MlflowLogger, name: str = "train/loss") -> list[tuple[int, fl
     return [(m.step, m.value) for m in logger.client.get_metric_history(logger.run_id, name)]
 
 
-def copied(folder: Path, to: Path) -> None:
+def upload(folder: Path, to: Path) -> None:
     """Copy a folder to another machine as checkpoint_sync does: without names that begin with a dot."""
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
 
 
-def test_what_is_logged_is_read_back(start: Callable[..., MlflowLogger], client: MlflowClient, tmp_path: Path) -> None:
+def test_everything_that_is_logged_can_be_read_from_mlflow(
+    start: Callable[..., MlflowLogger], client: MlflowClient, tmp_path: Path
+) -> None:
     logger = start(parent="f" * 32, trial="sweep-one")
-    requests = []
-    write = logger.client.log_batch
-
-    def watch(run_id: str, **entities: list) -> None:
-        requests.append({kind: len(some) for kind, some in entities.items()})
-        write(run_id, **entities)
-
-    logger.client.log_batch = watch
-    logger.params({f"group.setting_{i}": i for i in range(230)})
+    logger.params({f"group.setting_{i}": i for i in range(230)})  # more than fit into one request
     logger.params({"group.setting_0": "changed", "optim.lr": 1e-05})
     for step in range(1300):
         logger.metrics({"train/loss": 1 / (step + 1)}, step)
     logger.metrics({"train/grad_norm": float("nan")}, 3)
-    assert client.get_run(logger.run_id).data.metrics == {}, "collected, not yet logged"
-    logger.text("loss: Σ", "texts/statement.txt")
+    assert client.get_run(logger.run_id).data.metrics == {}, "metrics are buffered until flush"
+    logger.artifact("loss: Σ", "texts/statement.txt")
     (tmp_path / "step_1").mkdir()
     (tmp_path / "step_1" / "model").write_text("weights")
     logger.folder_artifact(tmp_path / "step_1", "checkpoint")
     logger.end()
 
-    # A server refuses more than 100 parameters or 1000 metrics in a request, which SQLite does not.
-    sizes = [{"params": 100}, {"params": 100}, {"params": 30}, {"params": 1}, {"metrics": 1000}, {"metrics": 301}]
-    assert requests == [*sizes, {"tags": 1}]
     run = client.get_run(logger.run_id)
     assert (run.info.run_name, run.info.status) == ("a run", "FINISHED")
     assert run.data.params == {f"group.setting_{i}": str(i) for i in range(230)} | {"optim.lr": "1e-05"}
     assert values(logger) == [(step, 1 / (step + 1)) for step in range(1300)]
     assert logger.history("train/loss", "eval/loss") == {"train/loss": values(logger)}
     assert run.data.tags.items() >= {PARENT: "f" * 32, TRIAL: "sweep-one", OUTCOME: "finished"}.items()
-    assert (
-        Path(client.download_artifacts(logger.run_id, "texts/statement.txt")).read_text(encoding="utf-8") == "loss: Σ"
-    )
+    statement = Path(client.download_artifacts(logger.run_id, "texts/statement.txt"))
+    assert statement.read_text(encoding="utf-8") == "loss: Σ"
     assert [file.path for file in client.list_artifacts(logger.run_id, "checkpoint")] == ["checkpoint/model"]
 
 
-def test_a_result_that_changed_is_logged_again_and_one_that_did_not_is_there_once(
-    start: Callable[..., MlflowLogger], client: MlflowClient
-) -> None:
+def test_only_changed_results_are_logged_again(start: Callable[..., MlflowLogger], client: MlflowClient) -> None:
     name = "best/eval/balanced_accuracy"
     for best in (0.75, 0.75, 0.5):
         logger = start()
         logger.results({name: best}, 0)
-        logger.end()
         assert client.get_run(logger.run_id).data.metrics == {name: best}
     assert values(logger, name) == [(0, 0.75), (0, 0.5)]
 
@@ -113,28 +94,18 @@ def test_a_run_belongs_to_a_folder_and_not_to_a_name(
     assert start("sweeps/night").run_id == first.run_id
     assert client.get_run(first.run_id).info.status == "RUNNING"
     shutil.rmtree(tmp_path / "trainings")
-    assert start("trainings/night").run_id not in ids, "it was deleted, and begins again"
+    assert start("trainings/night").run_id not in ids, "a deleted folder starts a new run"
 
 
-@pytest.mark.parametrize("of", ["training", "trial"])
-def test_a_run_whose_id_was_not_noted_is_found_by_its_key_here_and_on_another_machine(
-    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of: str
+@pytest.mark.parametrize("parent", [None, "f" * 32], ids=["training", "trial"])
+def test_a_run_whose_id_was_not_saved_is_found_by_its_key_on_any_machine(
+    uri: str, experiment: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: str | None
 ) -> None:
     here, elsewhere = tmp_path / "here" / "night", tmp_path / "elsewhere" / "night"
-    parent = "f" * 32 if of == "trial" else None
-    if of == "training":  # as it is begun, before a worker is asked for
-        check_unchanged(
-            Job(
-                task=LANGUAGE_MODEL,
-                settings=load_settings(),
-                data={"data.fingerprint": ""},
-                tracking={},
-                folder=str(here),
-            )
-        )
-    else:
-        here.mkdir(parents=True)
-    copied(here, elsewhere)  # the last upload before the machine is lost
+    here.mkdir(parents=True)
+    if not parent:  # before the first upload
+        run_key(here)
+    upload(here, elsewhere)
     save_state = MlflowLogger._save_state
 
     def die(logger: MlflowLogger, **values: Any) -> None:
@@ -146,20 +117,20 @@ def test_a_run_whose_id_was_not_noted_is_found_by_its_key_here_and_on_another_ma
     with pytest.raises(SystemExit):
         MlflowLogger.start(uri, experiment, "night", folder=here, parent=parent)
     monkeypatch.undo()
-    (made,) = client.search_runs([experiment])
+    (created,) = client.search_runs([experiment])
     for folder in (here, elsewhere):
-        assert made.data.tags[KEY] == run_key(folder, parent)
-        assert MlflowLogger.start(uri, experiment, "night", folder=folder, parent=parent).run_id == made.info.run_id
+        assert created.data.tags[KEY] == run_key(folder, parent)
+        assert MlflowLogger.start(uri, experiment, "night", folder=folder, parent=parent).run_id == created.info.run_id
     assert len(client.search_runs([experiment])) == 1
 
 
 @pytest.mark.parametrize("place", ["here", "another machine"])
-def test_a_training_that_is_resumed_before_its_last_metrics_has_one_value_per_step(
+def test_a_training_that_repeats_steps_after_a_resume_has_one_value_per_step(
     start: Callable[..., MlflowLogger], tmp_path: Path, place: str
 ) -> None:
     first = start("here/x")
     train(first, range(1, 4))
-    copied(tmp_path / "here", tmp_path / "another machine")
+    upload(tmp_path / "here", tmp_path / "another machine")
     train(first, range(4, 6))  # killed: step 5 was never logged
     again = start(f"{place}/x")
     train(again, range(3, 9))  # its checkpoint was of step 2
@@ -173,95 +144,32 @@ def test_a_training_that_is_resumed_before_its_last_metrics_has_one_value_per_st
     assert again.history(*expected) == expected
 
 
-KILLED = """
-import os, signal, sys
-import alembic.command, mlflow.store.tracking.sqlalchemy_store  # once, and not in each
-from umbrella.tracking.mlflow_logger import MlflowLogger
-uri, experiment, folder, *places = sys.argv[1:]
-for where in places:
-    if child := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        continue
-    logger = MlflowLogger.start(uri, experiment, "x", folder=f"{folder}/{where}")
-    logger.metrics({f"train/{name}": 1.0 for name in range(8)}, 1)
-    logger.flush()
-    die = lambda *unused, **more: os.kill(os.getpid(), signal.SIGKILL)
-    if where == "written":  # to the file, but not sent
-        logger._send = die
-    elif where == "sent":  # but not noted as acknowledged
-        logger._save_state = die
-    logger.metrics({f"train/{name}": 2.0 for name in range(8)}, 2)
-    if where == "half a line":
+@pytest.mark.parametrize("moment", ["half a line is written", "the line is written", "the event is sent"])
+def test_a_process_killed_while_it_logs_leaves_each_step_once(
+    start: Callable[..., MlflowLogger], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def die(*unused: Any, **more: Any) -> None:
+        raise SystemExit
+
+    logger = start()
+    train(logger, range(1, 3))
+    if moment == "half a line is written":
         with logger.file.open("ab") as file:
-            file.write(b'{"do": "metrics", "values": [["train/0", 2.0')
-        die()
-    logger.flush()
-    os._exit(1)
-"""
+            file.write(b'{"do": "metrics", "values": [["train/loss", 4.0')
+    else:
+        monkeypatch.setattr(logger, "_send" if moment == "the line is written" else "_save_state", die)
+        with pytest.raises(SystemExit):
+            train(logger, range(3, 5))
+    again = start()
+    train(again, range(3, 7))
+    again.end()
+    assert values(again) == [(step, float(step)) for step in range(1, 7)]
+    assert values(again, "eval/loss") == [(2, 1.0), (4, 2.0), (6, 3.0)]
 
 
-def test_a_process_that_is_killed_as_it_logs_leaves_each_step_once(
-    uri: str, experiment: str, tmp_path: Path, start: Callable[..., MlflowLogger]
-) -> None:
-    places = ["half a line", "written", "sent"]
-    subprocess.run([sys.executable, "-c", KILLED, uri, experiment, str(tmp_path), *places], check=True)
-    for place in places:
-        again = start(place)
-        for step in (1, 2, 3):
-            again.metrics({f"train/{name}": float(step) for name in range(8)}, step)
-        again.end()
-        for name in range(8):
-            assert values(again, f"train/{name}") == [(1, 1.0), (2, 2.0), (3, 3.0)], place
-        begun = [event for event, _ in again._events() if event["do"] == "start"]
-        assert len(begun) == 2, f"none is lost in {place}"
-
-
-WRITERS = """
-import os, sys, traceback
-import alembic.command, mlflow.store.tracking.sqlalchemy_store  # once, and not in each
-from umbrella.tracking.mlflow_logger import MlflowLogger
-uri, experiment, folder = sys.argv[1:]
-children = []
-for number in range(8):
-    child = os.fork()
-    if not child:
-        try:
-            logger = MlflowLogger.start(uri, experiment, f"trial {number}", folder=f"{folder}/{number}")
-            logger.params({f"p{i}": i for i in range(100)})
-            for step in range(1, 101):
-                logger.metrics({"train/loss": number + step / 1000, "train/lr": 0.1}, step)
-                if step % 10 == 0:
-                    logger.metrics({"eval/loss": step}, step)
-                    logger.flush()
-            logger.end()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    children.append(child)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-"""
-
-
-def test_eight_trials_that_write_to_one_sqlite_file_at_once_lose_nothing(
-    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
-) -> None:
-    words = [sys.executable, "-c", WRITERS, uri, experiment, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    found = client.search_runs([experiment])
-    assert {(run.info.run_name, run.info.status) for run in found} == {(f"trial {i}", "FINISHED") for i in range(8)}
-    for run in found:
-        number = int(run.info.run_name.split()[1])
-        history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert [(m.step, m.value) for m in history] == [(step, number + step / 1000) for step in range(1, 101)]
-        assert [m.step for m in client.get_metric_history(run.info.run_id, "eval/loss")] == list(range(10, 101, 10))
-        assert len(run.data.params) == 100
-
-
-@pytest.mark.parametrize("what", ["deleted run", "another store"])
-def test_a_run_that_the_store_does_not_have_begins_again_with_all_that_was_logged_and_a_note(
-    mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture, what: str
+@pytest.mark.parametrize("missing", ["deleted run", "another store"])
+def test_a_run_that_the_store_does_not_have_is_created_again_with_all_events_and_a_note(
+    mlflow_store: Callable[[Path], str], tmp_path: Path, capsys: pytest.CaptureFixture, missing: str
 ) -> None:
     def begin() -> MlflowLogger:
         return MlflowLogger.start(uri, open_experiment(uri, "x", tmp_path), "x", folder=tmp_path / "night")
@@ -269,11 +177,11 @@ def test_a_run_that_the_store_does_not_have_begins_again_with_all_that_was_logge
     uri = mlflow_store(tmp_path)
     first = begin()
     first.params({"optim.lr": 0.1})
-    first.text("told", "told.txt")
+    first.artifact("content", "file.txt")
     train(first, range(1, 5))
     first.results({"test/loss": 1.0}, 4)
     first.end()
-    if what == "deleted run":
+    if missing == "deleted run":
         first.client.delete_run(first.run_id)
     else:
         (tmp_path / "other").mkdir()
@@ -291,45 +199,39 @@ def test_a_run_that_the_store_does_not_have_begins_again_with_all_that_was_logge
     assert (run.info.run_id, run.info.status, run.info.start_time) == (again.run_id, "FINISHED", again._begun)
     assert run.data.params == {"optim.lr": "0.1"}
     assert run.data.metrics == {"train/loss": 6.0, "eval/loss": 3.0, "test/loss": 1.0}
-    assert [file.path for file in again.client.list_artifacts(run.info.run_id)] == ["told.txt"]
-    if what == "deleted run":
-        again.client.restore_run(first.run_id)
-    assert begin().run_id == again.run_id
+    assert [file.path for file in again.client.list_artifacts(run.info.run_id)] == ["file.txt"]
 
 
-def test_a_run_that_is_deleted_during_a_training_is_named_once_and_the_training_goes_on(
-    start: Callable[..., MlflowLogger], uri: str, client: MlflowClient, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("problem", ["deleted run", "no artifact folder"])
+def test_refused_events_give_one_note_and_the_training_continues(
+    start: Callable[..., MlflowLogger],
+    uri: str,
+    client: MlflowClient,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    problem: str,
 ) -> None:
     logger = start()
-    client.delete_run(logger.run_id)
+    if problem == "deleted run":
+        client.delete_run(logger.run_id)
+    else:
+        (tmp_path / "artifacts").write_text("in the way of a folder")
+    for number in range(2):
+        logger.artifact("content", f"{number}.txt")
     train(logger, range(1, 7))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: MLflow at {uri} refuses an event: ")
     assert line.endswith(f"; it stays in {logger.file}")
-    again = start()
-    assert values(again) == [(step, float(step)) for step in range(1, 7)]
+    assert values(start()) == [(step, float(step)) for step in range(1, 7)], "a new run gets the events"
 
 
-def test_an_artifact_that_cannot_be_stored_is_named_and_the_training_goes_on(
-    start: Callable[..., MlflowLogger], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "artifacts").write_text("in the way of a folder")
-    logger = start()
-    logger.text("one", "one.txt")
-    train(logger, range(1, 3))
-    assert "Not a directory" in capsys.readouterr().err
-    assert values(logger) == [(1, 1.0), (2, 2.0)]
-
-
-class Silent:
-    """A server that takes connections and hangs up, and counts them."""
+class ClosingServer:
+    """A server that closes each connection without an answer, and counts them."""
 
     def __init__(self) -> None:
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.socket.listen(50)
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=50)
         self.uri = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.asked = 0
+        self.requests = 0
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -338,67 +240,71 @@ class Silent:
                 connection, _ = self.socket.accept()
             except OSError:
                 return
-            self.asked += 1
+            self.requests += 1
             connection.close()
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Silent]:
+def down(monkeypatch: pytest.MonkeyPatch) -> Iterator[ClosingServer]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    server = Silent()
+    server = ClosingServer()
     yield server
     server.socket.shutdown(socket.SHUT_RDWR)
     server.socket.close()
 
 
-def test_a_server_that_is_down_is_asked_once_and_again_later_and_costs_one_note(
-    silent: Silent, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_an_outage_costs_one_request_per_interval_and_one_note(
+    down: ClosingServer, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlflow_logger, "RETRY", 3600.0)
-    logger = MlflowLogger.start(silent.uri, "1", "x", folder=tmp_path)
+    logger = MlflowLogger.start(down.uri, "1", "x", folder=tmp_path)
     logger.watch_system()
-    asked = silent.asked
-    assert asked > 0
+    requests = down.requests
+    assert requests > 0
     train(logger, range(1, 101))
-    logger.text("late", "late.txt")
-    assert silent.asked == asked
+    logger.artifact("late", "late.txt")
+    assert down.requests == requests
     assert len(logger.history("train/loss")["train/loss"]) == 100
     with pytest.raises(UserError, match=r"does not answer, so the run has no id yet"):
         print(logger.run_id)
-    logger._next_try = 0.0  # later
+    logger._next_try = 0.0  # after the interval
     logger.flush()
-    assert silent.asked > asked
+    assert down.requests > requests
     logger.end(wait=0)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
-        f"note: MLflow at {silent.uri} does not answer; unsent events stay in {logger.file}",
-        f"note: MLflow at {silent.uri} still does not answer; the rest stays in {logger.file} and is sent when this run"
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: MLflow at {down.uri} does not answer; unsent events stay in {logger.file}",
+        f"note: MLflow at {down.uri} still does not answer; the rest stays in {logger.file} and is sent when this run"
         " is resumed",
     ]
     kinds = [json.loads(line)["do"] for line in logger.file.read_text().splitlines()]
     assert kinds == ["start", *["metrics"] * 50, "file", "end"]
 
 
-def test_a_script_refuses_to_start_where_the_server_does_not_answer(silent: Silent, tmp_path: Path) -> None:
-    expected = rf"^MLflow at {silent.uri}: .*; start it, or name another one: tracking\.uri=\.\.\.$"
+def test_a_script_refuses_to_start_if_the_server_does_not_answer(down: ClosingServer, tmp_path: Path) -> None:
+    expected = rf"^MLflow at {down.uri}: .*; start it, or name another one: tracking\.uri=\.\.\.$"
     with pytest.raises(UserError, match=expected):
-        open_experiment(silent.uri, "x", tmp_path)
+        open_experiment(down.uri, "x", tmp_path)
 
 
-def test_a_run_that_ends_while_the_server_is_down_is_sent_when_it_is_resumed(
-    silent: Silent, uri: str, experiment: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_ended_during_an_outage_is_sent_when_it_is_resumed(
+    down: ClosingServer,
+    uri: str,
+    experiment: str,
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    down = MlflowLogger.start(silent.uri, experiment, "x", folder=tmp_path / "one")
-    train(down, range(1, 5))
-    close_run(silent.uri, tmp_path / "one", "FAILED", "failed")
-    monkeypatch.setattr(mlflow_logger, "store_id", lambda unused: down._state_file.name[1:-5])  # it is back
+    logger = MlflowLogger.start(down.uri, experiment, "x", folder=tmp_path / "one")
+    train(logger, range(1, 5))
+    close_run(down.uri, tmp_path / "one", "FAILED", "failed")
+    monkeypatch.setattr(mlflow_logger, "store_id", lambda unused: logger._state_file.name[1:-5])  # it is back
     close_run(uri, tmp_path / "one", "KILLED", "killed")
     (run,) = client.search_runs([experiment])
     assert (run.info.status, run.data.tags[OUTCOME]) == ("FAILED", "failed")
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
 
 
-def test_closing_a_run_ends_one_that_is_running_and_leaves_one_that_ended(
+def test_closing_a_run_ends_a_running_one_and_leaves_an_ended_one(
     start: Callable[..., MlflowLogger], uri: str, client: MlflowClient, tmp_path: Path
 ) -> None:
     logger = start()
@@ -411,7 +317,7 @@ def test_closing_a_run_ends_one_that_is_running_and_leaves_one_that_ended(
 
 
 @pytest.mark.parametrize("store", ["the same", "another"])
-def test_a_sweep_that_is_resumed_repairs_the_runs_that_its_killed_script_left(
+def test_a_resumed_sweep_repairs_the_runs_of_its_killed_script(
     mlflow_store: Callable[[Path], str], tmp_path: Path, store: str
 ) -> None:
     sweep = tmp_path / "sweeps" / "night"
@@ -439,21 +345,21 @@ def test_a_sweep_that_is_resumed_repairs_the_runs_that_its_killed_script_left(
     assert all(run.data.metrics == {"train/loss": 2.0, "eval/loss": 1.0} for run in runs)
 
 
-def test_the_run_of_a_training_that_is_over_is_found_unless_the_store_does_not_have_it(
-    start: Callable[..., MlflowLogger], mlflow_store: Callable[[Path], str], uri: str, tmp_path: Path, silent: Silent
+def test_the_run_of_a_finished_training_is_found_if_the_store_has_it(
+    start: Callable[..., MlflowLogger], uri: str, tmp_path: Path, down: ClosingServer
 ) -> None:
     logger = start()
     found = find_run(uri, tmp_path / "one")
     assert found is not None
     assert found.run_id == logger.run_id
     assert find_run(uri, tmp_path / "no training") is None
-    assert find_run(silent.uri, tmp_path / "one") is None, "another store"
+    assert find_run(down.uri, tmp_path / "one") is None, "another store"
     logger.client.delete_run(logger.run_id)
     assert find_run(uri, tmp_path / "one") is None
     assert not (tmp_path / "no training").exists()
 
 
-def test_system_metrics_are_logged_to_the_end_of_a_run_and_go_on_with_it(
+def test_system_metrics_are_logged_from_the_first_flush_to_the_end_of_each_attempt(
     start: Callable[..., MlflowLogger],
     client: MlflowClient,
     monkeypatch: pytest.MonkeyPatch,
@@ -461,9 +367,8 @@ def test_system_metrics_are_logged_to_the_end_of_a_run_and_go_on_with_it(
     capfd: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     seen = 0
     for steps in (range(1, 3), range(3, 5)):
         logger = start()
@@ -479,5 +384,5 @@ def test_system_metrics_are_logged_to_the_end_of_a_run_and_go_on_with_it(
     written = client.get_run(logger.run_id).data.metrics
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= written.keys()
     assert next(iter(written)).startswith("eval/"), "MLflow's compare page selects the first one"
-    assert list(elsewhere.iterdir()) == [], "MLflow makes no database where the process stands"
+    assert os.listdir() == [], "no database in the working directory"
     assert capfd.readouterr().err == ""

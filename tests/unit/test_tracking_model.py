@@ -1,4 +1,4 @@
-"""A checkpoint as a model in MLflow: loaded by MLflow alone, in a process of its own, it answers as it does here."""
+"""Checkpoints as models in MLflow: logged, registered, and loaded by MLflow in another process."""
 
 import json
 import re
@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from umbrella.conversations.schema import Conversation
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.model_registry import EXAMPLE, PyfuncModel, log_best_model, log_model
+from umbrella.tracking.model_registry import PyfuncModel, log_best_model, log_model
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -47,7 +46,7 @@ def uri(mlflow_store: Callable[[Path], str], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def run_id(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run that has ended, as those of a sweep have."""
-    experiment = open_experiment(uri, "answering", Path(uri.removeprefix("sqlite:///")).parent)
+    experiment = open_experiment(uri, "models", Path(uri.removeprefix("sqlite:///")).parent)
     tracker = MlflowLogger.start(uri, experiment, "best", folder=tmp_path_factory.mktemp("best"))
     tracker.params({"optim.lr": 0.01})
     tracker.end()
@@ -74,25 +73,25 @@ def save(
     return write
 
 
-@pytest.fixture
-def records(cohort: dict[str, Conversation]) -> list[dict[str, Any]]:
-    """One path, several, and none; a modality that is told, that is left out, and one for each volume."""
+def logged_folder(uri: str, address: str) -> Path:
+    logged = MlflowClient(uri).get_logged_model(address.removeprefix("models:/"))
+    return Path(logged.artifact_location.removeprefix("file://"))
+
+
+def test_a_registered_model_answers_in_a_fresh_process_as_the_checkpoint_does(
+    uri: str, run_id: str, save: Callable[..., Path], cohort: dict[str, Conversation], tmp_path: Path
+) -> None:
     s, d, f = (volume.image_path for volume in cohort["three"].volumes)
-    return [
+    records: list[dict[str, Any]] = [
         {"volumes": s, "question": "Sex?", "modality": "sMRI"},
         {"volumes": [f, f], "question": "Which of them?"},
         {"volumes": [s, d], "question": "Age?", "modality": ["sMRI", "dMRI"]},
         {"volumes": [], "question": "Who are you?"},
     ]
-
-
-def test_a_registered_model_answers_in_a_fresh_process_as_the_checkpoint_does(
-    uri: str, run_id: str, save: Callable[..., Path], records: list[dict[str, Any]], tmp_path: Path
-) -> None:
     step = save(tmp_path / "run")
     model = Umbrella.from_checkpoint(step, device="cpu")
-    asked = [model.question(r["volumes"], r["question"], r.get("modality")) for r in records]
-    expected = model.answer(asked, max_new_tokens=6)
+    questions = [model.question(r["volumes"], r["question"], r.get("modality")) for r in records]
+    expected = model.answer(questions, max_new_tokens=6)
     assert len(set(expected)) > 2
 
     before = mlflow.get_tracking_uri()
@@ -101,29 +100,25 @@ def test_a_registered_model_answers_in_a_fresh_process_as_the_checkpoint_does(
     assert mlflow.get_tracking_uri() == before
     assert mlflow.active_run() is None
     step.rename(tmp_path / "gone")
-    words = [sys.executable, "-c", FRESH, uri, "models:/brains/1", json.dumps(records)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    command = [sys.executable, "-c", FRESH, uri, "models:/brains/1", json.dumps(records)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [expected, expected]
 
     client = MlflowClient(uri)
     assert [int(v.version) for v in client.search_model_versions("name = 'brains'")] == [2, 1]
     run = client.get_run(run_id)
-    assert run.info.status == "FINISHED"
-    assert len(run.outputs.model_outputs) == 2
+    assert (run.info.status, len(run.outputs.model_outputs)) == ("FINISHED", 2)
     logged = client.get_logged_model(address.removeprefix("models:/"))
     assert (logged.name, logged.status, logged.params) == ("model", "READY", {"optim.lr": "0.01"})
-    folder = Path(logged.artifact_location.removeprefix("file://"))
-    files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    assert not any(file.is_symlink() for file in files.values())
-    assert "artifacts/checkpoint/model.safetensors" in files
-    assert not {Path(name).name for name in files} & {"state.pt", "python_model.pkl"}
-    assert "umbrella-mri==" in files["requirements.txt"].read_text()
-    assert json.loads(files["input_example.json"].read_text()) == EXAMPLE
+    folder = logged_folder(uri, address)
+    assert {file.name for file in (folder / "artifacts/checkpoint").iterdir()} >= {"model.safetensors", "config.json"}
+    assert not list(folder.rglob("state.pt")), "the optimizer state"
+    assert "umbrella-mri==" in (folder / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_what_was_trained_on_a_base_is_logged_whole_or_as_it_is(
+def test_a_checkpoint_of_trained_weights_is_logged_with_its_base_model_or_refers_to_it(
     uri: str,
     run_id: str,
     save: Callable[..., Path],
@@ -136,18 +131,16 @@ def test_what_was_trained_on_a_base_is_logged_whole_or_as_it_is(
     tokenizer.save_pretrained(tmp_path / "base")
     step = save(tmp_path / "run", checkpoint=str(tmp_path / "base"), train="embedder+lora", lora_rank=2)
     expected = Umbrella.from_checkpoint(step, device="cpu").score([], "Sex?", ["male.", "female."])
-    address = log_model(uri, run_id, step, whole=whole)
-    logged = MlflowClient(uri).get_logged_model(address.removeprefix("models:/"))
-    answering = Path(logged.artifact_location.removeprefix("file://")) / "artifacts" / "checkpoint"
-    assert (answering / "base.json").exists() != whole
+    checkpoint = logged_folder(uri, log_model(uri, run_id, step, whole=whole)) / "artifacts" / "checkpoint"
+    assert (checkpoint / "base.json").exists() != whole
     if whole:
         (tmp_path / "base").rename(tmp_path / "gone")
     loaded = PyfuncModel()
-    loaded.load_context(SimpleNamespace(artifacts={"checkpoint": str(answering)}, model_config={"device": "cpu"}))
+    loaded.load_context(SimpleNamespace(artifacts={"checkpoint": str(checkpoint)}, model_config={"device": "cpu"}))
     assert loaded.model.score([], "Sex?", ["male.", "female."]) == expected
 
 
-def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_training_goes_on(
+def test_a_best_checkpoint_is_logged_and_registered_once_even_if_its_training_is_resumed(
     mlflow_store: Callable[[Path], str], save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     uri, folder = mlflow_store(tmp_path), tmp_path / "trainings" / "night"
@@ -163,10 +156,8 @@ def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_train
     models.parent.mkdir()
     models.write_text("in the way", encoding="utf-8")
     assert keep(first) == (0, 0)
-    assert re.fullmatch(
-        f"note: {first} was not logged as a model in MLflow: .*Not a directory.*; the same command logs it\n",
-        capsys.readouterr().err,
-    )
+    expected = f"note: {first} was not logged as a model in MLflow: .*Not a directory.*; the same command logs it\n"
+    assert re.fullmatch(expected, capsys.readouterr().err)
     models.unlink()
     assert keep(first) == keep(first) == (1, 0)
     [of_first] = client.get_run(tracker.run_id).outputs.model_outputs
@@ -175,29 +166,26 @@ def test_a_best_checkpoint_is_logged_and_registered_once_however_often_its_train
     shutil.copytree(first, second)
     assert keep(second, "brains") == (2, 2)
     client.delete_logged_model(of_first.model_id)
-    assert keep(first, "brains") == (3, 3), "somebody deleted the model, and asks for it again"
+    assert keep(first, "brains") == (3, 3), "a deleted model is logged again"
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a library\nraised"), KeyboardInterrupt()])
-def test_whatever_ends_the_logging_of_a_model_is_a_line_with_the_way_to_have_it_later(
-    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, error: BaseException
+def test_an_interrupt_of_the_logging_of_a_model_gives_a_note(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*unused: Any, **more: Any) -> None:
-        raise error
+    def interrupt(*unused: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
 
-    experiment = open_experiment(uri, "answering", Path(uri.removeprefix("sqlite:///")).parent)
+    experiment = open_experiment(uri, "models", Path(uri.removeprefix("sqlite:///")).parent)
     MlflowLogger.start(uri, experiment, "night", folder=tmp_path)
-    monkeypatch.setattr(MlflowClient, "search_logged_models", fail)
-    stops = isinstance(error, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+    monkeypatch.setattr(MlflowClient, "search_logged_models", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         log_best_model(TrackingSettings(), uri, tmp_path, "step_1", "the same command")
-    why = "it was stopped" if stops else "a library raised"
-    said = f"note: step_1 was not logged as a model in MLflow: {why}; the same command logs it\n"
-    assert capsys.readouterr().err == said
+    message = "note: step_1 was not logged as a model in MLflow: it was stopped; the same command logs it\n"
+    assert capsys.readouterr().err == message
 
 
-def test_what_cannot_be_logged_is_named_and_leaves_no_model(
+def test_a_missing_checkpoint_or_run_is_named_and_leaves_no_model(
     uri: str, run_id: str, save: Callable[..., Path], tmp_path: Path
 ) -> None:
     client = MlflowClient(uri)

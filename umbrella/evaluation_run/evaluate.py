@@ -40,10 +40,9 @@ from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
 from umbrella.inference.model import load_checkpoint_settings
 from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS, evaluation_folder
-from umbrella.tracking.mlflow_logger import MlflowLogger
+from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.redaction import read_salt, redact_subjects
-from umbrella.tracking.runs import find_run
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.run import check_model
 from umbrella.training.training_state import read_training_state
@@ -226,7 +225,7 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
         logger.params(
             {k: v for k, v in settings.flat().items() if k.split(".")[0] in ("evaluate", "checkpoint", "data")}
         )
-        logger.text(settings.to_yaml(), SETTINGS)
+        logger.artifact(settings.to_yaml(), SETTINGS)
     metrics = dict(mlflow_metrics(result))
     refused = sorted(name for name in metrics if not is_valid_metric(name))
     if refused:
@@ -236,7 +235,7 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
     step = read_training_state(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
     logger.results({name: value for name, value in metrics.items() if name not in refused}, step)
     for name, text in _artifacts(result, folder, conversations).items():
-        logger.text(text, f"{ARTIFACTS}/{name}")
+        logger.artifact(text, f"{ARTIFACTS}/{name}")
     if not training:
         logger.end()
 

@@ -16,27 +16,24 @@ from typing import Any
 from uuid import UUID, uuid4, uuid5
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, mask_secrets, note
-from umbrella.fileio import write_atomic
+from umbrella.fileio import describe_storage_error, write_atomic
 from umbrella.tracking.provenance import code_version, to_dataset_input
-from umbrella.tracking.store import describe_error, is_rejection, is_sqlite, is_temporary, store_id
+from umbrella.tracking.store import describe_error, is_sqlite, is_temporary, store_id
 
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # logs each start and stop
 
-KEY, OUTCOME = "umbrella.run", "umbrella.outcome"
-TRIAL, PARENT = "ray.trial_id", "mlflow.parentRunId"
-FOLDER, EVENTS = "mlflow", "events.jsonl"
-"""Subfolder of a training, sweep or evaluation, and the file in it with the events of its run."""
-MAX_METRICS, MAX_PARAMS = 1000, 100
-"""MLflow's limits per request."""
+KEY, OUTCOME, TRIAL, PARENT = "umbrella.run", "umbrella.outcome", "ray.trial_id", "mlflow.parentRunId"
+"""Tags of a run: its ``run_key``, how it ended, the unique name of a training, and the run of its sweep."""
+FOLDER = "mlflow"
+"""Subfolder of a training, sweep or evaluation."""
 RETRY = 30.0
 """Seconds until the next try after the server did not answer."""
-LAST_WAIT = 20.0
-"""Seconds for which ``MlflowLogger.end`` retries if the server does not answer."""
 Event = dict[str, Any]
 
 
@@ -57,7 +54,7 @@ class MlflowLogger:
     def __init__(self, uri: str, folder: str | Path, experiment: str = "") -> None:
         self.uri, self.client = uri, MlflowClient(uri)
         self.folder = Path(folder) / FOLDER
-        self.file = self.folder / EVENTS
+        self.file = self.folder / "events.jsonl"
         # Files with a leading dot are not uploaded. This one is valid on this machine only.
         self._state_file = self.folder / f".{store_id(uri)}.json"
         self._state: Event = {"experiment": experiment, "run_id": "", "offset": 0, "ahead": {}}
@@ -65,7 +62,6 @@ class MlflowLogger:
             self._state |= json.loads(self._state_file.read_text(encoding="utf-8"))
         self._may_create = bool(experiment)
         self._name, self._begun, self._last_step, self.ended = Path(folder).name, _now(), -1, False
-        self._tags: dict[str, str] = {}
         self._results: dict[str, tuple[int, float]] = {}
         for event, _ in self._events():
             self._update(event)
@@ -95,16 +91,10 @@ class MlflowLogger:
         key = run_key(folder, parent)
         logger = cls(uri, folder, experiment)
         logger._save_state(experiment=experiment)
-        tags = {KEY: key, "mlflow.source.name": "umbrella", **code_version()}
-        tags |= {PARENT: parent} if parent else {}
-        tags |= {TRIAL: trial} if trial else {}
+        tags = {KEY: key, "mlflow.source.name": "umbrella", PARENT: parent, TRIAL: trial, **code_version()}
+        tags = {name: value for name, value in tags.items() if value}
         logger._log({"do": "start", "name": name, "tags": tags, "time": _now()})
         return logger
-
-    @property
-    def has_id(self) -> bool:
-        """Whether the run was created in MLflow."""
-        return bool(self._state["run_id"])
 
     @property
     def run_id(self) -> str:
@@ -113,7 +103,7 @@ class MlflowLogger:
         Raises:
             UserError: the run was not created yet, because the server does not answer.
         """
-        if not self.has_id:
+        if not self._state["run_id"]:
             raise UserError(
                 f"MLflow at {mask_secrets(self.uri)} does not answer, so the run has no id yet; try again later"
             )
@@ -135,9 +125,7 @@ class MlflowLogger:
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags."""
-        new = {name: str(value) for name, value in values.items() if self._tags.get(name) != str(value)}
-        if new:
-            self._log({"do": "tags", "tags": new})
+        self._log({"do": "tags", "tags": {name: str(value) for name, value in values.items()}})
 
     def inputs(self, datasets: Sequence[Mapping[str, Any]]) -> None:
         """Log the datasets of the run, see ``provenance.describe_dataset``."""
@@ -167,19 +155,11 @@ class MlflowLogger:
             self._append({"do": "results", "values": [(name, float(value), now, step) for name, value in new.items()]})
         self._send()
 
-    def text(self, content: str, file: str) -> None:
-        """Log a text as an artifact."""
-        self.save(content.encode(), file)
-
-    def artifact(self, path: str | Path) -> None:
-        """Log a file as an artifact."""
-        self.save(Path(path).read_bytes(), Path(path).name)
-
-    def save(self, content: bytes, file: str) -> None:
-        """Log bytes as an artifact. A copy stays in the folder until another artifact of this name replaces it."""
+    def artifact(self, content: str | bytes, file: str) -> None:
+        """Log an artifact by its relative path. A copy stays in the folder until the next one of this name."""
         copy = self.folder / "files" / file
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(content)
+        copy.write_bytes(content.encode() if isinstance(content, str) else content)
         self._log({"do": "file", "file": file})
 
     def folder_artifact(self, path: str | Path, folder: str) -> None:
@@ -194,13 +174,12 @@ class MlflowLogger:
         """Return the (step, value) pairs of metrics in all events. Metrics without a value are left out."""
         found: dict[str, dict[int, float]] = {name: {} for name in names}
         for event, _ in self._events():
-            if event["do"] == "metrics":
-                for name, value, _, step in event["values"]:
-                    if name in found:
-                        found[name][step] = value
+            for name, value, _, step in event["values"] if event["do"] == "metrics" else ():
+                if name in found:
+                    found[name][step] = value
         return {name: sorted(points.items()) for name, points in found.items() if points}
 
-    def end(self, status: str = "FINISHED", outcome: str = "finished", wait: float = LAST_WAIT) -> None:
+    def end(self, status: str = "FINISHED", outcome: str = "finished", wait: float = 20.0) -> None:
         """End the run.
 
         Args:
@@ -253,9 +232,9 @@ class MlflowLogger:
         """Update the attributes of this logger from an event."""
         if event["do"] == "start":
             self._name, self._begun, self.ended = event["name"], min(self._begun, event["time"]), False
-        self._tags |= event.get("tags", {})
-        self.ended = self.ended or event["do"] == "end"
-        if event["do"] == "metrics":
+        elif event["do"] == "end":
+            self.ended = True
+        elif event["do"] == "metrics":
             self._last_step = max([self._last_step, *(step for *_, step in event["values"])])
         elif event["do"] == "results":
             self._results |= {name: (step, value) for name, value, _, step in event["values"]}
@@ -270,14 +249,13 @@ class MlflowLogger:
         if time.monotonic() < self._next_try or not self.has_pending:
             return
         try:
-            offset = self._connect()
-            try:
-                for event, end in self._events(offset):
-                    self._send_or_skip(event)
-                    offset = end
-            finally:
-                self._save_state(offset=offset)
+            if self._may_create or not self._state["run_id"]:
+                self._find_or_create()
+            for event, end in self._events(self._state["offset"]):
+                self._send_or_skip(event)
+                self._save_state(offset=end)
             self._start_monitor()
+            self._is_down = False
         except Exception as error:
             if not is_temporary(error, self.uri):
                 raise
@@ -285,47 +263,30 @@ class MlflowLogger:
             if not self._is_down:
                 note(f"MLflow at {mask_secrets(self.uri)} does not answer; unsent events stay in {self.file}")
             self._is_down = True
-        else:
-            self._is_down = False
 
-    def _connect(self) -> int:
-        """Find the run by its id or key, or create it; return the offset of the first event to send."""
-        run_id, run = self._state["run_id"], None
-        if run_id and not self._may_create:
-            return self._state["offset"]
-        if run_id:
-            try:
-                run = self.client.get_run(run_id)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        if not run or run.info.lifecycle_stage != "active":
-            run, ahead = self._find_or_create()
+    def _find_or_create(self) -> None:
+        """Find the run by its id or key, or create it. All events are sent to a run whose id was not known."""
+        run_id, key = self._state["run_id"], run_key(self.folder.parent)
+        if not run_id or not _is_active(self.client, run_id):
+            found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+            run = found[0] if found else self.client.create_run(self.experiment, self._begun, {KEY: key}, self._name)
+            # Another machine may have sent events that this folder lacks; their steps are repeated here.
+            ahead = {metric.key: metric.step for metric in run.data.to_proto().metrics}
             self._save_state(run_id=run.info.run_id, offset=0, ahead=ahead)
             if run_id:
                 problem = f"MLflow at {mask_secrets(self.uri)} does not have the run {run_id} of {self._name} any more"
                 note(f"{problem}; the run {run.info.run_id} gets all that was logged so far")
         self._may_create = False
-        return self._state["offset"]
-
-    def _find_or_create(self) -> tuple[Run, dict[str, int]]:
-        """Find the run by its key, or create it. Returns the run and the last step of each of its metrics."""
-        experiment, key = self.experiment, run_key(self.folder.parent)
-        found = self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-        if not found:
-            return self.client.create_run(experiment, self._begun, {KEY: key}, self._name), {}
-        # Another machine may have sent events that this folder lacks; their steps are repeated here.
-        (run,) = found
-        newest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        return run, {name: step for name, step in newest.items() if not name.startswith("system/")}
 
     def _send_or_skip(self, event: Event) -> None:
-        """Send an event. If MLflow rejects it, for instance because the run was deleted, print one note and go on."""
+        """Send an event. One that MLflow refuses, or whose file cannot be read or stored, is skipped with a note."""
         try:
             self._send_event(event, self._state["run_id"])
         except Exception as error:
-            no_file = event["do"] in ("file", "folder") and isinstance(error, OSError)
-            if is_temporary(error, self.uri) or not (no_file or is_rejection(error, self.uri)):
+            refused = event["do"] in ("file", "folder") and isinstance(error, OSError)
+            if isinstance(error, MlflowException) and error.get_http_status_code() < 500:
+                refused = not describe_storage_error(error)
+            if is_temporary(error, self.uri) or not refused:
                 raise
             if not self._has_rejected:
                 problem = f"MLflow at {mask_secrets(self.uri)} refuses an event: {describe_error(error)}"
@@ -334,20 +295,17 @@ class MlflowLogger:
 
     def _send_event(self, event: Event, run_id: str) -> None:
         client, values = self.client, event.get("values", [])
-        if event["do"] == "start":
-            client.update_run(run_id, status="RUNNING")
         if "tags" in event:
             client.log_batch(run_id, tags=[RunTag(*tag) for tag in event["tags"].items()])
-        if event["do"] == "params":
+        if event["do"] == "start":
+            client.update_run(run_id, status="RUNNING")
+        elif event["do"] == "params":
             known = client.get_run(run_id).data.params
-            params = [Param(name, value) for name, value in values.items() if name not in known]
-            for i in range(0, len(params), MAX_PARAMS):
-                client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
+            client.log_batch(run_id, params=[Param(*param) for param in values.items() if param[0] not in known])
         elif event["do"] in ("metrics", "results"):
             newest = self._state["ahead"] if event["do"] == "metrics" else {}
             metrics = [Metric(*value) for value in values if value[3] > newest.get(value[0], -1)]
-            for i in range(0, len(metrics), MAX_METRICS):
-                client.log_batch(run_id, metrics=metrics[i : i + MAX_METRICS])
+            client.log_batch(run_id, metrics=metrics)
         elif event["do"] == "inputs":
             client.log_inputs(run_id, [to_dataset_input(dataset) for dataset in values])
         elif event["do"] == "file" and (path := self.folder / "files" / event["file"]).exists():
@@ -359,12 +317,59 @@ class MlflowLogger:
 
     def _start_monitor(self) -> None:
         """Start MLflow's system monitor, or restart it after an outage, which stops it."""
-        if not self._logs_system or self._last_step < 0 or (self._monitor and not self._is_down):
+        if self._logs_system and self._last_step >= 0 and (not self._monitor or self._is_down):
+            if self._monitor:
+                self._monitor.finish()
+            self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+            self._monitor.start()
+
+
+def find_run(uri: str, folder: Path) -> MlflowLogger | None:
+    """Return the logger of a finished training.
+
+    If the server does not answer, the run is assumed to exist.
+
+    Returns:
+        None if the store does not have the run, or the folder is not writable.
+    """
+    logger = MlflowLogger(uri, folder)
+    if not os.access(logger.file, os.W_OK) or not logger.experiment:
+        return None
+    run_id = logger._state["run_id"]
+    try:
+        return logger if not run_id or _is_active(logger.client, run_id) else None
+    except MlflowException as error:
+        return logger if is_temporary(error, uri) else None
+
+
+def close_run(
+    uri: str,
+    folder: str | Path,
+    status: str,
+    outcome: str,
+    experiment: str = "",
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Set the final status of a run whose process has ended without doing so, and send its pending events.
+
+    Args:
+        folder: folder of the training.
+        status, outcome: see ``MlflowLogger.end``.
+        experiment: see ``MlflowLogger``.
+        tags: tags to set first.
+    """
+    try:
+        logger = MlflowLogger(uri, folder, experiment)
+        if not logger.file.exists() or not logger.experiment:  # the training ended before it created a run
             return
-        if self._monitor:
-            self._monitor.finish()
-        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
-        self._monitor.start()
+        if tags:
+            logger.tags(tags)
+        if logger.ended:
+            logger.flush()
+        else:
+            logger.end(status, outcome, wait=0)
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # such as a full disk, which is reported elsewhere
+        note(f"MLflow at {mask_secrets(uri)} does not have the end of {Path(folder).name}: {describe_error(error)}")
 
 
 def run_key(folder: str | Path, parent: str | None = None) -> str:
@@ -379,6 +384,16 @@ def run_key(folder: str | Path, parent: str | None = None) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
     return file.read_text(encoding="utf-8")
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether the store has a run that was not deleted."""
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def _now() -> int:

@@ -13,7 +13,6 @@ from mlflow import MlflowClient, pyfunc
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -87,16 +86,19 @@ def log_best_model(settings: TrackingSettings, uri: str, training: Path, checkpo
         training: folder of the training or sweep to whose run the model is logged.
         again: how the user can try again, for the note.
     """
-    client, reason = MlflowClient(uri), "it was stopped"
+    client, name, reason = MlflowClient(uri), settings.registered_as, "it was stopped"
     try:
         tracker = MlflowLogger(uri, training)
         tracker.flush()  # the run may not have been created yet
-        logged = _find_logged(client, tracker.run_id, Path(checkpoint))
+        models = client.search_logged_models([tracker.experiment], f"source_run_id = '{tracker.run_id}'")
+        wanted = (LoggedModelStatus.READY, _short_name(Path(checkpoint)))
+        logged = next((model for model in models if (model.status, model.tags.get(CHECKPOINT_TAG)) == wanted), None)
         if not logged:
             address = log_model(uri, tracker.run_id, checkpoint)
             logged = client.get_logged_model(address.rpartition("/")[2])
-        if settings.registered_as and not _is_registered(client, settings.registered_as, logged):
-            _register(client, settings.registered_as, logged)
+        versions = client.search_model_versions(f"run_id = '{tracker.run_id}'")
+        if name and not any((v.name, v.source) == (name, logged.artifact_location) for v in versions):
+            _register(client, name, logged)
         reason = ""
     except Exception as error:  # no error of any library may end a finished training
         reason = describe_error(error) or type(error).__name__
@@ -142,10 +144,20 @@ def log_model(
     status = "FAILED"
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            exported = _export(folder, Path(temporary) / CHECKPOINT, whole)
-            description = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
-            saved = Path(temporary) / "model"
-            _save(saved, exported, description)
+            exported, saved = Path(temporary) / CHECKPOINT, Path(temporary) / "model"
+            _export(folder, exported, whole)
+            pyfunc.save_model(
+                saved,
+                python_model=str(Path(__file__).with_name("served.py")),
+                artifacts={CHECKPOINT: str(exported)},
+                signature=SIGNATURE,
+                input_example=EXAMPLE,
+                pip_requirements=[
+                    f"umbrella-mri=={__version__}",
+                    *(f"{library}=={version(library).split('+')[0]}" for library in LIBRARIES),
+                ],
+                mlflow_model=Model(logged.artifact_location, run_id, model_id=logged.model_id),
+            )
             client.log_model_artifacts(logged.model_id, str(saved))
         status = "READY"
     finally:
@@ -156,7 +168,7 @@ def log_model(
     return str(logged.model_uri)
 
 
-def _export(checkpoint: Path, folder: Path, whole: bool) -> Path:
+def _export(checkpoint: Path, folder: Path, whole: bool) -> None:
     """Copy the files of a checkpoint to log to a new folder; with ``whole``, add the weights of the base model."""
     from umbrella.models.partial_checkpoint import is_partial
 
@@ -164,31 +176,9 @@ def _export(checkpoint: Path, folder: Path, whole: bool) -> Path:
         from umbrella.inference.model import Umbrella
 
         Umbrella.from_checkpoint(checkpoint, device="cpu").save_pretrained(folder)
-        return folder
-    shutil.copytree(
-        checkpoint, folder, ignore=shutil.ignore_patterns(*TRAINING_FILES), copy_function=link_or_copy
-    )  # MLflow copies twice
-    return folder
-
-
-def _save(folder: Path, checkpoint: Path, description: Model) -> None:
-    requirements = [f"umbrella-mri=={__version__}", *(f"{name}=={version(name).split('+')[0]}" for name in LIBRARIES)]
-    pyfunc.save_model(
-        folder,
-        python_model=str(Path(__file__).with_name("served.py")),
-        artifacts={CHECKPOINT: str(checkpoint)},
-        signature=SIGNATURE,
-        input_example=EXAMPLE,
-        pip_requirements=requirements,
-        mlflow_model=description,
-    )
-
-
-def _find_logged(client: MlflowClient, run_id: str, checkpoint: Path) -> LoggedModel | None:
-    """Find the completely logged model of a checkpoint in its run."""
-    experiment, wanted = client.get_run(run_id).info.experiment_id, (LoggedModelStatus.READY, _short_name(checkpoint))
-    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
-    return next((model for model in found if (model.status, model.tags.get(CHECKPOINT_TAG)) == wanted), None)
+    else:
+        ignored = shutil.ignore_patterns(*TRAINING_FILES)
+        shutil.copytree(checkpoint, folder, ignore=ignored, copy_function=link_or_copy)  # MLflow copies twice
 
 
 def _short_name(checkpoint: Path) -> str:
@@ -196,16 +186,11 @@ def _short_name(checkpoint: Path) -> str:
     return "/".join(checkpoint.absolute().parts[-2:])
 
 
-def _is_registered(client: MlflowClient, name: str, model: LoggedModel) -> bool:
-    versions = client.search_model_versions(f"run_id = '{model.source_run_id}'")
-    return any(version.name == name and version.source == model.artifact_location for version in versions)
-
-
 def _register(client: MlflowClient, name: str, model: LoggedModel) -> None:
     try:
         client.create_registered_model(name)
     except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise UserError(f"MLflow cannot register a model as {name!r}: {error}") from None
     # By its location: MLflow looks a URI up in the default store of this process, which may be another one.
     client.create_model_version(name, model.artifact_location, model.source_run_id, model_id=model.model_id)

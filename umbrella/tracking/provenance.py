@@ -5,12 +5,13 @@ import os
 import platform
 import socket
 import subprocess
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -33,15 +34,12 @@ def describe_dataset(
     Returns:
         Name, digest, source and profile. Per target, the profile has class counts, or count and mean of numbers.
     """
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    numbers: dict[str, list[float]] = defaultdict(list)
-    for c in conversations:
-        if isinstance(c.label, str):
-            counts[c.target][c.label] += 1
-        elif c.label is not None:
-            numbers[c.target].append(float(c.label))
-    labels: dict[str, Any] = {target: dict(sorted(count.items())) for target, count in sorted(counts.items())}
-    labels |= {t: {"count": len(values), "mean": sum(values) / len(values)} for t, values in sorted(numbers.items())}
+    labels: dict[str, Any] = {}
+    for target in sorted({c.target for c in conversations if c.label is not None}):
+        values = [c.label for c in conversations if c.target == target and c.label is not None]
+        numbers = [float(value) for value in values if not isinstance(value, str)]
+        counts = dict(sorted(Counter(map(str, values)).items()))
+        labels[target] = {"count": len(numbers), "mean": fmean(numbers)} if numbers else counts
     return {
         "name": split,
         "digest": fingerprint,
@@ -67,13 +65,17 @@ def to_dataset_input(description: Mapping[str, Any]) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", description["name"])])
 
 
-def environment() -> dict[str, Any]:
-    """Describe packages and hardware of this process."""
+@cache
+def environment_json() -> str:
+    """Describe packages and hardware of this process as JSON.
+
+    Cached, because reading the installed packages takes a quarter of a second.
+    """
     import torch
 
     packages = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
+    environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -84,12 +86,7 @@ def environment() -> dict[str, Any]:
         **{name: packages.get(name) for name in ("torch", "ray", "transformers", "mlflow")},
         "packages": [f"{name}=={packages[name]}" for name in sorted(packages, key=str.lower)],
     }
-
-
-@cache
-def environment_json() -> str:
-    """Return ``environment`` as JSON. Cached, because reading the installed packages takes a quarter of a second."""
-    return json.dumps(environment(), indent=1)
+    return json.dumps(environment, indent=1)
 
 
 def code_version() -> dict[str, str]:

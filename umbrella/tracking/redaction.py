@@ -6,7 +6,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from umbrella.paths import salt_file
 
@@ -18,15 +20,10 @@ def read_salt(storage: str | Path) -> str:
     """
     path = salt_file(storage)
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with NamedTemporaryFile("w", dir=path.parent) as file, suppress(FileExistsError):  # of another process
             file.write(secrets.token_hex(32))
-        try:
-            os.link(temporary, path)
-        except FileExistsError:  # another process was first
-            pass
-        finally:
-            temporary.unlink()
+            file.flush()
+            os.link(file.name, path)
     return path.read_text()
 
 

@@ -1,22 +1,22 @@
-"""MLflow's store: its address, its errors, valid names, and experiments."""
+"""MLflow's store: its address, its errors, valid names, experiments, and links to its web interface."""
 
 import hashlib
+import json
 import logging
 import os
 import posixpath
 import re
 import sqlite3
-import sys
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from umbrella.base import UserError, mask_secrets
-from umbrella.fileio import describe_storage_error
+from umbrella.base import UserError, mask_secrets, note
 from umbrella.paths import artifacts_folder, mlflow_database
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the errors that it raises
@@ -62,18 +62,6 @@ def is_temporary(error: Exception, uri: str) -> bool:
     return type(error).__module__ != "builtins"  # raised by a library that connects to the server or its artifact store
 
 
-def is_rejection(error: Exception, uri: str) -> bool:
-    """Whether the store rejected a request, for instance because a run was deleted or a name is not allowed."""
-    return (
-        isinstance(error, MlflowException) and error.get_http_status_code() < 500 and not describe_storage_error(error)
-    )
-
-
-def is_valid_target(target: str) -> bool:
-    """Whether MLflow accepts metrics whose names contain this target."""
-    return is_valid_metric(f"eval/{target}/balanced_accuracy")
-
-
 def is_valid_metric(name: str) -> bool:
     """Whether MLflow accepts a metric of this name."""
     return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
@@ -99,11 +87,10 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     if experiment.lifecycle_stage != "active":
         raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or choose another name: experiment=...")
     if artifacts and not _is_same_folder(experiment.artifact_location, artifacts):
-        print(
-            f"note: the storage was moved, and MLflow keeps the artifacts of experiment {name!r} at their old address,"
-            f" {mask_secrets(experiment.artifact_location)}; link that folder to"
-            f" {Path(storage).absolute() / 'artifacts'}, or choose another name: experiment=...",
-            file=sys.stderr,
+        note(
+            f"the storage was moved, and MLflow keeps the artifacts of experiment {name!r} at their old address,"
+            f" {mask_secrets(experiment.artifact_location)}; link that folder to {artifacts_folder(storage)},"
+            " or choose another name: experiment=..."
         )
     return experiment.experiment_id
 
@@ -112,3 +99,29 @@ def _is_same_folder(address: str, other: str) -> bool:
     """Whether two addresses are the same folder, also through symbolic links."""
     first, second = (Path(url2pathname(urlsplit(one).path)) for one in (address, other))
     return not address.startswith("file:") or first.resolve() == second.resolve()
+
+
+def page_urls(uri: str, experiment: str, server: str, metric: str, mode: str) -> dict[str, str]:
+    """URLs of two pages of MLflow: all runs, best first, and a comparison of the trials of the newest sweep.
+
+    Args:
+        experiment: id of the experiment.
+        server: URL of MLflow's server.
+        metric, mode: ``tune.metric`` and ``tune.mode``.
+
+    Returns:
+        Description of a page to its URL. The comparison is left out if there are fewer than two trials.
+    """
+    table = "workflowType=machine_learning"  # otherwise MLflow opens its view for chats and prompts
+    order = {"orderByKey": f"metrics.`best/{metric}`", "orderByAsc": str(mode == "min").lower()}
+    runs = f"{server}/#/experiments/{experiment}/runs?{table}&{urlencode(order, quote_via=quote)}"
+    urls, client, tag = {"runs, best first": runs}, MlflowClient(uri), f"tags.`{MLFLOW_PARENT_RUN_ID}`"
+    if newest := client.search_runs([experiment], f"{tag} LIKE '%'", max_results=1):
+        of_sweep = f"{tag} = '{newest[0].data.tags[MLFLOW_PARENT_RUN_ID]}'"
+        trials = client.search_runs([experiment], of_sweep, order_by=["attributes.start_time ASC"])
+        ids = [[run.info.run_id for run in trials], [experiment]]
+        compared, experiments = (quote(json.dumps(some, separators=(",", ":"))) for some in ids)
+        if len(trials) > 1:
+            page = f"{server}/#/compare-runs?runs={compared}&experiments={experiments}&{table}"
+            urls["trials of the newest sweep, side by side"] = page
+    return urls

@@ -63,11 +63,11 @@ class Reporter:
         machine = {"device": name, "host": socket.gethostname(), "ray.job": ray.get_runtime_context().get_job_id()}
         self.tracker.tags({**machine, **summary.tags})
         self.tracker.inputs(job.datasets)
-        self.tracker.text(job.settings.to_yaml(), SETTINGS)
-        self.tracker.text(environment_json(), "environment.json")
-        self.tracker.text(text, "statement.txt")
+        self.tracker.artifact(job.settings.to_yaml(), SETTINGS)
+        self.tracker.artifact(environment_json(), "environment.json")
+        self.tracker.artifact(text, "statement.txt")
         for file, content in summary.artifacts.items():
-            self.tracker.text(content, file)
+            self.tracker.artifact(content, file)
         self.tracker.watch_system()
         print(text, flush=True)
         self.log.print_state(FIRST)
@@ -103,7 +103,7 @@ class Reporter:
         if is_best:
             self._best_key = key
             if tracking.predictions:
-                self.tracker.text(predictions_json(predictions, tracking.predictions, self._redact), PREDICTIONS)
+                self.tracker.artifact(predictions_json(predictions, tracking.predictions, self._redact), PREDICTIONS)
                 self.tracker.tags(TABLE_TAG)
             if tracking.checkpoint != "none":
                 self.tracker.tags({"best.checkpoint": str(checkpoint_folder(self.job.folder, step))})
@@ -125,7 +125,7 @@ class Reporter:
         lines = self.tracker.history(*chain.from_iterable(panels.values()))
         drawn = {panel: {name: lines[name] for name in names if name in lines} for panel, names in panels.items()}
         if drawn := {panel: of_panel for panel, of_panel in drawn.items() if of_panel}:
-            self.tracker.save(curves(drawn, str(self.job.tracking["name"])), "curves.png")
+            self.tracker.artifact(curves(drawn, str(self.job.tracking["name"])), "curves.png")
         best = best_checkpoint(self.job.folder, self.tune.metric, self.tune.mode)
         if best and self.job.settings.tracking.checkpoint == "best":
             self.tracker.folder_artifact(best, "checkpoint")

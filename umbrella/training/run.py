@@ -22,10 +22,9 @@ from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.fileio import run_lock
 from umbrella.paths import BEGUN, STOP, WORKERS, training_folder
-from umbrella.tracking.mlflow_logger import run_key
+from umbrella.tracking.mlflow_logger import close_run, run_key
 from umbrella.tracking.provenance import describe_dataset
-from umbrella.tracking.runs import close_run
-from umbrella.tracking.store import is_valid_target, open_experiment, tracking_uri
+from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpoints
 from umbrella.training.checkpoint_sync import synced
 from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_without_checkpoint
@@ -108,7 +107,7 @@ def check_data(
 
 def check_target_names(targets: Iterable[str]) -> None:
     """Raise UserError if a target cannot be part of a metric's name in MLflow."""
-    invalid = [target for target in targets if not is_valid_target(target)]
+    invalid = [target for target in targets if not is_valid_metric(f"eval/{target}/balanced_accuracy")]
     if invalid:
         raise UserError(
             f"target {invalid[0]!r} becomes part of a metric's name: use letters, digits, and _-. :/ only"

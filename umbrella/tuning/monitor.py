@@ -13,8 +13,7 @@ from rich.table import Table
 
 from umbrella.base import printable
 from umbrella.paths import TRIALS
-from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger
-from umbrella.tracking.runs import close_run
+from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
 from umbrella.training.launch import describe_failure
 from umbrella.training.progress_log import progress_line
 from umbrella.training.training_state import read_history

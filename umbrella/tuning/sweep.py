@@ -116,7 +116,7 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
     parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
     swept = [parameter.name for parameter in parameters]
     parent.params({k: v for k, v in settings.flat().items() if not any(contains(name, k) for name in swept)})
-    parent.text(settings.to_yaml(), SETTINGS)
+    parent.artifact(settings.to_yaml(), SETTINGS)
     job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
     parent.params(job.data)
     parent.inputs(job.datasets)
@@ -140,7 +140,7 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
         warning = chance_warning(trials, settings.tune, chance_level(settings.tune.metric, classes), subjects)
         files = write_report(configurations, settings, folder, subjects, warning)
         for file in files.all:
-            parent.artifact(file)
+            parent.artifact(file.read_bytes(), file.name)
         result = replace(_make_result(settings, configurations, files, folder, uri), warning=warning)
         parent.results({f"best/{settings.tune.metric}": result.trials[0].metric or 0.0}, 0)
         parent.tags({"best.trial": result.trials[0].name, "best.checkpoint": result.trials[0].checkpoint})
