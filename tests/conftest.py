@@ -228,13 +228,10 @@ def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: A
 @pytest.fixture(scope="session")
 def save_step(tokenizer: Any) -> Callable[..., Path]:
     """Writes a checkpoint of a training (model, optimizer, schedule) into a folder, as rank 0 does."""
-    from dataclasses import replace
-
     from umbrella.config import load_settings
     from umbrella.models.partial_checkpoint import parameters_to_save
-    from umbrella.training.checkpoint import snapshot
-    from umbrella.training.language_model import copy_weights
-    from umbrella.training.training_state import TrainingState
+    from umbrella.training.checkpoint_files import TrainingState
+    from umbrella.training.distributed import copy_to_host, copy_training_state
     from umbrella.version import __version__
 
     def save(folder: Path, training: Any, step: int, rng: Any = None, metrics: Any = None, **others: Any) -> Path:
@@ -242,10 +239,10 @@ def save_step(tokenizer: Any) -> Callable[..., Path]:
         settings = load_settings(overrides=others)
         code = {"git.commit": "abc", "torch": "1", "umbrella": __version__}
         writer = make_writer(folder, training.model, tokenizer, settings, code)
-        names = parameters_to_save(training.model, settings.model)
-        progress = TrainingState(step, 4 * step)
-        taken = snapshot(copy_weights(training.model, names), training.optimizer, training.schedule, progress, metrics)
-        writer.write(replace(taken, rng=rng) if rng else taken)
+        named = dict(training.model.named_parameters())
+        weights = copy_to_host({name: named[name] for name in parameters_to_save(training.model, settings.model)})
+        tensors = copy_training_state(training.optimizer, training.schedule)
+        writer.write(TrainingState(step, 4 * step), metrics or {}, weights, tensors | ({"rng": rng} if rng else {}))
         writer.wait()
         return folder / f"step_{step:07d}"
 

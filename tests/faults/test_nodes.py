@@ -29,8 +29,7 @@ from tests.faults.nodes import Nodes, ended, nodes
 from tests.faults.sweep_kills import faults_in, question
 from tests.faults.test_faults import assert_each_once_per_epoch, put
 from umbrella.data.splits import SPLITS, phantom_folder_of, read_splits
-from umbrella.training.checkpoint_files import latest_checkpoint
-from umbrella.training.training_state import read_training_state
+from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 from umbrella.tuning.sweep_files import load_outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

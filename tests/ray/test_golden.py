@@ -23,9 +23,9 @@ from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.tracking.store import open_experiment, tracking_uri
+from umbrella.training.checkpoint_files import read_history
 from umbrella.training.launch import run_job
 from umbrella.training.run import make_job
-from umbrella.training.training_state import read_history
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-4

@@ -14,9 +14,8 @@ from tests.faults.fault_injection import dies_once
 from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train_here
 from umbrella.data.ingest import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
-from umbrella.training.checkpoint_files import latest_checkpoint
+from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 from umbrella.training.progress_log import EVALUATION_GAUGE, FORMATS, ProgressLog, gauge_name
-from umbrella.training.training_state import read_training_state
 
 GRAFANA = Path(__file__).resolve().parents[2] / "ray_configs" / "grafana_dashboard.json"
 PATIENT = {

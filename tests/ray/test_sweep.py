@@ -131,7 +131,7 @@ def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
 
 
 def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:
-    from umbrella.training.training_state import read_training_state
+    from umbrella.training.checkpoint_files import read_training_state
 
     answer, client, parent, _ = swept
     assert answer.best_settings.optim.lr == 3e-3

@@ -14,10 +14,9 @@ from umbrella.config import load_settings
 from umbrella.file_storage import FileStorage
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.training import checkpoint_sync
-from umbrella.training.checkpoint_files import delete_checkpoint, find_damage, latest_checkpoint
+from umbrella.training.checkpoint_files import delete_checkpoint, find_damage, latest_checkpoint, read_history
 from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
 from umbrella.training.settings import ResourceSettings
-from umbrella.training.training_state import read_history
 
 
 class Lost(Exception):

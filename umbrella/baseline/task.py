@@ -21,8 +21,7 @@ from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Answer, Prediction, mean_number, write_predictions
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_volumes
-from umbrella.training.checkpoint import copy_to_host
-from umbrella.training.distributed import all_gather_object, autocast, data_parallel, raise_on_all_ranks
+from umbrella.training.distributed import all_gather_object, autocast, copy_to_host, data_parallel, raise_on_all_ranks
 from umbrella.training.optimizer import main_lr
 from umbrella.training.task import Summary, Task
 

@@ -44,8 +44,8 @@ from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
+from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model
-from umbrella.training.training_state import read_training_state
 
 ARTIFACTS = "evaluation"
 """Folder of the report among the artifacts of a run."""

@@ -1,25 +1,106 @@
-"""The checkpoint folders of a training: write, check, find and delete them."""
+"""The checkpoints of a training and the history of its evaluations. Scripts and Ray Tune read them without torch."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from math import inf, isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from umbrella import paths
 from umbrella.base import UserError, note
 from umbrella.config import Settings
-from umbrella.fileio import describe_storage_error
-from umbrella.paths import METRICS, SIZES, checkpoint_folder, checkpoints_in
-from umbrella.training.training_state import LOSS, NOT_EVALUATED, ranking_key
+from umbrella.fileio import describe_storage_error, write_atomic
+from umbrella.paths import (
+    CHECKPOINT,
+    CODE,
+    HISTORY,
+    METRICS,
+    PROGRESS,
+    SETTINGS,
+    SIZES,
+    STATE,
+    checkpoint_folder,
+    checkpoints_in,
+)
 
-if TYPE_CHECKING:  # scripts and Ray Tune look for checkpoints without torch, whose import takes seconds
-    import torch
+LOSS = "eval/loss"
+NOT_EVALUATED = (-inf, -inf)
+"""The ``ranking_key`` without metric and loss."""
 
-    from umbrella.training.checkpoint import Snapshot
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The position of a training, as its checkpoints hold it."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    position: int = 0
+    """Of the next sample in the order of samples."""
+    sorted_by: int = 0
+    """See ``Plan``."""
+    best: float | None = None
+    """Best value so far of ``tune.metric``."""
+    since_best: int = 0
+    """Evaluations since the best one."""
+    epoch: float = 0.0
+    """Passes over the data done."""
+
+    def evaluated(self, value: float, mode: str) -> "TrainingState":
+        """Return the state after an evaluation with this value. NaN is never better."""
+        sign = 1 if mode == "max" else -1
+        if not isnan(value) and (self.best is None or sign * value > sign * self.best):
+            return replace(self, best=value, since_best=0)
+        return replace(self, since_best=self.since_best + 1)
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether the last ``patience`` evaluations were not better than the best. Never with a patience of 0."""
+        return 0 < patience <= self.since_best
+
+
+def read_training_state(checkpoint: str | Path) -> TrainingState:
+    """Read the state from a checkpoint."""
+    return TrainingState(**json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8")))
+
+
+def read_metrics(checkpoint: str | Path) -> dict[str, float]:
+    """Read the metrics of the evaluation at a checkpoint."""
+    return json.loads((Path(checkpoint) / METRICS).read_text(encoding="utf-8"))
+
+
+def ranking_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
+    """Return the key by which evaluations, trials and settings compare: the metric, then the loss. Larger is better.
+
+    Args:
+        metric, loss: None or NaN if unknown, which is worse than any number.
+        mode: "max" or "min", of the metric.
+    """
+    sign = 1 if mode == "max" else -1
+    known = [-inf if value is None or isnan(value) else value for value in (metric and sign * metric, loss and -loss)]
+    return known[0], known[1]
+
+
+def append_evaluation(folder: str | Path, report: Mapping[str, Any]) -> None:
+    """Append an evaluation to the history of a training: step, steps, epoch, out_of_patience, and its metrics."""
+    with (Path(folder) / HISTORY).open("a", encoding="utf-8") as file:
+        print(json.dumps(report), file=file, flush=True)
+
+
+def read_history(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the evaluations of a training by step; of a repeated step the last. A partly written line is ignored."""
+    file = Path(folder) / HISTORY
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n") and line.startswith("{")]
+    return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
+
+
+def truncate_history(folder: str | Path, step: int) -> None:
+    """Delete the evaluations after a step, from which the training continues: it repeats them."""
+    if rows := read_history(folder):
+        kept = [f"{json.dumps(row)}\n" for row in rows if row["step"] <= step]
+        write_atomic(Path(folder) / HISTORY, "".join(kept))
 
 
 def mark_complete(folder: Path) -> None:
@@ -28,10 +109,10 @@ def mark_complete(folder: Path) -> None:
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     (folder / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     for path in [*files, folder / SIZES, folder]:
-        fsync(path)
+        _fsync(path)
 
 
-def fsync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -40,9 +121,9 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def find_damage(folder: str | Path) -> str:
+def find_damage(checkpoint: str | Path) -> str:
     """Describe why a checkpoint cannot be used: a file is missing or has another size. Return "" if it can be used."""
-    folder = Path(folder)
+    folder = Path(checkpoint)
     try:
         sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,16 +144,11 @@ def complete_checkpoints(folder: str | Path) -> list[Path]:
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest complete checkpoint of a training. Newer damaged ones are named on standard error."""
-    damaged = []
-    latest = None
-    for path in reversed(checkpoints_in(folder)):
-        damage = find_damage(path)
-        if not damage:
-            latest = path
-            break
-        damaged.append(f"{path} cannot be used: {damage}")
-    for text in damaged:
-        note(f"{text}; the training continues from {latest or 'its start'}")
+    latest = max(complete_checkpoints(folder), default=None)
+    for path in checkpoints_in(folder):
+        if latest is None or path > latest:
+            where = latest or "its start"
+            note(f"{path} cannot be used: {find_damage(path)}; the training continues from {where}")
     return latest
 
 
@@ -84,11 +160,6 @@ def best_checkpoint(folder: str | Path, metric: str, mode: str) -> Path | None:
     metrics = {path: read_metrics(path) for path in complete_checkpoints(folder)}
     keys = {path: ranking_key(values.get(metric), values.get(LOSS), mode) for path, values in metrics.items()}
     return max((path for path in keys if keys[path] > NOT_EVALUATED), key=keys.__getitem__, default=None)
-
-
-def read_metrics(checkpoint: str | Path) -> dict[str, float]:
-    """Read the metrics of the evaluation at a checkpoint."""
-    return json.loads((Path(checkpoint) / METRICS).read_text(encoding="utf-8"))
 
 
 def prune(folder: str | Path, keep: int, metric: str, mode: str) -> None:
@@ -113,29 +184,37 @@ class CheckpointWriter:
         folder: of the training. It must exist; a folder that is lost is not made again.
         files: files that every checkpoint has beside its weights: name to content.
         save_weights: writes weights into a folder.
-        code: see ``code_versions``.
+        code: the versions of the code by name.
     """
 
     def __init__(
         self,
         folder: str | Path,
         files: Mapping[str, bytes],
-        save_weights: Callable[[Path, Mapping[str, "torch.Tensor"]], None],
+        save_weights: Callable[[Path, Mapping[str, Any]], None],
         settings: Settings,
         code: Mapping[str, str],
     ) -> None:
         self.folder, self.settings, self.save_weights = Path(folder), settings, save_weights
         code_json = json.dumps(dict(code), indent=1).encode()
-        self.files = {**files, paths.SETTINGS: settings.to_yaml().encode(), paths.CODE: code_json}
+        self.files = {**files, SETTINGS: settings.to_yaml().encode(), CODE: code_json}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        for partial in self.folder.glob(f".{paths.CHECKPOINT}*"):  # of a process that was killed
+        for partial in self.folder.glob(f".{CHECKPOINT}*"):  # of a process that was killed
             shutil.rmtree(partial, ignore_errors=True)
 
-    def write(self, snapshot: "Snapshot") -> None:
-        """Start to write a checkpoint, after the previous one is written. Raises as ``wait``."""
+    def write(
+        self, state: TrainingState, metrics: Mapping[str, float], weights: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
+        """Start to write a checkpoint, after the previous one is written. Raises as ``wait``.
+
+        Args:
+            metrics: of the evaluation at this step.
+            weights: tensors by their names in the model.
+            tensors: see ``distributed.copy_training_state``.
+        """
         self.wait()
-        self._pending = self._pool.submit(self._write, snapshot)
+        self._pending = self._pool.submit(self._write, state, metrics, weights, tensors)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
@@ -154,28 +233,29 @@ class CheckpointWriter:
         except Exception as error:
             note(error)
 
-    def _write(self, snapshot: "Snapshot") -> None:
-        import torch
+    def _write(
+        self, state: TrainingState, metrics: Mapping[str, float], weights: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> None:
+        import torch  # takes seconds
 
         training, tune = self.folder, self.settings.tune
-        folder = checkpoint_folder(training, snapshot.state.step)
+        folder = checkpoint_folder(training, state.step)
         partial = training / f".{folder.name}.partial"  # in the same folder, so that the rename is atomic
+        json_files = {METRICS: dict(metrics), PROGRESS: asdict(state)}
+        files = self.files | {name: json.dumps(content).encode() for name, content in json_files.items()}
         try:
             partial.mkdir()
-            for name, content in self.files.items():
+            for name, content in files.items():
                 (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_bytes(content)
-            self.save_weights(partial, snapshot.weights)
-            state = {"optimizer": snapshot.optimizer, "schedule": snapshot.schedule, "rng": list(snapshot.rng)}
-            with (partial / paths.STATE).open("wb") as file:  # given a path, torch hides the system's error
-                torch.save(state, file)
-            (partial / METRICS).write_text(json.dumps(dict(snapshot.metrics)), encoding="utf-8")
-            (partial / paths.PROGRESS).write_text(json.dumps(asdict(snapshot.state)), encoding="utf-8")
+            self.save_weights(partial, weights)
+            with (partial / STATE).open("wb") as file:  # given a path, torch hides the system's error
+                torch.save(dict(tensors), file)
             mark_complete(partial)
             if folder.exists():  # a damaged one
                 delete_checkpoint(folder)
-            os.replace(partial, folder)
-            fsync(training)
+            partial.replace(folder)
+            _fsync(training)
             prune(training, self.settings.resources.keep_checkpoints, tune.metric, tune.mode)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)  # it may fill the disk

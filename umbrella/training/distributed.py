@@ -1,10 +1,10 @@
-"""Data-parallel and sharded models, and collective operations between the ranks of a training."""
+"""Data-parallel and sharded models, collective operations between ranks, and the state of a training on all ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,17 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from umbrella.base import UserError
 from umbrella.fileio import describe_storage_error
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
+from umbrella.paths import STATE
 from umbrella.training.settings import TrainSettings
 
 
 def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and the number of ranks: (0, 1) without a process group."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def seed_worker(seed: int, rank: int) -> None:
-    """Give each rank its own random numbers. Call it after the model is made, whose weights are the same on all."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
 
 
 def parallelise(
@@ -74,12 +70,6 @@ def autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> torc
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cached)
 
 
-def reshard(model: nn.Module) -> None:
-    """Free the weights that forward passes without a backward pass have gathered."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, gathered if it is sharded, detached. It is collective."""
     own = tensor.detach()
@@ -92,26 +82,71 @@ def copy_into_shard(weight: torch.Tensor, value: torch.Tensor) -> None:
     weight.copy_(_shard_like(weight, value))
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state with full tensors, saved with any number of ranks, into an optimizer that may be sharded."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    by_weight = {
-        number: {k: _shard_like(weights[number], v) if _is_moment(v) else v for k, v in of_weight.items()}
-        for number, of_weight in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": by_weight})
-
-
-def _is_moment(value: Any) -> bool:
-    """Whether a value has the shape of a weight, unlike the step count."""
-    return isinstance(value, torch.Tensor) and value.ndim > 0
-
-
 def _shard_like(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Shard a tensor as a weight is; each rank takes its part of its own copy."""
     if not isinstance(weight, DTensor):
         return value
     return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def copy_to_host(value: Any, keep: bool = True) -> Any:
+    """Copy tensors, also in nested dictionaries and lists, to the memory of the host. It is collective.
+
+    Args:
+        keep: whether this rank needs the tensors; otherwise it gets empty ones.
+    """
+    if isinstance(value, torch.Tensor):
+        full = full_tensor(value)  # every rank contributes its part of a sharded tensor
+        return full.to("cpu", copy=True) if keep else torch.empty(0)
+    if isinstance(value, dict):
+        return {key: copy_to_host(item, keep) for key, item in value.items()}
+    return [copy_to_host(item, keep) for item in value] if isinstance(value, list) else value
+
+
+def copy_training_state(
+    optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, keep: bool = True
+) -> dict[str, Any]:
+    """Copy optimizer, schedule and the random number generators of all ranks. It is collective.
+
+    Args:
+        keep: whether this rank needs the copy; only the rank that writes the checkpoint does.
+
+    Returns:
+        The content of ``state.pt`` in a checkpoint, in memory that later steps do not change.
+    """
+    optimizer_state, schedule_state = copy_to_host(optimizer.state_dict(), keep), copy_to_host(schedule.state_dict())
+    return {"optimizer": optimizer_state, "schedule": schedule_state, "rng": all_gather_object(rng_state())}
+
+
+def restore_training_state(
+    folder: str | Path,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    rank: int = 0,
+) -> None:
+    """Restore what ``copy_training_state`` copied from a checkpoint, written with any number of ranks.
+
+    A rank that did not exist when the checkpoint was written keeps its random numbers.
+    """
+    state = torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, of_weight in state["optimizer"]["state"].items():
+        for name, value in of_weight.items():
+            if isinstance(value, torch.Tensor) and value.ndim:  # it has the shape of the weight, unlike the step count
+                of_weight[name] = _shard_like(weights[number], value)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    if rank < len(state["rng"]):
+        own, size = state["rng"][rank], len(torch.get_rng_state())
+        torch.set_rng_state(own[:size])
+        if len(own) > size and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own[size:])
+
+
+def rng_state() -> torch.Tensor:
+    """Return the state of torch's random number generators: on the CPU, then on the GPU if there is one."""
+    states = [torch.get_rng_state()]
+    return torch.cat([*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states)
 
 
 def all_gather_object(value: Any) -> list[Any]:
@@ -155,12 +190,9 @@ def raise_on_all_ranks() -> Iterator[None]:
     problem = ""
     try:
         yield
-    except UserError as error:
-        problem = str(error)
     except Exception as error:
-        problem = describe_storage_error(error)
+        problem = str(error) if isinstance(error, UserError) else describe_storage_error(error)
         if not problem:
             raise
-    first = next(filter(None, all_gather_object(problem)), None)
-    if first:
+    if first := next(filter(None, all_gather_object(problem)), None):
         raise ErrorOnAllRanks(first)

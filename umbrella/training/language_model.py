@@ -2,12 +2,14 @@
 
 import copy
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
 import ray
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from umbrella.config import Settings
@@ -33,12 +35,17 @@ from umbrella.models.partial_checkpoint import (
 from umbrella.models.trainable_parameters import component_parameters
 from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
-from umbrella.training.checkpoint import copy_to_host
-from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise, reshard
+from umbrella.training.distributed import (
+    all_gather_object,
+    autocast,
+    copy_into_shard,
+    copy_to_host,
+    parallelise,
+)
 from umbrella.training.optimizer import build_optimizer
 from umbrella.training.run_summary import audit_sample, mask_audit_page, summarise_run
 from umbrella.training.settings import TrainSettings
-from umbrella.training.step import Diverged, LossWatch, train_step
+from umbrella.training.step import LOSS_WINDOW, max_loss, train_step
 from umbrella.training.task import LanguageModelJob, Summary, Task
 
 
@@ -67,7 +74,7 @@ class LanguageModelTask(Task):
         self.parts = component_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         self.names = parameters_to_save(self.model, self.settings.model)
-        self.watch = LossWatch(self.settings.train.max_loss_ratio)
+        self.losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self.files = model_files(self.model, self.renderer.tokenizer, self.settings) if rank == 0 else {}
 
     def plan(self, world_size: int, sorted_by: int) -> Plan:
@@ -96,20 +103,12 @@ class LanguageModelTask(Task):
         return augment(batch, self.settings.train.augment)
 
     def step(self, batches: Sequence[Batch], schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
-        """See ``Task.step``; the error names the samples of all ranks."""
+        """See ``Task.step``."""
+        limit = max_loss(self.losses, self.settings.train.max_loss_ratio)
         clip = self.settings.optim.clip
-        try:
-            result = train_step(
-                self.parallel, batches, self.optimizer, schedule, clip, self.parts, self.dtype, self.watch.limit
-            )
-        except Diverged as error:  # raised on every rank
-            samples = [task_id for own in all_gather_object(error.samples) for task_id in own]
-            raise Diverged(error.what, samples) from None
-        self.watch.add(result.loss)
-        values = {"train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm}
-        values |= {f"train/grad_norm/{part}": norm for part, norm in result.grad_norm_by_part.items()}
-        values |= {f"train/lr/{group}": lr for group, lr in result.lr_by_group.items()}
-        return values | {"train/supervised_tokens": result.supervised_tokens}
+        metrics = train_step(self.parallel, batches, self.optimizer, schedule, clip, self.parts, self.dtype, limit)
+        self.losses.append(metrics["train/loss"])
+        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """See ``Task.evaluate``. Each rank scores its share of the validation split."""
@@ -123,7 +122,8 @@ class LanguageModelTask(Task):
         # With sharded weights a forward pass is collective, and the first ranks may have one more batch than others.
         for _ in range(passes, ceil(ceil(self.validation.num_rows / self.world_size) / size)):
             self._score([from_table(self.validation, 0)])
-        reshard(self.model)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # free the weights that forward passes without a backward pass have gathered
         self.model.train()
         self.predictions = [one for part in all_gather_object(scored) for one in part]
         return validation_metrics(self.predictions)
@@ -137,7 +137,8 @@ class LanguageModelTask(Task):
 
     def weights(self, keep: bool) -> dict[str, torch.Tensor]:
         """See ``Task.weights``."""
-        return copy_weights(self.model, self.names, keep)
+        named = dict(self.model.named_parameters())
+        return copy_to_host({name: named[name] for name in self.names}, keep)
 
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """See ``Task.save_weights``."""
@@ -145,7 +146,9 @@ class LanguageModelTask(Task):
 
     def load_weights(self, folder: Path) -> None:
         """See ``Task.load_weights``."""
-        load_weights(folder, self.model, self.names)
+        if is_partial(folder):
+            check_base(folder)
+        load_saved_weights(folder, self.model, self.names, copy_into_shard)
 
     def summary(self, redact: Redact) -> Summary:
         """Describe loss, mask, tokens and trained weights, and attach the mask audit as a page."""
@@ -173,28 +176,6 @@ def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettin
         for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
             # Batches differ in size and length: otherwise each of the first shapes would be compiled.
             layer.compile(dynamic=True)
-
-
-def copy_weights(
-    model: UmbrellaForConditionalGeneration, names: Sequence[str], keep: bool = True
-) -> dict[str, torch.Tensor]:
-    """Copy parameters to the memory of the host; see ``Task.weights``."""
-    named = dict(model.named_parameters())
-    return copy_to_host({name: named[name] for name in names}, keep)
-
-
-def load_weights(folder: Path, model: UmbrellaForConditionalGeneration, names: Sequence[str]) -> None:
-    """Load the weights of a checkpoint. It is collective.
-
-    Args:
-        names: the parameters that the checkpoint must have, see ``parameters_to_save``.
-
-    Raises:
-        UserError: the checkpoint does not fit the model, or its base checkpoint has changed.
-    """
-    if is_partial(folder):
-        check_base(folder)
-    load_saved_weights(folder, model, names, copy_into_shard)
 
 
 def model_files(

@@ -17,7 +17,14 @@ from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json
 from umbrella.tracking.redaction import read_salt, redact_subjects
-from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
+from umbrella.training.checkpoint_files import (
+    LOSS,
+    NOT_EVALUATED,
+    TrainingState,
+    best_checkpoint,
+    ranking_key,
+    read_metrics,
+)
 from umbrella.training.progress_log import (
     BUILDING,
     FINISHED,
@@ -29,7 +36,6 @@ from umbrella.training.progress_log import (
     progress_line,
 )
 from umbrella.training.task import Job, Task
-from umbrella.training.training_state import LOSS, NOT_EVALUATED, TrainingState, ranking_key
 
 PREDICTIONS = "predictions.json"
 TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": PREDICTIONS, "type": "table"}])}

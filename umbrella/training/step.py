@@ -1,9 +1,7 @@
 """The loss of a global batch, and one optimizer step. It needs no Ray, so it runs in a test or a notebook too."""
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from math import inf, isfinite
 from statistics import median
 
@@ -20,69 +18,25 @@ from umbrella.training.distributed import (
     no_sync,
     rank_and_world_size,
 )
-from umbrella.training.optimizer import lr_by_group, main_lr
+from umbrella.training.optimizer import main_lr
 
 MAX_NAMED = 10
 """Samples that a message names; the others are counted."""
+LOSS_WINDOW, FIRST_STEPS = 50, 10
+"""Steps of which ``max_loss`` takes the median, and steps at the start without a limit."""
 
 
-class Diverged(FloatingPointError):
-    """The loss or its gradient is not finite, or the loss is over its limit.
-
-    Args:
-        what: the loss and the norm of its gradient.
-        samples: task ids of the samples that cause it.
-    """
-
-    def __init__(self, what: str, samples: Sequence[str] = ()) -> None:
-        super().__init__(what, samples)
-        self.what, self.samples = what, tuple(samples)
-
-    def __str__(self) -> str:
-        more = f" and {len(self.samples) - MAX_NAMED} more" if len(self.samples) > MAX_NAMED else ""
-        return f"{self.what}; samples concerned: {', '.join(self.samples[:MAX_NAMED]) or 'none of this worker'}{more}"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The numbers of one optimizer step."""
-
-    loss: float
-    """Weighted mean over the targets of the global batch, in nats."""
-    supervised_tokens: int
-    """Targets in the global batch."""
-    grad_norm: float
-    grad_norm_by_part: dict[str, float]
-    lr: float
-    """The learning rate that ``optim.lr`` sets."""
-    lr_by_group: dict[str, float]
-    """See ``optimizer.build_optimizer``."""
-
-
-class LossWatch:
-    """The largest loss that is allowed: ``ratio`` times the median of the last losses, and at least ``ratio`` nats.
+def max_loss(losses: Sequence[float], ratio: float) -> float:
+    """Return the largest loss that the next step may have, in nats.
 
     Args:
-        ratio: 0 for no limit.
-        window: losses that the median covers.
-        first: steps at the start without a limit.
+        losses: of the last ``LOSS_WINDOW`` steps.
+        ratio: see ``train.max_loss_ratio``.
     """
-
-    def __init__(self, ratio: float, window: int = 50, first: int = 10) -> None:
-        self.ratio, self.first = ratio, first
-        self._losses: deque[float] = deque(maxlen=window)
-
-    @property
-    def limit(self) -> float:
-        """The largest loss of the next step, in nats."""
-        if not self.ratio or len(self._losses) < self.first:
-            return inf
-        # A nearly perfect model that gets one answer wrong has many times its usual loss, which is no divergence.
-        return self.ratio * max(1.0, median(self._losses))
-
-    def add(self, loss: float) -> None:
-        """Add the loss of a step."""
-        self._losses.append(loss)
+    if not ratio or len(losses) < FIRST_STEPS:
+        return inf
+    # A nearly perfect model that gets one answer wrong has many times its usual loss, which is no divergence.
+    return ratio * max(1.0, median(losses))
 
 
 def train_step(
@@ -94,7 +48,7 @@ def train_step(
     parts: Mapping[str, Sequence[nn.Parameter]],
     dtype: torch.dtype = torch.float32,
     limit: float = inf,
-) -> StepResult:
+) -> dict[str, float]:
     """Make one step with the gradient of Σ weight·nll / Σ weight over the global batch.
 
     The global batch is all micro-batches of all ranks. However it is split, the loss is the same.
@@ -105,11 +59,15 @@ def train_step(
         clip: largest norm of the whole gradient.
         parts: names of parts of the model to their weights, for the gradient norm of each part.
         dtype: of the arithmetic in the forward pass.
-        limit: largest loss, in nats; see ``LossWatch``.
+        limit: largest loss, in nats; see ``max_loss``.
+
+    Returns:
+        train/loss, in nats; train/supervised_tokens, the targets in the global batch; train/grad_norm before clipping,
+        also by part; train/lr, the learning rate that ``optim.lr`` sets, also by parameter group.
 
     Raises:
-        Diverged: the loss or its gradient is not finite, or the loss is over the limit. It is raised on every rank,
-            with the samples of that rank that cause it. Nothing is changed.
+        FloatingPointError: the loss or its gradient is not finite, or the loss is over the limit. It is raised on every
+            rank, with the samples of all ranks that cause it. Nothing is changed.
     """
     divisor, targets = loss_totals([batch.loss_weights for batch in batches])
     world_size = data_parallel_size(model)
@@ -130,14 +88,20 @@ def train_step(
     loss, norm, *norms = torch.stack([total, total_norm, *by_part]).tolist()
     if not (isfinite(loss) and isfinite(norm) and loss <= limit):
         optimizer.zero_grad()
-        samples = _diverged_samples(model, batches, trained, divisor, dtype, limit)
+        names = _diverged_samples(model, batches, trained, divisor, dtype, limit)
+        named = ", ".join(names[:MAX_NAMED]) or "none by itself"
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         over = f", over the {limit:.4g} that train.max_loss_ratio allows," if loss > limit else ""
-        raise Diverged(f"the loss is {loss:.4g}{over} and the norm of its gradient {norm:.4g}", samples)
-    lr, by_group = main_lr(optimizer), lr_by_group(optimizer)
+        raise FloatingPointError(
+            f"the loss is {loss:.4g}{over} and the norm of its gradient {norm:.4g}; samples concerned: {named}{more}"
+        )
+    metrics = {"train/loss": loss, "train/lr": main_lr(optimizer), "train/grad_norm": norm}
+    metrics |= {f"train/grad_norm/{part}": norm for part, norm in zip(trained_parts, norms, strict=True)}
+    metrics |= {f"train/lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    return StepResult(loss, int(targets), norm, dict(zip(trained_parts, norms, strict=True)), lr, by_group)
+    return metrics | {"train/supervised_tokens": int(targets)}
 
 
 def loss_totals(loss_weights: list[torch.Tensor]) -> torch.Tensor:
@@ -176,7 +140,7 @@ def _diverged_samples(
     dtype: torch.dtype,
     limit: float,
 ) -> list[str]:
-    """Return the task ids of the samples of this rank that diverge, each in a forward and backward pass of its own.
+    """Return the task ids of the samples of all ranks that diverge, each in a forward and backward pass of its own.
 
     In a packed row the NaN of one sample spreads to all. All ranks make each pass, with the sample of one of them,
     because the passes of sharded and parallel models are collective.
@@ -194,6 +158,6 @@ def _diverged_samples(
             for weight in trained:
                 weight.grad = None
             mean = nll.detach() / sample.loss_weights[:, 1:].sum()
-            if source == rank and not (torch.isfinite(norm) and torch.isfinite(mean) and mean <= limit):
+            if not (torch.isfinite(norm) and torch.isfinite(mean) and mean <= limit):
                 diverged += sample.task_ids
     return list(dict.fromkeys(diverged))

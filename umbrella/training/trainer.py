@@ -4,13 +4,16 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import version
 from math import ceil, nan
 from pathlib import Path
+from platform import python_version
 from typing import Any, TypeVar
 
+import numpy as np
 import ray.train
 import torch
 import transformers
@@ -19,17 +22,30 @@ from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
-from umbrella.paths import samples_file
+from umbrella.paths import CODE, samples_file
 from umbrella.tracking.provenance import code_version
-from umbrella.training.checkpoint import code_versions, describe_code_changes, restore, snapshot
-from umbrella.training.checkpoint_files import CheckpointWriter, best_checkpoint, latest_checkpoint
-from umbrella.training.distributed import broadcast_object, raise_on_all_ranks, rank_and_world_size, seed_worker
+from umbrella.training.checkpoint_files import (
+    CheckpointWriter,
+    TrainingState,
+    append_evaluation,
+    best_checkpoint,
+    latest_checkpoint,
+    read_training_state,
+    truncate_history,
+)
+from umbrella.training.distributed import (
+    broadcast_object,
+    copy_training_state,
+    raise_on_all_ranks,
+    rank_and_world_size,
+    restore_training_state,
+)
 from umbrella.training.optimizer import build_schedule
 from umbrella.training.progress_log import Throughput, memory
 from umbrella.training.reporting import Reporter
 from umbrella.training.stop_signal import Request, StopSignal
 from umbrella.training.task import Job, Task, TaskBatch
-from umbrella.training.training_state import TrainingState, append_evaluation, read_training_state, truncate_history
+from umbrella.version import __version__
 
 SWITCH_INTERVAL = 5e-4
 """Seconds after which a thread that makes batches yields to the thread that feeds the GPU. Python's default is 5 ms."""
@@ -64,7 +80,8 @@ class Trainer:
         self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
-        seed_worker(self.settings.seed, rank)
+        # Each rank gets its own random numbers.
+        torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, rank)).generate_state(1)[0]))
         self.state = read_training_state(latest) if latest else TrainingState()
         if rank == 0:
             truncate_history(job.folder, self.state.step)
@@ -74,14 +91,14 @@ class Trainer:
         self.schedule = build_schedule(self.task.optimizer, self.settings.optim, self.steps)
         if latest:
             self.task.load_weights(latest)
-            restore(latest, self.task.optimizer, self.schedule, rank)
+            restore_training_state(latest, self.task.optimizer, self.schedule, rank)
         log = samples_file(job.folder, rank)
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.log_error: OSError | None = None
         self._log({"start": self.state.position, "workers": world_size})
         self.writer = None
         if self.reporter:
-            code = code_versions(code_version())
+            code = code_versions()
             if latest and (changes := describe_code_changes(latest, code)):
                 note(f"{latest} was written by other code: {changes}")
             self.writer = CheckpointWriter(job.folder, self.task.files, self.task.save_weights, self.settings, code)
@@ -107,7 +124,7 @@ class Trainer:
 
     def _train(self) -> int | None:
         settings, task = self.settings, self.task
-        stream, throughput = to_device(self._checked(self._batches()), self.device), Throughput()
+        stream, throughput = to_device(self._batches(), self.device), Throughput()
         stop_signal = StopSignal(self.job.folder, self.rank, self.device, uses_ray_train=not self.job.in_trial)
         for step in range(self.state.step + 1, self.steps + 1):
             if self.state.out_of_patience(settings.train.patience):
@@ -147,16 +164,15 @@ class Trainer:
         return None
 
     def _batches(self) -> Iterator[TaskBatch]:
+        """Make the batches, and check that each has the samples of its position: none is skipped or repeated."""
+        plan, size = self.plan, self.plan.batch_size
+
         def make(rows: Rows) -> TaskBatch:
-            return self.task.batch(rows, self.plan.rng_keys(rows))
+            return self.task.batch(rows, plan.rng_keys(rows))
 
-        rows, name = self.plan.rows(self.rank, self.state.position), f"{self.job.name}, training, worker {self.rank}"
-        return batches(rows, self.plan.batch_size, self.settings.data.prefetch, make, name)
-
-    def _checked(self, stream: Iterator[TaskBatch]) -> Iterator[TaskBatch]:
-        """Check that each batch has the samples of its position, so that none is skipped or repeated."""
-        size = self.plan.batch_size
-        for rows in self.plan.rows(self.rank, self.state.position):
+        planned, name = plan.rows(self.rank, self.state.position), f"{self.job.name}, training, worker {self.rank}"
+        stream = batches(planned, size, self.settings.data.prefetch, make, name)
+        for rows in plan.rows(self.rank, self.state.position):
             for start in range(0, len(rows["position"]), size):
                 batch, position = next(stream), int(rows["position"][start])
                 if batch.sample_indices.tolist() != rows["sample"][start : start + size].tolist():
@@ -200,9 +216,9 @@ class Trainer:
                 self.writer.wait()
         keep = self.writer is not None
         weights = self.task.weights(keep)
-        copied = snapshot(weights, self.task.optimizer, self.schedule, self.state, metrics, keep)
+        tensors = copy_training_state(self.task.optimizer, self.schedule, keep)
         if self.writer:
-            self.writer.write(copied)
+            self.writer.write(self.state, metrics, weights, tensors)
         if evaluated:
             if self.job.is_trial:  # Ray Tune may end the process of a trial when it reports
                 self._wait_for_checkpoint()
@@ -238,6 +254,20 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     return Trainer(job, make_task, rank, world_size, device, reporter, report, latest)
 
 
+def code_versions() -> dict[str, str]:
+    """Return the versions of the code by name: git commit, UMBRELLA, Python and main packages."""
+    own = {"umbrella": __version__, "python": python_version()}
+    return {**code_version(), **own, **{name: version(name) for name in ("torch", "transformers", "peft", "ray")}}
+
+
+def describe_code_changes(checkpoint: str | Path, code: Mapping[str, str]) -> str:
+    """Describe how ``code`` differs from the code that wrote a checkpoint. Return "" if it does not."""
+    file = Path(checkpoint) / CODE
+    then = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    names = [name for name in {**then, **code} if then.get(name) != code.get(name)]
+    return ", ".join(f"{name} was {then.get(name, 'unknown')} and is {code.get(name, 'unknown')}" for name in names)
+
+
 def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
     """Yield the batches on ``device``, in their order.
 
@@ -250,31 +280,21 @@ def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
         return
     stream, source = torch.cuda.Stream(device), iter(batches)
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    def fetch() -> tuple[B, torch.cuda.Event] | None:
-        batch = next(source, None)
-        if batch is None:
-            return None
+    def fetch() -> tuple[B | None, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            return batch.apply(copy), stream.record_event()
+            batch = next(source, None)
+            copy = batch and batch.apply(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            return copy, stream.record_event()
 
-    def wait_for(batch: B, copied: torch.cuda.Event) -> B:
-        """Let the current stream wait for the copy, and keep the memory until that stream has used it."""
-        current = torch.cuda.current_stream(device)
-        current.wait_event(copied)
-
-        def record(tensor: torch.Tensor) -> torch.Tensor:
-            tensor.record_stream(current)
-            return tensor
-
-        return batch.apply(record)
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.record_stream(torch.cuda.current_stream(device))  # keeps the memory until that stream has used it
+        return tensor
 
     # In a thread: fetching takes tens of milliseconds even if the batch is ready, and at the start of a step the GPU is
     # idle, because the loss of the last step was read.
     with ThreadPoolExecutor(1, thread_name_prefix="to_device") as thread:
         ahead = thread.submit(fetch)
-        while fetched := ahead.result():
+        while (fetched := ahead.result())[0] is not None:
             ahead = thread.submit(fetch)
-            yield wait_for(*fetched)
+            torch.cuda.current_stream(device).wait_event(fetched[1])
+            yield fetched[0].apply(record)

@@ -14,9 +14,9 @@ from rich.table import Table
 from umbrella.base import printable
 from umbrella.paths import TRIALS
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
+from umbrella.training.checkpoint_files import read_history
 from umbrella.training.launch import describe_failure
 from umbrella.training.progress_log import progress_line
-from umbrella.training.training_state import read_history
 from umbrella.tuning.results import read_trials
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings

@@ -13,8 +13,7 @@ from rich.table import Table
 
 from umbrella.fileio import write_csv
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
-from umbrella.training.checkpoint_files import best_checkpoint
-from umbrella.training.training_state import ranking_key, read_history
+from umbrella.training.checkpoint_files import best_checkpoint, ranking_key, read_history
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import FAILED, UNFINISHED, TrialOutcome, load_outcome, read_point, trial_id_of

@@ -10,11 +10,10 @@ from typing import Any
 from ray import tune
 
 from umbrella.base import Stopped, UserError
-from umbrella.training.checkpoint_files import latest_checkpoint
+from umbrella.training.checkpoint_files import latest_checkpoint, read_history, read_training_state, truncate_history
 from umbrella.training.launch import run_job
 from umbrella.training.settings import ResourceSettings
 from umbrella.training.task import Job
-from umbrella.training.training_state import read_history, read_training_state, truncate_history
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.sweep_files import FAILED, load_outcome, make_trial_folder, save_outcome, trial_id_of
 
