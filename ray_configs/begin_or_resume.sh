@@ -16,7 +16,7 @@ import sys
 
 from umbrella.file_storage import FileStorage
 
-sys.exit("settings.yaml" not in FileStorage(sys.argv[1], "resources.upload").names(sys.argv[2]))
+sys.exit(f"{sys.argv[2]}/settings.yaml" not in FileStorage(sys.argv[1], "resources.upload").list_files(sys.argv[2]))
 END
 }
 if [[ $script == *tune.py ]] && begun; then

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any
 from uuid import uuid4
 
@@ -50,18 +51,17 @@ class FileStorage:
     def __str__(self) -> str:
         return f"{self.setting}={mask_secrets(self.address)}"
 
-    def fetch(self, name: str, to: Path, is_complete: Callable[[Path], bool]) -> bool:
-        """Download a file.
+    def download(self, name: str, file: Path, is_complete: Callable[[Path], bool] = lambda partial: True) -> bool:
+        """Copy a file of the storage to a local file, which is renamed when it is complete.
 
         Args:
-            to: local path of the copy, which is renamed to it when it is complete.
             is_complete: checks the copy.
 
         Returns:
             False if the file does not exist or ``is_complete`` returns False.
         """
         filesystem, root = self._filesystem
-        partial = to.with_name(f".{to.name}.{uuid4().hex}.partial")
+        partial = file.with_name(f".{file.name}.{uuid4().hex}.partial")
         with self._describe_errors():
             try:
                 source = filesystem.open_input_stream(f"{root}/{name}")
@@ -69,71 +69,38 @@ class FileStorage:
                 return False
             try:
                 with source, partial.open("xb") as target:
-                    while chunk := source.read(CHUNK):
-                        target.write(chunk)
-                if not is_complete(partial):  # truncated or still being written; keep an existing file
-                    return False
-                partial.replace(to)
+                    copyfileobj(source, target, CHUNK)
+                if complete := is_complete(partial):  # else it is truncated, and an existing file is kept
+                    partial.replace(file)
+                return complete
             finally:
                 partial.unlink(missing_ok=True)
-        return True
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file; None if it does not exist."""
+    def upload(self, name: str, content: Path | bytes) -> None:
+        """Copy a local file or bytes to the storage. In a folder, it is renamed when it is complete."""
         filesystem, root = self._filesystem
-        with self._describe_errors():
-            try:
-                with filesystem.open_input_stream(f"{root}/{name}") as source:
-                    return source.read()
-            except FileNotFoundError:
-                return None
-
-    def put(self, name: str, file: Path | bytes, copied: Callable[[int], None] = lambda size: None) -> None:
-        """Upload a file or bytes. In a folder, the file is renamed when it is complete, as object stores do it.
-
-        Args:
-            copied: called with the number of bytes after each write.
-        """
-        from pyarrow.fs import LocalFileSystem
-
-        filesystem, root = self._filesystem
-        path = f"{root}/{name}"
-        in_folder = isinstance(filesystem, LocalFileSystem)
-        temporary = f"{root}/{os.path.dirname(name)}/.{uuid4().hex}.partial" if in_folder else path
+        path = target = f"{root}/{name}"
+        if self._is_folder:
+            target = f"{os.path.dirname(path)}/.{uuid4().hex}.partial"
         with self._describe_errors():
             filesystem.create_dir(os.path.dirname(path), recursive=True)
-            with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as source:
-                chunk = source.read(CHUNK)  # read before the target is opened, so that an error leaves it unchanged
-                with filesystem.open_output_stream(temporary) as target:
-                    while chunk:
-                        target.write(chunk)
-                        copied(len(chunk))
-                        chunk = source.read(CHUNK)
-            if in_folder:
-                os.replace(temporary, path)
+            source = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+            with source, filesystem.open_output_stream(target) as stream:
+                copyfileobj(source, stream, CHUNK)
+            if target != path:
+                os.replace(target, path)
 
     def delete(self, name: str) -> None:
         """Delete a file if it exists, and in a local folder its parent folders if they are empty."""
-        from pyarrow.fs import LocalFileSystem
-
         filesystem, root = self._filesystem
         with self._describe_errors(), suppress(FileNotFoundError):
             filesystem.delete_file(f"{root}/{name}")
-        if isinstance(filesystem, LocalFileSystem):
+        if self._is_folder:
             with suppress(OSError):
                 for folder in list(Path(name).parents)[:-1]:
                     Path(root, folder).rmdir()
 
-    def names(self, folder: str) -> set[str]:
-        """Return the names of the files in a folder."""
-        from pyarrow.fs import FileSelector
-
-        filesystem, root = self._filesystem
-        with self._describe_errors():
-            found = filesystem.get_file_info(FileSelector(f"{root}/{folder}", allow_not_found=True))
-        return {file.base_name for file in found}
-
-    def sizes(self, folder: str) -> dict[str, int]:
+    def list_files(self, folder: str) -> dict[str, int]:
         """Return the sizes in bytes of all files below a folder, by name."""
         from pyarrow.fs import FileSelector, FileType
 
@@ -141,6 +108,10 @@ class FileStorage:
         with self._describe_errors():
             found = filesystem.get_file_info(FileSelector(f"{root}/{folder}", allow_not_found=True, recursive=True))
         return {file.path[len(root) + 1 :]: file.size for file in found if file.type is FileType.File}
+
+    @property
+    def _is_folder(self) -> bool:
+        return self._filesystem[0].type_name == "local"
 
     @cached_property
     def _filesystem(self) -> tuple[Any, str]:
@@ -177,13 +148,13 @@ class FileStorage:
 
 def _with_timeouts(filesystem: Any) -> Any:
     """Return a copy of a file system with timeouts, which cannot be set in a URL."""
-    import pyarrow.fs
+    from pyarrow.fs import AwsStandardS3RetryStrategy
 
     limits: dict[str, Any] = {}
     if filesystem.type_name == "s3":
         # Background writes stay in memory until the file is closed.
         limits = {"connect_timeout": TIMEOUT, "request_timeout": TIMEOUT, "background_writes": False}
-        limits["retry_strategy"] = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=TRIES)
+        limits["retry_strategy"] = AwsStandardS3RetryStrategy(max_attempts=TRIES)
     elif filesystem.type_name == "gcs":
         limits = {"retry_time_limit": timedelta(seconds=TIMEOUT * TRIES)}
     return type(filesystem)(**{**filesystem.__reduce__()[1][0], **limits}) if limits else filesystem

@@ -5,7 +5,7 @@ instead of a Ray data set, and nobody asks it to stop.
 """
 
 import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -33,6 +33,7 @@ from umbrella.modality import Modality
 from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
+from umbrella.training.settings import AugmentSettings
 from umbrella.training.task import LanguageModelJob
 from umbrella.training.trainer import Trainer
 from umbrella.tuning.search_space import NOT_SWEEPABLE, SWEEPABLE_DATA, section_of
@@ -86,31 +87,29 @@ class Dataset:
 
 
 class Training:
-    """A trainer, and from the first time that ``ran`` is asked for what it has done.
+    """A trainer, and from the first time that ``ran`` is read what it has done.
 
     events: a letter for each forward pass in training (T), optimizer step (S) and forward pass in evaluation (E).
     given: inputs of the model, by letter. rates: of the optimizer's groups, at each step.
-    attention: what that of the first layer returned, states and weights, by place (tower or language model) and letter.
+    attention: what that of the first layers returned, states and weights, by place (tower or language) and letter.
     ahead: batches made ahead, by data set.
     """
 
     def __init__(self, trainer: Trainer, ahead: list[int]) -> None:
-        assert isinstance(trainer.task, LanguageModelTask)
-        self.trainer, self.task, self.ahead = trainer, trainer.task, ahead
-        self.model, self.settings = trainer.task.model, trainer.settings
+        self.trainer, self.ahead, self.settings = trainer, ahead, trainer.settings
+        self.task: Any = trainer.task
+        self.model, self.optimizer = self.task.model, self.task.optimizer
+        self.tower, self.language = self.model.model.vision_tower.encoder.layers, self.model.model.language_model.layers
+        self.embedder = self.model.embedder.by_modality["sMRI"]
+        self.adapters = [module for module in self.model.modules() if hasattr(module, "lora_A")]
         self.events = ""
         self.given: dict[str, list[dict[str, Any]]] = {"T": [], "E": []}
         self.rates: list[dict[str, float]] = []
-        self.attention: dict[tuple[str, str], list[Any]] = {}
-        self.layers = {
-            "tower": self.model.model.vision_tower.encoder.layers[0],
-            "language model": self.model.model.language_model.layers[0],
-        }
+        self.attention: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
 
     @cached_property
     def ran(self) -> "Training":
         """Itself, after the trainer has trained to its end."""
-        optimizer = self.task.optimizer
 
         def passes(module: Any, args: Any, given: dict[str, Any]) -> None:
             letter = "T" if module.training else "E"
@@ -119,90 +118,63 @@ class Training:
 
         def steps(*unused: Any) -> None:
             self.events += "S"
-            self.rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+            self.rates.append({group["name"]: group["lr"] for group in self.optimizer.param_groups})
 
         def attends(place: str) -> Any:
-            return lambda module, args, out: self.attention.setdefault(
-                (place, "T" if module.training else "E"), []
-            ).append(out)
+            return lambda module, _, out: self.attention[place, "T" if module.training else "E"].append(out)
 
         self.task.parallel.register_forward_pre_hook(passes, with_kwargs=True)
-        optimizer.register_step_post_hook(steps)
-        for place, layer in self.layers.items():
-            layer.self_attn.register_forward_hook(attends(place))
-        self.trainer.run()
+        self.optimizer.register_step_post_hook(steps)
+        for place, layers in (("tower", self.tower), ("language", self.language)):
+            layers[0].self_attn.register_forward_hook(attends(place))
+        with suppress(FloatingPointError):
+            self.trainer.run()
         return self
+
+    def inputs(self, name: str, letter: str = "T") -> list[Any]:
+        return [given[name].tolist() for given in self.ran.given[letter]]
+
+    def voxels(self, modality: str, letter: str) -> list[Any]:
+        groups = [given["pixel_values"].get(modality) for given in self.ran.given[letter]]
+        return [group.voxels.tolist() for group in groups if group]
 
 
 # What is seen of a setting: a value, or values by the place where they are seen.
 
 
-def events(training: Training) -> str:
-    return training.ran.events
+def rates(part: str) -> Callable[[Training], list[float]]:
+    return lambda training: [step[f"{part}.kept"] for step in training.ran.rates]
 
 
-def steps(training: Training) -> int:
-    with suppress(FloatingPointError):
-        assert training.ran
-    return training.events.count("S")
+def loss_weights(training: Training) -> list[Any]:
+    return training.inputs("loss_weights")
 
 
-def rates(part: str) -> Callable[[Training], dict[str, float]]:
-    def see(training: Training) -> dict[str, float]:
-        named = [(f"{n}, step {i}", rate) for i, of in enumerate(training.ran.rates) for n, rate in of.items()]
-        return {where: rate for where, rate in named if where.startswith(part)}
-
-    return see
+def volumes(training: Training) -> dict[str, Any]:
+    return {letter: training.voxels("sMRI", letter) for letter in "TE"}
 
 
-def shares(training: Training) -> list[float]:
-    """Of the peak rate."""
-    return [step["rest.kept"] / training.settings.optim.lr for step in training.ran.rates]
+def frames(training: Training) -> list[int]:
+    """Those of a series that the evaluation sees: each frame of the file is about its number, before the z-score."""
+    (window, *_), *_ = training.voxels("fMRI", "E")
+    return (np.mean(window, (0, 1, 2)) * np.std(range(16)) + 7.5).round().tolist()
 
 
-def decays(training: Training) -> dict[str, float]:
-    groups = training.task.optimizer.param_groups
-    return {group["name"]: group["weight_decay"] for group in groups if group["name"].endswith(".decayed")}
+def grids(training: Training) -> dict[str, tuple[int, ...]]:
+    tables = zip(training.embedder.positions, training.embedder.patch, strict=True)
+    seen = {letter: np.shape(of[0])[1:] for letter, of in volumes(training).items()}
+    return seen | {"positions": tuple(len(table) * step for table, step in tables)}
 
 
 def clipped(training: Training) -> float:
     """The norm of the first step's gradient; Adam's first moment is a tenth of it."""
-    moments = [state["exp_avg"] for state in training.ran.task.optimizer.state.values()]
-    return 10 * float(torch.nn.utils.get_total_norm(moments))
+    moments = [state["exp_avg"] for state in training.ran.optimizer.state.values()]
+    return round(10 * float(torch.nn.utils.get_total_norm(moments)), 5)
 
 
 def order(training: Training) -> list[str]:
     log = Path(training.ran.trainer.job.folder) / "samples_0.jsonl"
     return re.findall(r"sample-\d+", log.read_text(encoding="utf-8"))
-
-
-def tokens(training: Training) -> dict[str, Any]:
-    return {letter: [given["input_ids"].tolist() for given in of] for letter, of in training.ran.given.items()}
-
-
-def weights(training: Training) -> list[Any]:
-    return [given["loss_weights"].tolist() for given in training.ran.given["T"]]
-
-
-def volumes(modality: str, letters: str = "TE") -> Callable[[Training], dict[str, Any]]:
-    def see(training: Training) -> dict[str, Any]:
-        groups = {x: [given["pixel_values"].get(modality) for given in training.ran.given[x]] for x in letters}
-        return {letter: [group.voxels.tolist() for group in of if group] for letter, of in groups.items()}
-
-    return see
-
-
-def frames(training: Training) -> list[int]:
-    """Those of a series that the evaluation sees: each frame of the file is about its number, before the z-score."""
-    (window, *_), *_ = volumes("fMRI", "E")(training)["E"]
-    return (np.mean(window, (0, 1, 2)) * np.std(range(16)) + 7.5).round().tolist()
-
-
-def grids(training: Training) -> dict[str, tuple[int, ...]]:
-    groups = [given["pixel_values"].get("sMRI") for of in training.ran.given.values() for given in of]
-    embedder = training.model.embedder.by_modality["sMRI"]
-    positions = tuple(len(table) * step for table, step in zip(embedder.positions, embedder.patch, strict=True))
-    return {"positions": positions} | {str(i): tuple(group.voxels.shape[1:]) for i, group in enumerate(groups) if group}
 
 
 def not_a_number(training: Training) -> str:
@@ -215,65 +187,26 @@ def not_a_number(training: Training) -> str:
     return "read" if np.isfinite(into).all() and into.any() else "spoilt"
 
 
-def moved(training: Training) -> set[str]:
-    """The parts of the model that are not what they were."""
-    before = {part: [w.detach().clone() for w in of] for part, of in component_parameters(training.model).items()}
-    now = component_parameters(training.ran.model)
-    return {part for part, of in before.items() if not all(map(torch.equal, of, now[part]))}
+def changed(training: Training) -> set[str]:
+    """The parts of the model that training changes."""
+    parts = component_parameters(training.model)
+    before = {part: [w.detach().clone() for w in of] for part, of in parts.items()}
+    assert training.ran
+    return {part for part, of in before.items() if not all(map(torch.equal, of, parts[part]))}
 
 
-def adapters(read: Callable[[Any], Any]) -> Callable[[Training], dict[str, Any]]:
-    return lambda training: {n: read(m) for n, m in training.model.named_modules() if hasattr(m, "lora_A")}
+def dtypes(training: Training) -> set[torch.dtype]:
+    """Of the attention's results and the frozen matrices."""
+    return {out[0][0].dtype for out in training.ran.attention.values()} | {training.model.lm_head.weight.dtype}
 
 
-def arithmetic(training: Training) -> dict[str, torch.dtype]:
-    returned = {f"{place}, {letter}": out[0][0].dtype for (place, letter), out in training.ran.attention.items()}
-    return returned | {"frozen matrices": training.model.lm_head.weight.dtype}
-
-
-def heads(training: Training) -> dict[str, int]:
-    _, weights = training.ran.attention["language model", "T"][0]
-    return {"tower": training.layers["tower"].self_attn.num_heads, "language model": weights.shape[1]}
-
-
-def widths(training: Training) -> dict[str, int]:
-    return {"tower": training.layers["tower"].mlp.fc2.out_features, "words": training.model.lm_head.in_features}
-
-
-def computations(training: Training) -> dict[str, float]:
-    """How often a layer computes what it computes in one training step."""
-    given = training.ran.given["T"]
-    times = {"tower": sum(len(of["pixel_values"]) for of in given), "language model": len(given)}
-    return {place: len(training.attention[place, "T"]) / number for place, number in times.items()}
-
-
-def compiled(training: Training) -> dict[str, bool]:
-    """Whether layers would be compiled, if that were not forbidden here."""
-    model, words = training.model, torch.zeros(1, 4, dtype=torch.long)
-    runs: dict[str, Callable[[], Any]] = {
-        "tower": lambda: model.volume_features("sMRI", torch.zeros(1, 4, 4, 4)),
-        "language model": lambda: model.model.language_model(words),
-    }
-    return {place: refuses_to_compile(run) for place, run in runs.items()}
-
-
-def refuses_to_compile(run: Callable[[], Any]) -> bool:
-    with torch.compiler.set_stance("fail_on_recompile"):
-        try:
-            run()
-        except RuntimeError as error:
-            assert "fail_on_recompile" in str(error)  # noqa: PT017  # of another error the test dies
-            return True
-    return False
-
-
-def sharded(training: Training) -> bool:
-    return all(isinstance(weight, DTensor) for weight in training.task.parallel.parameters())
+def heads(training: Training) -> set[int]:
+    attention = training.language[0].self_attn
+    return {training.tower[0].self_attn.num_heads, attention.q_proj.out_features // attention.head_dim}
 
 
 def seeds(training: Training) -> dict[str, Any]:
-    plan = training.trainer.plan
-    initial = [weight.sum().item() for weight in training.model.parameters()]
+    plan, initial = training.trainer.plan, [weight.sum().item() for weight in training.model.parameters()]
     drawn = plan.rng_keys(next(plan.rows(0, 0)))
     return {"weights": initial, "dropout": torch.initial_seed(), "draws": drawn[0][0], "order": order(training)}
 
@@ -297,87 +230,79 @@ class Case(NamedTuple):
 
 
 SERIES, VOLUME = "modalities.fMRI", "modalities.sMRI"
+LR = BASE["optim.lr"]
+LORA = {"model.train": "lora", "model.lora_rank": 2}
 CASES = {
     "seed": Case(0, 1, seeds),
     f"{VOLUME}.grid": Case((4, 4, 4), (8, 4, 4), grids, ITSELF),
-    f"{VOLUME}.patch": Case((4, 4, 4), (2, 4, 4), lambda t: t.model.embedder.by_modality["sMRI"].patch, ITSELF),
-    f"{VOLUME}.fit": Case("resize", "spacing", volumes("sMRI"), also={f"{VOLUME}.spacing": 2.0}),
-    f"{VOLUME}.spacing": Case(2.0, 3.0, volumes("sMRI"), given={f"{VOLUME}.fit": "spacing", f"{VOLUME}.spacing": 1.0}),
-    f"{VOLUME}.intensity": Case("zscore", "zscore_foreground", volumes("sMRI")),
-    f"{VOLUME}.percentiles": Case((1, 99), (10, 90), volumes("sMRI"), given={f"{VOLUME}.intensity": "percentiles"}),
-    f"{VOLUME}.background": Case(0.0, 50.0, volumes("sMRI"), given={f"{VOLUME}.intensity": "zscore_foreground"}),
+    f"{VOLUME}.patch": Case((4, 4, 4), (2, 4, 4), lambda t: t.embedder.patch, ITSELF),
+    f"{VOLUME}.fit": Case("resize", "spacing", volumes, also={f"{VOLUME}.spacing": 2.0}),
+    f"{VOLUME}.spacing": Case(2.0, 3.0, volumes, given={f"{VOLUME}.fit": "spacing", f"{VOLUME}.spacing": 1.0}),
+    f"{VOLUME}.intensity": Case("zscore", "zscore_foreground", volumes),
+    f"{VOLUME}.percentiles": Case((1, 99), (10, 90), volumes, given={f"{VOLUME}.intensity": "percentiles"}),
+    f"{VOLUME}.background": Case(0.0, 50.0, volumes, given={f"{VOLUME}.intensity": "zscore_foreground"}),
     f"{VOLUME}.nan": Case("refuse", "background", not_a_number, ("refused", "read")),
     f"{SERIES}.frame_stride": Case(1, 2, frames, ([6, 7, 8, 9], [4, 6, 8, 10])),
     f"{SERIES}.window_stride": Case(1, 4, frames, ([6, 7, 8, 9], [4, 5, 6, 7])),
     "data.bucket_batches": Case(1, 3, order, given={"train.batch_size": 1}),
-    "data.pack": Case(0, 4096, lambda t: len(t.ran.given["T"][0]["input_ids"]), (4, 1)),
+    "data.pack": Case(0, 4096, lambda t: len(loss_weights(t)[0]), (4, 1)),
     "data.prefetch": Case(0, 3, lambda t: t.ran.ahead[0], ITSELF),
-    "mask.preset": Case("", "upstream", weights),
-    "mask.supervise": Case("assistant", "last_assistant", weights),
-    "mask.end_of_turn": Case(True, False, weights),
-    "mask.turn_header": Case(True, False, weights),
-    "mask.task_weights": Case({}, {"T1": 2.0}, weights),
-    "mask.normalize": Case("token", "turn", weights),
-    "model.checkpoint": Case("", LLAVA, lambda t: t.layers["language model"].mlp.up_proj.weight.tolist()),
-    "model.chat_template": Case("chatml", "vicuna", tokens),
-    "model.train": Case("projector", "embedder+tower", moved, ({"projector"}, {"embedder", "tower"})),
+    "mask.preset": Case("", "upstream", loss_weights),
+    "mask.supervise": Case("assistant", "last_assistant", loss_weights),
+    "mask.end_of_turn": Case(True, False, loss_weights),
+    "mask.turn_header": Case(True, False, loss_weights),
+    "mask.task_weights": Case({}, {"T1": 2.0}, loss_weights),
+    "mask.normalize": Case("token", "turn", loss_weights),
+    "model.checkpoint": Case("", LLAVA, lambda t: t.language[0].mlp.up_proj.weight.tolist()),
+    "model.chat_template": Case("chatml", "vicuna", lambda t: {x: t.inputs("input_ids", x) for x in "TE"}),
+    "model.train": Case("projector", "embedder+tower", changed, ({"projector"}, {"embedder", "tower"})),
     "model.embedder_init": Case(
-        "random",
-        "inflated",
-        lambda t: {n: m.projection.weight.tolist() for n, m in t.model.embedder.by_modality.items()},
-        given={"model.checkpoint": LLAVA},
+        "random", "inflated", lambda t: t.embedder.projection.weight.tolist(), given={"model.checkpoint": LLAVA}
     ),
-    "model.lora_rank": Case(2, 4, adapters(lambda m: len(m.lora_A["default"].weight)), ITSELF, {"model.train": "lora"}),
-    "model.lora_alpha": Case(
-        8, 16, adapters(lambda m: m.scaling["default"] * 2), ITSELF, {"model.train": "lora", "model.lora_rank": 2}
-    ),
-    "model.lora_dropout": Case(
-        0.1, 0.2, adapters(lambda m: m.lora_dropout["default"].p), ITSELF, {"model.train": "lora"}
-    ),
-    "model.attention": Case(
-        "sdpa", "eager", lambda t: t.ran.attention["language model", "T"][0][1] is None, (True, False)
-    ),
+    "model.lora_rank": Case(2, 4, lambda t: len(t.adapters[0].lora_A["default"].weight), ITSELF, LORA),
+    "model.lora_alpha": Case(8, 16, lambda t: t.adapters[0].scaling["default"] * 2, ITSELF, LORA),
+    "model.lora_dropout": Case(0.1, 0.2, lambda t: t.adapters[0].lora_dropout["default"].p, ITSELF, LORA),
+    "model.attention": Case("sdpa", "eager", lambda t: t.ran.attention["language", "T"][0][1] is None, (True, False)),
     "model.dtype": Case(
-        "float32", "bfloat16", arithmetic, (torch.float32, torch.bfloat16), {"model.train": "embedder"}
+        "float32", "bfloat16", dtypes, ({torch.float32}, {torch.bfloat16}), {"model.train": "embedder"}
     ),
-    "model.width": Case(16, 32, widths, ITSELF),
-    "model.tower_layers": Case(1, 2, lambda t: len(t.model.model.vision_tower.encoder.layers), ITSELF),
-    "model.language_layers": Case(1, 2, lambda t: len(t.model.model.language_model.layers), ITSELF),
-    "model.heads": Case(2, 4, heads, ITSELF, {"model.attention": "eager"}),
-    "optim.lr": Case(1e-3, 2e-3, rates("rest"), ITSELF, {"optim.embedder_lr": 1e-4}),
-    "optim.embedder_lr": Case(1e-3, 2e-3, rates("embedder"), ITSELF),
-    "optim.weight_decay": Case(0.1, 0.2, decays, ITSELF),
-    "optim.warmup": Case(0, 2, shares, ([1, 1, 1, 1], [0.5, 1, 1, 1]), FOUR_STEPS),
-    "optim.schedule": Case("constant", "linear", shares, ([1, 1, 1, 1], [1, 0.75, 0.5, 0.25]), FOUR_STEPS),
-    "optim.clip": Case(
-        0.01, 0.02, clipped, (pytest.approx(0.01, rel=1e-3), pytest.approx(0.02, rel=1e-3)), {"train.batch_size": 8}
+    "model.width": Case(16, 32, lambda t: {t.tower[0].mlp.fc2.out_features, t.model.lm_head.in_features}, ({16}, {32})),
+    "model.tower_layers": Case(1, 2, lambda t: len(t.tower), ITSELF),
+    "model.language_layers": Case(1, 2, lambda t: len(t.language), ITSELF),
+    "model.heads": Case(2, 4, heads, ({2}, {4})),
+    "optim.lr": Case(1e-3, 2e-3, rates("rest"), ([1e-3] * 2, [2e-3] * 2), {"optim.embedder_lr": 1e-4}),
+    "optim.embedder_lr": Case(1e-3, 2e-3, rates("embedder"), ([1e-3] * 2, [2e-3] * 2)),
+    "optim.weight_decay": Case(
+        0.1, 0.2, lambda t: {group["weight_decay"] for group in t.optimizer.param_groups}, ({0, 0.1}, {0, 0.2})
     ),
+    "optim.warmup": Case(0, 2, rates("rest"), ([LR] * 4, [LR / 2, LR, LR, LR]), FOUR_STEPS),
+    "optim.schedule": Case(
+        "constant", "linear", rates("rest"), ([LR] * 4, [LR, LR * 0.75, LR / 2, LR / 4]), FOUR_STEPS
+    ),
+    "optim.clip": Case(0.01, 0.02, clipped, ITSELF, {"train.batch_size": 8}),
     **{
-        f"train.augment.{name}": Case(0, value, volumes("sMRI", "T"))
-        for name, value in {
-            "flip_left_right": 1,
-            "flip_other": 1,
-            "rotate": 30,
-            "scale": 0.3,
-            "shift": 0.3,
-            "contrast": 0.3,
-            "brightness": 0.3,
-            "noise": 0.3,
-        }.items()
+        f"train.augment.{name}": Case(0, 30 if name == "rotate" else 0.9, lambda t: t.voxels("sMRI", "T"))
+        for name in AugmentSettings.model_fields
     },
-    "train.epochs": Case(1, 2, events, ("TSTSE", "TSTSETSTSE")),
-    "train.batch_size": Case(4, 2, events, ("TSTSE", "TSTSTSTSE")),
-    "train.accumulate": Case(1, 2, events, ("TSTSE", "TTSE")),
-    "train.checkpoint_activations": Case(False, True, computations, (1, 2)),
-    "train.shard": Case(False, True, sharded, ITSELF, {"resources.workers": 2}),
-    "train.compile": Case(False, True, compiled, ITSELF),
-    "train.max_loss_ratio": Case(0, 0.1, steps, (12, 10), STILL | {"train.batch_size": 8, "train.epochs": 12}),
-    "train.evaluate_every": Case(0, 1, events, ("TSTSE", "TSETSE")),
-    "train.evaluation_batch_size": Case(
-        32, 1, lambda t: [len(of["input_ids"]) for of in t.ran.given["E"]], ([4], [2, 2])
+    "train.epochs": Case(1, 2, lambda t: t.ran.events, ("TSTSE", "TSTSETSTSE")),
+    "train.batch_size": Case(4, 2, lambda t: t.ran.events, ("TSTSE", "TSTSTSTSE")),
+    "train.accumulate": Case(1, 2, lambda t: t.ran.events, ("TSTSE", "TTSE")),
+    "train.checkpoint_activations": Case(
+        False, True, lambda t: {x: len(t.ran.attention[x, "T"]) for x in ("tower", "language")}
     ),
+    "train.shard": Case(
+        False, True, lambda t: isinstance(t.model.lm_head.weight, DTensor), ITSELF, {"resources.workers": 2}
+    ),
+    "train.compile": Case(
+        False, True, lambda t: {bool(layer._compiled_call_impl) for layer in (*t.tower, *t.language)}, ({False}, {True})
+    ),
+    "train.max_loss_ratio": Case(
+        0, 0.1, lambda t: t.ran.events.count("S"), (12, 10), STILL | {"train.batch_size": 8, "train.epochs": 12}
+    ),
+    "train.evaluate_every": Case(0, 1, lambda t: t.ran.events, ("TSTSE", "TSETSE")),
+    "train.evaluation_batch_size": Case(32, 1, lambda t: [len(of) for of in t.inputs("input_ids", "E")], ([4], [2, 2])),
     "train.patience": Case(
-        1, 2, events, ("TSETSE", "TSETSETSE"), STILL | {"train.evaluate_every": 1, "train.epochs": 2}
+        1, 2, lambda t: t.ran.events, ("TSETSE", "TSETSETSE"), STILL | {"train.evaluate_every": 1, "train.epochs": 2}
     ),
 }
 """By name. A modality's settings stand for those of all modalities."""
@@ -402,16 +327,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def splits(storage: Path, talk: Callable[..., Any]) -> tuple[list[Any], list[Any]]:
     """Eight conversations to train on, all of other lengths, and two to evaluate."""
     brain, series = ("sMRI", storage / "brain.nii"), ("fMRI", storage / "series.nii")
-    asked: list[Any] = [
-        [brain, "Sex?"],
-        [series, "Sex, please?"],
-        "Hi.",
-        "Hi! " * 3,
-        "Hi! " * 5,
-        "Hi! " * 7,
-        "Hi! " * 9,
-    ]
-    asked += ["Hi! " * 11, [brain, series], [series, brain]]
+    asked: list[Any] = [[brain, "Sex?"], [series, "Sex, please?"], "Hi.", *("Hi! " * n for n in (3, 5, 7, 9, 11))]
+    asked += [[brain, series], [series, brain]]
     labels = ["male", "female"] * 5
     told = [
         talk(

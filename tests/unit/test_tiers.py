@@ -74,7 +74,7 @@ def test_an_array_that_was_cut_short_behind_is_made_again_for_all(
     whole = np.array(one.get(scan, "sMRI"))
     array = one.path(scan, "sMRI")
     array.write_bytes(array.read_bytes()[:-1])
-    one.shared.put(array.relative_to(one.folder).as_posix(), array)
+    one.shared.upload(array.relative_to(one.folder).as_posix(), array)
     assert np.array_equal(node("two").get(scan, "sMRI"), whole)
     assert np.array_equal(node("three").get(scan, "sMRI"), whole)
     assert len(decoded) == 2, "the third node has fetched what the second one made"

@@ -7,9 +7,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from umbrella.base import ProgressBar, UserError, note
@@ -24,8 +23,6 @@ INTERVAL = 10.0
 """Seconds between two uploads of what is new."""
 LOCAL = {STOP, WORKERS, RAY}
 """Files and folders that are not uploaded."""
-Stamp = tuple[int, int]
-"""Size of a file in bytes, and its modification time in ns."""
 
 
 @contextmanager
@@ -55,7 +52,8 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
     if not resources.upload:
         return False
     with _as_user_error():
-        return marker_of(folder).name in FileStorage(resources.upload, SETTING).names(_run_name(folder))
+        run = _run_name(folder)
+        return f"{run}/{marker_of(folder).name}" in FileStorage(resources.upload, SETTING).list_files(run)
 
 
 def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> None:
@@ -68,18 +66,18 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
     """
     if marker_of(folder).is_file() or not is_uploaded(resources, folder):
         return
+    run, store = _run_name(folder), FileStorage(resources.upload, SETTING)
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not {_run_name(folder)}; delete it or move it away")
-    store, target = FileStorage(resources.upload, SETTING), folder.with_name(f".{folder.name}.download")
+        raise UserError(f"{folder} exists and is not {run}; delete it or move it away")
+    target = folder.with_name(f".{folder.name}.download")
     shutil.rmtree(target, ignore_errors=True)
     with _as_user_error():
-        sizes = store.sizes(_run_name(folder))
-        names = [n for n in sizes if not _checkpoint_folder(n) or f"{_checkpoint_folder(n)}/{SIZES}" in sizes]
-        for name in progress(names, f"downloading {_run_name(folder)}"):
-            file = target / os.path.relpath(name, _run_name(folder))
+        found = store.list_files(run)
+        names = [n for n in found if not _checkpoint_of(n) or f"{_checkpoint_of(n)}/{SIZES}" in found]
+        for name in progress(names, f"downloading {run}"):
+            file = target / os.path.relpath(name, run)
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not store.fetch(name, file, partial(_has_size, sizes[name])):
-                raise OSError(f"{store}: {name} changed while it was downloaded")
+            store.download(name, file)
     with suppress(OSError):
         folder.rmdir()
     target.rename(folder)
@@ -98,16 +96,17 @@ class CheckpointSync:
     """
 
     def __init__(self, store: FileStorage, folder: Path) -> None:
-        self.store, self.folder = store, folder
-        self.folders = [folder, evaluation_folder(storage_of(folder), folder.name)]
-        self.storage, self.marker = storage_of(folder), marker_of(folder).name
+        self.store, self.folder, self.storage = store, folder, storage_of(folder)
         self._stop, self._error = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         with _as_user_error():
-            self._names = {name for each in self.folders for name in store.sizes(_run_name(each))}
-            self.store.put(f"{_run_name(folder)}/.probe", b"")
-            self.store.delete(f"{_run_name(folder)}/.probe")
-        self._uploaded: dict[str, Stamp] = {}
+            names = [name for name in store.list_files(_run_name(folder)) if _checkpoint_of(name)]
+            store.upload(f"{_run_name(folder)}/.probe", b"")
+            store.delete(f"{_run_name(folder)}/.probe")
+        self._checkpoint_files = set(names)
+        """Names of the files of checkpoints in the store."""
+        self._uploaded: dict[Path, tuple[int, int]] = {}
+        """Size and modification time in ns of each other file when it was read."""
 
     def __enter__(self) -> "CheckpointSync":
         self._thread.start()
@@ -120,19 +119,17 @@ class CheckpointSync:
             note(f"{self._error}; the upload of {_run_name(self.folder)} is not complete")
 
     def _run(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            self._upload_or_note()
-        self._upload_or_note()
-
-    def _upload_or_note(self) -> None:
-        try:
-            self.upload()
-            self._error = ""
-        except OSError as error:  # a failed upload must not end the training
-            message = str(error.strerror or error)
-            if not self._error:
-                note(f"{message}; {_run_name(self.folder)} is not uploaded for now")
-            self._error = message
+        last = False
+        while not last:
+            last = self._stop.wait(INTERVAL)
+            try:
+                self.upload()
+                self._error = ""
+            except OSError as error:  # a failed upload must not end the training
+                message = str(error.strerror or error)
+                if not self._error:
+                    note(f"{message}; {_run_name(self.folder)} is not uploaded for now")
+                self._error = message
 
     def upload(self) -> None:
         """Upload new files. Delete checkpoints that were deleted here, once a newer one is uploaded.
@@ -140,51 +137,49 @@ class CheckpointSync:
         Raises:
             OSError: the object store cannot be written.
         """
-        references: dict[Path, tuple[Stamp, bytes]] = {}
-        for file in filter(self._is_reference, self._files()):
-            stamp = _stamp(file)  # before the read, so that the next upload sees later changes
-            if self._uploaded.get(str(file)) != stamp and _is_complete(file, content := file.read_bytes()):
-                references[file] = stamp, content
+        references = list(self._changed(self._is_reference))
         checkpoints = sorted({file.parent for file in self._files() if file.name == SIZES})
-        for file in self._files():
-            if not self._is_reference(file) and not _checkpoint_folder(str(file)):
-                self._put(file)
-        uploaded = [checkpoint for checkpoint in checkpoints if self._put_checkpoint(checkpoint)]
-        for file in sorted(references, key=lambda file: (file.name == self.marker, file.name != END)):
-            stamp, content = references[file]
-            if file.exists():  # it may have been deleted meanwhile
-                self._send(self._store_name(file), content)
-                self._uploaded[str(file)] = stamp
-        newest = {checkpoint.parent: checkpoint for checkpoint in uploaded}
-        for name in sorted(self._names, key=lambda name: not name.endswith(f"/{SIZES}")):
-            folder = _checkpoint_folder(name)
-            checkpoint = self.storage / folder
-            if folder and not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
+        for change in self._changed(lambda file: not self._is_reference(file) and not _checkpoint_of(str(file))):
+            self._upload(*change)
+        newest = {checkpoint.parent: checkpoint for checkpoint in checkpoints if self._upload_checkpoint(checkpoint)}
+        marker = marker_of(self.folder).name
+        for change in sorted(references, key=lambda change: (change[0].name == marker, change[0].name != END)):
+            if change[0].exists():  # it may have been deleted meanwhile
+                self._upload(*change)
+        for name in sorted(self._checkpoint_files, key=lambda name: not name.endswith(f"/{SIZES}")):
+            checkpoint = self.storage / _checkpoint_of(name)
+            if not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
                 self.store.delete(name)
-                self._names.discard(name)
+                self._checkpoint_files.discard(name)
 
     def _files(self) -> Iterator[Path]:
-        for top in self.folders:
+        for top in (self.folder, evaluation_folder(self.storage, self.folder.name)):
             for folder, folders, names in os.walk(top):
                 folders[:] = [name for name in folders if not name.startswith(".") and name not in LOCAL]
-                visible = (name for name in names if not name.startswith(".") and name not in LOCAL)
-                yield from (Path(folder, name) for name in sorted(visible))
+                yield from (Path(folder, n) for n in sorted(names) if not n.startswith(".") and n not in LOCAL)
 
     def _is_reference(self, file: Path) -> bool:
         """Whether a file refers to others: the end of a trial, Ray Tune's state, the marker of a training or sweep."""
         of_tune = self.folder.parent.name == SWEEPS and file.parent == self.folder
-        return file.name in (END, self.marker) or of_tune
+        return file.name == END or file == marker_of(self.folder) or of_tune
 
-    def _put(self, file: Path) -> None:
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            stamp = _stamp(file)
-            if self._uploaded.get(str(file)) != stamp:
-                self._send(self._store_name(file), file.read_bytes())
-                self._uploaded[str(file)] = stamp
+    def _changed(self, chosen: Callable[[Path], bool]) -> Iterator[tuple[Path, tuple[int, int], bytes]]:
+        """Read the chosen files that are new or have changed. Yield file, stamp and content."""
+        for file in filter(chosen, self._files()):
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                found = file.stat()  # before the read, so that the next upload sees later changes
+                stamp = found.st_size, found.st_mtime_ns
+                if self._uploaded.get(file) != stamp and _is_complete(file, content := file.read_bytes()):
+                    yield file, stamp, content
 
-    def _put_checkpoint(self, checkpoint: Path) -> bool:
+    def _upload(self, file: Path, stamp: tuple[int, int], content: bytes) -> None:
+        self.store.upload(file.relative_to(self.storage).as_posix(), content)
+        self._uploaded[file] = stamp
+
+    def _upload_checkpoint(self, checkpoint: Path) -> bool:
         """Upload a checkpoint. Return whether all of it is in the store."""
-        if self._store_name(checkpoint / SIZES) in self._names:
+        name = checkpoint.relative_to(self.storage).as_posix()
+        if f"{name}/{SIZES}" in self._checkpoint_files:
             return True
         # Hard links keep its files if it is deleted before it is uploaded.
         linked = checkpoint.with_name(f".{checkpoint.name}.upload")
@@ -193,21 +188,15 @@ class CheckpointSync:
             shutil.copytree(checkpoint, linked, copy_function=link_or_copy)
             if find_damage(linked):
                 return False
-            for file in sorted(linked.rglob("*"), key=lambda file: file.name == SIZES):
-                if file.is_file():
-                    self._send(self._store_name(checkpoint / file.relative_to(linked)), file)
+            for file in sorted(filter(Path.is_file, linked.rglob("*")), key=lambda file: file.name == SIZES):
+                file_name = f"{name}/{file.relative_to(linked).as_posix()}"
+                self.store.upload(file_name, file)
+                self._checkpoint_files.add(file_name)
         except (FileNotFoundError, shutil.Error):
             return False
         finally:
             shutil.rmtree(linked, ignore_errors=True)
         return True
-
-    def _send(self, name: str, content: Path | bytes) -> None:
-        self.store.put(name, content)
-        self._names.add(name)
-
-    def _store_name(self, file: Path) -> str:
-        return file.relative_to(self.storage).as_posix()
 
 
 def _run_name(folder: Path) -> str:
@@ -215,32 +204,20 @@ def _run_name(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}"
 
 
-def _stamp(file: Path) -> Stamp:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _checkpoint_folder(name: str) -> str:
+def _checkpoint_of(name: str) -> str:
     """Return the checkpoint folder of a file; "" if it is in none."""
-    parts = Path(name).parts
-    inside = next((i for i, part in enumerate(parts[:-1]) if part.startswith(CHECKPOINT)), None)
-    return "" if inside is None else str(Path(*parts[: inside + 1]))
+    folders = [parent for parent in Path(name).parents if parent.name.startswith(CHECKPOINT)]
+    return str(folders[-1]) if folders else ""
 
 
 def _is_complete(file: Path, content: bytes) -> bool:
-    """Whether a file that Ray Tune writes in place, JSON or a pickle, is complete."""
-    if content[:1] == b"\x80":  # a pickle, with any name
-        return content[-1:] == b"."
+    """Whether a file is complete. Ray Tune writes its state in place, as JSON; its other files it renames."""
     if file.suffix == ".json":
         try:
             json.loads(content)
         except ValueError:
             return False
     return True
-
-
-def _has_size(size: int, file: Path) -> bool:
-    return file.stat().st_size == size
 
 
 @contextmanager

@@ -253,17 +253,17 @@ class VolumeStore:
     def _write(self, path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
         write_atomic(path, content)
         if self.shared:
-            self.shared.put(self._name(path), path)
+            self.shared.upload(self._name(path), path)
 
     def _fetch(self, path: Path) -> bool:
         """Copy a file from the shared store. Return False if it is missing or incomplete there."""
-        return self.shared is not None and self.shared.fetch(self._name(path), path, VALIDATORS[path.suffix])
+        return self.shared is not None and self.shared.download(self._name(path), path, VALIDATORS[path.suffix])
 
     def _is_shared(self, path: Path) -> bool:
         folder = path.parent.name
         if self.shared and folder not in self._shared_names:
-            self._shared_names[folder] = self.shared.names(folder)
-        return path.name in self._shared_names.get(folder, ())
+            self._shared_names[folder] = set(self.shared.list_files(folder))
+        return self._name(path) in self._shared_names.get(folder, ())
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
