@@ -22,6 +22,7 @@ import pytest
 
 from umbrella.cluster import prepare_environment
 from umbrella.conversations.schema import Conversation
+from umbrella.evaluation.predictions import Prediction
 from umbrella.modality import Modality
 
 prepare_environment("local")  # as scripts do, before Ray is imported
@@ -90,6 +91,12 @@ def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
     ]
     sample = {"task_id": "t", "task_type": "T1", "images": images, "conversations": written}
     return Conversation.model_validate(sample | others)
+
+
+def make_prediction(subject: str = "a", label: Any = "male", **others: Any) -> Prediction:
+    """A prediction of a subject's sex, or of another target."""
+    fields = {"task_id": "t", "task_type": "T1", "target": "sex", "truth": f"{label}.", "answer_nll": 1.0}
+    return Prediction(**fields | {"subject_id": subject, "label": label, "answer_tokens": 1} | others)
 
 
 def write_questions(file: Path, conversations: Iterable[Conversation]) -> Path:

@@ -156,7 +156,7 @@ def test_the_picture_is_red_where_the_patch_lies_and_grey_elsewhere(asked: Conve
 def row(subject: str, label: Any = "male", right: float | None = None, said: Any = None, **others: Any) -> Prediction:
     probabilities = {} if right is None else {"male": right, "female": 1 - right}
     about = {"task_id": f"{subject}{right}{said}", "task_type": "T1", "target": "sex", "truth": "male."}
-    return Prediction(**about, subject_id=subject, label=label, probabilities=probabilities, said=said, **others)
+    return Prediction(**about, subject_id=subject, label=label, probabilities=probabilities, predicted=said, **others)
 
 
 def test_the_best_and_the_worst_are_of_different_subjects() -> None:

@@ -16,7 +16,6 @@ from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
-from umbrella.evaluation.generation import generate
 from umbrella.evaluation.scoring import score
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
@@ -75,15 +74,13 @@ def babbling(build: Callable[..., Any], store: Any, tokenizer: Any) -> Umbrella:
 def test_differently_long_prompts_are_answered_side_by_side_as_one_by_one(
     babbling: Umbrella, said: list[Conversation]
 ) -> None:
-    model, renderer, collate = babbling.model, babbling.renderer, babbling.collate
-    prompts = [renderer.prompt(c) for c in said]
-    lengths = [len(prompt.input_ids) for prompt in prompts]
+    lengths = [len(babbling.renderer.prompt(c).input_ids) for c in said]
     assert max(lengths) > 2 * min(lengths)
-    together = generate(model, prompts, renderer, collate, max_new_tokens=12)
+    together = babbling.predict(said, {}, max_new_tokens=12)
     assert all(answer.cut for answer in together)
-    alone = [generate(model, [prompt], renderer, collate, max_new_tokens=12)[0] for prompt in prompts]
-    assert together == alone
-    assert len(set(together)) == 3
+    texts = [answer.text for answer in together]
+    assert texts == [babbling.predict([c], {}, max_new_tokens=12)[0].text for c in said]
+    assert len(set(texts)) == 3
 
 
 def test_a_follow_up_is_asked_with_all_that_was_said_before(babbling: Umbrella, talk: Callable[..., Any]) -> None:

@@ -22,10 +22,10 @@ from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.ingest import Splits, fingerprint, load_splits
 from umbrella.data.splits import target_classes
+from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluation
 from umbrella.evaluation.scoring import check_labels
-from umbrella.evaluation.subgroups import tabulate
 from umbrella.evaluation_run.evaluate import log_to_mlflow
 from umbrella.fileio import check_writable, run_lock
 from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder

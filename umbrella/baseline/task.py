@@ -18,7 +18,7 @@ from umbrella.data.ingest import open_store
 from umbrella.data.mask_audit import Redact
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import validation_metrics
-from umbrella.evaluation.predictions import Answer, Prediction, mean_number, write_predictions
+from umbrella.evaluation.predictions import Prediction, mean_over_subjects, write_predictions
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_volumes
 from umbrella.training.distributed import all_gather_object, autocast, copy_to_host, data_parallel, raise_on_all_ranks
@@ -117,8 +117,8 @@ class BaselineTask(Task):
         self.predictions = self._predict(self.validation)
         metrics = validation_metrics(self.predictions)
         if isinstance(self.job.encoding, BinEncoding):
-            answers = (Answer(a.subject_id, float(a.label or 0), a.said) for a in self.predictions)
-            errors = [abs(float(subject.said or 0) - float(subject.truth)) for subject in mean_number(answers)]
+            subjects = mean_over_subjects(self.predictions)
+            errors = [abs(float(subject.predicted or 0) - float(subject.label or 0)) for subject in subjects]
             metrics[f"eval/{self.job.target}/mae"] = fmean(errors)
         return metrics
 
@@ -155,7 +155,7 @@ class BaselineTask(Task):
         decoded = encoding.decode(probabilities.tolist())
         if isinstance(decoded, dict):
             return replace(prediction, probabilities=decoded)
-        return replace(prediction, said=decoded)
+        return replace(prediction, predicted=decoded)
 
     def _read_volumes(self, paths: Sequence[str], rng_keys: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
         """Read N volumes, (N, frames, X, Y, Z), float16. Without ``rng_keys``, the middle window of each series."""

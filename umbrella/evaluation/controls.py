@@ -6,6 +6,7 @@ the text (a question that reveals the answer, a frequent class) keeps its score 
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -49,7 +50,10 @@ def shuffled(conversations: Sequence[Conversation], seed: int) -> tuple[list[Con
     """
     files = volume_owners(conversations)
     labels = _labels(conversations)
-    together = _shown_together(conversations)
+    together: dict[str, set[str]] = defaultdict(set)  # subject to all subjects that are shown with it, and itself
+    for c in conversations:
+        for subject in c.subjects:
+            together[subject] |= c.subjects
     exchanged: dict[str, str] = {}
     notes = []
     for modality, of_subject in files.items():
@@ -89,11 +93,10 @@ def volume_owners(conversations: Iterable[Conversation]) -> dict[str, dict[str, 
             several.append(c)
     for c in several:
         reference = c.reference_id or min(c.subjects - {c.subject_id})
-        turns = [[v for v in c.volumes if v in turn.content] for turn in c.conversations]
-        shown = [volumes for volumes in turns if volumes]
-        for index, volumes in enumerate(shown):
+        *earlier, last = c.volumes_by_turn or [[]]
+        for owner, volumes in ((reference, chain(*earlier)), (c.subject_id, last)):
             for volume in volumes:
-                known.setdefault(volume.image_path, c.subject_id if index == len(shown) - 1 else reference)
+                known.setdefault(volume.image_path, owner)
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for file, modality in modality_of.items():
         found[modality][known[file]].append(file)
@@ -110,15 +113,6 @@ def _labels(conversations: Iterable[Conversation]) -> dict[str, dict[str, str | 
             if reference is not None and isinstance(label, type(c.label)):
                 labels[c.target].setdefault(reference, label)
     return labels
-
-
-def _shown_together(conversations: Iterable[Conversation]) -> dict[str, set[str]]:
-    """Subject to all subjects that are shown with it, including itself."""
-    together: dict[str, set[str]] = defaultdict(set)
-    for c in conversations:
-        for subject in c.subjects:
-            together[subject] |= c.subjects
-    return together
 
 
 def _partners(

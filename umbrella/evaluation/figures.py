@@ -1,15 +1,14 @@
 """Figures of an evaluation: controls, confusion matrices, ROC curves, calibration, scatter plots."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.evaluation.metrics import BINS
-from umbrella.evaluation.predictions import Answer, Prediction, mean_number, mean_probability, most_likely
-from umbrella.evaluation.subgroups import Estimate
+from umbrella.evaluation.group_metrics import Estimate
+from umbrella.evaluation.metrics import BINS, calibration_bins
+from umbrella.evaluation.predictions import Prediction, mean_over_subjects, most_likely
 from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, truncate
 
 if TYPE_CHECKING:
@@ -20,20 +19,6 @@ TEXT_BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha
 """Background of text that lines may cross."""
 MAX_CURVES = len(LINES)
 """Largest number of ROC curves."""
-
-
-def aggregate_subjects(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """One prediction per subject and label, aggregated as in the metrics; other fields are those of its first one."""
-    known = [(p, (p.subject_id, p.label)) for p in predictions if p.label is not None]
-    likely = mean_probability(Answer(*who, None, p.probabilities) for p, who in known if p.probabilities)
-    numbers = mean_number(Answer(*who, p.said) for p, who in known if isinstance(p.said, int | float))
-    mean = {(answer.subject, answer.truth): answer.probabilities for answer in likely}
-    said = {(answer.subject, answer.truth): answer.said for answer in numbers}
-    first = {who: p for p, who in reversed(known)}
-    return [
-        replace(first[who], probabilities=mean.get(who, {}), said=said.get(who))
-        for who in dict.fromkeys(who for _, who in known)
-    ]
 
 
 def draw_controls(rows: Sequence[tuple[str, Estimate, str]], name: str, lines: Sequence[tuple[str, float]]) -> "Figure":
@@ -109,21 +94,29 @@ def draw_likelihood(predictions: Sequence[Prediction], classes: Sequence[str]) -
     (C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
     """
     figure = new_figure(WIDTH, 4.0)
-    roc, calibration = figure.subplots(1, 2)
-    likely = [p for p in predictions if p.probabilities]
-    _draw_roc(roc, likely, classes)
-    _draw_reliability(calibration, likely, classes)
+    roc, reliability = figure.subplots(1, 2)
+    conversations = [p for p in predictions if p.probabilities]
+    subjects = mean_over_subjects(conversations)
+    _draw_roc(roc, conversations, subjects, classes)
+    for rows, colour, level in ((conversations, SKY, "conversations"), (subjects, BLUE, "subjects")):
+        _draw_reliability(reliability, rows, colour, level)
+    reliability.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
+    reliability.set(xlim=(1 / max(len(classes), 2) - 0.04, 1.04), ylim=(-0.08, 1.08))
+    reliability.set(xlabel="probability of the most likely class", ylabel="accuracy")
+    reliability.set_title("Calibration; numbers: subjects in the bin", loc="left")
+    reliability.legend(loc="lower right")
     return figure
 
 
-def _draw_roc(axes: "Axes", predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
+def _draw_roc(
+    axes: "Axes", conversations: Sequence[Prediction], subjects: Sequence[Prediction], classes: Sequence[str]
+) -> None:
     from sklearn.metrics import auc, roc_curve
 
-    subjects = aggregate_subjects(predictions)
     shown = [classes[-1]] if len(classes) == 2 else list(classes)[:MAX_CURVES]
     axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
     for label, colour in zip(shown, LINES, strict=False):
-        for rows, alpha in ((predictions, 0.3), (subjects, 1.0)):
+        for rows, alpha in ((conversations, 0.3), (subjects, 1.0)):
             truth = [p.label == label for p in rows]
             if len(set(truth)) < 2:
                 continue  # undefined
@@ -138,45 +131,34 @@ def _draw_roc(axes: "Axes", predictions: Sequence[Prediction], classes: Sequence
         axes.legend(loc="lower right")
 
 
-def _draw_reliability(axes: "Axes", predictions: Sequence[Prediction], classes: Sequence[str]) -> None:
-    axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
-    subjects = aggregate_subjects(predictions)
-    for rows, colour, level in ((predictions, SKY, "conversations"), (subjects, BLUE, "subjects")):
-        best = np.array([max(p.probabilities.values()) for p in rows])
-        correct = np.array([most_likely(p.probabilities) == p.label for p in rows])  # a tie is no answer
-        bin_index = np.minimum((best * BINS).astype(int), BINS - 1)
-        bins = [bin_index == i for i in range(BINS) if (bin_index == i).any()]
-        xs, ys = [best[b].mean() for b in bins], [correct[b].mean() for b in bins]
-        counts = [int(b.sum()) for b in bins]
-        axes.plot(xs, ys, "-", color=colour, linewidth=1.2, label=level)
-        axes.scatter(xs, ys, s=[20 + 220 * n / len(rows) for n in counts], color=colour, alpha=0.85)
-        for x, y, n in zip(xs, ys, counts, strict=True) if level == "subjects" else ():
-            offset, align = (-8, "top") if y > 0.5 else (8, "bottom")
-            axes.annotate(f"{n}", (x, y), (0, offset), textcoords="offset points", ha="center", va=align, fontsize=8)
-    axes.set(xlim=(1 / max(len(classes), 2) - 0.04, 1.04), ylim=(-0.08, 1.08))
-    axes.set(xlabel="probability of the most likely class", ylabel="accuracy")
-    axes.set_title("Calibration; numbers: subjects in the bin", loc="left")
-    axes.legend(loc="lower right")
+def _draw_reliability(axes: "Axes", predictions: Sequence[Prediction], colour: str, level: str) -> None:
+    best = np.array([max(p.probabilities.values()) for p in predictions])
+    correct = np.array([most_likely(p.probabilities) == p.label for p in predictions])  # a tie is no answer
+    bins = [members for members in calibration_bins(best) == np.arange(BINS)[:, None] if members.any()]
+    xs, ys, counts = zip(*((best[b].mean(), correct[b].mean(), b.sum()) for b in bins), strict=True)
+    axes.plot(xs, ys, "-", color=colour, linewidth=1.2, label=level)
+    axes.scatter(xs, ys, s=20 + 220 * np.array(counts) / len(best), color=colour, alpha=0.85)
+    for x, y, count in zip(xs, ys, counts, strict=True) if level == "subjects" else ():
+        offset, align = (-8, "top") if y > 0.5 else (8, "bottom")
+        axes.annotate(f"{count}", (x, y), (0, offset), textcoords="offset points", ha="center", va=align, fontsize=8)
 
 
 def draw_scatter(predictions: Sequence[Prediction], target: str) -> "Figure":
     """Draw predicted against true numbers; pale: conversations, dark: means of subjects. The line shows no error."""
     figure = new_figure(0.56 * WIDTH, 4.4)
     axes = figure.subplots()
-    values: list[float] = []
-    for rows, colour, alpha, size, words in (
-        (predictions, SKY, 0.6, 14, "conversations"),
-        (aggregate_subjects(predictions), BLUE, 0.9, 26, "subjects"),
+    conversations = [p for p in predictions if p.predicted is not None]
+    for rows, colour, alpha, size, level in (
+        (conversations, SKY, 0.6, 14, "conversations"),
+        (mean_over_subjects(conversations), BLUE, 0.9, 26, "subjects"),
     ):
-        pairs = [(float(p.label), float(p.said)) for p in rows if p.said is not None and p.label is not None]
-        truth, said = zip(*pairs, strict=True) if pairs else ((), ())
-        axes.scatter(truth, said, s=size, color=colour, alpha=alpha, label=words)
-        values += [x for pair in pairs for x in pair]
-    if values:
-        low, high = min(values), max(values)
-        space = 0.05 * (high - low) or 1
-        axes.plot([low - space, high + space], [low - space, high + space], "--", color=GREY, linewidth=1)
-        axes.set(xlim=(low - space, high + space), ylim=(low - space, high + space))
+        true, predicted = np.array([(p.label, p.predicted) for p in rows], float).T
+        axes.scatter(true, predicted, s=size, color=colour, alpha=alpha, label=level)
+    values = np.array([(p.label, p.predicted) for p in conversations], float)
+    low, high = float(values.min()), float(values.max())
+    space = 0.05 * (high - low) or 1
+    axes.plot([low - space, high + space], [low - space, high + space], "--", color=GREY, linewidth=1)
+    axes.set(xlim=(low - space, high + space), ylim=(low - space, high + space))
     axes.set(xlabel=f"true {truncate(target, 40)}", ylabel="predicted", aspect="equal")
     axes.legend(loc="upper left")
     return figure

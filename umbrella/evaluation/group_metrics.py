@@ -1,193 +1,261 @@
-"""The metrics of a group of predictions, by way of answering and level (see ``subgroups.Group``)."""
+"""The metrics of groups of predictions, with bootstrap intervals over subjects."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isfinite
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from umbrella.evaluation.bootstrap import MetricFunction
 from umbrella.evaluation.metrics import (
-    class_indices,
     class_metrics,
-    confusion_matrix,
+    confusion_matrices,
     number_metrics,
     probability_metrics,
     ratio,
     text_metrics,
 )
-from umbrella.evaluation.predictions import (
-    Answer,
-    Prediction,
-    majority_vote,
-    mean_number,
-    mean_probability,
-    most_likely,
-)
+from umbrella.evaluation.predictions import Prediction, majority_vote, mean_over_subjects, most_likely
+from umbrella.evaluation.settings import EvaluateSettings
+from umbrella.evaluation.subgroups import split_subgroups
 
-SubjectIndex = Mapping[str, int]
-"""Subject to its column in the weights of a ``MetricFunction``."""
+CHUNK = 100
+"""Resamples whose weights are in memory together."""
+
+Kind = Literal["classes", "numbers", "texts"]
+MetricFunction = Callable[[NDArray], Mapping[str, NDArray]]
+"""Weights (resamples, n), how often each of n subjects or predictions counts, to metrics (resamples,) by name."""
+Levels = dict[str, tuple[Sequence[str], MetricFunction]]
+"""``<way>/<level>`` to the subjects of its n predictions and their metrics."""
+
+
+class Estimate(NamedTuple):
+    """A metric with its bootstrap interval; NaN where undefined."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass
-class GroupMetrics:
-    """Metric functions by ``<way>/<level>``, and the fields of ``subgroups.Group`` of the same names."""
+class Group:
+    """The metrics of a group of predictions of one target.
 
-    functions: dict[str, MetricFunction] = field(default_factory=dict)
-    references: dict[str, float] = field(default_factory=dict)
-    confusion: dict[str, list[list[int]]] = field(default_factory=dict)
-    ties: dict[str, int] = field(default_factory=dict)
+    ``metrics`` are named ``<way>/<level>/<metric>``.
+
+    - Way: likelihood (of the candidates) or generated (found in the generated text).
+    - Level: conversations; subjects (by the mean probability, number or score over the conversations of a subject);
+      votes (the majority of the valid answers of a subject; a tie is no answer, and so wrong). A subject whose label
+      differs between conversations counts once per label.
+    - Metrics of classes: accuracy, balanced_accuracy, f1 (macro), recall/<class>, precision/<class>; with two classes
+      also sensitivity and specificity, where the class that sorts last is positive; by likelihood (no votes) also auc,
+      brier and calibration_error; of conversations with a reference also copies_reference: the share of answers that
+      are the label of the reference, right or wrong.
+    - Metrics of numbers (generated only, no votes): mae, rmse, r2, pearson.
+    - Metrics of texts (generated only, no votes): token_f1, rouge_l, exact.
+    """
+
+    target: str
+    kind: Kind
+    by: str
+    """The key of the breakdown: "all"; "task_type"; "task"; "comparison_type"; or a key of metadata."""
+    value: str
+    """The value of that key, such as "T3"; empty for "all"."""
+    conversations: int
+    subjects: int
+    classes: tuple[str, ...] = ()
+    """Labels in order; empty for numbers and texts."""
     invalid: int | None = None
+    """Generated answers without a label or number; None: nothing was generated. Invalid classes count as wrong; invalid
+    numbers are left out of all metrics."""
+    ties: dict[str, int] = field(default_factory=dict)
+    """Way to the number of subjects whose vote is a tie."""
+    metrics: Mapping[str, Estimate] = field(default_factory=dict)
+    references: dict[str, float] = field(default_factory=dict)
+    """Values that need no images. Classes: ``chance`` (balanced accuracy) and ``majority`` (accuracy, over subjects, of
+    the most frequent training label). Numbers: ``mean/mae`` and ``mean/rmse`` (over subjects, of the mean training
+    label). ``copies_reference``: the value of that metric for a model that is always right."""
+    confusion: dict[str, list[list[int]]] = field(default_factory=dict)
+    """``<way>/<level>`` to counts: a row per true class, a column per predicted class and a last one for none."""
 
-    def compute(self, weights: NDArray) -> dict[str, NDArray]:
-        """All metrics by their full names, see ``bootstrap.MetricFunction``."""
-        levels = self.functions.items()
-        return {f"{level}/{name}": value for level, of in levels for name, value in of(weights).items()}
 
-
-def distinct_labels(predictions: Sequence[Prediction]) -> list[str | float]:
-    """The label of each subject; several for a subject whose label differs between conversations."""
-    return [label for _, label in dict.fromkeys((p.subject_id, p.label) for p in predictions) if label is not None]
-
-
-def group_class_metrics(
-    predictions: Sequence[Prediction], classes: Sequence[str], training: Sequence[str | float], index: SubjectIndex
-) -> GroupMetrics:
-    """Metrics of predictions whose labels are classes.
+def tabulate(
+    predictions: Iterable[Prediction],
+    settings: EvaluateSettings,
+    seed: int = 0,
+    training: Mapping[str, Sequence[str | float]] | None = None,
+) -> list[Group]:
+    """Compute the groups of all targets, in the order of their names and of ``split_subgroups``.
 
     Args:
-        training: labels of the training data; the most frequent one is a reference.
+        seed: of the bootstrap.
+        training: target to the labels of the training data, for ``Group.references``. Without them, the labels of the
+            predictions are used.
     """
-    result = GroupMetrics()
-    scored = [p for p in predictions if p.probabilities]
-    if scored:
-        answers = [Answer(p.subject_id, str(p.label), most_likely(p.probabilities), p.probabilities) for p in scored]
-        _add_class_metrics(result, "likelihood", scored, answers, classes, index)
-    generated = _generated(predictions)
-    if generated:
-        found = [str(p.said) if str(p.said) in classes else None for p in generated]
-        answers = [Answer(p.subject_id, str(p.label), said) for p, said in zip(generated, found, strict=True)]
-        _add_class_metrics(result, "generated", generated, answers, classes, index)
-        result.invalid = found.count(None)
+    targets: dict[tuple[str, Kind], list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        kind: Kind = "texts" if p.label is None else "classes" if isinstance(p.label, str) else "numbers"
+        targets[p.target, kind].append(p)
+    groups = []
+    for (target, kind), of_target in sorted(targets.items()):
+        given = [label for label in (training or {}).get(target, ()) if isinstance(label, str) == (kind == "classes")]
+        labels = given or _distinct_labels(of_target)
+        classes: set[str] = set()
+        if kind == "classes":
+            classes.update(map(str, labels), *(p.probabilities for p in of_target), [str(p.label) for p in of_target])
+        for by, value, members in split_subgroups(of_target, settings):
+            index = {subject: i for i, subject in enumerate(dict.fromkeys(p.subject_id for p in members))}
+            group = Group(target, kind, by, value, len(members), len(index), tuple(sorted(classes)))
+            levels = LEVELS[kind](group, members, labels)
+            columns = {name: [index[subject] for subject in subjects] for name, (subjects, _) in levels.items()}
+            group.metrics = estimate(partial(_all_metrics, levels, columns), len(index), settings, seed)
+            groups.append(group)
+    return groups
 
-    labels = distinct_labels(predictions)
+
+def estimate(metrics: MetricFunction, subjects: int, settings: EvaluateSettings, seed: int = 0) -> dict[str, Estimate]:
+    """Compute metrics with percentile bootstrap intervals (Efron 1979).
+
+    Subjects are independent; conversations of one subject are not. Subjects are drawn with replacement, with all of
+    their conversations, ``settings.bootstrap`` times. The interval holds the middle ``settings.confidence`` of the
+    resampled values. Resamples in which a metric is undefined, such as one without a class, are left out for it. All
+    metrics share the same resamples, which depend on the seed and the number of subjects only. With fewer than two
+    subjects the interval is undefined.
+    """
+    values = {name: float(value[0]) for name, value in metrics(np.ones((1, subjects))).items()}
+    resampled: dict[str, list[NDArray]] = {name: [] for name in values}
+    random = np.random.default_rng(seed)
+    for start in range(0, settings.bootstrap if subjects > 1 else 0, CHUNK):
+        size = min(CHUNK, settings.bootstrap - start)
+        drawn = random.integers(0, subjects, (size, subjects)) + subjects * np.arange(size)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=size * subjects).reshape(size, subjects).astype(float)
+        for name, drawn_values in metrics(weights).items():
+            resampled[name].append(drawn_values[~np.isnan(drawn_values)])
+    tail = (1 - settings.confidence) / 2
+    estimates = {}
+    for name, value in values.items():
+        defined = np.concatenate([*resampled[name], []])
+        interval = np.quantile(defined, [tail, 1 - tail]).tolist() if len(defined) else [np.nan, np.nan]
+        estimates[name] = Estimate(value, *interval)
+    return estimates
+
+
+def _all_metrics(levels: Levels, columns: Mapping[str, list[int]], weights: NDArray) -> dict[str, NDArray]:
+    """The metrics of all levels. ``columns``: the columns of the weights (of subjects) for the level's predictions."""
+    return {
+        f"{level}/{name}": value
+        for level, (_, metrics) in levels.items()
+        for name, value in metrics(weights[:, columns[level]]).items()
+    }
+
+
+def _class_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:
+    classes = group.classes
+    likely = [replace(p, predicted=most_likely(p.probabilities)) for p in predictions if p.probabilities]
+    generated = [
+        replace(p, predicted=p.predicted if p.predicted in classes else None, probabilities={})
+        for p in _generated(predictions)
+    ]
+    if generated:
+        group.invalid = sum(p.predicted is None for p in generated)
+    levels: Levels = {}
+    for way, conversations in (("likelihood", likely), ("generated", generated)):
+        if not conversations:
+            continue
+        votes, group.ties[way] = majority_vote(conversations)
+        subjects = {"subjects": mean_over_subjects(conversations)} if way == "likelihood" else {}
+        for level, members in {"conversations": conversations, **subjects, "votes": votes}.items():
+            matrices = confusion_matrices(members, classes)
+            group.confusion[f"{way}/{level}"] = matrices.sum(0).astype(int).tolist()
+            metrics = partial(_class_metrics, members, classes, matrices, members is conversations)
+            levels[f"{way}/{level}"] = [p.subject_id for p in members], metrics
+
+    labels = _distinct_labels(predictions)
     most_frequent = Counter(sorted(map(str, training))).most_common(1)[0][0]
-    result.references = {"chance": 1 / len(classes), "majority": labels.count(most_frequent) / len(labels)}
-    references = [(p.label, reference) for p in predictions if (reference := _reference_label(p)) in classes]
-    if references:
-        result.references["copies_reference"] = fmean(label == reference for label, reference in references)
-    return result
+    group.references = {"chance": 1 / len(classes), "majority": labels.count(most_frequent) / len(labels)}
+    compared = [p for p in predictions if _reference_label(p) in classes]
+    if compared:
+        group.references["copies_reference"] = fmean(p.label == _reference_label(p) for p in compared)
+    return levels
 
 
-def group_number_metrics(
-    predictions: Sequence[Prediction], training: Sequence[str | float], index: SubjectIndex
-) -> GroupMetrics:
-    """Metrics of predictions whose labels are numbers.
+def _class_metrics(
+    predictions: Sequence[Prediction],
+    classes: Sequence[str],
+    matrices: NDArray,
+    conversations: bool,
+    weights: NDArray,
+) -> dict[str, NDArray]:
+    values = class_metrics(np.tensordot(weights, matrices, 1), classes)
+    truth = matrices.any(2).argmax(1)
+    if len(set(truth.tolist())) < 2:  # a constant answer would reach 1
+        values["balanced_accuracy"] = np.full(len(weights), np.nan)
+    if predictions[0].probabilities:
+        probabilities = np.array([[p.probabilities.get(label, 0.0) for label in classes] for p in predictions])
+        values |= probability_metrics(truth, probabilities, weights)
+    compared = np.array([conversations and _reference_label(p) in classes for p in predictions])
+    if compared.any():
+        copied = compared & [p.predicted == _reference_label(p) for p in predictions]
+        values["copies_reference"] = ratio(weights @ copied, weights @ compared)
+    return values
 
-    Args:
-        training: labels of the training data; their mean is a reference.
-    """
-    result = GroupMetrics()
+
+def _number_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:
     generated = _generated(predictions)
-    answers = [Answer(p.subject_id, float(p.label or 0), _finite(p.said)) for p in generated]
     if generated:
-        result.invalid = sum(answer.said is None for answer in answers)
-    for level, of_level in (("conversations", answers), ("subjects", mean_number(answers))):
-        if any(answer.said is not None for answer in of_level):
-            result.functions[f"generated/{level}"] = _number_function(of_level, index)
-    labels = np.array([float(label) for label in distinct_labels(predictions)])
-    error = labels - fmean(map(float, training))
-    result.references = {"mean/mae": float(np.abs(error).mean()), "mean/rmse": float(np.sqrt((error**2).mean()))}
-    return result
+        group.invalid = sum(p.predicted is None for p in generated)
+    levels: Levels = {}
+    for level, members in (("conversations", generated), ("subjects", mean_over_subjects(generated))):
+        valid = [p for p in members if p.predicted is not None]
+        if valid:
+            truth, predicted = np.array([(p.label, p.predicted) for p in valid], float).T
+            levels[f"generated/{level}"] = [p.subject_id for p in valid], partial(number_metrics, truth, predicted)
+    error = np.array(_distinct_labels(predictions), float) - fmean(map(float, training))
+    group.references = {"mean/mae": float(np.abs(error).mean()), "mean/rmse": float(np.sqrt((error**2).mean()))}
+    return levels
 
 
-def group_text_metrics(predictions: Sequence[Prediction], index: SubjectIndex) -> GroupMetrics:
-    """Metrics of free text, of conversations and as means over the conversations of a subject."""
+def _text_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:
     by_subject: dict[str, list[dict[str, float]]] = defaultdict(list)
     for p in predictions:
         if p.text is not None:
             by_subject[p.subject_id].append(text_metrics(p.truth, p.text))
     if not by_subject:
-        return GroupMetrics()
-    each = [(subject, metrics) for subject, group in by_subject.items() for metrics in group]
-    means = [(s, {name: fmean(one[name] for one in group) for name in group[0]}) for s, group in by_subject.items()]
-    levels = {"generated/conversations": each, "generated/subjects": means}
-    return GroupMetrics({level: _text_function(rows, index) for level, rows in levels.items()}, invalid=0)
+        return {}
+    group.invalid = 0
+    each = [(subject, metrics) for subject, of_one in by_subject.items() for metrics in of_one]
+    means = [(s, {name: fmean(one[name] for one in of_one) for name in of_one[0]}) for s, of_one in by_subject.items()]
+    levels: Levels = {}
+    for level, rows in (("conversations", each), ("subjects", means)):
+        values = {name: np.array([metrics[name] for _, metrics in rows]) for name in rows[0][1]}
+        levels[f"generated/{level}"] = [subject for subject, _ in rows], partial(_weighted_means, values)
+    return levels
 
 
-def _generated(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Predictions with a generated answer. A regression model gives a number without text."""
-    return [p for p in predictions if p.text is not None or p.said is not None]
+LEVELS: dict[Kind, Callable[[Group, Sequence[Prediction], Sequence[str | float]], Levels]] = {
+    "classes": _class_levels,
+    "numbers": _number_levels,
+    "texts": _text_levels,
+}
+"""For each kind, the function that makes the levels of a group and fills in the fields other than its metrics."""
 
 
-def _add_class_metrics(
-    result: GroupMetrics,
-    way: str,
-    predictions: Sequence[Prediction],
-    answers: Sequence[Answer],
-    classes: Sequence[str],
-    index: SubjectIndex,
-) -> None:
-    """Add one way of answering. ``answers`` are those of ``predictions``, in order."""
-    votes, result.ties[way] = majority_vote(answers)
-    by_subject = {"subjects": mean_probability(answers)} if answers[0].probabilities else {}
-    levels = {"conversations": answers, **by_subject, "votes": votes}
-    for level, of_level in levels.items():
-        references = [_reference_label(p) for p in predictions] if level == "conversations" else []
-        result.functions[f"{way}/{level}"] = _class_function(of_level, references, classes, index)
-        indices, weights = class_indices(of_level, classes), np.ones((1, len(of_level)))
-        counts = confusion_matrix(*indices, len(classes), weights)[0]
-        result.confusion[f"{way}/{level}"] = counts.astype(int).tolist()
-
-
-def _class_function(
-    answers: Sequence[Answer], references: Sequence[str], classes: Sequence[str], index: SubjectIndex
-) -> MetricFunction:
-    """Args: references: the label of the reference of each answer, or empty."""
-    subject = np.array([index[answer.subject] for answer in answers])
-    truth, predicted = class_indices(answers, classes)
-    probabilities = np.array([[a.probabilities.get(label, 0.0) for label in classes] for a in answers])
-    compared = np.array([label in classes for label in references], bool)
-    copied = [a.said == label and label in classes for a, label in zip(answers, references, strict=False)]
-
-    def metrics(weights: NDArray) -> dict[str, NDArray]:
-        drawn = weights[:, subject]
-        values = class_metrics(confusion_matrix(truth, predicted, len(classes), drawn), classes)
-        if len(set(truth.tolist())) < 2:  # a constant answer would reach 1
-            values["balanced_accuracy"] = np.full(len(weights), np.nan)
-        if answers[0].probabilities:
-            values |= probability_metrics(truth, probabilities, drawn)
-        if compared.any():
-            values["copies_reference"] = ratio(drawn @ np.array(copied, bool), drawn @ compared)
-        return values
-
-    return metrics
-
-
-def _number_function(answers: Sequence[Answer], index: SubjectIndex) -> MetricFunction:
-    valid = [answer for answer in answers if answer.said is not None]
-    subject = np.array([index[answer.subject] for answer in valid])
-    truth, predicted = (np.array(values, float) for values in zip(*((a.truth, a.said) for a in valid), strict=True))
-    return lambda weights: number_metrics(truth, predicted, weights[:, subject])
-
-
-def _text_function(rows: Sequence[tuple[str, Mapping[str, float]]], index: SubjectIndex) -> MetricFunction:
-    subject = np.array([index[subject] for subject, _ in rows])
-    values = {name: np.array([metrics[name] for _, metrics in rows]) for name in rows[0][1]}
-
-    def mean(weights: NDArray) -> dict[str, NDArray]:
-        drawn = weights[:, subject]
-        return {name: ratio(drawn @ of_name, drawn.sum(1)) for name, of_name in values.items()}
-
-    return mean
+def _weighted_means(values: Mapping[str, NDArray], weights: NDArray) -> dict[str, NDArray]:
+    return {name: ratio(weights @ of_name, weights.sum(1)) for name, of_name in values.items()}
 
 
 def _reference_label(prediction: Prediction) -> str:
     return str(prediction.metadata.get("reference_label"))
 
 
-def _finite(said: str | float | None) -> float | None:
-    return float(said) if isinstance(said, int | float) and isfinite(said) else None
+def _generated(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Predictions with a generated answer. A regression model gives a number without text."""
+    return [p for p in predictions if p.text is not None or p.predicted is not None]
+
+
+def _distinct_labels(predictions: Sequence[Prediction]) -> list[str | float]:
+    """The label of each subject; several for a subject whose label differs between conversations."""
+    return [label for _, label in dict.fromkeys((p.subject_id, p.label) for p in predictions) if label is not None]

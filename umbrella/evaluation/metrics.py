@@ -8,11 +8,12 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from umbrella.evaluation.predictions import Answer, Prediction, cut_note, mean_probability, most_likely
+from umbrella.evaluation.predictions import Prediction, cut_note, mean_over_subjects, most_likely
 
 BINS = 10
 """Bins of equal width for calibration."""
@@ -22,34 +23,23 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def class_indices(answers: Sequence[Answer], classes: Sequence[str]) -> tuple[NDArray, NDArray]:
-    """Indices in ``classes`` of the true and of the predicted labels, (n,) each; len(classes) for no class."""
-    index = {label: i for i, label in enumerate(classes)}
-    truth = np.array([index[str(a.truth)] for a in answers], int)
-    return truth, np.array([index.get(str(a.said), len(classes)) for a in answers], int)
+def confusion_matrices(predictions: Sequence[Prediction], classes: Sequence[str]) -> NDArray:
+    """The confusion matrix of each prediction, (n, classes, classes + 1): a single 1 at (true class, predicted class).
 
-
-def confusion_matrix(truth: NDArray, predicted: NDArray, classes: int, weights: NDArray) -> NDArray:
-    """Weighted counts of (true class, predicted class).
-
-    Args:
-        truth, predicted: (n,), see ``class_indices``.
-        classes: number of classes.
-        weights: (resamples, n).
-
-    Returns:
-        (resamples, classes, classes + 1); the last column counts answers that are no class.
+    The last column is for predictions that are no class.
     """
-    cells = np.zeros((len(truth), classes * (classes + 1)))
-    cells[np.arange(len(truth)), truth * (classes + 1) + predicted] = 1
-    return (weights @ cells).reshape(len(weights), classes, classes + 1)
+    index: dict[str | float | None, int] = {label: i for i, label in enumerate(classes)}
+    matrices = np.zeros((len(predictions), len(classes), len(classes) + 1))
+    for matrix, p in zip(matrices, predictions, strict=True):
+        matrix[index[p.label], index.get(p.predicted, len(classes))] = 1
+    return matrices
 
 
 def balanced_accuracy(counts: NDArray) -> NDArray:
-    """The mean recall over the classes that occur in the truth; NaN if none does. Chance is 1 / classes.
+    """The mean recall over the classes that occur in the truth, (resamples,); NaN if none does. Chance is 1 / classes.
 
     Args:
-        counts: see ``confusion_matrix``.
+        counts: (resamples, classes, classes + 1), weighted sums of ``confusion_matrices``.
     """
     return _nan_mean(_recall(counts))
 
@@ -61,7 +51,7 @@ def class_metrics(counts: NDArray, classes: Sequence[str]) -> dict[str, NDArray]
     predicted, ``recall/<class>`` for one that is never true. With two classes, the last one is positive.
 
     Args:
-        counts: see ``confusion_matrix``.
+        counts: see ``balanced_accuracy``.
     """
     correct = np.diagonal(counts, axis1=1, axis2=2)
     true, predicted = counts.sum(2), counts[:, :, :-1].sum(1)
@@ -94,13 +84,17 @@ def probability_metrics(truth: NDArray, probabilities: NDArray, weights: NDArray
     distance = ((probabilities - np.eye(probabilities.shape[1])[truth]) ** 2).sum(1)
     best = probabilities.max(1)
     correct = (probabilities[np.arange(len(truth)), truth] == best) & ((probabilities == best[:, None]).sum(1) == 1)
-    bins = np.clip(np.ceil(best * BINS).astype(int) - 1, 0, BINS - 1)
-    gaps = np.abs(weights @ (np.eye(BINS)[bins] * (correct - best)[:, None])).sum(1)
+    gaps = np.abs(weights @ (np.eye(BINS)[calibration_bins(best)] * (correct - best)[:, None])).sum(1)
     return {
         "auc": auc(truth, probabilities, weights),
         "brier": ratio(weights @ distance, total) / (2 if probabilities.shape[1] == 2 else 1),
         "calibration_error": ratio(gaps, total),
     }
+
+
+def calibration_bins(probabilities: NDArray) -> NDArray:
+    """The index of the bin of each probability. Bins are closed on the right: 0.2 is in (0.1, 0.2]."""
+    return np.clip(np.ceil(probabilities * BINS).astype(int) - 1, 0, BINS - 1)
 
 
 def auc(truth: NDArray, probabilities: NDArray, weights: NDArray) -> NDArray:
@@ -109,8 +103,17 @@ def auc(truth: NDArray, probabilities: NDArray, weights: NDArray) -> NDArray:
     Classes that all or none of the answers have are left out; NaN if no class is left. Arguments as
     ``probability_metrics``.
     """
-    classes = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
-    return _nan_mean(np.stack([_one_auc(truth == i, probabilities[:, i], weights) for i in classes], 1))
+    areas = []
+    for label in [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1]):
+        order = np.argsort(probabilities[:, label], kind="stable")
+        positive, ordered = truth[order] == label, weights[:, order]
+        # The first of each run of equal probabilities, which count half.
+        starts = np.flatnonzero(np.diff(probabilities[order, label], prepend=-np.inf))
+        positives = np.add.reduceat(ordered * positive, starts, axis=1)
+        negatives = np.add.reduceat(ordered * ~positive, starts, axis=1)
+        below = np.cumsum(negatives, 1) - negatives / 2
+        areas.append(ratio((positives * below).sum(1), positives.sum(1) * negatives.sum(1)))
+    return _nan_mean(np.stack(areas, 1))
 
 
 def number_metrics(truth: NDArray, predicted: NDArray, weights: NDArray) -> dict[str, NDArray]:
@@ -142,8 +145,8 @@ def text_metrics(truth: str, text: str) -> dict[str, float]:
     token_f1 is the F1 of the common words. ``rouge_l`` (Lin 2004): the F1 of the longest common subsequence of
     lower-case words, articles included. Two texts without words are equal.
     """
-    a, b = _normalised_words(truth), _normalised_words(text)
-    all_a, all_b = _words(truth), _words(text)
+    a, b = (ARTICLES.sub(" ", one.lower().translate(PUNCTUATION)).split() for one in (truth, text))
+    all_a, all_b = (re.findall(r"[^\W_]+", one.lower()) for one in (truth, text))
     return {
         "token_f1": _f1((Counter(a) & Counter(b)).total(), a, b),
         "rouge_l": _f1(_common_subsequence(all_a, all_b), all_a, all_b),
@@ -162,11 +165,9 @@ def metric_names(classes: Mapping[str, int]) -> list[str]:
     Args:
         classes: target to the number of classes among the labels that are scored.
     """
-    several = {target for target, number in classes.items() if number > 1}
-    names = ["eval/loss", *(["eval/balanced_accuracy"] if several else [])]
-    for target in sorted(classes):
-        names += [f"eval/{target}/balanced_accuracy"] if target in several else []
-        names += [f"eval/{target}/accuracy"]
+    names = ["eval/loss"] + ["eval/balanced_accuracy"] * any(number > 1 for number in classes.values())
+    for target, number in sorted(classes.items()):
+        names += [f"eval/{target}/balanced_accuracy"] * (number > 1) + [f"eval/{target}/accuracy"]
     return names
 
 
@@ -195,21 +196,20 @@ def validation_metrics(predictions: Iterable[Prediction], prefix: str = "eval") 
     predictions = list(predictions)
     nats, tokens = sum(p.answer_nll or 0.0 for p in predictions), sum(p.answer_tokens for p in predictions)
     metrics = {f"{prefix}/loss": nats / tokens}
-    by_target: dict[str, list[Answer]] = defaultdict(list)
+    by_target: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         if p.probabilities:
-            answer = Answer(p.subject_id, str(p.label), most_likely(p.probabilities), p.probabilities)
-            by_target[p.target].append(answer)
+            by_target[p.target].append(p)
     over_subjects = []
-    for target, answers in sorted(by_target.items()):
-        true = {str(a.truth) for a in answers}
+    for target, scored in sorted(by_target.items()):
+        true = {str(p.label) for p in scored}
         if len(true) > 1:
-            classes = sorted(true.union(*(a.probabilities for a in answers)))
-            subjects = mean_probability(answers)
-            indices, weights = class_indices(subjects, classes), np.ones((1, len(subjects)))
-            over_subjects.append(float(balanced_accuracy(confusion_matrix(*indices, len(classes), weights))[0]))
+            matrices = confusion_matrices(
+                mean_over_subjects(scored), sorted(true.union(*(p.probabilities for p in scored)))
+            )
+            over_subjects.append(float(balanced_accuracy(matrices.sum(0, keepdims=True))[0]))
             metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
-        metrics[f"{prefix}/{target}/accuracy"] = sum(a.said == a.truth for a in answers) / len(answers)
+        metrics[f"{prefix}/{target}/accuracy"] = fmean(most_likely(p.probabilities) == p.label for p in scored)
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
     return metrics
@@ -222,7 +222,7 @@ def prediction_notes(predictions: Iterable[Prediction]) -> list[str]:
     by_target: dict[str, list[bool]] = defaultdict(list)
     for p in generated:
         if p.probabilities:
-            by_target[p.target].append(p.said != most_likely(p.probabilities))
+            by_target[p.target].append(p.predicted != most_likely(p.probabilities))
     for target, differs in sorted(by_target.items()):
         if sum(differs) > MAX_DISAGREEMENT * len(differs):
             notes.append(
@@ -242,16 +242,6 @@ def _nan_mean(values: NDArray) -> NDArray:
     return ratio(np.where(defined, values, 0).sum(-1), defined.sum(-1))
 
 
-def _one_auc(positive: NDArray, score: NDArray, weights: NDArray) -> NDArray:
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # of runs of equal scores, which count half
-    ordered = weights[:, order]
-    positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
-    below = np.cumsum(negatives, 1) - negatives / 2
-    return ratio((positives * below).sum(1), positives.sum(1) * negatives.sum(1))
-
-
 def _centred_squares(values: NDArray, weights: NDArray) -> tuple[NDArray, NDArray]:
     """(values minus their mean, weighted sum of squares about the mean of each resample).
 
@@ -262,14 +252,6 @@ def _centred_squares(values: NDArray, weights: NDArray) -> tuple[NDArray, NDArra
     about_mean = squares - (weights @ centred) ** 2 / total
     rounding = np.maximum(1e-12 * squares, total * (1e-12 * np.abs(values).max()) ** 2)
     return centred, np.where(about_mean > rounding, about_mean, np.nan)
-
-
-def _normalised_words(text: str) -> list[str]:
-    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
 
 
 def _f1(common: int, a: Sequence[str], b: Sequence[str]) -> float:

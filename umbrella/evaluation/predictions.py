@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from math import fsum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from umbrella.conversations.schema import Conversation
 from umbrella.fileio import write_atomic
@@ -16,8 +17,8 @@ from umbrella.fileio import write_atomic
 class Prediction:
     """The prediction of a model for one conversation, with its truth. All metrics are computed from these.
 
-    A model answers in two ways: by ``probabilities`` of candidate answers, and by generated ``text``, in which ``said``
-    is found. Either may be missing.
+    A model answers in two ways: by ``probabilities`` of candidate answers, and by generated ``text``, in which
+    ``predicted`` is found. Either may be missing.
     """
 
     task_id: str
@@ -42,8 +43,9 @@ class Prediction:
     """The generated answer; None: none was generated."""
     cut: bool = False
     """Whether ``text`` reached the limit of tokens before it ended."""
-    said: str | float | None = None
-    """The label or number found in ``text``; None: there is none (invalid), or the answer is free text."""
+    predicted: str | float | None = None
+    """The label or number found in ``text``; None: there is none (invalid), or the answer is free text. Files call it
+    "said"."""
     subjects: tuple[str, ...] = ()
     """All subjects of the conversation, including the reference."""
 
@@ -68,15 +70,17 @@ class Prediction:
         return None if self.answer_nll is None else self.answer_nll / self.answer_tokens
 
     def to_json(self) -> str:
-        """One line of JSON with the fields above."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """One line of JSON."""
+        fields = {("said" if name == "predicted" else name): value for name, value in asdict(self).items()}
+        return json.dumps(fields, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> "Prediction":
         """The inverse of ``to_json``."""
         raw = json.loads(line)
-        tuples = {"volumes": tuple(map(tuple, raw["volumes"])), "subjects": tuple(raw.get("subjects", ()))}
-        return cls(**raw | tuples)
+        raw |= {"volumes": tuple(map(tuple, raw["volumes"])), "subjects": tuple(raw.get("subjects", ()))}
+        raw["predicted"] = raw.pop("said")
+        return cls(**raw)
 
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
@@ -97,16 +101,6 @@ def cut_note(cut: int, answers: int) -> str:
     return f"{cut} of {answers} generated answers were cut before they ended; raise evaluate.max_new_tokens"
 
 
-class Answer(NamedTuple):
-    """The answer for one conversation, or for one subject over all conversations."""
-
-    subject: str
-    truth: str | float
-    said: str | float | None
-    """None: no valid answer. For classes that is wrong."""
-    probabilities: Mapping[str, float] = {}
-
-
 def most_likely(probabilities: Mapping[str, float]) -> str | None:
     """The label of the highest probability; None for a tie or without labels."""
     best = max(probabilities.values(), default=0)
@@ -114,45 +108,41 @@ def most_likely(probabilities: Mapping[str, float]) -> str | None:
     return labels[0] if len(labels) == 1 else None
 
 
-def mean_probability(answers: Iterable[Answer]) -> list[Answer]:
-    """Aggregate over subjects: the label of the highest mean probability over the conversations of a subject."""
+def mean_over_subjects(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Aggregate over subjects: one prediction per subject and label, whose other fields are those of its first one.
+
+    ``probabilities`` are means, and ``predicted`` is the mean of the numbers, otherwise the most likely label.
+    """
     subjects = []
-    for (subject, truth), group in _by_subject(answers).items():
-        labels = dict.fromkeys(label for answer in group for label in answer.probabilities)
-        sums = {label: fsum(a.probabilities.get(label, 0.0) for a in group) for label in labels}
+    for group in _by_subject(predictions):
+        scored = [p.probabilities for p in group if p.probabilities]
+        sums = {name: fsum(one.get(name, 0.0) for one in scored) for name in dict.fromkeys(chain(*scored))}
         # Rounded: values that differ only by rounding errors are ties, between labels and between subjects in an AUC.
-        mean = {label: round(total / len(group), 12) for label, total in sums.items()}
-        subjects.append(Answer(subject, truth, most_likely(mean), mean))
+        mean = {label: round(total / len(scored), 12) for label, total in sums.items()}
+        numbers = [p.predicted for p in group if isinstance(p.predicted, int | float)]
+        predicted = fsum(numbers) / len(numbers) if numbers else most_likely(mean)
+        subjects.append(replace(group[0], probabilities=mean, predicted=predicted))
     return subjects
 
 
-def majority_vote(answers: Iterable[Answer]) -> tuple[list[Answer], int]:
-    """Aggregate over subjects: the most frequent label of the valid answers of a subject; a tie is no answer.
+def majority_vote(predictions: Iterable[Prediction]) -> tuple[list[Prediction], int]:
+    """Aggregate over subjects: the most frequent label that is predicted for a subject; a tie is no answer.
 
     Returns:
-        (answers of subjects, number of ties).
+        (one prediction per subject and label, without probabilities; number of ties).
     """
     subjects, ties = [], 0
-    for (subject, truth), group in _by_subject(answers).items():
-        votes = Counter(answer.said for answer in group if answer.said is not None).most_common(2)
+    for group in _by_subject(predictions):
+        votes = Counter(p.predicted for p in group if p.predicted is not None).most_common(2)
         tie = len(votes) == 2 and votes[0][1] == votes[1][1]
         ties += tie
-        subjects.append(Answer(subject, truth, votes[0][0] if votes and not tie else None))
+        subjects.append(replace(group[0], probabilities={}, predicted=votes[0][0] if votes and not tie else None))
     return subjects, ties
 
 
-def mean_number(answers: Iterable[Answer]) -> list[Answer]:
-    """Aggregate over subjects: the mean of the valid numbers of a subject."""
-    subjects = []
-    for (subject, truth), group in _by_subject(answers).items():
-        numbers = [float(answer.said) for answer in group if answer.said is not None]
-        subjects.append(Answer(subject, truth, fsum(numbers) / len(numbers) if numbers else None))
-    return subjects
-
-
-def _by_subject(answers: Iterable[Answer]) -> dict[tuple[str, str | float], list[Answer]]:
-    """(subject, truth) to answers: a subject with several truths (visits, comparisons) has an entry for each."""
-    groups: dict[tuple[str, str | float], list[Answer]] = defaultdict(list)
-    for answer in answers:
-        groups[answer.subject, answer.truth].append(answer)
-    return groups
+def _by_subject(predictions: Iterable[Prediction]) -> Iterable[Sequence[Prediction]]:
+    """The predictions of each subject; a subject with several labels (visits, comparisons) has a group for each."""
+    groups: dict[Any, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        groups[prediction.subject_id, prediction.label].append(prediction)
+    return groups.values()

@@ -4,20 +4,20 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from umbrella.config import Settings
-from umbrella.evaluation import figures
+from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter
+from umbrella.evaluation.group_metrics import Estimate, Group
 from umbrella.evaluation.predictions import Prediction, write_predictions
-from umbrella.evaluation.subgroups import Estimate, Group
 from umbrella.fileio import write_csv
 from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
@@ -67,96 +67,90 @@ class EvaluationResult:
     """Warnings, such as subjects that are also in the training split."""
 
 
-Kind = Literal["best", "worst"]
-
-
 @dataclass(frozen=True)
 class Case:
     """One prediction that the report shows with its volumes."""
 
     prediction: Prediction
-    kind: Kind
+    kind: str
+    """"best" or "worst"."""
     pictures: tuple[bytes, ...]
     """A PNG of three planes for each volume, in reading order."""
     mapped: bool = False
     """Whether the pictures include occlusion maps."""
 
 
-@dataclass
-class TargetSection:
-    """The section of the page about one target."""
-
-    name: str
-    whole: Group
-    metric: str
-    """Full name of the main metric: ``<way>/<level>/<metric>``."""
-    conditions: list[tuple[str, Estimate]]
-    """(name of the condition, main metric under it)."""
-    breakdowns: dict[str, list[list[Group | None]]]
-    """Key of a breakdown to its subgroups: for each one a group per condition, None where that has none."""
-    pictures: dict[str, Path] = field(default_factory=dict)
-    cases: list[Case] = field(default_factory=list)
-
-    @property
-    def levels(self) -> list[str]:
-        """``<way>/<level>`` of the metrics, in order."""
-        return list(dict.fromkeys("/".join(name.split("/")[:2]) for name in self.whole.metrics))
-
-    @property
-    def metrics(self) -> list[str]:
-        """Names of metrics without way and level; metrics of one class come last."""
-        names = dict.fromkeys(name.split("/", 2)[2] for name in self.whole.metrics)
-        return sorted(names, key=lambda name: "/" in name)
-
-    @property
-    def other_metrics(self) -> list[str]:
-        """Metrics that tables of subgroups show beside the main one."""
-        names = OTHER_METRICS[self.whole.kind]
-        return [name for name in names if name in self.whole.metrics and name != self.metric]
-
-    @property
-    def reference(self) -> str:
-        """The reference that the main metric is compared with."""
-        return MAIN_REFERENCE[self.whole.kind]
-
-    def scale(self, rows: Sequence[Sequence[Group | None]]) -> float:
-        """The largest value that the bars of these subgroups show."""
-        groups = [groups[0] for groups in rows if groups[0]]
-        found = [n for g in groups for n in (*g.metrics.get(self.metric, ()), g.references.get(self.reference, 0.0))]
-        return max((n for n in found if isfinite(n)), default=1.0) or 1.0
+def main_metrics(group: Group) -> list[str]:
+    """The full name of the main metric for each way of answering, over subjects where it is defined there."""
+    found = []
+    for way in ("likelihood", "generated"):
+        names = [f"{way}/{level}/{MAIN_METRIC[group.kind]}" for level in ("subjects", "votes", "conversations")]
+        found += [name for name in names if name in group.metrics][:1]
+    return found
 
 
-def make_section(result: EvaluationResult, whole: Group) -> TargetSection:
-    """Make the section of a target.
-
-    Args:
-        whole: the group of all predictions of the target.
-    """
-    names = [
-        f"{way}/{level}/{MAIN_METRIC[whole.kind]}"
-        for way in ("likelihood", "generated")
-        for level in ("subjects", "conversations")
-    ]
-    metric = next((name for name in names if name in whole.metrics), names[0])
+def _make_section(
+    result: EvaluationResult, whole: Group, cases: Sequence[Case], folder: Path, number: int
+) -> dict[str, Any]:
+    """What the page shows of one target; ``whole`` is the group of all its predictions. Draws its figures."""
     conditions = [name for name in CONDITIONS if name in result.groups]
-    breakdowns: dict[str, dict[str, list[Group | None]]] = {}
+    breakdowns: dict[str, dict[str, list[Group | None]]] = {}  # by to value to a group for each condition that has one
     for i, condition in enumerate(conditions):
         for group in result.groups[condition]:
             if group.target == whole.target:
                 row = breakdowns.setdefault(group.by, {}).setdefault(group.value, [None] * len(conditions))
                 row[i] = group
-    whole_row = breakdowns.pop("all")[whole.value]
-    return TargetSection(
-        name=whole.target,
-        whole=whole,
-        metric=metric,
-        conditions=[
-            (CONDITION_NAMES[name], group.metrics.get(metric, UNDEFINED))
-            for name, group in zip(conditions, whole_row, strict=True)
-            if group is not None
-        ],
-        breakdowns={by: list(rows.values()) for by, rows in breakdowns.items()},
+    metric, reference = (
+        (main_metrics(whole) or [f"generated/subjects/{MAIN_METRIC[whole.kind]}"])[0],
+        MAIN_REFERENCE[whole.kind],
     )
+    wholes = zip(conditions, breakdowns.pop("all")[whole.value], strict=True)
+    values = [(CONDITION_NAMES[name], group.metrics.get(metric, UNDEFINED)) for name, group in wholes if group]
+    names = [name.split("/", 2) for name in whole.metrics]
+    largest = {}
+    for by, rows in breakdowns.items():
+        groups = [group for group, *_ in rows.values() if group]
+        shown = [n for g in groups for n in (*g.metrics.get(metric, ()), g.references.get(reference, 0.0))]
+        largest[by] = max(filter(isfinite, shown), default=1.0) or 1.0
+    stem = f"{number}_{re.sub('[^A-Za-z0-9]+', '_', whole.target)[:40].strip('_')}"
+    own = [p for p in result.predictions[AS_ASKED] if p.target == whole.target]
+    figures = {name: (folder / f"{stem}_{name}.png", *drawn) for name, *drawn in _figures(whole, values, own)}
+    return {
+        "whole": whole,
+        "metric": metric,
+        "reference": reference,
+        "conditions": values,
+        "breakdowns": {by: list(rows.values()) for by, rows in breakdowns.items()},
+        "largest": largest,
+        "levels": list(dict.fromkeys(f"{way}/{level}" for way, level, _ in names)),
+        "metrics": sorted(dict.fromkeys(name for *_, name in names), key=lambda name: "/" in name),
+        "other_metrics": [name for name in OTHER_METRICS[whole.kind] if name in whole.metrics and name != metric],
+        "pictures": {name: save_png(*arguments) for name, arguments in figures.items()},
+        "cases": [case for case in cases if case.prediction.target == whole.target],
+    }
+
+
+def _figures(
+    whole: Group, conditions: Sequence[tuple[str, Estimate]], predictions: Sequence[Prediction]
+) -> Iterator[tuple[Any, ...]]:
+    """(name, function that draws, its arguments) of each figure of a target."""
+    if any(isfinite(estimate.value) for _, estimate in conditions):
+        names = {"chance": "chance", "mean/mae": "always the mean training label"}
+        lines = [(name, whole.references[key]) for key, name in names.items() if key in whole.references]
+        rows = [(condition, estimate, format_value(estimate.value)) for condition, estimate in conditions]
+        yield "controls", draw_controls, rows, metric_name(MAIN_METRIC[whole.kind]), lines
+    matrices = [
+        (name.replace("/", ",\n"), counts)
+        for level in ("subjects", "conversations")
+        for name, counts in whole.confusion.items()
+        if name.endswith(f"/{level}")
+    ]
+    if matrices:
+        yield "confusion", draw_confusion, matrices, whole.classes
+    if whole.kind == "classes" and any(p.probabilities for p in predictions):
+        yield "likelihood", draw_likelihood, predictions, whole.classes
+    if whole.kind == "numbers" and any(p.predicted is not None for p in predictions):
+        yield "scatter", draw_scatter, predictions, whole.target
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, cases: Sequence[Case]) -> Path:
@@ -185,11 +179,8 @@ def write_report(folder: Path, result: EvaluationResult, cases: Sequence[Case]) 
     _write_metrics(folder / METRICS, result)  # first: the metrics are kept if a figure fails
     _write_csv(folder / "predictions.csv", result)
     predictions = result.predictions[AS_ASKED]
-    sections = [make_section(result, whole) for whole in result.groups[AS_ASKED] if whole.by == "all"]
-    for number, section in enumerate(sections, start=1):
-        section.cases = [case for case in cases if case.prediction.target == section.name]
-        stem = f"{number}_{re.sub('[^A-Za-z0-9]+', '_', section.name)[:40].strip('_')}"
-        section.pictures = _draw_figures(folder, stem, section, predictions)
+    wholes = [group for group in result.groups[AS_ASKED] if group.by == "all"]
+    sections = [_make_section(result, whole, cases, folder, number) for number, whole in enumerate(wholes, start=1)]
     page = render(
         Path(__file__).with_name("report.html"),
         {
@@ -223,7 +214,7 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
         table.add_column(column)
     wholes = {name: {group.target: group for group in result.groups[name] if group.by == "all"} for name in conditions}
     for target, group in wholes[AS_ASKED].items():
-        for name in _printed_metrics(group):
+        for name in main_metrics(group):
             cells = []
             for condition in conditions:
                 whole = wholes[condition].get(target)
@@ -257,55 +248,19 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(name, name.replace("_", " ")) + (f" of {label}" if label else "")
 
 
-def _printed_metrics(group: Group) -> Iterator[str]:
-    """The main metric of each way of answering, over subjects where it is defined there."""
-    for way in ("likelihood", "generated"):
-        names = (f"{way}/{level}/{MAIN_METRIC[group.kind]}" for level in ("subjects", "votes", "conversations"))
-        yield from [name for name in names if name in group.metrics][:1]
-
-
-def _draw_figures(
-    folder: Path, stem: str, section: TargetSection, predictions: Sequence[Prediction]
-) -> dict[str, Path]:
-    whole, own = section.whole, [p for p in predictions if p.target == section.name]
-    pictures = {}
-
-    def draw(name: str, *arguments: Any) -> None:
-        pictures[name] = save_png(folder / f"{stem}_{name}.png", *arguments)
-
-    if any(isfinite(estimate.value) for _, estimate in section.conditions):
-        names = {"chance": "chance", "mean/mae": "always the mean training label"}
-        lines = [(name, whole.references[key]) for key, name in names.items() if key in whole.references]
-        rows = [(condition, estimate, format_value(estimate.value)) for condition, estimate in section.conditions]
-        draw("controls", figures.draw_controls, rows, metric_name(MAIN_METRIC[whole.kind]), lines)
-    matrices = [
-        (name.replace("/", ",\n"), whole.confusion[name])
-        for level in ("subjects", "conversations")
-        for name in whole.confusion
-        if name.endswith(f"/{level}")
-    ]
-    if matrices:
-        draw("confusion", figures.draw_confusion, matrices, whole.classes)
-    if whole.kind == "classes" and any(p.probabilities for p in own):
-        draw("likelihood", figures.draw_likelihood, own, whole.classes)
-    if whole.kind == "numbers" and any(p.said is not None for p in own):
-        draw("scatter", figures.draw_scatter, own, section.name)
-    return pictures
-
-
 def _write_metrics(file: Path, result: EvaluationResult) -> None:
     """Write the groups of all conditions as JSON; undefined numbers are null."""
-    groups = {condition: [asdict(g) for g in groups] for condition, groups in result.groups.items()}
-    for group in (group for of_condition in groups.values() for group in of_condition):
-        group["metrics"] = {name: dict(zip(Estimate._fields, e, strict=True)) for name, e in group["metrics"].items()}
+    groups = {condition: [asdict(group) for group in groups] for condition, groups in result.groups.items()}
     text = json.dumps(_nan_to_none(groups), ensure_ascii=False, indent=1, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _nan_to_none(content: Any) -> Any:
+    if isinstance(content, Estimate):
+        content = content._asdict()
     if isinstance(content, dict):
-        return {str(key): _nan_to_none(inner) for key, inner in content.items()}
-    if isinstance(content, list | tuple):
+        return {key: _nan_to_none(inner) for key, inner in content.items()}
+    if isinstance(content, list):
         return [_nan_to_none(inner) for inner in content]
     return None if isinstance(content, float) and not isfinite(content) else content
 
@@ -314,14 +269,14 @@ def _write_csv(file: Path, result: EvaluationResult) -> None:
     """Write a row for each prediction under each condition, with a column for the probability of each label."""
     rows = [(condition, p) for condition, predictions in result.predictions.items() for p in predictions]
     labels = sorted({label for _, p in rows for label in p.probabilities})
-    fields = ["task_id", "task_type", "subject_id", "target", "label", "truth", "text", "said"]
-    fields += ["answer_nll", "answer_tokens"]
+    fields = ("task_id", "task_type", "subject_id", "target", "label", "truth", "text")
+    answers = ("said", "answer_nll", "answer_tokens")
 
     def row(condition: str, p: Prediction) -> list[Any]:
         volumes = "; ".join(f"{modality}:{path}" for modality, path in p.volumes)
         metadata = json.dumps(dict(p.metadata), ensure_ascii=False, default=str)
-        probabilities = [p.probabilities.get(label) for label in labels]
-        return [condition, *(getattr(p, name) for name in fields), *probabilities, volumes, metadata]
+        values = [*(getattr(p, name) for name in fields), p.predicted, p.answer_nll, p.answer_tokens]
+        return [condition, *values, *map(p.probabilities.get, labels), volumes, metadata]
 
-    header = ["condition", *fields, *(f"p({label})" for label in labels), "volumes", "metadata"]
+    header = ["condition", *fields, *answers, *(f"p({label})" for label in labels), "volumes", "metadata"]
     write_csv(file, header, (row(condition, p) for condition, p in rows))

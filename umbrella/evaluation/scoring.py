@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain
 
 import torch
 from torch import nn
@@ -18,11 +18,10 @@ from umbrella.evaluation.predictions import Prediction
 ANSWER_ONLY = MaskPolicy(supervise="last_assistant", end_of_turn=True, turn_header=False)
 """The mask policy of scoring. It does not depend on the policy of the training, so that scores can be compared."""
 
+Branchings = list[tuple[int, list[list[int]]]]
+"""Positions at which sequences branch, each with the sequences there in groups of equal tokens: two or more groups."""
 Candidates = Mapping[str, Mapping[str, str]]
 """Target to label to answer text: {"sex": {"female": "female.", "male": "male."}}."""
-
-Branching = tuple[int, list[list[int]]]
-"""A position, and the sequences that branch there, grouped by their token at it: two groups or more."""
 
 
 def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
@@ -106,47 +105,44 @@ def score(
     Returns:
         One prediction per conversation, in order.
     """
-    options = [_options(c, candidates, truth) for c in conversations]
-    number = count()
-    rows = [
-        {text: next(number) for text in dict.fromkeys([*([c.answer] if truth else ()), *of.values()])}
-        for c, of in zip(conversations, options, strict=True)
-    ]
-    examples = [renderer.render(c, text) for c, of_text in zip(conversations, rows, strict=True) for text in of_text]
-    if not examples:
-        return [Prediction.from_conversation(c, truth) for c in conversations]
+    predictions = [Prediction.from_conversation(c, truth) for c in conversations]
+    options, rows = [], []
+    texts: list[tuple[Conversation, str]] = []
+    for c in conversations:
+        has_options = isinstance(c.label, str) or (c.label is None and not truth)
+        options.append(candidates.get(c.target, {}) if has_options else {})
+        distinct = dict.fromkeys([*([c.answer] if truth else ()), *options[-1].values()])
+        rows.append({text: len(texts) + i for i, text in enumerate(distinct)})
+        texts += [(c, text) for text in distinct]
+    if not texts:
+        return predictions
+    examples = [renderer.render(*text) for text in texts]
     batch = collate(examples, ANSWER_ONLY)
     answer_tokens = batch.loss_weights != 0
-    candidate_rows = [[of_text[text] for text in of.values()] for of_text, of in zip(rows, options, strict=True)]
+    candidate_rows = [[row[text] for text in of.values()] for row, of in zip(rows, options, strict=True)]
     branchings = [find_branchings({i: examples[i].input_ids.tolist() for i in of_one}) for of_one in candidate_rows]
-    for position, branches in (branching for of_one in branchings for branching in of_one):
+    for position, branches in chain(*branchings):
         # A tokenizer may merge the end of the turn header with the first letter of one candidate only.
         batch.loss_weights[[branch[0] for branch in branches], position] = 1
     token_nll = model(**batch.to(device).model_inputs()).token_nll.cpu()
     nll = torch.where(answer_tokens, token_nll, 0).sum(1).tolist()
     tokens = answer_tokens[:, 1:].count_nonzero(1).tolist()
-    predictions = []
-    for i, (conversation, of) in enumerate(zip(conversations, options, strict=True)):
+    for i, conversation in enumerate(conversations):
         probabilities = _probabilities(candidate_rows[i], branchings[i], token_nll)
-        prediction = Prediction.from_conversation(conversation, truth)
-        prediction = replace(prediction, probabilities=dict(zip(of, probabilities, strict=True)))
+        predictions[i] = replace(predictions[i], probabilities=dict(zip(options[i], probabilities, strict=True)))
         if truth:
-            true = rows[i][conversation.answer]
-            prediction = replace(prediction, answer_nll=nll[true], answer_tokens=tokens[true])
-        predictions.append(prediction)
+            row = rows[i][conversation.answer]
+            predictions[i] = replace(predictions[i], answer_nll=nll[row], answer_tokens=tokens[row])
     return predictions
 
 
-def find_branchings(sequences: Mapping[int, Sequence[int]]) -> list[Branching]:
-    """Find the positions at which token sequences branch.
+def find_branchings(sequences: Mapping[int, Sequence[int]]) -> Branchings:
+    """Find where the tree of token sequences branches; a sequence that ends where others continue is in no group.
 
     Args:
         sequences: number of each sequence to its tokens.
-
-    Returns:
-        The branchings of the tree of the sequences. A sequence that ends where others continue is not part of that one.
     """
-    found: list[Branching] = []
+    found = []
     open_groups = [(0, list(sequences))]
     while open_groups:
         position, members = open_groups.pop()
@@ -160,12 +156,8 @@ def find_branchings(sequences: Mapping[int, Sequence[int]]) -> list[Branching]:
     return found
 
 
-def _probabilities(rows: Sequence[int], branchings: Sequence[Branching], token_nll: torch.Tensor) -> list[float]:
-    """The probability of each candidate row.
-
-    Args:
-        token_nll: (B, L), in nats; used at the branchings.
-    """
+def _probabilities(rows: Sequence[int], branchings: Branchings, token_nll: torch.Tensor) -> list[float]:
+    """The probability of each candidate row; ``token_nll``: (B, L), in nats."""
     log_probability = dict.fromkeys(rows, 0.0)
     for position, branches in branchings:
         nats = token_nll[[branch[0] for branch in branches], position].double()
@@ -174,9 +166,3 @@ def _probabilities(rows: Sequence[int], branchings: Sequence[Branching], token_n
                 log_probability[i] += value
     # The sum is 1 already, unless two candidates have the same tokens.
     return torch.tensor([log_probability[i] for i in rows], dtype=torch.float64).softmax(0).tolist()
-
-
-def _options(conversation: Conversation, candidates: Candidates, truth: bool) -> Mapping[str, str]:
-    """Label to text of the candidates for a conversation."""
-    label = conversation.label
-    return candidates.get(conversation.target, {}) if isinstance(label, str) or (label is None and not truth) else {}

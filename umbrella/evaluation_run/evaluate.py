@@ -21,6 +21,7 @@ from umbrella.data.ingest import check_splits, fingerprint, open_store
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import read_splits
 from umbrella.evaluation.controls import shuffled, text_only
+from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import (
@@ -34,7 +35,7 @@ from umbrella.evaluation.report import (
     write_report,
 )
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates, find_numbers
-from umbrella.evaluation.subgroups import band_names, tabulate
+from umbrella.evaluation.subgroups import band_names
 from umbrella.evaluation_run.prediction_workers import load_model, predict_on_workers
 from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases

@@ -6,19 +6,16 @@ R. Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014, se
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.evaluation.predictions import Prediction
-from umbrella.evaluation.report import Case, Kind
+from umbrella.evaluation.report import Case
 from umbrella.evaluation.scoring import ANSWER_ONLY
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.inference.model import Umbrella
@@ -67,7 +64,7 @@ def draw_cases(
     return cases
 
 
-def select_cases(predictions: Sequence[Prediction], count: int) -> list[tuple[Kind, Prediction]]:
+def select_cases(predictions: Sequence[Prediction], count: int) -> list[tuple[str, Prediction]]:
     """Select the best and the worst predictions of one target, each of another subject.
 
     Classes are ranked by the probability of the true label or, without probabilities, by whether the generated label
@@ -81,8 +78,7 @@ def select_cases(predictions: Sequence[Prediction], count: int) -> list[tuple[Ki
     ranked.sort(key=lambda pair: pair[0])  # a stable sort: equals stay in the order of the data
     best = _first_of_subjects((p for _, p in reversed(ranked)), count, set())
     worst = _first_of_subjects((p for _, p in ranked), count, {p.subject_id for p in best})
-    cases: list[tuple[Kind, Prediction]] = [("best", p) for p in best]
-    return cases + [("worst", p) for p in reversed(worst)]
+    return [*(("best", p) for p in best), *(("worst", p) for p in reversed(worst))]
 
 
 def occlusion(umbrella: Umbrella, conversation: Conversation, answer: str, batch_size: int = 16) -> list[np.ndarray]:
@@ -105,18 +101,24 @@ def occlusion(umbrella: Umbrella, conversation: Conversation, answer: str, batch
     Raises:
         UserError: as ``Umbrella.answer``.
     """
-    batch = umbrella.collate([umbrella.renderer.render(conversation, answer)], ANSWER_ONLY)
-    (complete,) = umbrella.log_likelihoods(batch)
+    example = umbrella.renderer.render(conversation, answer)
+    (complete,) = umbrella.log_likelihoods(umbrella.collate([example], ANSWER_ONLY))
     maps = []
-    for number, volume in enumerate(conversation.volumes):
-        modality = umbrella.modalities[volume.modality]
+    for number, shown in enumerate(conversation.volumes):
+        modality = umbrella.modalities[shown.modality]
         effects = np.zeros(modality.patch_grid)
         blocks = list(make_blocks(modality.patch_grid))
         for start in range(0, len(blocks), batch_size):
             part = blocks[start : start + batch_size]
-            hidden = umbrella.log_likelihoods(_hide_blocks(batch, number, volume.modality, modality, part))
-            for block, value in zip(part, hidden, strict=True):
-                effects[block] = complete - value
+            batch = umbrella.collate([example] * len(part), ANSWER_ONLY)
+            group = batch.pixel_values[shown.modality]
+            runs = group.run.tolist()
+            for row, block in enumerate(part):
+                volume = group.voxels[runs.index(number + row * len(conversation.volumes))]
+                where = tuple(slice(b.start * p, b.stop * p) for b, p in zip(block, modality.patch, strict=True))
+                volume[where] = volume.float().mean().half()
+            for block, hidden in zip(part, umbrella.log_likelihoods(batch), strict=True):
+                effects[block] = complete - hidden
         maps.append(effects)
     return maps
 
@@ -202,11 +204,11 @@ def effects_on_plane(effects: np.ndarray, plane: Plane, modality: Modality) -> n
 
 
 def _quality(prediction: Prediction) -> float | None:
-    label, said = prediction.label, prediction.said
+    label, predicted = prediction.label, prediction.predicted
     if isinstance(label, str):
-        return prediction.probabilities.get(label, 0.0) if prediction.probabilities else float(said == label)
+        return prediction.probabilities.get(label, 0.0) if prediction.probabilities else float(predicted == label)
     if label is not None:
-        return -abs(float(said) - label) if said is not None else None
+        return -abs(float(predicted) - label) if predicted is not None else None
     return None if prediction.nll_per_token is None else -prediction.nll_per_token
 
 
@@ -217,30 +219,3 @@ def _first_of_subjects(predictions: Iterable[Prediction], count: int, excluded: 
         if prediction.subject_id not in excluded:
             first.setdefault(prediction.subject_id, prediction)
     return list(first.values())[:count]
-
-
-def _hide_blocks(batch: Batch, number: int, name: str, modality: Modality, blocks: list[Block]) -> Batch:
-    """Copy the only row of a batch once per block, with that block of volume ``number`` hidden."""
-    copies, volumes = len(blocks), int(batch.num_images_per_sample.sum())
-    pixels = {}
-    for group, content in batch.pixel_values.items():
-        runs = torch.cat([content.run + copy * volumes for copy in range(copies)])
-        pixels[group] = VolumeGroup(content.voxels.repeat(copies, *[1] * (content.voxels.ndim - 1)), runs)
-    voxels, places = pixels[name].voxels, pixels[name].run.tolist()
-    for copy, block in enumerate(blocks):
-        volume = voxels[places.index(number + copy * volumes)]
-        where = (slice(b.start * p, b.stop * p) for b, p in zip(block, modality.patch, strict=True))
-        volume[tuple(where)] = volume.float().mean().half()
-    return replace(
-        batch,
-        input_ids=batch.input_ids.expand(copies, -1),
-        attention_mask=batch.attention_mask.expand(copies, -1),
-        loss_weights=batch.loss_weights.expand(copies, -1),
-        image_mask=batch.image_mask.expand(copies, -1),
-        pixel_values=pixels,
-        num_images_per_sample=batch.num_images_per_sample.expand(copies),
-        task_ids=batch.task_ids * copies,
-        task_types=batch.task_types * copies,
-        sample_indices=batch.sample_indices.expand(copies),
-        metadata=batch.metadata * copies,
-    )

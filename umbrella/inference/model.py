@@ -1,7 +1,7 @@
 """The class ``Umbrella``: a trained model that answers questions about volumes."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Tur
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.extraction import extract_answer
-from umbrella.evaluation.generation import Generated, generate
 from umbrella.evaluation.predictions import Prediction, cut_note
-from umbrella.evaluation.scoring import Candidates, score
+from umbrella.evaluation.scoring import ANSWER_ONLY, Candidates, score
 from umbrella.modality import Modality
 from umbrella.models.build import build_model
 from umbrella.models.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
@@ -112,9 +111,17 @@ class Umbrella:
         """Answer one question about volumes, which precede the question. Same as ``chat().ask``."""
         return self.chat().ask(question, volumes, modality, max_new_tokens, **options)
 
-    def question(self, volumes: Paths, question: str, modality: Modalities = None) -> Conversation:
-        """Make the conversation of one question about volumes, for ``answer``. Raises as ``items``."""
-        return _make_conversation([_user_turn(self.items(volumes, modality), question), _assistant_turn("")])
+    def question(
+        self, volumes: Paths, question: str, modality: Modalities = None, turns: Sequence[Turn] = ()
+    ) -> Conversation:
+        """Make the conversation of a question about volumes after other turns, for ``answer``. Raises as ``items``."""
+        content = (*self.items(volumes, modality), TextItem(type="text", text=question))
+        answer = Turn(role="assistant", content=(TextItem(type="text", text=""),))
+        turns = (*turns, Turn(role="user", content=content), answer)
+        shown = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
+        images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in shown)
+        sample = {"task_id": "question", "task_type": "question", "conversations": turns, "images": images}
+        return Conversation.model_validate(sample)
 
     def chat(self, system: str = "") -> "Chat":
         """Start a chat session. ``system``: the text of the system turn; empty: no such turn."""
@@ -139,10 +146,10 @@ class Umbrella:
         Raises:
             UserError: a volume that cannot be used, or of an unknown modality; a conversation that cannot be rendered.
         """
-        answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size, **options)
-        if cut := cut_note(sum(answer.cut for answer in answers), len(answers)):
-            note(cut)
-        return [answer.text for answer in answers]
+        answers = self._generate(conversations, max_new_tokens, batch_size, **options)
+        if line := cut_note(sum(cut for _, cut in answers), len(answers)):
+            note(line)
+        return [text for text, _ in answers]
 
     def score(
         self, volumes: Paths, question: str, answers: Sequence[str], modality: Modalities = None
@@ -154,9 +161,9 @@ class Umbrella:
         """
         if isinstance(answers, str) or not answers:
             raise UserError(f"answers={answers!r}: give a list of texts to choose from")
-        turns = [_user_turn(self.items(volumes, modality), question), _assistant_turn(answers[0])]
-        conversation = _make_conversation(turns, subject_label=answers[0], target="answer")
-        (prediction,) = self.predict([conversation], {"answer": {answer: answer for answer in answers}})
+        conversation = self.question(volumes, question, modality)
+        candidates = {conversation.target: {answer: answer for answer in answers}}
+        (prediction,) = self.predict([conversation], candidates, truth=False)
         return dict(prediction.probabilities)
 
     def predict(
@@ -178,23 +185,17 @@ class Umbrella:
         Raises:
             UserError: as ``answer``.
         """
-        for conversation in conversations:
-            self._check_volumes(conversation)
+        self._check_volumes(conversations)
         model, device = self.model, self.model.device
         with self._autocast():
             predictions = score(model, conversations, self.renderer, self.collate, candidates, device, truth=truth)
         if max_new_tokens == 0:
             return predictions
-        answers = self._generate(conversations, max_new_tokens or self.max_new_tokens, batch_size=len(conversations))
-        return [
-            replace(
-                prediction,
-                text=answer.text,
-                cut=answer.cut,
-                said=extract_answer(answer.text, candidates.get(prediction.target, {}), prediction.target in numbers),
-            )
-            for prediction, answer in zip(predictions, answers, strict=True)
-        ]
+        answers = self._generate(conversations, max_new_tokens, batch_size=len(conversations))
+        for i, (prediction, (text, cut)) in enumerate(zip(predictions, answers, strict=True)):
+            answer = extract_answer(text, candidates.get(prediction.target, {}), prediction.target in numbers)
+            predictions[i] = replace(prediction, text=text, cut=cut, predicted=answer)
+        return predictions
 
     def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
         """Make the items of a turn from volumes and their modalities.
@@ -229,20 +230,31 @@ class Umbrella:
         self.renderer.tokenizer.save_pretrained(folder)
         (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
 
+    @torch.no_grad()
     def _generate(
-        self, conversations: Sequence[Conversation], max_new_tokens: int, batch_size: int, **options: Any
-    ) -> list[Generated]:
-        prompts = []
-        for conversation in conversations:
-            self._check_volumes(conversation)
-            prompts.append(self.renderer.prompt(conversation))
-        answers: list[Generated] = []
+        self, conversations: Sequence[Conversation], max_new_tokens: int | None, batch_size: int, **options: Any
+    ) -> list[tuple[str, bool]]:
+        """(text without special tokens, whether it was cut) of each answer, whatever the batch size."""
+        self._check_volumes(conversations)
+        prompts = [self.renderer.prompt(conversation) for conversation in conversations]
+        tokenizer, stops = self.renderer.tokenizer, self.renderer.stop_ids()
+        answers = []
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
+            batch = self.collate(prompts[start : start + batch_size], ANSWER_ONLY).to(self.model.device)
             with self._autocast():
-                answers += generate(
-                    self.model, batch, self.renderer, self.collate, self.model.device, max_new_tokens, **options
+                generated = self.model.generate(
+                    input_ids=_left_padded(batch.input_ids, batch.attention_mask),
+                    attention_mask=_left_padded(batch.attention_mask, batch.attention_mask),
+                    pixel_values=batch.pixel_values,
+                    max_new_tokens=max_new_tokens or self.max_new_tokens,
+                    eos_token_id=stops or None,
+                    pad_token_id=tokenizer.pad_token_id or 0,
+                    **{"do_sample": False} | options,
                 )
+            for new in generated[:, batch.input_ids.shape[1] :].tolist():
+                end = next((i for i, token in enumerate(new) if token in stops), len(new))
+                text = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                answers.append((text.strip(), end == len(new)))
         return answers
 
     def _find_modality(self, path: str) -> str:
@@ -263,8 +275,8 @@ class Umbrella:
             raise UserError(f"modality={name!r}: this model was trained on {', '.join(self.modalities) or 'text only'}")
         return name
 
-    def _check_volumes(self, conversation: Conversation) -> None:
-        for volume in conversation.volumes:
+    def _check_volumes(self, conversations: Iterable[Conversation]) -> None:
+        for volume in (volume for conversation in conversations for volume in conversation.volumes):
             self._check_modality(volume.modality)
 
     def _autocast(self) -> torch.autocast:
@@ -276,8 +288,10 @@ class Chat:
     """A chat session: each question is asked with all previous turns."""
 
     def __init__(self, model: Umbrella, system: str = "") -> None:
-        self.turns = [Turn(role="system", content=(TextItem(type="text", text=system),))] if system else []
+        self.turns: Sequence[Turn] = ()
         """The previous turns."""
+        if system:
+            self.turns = (Turn(role="system", content=(TextItem(type="text", text=system),)),)
         self._model = model
 
     def ask(
@@ -293,10 +307,9 @@ class Chat:
         Raises:
             UserError: as ``Umbrella.answer`` and ``Umbrella.items``.
         """
-        turns = [*self.turns, _user_turn(self._model.items(volumes, modality), question)]
-        conversation = _make_conversation([*turns, _assistant_turn("")])
+        conversation = self._model.question(volumes, question, modality, self.turns)
         (answer,) = self._model.answer([conversation], max_new_tokens, **options)
-        self.turns = [*turns, _assistant_turn(answer)]
+        self.turns = conversation.with_answer(answer).conversations
         return answer
 
 
@@ -335,16 +348,8 @@ def load_checkpoint_settings(folder: Path, dtype: str | None) -> Settings:
     return trained.model_copy(update=changes | {"modalities": config.known_modalities})
 
 
-def _user_turn(volumes: Sequence[ImageItem], question: str) -> Turn:
-    return Turn(role="user", content=(*volumes, TextItem(type="text", text=question)))
-
-
-def _assistant_turn(text: str) -> Turn:
-    return Turn(role="assistant", content=(TextItem(type="text", text=text),))
-
-
-def _make_conversation(turns: Sequence[Turn], **metadata: Any) -> Conversation:
-    volumes = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
-    images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in volumes)
-    sample = {"task_id": "question", "task_type": "question", "conversations": tuple(turns), "images": images}
-    return Conversation.model_validate(sample | {"metadata": metadata})
+def _left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Move the padding of rows (B, L) from the right to the left, so that generation continues the last token."""
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device) + attention_mask.sum(1, keepdim=True)
+    return tokens.gather(1, places % length)
