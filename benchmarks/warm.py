@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from umbrella.cluster import start_ray
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import Batch, collate
+from umbrella.data.batching import Batch, Collator
 from umbrella.data.pipeline import Plan, batches, from_table, to_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
@@ -68,7 +68,7 @@ class Maker:
     def batch(self, samples: Iterable[int]) -> Batch:
         """Make a batch as the worker of a training does."""
         examples = [self.renderer.render(from_table(self.table, int(i))) for i in samples]
-        return collate(examples, MaskPolicy(), self.store, self.renderer.image_id, 0)
+        return Collator(self.renderer, self.store)(examples, MaskPolicy())
 
     def rows(self, rows: Mapping[str, np.ndarray]) -> Batch:
         """Make a batch of rows of Ray Data."""

@@ -194,12 +194,13 @@ def examples(cohort: dict[str, Conversation], tokenizer: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def batch_of(examples: dict[str, Any], store: Any, tokenizer: Any) -> Callable[..., Any]:
     """Names of the cohort's conversations to a batch of them."""
-    from umbrella.data.batching import collate
+    from umbrella.data.batching import Collator
+    from umbrella.data.rendering import Renderer
     from umbrella.data.settings import MaskPolicy
 
-    image_id, pad_id = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id
-    return lambda *names, **options: collate(
-        [examples[name] for name in names], MaskPolicy(), store, image_id, pad_id, **options
+    collate = Collator(Renderer(tokenizer, MODALITIES), store)
+    return lambda *names, supervise="assistant", **options: collate(
+        [examples[name] for name in names], MaskPolicy(supervise=supervise), **options
     )
 
 

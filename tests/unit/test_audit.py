@@ -1,4 +1,4 @@
-"""The audit: tokens by role and kind counted by hand, and a page on which nothing is taken as HTML."""
+"""The mask audit: counts by role and kind, and a page on which no text is interpreted as HTML."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import (
+from umbrella.data.masking import (
     audit,
     audit_html,
     format_number,
@@ -74,7 +74,7 @@ TOKENS = {
     ],
     ids=str,
 )
-def test_the_audit_counts_tokens_targets_and_weights_by_role_and_kind(
+def test_audit_counts_tokens_targets_and_weights_by_role_and_kind(
     example: Example, policy: dict, supervised: dict[str, int], weight: dict[str, float]
 ) -> None:
     rows = audit([example, example], MaskPolicy(**policy))
@@ -86,14 +86,14 @@ def test_the_audit_counts_tokens_targets_and_weights_by_role_and_kind(
     assert is_weighted(rows) == bool(weight)
 
 
-def test_a_policy_that_supervises_nothing_is_refused(tokenizer: Any, talk: Talk) -> None:
+def test_policy_that_supervises_no_token_is_refused(tokenizer: Any, talk: Talk) -> None:
     silent = Renderer(tokenizer, {}).render(talk(("user", "Q"), ("assistant", "")))
     message = r"\(supervise=assistant, end_of_turn=False, .*\) supervises none of the 22 tokens: .* choose another mask"
     with pytest.raises(UserError, match=message):
         audit([silent], MaskPolicy(end_of_turn=False))
 
 
-def test_a_piece_ends_where_the_weight_changes(example: Example, tokenizer: Any) -> None:
+def test_example_is_split_where_its_weight_changes(example: Example, tokenizer: Any) -> None:
     policy = MaskPolicy(supervise="all", turn_header=True, end_of_turn=False, normalize="turn")
     first = [(p.text, p.tokens, round(p.weight, 4)) for p in split_by_weight(example, policy, tokenizer) if p.turn == 0]
     assert first == [
@@ -106,7 +106,7 @@ def test_a_piece_ends_where_the_weight_changes(example: Example, tokenizer: Any)
     ]
 
 
-def test_the_texts_of_the_pieces_are_those_of_the_tokens_wherever_they_stand(tokenizer: Any, talk: Talk) -> None:
+def test_split_texts_are_those_of_the_tokens_at_any_position(tokenizer: Any, talk: Talk) -> None:
     texts = [f"é{i} 👩‍⚕️" for i in range(20)]
     long = Renderer(tokenizer, {}).render(talk(*(("user" if i % 2 else "assistant", t) for i, t in enumerate(texts))))
     found = split_by_weight(long, MaskPolicy(), tokenizer)
@@ -114,66 +114,71 @@ def test_the_texts_of_the_pieces_are_those_of_the_tokens_wherever_they_stand(tok
     assert "".join(piece.text for piece in found) == tokenizer.decode(long.input_ids)
 
 
-def test_the_samples_of_the_page_are_of_every_task_and_evenly_drawn(tokenizer: Any, talk: Talk) -> None:
+@pytest.mark.parametrize(
+    ("task_types", "count", "selected"),
+    [
+        (["T1"] * 12, 6, [0, 2, 4, 6, 8, 10]),
+        ([*["T1"] * 8, "T3", "T2"], 6, [0, 2, 4, 6, 9, 8]),
+        (["T2", "T1", "T2"], 6, [1, 0, 2]),
+        ([*["T1"] * 9, "T2"], 2, [0, 9]),
+        (["T3", "T2", "T1"], 2, [2, 1]),
+    ],
+)
+def test_examples_of_the_page_are_of_every_task_type_and_evenly_spaced(
+    tokenizer: Any, talk: Talk, task_types: list[str], count: int, selected: list[int]
+) -> None:
     render = Renderer(tokenizer, {}).render
-
-    def split(*kinds: str) -> list[Example]:
-        return [render(talk(("user", ""), ("assistant", ""), task_id=str(i), task_type=k)) for i, k in enumerate(kinds)]
-
-    def picked(*kinds: str, count: int = 6) -> list[int]:
-        return [int(example.conversation.task_id) for example in select_examples(split(*kinds), count)]
-
-    assert picked(*["T1"] * 12) == [0, 2, 4, 6, 8, 10]
-    assert picked(*["T1"] * 8, "T3", "T2") == [0, 2, 4, 6, 9, 8]
-    assert picked("T2", "T1", "T2") == [1, 0, 2]
-    assert picked(*["T1"] * 9, "T2", count=2) == [0, 9]
-    assert picked("T3", "T2", "T1", count=2) == [2, 1]
+    examples = [
+        render(talk(("user", ""), ("assistant", ""), task_id=str(i), task_type=kind))
+        for i, kind in enumerate(task_types)
+    ]
+    assert [int(example.conversation.task_id) for example in select_examples(examples, count)] == selected
 
 
-class Reading(HTMLParser):
+class Page(HTMLParser):
     """What a browser takes from the page: its tags, and the (class, title, text) of each part of a conversation."""
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, example: Example, policy: MaskPolicy, tokenizer: Any, **options: Any) -> None:
         super().__init__()
-        self.tags: list[str] = []
+        self.tags: set[str] = set()
         self.parts: list[list[str]] = []
-        self.addresses: list[str] = []
-        self._inside = False
-        self.feed(page)
+        options = {"notes": [], "redact": lambda text, subjects: text} | options
+        self.text = audit_html(audit([example], policy), [example], policy, tokenizer, **options)
+        self.feed(self.text)
+        self.plain = " ".join(re.sub("<[^>]+>", " ", self.text).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append(tag)
-        self.addresses += [str(found[name]) for name in ("src", "href") if name in found]
-        self._inside = "title" in found
-        if self._inside:
-            self.parts.append([str(found["class"]), str(found["title"]), ""])
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = False
+        named = dict(attrs)
+        assert not {"src", "href"} & named.keys(), "the page needs no other file"
+        self.tags.add(tag)
+        if tag == "span" and named.get("title"):
+            self.parts.append([str(named["class"]), str(named["title"]), ""])
 
     def handle_data(self, data: str) -> None:
-        if self._inside:
+        if self.parts and self.lasttag == "span":
             self.parts[-1][2] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.lasttag = tag
 
 
 @pytest.fixture
 def hostile(tokenizer: Any, modalities: dict[str, Modality], talk: Talk) -> Example:
-    """A conversation that would be a page of its own, about a file whose name is no UTF-8."""
-    return Renderer(tokenizer, modalities).render(
-        talk(
-            ("user", [("sMRI", "/secret/place/a\udce9<b>.nii"), "<script>alert(1)</script>\u200b"]),
-            ("assistant", "</span>no"),
-            task_id="<script>id</script>",
-            task_type="<i>T1",
-        )
-    )
+    """A conversation whose texts, names and ids look like HTML, or cannot be shown."""
+    turns = [
+        ("user", [("sMRI", "/secret/place/a\udce9<b>.nii"), "<script>alert(1)</script>\u200b"]),
+        ("assistant", "</span>no"),
+    ]
+    conversation = talk(*turns, task_id="<script>id</script>", task_type="<i>T1")
+    return Renderer(tokenizer, modalities).render(conversation)
 
 
-def test_the_page_shows_every_part_with_its_kind_weight_and_text(hostile: Example, tokenizer: Any) -> None:
+def test_page_shows_each_part_with_its_kind_weight_and_text_and_nothing_as_html(
+    hostile: Example, tokenizer: Any
+) -> None:
     policy = MaskPolicy(normalize="turn", task_weights={"<i>T1": 3})
-    page = audit_html(audit([hostile], policy), [hostile], policy, tokenizer)
-    assert Reading(page).parts == [
+    page = Page(hostile, policy, tokenizer, notes=["a <note> of ours"])
+    assert page.parts == [
         ["header", "user header, 6 tokens, no target", "<|im_start|>user↵\n"],
         ["image", "user image, 2 tokens, no target", "<image: 2 tokens, sMRI, a\\udce9<b>.nii>"],
         ["text", "user text, 1 token, no target", "↵\n"],
@@ -183,115 +188,79 @@ def test_the_page_shows_every_part_with_its_kind_weight_and_text(hostile: Exampl
         ["text target", "assistant text, 9 tokens, weight 0.2727 each", "</span>no"],
         ["end target", "assistant end, 2 tokens, weight 0.2727 each", "<|im_end|>↵\n"],
     ]
+    assert not {"script", "i", "note", "link", "img"} & page.tags
+    assert "&lt;script&gt;id&lt;/script&gt;" in page.text
+    assert "a &lt;note&gt; of ours" in page.text
+    assert not [word for word in ("@import", "url(", "/secret/place") if word in page.text]
+    page.text.encode("utf-8")
 
 
-@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}], ids=str)
-def test_the_page_shows_a_turn_that_is_out_of_the_loss_and_counts_none_of_its_tokens(
-    example: Example, tokenizer: Any, modalities: dict[str, Modality], flag: dict
+def test_page_shows_a_turn_that_is_out_of_the_loss_and_counts_none_of_its_tokens(
+    example: Example, tokenizer: Any, modalities: dict[str, Modality]
 ) -> None:
     raw = example.conversation.model_dump(mode="json")
-    raw["conversations"][1] |= flag
+    raw["conversations"][1]["loss"] = False
     flagged = Renderer(tokenizer, modalities).render(Conversation.model_validate(raw))
-    rows = audit([flagged], MaskPolicy())
-    assert sum(row["supervised"] for row in rows) == 4  # the second answer and its end
-    page = audit_html(rows, [flagged], MaskPolicy(), tokenizer)
-    assert re.findall(r'<div class="role">(.*?)</div>', page) == ["user", "assistant, loss: false", "user", "assistant"]
-    assert ["text", "assistant text, 2 tokens, no target", "A1"] in Reading(page).parts
+    page = Page(flagged, MaskPolicy(), tokenizer)
+    assert "4 of 53 tokens are targets" in page.plain  # the second answer and its end
+    assert re.findall(r'<div class="role">(.*?)</div>', page.text)[1] == "assistant, loss: false"
+    assert ["text", "assistant text, 2 tokens, no target", "A1"] in page.parts
 
 
-def test_what_is_hidden_of_a_conversation_leaves_the_pages_own_words_and_numbers(
-    hostile: Example, tokenizer: Any
-) -> None:
-    policy = MaskPolicy()
-    page = audit_html(
-        audit([hostile], policy),
-        [hostile],
-        policy,
-        tokenizer,
-        redact=lambda text, subjects: re.sub("[a-z0-9]", "*", text),
-    )
-    plain = audit_html(audit([hostile], policy), [hostile], policy, tokenizer)
-    assert page.split("<h2>Samples")[0] == plain.split("<h2>Samples")[0]
-    assert [about for _, about, _ in Reading(page).parts] == [about for _, about, _ in Reading(plain).parts]
-    assert Reading(page).parts[1][2].startswith("<image: 2 tokens, sMRI, *")
-    assert not re.search("script|alert|nii", page.split("</p>")[-1])
-
-
-def test_nothing_of_a_conversation_is_taken_as_html_and_the_page_needs_no_other_file(
-    hostile: Example, tokenizer: Any
-) -> None:
-    policy = MaskPolicy(task_weights={"<i>T1": 3})
-    page = audit_html(audit([hostile], policy), [hostile], policy, tokenizer, ["a <note> of ours"])
-    read = Reading(page)
-    assert not {"script", "i", "note", "link", "img"} & set(read.tags)
-    assert read.addresses == []
-    assert "@import" not in page
-    assert "url(" not in page
-    assert "/secret/place" not in page
-    assert "&lt;script&gt;id&lt;/script&gt;" in page
-    assert "a &lt;note&gt; of ours" in page
-    page.encode("utf-8")
+def test_redaction_changes_texts_of_conversations_only(hostile: Example, tokenizer: Any) -> None:
+    plain = Page(hostile, MaskPolicy(), tokenizer)
+    page = Page(hostile, MaskPolicy(), tokenizer, redact=lambda text, subjects: re.sub("[a-z0-9]", "*", text))
+    assert page.text.split("<h2>Samples")[0] == plain.text.split("<h2>Samples")[0]
+    assert [about for _, about, _ in page.parts] == [about for _, about, _ in plain.parts]
+    assert page.parts[1][2].startswith("<image: 2 tokens, sMRI, *")
+    assert not re.search("script|alert|nii", page.text.split("</p>")[-1])
 
 
 @pytest.mark.parametrize(
-    ("policy", "sentences"),
+    ("policy", "sentences", "row"),
     [
         (
             {},
             [
-                "the texts of every assistant turn; placeholders and padding never are.",
-                "The end of such a turn is a target too, for the model to learn to stop.",
-                "Its header is no target.",
-                "Every target token counts alike: each weighs 1.",
+                "the texts of every assistant turn ; placeholders and padding never are.",
+                "The end of such a turn is a target too, for the model to learn to stop .",
+                "Its header is no target .",
+                "Every target token counts alike: each weighs 1 .",
             ],
+            "assistant end 4 4 50.0 %",
         ),
         (
             {"supervise": "last_assistant", "end_of_turn": False, "turn_header": True, "normalize": "sample"},
             [
-                "the texts of the last assistant turn;",
-                "The end of such a turn is no target: the model does not learn to stop.",
-                "Its header is a target too, for the model to learn whose turn it is.",
-                "Every conversation counts alike: its weights sum to 1.",
+                "the texts of the last assistant turn ;",
+                "The end of such a turn is no target: the model does not learn to stop .",
+                "Its header is a target too, for the model to learn whose turn it is .",
+                "Every conversation counts alike: its weights sum to 1 .",
             ],
+            "assistant end 4 0 0 0.0 %",
         ),
         (
             {"supervise": "all", "normalize": "turn", "task_weights": {"T3": 2, "T1": 0.5}},
             [
-                "the texts of every turn;",
-                "its weights sum to 1, times the weight of its task: T1 0.5, T3 2, any other 1.",
+                "the texts of every turn ;",
+                "its weights sum to 1 , times the weight of its task: T1 0.5 , T3 2 , any other 1.",
             ],
+            "assistant end 4 4 0.5 25.0 %",
         ),
     ],
     ids=["plain", "last", "weighted"],
 )
-def test_the_page_says_the_policy_description(
-    example: Example, tokenizer: Any, policy: dict, sentences: list[str]
+def test_page_describes_the_policy_and_has_weights_unless_all_are_1(
+    example: Example, tokenizer: Any, policy: dict, sentences: list[str], row: str
 ) -> None:
     mask = MaskPolicy(**policy)
-    page = audit_html(audit([example], mask), [], mask, tokenizer)
-    said = " ".join(re.sub("<[^>]+>", "", page).split())
-    assert [sentence for sentence in sentences if sentence not in said] == []
-    assert f"mask: {mask.description} " in said
+    page = Page(example, mask, tokenizer)
+    assert [
+        sentence for sentence in [*sentences, row, f"mask: {mask.description} "] if sentence not in page.plain
+    ] == []
+    assert ("sum of weights" in page.plain) == bool(policy)
 
 
-def test_the_table_of_the_page_has_weights_only_where_they_are_not_1(example: Example, tokenizer: Any) -> None:
-    def cells(policy: MaskPolicy, row: str) -> list[str]:
-        page = audit_html(audit([example], policy), [], policy, tokenizer)
-        rows = re.findall("<tr.*?</tr>", page, re.DOTALL)
-        texts = [re.sub("<[^>]+>", "", cell).strip() for r in rows for cell in re.findall(r"<t[dh].*?</t[dh]>", r)]
-        start = texts.index(row)
-        return texts[start : start + (7 if "sum of weights" in texts else 6)]
-
-    assert cells(MaskPolicy(), "role") == ["role", "kind", "tokens", "targets", "share of the weights", ""]
-    assert cells(MaskPolicy(), "assistant") == ["assistant", "end", "4", "4", "50.0 %", ""]
-    assert cells(MaskPolicy(), "all") == ["all", "", "53", "8", "", ""]
-    weighted = MaskPolicy(normalize="sample", end_of_turn=False, turn_header=True)  # 22 + 4 targets
-    assert cells(weighted, "assistant") == ["assistant", "end", "4", "0", "0", "0.0 %", ""]
-    assert cells(weighted, "all") == ["all", "", "53", "26", "1", "", ""]
-
-
-def test_invisible_characters_and_numbers_as_they_are_shown() -> None:
+def test_invisible_characters_and_numbers_are_formatted() -> None:
     assert show_invisible("a\tb\nc\u00a0\ud800é") == "a\\tb↵\nc\\xa0\\ud800é"
-    assert [format_number(n) for n in (0, 3, 1 / 3, 2 / 3 + 1 / 3, 1234567, 12.50001)] == [
-        "0", "3", "0.3333", "1", "1234567", "12.5",
-    ]  # fmt: skip
+    assert [format_number(n) for n in (0, 3, 1 / 3, 2 / 3 + 1 / 3, 1234567)] == ["0", "3", "0.3333", "1", "1234567"]

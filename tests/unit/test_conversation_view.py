@@ -22,8 +22,7 @@ from umbrella.cohort_report.conversation import (
     format_turns,
 )
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import split_by_weight
-from umbrella.data.masking import loss_weights
+from umbrella.data.masking import loss_weights, split_by_weight
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality

@@ -1,4 +1,4 @@
-"""Mask policies: for each one, the supervised text and its weights are written out by hand."""
+"""Mask policies: supervised text and weights, each written out by hand."""
 
 from collections.abc import Callable
 from itertools import groupby, product
@@ -12,13 +12,11 @@ from umbrella.base import UserError
 from umbrella.cli import parse
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import collate
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
-from umbrella.data.settings import PRESETS, MaskPolicy
+from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.scoring import ANSWER_ONLY
 from umbrella.modality import Modality
-from umbrella.volumes.store import VolumeStore
 
 END = "<|im_end|>\n"
 USER = "<|im_start|>user\n"
@@ -27,11 +25,12 @@ CHOICES = {
     name: get_args(MaskPolicy.model_fields[name].annotation) or (False, True)
     for name in ("supervise", "end_of_turn", "turn_header", "normalize")
 }
+Talk = Callable[..., Conversation]
 POLICIES = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
 
 
 @pytest.fixture
-def example(tokenizer: Any, modalities: dict[str, Modality], talk: Callable[..., Conversation]) -> Example:
+def example(tokenizer: Any, modalities: dict[str, Modality], talk: Talk) -> Example:
     turns = [("user", [("sMRI", "s.nii"), "Q1"]), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]
     return Renderer(tokenizer, modalities).render(talk(*turns))
 
@@ -47,15 +46,15 @@ def example(tokenizer: Any, modalities: dict[str, Modality], talk: Callable[...,
         ("last_assistant", True, False, f"A2{END}"),
         ("last_assistant", False, True, f"{ASSISTANT}A2"),
         ("last_assistant", True, True, f"{ASSISTANT}A2{END}"),
-        # The line break after a volume is text; the two placeholders before it are nobody's target.
+        # The line break after a volume is text. Placeholders are never targets.
         ("all", False, False, "\nQ1A1Q2A2"),
         ("all", True, False, f"\nQ1{END}A1{END}Q2{END}A2{END}"),
-        # Nothing stands before the very first token, so nothing can predict it.
+        # No token precedes the first one, so it cannot be predicted.
         ("all", False, True, f"user\n\nQ1{ASSISTANT}A1{USER}Q2{ASSISTANT}A2"),
         ("all", True, True, f"user\n\nQ1{END}{ASSISTANT}A1{END}{USER}Q2{END}{ASSISTANT}A2{END}"),
     ],
 )
-def test_the_loss_sees_exactly_this_text(
+def test_policy_supervises_exactly_this_text(
     example: Example, tokenizer: Any, supervise: Any, end_of_turn: bool, turn_header: bool, text: str
 ) -> None:
     policy = MaskPolicy(supervise=supervise, end_of_turn=end_of_turn, turn_header=turn_header)
@@ -95,9 +94,7 @@ def test_the_loss_sees_exactly_this_text(
     ],
     ids=str,
 )
-def test_every_target_has_exactly_this_weight(
-    tokenizer: Any, talk: Callable[..., Conversation], policy: dict, weighted: list
-) -> None:
+def test_policy_gives_exactly_these_weights(tokenizer: Any, talk: Talk, policy: dict, weighted: list) -> None:
     turns = [("user", "Q1"), ("assistant", "no"), ("user", "Q2"), ("assistant", "rather")]
     example = Renderer(tokenizer, {}).render(talk(*turns, task_type="T3"))
     weights = loss_weights(example, MaskPolicy(**policy))
@@ -110,8 +107,7 @@ def test_every_target_has_exactly_this_weight(
     assert seen == [(text, np.float32(weight)) for text, weight in weighted]
 
 
-def test_no_policy_makes_targets_of_placeholders_or_of_the_first_token(examples: dict[str, Example]) -> None:
-    assert len(POLICIES) == 3 * 2 * 2 * 3
+def test_placeholders_and_the_first_token_have_weight_0_under_every_policy(examples: dict[str, Example]) -> None:
     for policy, example in product(POLICIES, examples.values()):
         weights = loss_weights(example, MaskPolicy(**policy, task_weights={"T1": 2}))
         assert len(weights) == len(example.input_ids)
@@ -120,11 +116,8 @@ def test_no_policy_makes_targets_of_placeholders_or_of_the_first_token(examples:
         assert not any(weights[span.start : span.stop].any() for span in example.spans if span.kind == "image")
 
 
-FLAGS: list[dict[str, Any]] = [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"train": False}]
-
-
-@pytest.mark.parametrize("flag", FLAGS, ids=str)
-def test_a_turn_that_is_flagged_out_of_the_loss_loses_its_targets_and_no_other_turn_does(
+@pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0.0}, {"train": False}], ids=str)
+def test_turn_with_a_flag_out_of_the_loss_has_no_targets_and_other_turns_keep_theirs(
     example: Example, tokenizer: Any, flag: dict
 ) -> None:
     raw = example.conversation.model_dump(mode="json")
@@ -146,46 +139,29 @@ def test_a_turn_that_is_flagged_out_of_the_loss_loses_its_targets_and_no_other_t
             assert weights.sum() == pytest.approx(len(turns) if policy["normalize"] == "turn" else 1)
 
 
-@pytest.mark.parametrize("flag", FLAGS, ids=str)
-def test_a_last_answer_out_of_the_loss_is_scored_and_not_replaced_by_an_earlier_one(
-    tokenizer: Any, talk: Callable[..., Conversation], flag: dict
-) -> None:
+def test_last_answer_out_of_the_loss_is_scored_and_not_replaced_by_an_earlier_one(tokenizer: Any, talk: Talk) -> None:
     raw = talk(("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")).model_dump(mode="json")
-    raw["conversations"][3] |= flag
+    raw["conversations"][3]["loss"] = False
     conversation, renderer = Conversation.model_validate(raw), Renderer(tokenizer, {})
     assert not loss_weights(renderer.render(conversation), MaskPolicy(supervise="last_assistant")).any()
     scored = renderer.render(conversation, "A2")
     assert tokenizer.decode(scored.input_ids[loss_weights(scored, ANSWER_ONLY) == 1]) == f"A2{END}"
 
 
-def test_a_user_who_speaks_last_is_not_the_last_assistant_turn(
-    tokenizer: Any, talk: Callable[..., Conversation]
-) -> None:
+def test_last_assistant_turn_may_precede_a_user_turn(tokenizer: Any, talk: Talk) -> None:
     example = Renderer(tokenizer, {}).render(talk(("user", "Q"), ("assistant", "A"), ("user", "bye")))
     weights = loss_weights(example, MaskPolicy(supervise="last_assistant", end_of_turn=False))
     assert tokenizer.decode(example.input_ids[weights == 1]) == "A"
 
 
-def test_what_has_no_target_weighs_nothing_by_any_measure(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
+@pytest.mark.parametrize("normalize", ["token", "turn", "sample"])
+def test_conversation_without_a_target_has_weights_of_0(tokenizer: Any, talk: Talk, normalize: Any) -> None:
     example = Renderer(tokenizer, {}).render(talk(("user", "Q"), ("assistant", "")))
-    for normalize in ("token", "turn", "sample"):
-        assert not loss_weights(example, MaskPolicy(end_of_turn=False, normalize=normalize)).any()
+    assert not loss_weights(example, MaskPolicy(end_of_turn=False, normalize=normalize)).any()
 
 
-def test_a_pad_token_that_is_the_end_token_does_not_unteach_stopping(
-    tokenizer: Any, talk: Callable[..., Conversation], store: VolumeStore
-) -> None:
-    renderer = Renderer(tokenizer, {})
-    long, short = (renderer.render(talk(("user", "Q"), ("assistant", text))) for text in ("abcdef", "a"))
-    batch = collate([long, short], MaskPolicy(), store, renderer.image_id, pad_id=tokenizer.eos_token_id)
-    assert batch.input_ids[1, -5:].tolist() == [tokenizer.eos_token_id] * 5
-    assert [tokenizer.decode(row[row != -100]) for row in batch.labels] == [f"abcdef{END}", f"a{END}"]
-    assert batch.loss_weights.sum(1).tolist() == [8, 3]
-
-
-def test_the_preset_says_in_the_settings_what_it_does_and_stays_when_they_are_read_again() -> None:
+def test_preset_is_written_out_in_the_settings_and_read_again() -> None:
     settings = load_settings(overrides={"mask.preset": "upstream"})
-    assert settings.mask.model_dump() == {"preset": "upstream"} | PRESETS["upstream"]
     assert settings.mask.model_dump() == {
         "preset": "upstream",
         "supervise": "assistant",
@@ -200,33 +176,28 @@ def test_the_preset_says_in_the_settings_what_it_does_and_stays_when_they_are_re
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("values", "message"),
     [
-        ({"mask.supervise": "all"}, "mask.supervise='all': mask.preset=upstream means supervise=assistant; leave one"),
-        ({"mask.end_of_turn": False}, "mask.end_of_turn=False: mask.preset=upstream means end_of_turn=True; leave one"),
-        ({"mask.normalize": "turn"}, "mask.normalize='turn': mask.preset=upstream means normalize=token; leave one of"),
-        ({"mask.task_weights": {"T1": 2}}, "mask.task_weights: mask.preset=upstream means task_weights={}; leave one"),
+        (
+            {"mask.preset": "upstream", "mask.supervise": "all"},
+            "mask.supervise='all': mask.preset=upstream means supervise=assistant; leave one of them out",
+        ),
+        (
+            {"mask.preset": "upstream", "mask.task_weights": {"T1": 2}},
+            "mask.task_weights: mask.preset=upstream means task_weights={}; leave one of them out",
+        ),
         ({"mask.preset": "upstram"}, "mask.preset='upstram': Input should be '' or 'upstream'"),
+        (
+            {"mask.task_weights": {"T1": 0, "T3": 2}},
+            "mask.task_weights: T1: 0 is not above 0; leave a task out with data.task_filter",
+        ),
+        ({"mask.task_weights": {"T1": float("inf")}}, "mask.task_weights.T1=inf: Input should be a finite number"),
     ],
 )
-def test_a_policy_that_contradicts_its_preset_is_refused(value: dict, message: str) -> None:
+def test_contradictory_or_invalid_policy_is_refused(values: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_settings(overrides={"mask.preset": "upstream"} | value)
+        load_settings(overrides=values)
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (0, "mask.task_weights: T1: 0 is not above 0; leave a task out with data.task_filter"),
-        (-1.5, "mask.task_weights: T1: -1.5 is not above 0; leave a task out with data.task_filter"),
-        (float("inf"), "mask.task_weights.T1=inf: Input should be a finite number"),
-    ],
-)
-def test_a_weight_that_is_none_is_refused(weight: float, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load_settings(overrides={"mask.task_weights": {"T1": weight, "T3": 2}})
-    assert str(caught.value) == message
 
 
 def test_task_weights_are_settings_of_their_own() -> None:
@@ -236,11 +207,7 @@ def test_task_weights_are_settings_of_their_own() -> None:
     assert settings.with_values({"mask.task_weights.T3": 4}).mask.task_weights == {"T1": 1, "T3": 4}
 
 
-def test_a_policy_description_has_what_acts_and_leaves_out_what_is_empty() -> None:
+def test_description_of_a_policy_omits_empty_values() -> None:
     assert MaskPolicy().description == "supervise=assistant, end_of_turn=True, turn_header=False, normalize=token"
-    assert MaskPolicy(preset="upstream").description.startswith(
-        "preset=upstream, supervise=assistant, end_of_turn=True"
-    )
-    assert "turn_header=False, task_weights={T1: 1, T3: 2.5}, normalize=turn" in (
-        MaskPolicy(task_weights={"T1": 1, "T3": 2.5}, normalize="turn").description
-    )
+    policy = MaskPolicy(task_weights={"T1": 1, "T3": 2.5}, normalize="turn")
+    assert policy.description.endswith("turn_header=False, task_weights={T1: 1, T3: 2.5}, normalize=turn")

@@ -96,7 +96,7 @@ def test_a_model_of_two_dtypes_is_saved_loaded_and_answers_under_autocast(
     build: Build, batch_of: MakeBatch, tmp_path: Path
 ) -> None:
     model, batch = build(dtype="bfloat16", train="embedder").eval(), batch_of("two")
-    prompt = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    prompt = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "pixel_values")}
     options = {"max_new_tokens": 3, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
     with torch.autocast("cpu", torch.bfloat16):
         answer = model.generate(**prompt, **options)

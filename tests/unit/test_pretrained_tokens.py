@@ -1,4 +1,4 @@
-"""Rendering with tokenizers of the kinds that published LLaVAs have: tokens are those that the model has seen."""
+"""Rendering with tokenizers of the kinds of published LLaVAs gives the tokens of their pretraining."""
 
 import copy
 import json
@@ -21,8 +21,7 @@ from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Example, Renderer
-from umbrella.data.segments import MARK
-from umbrella.data.tokenizer import CHATML, TEMPLATES, load_tokenizer
+from umbrella.data.tokenizer import CHATML, MARK, TEMPLATES, load_tokenizer
 from umbrella.evaluation.scoring import score
 
 # Processors of LLaVAs want lists of items: images are written first, then texts.
@@ -116,7 +115,7 @@ def keeps_order(template: str, items: Any) -> bool:
 
 
 def rendering(tokenizer: Any, conversation: Conversation) -> str:
-    """What the template writes, with "<image>" for each volume."""
+    """The text of the template, with "<image>" for each volume."""
     template = tokenizer.chat_template
     messages: list[dict[str, Any]] = []
     for turn in conversation.conversations:
@@ -172,7 +171,7 @@ TALKS = [
 
 @pytest.mark.parametrize("template", REAL)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tokens_are_those_that_the_processor_gives_the_pretrained_model(
+def test_tokens_equal_those_of_the_llava_processor(
     renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
 ) -> None:
     renderer = renderers[kind, template]
@@ -183,24 +182,6 @@ def test_the_tokens_are_those_that_the_processor_gives_the_pretrained_model(
         assert example.input_ids.tolist() == expected(renderer, conversation)
         runs = [s.stop - s.start for s in example.spans if s.kind == "image"]
         assert runs == [renderer.modalities[v.modality].num_tokens + 1 for v in conversation.volumes]
-
-
-@pytest.mark.parametrize("template", ["qwen", "llama 3", "vicuna", "llava 1.5"])
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_the_spans_joined_are_the_templates_rendering(
-    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
-) -> None:
-    renderer = renderers[kind, template]
-    tokenizer = renderer.tokenizer
-    talked = talk(("system", "See"), ("user", " Male? "), ("assistant", "né, 🧠"), ("user", "a"), ("assistant", "b"))
-    example = renderer.render(talked)
-    through = [tokenizer.decode(example.input_ids[: span.stop]) for span in example.spans]
-    texts = [one.removeprefix(before) for before, one in pairwise(["", *through])]
-    text = rendering(tokenizer, talked)
-    begin = "<s> " if kind == "llama" and not text.startswith("<s>") else ""  # the first word has a blank too
-    assert "".join(texts) == begin + text
-    said = [text.strip() for text, span in zip(texts, example.spans, strict=True) if span.kind == "text"]
-    assert said == ["See", "Male?", "né, 🧠", "a", "b"]
 
 
 VOLUME = ("dMRI", "d")
@@ -220,7 +201,7 @@ VOLUME = ("dMRI", "d")
         ("trimmed items", [VOLUME, "Sex?"], "user: <image>\nSex?\n"),  # it would drop the second item
     ],
 )
-def test_a_template_of_items_writes_a_turns_own_unless_it_changes_their_order(
+def test_template_of_items_gets_the_items_of_a_turn_unless_it_changes_their_order(
     real: Callable[..., Any],
     modalities: Any,
     talk: Callable[..., Conversation],
@@ -236,41 +217,44 @@ def test_a_template_of_items_writes_a_turns_own_unless_it_changes_their_order(
     assert renderer.tokenizer.decode(example.input_ids) == through + written
 
 
-def test_what_a_template_writes_between_items_is_text_of_the_turn(
+def test_text_of_the_template_between_items_is_text_of_the_turn(
     real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
 ) -> None:
     renderer = Renderer(real("qwen", "interleave"), modalities)
     example = renderer.render(talk(("user", [VOLUME, "(male)"]), ("assistant", "x")))
-    assert tokens_of(example, renderer.tokenizer)[1:5] == [
-        ("user", "image", "<image>"),
-        ("user", "text", "Ċ"),
-        ("user", "text", "( male )"),
-        ("user", "end", "<|im_end|>"),
-    ]
+    kinds = [(kind, text) for _, kind, text in tokens_of(example, renderer.tokenizer)]
+    assert kinds[1:5] == [("image", "<image>"), ("text", "Ċ"), ("text", "( male )"), ("end", "<|im_end|>")]
 
 
-def test_an_image_that_the_template_writes_otherwise_stands_in_the_text(
-    real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
+@pytest.mark.parametrize(
+    ("template", "turns", "written"),
+    [
+        (  # the template writes images as something else: they are part of the text
+            WITH_ITEMS["in order"].replace("<image>", "<|vision|>"),
+            [("user", [VOLUME, "a"]), ("assistant", " b"), ("user", [" c ", "d"]), ("assistant", "")],
+            "user: <image>\na<|im_end|>assistant: b<|im_end|>user: cd<|im_end|>assistant: <|im_end|>",
+        ),
+        (  # nothing between two turns: a line break separates their volumes
+            "{% for m in messages %}{{ m.content | trim }}{% endfor %}",
+            [("user", [VOLUME]), ("user", [VOLUME]), ("assistant", "x")],
+            "<image>\n<image>x",
+        ),
+    ],
+)
+def test_volumes_have_a_place_whatever_the_template_does_with_images(
+    real: Callable[..., Any],
+    modalities: Any,
+    talk: Callable[..., Conversation],
+    template: str,
+    turns: list,
+    written: str,
 ) -> None:
-    tokenizer = real("qwen", "in order")
-    talked = talk(("user", [VOLUME, "a"]), ("assistant", " b"), ("user", [" c ", "d"]), ("assistant", ""))
-    tokenizer.chat_template = tokenizer.chat_template.replace("<image>", "<|vision|>")
-    decoded = tokenizer.decode(Renderer(tokenizer, modalities).render(talked).input_ids)
-    assert decoded == (
-        "user: <image>\na<|im_end|>assistant: b<|im_end|>user: cd<|im_end|>assistant: <|im_end|>"  # and others do not
-    )
+    tokenizer = real("qwen")
+    tokenizer.chat_template = template
+    assert tokenizer.decode(Renderer(tokenizer, modalities).render(talk(*turns)).input_ids) == written
 
 
-def test_volumes_that_end_a_turn_and_begin_the_next_are_kept_apart(
-    real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
-) -> None:
-    tokenizer = real("qwen", "in order")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
-    example = Renderer(tokenizer, modalities).render(talk(("user", [VOLUME]), ("user", [VOLUME]), ("assistant", "x")))
-    assert tokenizer.decode(example.input_ids) == "<image>\n<image>x"
-
-
-def test_a_word_belongs_to_the_turn_that_says_it_with_the_blank_before_it(
+def test_word_is_in_the_span_of_its_turn_with_the_blank_before_it(
     renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation]
 ) -> None:
     asked = [("system", "You see volumes"), ("user", [("fMRI", "f"), "Is this person male?"]), ("assistant", "male")]
@@ -292,20 +276,10 @@ def test_a_word_belongs_to_the_turn_that_says_it_with_the_blank_before_it(
         ("assistant", "text", "▁63 . 5 ▁years"),
         ("assistant", "end", "</s>"),
     ]
-    renderer = renderers["llama", "llava 1.5"]
-    assert tokens_of(renderer.render(talk(asked[-1], *again)), renderer.tokenizer) == [
-        ("assistant", "header", "<s> ▁ASSISTANT :"),
-        ("assistant", "text", "▁male"),
-        ("user", "header", "▁USER :"),
-        ("user", "text", "▁And ▁how ▁old ?"),
-        ("assistant", "header", "▁ASSISTANT :"),
-        ("assistant", "text", "▁63 . 5 ▁years"),
-        ("assistant", "end", "▁"),
-    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_that_a_person_writes_are_words_like_others(
+def test_special_tokens_in_the_text_of_a_turn_are_plain_text(
     renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str
 ) -> None:
     renderer = renderers[kind, "chatml"]
@@ -325,7 +299,7 @@ def test_special_tokens_that_a_person_writes_are_words_like_others(
         assert shown.input_ids[span.start : span.stop].tolist() == words
 
 
-def test_bos_stands_once_where_the_tokenizer_writes_one_and_eos_nowhere(
+def test_bos_is_added_once_if_the_tokenizer_adds_one_and_eos_never(
     real: Callable[..., Any], renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation]
 ) -> None:
     conversation = talk(("user", "<s>"), ("assistant", "a"))
@@ -341,19 +315,9 @@ def test_bos_stands_once_where_the_tokenizer_writes_one_and_eos_nowhere(
     assert 1 not in Renderer(ended, {}).render(conversation).input_ids
 
 
-def test_whether_an_answer_ends_with_a_special_token_is_told(renderers: dict[tuple[str, str], Renderer]) -> None:
-    assert [template for template in REAL if renderers["llama", template].stops] == [
-        "llama 3",
-        "vicuna",
-        "in order",
-        "trimmed items",
-    ]
-    assert [t for t in REAL if not renderers["qwen", t].stops] == ["llava 1.5"]
-
-
 @pytest.mark.parametrize("template", REAL)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_is_what_stands_before_any_answer(
+def test_prompt_has_the_tokens_before_any_answer(
     renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
 ) -> None:
     renderer = renderers[kind, template]
@@ -390,7 +354,7 @@ def test_candidates_that_differ_in_the_token_before_the_answer_are_compared_ther
     assert scored.answer_tokens >= male.stop - male.start, "the header is no part of the answer's loss"
 
 
-def test_the_tokens_that_end_an_answer_are_the_templates_and_the_end_of_a_text(
+def test_special_tokens_at_the_end_of_a_turn_and_eos_end_an_answer(
     renderers: dict[tuple[str, str], Renderer], real: Callable[..., Any]
 ) -> None:
     def tokens(kind: str, template: str) -> list[str]:
@@ -402,6 +366,9 @@ def test_the_tokens_that_end_an_answer_are_the_templates_and_the_end_of_a_text(
     other.eos_token = "<|im_start|>"
     both = other.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert Renderer(other, {}).stop_ids() == sorted(both)
+    stopping = [template for template in REAL if renderers["llama", template].has_stop_token]
+    assert stopping == ["llama 3", "vicuna", "in order", "trimmed items"]
+    assert [t for t in REAL if not renderers["qwen", t].has_stop_token] == ["llava 1.5"]
 
 
 def spelled() -> Any:
@@ -415,14 +382,14 @@ def spelled() -> Any:
     return tokenizer
 
 
-def test_words_that_the_tokenizer_makes_a_special_token_of_are_refused(talk: Callable[..., Conversation]) -> None:
+def test_text_that_the_tokenizer_merges_to_a_special_token_is_refused(talk: Callable[..., Conversation]) -> None:
     renderer = Renderer(spelled(), {})
     assert renderer.render(talk(("assistant", "<s>/"))).input_ids.tolist() == [0, 5, 1, 6]
     with pytest.raises(UserError, match=r"^says </s> in words, and the tokenizer makes a special token of them; ch"):
         renderer.render(talk(("assistant", "a</s>")))
 
 
-def test_a_placeholder_that_the_tokenizer_has_as_a_word_is_none_where_a_person_writes_it(
+def test_placeholder_that_is_no_special_token_is_plain_text_in_a_turn(
     talk: Callable[..., Conversation], modalities: Any
 ) -> None:
     tokenizer = spelled()
@@ -433,7 +400,7 @@ def test_a_placeholder_that_the_tokenizer_has_as_a_word_is_none_where_a_person_w
     assert tokenizer("<image>").input_ids == [7]
 
 
-def test_special_tokens_that_take_in_blanks_or_begin_like_others_stay_in_their_part(
+def test_special_tokens_that_include_blanks_or_begin_like_others_are_in_their_segment(
     talk: Callable[..., Conversation], modalities: Any
 ) -> None:
     tokenizer = spelled()
@@ -456,7 +423,7 @@ def test_special_tokens_that_take_in_blanks_or_begin_like_others_stay_in_their_p
 
 
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
-def test_volumes_in_a_row_that_the_tokenizer_makes_one_of_are_refused(
+def test_adjacent_volumes_that_the_tokenizer_merges_are_refused(
     talk: Callable[..., Conversation], modalities: Any, side: str
 ) -> None:
     tokenizer = spelled()
@@ -467,7 +434,7 @@ def test_volumes_in_a_row_that_the_tokenizer_makes_one_of_are_refused(
         renderer.render(talk(("user", [VOLUME, " ", VOLUME]), ("assistant", "a")))
 
 
-def test_a_blank_counts_as_a_tokens_last_character_even_if_the_tokenizer_does_not_count_it(
+def test_final_blank_belongs_to_its_token_even_if_the_tokenizer_trims_offsets(
     talk: Callable[..., Conversation],
 ) -> None:
     tokenizer = spelled()
@@ -485,11 +452,11 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(KINDS), st.sampled_from(sorted(REAL)), st.lists(TEXTS | st.just(("dMRI", "d")), min_size=1), TEXTS
 )
-def test_any_texts_are_covered_by_spans_and_tokenized_as_the_tokenizer_does(
+def test_any_text_is_covered_by_spans_and_tokenized_as_by_the_tokenizer(
     renderers: dict[tuple[str, str], Renderer],
     talk: Callable[..., Conversation],
     kind: str,

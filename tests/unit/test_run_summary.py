@@ -9,7 +9,7 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import Row, audit
+from umbrella.data.masking import Row, audit
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -41,7 +41,7 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
     table = audit_of([conversation], Renderer(tokenizer, modalities), policy)
     moving = {"embedder": 1234, "projector": 0, "language_model": 5}
     assert summarise_run(
-        table, policy, moving, {"fMRI": modalities["fMRI"]}, stops=True, read="1 of 1 conversations"
+        table, policy, moving, {"fMRI": modalities["fMRI"]}, has_stop_token=True, read="1 of 1 conversations"
     ).splitlines() == [
         "loss: Σ weight·nll / Σ weight over the global batch, nats per supervised token",
         "mask: supervise=last_assistant, end_of_turn=True, turn_header=False, normalize=token",
@@ -64,7 +64,7 @@ def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_c
     conversation = talk(("user", "Sex?"), ("assistant", "male."))
     policy = MaskPolicy(normalize="turn", task_weights={"T1": 2})
     table = audit_of([conversation], Renderer(tokenizer, {}), policy)
-    lines = summarise_run(table, policy, {}, {}, stops=False, read="1 of 9 conversations").splitlines()
+    lines = summarise_run(table, policy, {}, {}, has_stop_token=False, read="1 of 9 conversations").splitlines()
     assert lines[1:6] == [
         "mask: supervise=assistant, end_of_turn=True, turn_header=False, task_weights={T1: 2}, normalize=turn",
         "supervised: 7 of 30 tokens (23.3%), in 1 of 9 conversations",

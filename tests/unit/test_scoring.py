@@ -1,6 +1,6 @@
 """Scores of answers: likelihoods of whole texts under the model, not the finding of words in other words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +8,8 @@ import torch
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import Batch, collate
-from umbrella.data.rendering import Example, Renderer
+from umbrella.data.batching import Collator
+from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import check_candidates, find_branchings, find_candidates, score
@@ -27,11 +27,9 @@ def renderer(tokenizer: Any, modalities: dict[str, Modality]) -> Renderer:
 
 @pytest.fixture
 def scores(renderer: Renderer, store: Any, tokenizer: Any) -> Callable[..., list[Prediction]]:
-    def make(examples: Sequence[Example], policy: MaskPolicy) -> Batch:
-        return collate(examples, policy, store, renderer.image_id, tokenizer.pad_token_id)
-
+    collate = Collator(renderer, store)
     return lambda model, conversations, candidates, **how: score(
-        model, conversations, renderer, make, candidates, **how
+        model, conversations, renderer, collate, candidates, **how
     )
 
 
@@ -73,7 +71,7 @@ def test_candidates_share_what_is_likely_where_their_tokens_branch(
     logits, answer = {}, {}
     for label, text in SEX["T2"].items():
         example = renderer.render(two, text)
-        batch = collate([example], MaskPolicy(supervise="all"), store, renderer.image_id, 0)
+        batch = Collator(renderer, store)([example], MaskPolicy(supervise="all"))
         with torch.no_grad():
             full = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits[0]
         tokens = len(text) + 2  # a token per letter, <|im_end|> and the line break
@@ -132,12 +130,12 @@ def test_a_long_answer_that_is_hardly_learnt_is_as_likely_as_it_is_generated(
     taught: str,
 ) -> None:
     model = build()
-    batch = collate([renderer.render(cohort["two"], taught)], MaskPolicy(), store, renderer.image_id, 0)
+    batch = Collator(renderer, store)([renderer.render(cohort["two"], taught)], MaskPolicy())
     teach(model, batch, 3)
     answers = {"yes": "yes.", "no": "there is no sign of it in this image as far as one can tell."}
     [scored] = scores(model.eval(), [cohort["two"]], {"T2": answers})
     prompt = renderer.prompt(cohort["two"])
-    asked = collate([prompt], MaskPolicy(), store, renderer.image_id, 0)
+    asked = Collator(renderer, store)([prompt], MaskPolicy())
     with torch.no_grad():
         next_token = model(asked.input_ids, asked.attention_mask, asked.pixel_values).logits[0, -1].softmax(-1)
     yes, there = next_token[tokenizer.convert_tokens_to_ids(["y", "t"])].tolist()
@@ -159,7 +157,7 @@ def test_a_model_that_says_female_has_not_said_male(
 ) -> None:
     model = build()
     example = renderer.render(cohort["two"], f"{taught}.")
-    batch = collate([example], MaskPolicy(), store, renderer.image_id, 0)
+    batch = Collator(renderer, store)([example], MaskPolicy())
     teach(model, batch, 60)
     [scored] = scores(model.eval(), [cohort["two"]], SEX)
     assert scored.probabilities[taught] > 0.95

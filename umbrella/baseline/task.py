@@ -15,7 +15,7 @@ from torch.nn import functional
 from umbrella.baseline.job import BaselineJob, EvaluationSample
 from umbrella.baseline.targets import BinEncoding, Sample
 from umbrella.data.ingest import open_store
-from umbrella.data.mask_audit import Redact
+from umbrella.data.masking import Redact
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects, write_predictions

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from umbrella.base import UserError, printable
 from umbrella.conversations.schema import Conversation
-from umbrella.data.mask_audit import WeightedText, audit, format_number, is_weighted, show_invisible
+from umbrella.data.masking import WeightedText, audit, format_number, is_weighted, show_invisible
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality

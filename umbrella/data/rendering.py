@@ -6,9 +6,9 @@ after "ASSISTANT: ", and belongs to the segment in which it ends.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -16,8 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from umbrella.base import UserError, describe_load_error
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem
 from umbrella.data.chat_template import Frame, TurnShape, turn_frames
-from umbrella.data.segments import MARK, Kind, Segment, SegmentTokenizer, separate_volumes, strip_segments
-from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN, load_tokenizer
+from umbrella.data.tokenizer import IMAGE_TOKEN, SegmentTokenizer, load_tokenizer
 from umbrella.modality import Modality, class_tokens
 
 if TYPE_CHECKING:
@@ -27,6 +26,16 @@ PROBES = ("A", "0")
 """Answers that a tokenizer may or may not join with the preceding blank."""
 ANSWER_STEP = 32
 """Free-text answer lengths are rounded up to a multiple of this for batching by length."""
+Kind = Literal["header", "text", "image", "end"]
+
+
+class Segment(NamedTuple):
+    """A segment of a turn as text; its tokens are repeated ``times``."""
+
+    turn: int
+    kind: Kind
+    text: str
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Renderer:
     """Renders conversations to examples. Thread-safe.
 
     Args:
-        tokenizer: tokenizer with the ``<image>`` token; ChatML is used if it has no chat template.
+        tokenizer: tokenizer with a chat template and the ``<image>`` token.
         modalities: modalities by name, for the number of placeholders per volume.
         max_tokens: maximum number of tokens of a conversation.
         class_tokens: additional placeholders per volume; see ``umbrella.modality.class_tokens``.
@@ -97,19 +106,18 @@ class Renderer:
         self.class_tokens = class_tokens
         self.positions = positions
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.template = tokenizer.chat_template or CHATML
+        self.template = tokenizer.chat_template
         self._segment_tokenizer = SegmentTokenizer(tokenizer)
-        self._image = self._segment_tokenizer.template_text(IMAGE_TOKEN)
         self._frames: dict[tuple[TurnShape, ...], list[Frame] | UserError] = {}
 
     @property
-    def stops(self) -> bool:
-        """Whether the template ends an answer with a special token, so that a model can learn to stop.
+    def has_stop_token(self) -> bool:
+        """Whether the template ends an answer with a special token, so that a model can learn to stop."""
+        return bool(self._end_tokens())
 
-        Raises:
-            UserError: see ``turn_frames``.
-        """
-        return MARK in self._frame((TurnShape("user", ("text",)), TurnShape("assistant", ("text",))))[-1].end
+    def stop_ids(self) -> list[int]:
+        """Return the tokens that end an answer: special tokens at the end of a turn in the template, and eos."""
+        return sorted(self._end_tokens() | {self.tokenizer.eos_token_id} - {None})
 
     def render(self, conversation: Conversation, answer: str | None = None) -> Example:
         """Render a conversation, optionally with ``answer`` as the text of the last assistant turn.
@@ -131,7 +139,7 @@ class Renderer:
         for i, frame in enumerate(self._frame(tuple(shapes))):
             content = self._content(i, contents[i], frame)
             segments += [Segment(i, "header", frame.header), *content, Segment(i, "end", frame.end)]
-        segments = list(separate_volumes(segments))
+        segments = list(_separate_volumes(segments))
         # A given answer is scored; the flags of its turn concern only the training loss.
         in_loss = [answer is not None or turn.in_loss for turn in turns]
         ids: list[int] = []
@@ -153,9 +161,17 @@ class Renderer:
                 f"becomes {len(ids)} tokens, and model.checkpoint has {self.positions} positions"
                 " (max_position_embeddings); shorten the text or take larger patches"
             )
-        example = Example(conversation, np.array(ids, dtype=np.int64), tuple(spans))
-        self._check_volumes(example.input_ids, sum(segment.kind == "image" for segment in segments))
-        return example
+        input_ids = np.array(ids, dtype=np.int64)
+        is_image = input_ids == self.image_id
+        runs = int((np.diff(is_image, prepend=False) & is_image).sum())
+        volumes = sum(segment.kind == "image" for segment in segments)
+        if runs != volumes:
+            raise UserError(
+                f"has {volumes} volumes but, as tokens, {IMAGE_TOKEN} in {runs} place(s): the chat template writes one"
+                " of its own, or that token takes in the blanks between volumes (its lstrip or rstrip is set); change"
+                " the tokenizer, or write words between the volumes"
+            )
+        return Example(conversation, input_ids, tuple(spans))
 
     def prompt(self, conversation: Conversation) -> Example:
         """Render the conversation up to the text of the last assistant turn, as the prompt for generation.
@@ -174,44 +190,27 @@ class Renderer:
         stop, example = min(zip(starts, rendered, strict=True), key=lambda pair: pair[0])
         return Example(prompted, example.input_ids[:stop], tuple(s for s in example.spans if s.stop <= stop))
 
-    def stop_ids(self) -> list[int]:
-        """Return the tokens that end an answer: special tokens at the end of a turn in the template, and eos.
-
-        Raises:
-            UserError: see ``stops``.
-        """
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        example = self.render(Conversation(task_id="stop", task_type="stop", conversations=turns))
-        spans = [span for span in example.spans if (span.turn, span.kind) == (1, "end")]
-        end = {id for span in spans for id in example.input_ids[span.start : span.stop].tolist()}
-        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        own = {self.tokenizer.eos_token_id} - {None}
-        return sorted(end & special | own)
+    def _end_tokens(self) -> set[int]:
+        end = self._frame((TurnShape("user", ("text",)), TurnShape("assistant", ("text",))))[-1].end
+        _, ids = self._segment_tokenizer.encode(["", end])  # bos, if any, is in the first segment
+        return {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special and id in ids}
 
     def _content(self, turn: int, items: Sequence[TextItem | ImageItem], frame: Frame) -> list[Segment]:
         as_one = frame.between is None
+        image = self._segment_tokenizer.template_text(IMAGE_TOKEN)
         segments: list[Segment] = []
         for i, item in enumerate(items):
             if i and frame.between:
                 segments.append(Segment(turn, "text", frame.between[i - 1]))
             if isinstance(item, ImageItem):
                 tokens = self.class_tokens + self.modalities[item.modality].num_tokens
-                segments.append(Segment(turn, "image", self._image, tokens))
+                segments.append(Segment(turn, "image", image, tokens))
                 if as_one:
                     segments.append(Segment(turn, "text", "\n"))
             else:
                 text = item.text.strip() if frame.strips and not as_one else item.text
                 segments.append(Segment(turn, "text", self._segment_tokenizer.plain_text(text)))
-        return strip_segments(segments) if frame.strips and as_one else segments
-
-    def _check_volumes(self, ids: np.ndarray, volumes: int) -> None:
-        starts = np.diff(ids == self.image_id, prepend=False) & (ids == self.image_id)
-        if starts.sum() != volumes:
-            raise UserError(
-                f"has {volumes} volumes but, as tokens, {IMAGE_TOKEN} in {starts.sum()} place(s): the chat template"
-                " writes one of its own, or that token takes in the blanks between volumes (its lstrip or rstrip is"
-                " set); change the tokenizer, or write words between the volumes"
-            )
+        return _strip_segments(segments) if frame.strips and as_one else segments
 
     def _frame(self, turns: tuple[TurnShape, ...]) -> list[Frame]:
         if turns not in self._frames:
@@ -229,6 +228,28 @@ class Renderer:
         return frames
 
 
+def _strip_segments(segments: list[Segment]) -> list[Segment]:
+    """Strip the blanks at the start and end of the concatenated segments, in place."""
+    for strip, order in ((str.lstrip, range(len(segments))), (str.rstrip, reversed(range(len(segments))))):
+        for i in order:
+            segments[i] = segments[i]._replace(text=strip(segments[i].text))
+            if segments[i].text:
+                break
+    return segments
+
+
+def _separate_volumes(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Insert a line break between adjacent volumes, because the model separates volumes by runs of placeholders."""
+    # LLaVA-Interleave's template writes the images of a turn side by side; a text between two images may be empty.
+    last = None
+    for segment in segments:
+        if segment.text:
+            if last == segment.kind == "image":
+                yield Segment(segment.turn, "text", "\n")
+            last = segment.kind
+        yield segment
+
+
 def load_renderer(settings: "Settings") -> Renderer:
     """Make the renderer for the settings of model, modalities and ``data.max_tokens``.
 
@@ -236,37 +257,28 @@ def load_renderer(settings: "Settings") -> Renderer:
         UserError: the tokenizer, its chat template or the configuration of the checkpoint cannot be loaded, or the
             tokenizer has more tokens than the embedding of the model.
     """
-    model = settings.model
+    from transformers import CONFIG_MAPPING
+
+    model, max_tokens = settings.model, settings.data.max_tokens
     tokenizer = load_tokenizer(model.checkpoint, model.chat_template)
     if not model.checkpoint:
-        return Renderer(tokenizer, settings.modalities, settings.data.max_tokens)
-    config = _config(model.checkpoint)
+        return Renderer(tokenizer, settings.modalities, max_tokens)
+    where = f"model.checkpoint={model.checkpoint}"
+    try:  # read as a file: this package does not import the configuration classes of our own models
+        config = PretrainedConfig.get_config_dict(model.checkpoint)[0]
+    except OSError as error:
+        raise UserError(f"{where}: its configuration cannot be loaded: {describe_load_error(error)}") from None
     tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
     kept = class_tokens(tower, config.get("vision_feature_select_strategy", "default"))
-    text = _text_config(config)
+    text = config.get("text_config") or {}
+    kind = text.get("model_type", "llama")  # the default of LLaVA's configurations
+    if "text_config" in config and kind in CONFIG_MAPPING:
+        text = CONFIG_MAPPING[kind]().to_dict() | text
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, text.get("vocab_size", 2**31)
     if tokens > rows:
         raise UserError(
-            f"model.checkpoint={model.checkpoint}: its tokenizer has {tokens} tokens, and the model's embedding has"
-            f" {rows} rows; use the model's own tokenizer, or save the model after resize_token_embeddings({tokens})"
+            f"{where}: its tokenizer has {tokens} tokens, and the model's embedding has {rows} rows; use the model's"
+            f" own tokenizer, or save the model after resize_token_embeddings({tokens})"
         )
     positions = text.get("max_position_embeddings", 2**31)
-    return Renderer(tokenizer, settings.modalities, settings.data.max_tokens, kept, positions)
-
-
-def _config(checkpoint: str) -> dict[str, Any]:
-    # Read as a file, because this package does not import the configuration classes of our own models.
-    try:
-        return PretrainedConfig.get_config_dict(checkpoint)[0]
-    except OSError as error:
-        reason = describe_load_error(error)
-        raise UserError(f"model.checkpoint={checkpoint}: its configuration cannot be loaded: {reason}") from None
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of the language model with the defaults of its type; empty if the type is unknown."""
-    from transformers import CONFIG_MAPPING
-
-    own = config.get("text_config") or {}
-    kind = own.get("model_type", "llama")  # the default of LLaVA's configurations
-    return {**CONFIG_MAPPING[kind]().to_dict(), **own} if "text_config" in config and kind in CONFIG_MAPPING else {}
+    return Renderer(tokenizer, settings.modalities, max_tokens, kept, positions)

@@ -1,15 +1,23 @@
-"""Loading of tokenizers and chat templates; a byte tokenizer for the tiny model."""
+"""Tokenizers and chat templates of checkpoints, a byte tokenizer, and joint tokenization of consecutive segments."""
 
+import copy
 import json
 import logging
+import re
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from pydantic import TypeAdapter
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from umbrella.base import UserError, describe_load_error
 from umbrella.conversations.images import IMAGE_TOKEN
+
+# AutoTokenizer reads the configuration, too, and warns about the model type of our own models.
+logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -24,6 +32,10 @@ VICUNA = (
 )
 """Chat template of the training of LLaVA 1.5. The one in its checkpoint omits the end of turns."""
 TEMPLATES = {"chatml": CHATML, "vicuna": VICUNA}
+MARK = "\ue000"
+"""Private-use character that starts the substitute of a special token."""
+FIRST_SUBSTITUTE = 0xF0000
+"""First of 65,534 private-use characters that distinguish substitutes."""
 
 
 def load_tokenizer(checkpoint: str, template: str = "") -> PreTrainedTokenizerBase:
@@ -74,16 +86,10 @@ def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # slow import
 
     where = f"model.checkpoint={checkpoint}"
-    # It reads the configuration too, and warns about the model type of our own models.
-    log = logging.getLogger("transformers.configuration_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: its tokenizer cannot be loaded: {describe_load_error(error)}") from None
-    finally:
-        log.setLevel(level)
     if not tokenizer.is_fast:
         raise UserError(
             f"{where}: its {type(tokenizer).__name__} is written in Python and does not say which characters a token"
@@ -110,12 +116,92 @@ def _processor_template(checkpoint: str) -> str | None:
     except OSError:  # no such file
         return None
     try:
-        template = json.loads(Path(file).read_text("utf-8"))["chat_template"]
-        if not (template is None or isinstance(template, str)):
-            raise TypeError("chat_template is not one text")
-        return template
+        content = json.loads(Path(file).read_text("utf-8"))
+        return TypeAdapter(str | None).validate_python(content["chat_template"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"model.checkpoint={checkpoint}: its chat_template.json cannot be read: {describe_load_error(error)};"
             " set model.chat_template"
         ) from None
+
+
+class SegmentTokenizer:
+    """Tokenizes consecutive segments of a text together. Thread-safe.
+
+    Only the template can produce special tokens; "<image>" or "<|im_end|>" in the text of a turn is plain text.
+    Therefore a copy of the tokenizer treats special tokens as plain text, and has a substitute for each of them
+    (``MARK`` and a private-use character), which is used in the template's segments. ``MARK`` in the text of a turn
+    has a substitute too.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        special = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # In some checkpoints it is not a special token.
+        special.setdefault(IMAGE_TOKEN, AddedToken(IMAGE_TOKEN, special=True, normalized=False))
+        substitutes = {text: MARK + chr(FIRST_SUBSTITUTE + i) for i, text in enumerate([*special, MARK])}
+        self._substitutes = substitutes
+        self._pattern = re.compile("|".join(re.escape(text) for text in sorted(substitutes, key=len, reverse=True)))
+
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)  # the original may omit blanks
+        backend.add_special_tokens([special[IMAGE_TOKEN]])
+        backend.encode_special_tokens = True
+        backend.add_tokens(
+            [
+                AddedToken(substitutes[text], lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
+                for text, token in special.items()
+            ]
+        )
+        backend.add_tokens([AddedToken(substitutes[MARK], normalized=False)])
+        self._backend = backend
+
+        ids = {text: tokenizer.convert_tokens_to_ids(text) for text in special}
+        self._special_ids = {backend.token_to_id(substitutes[text]): [id] for text, id in ids.items()}
+        substitute, *mark = backend.encode(substitutes[MARK] + MARK, add_special_tokens=False).ids
+        self._special_ids[substitute] = mark
+        self._special = {id: text for text, id in ids.items() if id != tokenizer.unk_token_id}
+        bos = tokenizer.bos_token
+        adds_bos = bos is not None and tokenizer("").input_ids[:1] == [ids[bos]]
+        self._bos = (substitutes[bos], ids[bos]) if adds_bos else None
+
+    def template_text(self, text: str) -> str:
+        """Replace special tokens by their substitutes."""
+        return self._pattern.sub(lambda match: self._substitutes[match[0]], text)
+
+    def plain_text(self, text: str) -> str:
+        """Escape ``MARK`` in a text whose special tokens are plain text."""
+        return text.replace(MARK, self._substitutes[MARK])
+
+    def encode(self, segments: Sequence[str]) -> list[list[int]]:
+        """Tokenize segments. A token belongs to the segment that contains its last character.
+
+        If the tokenizer adds a bos token to every text and this text has none, it is added to the first segment.
+
+        Returns:
+            The token ids of each segment.
+
+        Raises:
+            UserError: the tokenizer makes a special token of plain text.
+        """
+        text = "".join(segments)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        unexpected = sorted(self._special[id] for id in self._special.keys() & set(encoding.ids))
+        if unexpected:
+            raise UserError(
+                f"says {unexpected[0]} in words, and the tokenizer makes a special token of them; change them"
+            )
+        ids: list[list[int]] = [[] for _ in segments]
+        if self._bos and not text.startswith(self._bos[0]):
+            ids[0].append(self._bos[1])
+        ends = list(accumulate(map(len, segments)))
+        segment = 0
+        for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            special = self._special_ids.get(id)
+            if special:
+                stop = text.index(MARK, start) + 1  # a special token may include adjacent blanks
+            while ends[segment] < stop:
+                segment += 1
+            ids[segment] += special or [id]
+        return ids

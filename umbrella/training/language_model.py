@@ -16,7 +16,7 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.ingest import open_store
-from umbrella.data.mask_audit import Redact, audit
+from umbrella.data.masking import Redact, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.metrics import validation_metrics
@@ -156,7 +156,7 @@ class LanguageModelTask(Task):
         examples = [self.renderer.render(from_table(self.train, i)) for i in audit_sample(size)]
         rows, read = audit(examples, policy), f"{len(examples)} of {size} conversations"
         trained = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
-        text = summarise_run(rows, policy, trained, self.settings.modalities, self.renderer.stops, read)
+        text = summarise_run(rows, policy, trained, self.settings.modalities, self.renderer.has_stop_token, read)
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
         page = mask_audit_page(rows, examples, self.renderer, policy, read, redact)

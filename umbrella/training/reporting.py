@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import torch
 
-from umbrella.data.mask_audit import Redact
+from umbrella.data.masking import Redact
 from umbrella.evaluation.predictions import Prediction, most_likely
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.plots import curves

@@ -13,7 +13,7 @@ from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.ingest import Splits, load_splits
-from umbrella.data.mask_audit import audit
+from umbrella.data.masking import audit
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from umbrella.data.mask_audit import Redact, Row, audit_html, format_number, is_weighted, no_redaction, select_examples
+from umbrella.data.masking import Redact, Row, audit_html, format_number, is_weighted
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -30,11 +30,11 @@ def mask_audit_page(
     renderer: Renderer,
     policy: MaskPolicy,
     read: str,
-    redact: Redact = no_redaction,
+    redact: Redact = lambda text, subjects: text,
 ) -> str:
-    """Return the mask audit as an HTML page with a few examples in full; see ``audit_html``."""
-    notes = [f"Read from {read}."] + ([] if renderer.stops else [f"Note: {NEVER_STOPS}."])
-    return audit_html(table, select_examples(examples), policy, renderer.tokenizer, notes, redact)
+    """Return the mask audit as an HTML page; see ``audit_html``."""
+    notes = [f"Read from {read}."] + ([] if renderer.has_stop_token else [f"Note: {NEVER_STOPS}."])
+    return audit_html(table, examples, policy, renderer.tokenizer, notes, redact)
 
 
 def summarise_run(
@@ -42,7 +42,7 @@ def summarise_run(
     policy: MaskPolicy,
     trained: Mapping[str, int],
     modalities: Mapping[str, Modality],
-    stops: bool,
+    has_stop_token: bool,
     read: str,
 ) -> str:
     """Return the summary of a training as text.
@@ -50,7 +50,7 @@ def summarise_run(
     Args:
         table: the mask audit.
         trained: number of trained weights by part of the model.
-        stops: whether the chat template ends an assistant turn with a token of its own, see ``Renderer.stops``.
+        has_stop_token: see ``Renderer.has_stop_token``.
         read: the size of the audited sample.
     """
     tokens = sum(int(row["tokens"]) for row in table)
@@ -63,7 +63,7 @@ def summarise_run(
     for row in table:
         weight = f", weight {format_number(row['weight'])}" if is_weighted(table) and row["supervised"] else ""
         lines.append(f"  {row['role']:>9} {row['kind']:<6} {row['supervised']:>7} of {row['tokens']}{weight}")
-    if not stops:
+    if not has_stop_token:
         lines.append(f"note: {NEVER_STOPS}")
     lines.append("trained weights: " + (", ".join(f"{part} {n:,}" for part, n in trained.items() if n) or "none"))
     lines += [

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from umbrella.config import Settings
-from umbrella.data.mask_audit import Redact
+from umbrella.data.masking import Redact
 from umbrella.data.pipeline import Plan, Rows
 from umbrella.evaluation.predictions import Prediction
 
