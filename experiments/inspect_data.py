@@ -7,14 +7,18 @@ import re
 from pathlib import Path
 
 from umbrella.base import UserError, note
-from umbrella.cli import Arguments, Option, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, Options, make_console, progress_bar, run_script
 
-OPTIONS = (
-    Option("--split", "split of the conversation", "train", choices=("train", "validation", "test")),
-    Option("--task-id", "task_id of the conversation", value="ID"),
-    Option("--sample", "index of the conversation in the split, from 0", kind=int, value="N"),
-    Option("--picture", "file of the picture (default: <storage>/inspect/<task_id>.png)", value="FILE"),
-)
+OPTIONS: Options = {
+    "--split": {
+        "help": "split of the conversation",
+        "default": "train",
+        "choices": ("train", "validation", "test"),
+    },
+    "--task-id": {"help": "task_id of the conversation", "metavar": "ID"},
+    "--sample": {"help": "index of the conversation in the split, from 0", "type": int, "metavar": "N"},
+    "--picture": {"help": "file of the picture (default: <storage>/inspect/<task_id>.png)", "metavar": "FILE"},
+}
 
 
 def main(args: Arguments) -> None:
@@ -24,7 +28,7 @@ def main(args: Arguments) -> None:
     from umbrella.data.masking import split_by_weight
     from umbrella.data.rendering import load_renderer
     from umbrella.data.splits import read_splits
-    from umbrella.paths import picture_file
+    from umbrella.paths import PICTURES
 
     settings, options, console = args.settings, args.options, make_console()
     split, task_id, sample = options["split"], options["task_id"], options["sample"]
@@ -48,7 +52,7 @@ def main(args: Arguments) -> None:
     console.print(format_summary(example, settings.mask), highlight=False)
     if not args.dry_run and conversation.volumes:
         name = re.sub(r"[^\w.-]+", "_", conversation.task_id)[:100]
-        file = options["picture"] or picture_file(settings.resources.storage, name)
+        file = options["picture"] or Path(settings.resources.storage) / PICTURES / f"{name}.png"
         draw_volumes(conversation, open_store(settings), Path(file))
         console.print(f"{'picture:':<16}{file}", markup=False, highlight=False, soft_wrap=True)
 

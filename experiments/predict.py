@@ -13,19 +13,24 @@ import sys
 from pathlib import Path
 
 from umbrella.base import UserError, note, printable
-from umbrella.cli import Arguments, Option, named_checkpoint, progress_bar, run_script
+from umbrella.cli import Arguments, named_checkpoint, progress_bar, run_script
 
-OPTIONS = (
-    Option("--ask", "a question about the volumes", value="QUESTION"),
-    Option("--chat", "read questions from standard input, one per line, in one conversation", default=False),
-    Option(
-        "--modality",
-        "modality of all volumes, or one for each, separated by commas (default: from their names, else their axes)",
-    ),
-    Option(
-        "--candidates", "candidate answers, separated by commas, whose probabilities are printed, too", value="ANSWERS"
-    ),
-)
+OPTIONS = {
+    "--ask": {"help": "a question about the volumes", "metavar": "QUESTION"},
+    "--chat": {
+        "help": "read questions from standard input, one per line, in one conversation",
+        "action": "store_true",
+    },
+    "--modality": {
+        "help": "modality of all volumes, or one for each, separated by commas"
+        " (default: from their names, else their axes)",
+        "metavar": "VALUE",
+    },
+    "--candidates": {
+        "help": "candidate answers, separated by commas, whose probabilities are printed, too",
+        "metavar": "ANSWERS",
+    },
+}
 
 
 def main(args: Arguments) -> None:

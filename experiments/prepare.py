@@ -5,6 +5,8 @@ training. The report is <storage>/report/index.html; it is also written if there
 volumes and writes nothing.
 """
 
+from pathlib import Path
+
 from umbrella.base import note
 from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
@@ -17,7 +19,7 @@ def main(args: Arguments) -> None:
     from umbrella.cohort_report.report import write_report
     from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes, open_store
     from umbrella.data.splits import SPLITS, read_splits
-    from umbrella.paths import cohort_report_folder
+    from umbrella.paths import COHORT_REPORT
     from umbrella.training.run import check_data, check_model
     from umbrella.volumes.store_files import stored_recipes
 
@@ -35,7 +37,7 @@ def main(args: Arguments) -> None:
         store = open_store(settings)
     check_rendering(raw, settings, progress_bar)
     if not args.dry_run:
-        page = write_report(cohort_report_folder(settings.resources.storage), raw, store, progress_bar)
+        page = write_report(Path(settings.resources.storage) / COHORT_REPORT, raw, store, progress_bar)
     print_row("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
     if not args.dry_run:
         used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}

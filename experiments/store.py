@@ -6,9 +6,9 @@ source files that are missing or have changed. With --dry-run it only prints how
 
 from typing import Any
 
-from umbrella.cli import Arguments, Option, make_console, run_script
+from umbrella.cli import Arguments, make_console, run_script
 
-OPTIONS = (Option("--prune", "delete arrays that these settings and files do not use", default=False),)
+OPTIONS = {"--prune": {"help": "delete arrays that these settings and files do not use", "action": "store_true"}}
 
 
 def main(args: Arguments) -> None:

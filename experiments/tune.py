@@ -8,9 +8,9 @@ only settings of resources may then change.
 
 from pathlib import Path
 
-from umbrella.cli import Arguments, Option, make_console, progress_bar, run_script
+from umbrella.cli import Arguments, make_console, progress_bar, run_script
 
-RESUME = Option("--resume", "resume a sweep: its name, or last", value="NAME")
+OPTIONS = {"--resume": {"help": "resume a sweep: its name, or last", "metavar": "NAME"}}
 DEFAULT_SPACE = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.yaml"
 
 
@@ -50,4 +50,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, default_file=str(DEFAULT_SPACE), options=[RESUME])
+    run_script(main, __doc__, default_file=str(DEFAULT_SPACE), options=OPTIONS)

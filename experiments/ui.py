@@ -5,9 +5,11 @@ import sys
 from urllib.request import urlopen
 
 from umbrella.base import mask_secrets
-from umbrella.cli import Arguments, Option, run_script
+from umbrella.cli import Arguments, run_script
 
-OPTIONS = (Option("--port", "port of MLflow's web interface on localhost", default=5000, kind=int, value="PORT"),)
+OPTIONS = {
+    "--port": {"help": "port of MLflow's web interface on localhost", "default": 5000, "type": int, "metavar": "PORT"},
+}
 DASHBOARD = "http://127.0.0.1:8265"
 
 

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from umbrella.base import Stopped, UserError, on_sigterm, printable
 from umbrella.cluster import prepare_environment
 from umbrella.config import Settings, describe_settings, has_search_space, load_settings, parse_value
 from umbrella.fileio import describe_storage_error
-from umbrella.paths import all_checkpoints
+from umbrella.paths import SWEEPS, TRAININGS, TRIALS, checkpoints_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,44 +35,12 @@ FLAGS = {
     "--epochs": "train.epochs",
     "--output-dir": "resources.storage",
 }
-YAML = (".yaml", ".yml")
 PROGRESS_INTERVAL = 30.0
 """Seconds between two lines of progress if the output is not a terminal."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """A command line option of one script. With ``default=False`` it is a switch, otherwise it takes a value."""
-
-    flag: str
-    """Such as "--task-id"."""
-    help: str
-    default: Any = None
-    kind: Callable[[str], Any] = str
-    """Converts the text on the command line to the value."""
-    choices: Sequence[str] | None = None
-    value: str = "VALUE"
-    """Name of the value in ``--help``, if there are no ``choices``."""
-
-    @property
-    def name(self) -> str:
-        """Key in ``Arguments.options``, such as "task_id"."""
-        return self.flag.lstrip("-").replace("-", "_")
-
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Add the option to a parser."""
-        if self.default is False:
-            parser.add_argument(self.flag, dest=self.name, action="store_true", help=self.help)
-        else:
-            parser.add_argument(
-                self.flag,
-                dest=self.name,
-                help=self.help,
-                default=self.default,
-                type=self.kind,
-                metavar=None if self.choices else self.value,
-                choices=self.choices,
-            )
+Options = Mapping[str, Mapping[str, Any]]
+"""Command line options of one script: flag, such as "--task-id", to the arguments of ``add_argument``."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +51,7 @@ class Arguments:
     given: frozenset[str]
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the script's own options, by ``Option.name``."""
+    """Values of the script's own options: "task_id" for "--task-id"."""
     files: Sequence[str] = ()
     """Settings files on the command line, in order; without the script's default file."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +61,11 @@ class Arguments:
 
 
 def parse(
-    argv: Sequence[str], doc: str, default_file: str | None = None, options: Sequence[Option] = (), paths: str = ""
+    argv: Sequence[str],
+    doc: str,
+    default_file: str | None = None,
+    options: Options = MappingProxyType({}),
+    paths: str = "",
 ) -> Arguments:
     """Parse a command line.
 
@@ -104,17 +77,18 @@ def parse(
         paths: name of files other than settings files in ``--help``, such as "volume.nii.gz". An argument is such a
             file unless it ends with .yaml or .yml, or has an "=" without a "/" before it. Empty: not accepted.
     """
+    lines = [f"  {name} = {default!r}\n      {line}" for name, default, line in describe_settings()]
+    epilog = "\n".join(["settings, with their defaults:", *lines]).replace("%", "%%")
     parser = argparse.ArgumentParser(
-        description=doc, epilog=_settings_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     metavar = " | ".join(["file.yaml", "name=value", *([paths] if paths else [])])
     positional = "settings files and overrides" + (f", and each {paths}" if paths else "")
     parser.add_argument("words", nargs="*", metavar=metavar, help=positional)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
-    for option in options:
-        option.add_to(parser)
-    flags = {flag: name for flag, name in FLAGS.items() if flag not in {option.flag for option in options}}
+    own = {parser.add_argument(flag, **keywords).dest for flag, keywords in options.items()}
+    flags = {flag: name for flag, name in FLAGS.items() if flag not in options}
     for flag, name in flags.items():
         parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
     values = vars(parser.parse_intermixed_args(argv))
@@ -125,22 +99,28 @@ def parse(
         name, equals, text = word.partition("=")
         if equals and not (paths and "/" in name):
             overrides[name] = parse_value(name, text)
-        elif paths and not word.lower().endswith(YAML):
+        elif paths and not word.lower().endswith((".yaml", ".yml")):
             others.append(word)
         else:
             files.append(word)
     overrides |= {name: parse_value(name, values[name]) for name in flags.values() if values[name] is not None}
     default = [default_file] if default_file and not any(map(has_search_space, files)) else []
-    own = {option.name: values[option.name] for option in options}
-    settings, given = load_settings([*default, *files], overrides), frozenset(overrides)
-    return Arguments(settings, given, values["dry_run"], own, files, overrides, tuple(others))
+    return Arguments(
+        settings=load_settings([*default, *files], overrides),
+        given=frozenset(overrides),
+        dry_run=values["dry_run"],
+        options={name: values[name] for name in own},
+        files=files,
+        overrides=overrides,
+        paths=tuple(others),
+    )
 
 
 def run_script(
     main: Callable[[Arguments], Any],
     doc: str,
     default_file: str | None = None,
-    options: Sequence[Option] = (),
+    options: Options = MappingProxyType({}),
     paths: str = "",
 ) -> None:
     """Parse ``sys.argv``, call ``main``, and exit.
@@ -209,13 +189,6 @@ def progress_bar(items: Sequence[Any], description: str) -> Iterable[Any]:
             yield item
 
 
-def _settings_help() -> str:
-    lines = ["settings, with their defaults:"]
-    for name, default, line in describe_settings():
-        lines.append(f"  {name} = {default!r}\n      {line}")
-    return "\n".join(lines).replace("%", "%%")
-
-
 def named_checkpoint(settings: Settings) -> Path:
     """Return the folder of the setting ``checkpoint``.
 
@@ -228,7 +201,8 @@ def named_checkpoint(settings: Settings) -> Path:
         return folder.absolute()
     wrong = f"checkpoint={name}: there is no such folder" if name else "checkpoint is not set"
     storage = Path(settings.resources.storage)
-    checkpoints = all_checkpoints(storage)
+    trainings = [*storage.glob(f"{TRAININGS}/*/"), *storage.glob(f"{SWEEPS}/*/{TRIALS}/*/")]
+    checkpoints = [checkpoint for training in trainings for checkpoint in checkpoints_in(training)]
     if not checkpoints:
         raise UserError(f"{wrong}; name a training's step_... folder, of which {storage} has none yet")
     newest = max(checkpoints, key=lambda step: step.stat().st_mtime)

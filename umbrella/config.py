@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
 
 from umbrella.base import PathOrAddress, Section, UserError, mask_secrets
 from umbrella.baseline.settings import BaselineSettings
@@ -156,26 +155,16 @@ def parse_value(name: str, text: str) -> Any:
     return text if is_text and not isinstance(value, str) else value
 
 
-def describe_settings() -> Iterator[tuple[str, Any, str]]:
+def describe_settings(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted name, default, description) of every setting."""
-    yield from _describe(Settings, "")
-
-
-def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, Any, str]]:
     for name, field in section.model_fields.items():
-        inner = _section_of(field)
-        if inner:
-            yield from _describe(inner, f"{prefix}{name}.")
-        else:
-            default = field.default
-            if isinstance(default, dict):
-                default = {k: v.model_dump() if isinstance(v, Section) else v for k, v in default.items()}
-            yield prefix + name, default, " ".join((field.description or "").split())
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        kind, default = field.annotation, field.default
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from describe_settings(kind, f"{prefix}{name}.")
+            continue
+        if isinstance(default, dict):
+            default = {k: v.model_dump() if isinstance(v, Section) else v for k, v in default.items()}
+        yield prefix + name, default, " ".join((field.description or "").split())
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

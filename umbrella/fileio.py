@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO
 from uuid import uuid4
 
 from umbrella.base import UserError, printable
-from umbrella.paths import lock_file, storage_of
+from umbrella.paths import storage_of
 
 STORAGE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
@@ -72,7 +72,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock; the storage cannot be written to, or does not support locks.
     """
-    storage, path = storage_of(folder), lock_file(folder)
+    storage, path = storage_of(folder), folder.with_name(f".{folder.name}.lock")
     check_writable(storage, f"resources.storage={storage}")
     path.parent.mkdir(exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:

@@ -29,6 +29,9 @@ subjects.salt                   salt of tracking.hash_subjects
 from pathlib import Path
 
 TRAININGS, SWEEPS, EVALUATIONS = "trainings", "sweeps", "evaluations"
+"""Folders below the storage folder. An evaluation has the name of its training or sweep."""
+VOLUMES, COHORT_REPORT, PICTURES, ARTIFACTS = "volumes", "report", "inspect", "artifacts"
+DATABASE, SALT = "mlflow.db", "subjects.salt"
 BEGUN, HISTORY, PREDICTIONS = "begun_with.json", "evaluations.jsonl", "predictions.jsonl"
 """Files of a training."""
 SETTINGS, CODE, PROGRESS, METRICS, STATE = "settings.yaml", "code.json", "progress.json", "metrics.json", "state.pt"
@@ -46,31 +49,6 @@ RAY = "ray"
 """Subfolder of a training with the files of Ray Train."""
 CHECKPOINT = "step_"
 """Prefix of the names of checkpoints."""
-
-
-def training_folder(storage: str | Path, name: str) -> Path:
-    """The folder of a training."""
-    return Path(storage).absolute() / TRAININGS / name
-
-
-def sweep_folder(storage: str | Path, name: str) -> Path:
-    """The folder of a sweep."""
-    return Path(storage).absolute() / SWEEPS / name
-
-
-def samples_file(training: str | Path, rank: int) -> Path:
-    """The file that lists the samples of a rank in their order."""
-    return Path(training) / f"samples_{rank}.jsonl"
-
-
-def lock_file(folder: Path) -> Path:
-    """The file that a script locks while it runs a training or sweep. It lies beside the folder."""
-    return folder.with_name(f".{folder.name}.lock")
-
-
-def evaluation_folder(storage: str | Path, name: str) -> Path:
-    """The folder of an evaluation; that of a training or sweep has the same name."""
-    return Path(storage).absolute() / EVALUATIONS / name
 
 
 def storage_of(folder: Path) -> Path:
@@ -91,54 +69,3 @@ def checkpoint_folder(training: str | Path, step: int) -> Path:
 def checkpoints_in(training: str | Path) -> list[Path]:
     """The checkpoints of a training by step, including incomplete ones."""
     return sorted(Path(training).glob(f"{CHECKPOINT}*"))
-
-
-def all_checkpoints(storage: str | Path) -> list[Path]:
-    """The checkpoints of all trainings and trials."""
-    trainings = [*Path(storage).glob(f"{TRAININGS}/*/"), *Path(storage).glob(f"{SWEEPS}/*/{TRIALS}/*/")]
-    return [checkpoint for training in trainings for checkpoint in checkpoints_in(training)]
-
-
-def volumes_folder(storage: str | Path) -> Path:
-    """The default folder of the volume store, see ``resources.store``."""
-    return Path(storage).absolute() / "volumes"
-
-
-def phantom_folder(storage: str | Path, key: str) -> Path:
-    """The folder of a phantom cohort."""
-    return Path(storage).absolute() / f"phantom-{key}"
-
-
-def quarantine_file(storage: str | Path, key: str) -> Path:
-    """The file that lists the samples that were left out."""
-    return Path(storage).absolute() / f"quarantine-{key}.jsonl"
-
-
-def cohort_report_folder(storage: str | Path) -> Path:
-    """The folder of the report of prepare.py."""
-    return Path(storage).absolute() / "report"
-
-
-def picture_file(storage: str | Path, name: str) -> Path:
-    """A picture of inspect_data.py."""
-    return Path(storage).absolute() / "inspect" / f"{name}.png"
-
-
-def salt_file(storage: str | Path) -> Path:
-    """The salt of hashed subject ids."""
-    return Path(storage).absolute() / "subjects.salt"
-
-
-def mlflow_database(storage: str | Path) -> Path:
-    """The default database of MLflow, see ``tracking.uri``."""
-    return Path(storage).absolute() / "mlflow.db"
-
-
-def artifacts_folder(storage: str | Path) -> Path:
-    """The artifacts of the runs in ``mlflow_database``."""
-    return Path(storage).absolute() / "artifacts"
-
-
-def predictions_file(storage: str | Path, key: str) -> Path:
-    """The answers of predict.py."""
-    return Path(storage).absolute() / f"predictions-{key}.jsonl"

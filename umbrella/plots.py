@@ -4,7 +4,6 @@ The colours are those of Okabe and Ito, which colour-blind readers can distingui
 """
 
 import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -76,23 +75,19 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], titl
         panels: name of a panel to its curves, each of which is a label to its (step, value) points.
         title: title of the figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 2.3 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axes, (name, lines) in zip(rows, panels.items(), strict=True):
-        for label, points in lines.items():
-            thinned = points[:: max(1, len(points) // MAX_POINTS)]
-            steps, values = [step for step, _ in thinned], [value for _, value in thinned]
-            axes.plot(steps, values, "o-" if len(points) < 40 else "-", markersize=4, label=label)
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend()
-    axes.set_xlabel("step")
-    figure.suptitle(title)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=100, format="png")
-    return png.getvalue()
+    def draw() -> "Figure":
+        figure = new_figure(7, 2.3 * len(panels))
+        rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, lines) in zip(rows, panels.items(), strict=True):
+            for label, points in lines.items():
+                thinned = points[:: max(1, len(points) // MAX_POINTS)]
+                axes.plot(*zip(*thinned, strict=True), "o-" if len(points) < 40 else "-", markersize=4, label=label)
+            axes.set_ylabel(name)
+            if len(lines) > 1:
+                axes.legend()
+        axes.set_xlabel("step")
+        figure.suptitle(title)
+        return figure
+
+    return save_png(BytesIO(), draw).getvalue()

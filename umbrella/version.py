@@ -28,33 +28,25 @@ def check_version(place: str | Path, **hub: Any) -> None:
     Raises:
         UserError: the version is too old, or the file with the version is missing or cannot be read.
     """
-    version = _written_by(place, hub)
-    if version is None or _numbers(version) < _numbers(OLDEST):
-        found = f"umbrella {version}" if version else f"a version before {OLDEST}"
-        raise UserError(
-            f"{place}: was written by {found}, and umbrella {__version__} reads what {OLDEST} and later versions write;"
-            " train again, or use the version that wrote it"
-        )
-
-
-def _written_by(place: str | Path, hub: dict[str, Any]) -> str | None:
-    """Read the version in ``code.json``; None if the file or the version is missing."""
-    file = Path(place) / CODE
+    file, version = Path(place) / CODE, ""
     try:
         if not Path(place).is_dir():
             from transformers.utils import cached_file  # the import takes a second, and folders do not need it
 
             file = Path(str(cached_file(str(place), CODE, **hub)))
-        version = json.loads(file.read_text(encoding="utf-8"))["umbrella"]
-    except FileNotFoundError:
-        return None
+        version = str(json.loads(file.read_text(encoding="utf-8"))["umbrella"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
     except OSError as error:  # the Hub raises OSError both for a missing file and without network
         why = error.strerror or " ".join(str(error).split())[:200]
         remedy = f"versions of umbrella before {OLDEST} did not write it, and theirs do not load"
         raise UserError(f"{place}: {CODE} cannot be read: {why}; {remedy}") from None
-    except (ValueError, KeyError, TypeError):
-        return None
-    return version if isinstance(version, str) else None
+    if _numbers(version) < _numbers(OLDEST):
+        found = f"umbrella {version}" if version else f"a version before {OLDEST}"
+        raise UserError(
+            f"{place}: was written by {found}, and umbrella {__version__} reads what {OLDEST} and later versions write;"
+            " train again, or use the version that wrote it"
+        )
 
 
 def _numbers(version: str) -> list[int]:

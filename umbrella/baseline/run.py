@@ -28,7 +28,7 @@ from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluat
 from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation_run.evaluate import log_to_mlflow
 from umbrella.fileio import check_writable, run_lock
-from umbrella.paths import PREDICTIONS, evaluation_folder, training_folder
+from umbrella.paths import EVALUATIONS, PREDICTIONS, TRAININGS
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
@@ -73,7 +73,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     for target, encoding in encodings.items():
         run_name = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": run_name, "trial": run_name}
-        jobs.append(make_job(settings, splits, target, encoding, tracking, str(training_folder(storage, run_name))))
+        jobs.append(make_job(settings, splits, target, encoding, tracking, str(storage / TRAININGS / run_name)))
     return splits, jobs
 
 
@@ -241,7 +241,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
     best = best_checkpoint(job.folder, tune.metric, tune.mode)
     if best is None:
         raise UserError(f"{job.folder}: no checkpoint with a {tune.metric}; train anew under another name")
-    folder = evaluation_folder(job.settings.resources.storage, str(job.tracking["name"]))
+    folder = Path(job.settings.resources.storage) / EVALUATIONS / str(job.tracking["name"])
     if job.settings.output:
         folder = Path(job.settings.output).absolute() / job.target.replace("/", "_")
     check_writable(folder, f"output={folder}")

@@ -20,7 +20,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import SPLITS, RawSplits, read_splits
 from umbrella.file_storage import FileStorage, is_remote, local_path
 from umbrella.fileio import write_atomic
-from umbrella.paths import quarantine_file, volumes_folder
+from umbrella.paths import VOLUMES
 from umbrella.volumes.image_formats import image_size
 from umbrella.volumes.store import VolumeStore
 
@@ -138,7 +138,7 @@ def check_splits(
 def open_store(settings: "Settings") -> VolumeStore:
     """Open the volume store. With ``resources.node_store`` or an object store, a local folder caches the shared one."""
     resources = settings.resources
-    default = volumes_folder(resources.storage)
+    default = Path(resources.storage).absolute() / VOLUMES
     # Arrays are memory-mapped, so those of an object store need local copies.
     local = resources.node_store or (str(default) if is_remote(resources.store) else "")
     shared = FileStorage(resources.store or str(default)) if local else None
@@ -292,7 +292,8 @@ def apply_bad_sample_policy(raw: RawSplits, settings: "Settings", write: bool = 
         samples = {problem.where: problem.sample for problem in problems}
         entries = [{"where": w, "reasons": reasons[w], "sample": samples[w]} for w in reasons]
         content = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
-        path = quarantine_file(settings.resources.storage, hashlib.sha256(content).hexdigest()[:8])
+        name = f"quarantine-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
+        path = Path(settings.resources.storage).absolute() / name
         write_atomic(path, content)
     return Splits(
         raw.splits.get("train", []),

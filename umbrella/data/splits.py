@@ -14,7 +14,6 @@ from umbrella.conversations.images import FILE_MISSING
 from umbrella.conversations.reading import Problem, Reading, read_conversations
 from umbrella.conversations.schema import Conversation, most_frequent_answers
 from umbrella.data.leakage import assign_subjects, find_shared
-from umbrella.paths import phantom_folder
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -283,7 +282,7 @@ def _phantom_conversations(settings: "Settings", names: Sequence[str]) -> dict[s
 def phantom_folder_of(settings: "Settings") -> Path:
     """Return the folder of the phantom cohort; each set of cohort settings has its own folder."""
     key = hashlib.sha256(settings.cohort.model_dump_json().encode()).hexdigest()[:8]
-    return phantom_folder(settings.resources.storage, key)
+    return Path(settings.resources.storage).absolute() / f"phantom-{key}"
 
 
 def _single_class_notices(raw: RawSplits) -> list[str]:

@@ -20,7 +20,6 @@ from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels, find_numbers
 from umbrella.evaluation_run.prediction_workers import predict_on_workers
 from umbrella.fileio import LocksUnavailable, check_writable, lock, write_atomic
-from umbrella.paths import predictions_file
 
 EVALUATE_SETTINGS = ("generate", "max_new_tokens", "candidates")
 """Settings of ``evaluate`` that predictions depend on."""
@@ -168,7 +167,7 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
         "model.dtype": own.model.dtype,
     }
     metadata |= {f"evaluate.{name}": getattr(evaluate, name) for name in EVALUATE_SETTINGS}
-    path = settings.output or predictions_file(settings.resources.storage, _hash(metadata))
+    path = settings.output or Path(settings.resources.storage) / f"predictions-{_hash(metadata)}.jsonl"
     return Cohort(checkpoint, settings, raw, PredictionFile(Path(path), metadata))
 
 

@@ -40,7 +40,7 @@ from umbrella.evaluation_run.prediction_workers import load_model, predict_on_wo
 from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
 from umbrella.inference.model import load_checkpoint_settings
-from umbrella.paths import METRICS, PROGRESS, REPORT, SETTINGS, evaluation_folder
+from umbrella.paths import EVALUATIONS, METRICS, PROGRESS, REPORT, SETTINGS
 from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.redaction import read_salt, redact_subjects
@@ -137,7 +137,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         Stopped: SIGTERM was received.
     """
     start, settings = time.monotonic(), settings.with_name("evaluation")
-    folder = evaluation_folder(settings.resources.storage, settings.name)
+    folder = Path(settings.resources.storage) / EVALUATIONS / settings.name
     if settings.output:
         folder = Path(settings.output).absolute()
     check_writable(folder, f"output={folder}")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from umbrella.paths import salt_file
+from umbrella.paths import SALT
 
 
 def read_salt(storage: str | Path) -> str:
@@ -18,7 +18,7 @@ def read_salt(storage: str | Path) -> str:
 
     Only the owner can read the file: a subject's hash can be computed from its id and the salt.
     """
-    path = salt_file(storage)
+    path = Path(storage) / SALT
     if not path.exists():
         with NamedTemporaryFile("w", dir=path.parent) as file, suppress(FileExistsError):  # of another process
             file.write(secrets.token_hex(32))

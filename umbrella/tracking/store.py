@@ -17,7 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, mask_secrets, note
-from umbrella.paths import artifacts_folder, mlflow_database
+from umbrella.paths import ARTIFACTS, DATABASE
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the errors that it raises
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # logs each retry
@@ -28,7 +28,7 @@ def tracking_uri(storage: str | Path, uri: str = "") -> str:
 
     User name and password are moved from the URI to the environment variables of MLflow, which are never printed.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{mlflow_database(storage)}"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).absolute() / DATABASE}"
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.username and parts.password:
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
@@ -75,9 +75,10 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     Raises:
         UserError: the store cannot be reached, or the experiment was deleted there.
     """
+    folder = Path(storage).absolute() / ARTIFACTS
     try:
         client = MlflowClient(uri)
-        artifacts = artifacts_folder(storage).as_uri() if is_sqlite(uri) else None
+        artifacts = folder.as_uri() if is_sqlite(uri) else None
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             return client.create_experiment(name, artifact_location=artifacts)
@@ -89,7 +90,7 @@ def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     if artifacts and not _is_same_folder(experiment.artifact_location, artifacts):
         note(
             f"the storage was moved, and MLflow keeps the artifacts of experiment {name!r} at their old address,"
-            f" {mask_secrets(experiment.artifact_location)}; link that folder to {artifacts_folder(storage)},"
+            f" {mask_secrets(experiment.artifact_location)}; link that folder to {folder},"
             " or choose another name: experiment=..."
         )
     return experiment.experiment_id

@@ -14,7 +14,7 @@ from pathlib import Path
 from umbrella.base import ProgressBar, UserError, note
 from umbrella.file_storage import FileStorage
 from umbrella.fileio import link_or_copy
-from umbrella.paths import CHECKPOINT, END, RAY, SIZES, STOP, SWEEPS, WORKERS, evaluation_folder, marker_of, storage_of
+from umbrella.paths import CHECKPOINT, END, EVALUATIONS, RAY, SIZES, STOP, SWEEPS, WORKERS, marker_of, storage_of
 from umbrella.training.checkpoint_files import find_damage
 from umbrella.training.settings import ResourceSettings
 
@@ -153,7 +153,7 @@ class CheckpointSync:
                 self._checkpoint_files.discard(name)
 
     def _files(self) -> Iterator[Path]:
-        for top in (self.folder, evaluation_folder(self.storage, self.folder.name)):
+        for top in (self.folder, self.storage / EVALUATIONS / self.folder.name):
             for folder, folders, names in os.walk(top):
                 folders[:] = [name for name in folders if not name.startswith(".") and name not in LOCAL]
                 yield from (Path(folder, n) for n in sorted(names) if not n.startswith(".") and n not in LOCAL)

@@ -21,7 +21,7 @@ from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.fileio import run_lock
-from umbrella.paths import BEGUN, STOP, WORKERS, training_folder
+from umbrella.paths import BEGUN, STOP, TRAININGS, WORKERS
 from umbrella.tracking.mlflow_logger import close_run, run_key
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
@@ -151,7 +151,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     """
     settings = settings.with_name("train")
     name, storage = settings.name, settings.resources.storage
-    folder = training_folder(storage, name)
+    folder = Path(storage) / TRAININGS / name
     with run_lock(folder), synced(settings.resources, folder, progress):
         start_ray(settings.resources, log_to_driver=True, name=name)
         splits = load_and_check(settings, progress)

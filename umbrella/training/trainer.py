@@ -22,7 +22,7 @@ from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
-from umbrella.paths import CODE, samples_file
+from umbrella.paths import CODE
 from umbrella.tracking.provenance import code_version
 from umbrella.training.checkpoint_files import (
     CheckpointWriter,
@@ -92,7 +92,7 @@ class Trainer:
         if latest:
             self.task.load_weights(latest)
             restore_training_state(latest, self.task.optimizer, self.schedule, rank)
-        log = samples_file(job.folder, rank)
+        log = Path(job.folder) / f"samples_{rank}.jsonl"
         self.samples_log = log.open("a", encoding="utf-8") if self.settings.data.log_samples else None
         self.log_error: OSError | None = None
         self._log({"start": self.state.position, "workers": world_size})

@@ -17,7 +17,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance_level
 from umbrella.fileio import check_writable, run_lock
-from umbrella.paths import SETTINGS, TRIALS, storage_of, sweep_folder
+from umbrella.paths import SETTINGS, SWEEPS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri
@@ -73,7 +73,7 @@ def run_sweep(
     """
     resumes = folder is not None
     settings = settings.with_name("sweep")
-    folder = folder or sweep_folder(settings.resources.storage, settings.name)
+    folder = folder or Path(settings.resources.storage) / SWEEPS / settings.name
     with run_lock(folder):
         if not resumes and is_uploaded(settings.resources, folder):
             raise _name_is_taken(folder.name)

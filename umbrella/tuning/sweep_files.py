@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
-from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of, sweep_folder
+from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, SWEEPS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.parameter import format_value
@@ -103,7 +103,7 @@ def find_sweep(settings: Settings, name: str) -> Path:
     Raises:
         UserError: the name is "last", and there is no sweep.
     """
-    folder = sweep_folder(settings.resources.storage, name)
+    folder = Path(settings.resources.storage) / SWEEPS / name
     return latest_sweep(folder.parent) if name == "last" else folder
 
 
