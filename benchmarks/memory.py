@@ -34,7 +34,6 @@ def make_cohort(folder: Path, size: int) -> None:
             sample = {
                 "task_id": str(number),
                 "task_type": "T1",
-                "images": [{"path": f"{number}.nii", "modality": "sMRI"}],
                 "conversations": [
                     {"role": "user", "content": [image, {"type": "text", "text": "What is the sex of this subject?"}]},
                     {"role": "assistant", "content": f"{label}."},

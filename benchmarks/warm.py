@@ -47,7 +47,6 @@ def conversation(folder: Path, number: int) -> Conversation:
         {
             "task_id": str(number),
             "task_type": "T1",
-            "images": [{"path": str(path), "modality": "sMRI"}],
             "conversations": [
                 {"role": "user", "content": [image, {"type": "text", "text": "What is the sex of this subject?"}]},
                 {"role": "assistant", "content": "male."},

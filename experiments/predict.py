@@ -55,7 +55,7 @@ def main(args: Arguments) -> None:
 
 
 def _ask_about_volumes(args: Arguments, checkpoint: Path) -> None:
-    from umbrella.conversations.images import volume_file
+    from umbrella.conversations.formats import volume_file
 
     settings, question = args.settings, args.options["ask"]
     volumes = [volume_file(file) for file in args.paths]  # before the model is loaded, which takes seconds

@@ -83,13 +83,7 @@ def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
                 ],
             }
         )
-    images = [
-        {"path": item["image_path"], "modality": item["modality"]}
-        for turn in written
-        for item in turn["content"]
-        if item["type"] == "image"
-    ]
-    sample = {"task_id": "t", "task_type": "T1", "images": images, "conversations": written}
+    sample = {"task_id": "t", "task_type": "T1", "conversations": written}
     return Conversation.model_validate(sample | others)
 
 

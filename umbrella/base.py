@@ -2,6 +2,7 @@
 
 import os
 import re
+import reprlib
 import signal
 import sys
 import threading
@@ -91,6 +92,30 @@ def printable(text: str) -> str:
 def pluralise(number: int, noun: str) -> str:
     """Return a number with its noun in the singular or plural: "1 sample", "2 samples"."""
     return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+class _JsonRepr(reprlib.Repr):
+    """Shortened representation with JSON's literals; ``reprlib`` selects methods by the name of the type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = 300
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
+def format_value(value: object) -> str:
+    """Format a value for a message: one line, shortened, JSON literals, texts in quotes."""
+    return _JsonRepr().repr(value)[:300]
+
+
+def format_name(name: str) -> str:
+    """Format a name or path for a message; quotes are added only if necessary."""
+    return name if name and name.isprintable() and len(name) < 300 else format_value(name)
 
 
 def note(message: object) -> None:

@@ -13,7 +13,7 @@ from tokenizers import normalizers
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.images import FILE_MISSING
+from umbrella.conversations.formats import FILE_MISSING
 from umbrella.conversations.reading import Problem
 from umbrella.data.ingest import Splits, load_splits, open_store
 from umbrella.data.settings import MaskPolicy

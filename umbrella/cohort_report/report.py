@@ -134,7 +134,7 @@ def _write_tables(folder: Path, raw: RawSplits, rows: Sequence[VolumeRow]) -> No
             for c in conversations
         ),
     )
-    problems = ([p.where, p.field, p.what, json.dumps(p.sample)] for p in raw.problems)
+    problems = ([p.where, p.field, p.message, json.dumps(p.sample)] for p in raw.problems)
     write_csv(folder / "problems.csv", ["place", "field", "reason", "sample"], problems)
 
 

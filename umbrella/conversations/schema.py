@@ -5,12 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from umbrella.conversations.images import compare_images, dicts_in, image_items, is_well_formed
-from umbrella.conversations.value_checks import LOSS_FLAGS, find_invalid_values
-
+IMAGE_TOKEN = "<image>"
+"""Placeholder of an image in texts."""
+LOSS_FLAGS = ("loss", "weight", "train")
+"""Keys of a turn that exclude it from the training loss if they are false or 0."""
 ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")
 """BIDS subject entity in a path."""
 
@@ -34,13 +35,6 @@ class ImageItem(_Part):
     image_path: str
 
 
-class ImageReference(_Part):
-    """One entry of the sample's ``images`` list."""
-
-    path: str
-    modality: str
-
-
 class Turn(_Part):
     """One message. A string as content becomes one text item."""
 
@@ -51,13 +45,6 @@ class Turn(_Part):
     @classmethod
     def _text_to_items(cls, content: Any) -> Any:
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-    @field_validator("content")
-    @classmethod
-    def _check_content(cls, content: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not content:
-            raise _wrong("is empty; write a text, or leave the turn out")
-        return content
 
     @property
     def in_loss(self) -> bool:
@@ -72,45 +59,15 @@ class Conversation(_Part):
     task_id: str
     task_type: str
     conversations: tuple[Turn, ...]
-    images: tuple[ImageReference, ...] = ()
     metadata: dict[str, Any] = {}
 
     @field_validator("conversations")
     @classmethod
-    def _check_turns(cls, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if not turns:
-            raise _wrong("is empty; a sample needs a user turn and an assistant turn")
+    def _check_answer(cls, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if all(turn.role != "assistant" for turn in turns):
-            raise _wrong("no assistant turn, so there is nothing to learn from or to score; add the answer")
+            message = "no assistant turn, so there is nothing to learn from or to score; add the answer"
+            raise PydanticCustomError("no_answer", message)
         return turns
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check_agreement(cls, raw: Any, handler: Callable[[Any], "Conversation"]) -> "Conversation":
-        # This wraps the other checks, so that images are checked even if, for example, a role is invalid.
-        shown: list[tuple[Any, Any]]
-        listed: list[tuple[Any, Any]]
-        made, comparable = None, True
-        errors: list[InitErrorDetails] = []
-        try:
-            made = handler(raw)
-            shown = [(item.image_path, item.modality) for item in made.volumes]
-            listed = [(image.path, image.modality) for image in made.images]
-        except ValidationError as error:
-            errors = [
-                InitErrorDetails(type=_wrong(issue["msg"], issue["type"]), loc=issue["loc"], input=issue["input"])
-                for issue in error.errors(include_url=False, include_context=False)
-            ]
-            shown = [(item.get("image_path"), item.get("modality")) for item in image_items(raw)]
-            listed = [(image.get("path"), image.get("modality")) for image in dicts_in(raw, "images")]
-            # Images may be missing only because of a malformed value, which is already reported.
-            comparable = is_well_formed(raw)
-        wrong = [*find_invalid_values(raw), *(compare_images(shown, listed) if comparable else ())]
-        for location, what in wrong:
-            errors.append(InitErrorDetails(type=_wrong(what), loc=location, input=raw))
-        if made is None or errors:
-            raise ValidationError.from_exception_data(cls.__name__, errors)
-        return made
 
     @property
     def volumes(self) -> list[ImageItem]:
@@ -204,16 +161,12 @@ class Conversation(_Part):
         return self.model_copy(update={"conversations": tuple(turns)})
 
     def with_paths(self, rewrite: Callable[[str], str]) -> "Conversation":
-        """Return the sample with ``rewrite`` applied to every volume path in turns and ``images``.
-
-        Raises:
-            ValueError: extra keys are nested too deeply for pydantic's JSON serialisation (about 250 levels).
-        """
+        """Return the sample with ``rewrite`` applied to every volume path."""
         raw = self.model_dump(mode="json")
-        for item in image_items(raw):
-            item["image_path"] = rewrite(item["image_path"])
-        for image in raw["images"]:
-            image["path"] = rewrite(image["path"])
+        for turn in raw["conversations"]:
+            for item in turn["content"]:
+                if item["type"] == "image":
+                    item["image_path"] = rewrite(item["image_path"])
         return Conversation.model_validate(raw)
 
 
@@ -240,8 +193,3 @@ def most_frequent_answers(conversations: Iterable[Conversation]) -> dict[str, di
         target: {label: texts.most_common(1)[0][0] for label, texts in by_label.items()}
         for target, by_label in answers.items()
     }
-
-
-def _wrong(what: str, kind: str = "inconsistent") -> PydanticCustomError:
-    # The message is a value, not the template, because it may contain braces.
-    return PydanticCustomError(kind, "{what}", {"what": what})

@@ -1,160 +1,180 @@
 """Validation of raw samples: a sample becomes a conversation or a list of problems."""
 
 import difflib
-import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
+from math import isfinite
 from typing import Any
 
 from pydantic import ValidationError
 
-from umbrella.conversations.formats import FormatError, convert, detect_format, original_field
-from umbrella.conversations.images import (
-    UNKNOWN,
+from umbrella.base import format_name, format_value
+from umbrella.conversations.formats import (
     Problems,
-    dicts_in,
-    file_path,
+    SampleError,
+    complete,
+    detect_format,
     image_items,
-    is_windows_path,
-    path_error,
+    is_flag,
+    original_field,
+    rename_keys,
 )
-from umbrella.conversations.schema import Conversation, Turn
-from umbrella.conversations.value_checks import describe_errors, find_surrogate, format_name, format_value
+from umbrella.conversations.schema import LOSS_FLAGS, Conversation, Turn
 
-MAX_ITEMS = 10_000
-"""Maximum number of turns and items of turns in a sample."""
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters, which names must not contain."""
 UNUSED_KEYS = (
     *("tools", "functions", "tool_calls", "function_call", "reasoning", "reasoning_content", "thinking"),
     *("system_prompt", "chosen", "rejected"),
 )
 """Keys of samples and turns that other programs use and this one does not."""
-DEEP = "is nested too deep; flatten it"
+OBJECT = "must be an object {{...}}, not {input}"
+MESSAGES = {
+    "missing": "is missing; add it",
+    "string_type": "must be a text, not {input}",
+    "dict_type": OBJECT,
+    "model_type": OBJECT,
+    "model_attributes_type": OBJECT,
+    "tuple_type": "must be a list, not {input}",
+    "literal_error": "{input} is not known; use system, user or assistant",
+    "union_tag_not_found": 'has no `type`; add "type": "text" or "type": "image"',
+    "union_tag_invalid": "{input} is of no known `type`; use text or image",
+}
+"""Error type of pydantic to message."""
 
 
-@dataclass(frozen=True)
-class PathRewriter:
-    """Rewrites volume paths to absolute paths: first by ``path_map``, then relative to ``base``."""
-
-    base: Path
-    path_map: Mapping[str, str] = field(default_factory=dict)
-
-    def __call__(self, path: str) -> str:
-        path = self.map_prefix(path)
-        return path if is_windows_path(path) else os.path.abspath(os.path.join(self.base, path))
-
-    def map_prefix(self, path: str) -> str:
-        """Return the path with its prefix replaced according to ``path_map``."""
-        path = file_path(path)
-        normalised = _forward_slashes(path)
-        for old in sorted(self.path_map, key=len, reverse=True):
-            prefix = _forward_slashes(old).rstrip("/")
-            if normalised == prefix or normalised.startswith(prefix + "/"):
-                return os.path.join(self.path_map[old], normalised[len(prefix) :].lstrip("/"))
-        return path
-
-
-def _forward_slashes(path: str) -> str:
-    """Return a Windows path with forward slashes. In other paths a backslash belongs to a file name."""
-    return path.replace("\\", "/") if is_windows_path(path) or "/" not in path else path
-
-
-@dataclass
-class SampleChecker:
-    """Checks samples. Each volume file is checked once.
+def parse_sample(
+    raw: Any,
+    find_volume: Callable[[str], tuple[str, str]],
+    format: str,
+    modalities: Collection[str] | None,
+    allow_unanswered: bool,
+    allow_blank_answers: bool,
+) -> Conversation:
+    """Convert a sample to a conversation. Other checks than those of types need a sample without errors of type.
 
     Args:
-        format: format of all samples, or "auto".
-        modalities: accepted modality names; None accepts all.
-        check_files: check that each volume file exists.
-        allow_unanswered, allow_blank_answers: see ``read_conversations``.
+        raw: the sample; not changed.
+        find_volume: path in the sample to (absolute path, problem or "").
+        format, modalities, allow_unanswered, allow_blank_answers: see ``read_conversations``.
+
+    Raises:
+        SampleError: with all problems, by the names of the fields in the file.
     """
-
-    format: str
-    modalities: Collection[str] | None
-    check_files: bool
-    allow_unanswered: bool = False
-    allow_blank_answers: bool = False
-    _path_errors: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def check(self, raw: Any, rewrite: PathRewriter) -> tuple[Conversation | None, Problems]:
-        """Return (conversation, problems). The conversation is None if there is a problem."""
-        conversation = None
-        try:
-            if problem := find_surrogate(raw):
-                return None, [problem]
-            kind = detect_format(raw) if self.format == "auto" else self.format
-            sample, problems = convert(raw, kind)
-            written, turns = raw.get("messages" if kind == "chat" else "conversations"), sample.get("conversations")
-            if (number := _count_items(turns)) > MAX_ITEMS:
-                message = f"has {number} turns and items of turns, and a sample may have {MAX_ITEMS}; split it"
-                return None, [("sample", message)]
-            added = len(turns) - len(written) if isinstance(turns, list) and isinstance(written, list) else 0
-            blank = self.allow_unanswered or (self.allow_blank_answers and _has_label(sample))
-            if self.allow_unanswered:
-                _add_blank_answer(sample)
-            conversation = Conversation.model_validate(sample).with_paths(rewrite)
-        except FormatError as error:
-            return None, error.problems
-        except ValidationError as error:
-            problems += [(original_field(name, kind, added), message) for name, message in describe_errors(error)]
-        except (RecursionError, ValueError):  # ValueError comes from with_paths
-            return None, [("sample", DEEP)]
-        found = [*_find_blank_turns(sample, blank), *(() if self.allow_unanswered else _check_roles(sample))]
-        problems += [(original_field(name, kind, added), message) for name, message in found]
-        for item in image_items(sample):
-            problems += self._check_volume(item, rewrite)
-        if not problems and any(UNKNOWN in (item["modality"], item["image_path"]) for item in image_items(sample)):
-            problems = [("images", f"the file or the modality of an image is {UNKNOWN}; write both")]
-        problems = list(dict.fromkeys(problems))
-        return None if problems else conversation, problems
-
-    def _check_volume(self, item: dict[str, Any], rewrite: PathRewriter) -> Problems:
-        modality, path = item.get("modality"), item.get("image_path")
-        problems = []
-        if self.modalities is not None and isinstance(modality, str) and modality not in (UNKNOWN, *self.modalities):
-            known = ", ".join(self.modalities)
-            message = f"{format_value(modality)} is not one of {known}; correct it or add it to `modalities`"
-            problems.append(("modality", message))
-        if isinstance(path, str) and path != UNKNOWN:
-            path, as_written = rewrite(path), rewrite.map_prefix(path)
-            if (path, as_written) not in self._path_errors:
-                self._path_errors[path, as_written] = path_error(path, as_written, self.check_files)
-            if self._path_errors[path, as_written]:
-                problems.append(("image_path", self._path_errors[path, as_written]))
-        return problems
-
-
-def _has_label(sample: dict[str, Any]) -> bool:
-    metadata = sample.get("metadata")
-    return isinstance(metadata, dict) and metadata.get("subject_label") is not None
-
-
-def _count_items(turns: Any) -> int:
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    return len(contents) and len(turns) + sum(len(content) for content in contents if isinstance(content, list))
-
-
-def _add_blank_answer(sample: dict[str, Any]) -> None:
-    """Add a blank assistant turn to a sample that ends with a user turn."""
-    turns = dicts_in(sample, "conversations")
-    if turns and turns[-1].get("role") == "user" and turns[-1] is sample["conversations"][-1]:
-        sample["conversations"] = [*sample["conversations"], {"role": "assistant", "content": ""}]
-
-
-def _check_roles(sample: dict[str, Any]) -> Problems:
-    """Find a sample without a user turn, or with one at its end. Other checks find problems of single turns."""
+    if not isinstance(raw, dict):
+        raise SampleError([("sample", f"must be an object {{...}}, not {format_value(raw)}")])
+    format = detect_format(raw) if format == "auto" else format
+    sample = rename_keys(raw, format)
     turns = sample.get("conversations")
-    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns] if isinstance(turns, list) else []
-    if "assistant" not in roles or any(role not in ("system", "user", "assistant") for role in roles):
-        return []
-    if "user" not in roles:
-        return [("conversations", "no user turn, so nothing is asked; add the question")]
-    if roles[-1] == "user":
-        return [("conversations", "ends with a user turn that nothing answers; add the answer, or leave the turn out")]
-    return []
+    if allow_unanswered and isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+        sample["conversations"] = turns + [{"role": "assistant", "content": ""}] * (turns[-1].get("role") == "user")
+    try:
+        Conversation.model_validate(sample)
+        problems = complete(sample, format)
+        blank = allow_unanswered or (
+            allow_blank_answers and sample.get("metadata", {}).get("subject_label") is not None
+        )
+        problems += [*_check_values(sample), *_check_turns(sample, blank), *_insert_system_turn(sample)]
+        for item in image_items(sample):
+            if modalities is not None and item["modality"] and item["modality"] not in modalities:
+                known = f"{format_value(item['modality'])} is not one of {', '.join(modalities)}"
+                problems.append(("modality", f"{known}; correct it or add it to `modalities`"))
+            item["image_path"], error = find_volume(item["image_path"])
+            problems += [("image_path", error)] if error else []
+        if not problems:
+            return Conversation.model_validate(sample)
+    except ValidationError as error:
+        problems = _describe_errors(error)
+    raise SampleError([(original_field(name, format), message) for name, message in dict.fromkeys(problems)])
+
+
+def _describe_errors(error: ValidationError) -> Problems:
+    found = []
+    for issue in error.errors(include_url=False, include_context=False):
+        location = list(issue["loc"])
+        if location[2:3] == ["content"] and len(location) > 4:
+            del location[4]  # pydantic adds the item's type to the path
+        name = ".".join(map(str, location))
+        message = MESSAGES.get(issue["type"], "{message}")
+        if name == "task_id" and issue["type"] == "missing":
+            message = "is missing; give every sample a name of its own in `task_id` or `id`"
+        if name.endswith("content") and issue["type"] == "tuple_type":
+            message = "must be a text or a list of items, not {input}"
+        found.append((name, message.format(input=format_value(issue["input"]), message=issue["msg"])))
+    return found
+
+
+def _check_values(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the invalid identifiers, labels and loss flags of a well-formed sample."""
+    metadata = sample.get("metadata", {})
+    names = {key: sample[key] for key in ("task_id", "task_type")}
+    for prefix, place in (("", sample), ("metadata.", metadata)):
+        for key in ("subject_id", "patient_id", "reference_id", "family_id"):
+            if place.get(key) is not None:
+                names[prefix + key] = place[key]
+    subjects = sample.get("subject_ids")
+    if isinstance(subjects, list):
+        names |= {f"subject_ids.{i}": subject for i, subject in enumerate(subjects)}
+    elif subjects is not None:
+        yield "subject_ids", f"must be a list, not {format_value(subjects)}"
+    for field, name in names.items():
+        if not (isinstance(name, str) or _is_number(name)):
+            yield field, f"must be a text or a number, not {format_value(name)}"
+        elif not str(name).strip():
+            yield field, "is empty; write a name"
+        elif CONTROL_CHARACTER.search(str(name)):
+            yield field, f"{format_value(name)} holds a line break or another control character; leave it out"
+    label = metadata.get("subject_label")
+    if not (label is None or isinstance(label, str) or _is_number(label)):
+        yield "metadata.subject_label", f"must be a text or a finite number, not {format_value(label)}"
+    if isinstance(label, str) and not label.strip():
+        yield "metadata.subject_label", "is empty; write the label, or leave it out"
+    key = "target" if metadata.get("target") is not None else "task"
+    if not isinstance(metadata.get(key), str | None):
+        yield f"metadata.{key}", f"must be a text, not {format_value(metadata[key])}"
+    for i, turn in enumerate(sample["conversations"]):
+        for key in LOSS_FLAGS:
+            if turn.get(key) is not None and not is_flag(turn[key]):
+                message = f"must be true or false, or 1 or 0, not {format_value(turn[key])}"
+                yield f"conversations.{i}.{key}", message
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def _check_turns(sample: dict[str, Any], allow_blank: bool) -> Iterator[tuple[str, str]]:
+    """Yield blank turns, and problems of the order of turns. ``allow_blank``: the last answer may be blank."""
+    turns = sample["conversations"]
+    for i, turn in enumerate(turns):
+        texts = turn["content"] if isinstance(turn["content"], list) else [{"text": turn["content"]}]
+        if not any(item.get("text", "image").strip() for item in texts) and not (
+            allow_blank and i == len(turns) - 1 and turn["role"] == "assistant"
+        ):
+            yield f"conversations.{i}.content", "is empty; write a text, or leave the turn out"
+    if all(turn["role"] != "user" for turn in turns):
+        yield "conversations", "no user turn, so nothing is asked; add the question"
+    elif turns[-1]["role"] == "user":
+        yield "conversations", "ends with a user turn that nothing answers; add the answer, or leave the turn out"
+
+
+def _insert_system_turn(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Make the ``system`` text of the sample its first turn, unless a system turn has the same text."""
+    text, turns = sample.pop("system", None), sample["conversations"]
+    if not isinstance(text, str | None):
+        yield "system", f"must be a text, not {format_value(text)}"
+    elif text and text.strip():
+        contents = [turn["content"] for turn in turns if turn["role"] == "system"]
+        written = [c if isinstance(c, str) else "\n".join(item.get("text", "") for item in c) for c in contents]
+        if text.strip() not in map(str.strip, written):
+            if written:
+                yield "system", "differs from the text of the system turn; keep one of them"
+            sample["conversations"] = [{"role": "system", "content": text}, *turns]
 
 
 def unusual_features(conversation: Conversation) -> Iterator[str]:
@@ -168,25 +188,10 @@ def unusual_features(conversation: Conversation) -> Iterator[str]:
         yield f"`{key}` is kept, but the model does not see it; write what it should see into the turns"
     if conversation.label is None:
         for key in [*(conversation.metadata.keys() - {"subject_label"}), *(conversation.model_extra or {})]:
-            if is_misspelt_label(key):
+            if _is_misspelt_label(key):
                 yield f"`{format_name(key)}` is not read as the label; write it as `metadata.subject_label`"
 
 
 @cache
-def is_misspelt_label(key: str) -> bool:
-    """Return whether a key is a misspelt ``subject_label``."""
+def _is_misspelt_label(key: str) -> bool:
     return bool(difflib.get_close_matches(key.lower(), ["subject_label"], cutoff=0.85))
-
-
-def _find_blank_turns(sample: dict[str, Any], allow_last: bool) -> Problems:
-    """Find blank turns. ``Conversation`` allows them, because an answer may still have to be generated."""
-    problems = []
-    turns = dicts_in(sample, "conversations")
-    if allow_last and turns and turns[-1].get("role") == "assistant":
-        turns = turns[:-1]
-    for i, turn in enumerate(turns):
-        content = turn.get("content")
-        texts = [content] if isinstance(content, str) else [item.get("text") for item in dicts_in(turn, "content")]
-        if texts and all(isinstance(text, str) and not text.strip() for text in texts):
-            problems.append((f"conversations.{i}.content", "is empty; write a text, or leave the turn out"))
-    return problems

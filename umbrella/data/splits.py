@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbrella.base import ProgressBar, UserError, pluralise
-from umbrella.conversations.images import FILE_MISSING
+from umbrella.conversations.formats import FILE_MISSING
 from umbrella.conversations.reading import Problem, Reading, read_conversations
 from umbrella.conversations.schema import Conversation, most_frequent_answers
 from umbrella.data.leakage import assign_subjects, find_shared
@@ -64,7 +64,7 @@ class RawSplits:
         """Return one line per kind of problem: the first problem, the number of others, and some of their names."""
         kinds: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
-            message = VARYING.sub(lambda match: _first_folder(match[0]) or "#", problem.what)
+            message = VARYING.sub(lambda match: _first_folder(match[0]) or "#", problem.message)
             kinds.setdefault((re.sub(r"\.\d+", ".#", problem.field), message), []).append(problem)
         return [_summarise(problems) for problems in kinds.values()]
 
@@ -78,7 +78,7 @@ def _first_folder(value: str) -> str:
 def _summarise(problems: Sequence[Problem]) -> str:
     first, samples = problems[0], len({problem.where for problem in problems})
     others = pluralise(samples - 1, "more conversation") if samples > 1 else f"{len(problems) - 1} more there"
-    values = zip(*(VARYING.findall(problem.what) for problem in problems), strict=False)
+    values = zip(*(VARYING.findall(problem.message) for problem in problems), strict=False)
     names = next((found for value in values if len(found := list(dict.fromkeys(value))) > 1), [])
     if not names:
         return f"{first} (and {others})" if len(problems) > 1 else str(first)
@@ -88,10 +88,10 @@ def _summarise(problems: Sequence[Problem]) -> str:
     levels = zip(*(path[:-1] for path in paths), strict=False)
     common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     folder, names = "/".join(common), ["/".join(path[len(common) :]) for path in paths]
-    if first.what.endswith(FILE_MISSING):
+    if first.message.endswith(FILE_MISSING):
         listed = f"{len(names)} files below {folder} do not exist, first {', '.join(names[:3])}"
         remedy = f"data.path_map={{{folder}: /your/folder}}, or data.root for relative paths"
-        return str(replace(first, what=f"{listed}; {remedy}"))
+        return str(replace(first, message=f"{listed}; {remedy}"))
     return f"{first} (and {others} below {folder}, next {', '.join(names[1:3])})"
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from umbrella.base import UserError, describe_load_error
-from umbrella.conversations.images import IMAGE_TOKEN
+from umbrella.conversations.schema import IMAGE_TOKEN
 
 # AutoTokenizer reads the configuration, too, and warns about the model type of our own models.
 logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)

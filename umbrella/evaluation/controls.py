@@ -27,7 +27,7 @@ def text_only(conversations: Sequence[Conversation]) -> list[Conversation]:
         raw = conversation.model_dump(mode="json")
         for turn in raw["conversations"]:
             turn["content"] = [item for item in turn["content"] if item["type"] != "image"] or blank
-        without.append(Conversation.model_validate(raw | {"images": []}))
+        without.append(Conversation.model_validate(raw))
     return without
 
 

@@ -10,7 +10,7 @@ import torch
 
 from umbrella.base import UserError, note
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.images import modality_by_suffix, volume_file
+from umbrella.conversations.formats import modality_by_suffix, volume_file
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Turn
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
@@ -118,10 +118,7 @@ class Umbrella:
         content = (*self.items(volumes, modality), TextItem(type="text", text=question))
         answer = Turn(role="assistant", content=(TextItem(type="text", text=""),))
         turns = (*turns, Turn(role="user", content=content), answer)
-        shown = [item for turn in turns for item in turn.content if isinstance(item, ImageItem)]
-        images = tuple({"path": volume.image_path, "modality": volume.modality} for volume in shown)
-        sample = {"task_id": "question", "task_type": "question", "conversations": turns, "images": images}
-        return Conversation.model_validate(sample)
+        return Conversation(task_id="question", task_type="question", conversations=turns)
 
     def chat(self, system: str = "") -> "Chat":
         """Start a chat session. ``system``: the text of the system turn; empty: no such turn."""

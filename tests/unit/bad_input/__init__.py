@@ -1,1 +1,0 @@
-"""Broken inputs of every kind, each with what a person is told about it."""
