@@ -7,7 +7,6 @@ STEP is a step_... folder of a training. Settings are those of the training unle
 would be evaluated.
 """
 
-from umbrella.base import UserError
 from umbrella.cli import Arguments, make_console, named_checkpoint, progress_bar, run_script
 
 
@@ -17,18 +16,10 @@ def main(args: Arguments) -> None:
     from umbrella.evaluation_run.evaluate import evaluate, load_evaluation_settings, print_plan, read_evaluation_data
 
     settings = load_evaluation_settings(named_checkpoint(args.settings), args.files, args.overrides)
-    split = settings.evaluate.split
-    no_split = UserError(f"data.{split} is not set: name the conversations to ask, or another evaluate.split")
     if args.dry_run:
-        data = read_evaluation_data(settings, progress_bar, volumes=False)
-        if data is None:
-            raise no_split
-        print_plan(settings, data, make_console())
-        return
-    evaluated = evaluate(settings, progress_bar)
-    if evaluated is None:
-        raise no_split
-    print_evaluation(*evaluated, make_console())
+        print_plan(settings, read_evaluation_data(settings, progress_bar, volumes=False), make_console())
+    else:
+        print_evaluation(*evaluate(settings, progress_bar), make_console())
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: End
 
 
 def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
-    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male.")).model_dump_json()
+    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male."))
     predictions, fault = PredictionWorker(str(ended.checkpoint), ended.settings, {}, (), True).predict([asked])
     assert (predictions, fault.count("\n")) == ([], 0)
     assert re.fullmatch(r".*gone\.nii: .*", fault)
@@ -212,7 +212,7 @@ class Squares:
 
 def squares(folder: Path, numbers: list[int], max_failures: int = 3) -> Iterator[int]:
     start = partial(ray.remote(num_cpus=0)(Squares).remote, folder)
-    return map_on_actors(numbers, lambda number: number, start, 2, max_failures)
+    return map_on_actors(numbers, start, 2, max_failures)
 
 
 def test_answers_come_in_order_and_what_a_process_died_of_is_asked_again(ray_session: Any, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twic
                     raise Killed
             yield thing
 
-    assert ask(*words, "--dry-run") == (0, f"would ask 12 of 12 conversations; 0 are answered in {out}\n", "")
+    assert ask(*words, "--dry-run") == (0, f"would predict 12 of 12 conversations; 0 have a prediction in {out}\n", "")
     assert not out.exists()
     with pytest.raises(Killed):
         predict_cohort(read_cohort(learnt, settings, load_checkpoint_settings(learnt, None)), progress)
@@ -53,7 +53,7 @@ def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twic
     assert before.count(b"\n") == 8
     with out.open("a", encoding="utf-8") as cut:
         cut.write('{"task_id": "three2", "ta')
-    assert ask(*words, "--dry-run").stdout.startswith("would ask 4 of 12 conversations; 8 are answered")
+    assert ask(*words, "--dry-run").stdout.startswith("would predict 4 of 12 conversations; 8 have a prediction")
     counts.clear()
     predict_cohort(read_cohort(learnt, settings, load_checkpoint_settings(learnt, None)), progress)
     assert counts == [0, 1, 2, 3]
@@ -67,7 +67,7 @@ def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twic
     assert [p.text for p in found] == model.answer(cohort) == ["male.", "Hello, you.", "Seen. And 2 more, é."] * 4
     assert (found[0].probabilities["male"] > 0.9, found[1].probabilities) == (True, {})
 
-    assert "12 of 12 conversations are answered already" in ask(*words).stdout
+    assert "12 of 12 conversations have a prediction already" in ask(*words).stdout
     write_questions(file, cohort[1:])
     done = ask(*words)
     assert (done.status, len(done.stderr.splitlines())) == (2, 1)

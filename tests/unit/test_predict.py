@@ -1,4 +1,4 @@
-"""predict.py as a person starts it: a question, a conversation, a cohort, and what is said when that cannot be."""
+"""predict.py: one question, a chat, a file of conversations, and its errors."""
 
 import io
 import json
@@ -8,54 +8,50 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Done, write_questions
+from tests.conftest import Done, make_conversation, make_prediction, write_questions
 from umbrella.base import UserError
 from umbrella.conversations.reading import read_conversations
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation_run.cohort_predictions import PredictionFile
+from umbrella.evaluation_run.prediction_workers import WINDOW, make_batches
+from umbrella.modality import Modality
 
 
-def volumes(conversation: Conversation) -> list[str]:
+def paths(conversation: Conversation) -> list[str]:
     return [volume.image_path for volume in conversation.volumes]
 
 
-def test_a_question_about_volumes_is_answered_and_candidates_have_their_probabilities(
+def test_a_question_is_answered_and_candidates_get_probabilities(
     ask: Callable[..., Done], said: list[Conversation]
 ) -> None:
-    s2, d, _ = volumes(said[2])
-    assert ask(s2, d, "--modality", "sMRI,dMRI", "--ask", "") == (0, "Seen.\n", "")
-    done = ask("--ask", "Hi", "--candidates", "Bye., Hello, you.")  # commas part answers
-    assert done.stdout.splitlines()[0] == "Hello, you."
+    s2, d, _ = paths(said[2])
+    assert ask("--ask", "Hi", "evaluate.max_new_tokens=2").stdout == "He\n"
     done = ask(s2, d, "--modality", "sMRI,dMRI", "--ask", "", "--candidates", "male.,Seen.")
     answer, first, second = done.stdout.splitlines()
     assert (answer, first.split()[1], second.split()[1]) == ("Seen.", "Seen.", "male.")
     assert float(first.split()[0]) + float(second.split()[0]) == pytest.approx(1, abs=1e-4)
-    assert ask("--ask", "Hi", "evaluate.max_new_tokens=2").stdout == "He\n"
-    assert "would ask" in ask("--ask", "Hi", s2, "--dry-run").stdout
+    assert "would answer 'Hi' about:" in ask("--ask", "Hi", s2, "--dry-run").stdout
 
 
-def test_a_conversation_goes_on_line_by_line_with_volumes_that_are_added(
+def test_a_chat_reads_questions_and_volumes_line_by_line(
     ask: Callable[..., Done], said: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    f2 = volumes(said[2])[2]
+    f2 = paths(said[2])[2]
 
-    def chat(text: str, *words: str) -> Done:
+    def chat(text: str) -> Done:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        return ask("--chat", *words)
+        return ask("--chat", "evaluate.max_new_tokens=12")
 
-    assert chat("Hi\n") == (0, "Hello, you.\n", "")
-    done = chat(f"/add '{f2}' fMRI\nHi\nAnd this?\n\nNever asked\n")
-    assert (done.status, len(done.stdout.splitlines())) == (0, 2)
+    done = chat(f"Hi\n/add '{f2}' fMRI\nAnd this?\n\nNever asked\n")
+    assert (done.status, done.stdout.splitlines()[0], len(done.stdout.splitlines())) == (0, "Hello, you.", 2)
     assert chat("/add /none.nii\nHi\n") == (2, "", "error: /none.nii does not exist\n")
-    assert chat(f"/add {f2} CT\nHi\n").stderr.startswith("error: modality='CT': this model was trained on")
     assert chat("/sub a.nii\n").stderr.startswith("error: /sub a.nii: write /add FILE")
 
 
-def test_at_a_terminal_what_is_wrong_is_said_and_the_conversation_goes_on(
+def test_a_chat_at_a_terminal_continues_after_an_error(
     ask: Callable[..., Done], said: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    f2, prompts = volumes(said[2])[2], []
+    f2, prompts = paths(said[2])[2], []
     lines = iter(["/add /none.nii", f"/add {f2}", "/add", "Hi"])
 
     def typed(prompt: str = "") -> str:
@@ -67,46 +63,37 @@ def test_at_a_terminal_what_is_wrong_is_said_and_the_conversation_goes_on(
 
     monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     monkeypatch.setattr("builtins.input", typed)
-    done = ask("--chat")
+    done = ask("--chat", "evaluate.max_new_tokens=12")
     assert prompts == ["> ", "> ", "[1 volume] > ", "[1 volume] > ", "> "]
     assert (done.status, len(done.stderr.splitlines())) == (0, 2)
     assert done.stderr.startswith("error: /none.nii does not exist")
 
 
-def test_what_cannot_be_asked_is_one_line_and_status_2(
-    ask: Callable[..., Done], run: Callable[..., Done], learnt: Path, said: list[Conversation], tmp_path: Path
+def test_user_errors_are_one_line_and_status_2(
+    ask: Callable[..., Done], run: Callable[..., Done], said: list[Conversation], tmp_path: Path
 ) -> None:
-    s2 = volumes(said[2])[0]
-    storage = f"resources.storage={tmp_path}"
-    none, newest = tmp_path / "none.jsonl", tmp_path / "trainings" / "a" / "step_0000003"
-    cases: list[tuple[Callable[[], Done], str]] = [
-        (lambda: ask("/none.nii", "--ask", "?"), "/none.nii does not exist"),
-        (lambda: ask(s2, "--ask", "?"), f"{s2}: has 3 axes and may be dMRI or sMRI; name its modality: "),
-        (
-            lambda: ask(s2, "--ask", "?", "--modality", "CT"),
-            "modality='CT': this model was trained on dMRI, fMRI, sMRI",
-        ),
-        (lambda: ask(s2), "there is no question; give --ask "),
-        (lambda: ask("--chat", "--ask", "?"), "--ask and --chat cannot go together; give "),
-        (lambda: ask(s2, f"data.input={none}"), f"{s2}: does not go with data.input"),
-        (lambda: ask("--chat", "--candidates", "a,b"), "--candidates: does not go with --chat"),
-        (lambda: ask("--ask", "?", "checkpoint=nowhere"), "checkpoint=nowhere: there is no such folder; name a"),
-        (lambda: ask("--ask", "?", f"checkpoint={tmp_path}"), f"{tmp_path}: is no checkpoint: it has no config.json"),
-        (lambda: ask(f"data.input={none}"), f"{none}: no such file or folder"),
-        (lambda: run("predict.py", "--ask", "?", storage), "checkpoint is not set; name a training's step_... folder,"),
-    ]
-    for call, words in cases:
-        done = call()
-        assert done.status == 2, words
-        assert done.stderr.startswith(f"error: {words}")
-        assert len(done.stderr.splitlines()) == 1
+    s2, none = paths(said[2])[0], tmp_path / "none.jsonl"
+    cases = {
+        "/none.nii does not exist": ("/none.nii", "--ask", "?"),
+        "there is no question; give --ask ": (s2,),
+        "--ask and --chat cannot go together; give ": ("--chat", "--ask", "?"),
+        f"{s2}: does not go with data.input": (s2, f"data.input={none}"),
+        "--candidates: does not go with --chat": ("--chat", "--candidates", "a,b"),
+        "checkpoint=nowhere: there is no such folder; name a": ("--ask", "?", "checkpoint=nowhere"),
+        f"{none}: no such file or folder": (f"data.input={none}",),
+    }
+    for message, words in cases.items():
+        done = ask(*words)
+        assert (done.status, len(done.stderr.splitlines())) == (2, 1)
+        assert done.stderr.startswith(f"error: {message}")
+    newest = tmp_path / "trainings" / "a" / "step_0000003"
     newest.mkdir(parents=True)
-    assert f"as in checkpoint={newest}, the newest" in run("predict.py", "--ask", "?", storage).stderr
+    done = run("predict.py", "--ask", "?", f"resources.storage={tmp_path}")
+    assert done.stderr.startswith("error: checkpoint is not set; name a training's step_... folder,")
+    assert f"as in checkpoint={newest}, the newest" in done.stderr
 
 
-def test_questions_may_lack_their_answer_where_they_are_asked_and_nowhere_else(
-    said: list[Conversation], tmp_path: Path
-) -> None:
+def test_the_last_answer_may_be_missing_in_data_input_only(said: list[Conversation], tmp_path: Path) -> None:
     file = write_questions(tmp_path / "asked.jsonl", said)
     with file.open("a", encoding="utf-8") as more:
         for name, turns in {
@@ -129,36 +116,32 @@ def test_questions_may_lack_their_answer_where_they_are_asked_and_nowhere_else(
     assert [p.where for p in read_conversations(file).problems][:4] == [f"{file}:{line}" for line in (1, 2, 3, 4)]
 
 
-def row(task_id: str) -> Prediction:
-    return Prediction(task_id, "T1", "s", "sex", None, "", text="é")
+ABOUT = {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}
 
 
-def test_answers_go_on_where_a_killed_process_left_half_a_line(tmp_path: Path) -> None:
-    file, about = tmp_path / "a.jsonl", {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}
-    with PredictionFile(file, about).open() as out:
-        out.write([row("a"), row("b")])
-        with pytest.raises(UserError, match="another process is writing"), PredictionFile(file, about).open():
+def test_a_prediction_file_continues_after_an_incomplete_line(tmp_path: Path) -> None:
+    file, rows = tmp_path / "a.jsonl", [make_prediction(task_id=name, text="é") for name in "ab"]
+    with PredictionFile(file, ABOUT).open() as append:
+        append(rows)
+        with pytest.raises(UserError, match="another process is writing"), PredictionFile(file, ABOUT).open():
             pass
     whole = file.read_bytes()
-    for cut in (1, 40):  # the line's end alone, and some of it
+    for cut in (1, 40):  # the end of the line alone, and a part of it
         file.write_bytes(whole[:-cut])
-        moved = about | {"checkpoint": {"name": "elsewhere/a", "content": "1"}}
-        again = PredictionFile(file, moved)
+        again = PredictionFile(file, ABOUT | {"checkpoint": {"name": "elsewhere/a", "content": "1"}})
         assert again.predicted("abc") == {"a"}
-        assert file.read_bytes() == whole[:-cut]  # looking changes nothing
-        with again.open() as out:
-            out.write([row("b")])
+        assert file.read_bytes() == whole[:-cut], "reading changes nothing"
+        with again.open() as append:
+            append(rows[1:])
         assert file.read_bytes() == whole
 
 
-def test_answers_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
-    file, about = tmp_path / "a.jsonl", {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}
-    with PredictionFile(file, about).open():
-        pass
-    with PredictionFile(file, {"length": 3}).open() as out:  # it has no answer yet, and is free
-        out.write([])
-    with PredictionFile(file, about).open() as out:
-        out.write([row("a")])
+def test_a_prediction_file_with_other_metadata_or_contents_is_refused(tmp_path: Path) -> None:
+    file, line = tmp_path / "a.jsonl", make_prediction(task_id="a").to_json() + "\n"
+    for metadata in ({"length": 3}, ABOUT):  # an empty file may get other metadata
+        with PredictionFile(file, metadata).open():
+            pass
+    file.write_text(line)
     was = "was begun with something else: "
     for changed, words in [
         ({"checkpoint": {"name": "runs/b", "content": "2"}}, was + "checkpoint was runs/a and is runs/b; give another"),
@@ -167,20 +150,38 @@ def test_answers_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
         ({"more": 1}, was + "more was None and is 1; give another output"),
     ]:
         with pytest.raises(UserError, match=re.escape(words)):
-            PredictionFile(file, about | changed)
-    with pytest.raises(UserError, match=r"a\.jsonl:1: a is not in data\.input; delete that line"):
-        PredictionFile(file, about).predicted({"b"})
-    file.write_text(f"{row('a').to_json()}\n{row('a').to_json()}\n{{}}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:2: a is there twice"):
-        PredictionFile(file, about).predicted({"a"})
-    file.write_text("{}\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: is no prediction"):
-        PredictionFile(file, about).predicted({"a"})
-    (tmp_path / "a.jsonl.about.json").write_text("[", encoding="utf-8")
+            PredictionFile(file, ABOUT | changed)
+    for content, known, words in [
+        (line, {"b"}, "a.jsonl:1: a is not in data.input; delete that line"),
+        (line * 2, {"a"}, "a.jsonl:2: a is there twice"),
+        ("{}\n", {"a"}, "a.jsonl:1: is no prediction"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(UserError, match=re.escape(words)):
+            PredictionFile(file, ABOUT).predicted(known)
+    about = tmp_path / "a.jsonl.about.json"
+    about.write_text("[", encoding="utf-8")
     with pytest.raises(UserError, match=r"about\.json: cannot be read; give another output"):
-        PredictionFile(file, about)
-    (tmp_path / "a.jsonl.about.json").unlink()
+        PredictionFile(file, ABOUT)
+    about.unlink()
     with pytest.raises(UserError, match=r"a\.jsonl: is there already, and a\.jsonl\.about\.json is not"):
-        PredictionFile(file, about)
+        PredictionFile(file, ABOUT)
     with pytest.raises(UserError, match="is a folder; name a file"):
-        PredictionFile(tmp_path, about)
+        PredictionFile(tmp_path, ABOUT)
+
+
+def test_batches_contain_each_conversation_once_sorted_by_length_within_a_window(
+    modalities: dict[str, Modality],
+) -> None:
+    sizes = [(7 * i) % 31 for i in range(100)]
+    conversations = [make_conversation(("user", "x" * n), ("assistant", "y")) for n in sizes]
+    batches = make_batches(conversations, modalities, 4)
+    assert [len(batch) for batch in batches] == [4] * 25
+    for start in range(0, len(batches), WINDOW):
+        window = [i for batch in batches[start : start + WINDOW] for i in batch]
+        assert sorted(window) == list(range(4 * start, 4 * start + len(window)))
+        assert [sizes[i] for i in window] == sorted(sizes[i] for i in window)
+    volume = make_conversation(("user", [("fMRI", "/f.nii")]), ("assistant", "y"))  # 3 tokens
+    assert make_batches([conversations[sizes.index(4)], volume, conversations[sizes.index(2)]], modalities, 3) == [
+        [2, 1, 0]
+    ]

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm
 from umbrella.cluster import join_cluster
@@ -80,8 +80,10 @@ class PredictionFile:
         return found
 
     @contextmanager
-    def open(self) -> Iterator["Appender"]:
-        """Open the file for appending, locked for this process; an incomplete last line is removed.
+    def open(self) -> Iterator[Callable[[Iterable[Prediction]], None]]:
+        """Open the file, locked for this process; an incomplete last line is removed. Yields a function that appends.
+
+        Predictions are on the disk when it returns.
 
         Raises:
             UserError: another process has the lock.
@@ -93,32 +95,25 @@ class PredictionFile:
             write_atomic(self.metadata_path, json.dumps(self.metadata, indent=1))
             with self.path.open("rb") as lines:
                 os.truncate(self.path, sum(len(line) for line in lines if line.endswith(b"\n")))
-            yield Appender(file)
+
+            def append(predictions: Iterable[Prediction]) -> None:
+                file.write("".join(f"{prediction.to_json()}\n" for prediction in predictions).encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+            yield append
 
     def _check_metadata(self) -> None:
         try:
             old, new = json.loads(self.metadata_path.read_text(encoding="utf-8")), self.metadata
-            changed = [name for name in {**old, **new} if _content(old, name) != _content(new, name)]
+            pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
         except (ValueError, AttributeError):
             raise UserError(f"{self.metadata_path}: cannot be read; give another output") from None
-        if changed:
-            name = changed[0]
-            was, now = _describe(old, name), _describe(new, name)
-            what = f"{name} was {was} and is {now}" if was != now else f"{name}={now} has changed since"
-            raise UserError(f"output={self.path}: was begun with something else: {what}; give another output")
-
-
-class Appender:
-    """An open file of predictions."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def write(self, predictions: Iterable[Prediction]) -> None:
-        """Append lines. They are on the disk when this returns."""
-        self._file.write("".join(f"{prediction.to_json()}\n" for prediction in predictions).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        for name, (was, now) in pairs.items():
+            if _part(was, "content") != _part(now, "content"):
+                was, now = _part(was, "name"), _part(now, "name")
+                what = f"{name} was {was} and is {now}" if was != now else f"{name}={now} has changed since"
+                raise UserError(f"output={self.path}: was begun with something else: {what}; give another output")
 
 
 @dataclass
@@ -167,7 +162,9 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
         "model.dtype": own.model.dtype,
     }
     metadata |= {f"evaluate.{name}": getattr(evaluate, name) for name in EVALUATE_SETTINGS}
-    path = settings.output or Path(settings.resources.storage) / f"predictions-{_hash(metadata)}.jsonl"
+    contents = json.dumps({name: _part(value, "content") for name, value in metadata.items()}, sort_keys=True)
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:8]
+    path = settings.output or Path(settings.resources.storage) / f"predictions-{digest}.jsonl"
     return Cohort(checkpoint, settings, raw, PredictionFile(Path(path), metadata))
 
 
@@ -191,11 +188,11 @@ def predict_cohort(cohort: Cohort, progress: ProgressBar) -> Splits:
         join_cluster(settings.resources, settings.name)
         splits = check_splits(cohort.raw, settings, progress)
         numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
-        with cohort.file.open() as file:
+        with cohort.file.open() as append:
             for predictions in predict_on_workers(
                 cohort.remaining(), cohort.checkpoint, settings, candidates, numbers, truth=False, progress=progress
             ):
-                file.write(predictions)
+                append(predictions)
     for line in prediction_notes(read_predictions(path)):
         note(line)
     return splits
@@ -212,17 +209,6 @@ def hash_checkpoint(checkpoint: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash(metadata: Mapping[str, Any]) -> str:
-    """A hash of the metadata of a prediction file; paths of the same content give the same hash."""
-    contents = {name: _content(metadata, name) for name in metadata}
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _content(metadata: Mapping[str, Any], name: str) -> Any:
-    value = metadata.get(name)
-    return value.get("content", value) if isinstance(value, dict) else value
-
-
-def _describe(metadata: Mapping[str, Any], name: str) -> str:
-    value = metadata.get(name)
-    return str(value.get("name", value) if isinstance(value, dict) else value)
+def _part(value: Any, part: str) -> Any:
+    """The "content" or "name" of a value of the metadata; a value without these is its own."""
+    return value.get(part, value) if isinstance(value, dict) else value

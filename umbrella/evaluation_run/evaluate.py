@@ -2,15 +2,17 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm, pluralise
@@ -48,9 +50,6 @@ from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_u
 from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model
 
-ARTIFACTS = "evaluation"
-"""Folder of the report among the artifacts of a run."""
-
 
 @dataclass(frozen=True)
 class EvaluationData:
@@ -77,25 +76,23 @@ def load_evaluation_settings(
     load_checkpoint_settings(checkpoint, None)  # first: the settings of an earlier version may be invalid now
     own_file = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
     settings = load_settings([*own_file, *files], overrides)
-    own = load_checkpoint_settings(checkpoint, settings.model.dtype)
-    name = load_settings(files, overrides).name
-    return _with_checkpoint(settings.model_copy(update={"name": name}), checkpoint, own)
+    return _with_checkpoint(settings, checkpoint, name=load_settings(files, overrides).name)
 
 
-def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: bool = True) -> EvaluationData | None:
-    """Read and check the conversations of ``evaluate.split``; None if that split is not set.
+def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: bool = True) -> EvaluationData:
+    """Read and check the conversations of ``evaluate.split``.
 
     Args:
         volumes: read every volume, and write the list of quarantined samples.
 
     Raises:
-        UserError: samples that cannot be used, according to ``data.on_bad``; subjects that are also in the training
-            split, unless ``evaluate.allow_shared_subjects``; a label without a candidate answer.
+        UserError: the split is not set; samples that cannot be used, according to ``data.on_bad``; subjects that are
+            also in the training split, unless ``evaluate.allow_shared_subjects``; a label without a candidate answer.
     """
     split, evaluate = settings.evaluate.split, settings.evaluate
     raw = read_splits(settings, progress, (split,))
     if not raw.splits:
-        return None
+        raise UserError(f"data.{split} is not set: name the conversations to ask, or another evaluate.split")
     training = read_splits(settings, progress, ("train",), check_files=False)
     shared, notes = find_shared(training.splits | raw.splits, training.locations | raw.locations)
     problems = [str(problem) for _, problem in shared]
@@ -116,21 +113,19 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     for conversation in training.splits["train"]:
         if conversation.label is not None:
             labels[conversation.target].append(conversation.label)
-    facts: dict[str, str | int] = {
-        "data fingerprint": fingerprint(raw.splits),
-        "quarantined samples": splits.quarantined,
-    }
+    facts: dict[str, str | int] = {"data fingerprint": fingerprint(raw.splits)}
+    facts["quarantined samples"] = splits.quarantined
     return EvaluationData(conversations, candidates, labels, facts, notes)
 
 
-def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResult, Path] | None:
+def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResult, Path]:
     """Evaluate a checkpoint, write the report, and log the results to MLflow.
 
     Args:
         settings: see ``load_evaluation_settings``.
 
     Returns:
-        (result, path of the page), or None if ``evaluate.split`` is not set.
+        (result, path of the page).
 
     Raises:
         UserError: as ``read_evaluation_data`` and ``predict_on_workers``; a folder that cannot be written to.
@@ -141,21 +136,18 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
     if settings.output:
         folder = Path(settings.output).absolute()
     check_writable(folder, f"output={folder}")
-    with on_sigterm(_stop):
+
+    def stop() -> None:
+        raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")
+
+    with on_sigterm(stop):
         join_cluster(settings.resources, settings.name)
-        data = read_evaluation_data(settings, progress)
-        if data is None:
-            return None
+        data, own = read_evaluation_data(settings, progress), settings.evaluate
         predictions, notes = _predict_conditions(settings, data, progress)
-        own = settings.evaluate
-        groups = {
-            condition: tabulate(rows, own, settings.seed, data.training_labels)
-            for condition, rows in predictions.items()
-        }
+        groups = {c: tabulate(rows, own, settings.seed, data.training_labels) for c, rows in predictions.items()}
         cases = _draw_cases(settings, data.conversations, predictions[AS_ASKED]) if own.pictures else []
         device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
-        facts = {**data.facts, "processes": f"{own.workers} on {device}"}
-        facts |= {"seconds": round(time.monotonic() - start)}
+        facts = {**data.facts, "processes": f"{own.workers} on {device}", "seconds": round(time.monotonic() - start)}
         notes = [*data.notes, *notes, *prediction_notes(predictions[AS_ASKED])]
         for line in notes:
             note(line)
@@ -176,15 +168,12 @@ def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: P
     Raises:
         UserError: as ``evaluate``.
     """
-    if not settings.evaluate.at_end:
-        return
-    own = load_checkpoint_settings(checkpoint.absolute(), settings.model.dtype)
-    named = settings.model_copy(update={"name": name, "output": ""})
-    evaluated = evaluate(_with_checkpoint(named, checkpoint.absolute(), own), progress)
-    if evaluated:
-        print_evaluation(*evaluated, console)
-    else:
-        console.print(f"no evaluation: data.{settings.evaluate.split} is not set", markup=False, highlight=False)
+    split = settings.evaluate.split
+    if settings.evaluate.at_end and settings.data.train and not getattr(settings.data, split):
+        console.print(f"no evaluation: data.{split} is not set", markup=False, highlight=False)
+    elif settings.evaluate.at_end:
+        own = _with_checkpoint(settings, checkpoint.absolute(), name=name, output="")
+        print_evaluation(*evaluate(own, progress), console)
 
 
 def print_plan(settings: Settings, data: EvaluationData, console: Console) -> None:
@@ -219,15 +208,12 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     training = find_run(uri, checkpoint.parent)
-    if training:
-        logger = training
-    else:
-        logger = MlflowLogger.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
-        logger.params(
-            {k: v for k, v in settings.flat().items() if k.split(".")[0] in ("evaluate", "checkpoint", "data")}
-        )
+    logger = training or MlflowLogger.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
+    if not training:
+        sections = ("evaluate", "checkpoint", "data")
+        logger.params({name: value for name, value in settings.flat().items() if name.split(".")[0] in sections})
         logger.artifact(settings.to_yaml(), SETTINGS)
-    metrics = dict(mlflow_metrics(result))
+    metrics = mlflow_metrics(result)
     refused = sorted(name for name in metrics if not is_valid_metric(name))
     if refused:
         note(f"MLflow does not accept these metric names, so they are not logged: {', '.join(refused)}")
@@ -235,30 +221,36 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
     logger.inputs([describe_dataset(result.split, conversations, str(result.facts["data fingerprint"]), paths)])
     step = read_training_state(checkpoint).step if (checkpoint / PROGRESS).is_file() else 0
     logger.results({name: value for name, value in metrics.items() if name not in refused}, step)
-    for name, text in _artifacts(result, folder, conversations).items():
-        logger.artifact(text, f"{ARTIFACTS}/{name}")
+    with TemporaryDirectory() as temporary:
+        if settings.tracking.hash_subjects:
+            subjects = {subject for c in conversations for subject in c.subjects}
+            folder = Path(temporary)
+            write_report(folder, anonymised(result, subjects, read_salt(settings.resources.storage)), ())
+        for name in (REPORT, METRICS):
+            logger.artifact((folder / name).read_text(encoding="utf-8"), f"evaluation/{name}")
     if not training:
         logger.end()
 
 
-def mlflow_metrics(result: EvaluationResult) -> Iterator[tuple[str, float]]:
-    """Names and values of the metrics that MLflow gets: ``test/<target>/<way>/<level>/<metric>``.
+def mlflow_metrics(result: EvaluationResult) -> dict[str, float]:
+    """The metrics that MLflow gets: ``test/<target>/<way>/<level>/<metric>``.
 
     Controls are ``test_shuffled/...`` and ``test_text_only/...``. The main metric also has ``.../low`` and
     ``.../high``. Subgroups and undefined values are left out.
     """
+    metrics: dict[str, float] = {}
     for condition, groups in result.groups.items():
         prefix = result.split if condition == AS_ASKED else f"{result.split}_{condition}"
         for group in (group for group in groups if group.by == "all"):
-            values = {}
-            for name, estimate in group.metrics.items():
-                values[name] = estimate.value
-                if name.split("/")[-1] == MAIN_METRIC[group.kind]:
-                    values |= {f"{name}/low": estimate.low, f"{name}/high": estimate.high}
-            values |= group.references
+            values = dict(group.references)
             if group.invalid is not None:
                 values["invalid"] = group.invalid
-            yield from ((f"{prefix}/{group.target}/{n}", v) for n, v in values.items() if isfinite(v))
+            for name, (value, low, high) in group.metrics.items():
+                values[name] = value
+                if name.split("/")[-1] == MAIN_METRIC[group.kind]:
+                    values |= {f"{name}/low": low, f"{name}/high": high}
+            metrics |= {f"{prefix}/{group.target}/{name}": value for name, value in values.items() if isfinite(value)}
+    return metrics
 
 
 def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -> EvaluationResult:
@@ -273,20 +265,10 @@ def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -
     return replace(result, groups=groups, notes=[redact(note) for note in result.notes])
 
 
-def _artifacts(result: EvaluationResult, folder: Path, conversations: Sequence[Conversation]) -> dict[str, str]:
-    """Name to content of the files that MLflow gets."""
-    names, settings = (REPORT, METRICS), result.settings
-    if not settings.tracking.hash_subjects:
-        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    subjects = {subject for c in conversations for subject in c.subjects}
-    with TemporaryDirectory() as temporary:
-        write_report(Path(temporary), anonymised(result, subjects, read_salt(settings.resources.storage)), ())
-        return {name: (Path(temporary) / name).read_text(encoding="utf-8") for name in names}
-
-
-def _with_checkpoint(settings: Settings, checkpoint: Path, own: Settings) -> Settings:
-    """``settings`` with the model and modalities of the settings that the checkpoint was trained with (``own``)."""
-    changes = {"checkpoint": str(checkpoint), "model": own.model, "modalities": own.modalities}
+def _with_checkpoint(settings: Settings, checkpoint: Path, **changes: Any) -> Settings:
+    """``settings`` with the model and modalities of the settings that the checkpoint was trained with."""
+    own = load_checkpoint_settings(checkpoint, settings.model.dtype)
+    changes |= {"checkpoint": str(checkpoint), "model": own.model, "modalities": own.modalities}
     return settings.model_copy(update=changes)
 
 
@@ -309,40 +291,26 @@ def _predict_conditions(
     parts = predict_on_workers(
         conversations, settings.checkpoint, settings, data.candidates, numbers, progress=progress
     )
-    predictions = iter([prediction for part in parts for prediction in part])
-    return {name: [next(predictions) for _ in of_one] for name, of_one in conditions.items()}, notes
+    predictions = chain.from_iterable(list(parts))
+    return {name: list(islice(predictions, len(of_one))) for name, of_one in conditions.items()}, notes
 
 
 def _draw_cases(
     settings: Settings, conversations: Sequence[Conversation], predictions: Sequence[Prediction]
 ) -> list[Case]:
     """Draw the best and worst cases: in this process, or in a worker if the model needs a GPU."""
-    arguments = settings, [c.model_dump_json() for c in conversations], list(predictions)
-    if settings.resources.gpus_per_worker:
-        task = ray.remote(num_cpus=0, num_gpus=settings.resources.gpus_per_worker)(_draw_cases_here)
-        cases = ray.get(task.remote(*arguments))
-    else:
-        cases = _draw_cases_here(*arguments)
-    if isinstance(cases, str):
-        raise UserError(cases)
-    return cases
+    if not settings.resources.gpus_per_worker:
+        return _draw_cases_here(settings, conversations, predictions)
+    task = ray.remote(num_cpus=0, num_gpus=settings.resources.gpus_per_worker)(_draw_cases_here)
+    try:
+        return ray.get(task.remote(settings, conversations, predictions))
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
 
 
 def _draw_cases_here(
-    settings: Settings, conversations: Sequence[str], predictions: Sequence[Prediction]
-) -> list[Case] | str:
-    """The cases, or an error message: an exception would reach the caller as an error of Ray.
-
-    Args:
-        conversations: as JSON.
-    """
-    try:
-        model = load_model(settings.checkpoint, settings)
-        by_task = {c.task_id: c for c in map(Conversation.model_validate_json, conversations)}
-        return draw_cases(model, by_task, open_store(settings), predictions, settings.evaluate)
-    except UserError as error:
-        return str(error)
-
-
-def _stop() -> None:
-    raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")
+    settings: Settings, conversations: Sequence[Conversation], predictions: Sequence[Prediction]
+) -> list[Case]:
+    model = load_model(settings.checkpoint, settings)
+    by_task = {c.task_id: c for c in conversations}
+    return draw_cases(model, by_task, open_store(settings), predictions, settings.evaluate)

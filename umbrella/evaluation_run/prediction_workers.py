@@ -59,14 +59,12 @@ def predict_on_workers(
     def start_worker() -> ActorHandle:
         return actor.remote(str(checkpoint), settings, candidates, frozenset(numbers), truth)
 
-    def serialise(batch: Sequence[int]) -> list[str]:
-        return [conversations[i].model_dump_json() for i in batch]
-
-    results = map_on_actors(batches, serialise, start_worker, min(workers, len(batches)), resources.max_failures)
+    batch_conversations = [[conversations[i] for i in batch] for batch in batches]
+    results = map_on_actors(batch_conversations, start_worker, min(workers, len(batches)), resources.max_failures)
     bar = iter(progress(conversations, "answering conversations"))
     window: dict[int, Prediction] = {}
     for number, (batch, predictions) in enumerate(zip(batches, results, strict=True), start=1):
-        window |= dict(zip(batch, map(Prediction.from_json, predictions), strict=True))
+        window |= dict(zip(batch, predictions, strict=True))
         list(islice(bar, len(batch)))
         if number % WINDOW == 0 or number == len(batches):
             yield [window[i] for i in sorted(window)]
@@ -78,21 +76,19 @@ def make_batches(
     conversations: Sequence[Conversation], modalities: Mapping[str, Modality], size: int
 ) -> list[list[int]]:
     """Indices of the conversations of each batch: conversations are sorted by length within a window of batches."""
-    lengths = [_length(conversation, modalities) for conversation in conversations]
+    lengths = [  # an estimate of the number of tokens that needs no tokenizer
+        sum(
+            len(item.text.encode()) if isinstance(item, TextItem) else modalities[item.modality].num_tokens
+            for turn in conversation.conversations
+            for item in turn.content
+        )
+        for conversation in conversations
+    ]
     batches = []
     for start in range(0, len(lengths), WINDOW * size):
         window = sorted(range(start, min(start + WINDOW * size, len(lengths))), key=lengths.__getitem__)
         batches += [window[i : i + size] for i in range(0, len(window), size)]
     return batches
-
-
-def _length(conversation: Conversation, modalities: Mapping[str, Modality]) -> int:
-    """An estimate of the number of tokens that needs no tokenizer."""
-    return sum(
-        len(item.text.encode()) if isinstance(item, TextItem) else modalities[item.modality].num_tokens
-        for turn in conversation.conversations
-        for item in turn.content
-    )
 
 
 def load_model(checkpoint: str, settings: Settings) -> Umbrella:
@@ -112,7 +108,6 @@ def load_model(checkpoint: str, settings: Settings) -> Umbrella:
 
 def map_on_actors(
     batches: Sequence[Any],
-    serialise: Callable[[Any], Any],
     start_actor: Callable[[], ActorHandle],
     workers: int,
     max_failures: int,
@@ -123,8 +118,7 @@ def map_on_actors(
     because Ray prints a warning about their arguments.
 
     Args:
-        serialise: makes the argument of the actor's method ``predict`` of a batch.
-        start_actor: starts an actor whose ``predict`` returns (result, error message or "").
+        start_actor: starts an actor whose ``predict`` takes a batch and returns (result, error message or "").
         workers: number of actors at a time.
         max_failures: number of actors that may die.
 
@@ -139,7 +133,7 @@ def map_on_actors(
         while True:
             while idle and waiting:
                 actor, batch = idle.pop(), waiting.popleft()
-                running[actor.predict.remote(serialise(batches[batch]))] = actor, batch
+                running[actor.predict.remote(batches[batch])] = actor, batch
             if number in results:
                 break
             (ready, *_), _ = ray.wait(list(running))
@@ -173,32 +167,19 @@ class PredictionWorker:
     def __init__(
         self, checkpoint: str, settings: Settings, candidates: Candidates, numbers: Collection[str], truth: bool
     ) -> None:
-        evaluate = settings.evaluate
-        self.options: dict[str, Any] = {
-            "candidates": candidates,
-            "numbers": numbers,
-            "truth": truth,
-            "max_new_tokens": evaluate.max_new_tokens if evaluate.generate else 0,
-        }
-        self.message = ""
+        limit = settings.evaluate.max_new_tokens if settings.evaluate.generate else 0
+        self.options: dict[str, Any] = {"numbers": numbers, "truth": truth, "max_new_tokens": limit}
+        self.candidates, self.message = candidates, ""
         try:
             self.model = load_model(checkpoint, settings)
         except UserError as error:
             self.message = str(error)
 
-    def predict(self, conversations: Sequence[str]) -> tuple[list[str], str]:
-        """Predict a batch.
-
-        Args:
-            conversations: as JSON.
-
-        Returns:
-            (predictions as JSON, error message or "").
-        """
+    def predict(self, batch: Sequence[Conversation]) -> tuple[list[Prediction], str]:
+        """Predict a batch; returns (predictions, error message or "")."""
         if self.message:
             return [], self.message
-        batch = [Conversation.model_validate_json(one) for one in conversations]
         try:
-            return [one.to_json() for one in self.model.predict(batch, **self.options)], ""
+            return self.model.predict(batch, self.candidates, **self.options), ""
         except UserError as error:
             return [], str(error)
