@@ -50,7 +50,7 @@ def memory_of_tree(process: psutil.Process) -> int:
     for one in [process, *process.children(recursive=True)]:
         try:
             total += one.memory_full_info().pss
-        except psutil.Error:  # the process has ended  # noqa: PERF203
+        except psutil.Error:  # the process has ended
             continue
     return total
 
