@@ -16,7 +16,7 @@ DEFAULT_SPACE = Path(__file__).resolve().parent.parent / "ray_configs" / "tune.y
 
 def main(args: Arguments) -> None:
     """Run or resume a sweep; with --dry-run, print what would run."""
-    from umbrella.tuning.sweep_files import find_sweep, resume_spec
+    from umbrella.tuning.sweep_files import find_sweep, load_spec
 
     console, settings, fixed, folder = make_console(), args.settings, args.given, None
     if name := args.options["resume"]:
@@ -30,7 +30,7 @@ def main(args: Arguments) -> None:
                 return
             with run_lock(folder):
                 download(settings.resources, folder, progress_bar)
-        settings, fixed = resume_spec(folder, args.files, args.overrides)
+        settings, fixed = load_spec(folder, args.files, args.overrides)
     if args.dry_run:
         from umbrella.tuning.dry_run import dry_run
 

@@ -1,6 +1,6 @@
 """How trials end that do not come to their end, on real trainings: when time is over.
 
-The winner of what there is then becomes a model in MLflow.
+The best trial then becomes a model in MLflow.
 """
 
 import csv
@@ -58,16 +58,16 @@ def swept(small_settings: Any, ray_session: Any, tmp_path_factory: pytest.TempPa
     )
     jump = {"seconds": 0.0}
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + jump["seconds"])
-    show_result = Monitor.result
+    show_result = Monitor.on_trial_result
 
-    def result(self: Monitor, trial: Any, metrics: dict[str, Any]) -> None:
-        show_result(self, trial, metrics)
-        if trial.config["optim.lr"] == BEST:
+    def result(self: Monitor, **info: Any) -> None:
+        show_result(self, **info)
+        if info["trial"].config["optim.lr"] == BEST:
             jump.update(seconds=HOUR)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitor, "time", clock)
-        patch.setattr(Monitor, "result", result)
+        patch.setattr(Monitor, "on_trial_result", result)
         answer = run_sweep(settings, frozenset(), lambda things, what: things)
     client = MlflowClient(tracking_uri(storage))
     runs = client.search_runs([client.get_experiment_by_name("ends").experiment_id])
@@ -103,15 +103,15 @@ def test_the_best_of_what_there_is_by_then_is_reported(swept: Any) -> None:
     for trial in answer.trials:
         assert not find_damage(trial.checkpoint)
         told = client.get_metric_history(runs[trial.point["optim.lr"]].info.run_id, "eval/loss")
-        assert {point.step: point.value for point in told} == {e.step: e.loss for e in trial.curve}
+        assert {point.step: point.value for point in told} == {row["step"]: row["eval/loss"] for row in trial.curve}
         assert len(told) == len(trial.curve)
-    with answer.files.ranking.open(encoding="utf-8") as file:
+    with (answer.folder / "ranking.csv").open(encoding="utf-8") as file:
         assert {float(row["optim.lr"]): (row["state"], row["reason"]) for row in csv.DictReader(file)} == ends(answer)
-    page = answer.files.page.read_text(encoding="utf-8")
+    page = (answer.folder / "report.html").read_text(encoding="utf-8")
     assert all(reason in page for _, reason in ends(answer).values())
 
 
-def test_the_winner_alone_is_logged_and_registered_and_the_sweeps_run_points_at_it(swept: Any) -> None:
+def test_only_the_best_trial_is_logged_and_registered_and_belongs_to_the_run_of_the_sweep(swept: Any) -> None:
     _, answer, client, parent, runs = swept
     [output] = client.get_run(parent.info.run_id).outputs.model_outputs
     assert not any(client.get_run(run.info.run_id).outputs.model_outputs for run in runs.values())

@@ -133,7 +133,7 @@ def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once
     sweep, client = tmp_path / "runs" / "sweeps" / "night", MlflowClient(server.uri)
     experiment, again = open_experiment(server.uri, "x", tmp_path / "runs"), "tune.py --resume night"
     points = {"finished": {"lr": 0.1}, "stopped by the scheduler": {"lr": 0.2}, "failed": {"lr": 0.3}}
-    folders = {state: make_trial_folder(sweep, state, point) for state, point in points.items()}
+    folders = {state: make_trial_folder(sweep, point) for state, point in points.items()}
 
     def begin() -> MlflowLogger:
         return MlflowLogger.start(server.uri, experiment, "night", trial="night", folder=sweep)

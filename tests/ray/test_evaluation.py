@@ -130,9 +130,9 @@ def test_a_checkpoint_knows_its_modalities_and_its_longest_answer(ended: Ended, 
 
 @pytest.mark.slow
 def test_on_the_default_cohort_other_subjects_volumes_bring_the_score_to_chance(tmp_path: Path) -> None:
-    sweeps_winner = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
+    best_settings = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
     others = {"tracking.model": False, "resources.storage": str(tmp_path)}
-    folder = train_and_evaluate(tmp_path, load_settings(overrides=sweeps_winner | others)).folder
+    folder = train_and_evaluate(tmp_path, load_settings(overrides=best_settings | others)).folder
     assert whole(folder, "as_asked")["metrics"][SCORE]["value"] > 0.85
     shuffled = whole(folder, "shuffled")["metrics"][SCORE]
     assert shuffled["low"] <= 0.5 <= shuffled["high"]

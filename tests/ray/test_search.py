@@ -10,7 +10,7 @@ from optuna.storages import InMemoryStorage
 from ray import cloudpickle, tune
 
 from umbrella.config import load_settings
-from umbrella.tuning.search import make_optuna_search, make_scheduler, make_search
+from umbrella.tuning.search import count_trials, make_optuna_search, make_scheduler
 from umbrella.tuning.search_space import read_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -64,7 +64,7 @@ def make_tuner(folder: Path, storage: InMemoryStorage | None = None, interrupt: 
             metric="eval/loss",
             mode="min",
             search_alg=make_optuna_search(settings, read_space(settings), storage),
-            num_samples=make_search(settings).num_samples,
+            num_samples=count_trials(settings),
             max_concurrent_trials=1,  # which trial ends first is then no matter of chance
             scheduler=make_scheduler(settings.tune),
             reuse_actors=True,

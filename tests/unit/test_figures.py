@@ -1,35 +1,24 @@
-"""The pictures of a sweep: what stands where, and that any space can be drawn."""
+"""The figures of a sweep: what each draws, for any search space."""
 
 from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from PIL import Image
 
 from umbrella.plots import DPI, VERMILION, WIDTH, save_png
 from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times
-from umbrella.tuning.results import Configuration, Evaluation, Trial, rank_configurations
+from umbrella.tuning.results import Configuration, Trial, rank_configurations
 from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
 
 
 def trial(name: str, point: dict, metric: float | None, state: str = FINISHED, started: float = 0.0) -> Trial:
-    curve = tuple(Evaluation(10 * k, k, (metric or 0) - 0.1 / k, 1 / k, 1 / k, "/c") for k in (1, 2, 3))
-    curve = curve if metric is not None else ()
-    return Trial(name, point, state, metric, 0.3, 30, "/c", "", curve, started, 90.0 + started, 30.0)
-
-
-GRID = [
-    trial("t1", {"optim.lr": 0.001, "mask.supervise": "all"}, 0.9),
-    trial("t2", {"optim.lr": 0.01, "mask.supervise": "all"}, 0.6, STOPPED),
-    trial("t3", {"optim.lr": 0.1, "mask.supervise": "all"}, 0.5, STOPPED),
-    trial("t4", {"optim.lr": 0.001, "mask.supervise": "last_assistant"}, 0.8),
-    trial("t5", {"optim.lr": 0.01, "mask.supervise": "last_assistant"}, 0.7),
-    trial("t6", {"optim.lr": 0.1, "mask.supervise": "last_assistant"}, None, FAILED),
-]
+    times = {"begun": started, "time": 2 * started + 90.0}
+    curve = [{"step": 10 * k, METRIC: (metric or 0) - 0.1 / k, "eval/loss": 1 / k} | times for k in (1, 2, 3)]
+    return Trial(name, point, state, metric, 0.3, 30, "/c", "", curve if metric is not None else [])
 
 
 def ranked(trials: list[Trial]) -> list[Configuration]:
@@ -37,7 +26,16 @@ def ranked(trials: list[Trial]) -> list[Configuration]:
 
 
 def test_the_metric_has_a_panel_per_setting_and_a_line_per_combination_of_the_others() -> None:
-    rate, policy = draw_metric(ranked(GRID), METRIC).axes
+    values = [
+        (0.001, "all", 0.9, FINISHED),
+        (0.01, "all", 0.6, STOPPED),
+        (0.1, "all", 0.5, STOPPED),
+        (0.001, "last_assistant", 0.8, FINISHED),
+        (0.01, "last_assistant", 0.7, FINISHED),
+        (0.1, "last_assistant", None, FAILED),
+    ]
+    grid = [trial(f"{i}", {"optim.lr": v[0], "mask.supervise": v[1]}, v[2], v[3]) for i, v in enumerate(values)]
+    rate, policy = draw_metric(ranked(grid), METRIC).axes
     lines = [line.get_xydata().tolist() for line in rate.lines if len(line.get_xdata()) > 1]
     assert lines == [[[0.001, 0.9], [0.01, 0.6], [0.1, 0.5]], [[0.001, 0.8], [0.01, 0.7]]]
     assert [text.get_text() for text in rate.get_legend().texts] == ["supervise=all", "supervise=last_assistant"]
@@ -45,10 +43,12 @@ def test_the_metric_has_a_panel_per_setting_and_a_line_per_combination_of_the_ot
     assert hollow == {0.6, 0.5}
     assert (rate.get_xscale(), rate.get_xlabel(), rate.get_ylabel()) == ("log", "optim.lr", METRIC)
     assert [label.get_text() for label in policy.get_xticklabels()] == ["all", "last_assistant"]
+    means = [line.get_xydata().tolist() for line in policy.lines if line.get_marker() == "_"]
+    assert means == [[[0, pytest.approx(2 / 3)], [1, 0.75]]]
     assert rate.get_ylim() == policy.get_ylim()
 
 
-def test_the_winner_alone_has_the_star_and_only_where_it_has_the_setting() -> None:
+def test_only_the_best_trial_has_a_star_and_only_in_panels_of_its_settings() -> None:
     trials = [trial("a", {"optim.lr": 0.1, "model.train": "all"}, 0.9)]
     trials += [trial(f"b{r}", {"optim.lr": 0.2, "model.train": "lora", "model.lora_rank": r}, 0.5) for r in (4, 8)]
     stars = {
@@ -58,15 +58,16 @@ def test_the_winner_alone_has_the_star_and_only_where_it_has_the_setting() -> No
     assert stars == {"optim.lr": [0.9], "model.train": [0.9], "model.lora_rank": []}
 
 
-def test_trials_at_one_place_are_drawn_side_by_side_and_within_the_panel() -> None:
-    same = [trial(f"t{i}", {"optim.lr": lr, "seed": i}, 0.5) for i in range(4) for lr in (1e-4, 1e-2)]
-    figure = draw_metric(ranked(same), METRIC)
+@pytest.mark.parametrize("rates", [[1e-4, 1e-2] * 4, [10.0**-i for i in range(7)], [0.1, 0.2, 0.3] * 2])
+def test_trials_are_drawn_apart_and_within_the_panel(rates: list[float]) -> None:
+    figure = draw_metric(ranked([trial(f"t{i}", {"optim.lr": r, "seed": i}, 0.5) for i, r in enumerate(rates)]), METRIC)
     [axes] = figure.axes
     figure.draw_without_rendering()
     points = [line for line in axes.lines if len(line.get_xdata()) == 1]
     places = [line.get_transform().transform(line.get_xydata())[0] for line in points]
-    assert len({tuple(place.round(3)) for place in places}) == len(same)
+    assert len({tuple(place.round(3)) for place in places}) == len(rates)
     assert all(axes.bbox.x0 < x < axes.bbox.x1 for x, _ in places)
+    assert max(x for x, _ in places) - min(x for x, _ in places) > 0.7 * axes.bbox.width
 
 
 def test_settings_without_a_panel_are_counted() -> None:
@@ -76,22 +77,12 @@ def test_settings_without_a_panel_are_counted() -> None:
     assert figure.get_supxlabel() == "2 more swept settings: see ranking.csv"
 
 
-def test_single_points_over_decades_lie_within_the_panel() -> None:
-    trials = [trial(f"t{i}", {"optim.lr": 10.0**-i, "optim.weight_decay": 0.1 * i}, 0.5) for i in range(7)]
-    rate, _ = (figure := draw_metric(ranked(trials), METRIC)).axes
-    figure.draw_without_rendering()
-    places = [line.get_transform().transform(line.get_xydata())[0] for line in rate.lines]
-    assert len(places) == len(trials)
-    assert all(rate.bbox.x0 < x < rate.bbox.x1 for x, _ in places)
-    assert max(x for x, _ in places) - min(x for x, _ in places) > 0.7 * rate.bbox.width
-
-
-def test_a_hundred_curves_have_six_words_and_one_thick_line() -> None:
+def test_curves_of_many_trials_name_the_best_five_and_one_is_thick() -> None:
     trials = [trial(f"t{i}", {"optim.lr": 1.0 + i}, 0.5 + i / 300) for i in range(100)]
     figure = draw_curves(ranked(trials), METRIC)
-    words = [text.get_text() for text in figure.legends[0].texts]
-    assert words == [f"lr={n}" for n in (100, 99, 98, 97, 96)] + ["95 others"]
-    for axes, last in zip(figure.axes, (trials[-1].curve[-1].metric, 1 / 3), strict=True):
+    labels = [text.get_text() for text in figure.legends[0].texts]
+    assert labels == [f"lr={n}" for n in (100, 99, 98, 97, 96)] + ["95 others"]
+    for axes, last in zip(figure.axes, (trials[-1].curve[-1][METRIC], 1 / 3), strict=True):
         curves = [line for line in axes.lines if len(line.get_xdata()) == 3]
         assert len(curves) == 100
         [thick] = [line for line in curves if line.get_linewidth() > 2]
@@ -109,7 +100,7 @@ def test_the_ranking_shows_means_with_their_intervals() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lr=0.5  1", "lr=0.1  2"]
 
 
-def test_times_are_drawn_in_a_unit_that_can_be_read() -> None:
+def test_times_have_a_suitable_unit() -> None:
     for seconds, unit in ((5.0, "seconds"), (3000.0, "minutes"), (40_000.0, "hours")):
         [axes] = draw_times([trial("a", {}, 0.5), trial("b", {}, 0.5, STOPPED, started=seconds)]).axes
         assert axes.get_xlabel() == f"{unit} since the first trial began"
@@ -118,7 +109,6 @@ def test_times_are_drawn_in_a_unit_that_can_be_read() -> None:
 @pytest.mark.parametrize(
     "points",
     [
-        [{"optim.lr": 0.001}, {"optim.lr": 0.01}],
         [{"mask.supervise": "all", "mask.end_of_turn": True}, {"mask.supervise": "all", "mask.end_of_turn": False}],
         [{"modalities.sMRI.grid": [8, 8, 8]}, {"modalities.sMRI.grid": [16, 16, 16]}],
         [{"optim.embedder_lr": None}, {"optim.embedder_lr": 0.1}],
@@ -127,11 +117,10 @@ def test_times_are_drawn_in_a_unit_that_can_be_read() -> None:
         [{}, {}],
     ],
 )
-def test_any_space_and_failed_trials_can_be_drawn(tmp_path: Path, points: list[dict]) -> None:
+def test_any_search_space_can_be_drawn(tmp_path: Path, points: list[dict]) -> None:
     trials = [trial(f"t{i}", point, 0.5 + 0.1 * i) for i, point in enumerate(points)]
     configurations = ranked([*trials, Trial("dead", points[0], FAILED)])
     for draw in (draw_metric, draw_curves, draw_ranking):
         with Image.open(save_png(tmp_path / "a.png", draw, configurations, METRIC)) as image:
             assert image.width >= 0.7 * WIDTH * DPI
             assert len(set(image.convert("RGB").resize((200, 200)).getdata())) > 20
-    assert isinstance(draw_times(trials), Figure)

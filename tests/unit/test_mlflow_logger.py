@@ -330,7 +330,7 @@ def test_a_resumed_sweep_repairs_the_runs_of_its_killed_script(
 
     parent = begin("the same")
     for number, outcome in enumerate(outcomes):
-        folder = make_trial_folder(sweep, outcome, {"lr": number})
+        folder = make_trial_folder(sweep, {"lr": number})
         trial = MlflowLogger.start(parent.uri, parent.experiment, outcome, folder=folder, parent=parent.run_id)
         train(trial, range(1, 3))
         if outcome in (STOPPED, FAILED, "finished"):

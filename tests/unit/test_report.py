@@ -1,4 +1,4 @@
-"""The page of a sweep: it stands for itself, hides nothing, and takes nothing as HTML; and what the terminal says."""
+"""The report of a sweep: a self-contained page with escaped texts, and what the terminal prints."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,17 +9,8 @@ from rich.console import Console
 
 from umbrella.config import Settings, load_settings
 from umbrella.training.progress_log import FINISHED
-from umbrella.training.settings import ResourceSettings
-from umbrella.tuning.report import (
-    ReportFiles,
-    SweepResult,
-    best_trial,
-    compute_cost,
-    format_duration,
-    print_result,
-    write_report,
-)
-from umbrella.tuning.results import Evaluation, Trial, rank_configurations, ranked_trials
+from umbrella.tuning.report import SweepResult, best_trial, print_result, write_report
+from umbrella.tuning.results import Trial, rank_configurations, ranked_trials
 from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"
@@ -27,9 +18,9 @@ BAD = "it broke on <script>alert(1)</script> & went"
 
 
 def trial(lr: float, seed: int, metric: float | None, state: str = FINISHED, reason: str = "") -> Trial:
+    row = {"step": 10, METRIC: metric, "eval/loss": 0.5, "begun": 1000.0, "time": 4600.0}
     point = {"optim.lr": lr, "seed": seed}
-    curve = (Evaluation(10, 1.0, metric, 0.5, 0.4, "/c"),) if metric else ()
-    return Trial(f"t{lr}-{seed}", point, state, metric, 0.5, 10, f"/c/{seed}", reason, curve, 1000.0, 3600.0, 30.0)
+    return Trial(f"t{lr}-{seed}", point, state, metric, 0.5, 10, f"/c/{seed}", reason, [row] if metric else [])
 
 
 TRIALS = [
@@ -62,109 +53,72 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
-def report(
-    folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0, warning: str = ""
-) -> tuple[ReportFiles, Page]:
+def report(folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0) -> Page:
     folder.mkdir(exist_ok=True)
-    files = write_report(rank_configurations(trials, "max"), Settings(), folder, subjects, warning)
-    return files, Page(files.page.read_text(encoding="utf-8"))
+    write_report(rank_configurations(trials, "max"), settings or Settings(), folder, subjects, "No trial learnt.")
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
-    files, page = report(tmp_path, TRIALS)
-    assert len(page.addresses) == len(files.figure_files) == 4
-    assert {urlsplit(address).scheme for address in page.addresses} == {"data"}
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    files = write_report(rank_configurations(TRIALS, "max"), Settings(), tmp_path)
+    assert set(files) == set(tmp_path.iterdir())
+    figures = [f"{name}.png" for name in ("metric", "ranking", "curves", "times")]
+    assert {file.name for file in files} == {"report.html", "ranking.csv", "best.yaml", *figures}
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert [urlsplit(address).scheme for address in page.addresses] == ["data"] * 4
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert "url(" not in files.page.read_text(encoding="utf-8")
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in files.all}
-    assert set(files.figure_files) == {"metric", "ranking", "curves", "times"}
+    assert "url(" not in text
 
 
-def test_settings_are_compared_by_their_seeds_and_every_trial_is_there(tmp_path: Path) -> None:
-    _, page = report(tmp_path, TRIALS)
+def test_the_page_has_every_configuration_and_trial_with_its_cost(tmp_path: Path) -> None:
+    resources = {"resources.workers": 4, "resources.cpus_per_worker": 3, "resources.gpus_per_worker": 0.5}
+    page = report(tmp_path, TRIALS, load_settings(overrides=resources))
     assert f"lr=0.001: {METRIC} 0.8125 ± 0.16 (n = 3) over seeds" in page.text.replace(" :", ":")
     assert "1 finished, 1 stopped by the scheduler, 1 failed" in page.text
-    assert BAD in page.text  # as words, not as a script
+    assert BAD in page.text, "as words, not as a script"
     assert "at evaluation 1, step 10 of 30" in page.text
     assert {t.trial_id for t in TRIALS} <= set(page.words)
     assert "At least 8 trials with a metric are needed; there are 5." in page.text
+    assert "No trial learnt." in page.text
+    assert "all 5:00:00 5 60 10" in page.text  # 5 h, 5 evaluations, 60 CPU-hours, 10 GPU-hours
 
 
-def test_one_seed_has_no_interval_and_the_page_says_so(tmp_path: Path) -> None:
-    _, page = report(tmp_path, [TRIALS[0], TRIALS[3]])
+def test_the_page_of_one_seed_has_no_interval_but_the_resolution_of_the_metric(tmp_path: Path) -> None:
+    page = report(tmp_path, [trial(0.1, 0, 0.75)], subjects=48)
     assert "so there is no interval" in page.text
-    assert "±" not in page.text
-
-
-def test_the_page_says_what_so_few_subjects_can_tell_apart(tmp_path: Path) -> None:
-    _, page = report(tmp_path, [trial(0.1, 0, 0.75)], subjects=48)
     # One of 48 is 0.021; 1.96 * sqrt(0.75 * 0.25 / 48) is 0.1225.
     assert "measured on 48 subjects: one correct answer more or less changes it by about 0.021" in page.text
     assert "± 0.12 (95%, binomial)" in page.text
+    assert page.text.count("±") == 1
 
 
-def test_where_all_failed_the_page_says_why(tmp_path: Path) -> None:
-    files, page = report(tmp_path, [trial(lr, 0, None, FAILED, f"no room at {lr}") for lr in (0.1, 0.2)])
-    assert files.best is None
-    assert "no room at 0.1" in page.text
+def test_the_page_of_a_sweep_without_results_has_the_reasons(tmp_path: Path) -> None:
+    page = report(tmp_path, [trial(lr, 0, None, FAILED, f"no memory at {lr}") for lr in (0.1, 0.2)])
+    assert "no memory at 0.1" in page.text
     assert "No trial has finished an evaluation" in page.text
-    assert files.ranking.exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "ranking.csv"}
     assert best_trial(rank_configurations([trial(0.1, 0, 0.9, FAILED)], "max")) is None
 
 
-def test_the_winner_is_written_as_a_training_and_its_command_is_on_the_page(tmp_path: Path) -> None:
-    files, page = report(tmp_path, TRIALS)
-    assert files.best
-    best = load_settings([files.best])
-    assert (best.optim.lr, best.seed, best.tune.space) == (0.001, 1, {})
-    assert files.command in page.text
-    assert files.overrides in page.text
-    assert files.command.endswith(str(tmp_path / "best.yaml"))
-
-
-def test_cost_is_what_was_reserved() -> None:
-    resources = ResourceSettings(workers=4, cpus_per_worker=3, gpus_per_worker=0.5)
-    spent = compute_cost([*TRIALS[:3], Trial("t", {}, FAILED)], resources)
-    assert (spent.hours, spent.cpu_hours, spent.gpu_hours) == (3.0, 36.0, 6.0)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (None, ""),
-        (0.4, "0 s"),
-        (59.7, "1 min 00 s"),
-        (3599, "59 min 59 s"),
-        (12_000, "3 h 20 min"),
-        (7e6, "1,944 h 26 min"),
-    ],
-)
-def test_times_are_said_as_people_do(seconds: float | None, words: str) -> None:
-    assert format_duration(seconds) == words
-
-
-def test_the_terminal_tells_the_winner_its_command_and_where_the_report_is(
+def test_the_best_settings_are_written_and_printed_with_the_command_that_uses_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files, page = report(tmp_path / "my sweep", TRIALS, warning="No trial learnt the task.")
-    assert "No trial learnt the task." in page.text
+    folder = tmp_path / "my sweep"
+    page = report(folder, TRIALS)
+    best = load_settings([folder / "best.yaml"])
+    assert (best.optim.lr, best.seed, best.tune.space) == (0.001, 1, {})
+    assert f"python experiments/train.py '{folder}/best.yaml'" in page.text
+    assert "python experiments/train.py seed=1" in page.text
     configurations = rank_configurations(TRIALS, "max")
-    best = load_settings([files.best] if files.best else [])
-    result = SweepResult(
-        configurations,
-        ranked_trials(configurations),
-        best,
-        tmp_path,
-        files,
-        "sqlite:///runs/mlflow.db",
-        "No trial learnt the task.",
-    )
+    trials = ranked_trials(configurations)
+    result = SweepResult(configurations, trials, best, folder, "sqlite:///runs/mlflow.db", "No trial learnt.")
     console = Console(width=120, record=True, file=(tmp_path / "log").open("w", encoding="utf-8"))
     print_result(result, console)
-    said = console.export_text()
-    assert f"lr=0.001 seed=1: {METRIC} 0.875 at step 10, over seeds 0.8125 ± 0.16 (n = 3)" in said
-    assert "python experiments/train.py 'my sweep/best.yaml'" in said
-    assert f"file://{tmp_path}/my%20sweep/report.html" in said
-    assert "1 finished, 1 stopped by the scheduler, 1 failed" in said
-    assert said.endswith("\nNo trial learnt the task.\n")
+    printed = console.export_text()
+    assert f"lr=0.001 seed=1: {METRIC} 0.875 at step 10, over seeds 0.8125 ± 0.16 (n = 3)" in printed
+    assert "python experiments/train.py 'my sweep/best.yaml'" in printed
+    assert f"file://{tmp_path}/my%20sweep/report.html" in printed
+    assert "1 finished, 1 stopped by the scheduler, 1 failed" in printed
+    assert printed.endswith("\nNo trial learnt.\n")

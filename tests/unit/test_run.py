@@ -20,7 +20,6 @@ from umbrella.evaluation_run.cohort_predictions import read_cohort
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
 from umbrella.training.run import check_data, check_unchanged
 from umbrella.training.task import Job, LanguageModelJob
-from umbrella.tuning.sweep import possible_masks
 
 
 def test_scripts_and_what_steers_a_training_do_not_import_the_model() -> None:
@@ -146,37 +145,6 @@ def test_a_weight_for_a_task_that_the_data_do_not_have_is_found_before_the_start
     settings = load_settings(overrides={"mask.task_weights": {"T1": 2, "T9": 3}})
     with pytest.raises(UserError, match=r"mask\.task_weights: T9: not a task_type of data\.train, which has T1; name"):
         check_data(settings, splits(talk, "sex"), [settings.mask], "eval/loss")
-
-
-def test_the_masks_of_a_sweep_are_all_that_its_trials_can_have() -> None:
-    space: dict[str, dict] = {
-        "mask.supervise": {"grid": ["all", "assistant"]},
-        "mask.normalize": {"choice": ["token", "turn"]},
-        "mask.task_weights.T1": {"uniform": [1.0, 2.0]},
-        "optim.lr": {"grid": [0.1, 0.2]},
-    }
-    settings = load_settings(overrides={f"tune.space.{name}": entry for name, entry in space.items()})
-    masks = possible_masks(settings)
-    assert [(mask.supervise, mask.normalize) for mask in masks] == [
-        ("all", "token"), ("all", "turn"), ("assistant", "token"), ("assistant", "turn"),
-    ]  # fmt: skip
-    assert [mask.normalize for mask in possible_masks(settings, frozenset({"mask.supervise"}))] == ["token", "turn"]
-    assert possible_masks(load_settings()) == [load_settings().mask]
-
-
-def test_a_sweep_compares_presets_and_weights_and_refuses_what_does_not_go_together() -> None:
-    def swept(**space: dict) -> list:
-        entries = {f"tune.space.mask.{name}": entry for name, entry in space.items()}
-        return possible_masks(load_settings(overrides=entries))
-
-    plain, upstream = swept(preset={"grid": ["", "upstream"]})
-    assert (plain.turn_header, upstream.turn_header) == (False, True)
-    weights = [{"T1": 2.0}, {"T1": 3.0, "T3": 4.0}]
-    assert [mask.task_weights for mask in swept(task_weights={"grid": weights})] == weights
-    given = load_settings(overrides={"tune.space.mask.task_weights": {"grid": weights}, "mask.task_weights.T1": 5})
-    assert possible_masks(given, frozenset({"mask.task_weights"})) == [given.mask]
-    with pytest.raises(UserError, match=r"^tune\.space\.mask\..*: mask\.preset=upstream means supervise="):
-        swept(preset={"grid": ["", "upstream"]}, supervise={"grid": ["all"]})
 
 
 def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: Path) -> None:

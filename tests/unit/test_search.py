@@ -1,4 +1,4 @@
-"""Which trials a sweep runs: points that are known before, and Optuna's proposals."""
+"""The trials of a sweep: the points of grid and random search, and Optuna's proposals."""
 
 import math
 from pathlib import Path
@@ -12,21 +12,14 @@ from ray.tune.search import ConcurrencyLimiter, Repeater, Searcher, SearchGenera
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.search import (
-    SeedRepeater,
-    count_trials,
-    list_points,
-    make_optuna_search,
-    make_scheduler,
-    make_search,
-)
+from umbrella.tuning.search import SeedRepeater, count_trials, list_points, make_optuna_search, make_scheduler
 from umbrella.tuning.search_space import format_point, read_space
 
 METRIC = "eval/balanced_accuracy"
 BEST = f"best/{METRIC}"
-OF_RAY = {"cluster", "runtime_env"}  # what Ray reads, and not our scripts
+OF_RAY = {"cluster", "runtime_env"}  # files for Ray itself
 CONFIGS = (Path(__file__).resolve().parents[2] / "ray_configs").glob("*.yaml")
-QUESTIONS = sorted(file for file in CONFIGS if file.stem not in OF_RAY)
+SETTINGS_FILES = sorted(file for file in CONFIGS if file.stem not in OF_RAY)
 RATES = {"loguniform": [1e-5, 1e-3]}
 PARTS = {
     "optim.lr": RATES,
@@ -40,20 +33,16 @@ def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:
     return load_settings(overrides={"tune.space": space} | {f"tune.{name}": value for name, value in tune.items()})
 
 
-def test_grids_are_combined_in_order_and_the_last_moves_fastest() -> None:
-    settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
-    assert [tuple(point.values()) for point in list_points(settings)] == [
-        (0.1, "all"), (0.1, "assistant"), (0.2, "all"), (0.2, "assistant"),
-    ]  # fmt: skip
-
-
-def test_what_is_drawn_is_drawn_anew_for_each_combination_and_the_same_again_for_a_seed() -> None:
+def test_points_are_all_combinations_of_the_grids_each_with_new_samples() -> None:
     settings = sweep({"optim.lr": RATES, "mask.supervise": {"grid": ["all", "assistant"]}}, samples=3)
     found = list_points(settings)
     assert [point["mask.supervise"] for point in found] == ["all", "assistant"] * 3
     assert len({point["optim.lr"] for point in found}) == 6
     assert list_points(settings) == found
     assert list_points(settings.with_values({"seed": 1})) != found
+    grids = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
+    pairs = [(0.1, "all"), (0.1, "assistant"), (0.2, "all"), (0.2, "assistant")]
+    assert [tuple(point.values()) for point in list_points(grids)] == pairs
 
 
 def test_a_conditional_setting_is_in_a_point_only_where_its_conditions_hold() -> None:
@@ -69,7 +58,7 @@ def test_a_conditional_setting_is_in_a_point_only_where_its_conditions_hold() ->
     assert [point.get("model.lora_rank") for point in found] == [None, 4, 8, None] * 2
 
 
-def test_conditions_chain_and_hold_all_at_once() -> None:
+def test_conditions_can_depend_on_conditional_settings() -> None:
     space = {
         "optim.clip": {"grid": [1.0, 2.0], "when": {"optim.schedule": ["linear"], "optim.warmup": [5]}},
         "optim.warmup": {"grid": [0, 5], "when": {"mask.supervise": ["all"]}},
@@ -85,41 +74,28 @@ def test_conditions_chain_and_hold_all_at_once() -> None:
     ]
 
 
-def test_equal_points_are_run_once() -> None:
+def test_equal_points_run_once() -> None:
     assert len(list_points(sweep({"optim.lr": {"grid": [0.1, 0.2]}}, samples=4))) == 2
     assert len(list_points(sweep({"mask.supervise": {"choice": ["all", "assistant"]}}, samples=50))) == 2
 
 
-def test_each_point_is_run_with_each_seed() -> None:
+def test_each_point_runs_with_each_seed() -> None:
     settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}}, seeds=3).with_values({"seed": 7})
     assert [tuple(point.values()) for point in list_points(settings)] == [(r, s) for r in (0.1, 0.2) for s in (7, 8, 9)]
-    assert count_trials(settings) == make_search(settings).trials == 6
+    assert count_trials(settings) == 6
 
 
-def test_a_setting_given_on_the_command_line_is_not_swept() -> None:
+def test_settings_of_the_command_line_are_not_swept() -> None:
     settings = sweep({"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"grid": ["all", "assistant"]}})
-    assert list_points(settings, frozenset({"optim.lr"})) == [
-        {"mask.supervise": "all"},
-        {"mask.supervise": "assistant"},
-    ]
+    expected = [{"mask.supervise": "all"}, {"mask.supervise": "assistant"}]
+    assert list_points(settings, frozenset({"optim.lr"})) == expected
     assert list_points(settings, frozenset({"optim.lr", "mask.supervise"})) == [{}]
 
 
-def test_every_run_has_a_label_of_its_own() -> None:
+def test_every_point_has_another_name() -> None:
     found = list_points(sweep(PARTS, samples=100, seeds=2))
-    assert (
-        len({format_point(point) for point in found}) == len(found) > 790
-    )  # two draws of four digits may agree: one point
-
-
-def test_a_drawn_point_that_the_settings_refuse_is_found_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umbrella.tuning.search_space.MAX_CHECKED", 1)  # as if there were too many to check all
-    space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
-    with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all are not valid"):
-        list_points(sweep(space))
-
-
-# Optuna
+    # Two samples of four digits may be equal, and are then one point.
+    assert len({format_point(point) for point in found}) == len(found) > 790
 
 
 def optuna_search(space: dict[str, dict[str, Any]], storage: Any = None, **tune: Any) -> SeedRepeater:
@@ -128,7 +104,7 @@ def optuna_search(space: dict[str, dict[str, Any]], storage: Any = None, **tune:
 
 
 def run(search: Searcher, trial_id: str, best: float | None, error: bool = False) -> dict[str, Any]:
-    """One trial through a searcher, as Ray Tune runs it. best: as last reported; None: there was no report."""
+    """Run a trial with a searcher, as Ray Tune does. ``best``: its last report; None: there was no report."""
     point = search.suggest(trial_id)
     assert isinstance(point, dict)
     search.on_trial_complete(trial_id, None if best is None else {METRIC: 0.0, BEST: best}, error=error)
@@ -136,12 +112,12 @@ def run(search: Searcher, trial_id: str, best: float | None, error: bool = False
 
 
 def trials(storage: InMemoryStorage) -> list[tuple[str, float | None]]:
-    """State and value of each point that Optuna was asked for."""
+    """State and value of each trial of Optuna."""
     study = load_study(study_name="optuna", storage=storage)
     return [(trial.state.name, trial.value) for trial in study.trials]
 
 
-def test_optuna_finds_what_random_points_do_not() -> None:
+def test_optuna_is_better_than_random_search() -> None:
     def score(rate: float) -> float:
         return -abs(math.log10(rate) + 4.2)
 
@@ -154,7 +130,7 @@ def test_optuna_finds_what_random_points_do_not() -> None:
     assert np.mean([score(rate) for rate in rates[20:]]) > -1  # of random rates -1.5 is expected
 
 
-def test_optuna_proposes_the_same_again_for_a_seed_and_only_names_whose_conditions_hold() -> None:
+def test_optunas_proposals_depend_on_the_seed_only_and_follow_conditions() -> None:
     first, again = optuna_search(PARTS), optuna_search(PARTS)
     found = [run(first, str(number), 0.5) for number in range(15)]
     assert [run(again, str(number), 0.5) for number in range(15)] == found
@@ -166,7 +142,7 @@ def test_optuna_proposes_the_same_again_for_a_seed_and_only_names_whose_conditio
         sweep(PARTS).with_values(point)
 
 
-def test_optuna_proposes_values_of_every_kind_as_the_settings_have_them() -> None:
+def test_optuna_proposes_values_of_every_kind_in_the_type_of_the_setting() -> None:
     kinds = {
         "optim.clip": {"quniform": [0.1, 0.5, 0.2]},
         "train.epochs": {"randint": [1, 3]},
@@ -181,7 +157,7 @@ def test_optuna_proposes_values_of_every_kind_as_the_settings_have_them() -> Non
     assert {str(point["modalities.sMRI"]) for point in found} == {str(v) for v in kinds["modalities.sMRI"]["choice"]}
 
 
-def test_a_slash_in_the_name_of_a_modality_stays_in_the_point() -> None:
+def test_names_of_modalities_may_contain_slashes() -> None:
     name = "modalities.T1/T2.patch"
     settings = load_settings(
         overrides={
@@ -194,7 +170,7 @@ def test_a_slash_in_the_name_of_a_modality_stays_in_the_point() -> None:
     assert point == {name: [4, 4, 4], "optim.lr": point["optim.lr"]}
 
 
-def test_optuna_is_told_the_mean_over_seeds_of_the_best_evaluations() -> None:
+def test_optuna_gets_the_mean_over_seeds_of_the_best_evaluations() -> None:
     storage = InMemoryStorage()
     search = optuna_search({"optim.lr": RATES}, storage, seeds=2)
     first, second = run(search, "a", 0.6), run(search, "b", 0.8)
@@ -206,7 +182,7 @@ def test_optuna_is_told_the_mean_over_seeds_of_the_best_evaluations() -> None:
 
 
 @pytest.mark.parametrize(("best", "error"), [(None, True), (None, False), (math.nan, False), (-math.inf, False)])
-def test_a_trial_without_a_number_ends_no_search_and_is_worse_than_any_other(best: float | None, error: bool) -> None:
+def test_a_trial_without_a_finite_metric_is_pruned(best: float | None, error: bool) -> None:
     storage = InMemoryStorage()
     search = optuna_search({"optim.lr": RATES}, storage)
     for number in range(3):
@@ -217,7 +193,7 @@ def test_a_trial_without_a_number_ends_no_search_and_is_worse_than_any_other(bes
     assert trials(storage)[3:] == [("COMPLETE", 0.5)] * 10
 
 
-def test_a_failed_seed_is_left_out_of_the_mean_and_nothing_waits_for_it() -> None:
+def test_failed_seeds_are_left_out_of_the_mean() -> None:
     storage = InMemoryStorage()
     search = optuna_search({"optim.lr": RATES}, storage, seeds=3)
     run(search, "a", 0.9, error=True)
@@ -229,21 +205,21 @@ def test_a_failed_seed_is_left_out_of_the_mean_and_nothing_waits_for_it() -> Non
     assert trials(storage) == [("COMPLETE", pytest.approx(0.3))]
 
 
-def test_optuna_is_told_of_a_point_when_its_last_run_ends_where_several_run_at_once() -> None:
+def test_optuna_gets_a_point_when_the_last_of_its_concurrent_runs_ends() -> None:
     storage = InMemoryStorage()
     search = optuna_search({"optim.lr": RATES}, storage, seeds=2)
     for trial_id in "abcd":
         search.suggest(trial_id)
-    told = []
+    values = []
     for trial_id, best in zip("acdb", [0.1, 0.2, 0.4, 0.3], strict=True):
         search.on_trial_complete(trial_id, {BEST: best})
-        told.append([value for _, value in trials(storage)])
-    assert told[:2] == [[None, None]] * 2
-    assert told[2:] == [[None, pytest.approx(0.3)], [pytest.approx(0.2), pytest.approx(0.3)]]
+        values.append([value for _, value in trials(storage)])
+    assert values[:2] == [[None, None]] * 2
+    assert values[2:] == [[None, pytest.approx(0.3)], [pytest.approx(0.2), pytest.approx(0.3)]]
 
 
-def test_rays_repeater_never_tells_optuna_of_a_point_whose_runs_all_failed() -> None:
-    """The reason for ``SeedRepeater``. To Optuna the point runs for ever, so it is no part of the first ten."""
+def test_rays_repeater_leaves_a_point_running_if_all_its_runs_failed() -> None:
+    """The reason for ``SeedRepeater``."""
     storage = InMemoryStorage()
     repeater = Repeater(optuna_search({"optim.lr": RATES}, storage).proposer, repeat=2)
     run(repeater, "a", None, error=True)
@@ -254,21 +230,21 @@ def test_rays_repeater_never_tells_optuna_of_a_point_whose_runs_all_failed() -> 
     assert trials(storage) == [("COMPLETE", 0.5), ("RUNNING", None)]
 
 
-def as_ray_wraps(search: Searcher) -> SearchGenerator:
+def wrap_as_ray_does(search: Searcher) -> SearchGenerator:
     return SearchGenerator(ConcurrencyLimiter(search, max_concurrent=1))
 
 
-def test_a_restored_search_goes_on_where_it_was(tmp_path: Path) -> None:
-    def begun() -> SeedRepeater:
+def test_a_restored_search_continues_with_the_same_proposals(tmp_path: Path) -> None:
+    def interrupted() -> SeedRepeater:
         search = optuna_search(PARTS, seeds=2)
         for number in range(23):
             run(search, f"t{number}", number / 10, error=number < 4)
         search.suggest("running")  # the second seed of the twelfth point, still running
         return search
 
-    straight, restored = begun(), optuna_search(PARTS, seeds=2)
-    as_ray_wraps(begun()).save_to_dir(str(tmp_path), "session")
-    as_ray_wraps(restored).restore_from_dir(str(tmp_path))
+    straight, restored = interrupted(), optuna_search(PARTS, seeds=2)
+    wrap_as_ray_does(interrupted()).save_to_dir(str(tmp_path), "session")
+    wrap_as_ray_does(restored).restore_from_dir(str(tmp_path))
     for search in (straight, restored):
         search.on_trial_complete("running", {BEST: 0.9})
     later = [run(restored, f"later{number}", 0.5) for number in range(12)]
@@ -276,11 +252,11 @@ def test_a_restored_search_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("newer", ["the search's", "Ray's"])
-def test_a_kill_between_the_two_files_of_a_search_changes_no_proposal(tmp_path: Path, newer: str) -> None:
+def test_a_kill_between_writing_the_two_files_of_a_search_changes_no_proposal(tmp_path: Path, newer: str) -> None:
     straight, search, restored = (optuna_search(PARTS, seeds=2) for _ in range(3))
     for one in (straight, search):
         run(one, "a", 0.5)
-    wrapped = as_ray_wraps(search)
+    wrapped = wrap_as_ray_does(search)
     wrapped.save_to_dir(str(tmp_path), "session")
     (own,) = tmp_path.glob("searcher-state-*")
     earlier = own.read_bytes()
@@ -291,12 +267,12 @@ def test_a_kill_between_the_two_files_of_a_search_changes_no_proposal(tmp_path: 
     else:
         wrapped.save_to_dir(str(tmp_path), "session")
         own.write_bytes(earlier)
-    as_ray_wraps(restored).restore_from_dir(str(tmp_path))
+    wrap_as_ray_does(restored).restore_from_dir(str(tmp_path))
     later = [run(restored, f"later{number}", 0.6) for number in range(4)]
     assert [run(straight, f"later{number}", 0.6) for number in range(4)] == later
 
 
-def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
+def test_optuna_ends_when_a_categorical_space_is_exhausted() -> None:
     space = {"optim.lr": {"grid": [0.1, 0.2]}, "mask.supervise": {"choice": ["all", "assistant"]}}
     search = optuna_search(space, samples=50, seeds=2)
     assert count_trials(search.settings) == 8
@@ -305,50 +281,33 @@ def test_a_space_of_lists_is_exhausted_and_no_point_is_run_twice() -> None:
     assert search.suggest("9") == Searcher.FINISHED
 
 
-def test_a_point_that_the_settings_refuse_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_points_are_found_before_the_start_or_skipped_by_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("umbrella.tuning.search_space.MAX_CHECKED", 1)  # as if there were too many to check all
     space = {"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all", "assistant"]}}
+    with pytest.raises(UserError, match=r"^tune\.space\.mask\.preset: preset=upstream supervise=all are not valid"):
+        list_points(sweep(space))
     search = optuna_search(space)
     found = [run(search, str(number), 0.5) for number in range(3)]
     assert {"mask.preset": "upstream", "mask.supervise": "all"} not in found
     assert search.suggest("4") == Searcher.FINISHED
 
 
-# Schedulers
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("asha", "AsyncHyperBandScheduler"), ("none", "FIFOScheduler")],
-)
-def test_a_scheduler_is_rays(name: str, kind: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("asha", "AsyncHyperBandScheduler"), ("none", "FIFOScheduler")])
+def test_the_scheduler_is_rays(name: str, kind: str) -> None:
     assert type(make_scheduler(sweep(PARTS, scheduler=name).tune)).__name__ == kind
 
 
-# The files that are there
+@pytest.mark.parametrize("file", SETTINGS_FILES, ids=lambda file: file.stem)
+def test_every_settings_file_is_valid_and_its_head_has_the_command(file: Path) -> None:
+    comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(line.startswith("#     python experiments/tune.py") for line in comments)
+    assert any(file.name in line for line in comments)
+    checkpoint = {"model.checkpoint": "llava"} if file.stem == "embedder" else {}
+    counts = {"tune": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}
+    assert count_trials(load_settings([file], checkpoint)) == counts.get(file.stem, 1)
 
 
-@pytest.mark.parametrize("file", QUESTIONS, ids=lambda file: file.stem)
-def test_every_file_of_settings_is_valid_says_what_it_asks_and_how(file: Path) -> None:
-    heading = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert any(line.startswith("#     python experiments/tune.py") for line in heading)
-    assert any(file.name in line for line in heading)
-    needs = {"model.checkpoint": "llava"} if file.stem == "embedder" else {}
-    settings = load_settings([file], needs)
-    found = list_points(settings)
-    assert len({format_point(point) for point in found}) == len(found)
-    assert len(found) > 1 or not settings.tune.space
-    make_scheduler(settings.tune)
-
-
-def test_the_ready_questions_have_the_trials_that_they_ask_for() -> None:
-    counts = {file.stem: len(list_points(load_settings([file], {"model.checkpoint": "llava"}))) for file in QUESTIONS}
-    wanted = {"tune": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}
-    wanted |= dict.fromkeys(["grid_96", "local", "gpu_host"], 1)  # they ask nothing
-    assert counts == wanted
-
-
-def test_inflation_without_a_checkpoint_is_named() -> None:
-    (file,) = (file for file in QUESTIONS if file.stem == "embedder")
+def test_inflation_needs_a_checkpoint() -> None:
+    (file,) = (file for file in SETTINGS_FILES if file.stem == "embedder")
     with pytest.raises(UserError, match=r"^tune\.space\.model\.embedder_init: .*needs a model\.checkpoint"):
         list_points(load_settings([file]))

@@ -1,4 +1,4 @@
-"""The search space: the settings' own names and types, conditions, all of it checked before anything starts."""
+"""The search space: names and types of settings, ranges, conditions, and errors that are found before the start."""
 
 from typing import Any
 
@@ -7,58 +7,63 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.parameter import Parameter, format_value
-from umbrella.tuning.search_space import format_point, read_space, variants
+from umbrella.data.settings import MaskPolicy
+from umbrella.tuning.search_space import Parameter, format_point, format_value, read_space, variants
 
 
 def sweep(space: dict[str, dict[str, Any]], **tune: Any) -> Settings:
     return load_settings(overrides={"tune.space": space} | {f"tune.{name}": value for name, value in tune.items()})
 
 
-def entry_of(name: str, parameter: dict[str, Any]) -> Parameter:
+def read_one(name: str, parameter: dict[str, Any]) -> Parameter:
     (found,) = read_space(sweep({name: parameter}))
     return found
 
 
-def draws(name: str, parameter: dict[str, Any]) -> list[Any]:
-    rng, found = np.random.default_rng(0), entry_of(name, parameter)
+def samples(name: str, parameter: dict[str, Any]) -> list[Any]:
+    rng, found = np.random.default_rng(0), read_one(name, parameter)
     return [found.sample(rng) for _ in range(300)]
 
 
-def test_a_range_of_numbers_is_drawn_from_evenly_or_evenly_in_its_logarithm() -> None:
-    decays = draws("optim.weight_decay", {"uniform": [0, 0.5]})
+def test_ranges_are_sampled_uniformly_or_uniformly_in_the_logarithm() -> None:
+    decays = samples("optim.weight_decay", {"uniform": [0, 0.5]})
     assert 0 <= min(decays) < 0.1 < 0.4 < max(decays) <= 0.5
-    rates = draws("optim.lr", {"loguniform": [1e-4, 1e-2]})
+    rates = samples("optim.lr", {"loguniform": [1e-4, 1e-2]})
     assert 1e-4 <= min(rates) < 3e-4 < 3e-3 < max(rates) <= 1e-2
     assert 0.4 < np.mean(np.array(rates) < 1e-3) < 0.6  # as many below the geometric mean as above
     assert all(float(f"{rate:.4g}") == rate for rate in rates)
 
 
-def test_whole_numbers_stay_whole_and_both_ends_are_drawn() -> None:
-    assert set(draws("train.epochs", {"randint": [1, 3]})) == {1, 2, 3}
-    assert set(draws("train.epochs", {"uniform": [1, 3]})) == {1, 2, 3}
-    assert set(draws("optim.warmup", {"loguniform": [1, 4]})) == {1, 2, 3, 4}
-    turns = draws("train.augment.rotate", {"randint": [0, 2]})  # a setting of any numbers
-    assert set(turns) == {0.0, 1.0, 2.0}
-    assert {type(turn) for turn in turns} == {float}
-
-
-def test_a_stepped_range_has_the_values_on_its_steps() -> None:
-    assert set(draws("model.width", {"quniform": [16, 64, 16]})) == {16, 32, 48, 64}
-    assert set(draws("optim.clip", {"quniform": [0.1, 0.5, 0.2]})) == {0.1, 0.3, 0.5}
-    assert set(draws("optim.clip", {"quniform": [0.1, 0.6, 0.2]})) == {0.1, 0.3, 0.5}  # 0.6 is no step
+@pytest.mark.parametrize(
+    ("name", "parameter", "values"),
+    [
+        ("train.epochs", {"randint": [1, 3]}, {1, 2, 3}),
+        ("train.epochs", {"uniform": [1, 3]}, {1, 2, 3}),
+        ("optim.warmup", {"loguniform": [1, 4]}, {1, 2, 3, 4}),
+        ("train.augment.rotate", {"randint": [0, 2]}, {0.0, 1.0, 2.0}),
+        ("model.width", {"quniform": [16, 64, 16]}, {16, 32, 48, 64}),
+        ("optim.clip", {"quniform": [0.1, 0.5, 0.2]}, {0.1, 0.3, 0.5}),
+        ("optim.clip", {"quniform": [0.1, 0.6, 0.2]}, {0.1, 0.3, 0.5}),  # 0.6 is no step
+    ],
+)
+def test_whole_numbers_and_steps_include_both_ends_in_the_type_of_the_setting(
+    name: str, parameter: dict[str, Any], values: set
+) -> None:
+    found = samples(name, parameter)
+    assert set(found) == values
+    assert {type(value) for value in found} == {type(value) for value in values}
 
 
 @pytest.mark.parametrize("kind", ["grid", "choice", "uniform", "loguniform"])
-def test_a_rate_that_yaml_reads_as_text_is_a_number_in_the_space(kind: str) -> None:
-    assert entry_of("optim.lr", {kind: ["1e-4", "1e-2"]}).values == [0.0001, 0.01]
+def test_a_number_that_yaml_reads_as_text_is_a_number(kind: str) -> None:
+    assert read_one("optim.lr", {kind: ["1e-4", "1e-2"]}).values == [0.0001, 0.01]
 
 
-def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> None:
-    assert entry_of("modalities.fMRI.grid", {"grid": [[16, 16, 16, 6], [16, 16, 16, 12]]}).values[0] == [16, 16, 16, 6]
-    assert entry_of("optim", {"choice": [{"lr": "1e-4", "warmup": 5}]}).values == [{"lr": 0.0001, "warmup": 5}]
+def test_values_may_be_lists_or_parts_of_sections() -> None:
+    assert read_one("modalities.fMRI.grid", {"grid": [[16, 16, 16, 6], [16, 16, 16, 12]]}).values[0] == [16, 16, 16, 6]
+    assert read_one("optim", {"choice": [{"lr": "1e-4", "warmup": 5}]}).values == [{"lr": 0.0001, "warmup": 5}]
     shape = {"grid": [32, 32, 32], "patch": [16, 16, 16]}
-    assert entry_of("modalities.sMRI", {"grid": [shape]}).values == [shape]
+    assert read_one("modalities.sMRI", {"grid": [shape]}).values == [shape]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +79,8 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
             "has the kinds grid and choice, but can have only one; leave the others out",
         ),
         ("optim.lr", {"grid": [1], "wen": {}}, "wen: only when is allowed beside grid; leave it out"),
-        ("optim", {"lr": {"grid": [1]}}, "names are written with dots; write optim.lr: {...}"),
-        ("optim", {"lr": {"grid": [1]}, "clip": {}}, "with dots; write optim.lr: {...}, optim.clip: {...}"),
-        ("modalities", {"sMRI": {"grid": {"grid": [[8] * 3]}}}, "with dots; write modalities.sMRI.grid: {...}"),
+        ("optim", {"lr": {"grid": [1]}, "clip": {}}, "with dots; write optim.clip: {...}, optim.lr: {...}"),
         ("modalities.sMRI", {"grid": {"grid": [[8] * 3]}}, "with dots; write modalities.sMRI.grid: {...}"),
-        ("optim.lr", {}, "{} is none of grid"),
         ("optim.lr", {"grid": []}, "grid takes a list of at least one value, not []"),
         ("optim.lr", {"grid": 0.1}, "grid takes a list of at least one value, not 0.1"),
         ("optim.lr", {"uniform": [0.1, 0.1]}, "uniform takes [low, high], with low < high"),
@@ -88,7 +90,6 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
             "uniform takes [low, high]; for a list of values use grid or choice",
         ),
         ("optim.weight_decay", {"loguniform": [0, 0.1]}, "low < high and low > 0"),
-        ("mask.supervise", {"uniform": ["all", "assistant"]}, "uniform takes [low, high]: numbers; for a list"),
         ("mask.end_of_turn", {"uniform": [False, True]}, "uniform takes [low, high]: numbers; for a list"),
         ("optim.clip", {"quniform": [1, 2]}, "quniform takes [low, high, step]"),
         ("optim.clip", {"quniform": [1, 2, 3]}, "with 0 < step <= high - low"),
@@ -97,7 +98,6 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
         ("optim.clip", {"randint": [0.5, 2]}, "randint takes [low, high], two whole numbers, both of them included"),
         ("data.train", {"grid": ["a", "b"]}, "data settings are the same for every trial and cannot be swept"),
         ("resources.workers", {"grid": [1, 2]}, "resources settings are the same for every trial"),
-        ("experiment", {"grid": ["a"]}, "experiment settings are the same for every trial"),
         ("modalities.sMRI.patch", {"grid": [[7, 8, 8]]}, "patch (7, 8, 8) does not divide grid (24, 24, 24)"),
         ("modalities.sMRI.background", {"uniform": [0, 1]}, "list the values, as a grid"),
         ("optim.lr", {"grid": [1], "when": "always"}, "when takes names and values, as in {model.train:"),
@@ -105,7 +105,7 @@ def test_lists_and_parts_of_sections_are_values_as_the_settings_have_them() -> N
         ("optim.lr", {"grid": [1], "when": {"optim.lr": [1]}}, "when: optim.lr is not swept by a grid or a choice"),
     ],
 )
-def test_what_cannot_be_swept_is_refused_by_name(name: str, parameter: dict[str, Any], message: str) -> None:
+def test_an_invalid_parameter_is_refused_with_its_name(name: str, parameter: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_space(sweep({name: parameter}))
     assert str(caught.value).startswith(f"tune.space.{name}: ")
@@ -159,7 +159,7 @@ MASK = {"grid": ["all", "assistant"]}
         ),
     ],
 )
-def test_what_does_not_go_together_is_found_before_the_start(space: dict, message: str) -> None:
+def test_parameters_that_are_not_valid_together_are_refused(space: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_space(sweep(space))
     assert str(caught.value).startswith(message)
@@ -167,7 +167,7 @@ def test_what_does_not_go_together_is_found_before_the_start(space: dict, messag
 
 
 @pytest.mark.parametrize("written", [[16, 16, 16, 6], [[16, 16, 16, 6]], [[16, 16, 16, 6], [16, 16, 16, 12]]])
-def test_a_condition_takes_one_value_that_is_a_list_or_several(written: list) -> None:
+def test_a_condition_takes_one_list_or_a_list_of_lists(written: list) -> None:
     series = {"grid": [[16, 16, 16, 6], [16, 16, 16, 12], [16, 16, 16, 24]]}
     stride = {"choice": [1, 2], "when": {"modalities.fMRI.grid": written}}
     parameters = read_space(sweep({"modalities.fMRI.grid": series, "modalities.fMRI.frame_stride": stride}))
@@ -175,7 +175,7 @@ def test_a_condition_takes_one_value_that_is_a_list_or_several(written: list) ->
     assert [parameter.when for parameter in parameters] == [{}, {"modalities.fMRI.grid": values}]
 
 
-def test_values_that_only_go_with_a_neighbours_are_taken() -> None:
+def test_values_that_are_valid_only_with_other_swept_values_are_accepted() -> None:
     grids = {"grid": [[30] * 3, [60] * 3]}
     read_space(sweep({"modalities.sMRI.grid": grids, "modalities.sMRI.patch": {"grid": [[15] * 3]}}))  # of 24 none is
     only = {"grid": ["inflated"], "when": {"model.checkpoint": ["llava"]}}
@@ -187,23 +187,37 @@ def test_seeds_are_swept_in_one_way() -> None:
         read_space(sweep({"seed": {"grid": [0, 1]}}, seeds=2))
 
 
-def test_variants_are_every_combination_that_trials_can_have_of_a_section() -> None:
+def masks(settings: Settings) -> list[MaskPolicy]:
+    return [variant.mask for variant in variants(settings, read_space(settings), "mask")]
+
+
+def test_variants_are_the_combinations_of_a_section_that_trials_can_have() -> None:
     settings = sweep(
         {
             "mask.supervise": {"choice": ["all", "assistant"]},
             "model.train": {"grid": ["embedder", "all"]},
             "optim.lr": {"loguniform": [0.1, 0.2]},
+            "mask.task_weights.T1": {"uniform": [1.0, 2.0]},
             "mask.turn_header": {"grid": [True, False], "when": {"model.train": ["all"], "mask.supervise": ["all"]}},
         }
     )
-    masks = [variant.mask for variant in variants(settings, read_space(settings), "mask")]
-    assert {(mask.supervise, mask.turn_header) for mask in masks} == {
+    assert {(mask.supervise, mask.turn_header) for mask in masks(settings)} == {
         ("all", True), ("all", False), ("assistant", False)
     }  # fmt: skip
     assert variants(settings, read_space(settings), "modalities") == [settings]
+    assert masks(load_settings()) == [load_settings().mask]
 
 
-def test_what_the_command_line_fixes_decides_conditions() -> None:
+def test_presets_and_weights_of_masks_are_swept_as_one_value() -> None:
+    plain, upstream = masks(sweep({"mask.preset": {"grid": ["", "upstream"]}}))
+    assert (plain.turn_header, upstream.turn_header) == (False, True)
+    weights = [{"T1": 2.0}, {"T1": 3.0, "T3": 4.0}]
+    assert [mask.task_weights for mask in masks(sweep({"mask.task_weights": {"grid": weights}}))] == weights
+    with pytest.raises(UserError, match=r"^tune\.space\.mask\..*: mask\.preset=upstream means supervise="):
+        masks(sweep({"mask.preset": {"grid": ["", "upstream"]}, "mask.supervise": {"grid": ["all"]}}))
+
+
+def test_settings_of_the_command_line_are_not_swept_and_decide_conditions() -> None:
     space = {
         "model.train": {"grid": ["embedder", "all"]},
         "optim.embedder_lr": {"grid": [1.0], "when": {"model.train": ["all"]}},
@@ -219,20 +233,25 @@ def test_what_the_command_line_fixes_decides_conditions() -> None:
     assert read_space(fixed.with_values({"model.train": "embedder"}), given) == []
 
 
-def test_a_trial_in_words_is_short_and_tells_it_from_others() -> None:
-    point = {"optim.lr": 0.0003, "mask.supervise": "all", "train.epochs": 3, "optim.clip": 0.5, "seed": 1}
-    assert format_point(point) == "lr=3e-4 supervise=all epochs=3 clip=0.5 seed=1"
-    assert format_point({"modalities.sMRI.grid": [96, 96, 96]}) == "sMRI.grid=96x96x96"  # dMRI and fMRI have one too
-    assert (
-        format_point({"modalities.sMRI": {"grid": [96, 96, 96], "patch": [8, 8, 8]}})
-        == "sMRI=(grid=96x96x96 patch=8x8x8)"
-    )
-    assert format_point({"optim.lr": 1e-3, "optim.embedder_lr": 1e-5}) == "lr=0.001 embedder_lr=1e-5"
-    assert format_point({"mask.task_weights": {"T1": 2.0}, "mask.preset": ""}) == 'task_weights=(T1=2) preset=""'
-    assert format_point({}) == "as set"
+@pytest.mark.parametrize(
+    ("point", "text"),
+    [
+        (
+            {"optim.lr": 0.0003, "mask.supervise": "all", "train.epochs": 3, "optim.clip": 0.5, "seed": 1},
+            "lr=3e-4 supervise=all epochs=3 clip=0.5 seed=1",
+        ),
+        ({"modalities.sMRI.grid": [96, 96, 96]}, "sMRI.grid=96x96x96"),  # dMRI and fMRI have one, too
+        ({"modalities.sMRI": {"grid": [9, 9, 9], "patch": [3, 3, 3]}}, "sMRI=(grid=9x9x9 patch=3x3x3)"),
+        ({"optim.lr": 1e-3, "optim.embedder_lr": 1e-5}, "lr=0.001 embedder_lr=1e-5"),
+        ({"mask.task_weights": {"T1": 2.0}, "mask.preset": ""}, 'task_weights=(T1=2) preset=""'),
+        ({}, "as set"),
+    ],
+)
+def test_a_point_is_formatted_with_short_unique_names(point: dict[str, Any], text: str) -> None:
+    assert format_point(point) == text
 
 
 @pytest.mark.parametrize("value", [3e-4, 1.2345e-5, 0.001, 0.25, 10.0, 0.0, 1e30, 123456.5, -2e-7])
-def test_a_number_in_words_is_the_number(value: float) -> None:
+def test_a_formatted_number_is_short_and_exact(value: float) -> None:
     assert float(format_value(value)) == value
     assert len(format_value(value)) <= 9

@@ -1,4 +1,4 @@
-"""The winner as a training: what the command reads is what the trial had."""
+"""The settings of a training that repeats the best trial are those of the trial."""
 
 import shlex
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from umbrella.cli import parse
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.report import override_arguments, training_command, training_settings, write_best
+from umbrella.tuning.report import override_arguments, training_command, training_settings
 
 SWEEP = {
     "name": "night",
@@ -35,7 +35,7 @@ def trained(settings: Settings) -> dict[str, Any]:
 
 @pytest.fixture
 def best_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The winner of a sweep that was started in a folder of its own."""
+    """The best trial of a sweep that was started in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "voxels").mkdir()
     return training_settings(load_settings(overrides=SWEEP), POINT)
@@ -55,7 +55,7 @@ def test_the_training_is_the_trial_but_for_its_place(best_settings: Settings, tm
 def test_file_and_overrides_both_give_the_training_from_any_folder(
     best_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_best(best_settings, tmp_path / "best.yaml")
+    (tmp_path / "best.yaml").write_text(best_settings.to_yaml(), encoding="utf-8")
     words = [
         shlex.split(training_command(tmp_path / "best.yaml")),
         shlex.split(training_command(*override_arguments(best_settings, POINT))),

@@ -10,10 +10,8 @@ from umbrella.base import ProgressBar, pluralise
 from umbrella.cluster import SPARE_CPUS, max_concurrent_trainings
 from umbrella.config import Settings
 from umbrella.training.run import load_and_check
-from umbrella.tuning.parameter import Parameter
 from umbrella.tuning.search import count_trials, list_points
-from umbrella.tuning.search_space import format_point, is_fixed, read_space, variants
-from umbrella.tuning.sweep import possible_masks
+from umbrella.tuning.search_space import Parameter, format_point, is_fixed, read_space, variants
 
 MAX_TRIALS = 20
 """Maximum number of trials that a dry run lists."""
@@ -31,34 +29,45 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
     Raises:
         UserError: as ``load_and_check``.
     """
-    parameters, total = read_space(settings, fixed), count_trials(settings, fixed)
-    resources = settings.resources
-    console.print(settings.to_yaml(), markup=False, highlight=False, soft_wrap=True)
-    for line in _describe_trials(settings, fixed, total):
+    parameters, tune, resources = read_space(settings, fixed), settings.tune, settings.resources
+
+    def show(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    not_swept = [name for name in settings.tune.space if is_fixed(name, fixed)]
+
+    show(settings.to_yaml())
+    if tune.search == "optuna":
+        show(f"trials: {count_trials(settings, fixed)} at most; Optuna chooses values from")
+        for parameter in parameters:
+            show(f"  {parameter.name}: {parameter.description}")
+    else:
+        points = list_points(settings, fixed)
+        show(f"trials: {len(points)}")
+        for point in points[:MAX_TRIALS]:
+            show(f"  {format_point(point)}")
+        if len(points) > MAX_TRIALS:
+            show(f"  ... and {len(points) - MAX_TRIALS} more")
+    not_swept = [name for name in tune.space if is_fixed(name, fixed)]
     if not_swept:
-        console.print(f"set on the command line, so not swept: {', '.join(not_swept)}", markup=False)
-    never = set(settings.tune.space) - set(not_swept) - {parameter.name for parameter in parameters}
+        show(f"set on the command line, so not swept: {', '.join(not_swept)}")
+    never = set(tune.space) - set(not_swept) - {parameter.name for parameter in parameters}
     if never:
-        console.print(f"not swept, because the conditions are never met: {', '.join(sorted(never))}", markup=False)
-    for line in describe_search(settings, parameters):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        show(f"not swept, because the conditions are never met: {', '.join(sorted(never))}")
+    for line in _describe_search(settings, parameters):
+        show(line)
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
-    console.print(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for other processes of Ray")
+    show(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for other processes of Ray")
     if resources.ray_address == "local":
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
         concurrent = max_concurrent_trainings(resources, [machine])
-        console.print(
-            f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} concurrent trials"
-        )
+        show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} concurrent trials")
+    masks = [variant.mask for variant in variants(settings, parameters, "mask")]
     shapes = variants(settings, parameters, "modalities", "model")
-    splits = load_and_check(settings, progress, possible_masks(settings, fixed), shapes, dry_run=True)
-    console.print(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
+    splits = load_and_check(settings, progress, masks, shapes, dry_run=True)
+    show(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 
-def describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:
+def _describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:
     """Describe search, scheduler, metric and time limit, one line each."""
     tune = settings.tune
     drawn = [parameter.name for parameter in parameters if parameter.kind != "grid"]
@@ -69,22 +78,7 @@ def describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iter
     seeds = f"; {tune.seeds} seeds each, from {settings.seed} on" if tune.seeds > 1 else ""
     yield f"search: {optuna if tune.search == 'optuna' else combinations}{seeds}"
     after = f"after {pluralise(tune.grace, 'evaluation')} each"
-    yield {
-        "asha": f"early stopping: ASHA, {after}, keeps the best 1/{tune.reduction} at each rung",
-        "none": "early stopping: none",
-    }[tune.scheduler]
+    asha = f"ASHA, {after}, keeps the best 1/{tune.reduction} at each rung"
+    yield f"early stopping: {asha if tune.scheduler == 'asha' else 'none'}"
     yield f"best trial: {'largest' if tune.mode == 'max' else 'smallest'} {tune.metric}"
     yield f"budget: {f'{tune.hours:g} hours' if tune.hours else 'no time limit'}"
-
-
-def _describe_trials(settings: Settings, fixed: frozenset[str], total: int) -> Iterator[str]:
-    """Describe the number of trials, and the first trials or the search space of Optuna."""
-    if settings.tune.search == "optuna":
-        yield f"trials: {total} at most; Optuna chooses values from"
-        yield from (f"  {parameter.name}: {parameter.description}" for parameter in read_space(settings, fixed))
-        return
-    yield f"trials: {total}"
-    every = list_points(settings, fixed)
-    yield from (f"  {format_point(point)}" for point in every[:MAX_TRIALS])
-    if len(every) > MAX_TRIALS:
-        yield f"  ... and {len(every) - MAX_TRIALS} more"

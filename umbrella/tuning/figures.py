@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from math import isfinite, log10, nan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, truncate
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import SEED, Configuration, Importance, Trial, is_numeric, ranked_trials, swept_names
-from umbrella.tuning.search_space import format_point
+from umbrella.tuning.search_space import format_point, format_value
 from umbrella.tuning.sweep_files import FAILED
 
 if TYPE_CHECKING:
@@ -34,97 +35,64 @@ def draw_metric(configurations: Sequence[Configuration], metric: str) -> "Figure
     columns = min(len(panels), 2 if len(panels) == 4 else 3)
     rows = -(-len(panels) // columns)
     figure = new_figure(WIDTH if columns > 1 else 0.7 * WIDTH, 3.2 * rows)
-    low, high = (edge([float(t.metric or 0) for t in shown]) for edge in (min, max))
-    space = 0.07 * (high - low) or 0.05
     for i, name in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, i + 1)
+        axes = figure.add_subplot(rows, columns, i + 1, sharey=figure.axes[0] if i else None)
         having = [t for t in shown if name in t.point or name == TRIAL]
-        if is_numeric([t.point.get(name) for t in having]):
-            _scatter(axes, having, name, [n for n in names if n != name], shown[0])
-        else:
-            _strip(axes, having, name, shown[0])
+        _draw_panel(axes, having, name, [n for n in names if n != name], shown[0])
         lacking = len(shown) - len(having)
         axes.set_xlabel(f"{name}\n({lacking} trials without it)" if lacking else name)
         axes.set_ylabel(metric if i % columns == 0 else "")
-        axes.set_ylim(low - space, high + space)
     if more := len(names[MAX_PANELS:]):
         figure.supxlabel(f"{more} more swept setting{'s' * (more > 1)}: see ranking.csv", fontsize=9)
     return figure
 
 
-def _scatter(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[str], best: Trial) -> None:
+def _draw_panel(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequence[str], best: Trial) -> None:
+    """Plot the metric against the numbers of a setting, or against the indices of other values."""
+    numeric, labels = is_numeric([t.point.get(name) for t in trials]), sorted({_text(t, name) for t in trials})
+    place = {t.trial_id: t.point[name] if numeric else labels.index(_text(t, name)) for t in trials}
+    values = sorted(set(place.values()))
+    log = numeric and values[0] > 0 and values[-1] / values[0] >= 10
     groups: dict[str, list[Trial]] = {}
     for t in trials:
         groups.setdefault(format_point({n: t.point[n] for n in others if n in t.point}), []).append(t)
-    values = sorted({t.point[name] for t in trials})
-    few = len(groups) <= len(LINES) and any(len({t.point[name] for t in group}) > 1 for group in groups.values())
+    few = numeric and len(groups) <= len(LINES)
+    few = few and any(len({place[t.trial_id] for t in group}) > 1 for group in groups.values())
     looks = zip(LINES, "os^Dv", sorted(groups.items()), strict=False) if few else [(BLUE, "o", ("", trials))]
-    # Limits are set explicitly: automatic limits ignore the offsets of points.
-    log = values[0] > 0 and values[-1] / values[0] >= 10
-    if log:
-        space = (values[-1] / values[0]) ** 0.07
-        axes.set(xscale="log", xlim=(values[0] / space, values[-1] * space))
-    else:
-        space = 0.07 * (values[-1] - values[0]) or 0.5
-        axes.set_xlim(values[0] - space, values[-1] + space)
-    if len(values) <= (6 if log else 4):
-        axes.set_xticks(values, [f"{value:.3g}" for value in values])
-        axes.set_xticks([], minor=True)
+    span = (log10(values[-1] / values[0]) if log else values[-1] - values[0]) or 1
     there: Counter[tuple[float, float | None]] = Counter()
     for colour, marker, (words, group) in looks:
+        xs = sorted({place[t.trial_id] for t in group})
+        means = [np.mean([t.metric for t in group if place[t.trial_id] == x]) for x in xs]
         if few:
-            xs = sorted({t.point[name] for t in group})
-            means = [np.mean([t.metric for t in group if t.point[name] == x]) for x in xs]
             axes.plot(xs, means, "-", color=colour, alpha=0.6)
             axes.plot([], [], f"-{marker}", color=colour, label=truncate(words, 40))
+        elif not numeric:
+            axes.plot(xs, means, "_", color=INK, markersize=30)
         for t in group:
-            place = (t.point[name], t.metric)
-            # Points at the same position are drawn side by side, with offsets of 0, 4, -4, 8, -8 points.
-            offset = (there[place] + 1) // 2 * (4 if there[place] % 2 else -4)
-            there[place] += 1
-            _point(axes, t, t.point[name], colour, marker, t is best, offset)
+            x = place[t.trial_id]
+            # Trials at the same position are drawn side by side: 0, -1, 1, -2, 2 steps from it.
+            step = 0.012 * span * ((there[x, t.metric] + 1) // 2) * (1 if there[x, t.metric] % 2 == 0 else -1)
+            there[x, t.metric] += 1
+            filled = colour if t.state in (FINISHED, STOPPED_EARLY) else "white"
+            look: dict[str, Any] = {"marker": marker, "color": colour, "mfc": filled, "ms": 5.5, "alpha": 0.85}
+            if t is best:
+                look = {"marker": "*", "color": VERMILION, "mec": "white", "ms": 14, "zorder": 5}
+            axes.plot([x * 10**step if log else x + step], [t.metric or 0.0], **look)
+    axes.margins(0.07)
     if few and len(groups) > 1:
         axes.legend()
-
-
-def _strip(axes: "Axes", trials: Sequence[Trial], name: str, best: Trial) -> None:
-    """Draw a column of points per value, with a short line at their mean."""
-    values = sorted({_text(t, name) for t in trials})
-    for place, value in enumerate(values):
-        group = [t for t in trials if _text(t, name) == value]
-        spread = np.linspace(-0.18, 0.18, len(group)) if len(group) > 1 else [0.0]
-        # Shuffled: in the order of the ranking, the points would form a slope.
-        for t, offset in zip(group, np.random.default_rng(0).permutation(spread), strict=True):
-            _point(axes, t, place + offset, BLUE, "o", t is best)
-        if len(group) > 1:
-            mean = np.mean([float(t.metric or 0) for t in group])
-            axes.hlines(mean, place - 0.3, place + 0.3, color=INK, linewidth=1.2)
-    if len(values) > 20:  # for example the trials of a sweep without swept settings
-        axes.set_xticks([])
-    else:
-        long = sum(map(len, values)) > 36
-        words = [truncate(value, 24) for value in values]
-        axes.set_xticks(range(len(values)), words, rotation=25 if long else 0, ha="right" if long else "center")
-    axes.set_xlim(-0.6, len(values) - 0.4)
-    axes.grid(axis="x", visible=False)
-
-
-def _point(
-    axes: "Axes", trial: Trial, x: float, colour: str, marker: str, best: bool = False, offset: float = 0
-) -> None:
-    """Draw a trial.
-
-    Args:
-        offset: horizontal offset in points (1/72 inch).
-    """
-    from matplotlib.transforms import ScaledTranslation
-
-    where = axes.transData + ScaledTranslation(offset / 72, 0, axes.figure.dpi_scale_trans)
-    filled = colour if trial.state in (FINISHED, STOPPED_EARLY) else "white"
-    look: dict[str, Any] = {"marker": marker, "color": colour, "mfc": filled, "ms": 5.5, "alpha": 0.85}
-    if best:
-        look = {"marker": "*", "color": VERMILION, "mec": "white", "ms": 14, "zorder": 5}
-    axes.plot([x], [float(trial.metric or 0)], transform=where, **look)
+    if log:
+        axes.set_xscale("log")
+    if numeric and len(values) <= 6:
+        axes.set_xticks(values, [f"{value:.3g}" for value in values])
+        axes.set_xticks([], minor=True)
+    elif not numeric:
+        long, many = sum(map(len, labels)) > 36, len(labels) > 20  # such as the trials of a sweep without settings
+        words = [] if many else [truncate(label, 24) for label in labels]
+        axes.set_xticks(range(len(words)), words, rotation=25 if long else 0, ha="right" if long else "center")
+        axes.set_xlim(-0.6, len(labels) - 0.4)
+        axes.grid(axis="x", visible=False)
 
 
 def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figure":
@@ -133,12 +101,9 @@ def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figur
     figure = new_figure(WIDTH, 0.9 + 0.27 * max(len(shown), 2))
     axes = figure.subplots()
     for place, c in enumerate(shown):
-        colour = VERMILION if place == 0 else BLUE
-        if len(c.metrics) > 1:
-            axes.plot(c.metrics, [place] * len(c.metrics), "o", color=colour, markersize=3.5, alpha=0.4)
-        axes.errorbar(
-            c.mean or 0, place, xerr=c.ci95, fmt="D" if c.ci95 else "o", color=colour, markersize=5, capsize=3
-        )
+        look: dict[str, Any] = {"fmt": "D" if c.ci95 else "o", "color": BLUE if place else VERMILION}
+        axes.plot(c.metrics, [place] * len(c.metrics), "o", color=look["color"], markersize=3.5, alpha=0.4)
+        axes.errorbar(c.mean or 0, place, xerr=c.ci95, markersize=5, capsize=3, **look)
     axes.set_yticks(range(len(shown)), [f"{truncate(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
     axes.set_ylim(max(len(shown), 2) - 0.4, -0.6)
     axes.set_xlabel(metric)
@@ -147,29 +112,28 @@ def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figur
 
 def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure":
     """Plot metric and validation loss by step. The best configurations have colours, the best trial a thick line."""
-    titles: dict[str, str] = {metric: "metric"} | ({} if metric == "eval/loss" else {"eval/loss": "loss"})
     measured = [c for c in configurations if c.mean is not None]
-    coloured = measured[:MAX_COLOURED]
+    coloured = dict(zip([c.name for c in measured], (VERMILION, *LINES[: MAX_COLOURED - 1]), strict=False))
+    best = measured[0].trials[0] if measured else None
     figure = new_figure(WIDTH, 3.4 + 0.16 * len(coloured))
-    panels = figure.subplots(1, len(titles), squeeze=False)[0]
-    for axes, (title, attribute) in zip(panels, titles.items(), strict=True):
+    names = list(dict.fromkeys([metric, "eval/loss"]))
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
         for c in reversed(configurations):
-            place = coloured.index(c) if c in coloured else None
-            colour = GREY if place is None else (VERMILION, *LINES)[place]
+            colour = coloured.get(c.name, GREY)
+            usual = (0.7, 0.45) if colour == GREY else (1.2, 0.75)
             for t in c.trials:
-                points = [(e.step, value) for e in t.curve if (value := getattr(e, attribute)) is not None]
-                if not points:
-                    continue
-                best = bool(measured) and t is measured[0].trials[0]
-                width = 2.4 if best else 1.2 if place is not None else 0.7
-                alpha = 1.0 if best else 0.75 if place is not None else 0.45
+                points = [(row["step"], row[name]) for row in t.curve if isfinite(row.get(name, nan))]
                 marker = "o" if len(points) < 3 else ""
-                axes.plot(*zip(*points, strict=True), color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
-        axes.set(xlabel="step", ylabel=title)
-    for c, colour in zip(coloured, (VERMILION, *LINES), strict=False):
-        panels[0].plot([], [], color=colour, lw=2.4 if c is measured[0] else 1.2, label=truncate(c.name, 110))
-    if len(measured) > len(coloured) or len(configurations) > len(measured):
-        panels[0].plot([], [], color=GREY, lw=0.7, label=f"{len(configurations) - len(coloured)} others")
+                width, alpha = (2.4, 1.0) if t is best else usual
+                if points:
+                    xs, ys = zip(*points, strict=True)
+                    axes.plot(xs, ys, color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
+        axes.set(xlabel="step", ylabel=name)
+    for name, colour in coloured.items():
+        panels[0].plot([], [], color=colour, lw=2.4 if colour == VERMILION else 1.2, label=truncate(name, 110))
+    if others := len(configurations) - len(coloured):
+        panels[0].plot([], [], color=GREY, lw=0.7, label=f"{others} others")
     figure.legend(loc="outside lower left")
     return figure
 
@@ -190,23 +154,22 @@ def draw_importance(found: Importance) -> "Figure":
 
 def draw_times(trials: Sequence[Trial]) -> "Figure":
     """Plot the time and the final state of each trial. Pale: before its first evaluation."""
-    timed = sorted((t for t in trials if t.started is not None), key=lambda t: t.started or 0)
-    zero = min((t.started or 0 for t in timed), default=0)
-    longest = max(((t.started or 0) - zero + (t.seconds or 0) for t in timed), default=0)
-    unit, name = next(
-        (u, n) for u, n in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u or u == 1
-    )
+    timed = sorted((t for t in trials if t.curve), key=lambda t: t.started or 0)
+    starts = [(t.started or 0) - (timed[0].started or 0) for t in timed]
+    seconds = [t.seconds or 0 for t in timed]
+    longest = max(start + length for start, length in zip(starts, seconds, strict=True))
+    unit, name = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")
     colours = {FINISHED: BLUE, STOPPED_EARLY: SKY, FAILED: VERMILION}
-    figure = new_figure(WIDTH, 1.0 + min(0.16 * len(timed), 6.0) + 0.3)
+    figure = new_figure(WIDTH, 1.3 + min(0.16 * len(timed), 6.0))
     axes = figure.subplots()
-    for place, t in enumerate(timed):
-        colour, start = colours.get(t.state, ORANGE), ((t.started or 0) - zero) / unit
-        axes.barh(place, (t.seconds or 0) / unit, left=start, color=colour, height=0.8)
-        axes.barh(place, (t.first_evaluation or 0) / unit, left=start, color="white", alpha=0.55, height=0.8)
+    for place, (t, start, length) in enumerate(zip(timed, starts, seconds, strict=True)):
+        axes.barh(place, length / unit, left=start / unit, color=colours.get(t.state, ORANGE), height=0.8)
+        first = (t.first_evaluation or 0) / unit
+        axes.barh(place, first, left=start / unit, color="white", alpha=0.55, height=0.8)
     for state in dict.fromkeys(t.state for t in timed):
         axes.barh(0, 0, color=colours.get(state, ORANGE), label=state)
-    few = len(timed) <= MAX_NAMED
-    axes.set_yticks(range(len(timed)) if few else [], [t.trial_id for t in timed] if few else [], fontsize=6.5)
+    named = timed if len(timed) <= MAX_NAMED else []
+    axes.set_yticks(range(len(named)), [t.trial_id for t in named], fontsize=6.5)
     axes.set_ylim(len(timed) - 0.4, -0.6)
     axes.set_xlabel(f"{name} since the first trial began")
     axes.grid(axis="y", visible=False)
@@ -215,5 +178,4 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
 
 
 def _text(trial: Trial, name: str) -> str:
-    value = trial.point.get(name)
-    return trial.trial_id if name == TRIAL else format_point({"": value}).removeprefix("=")
+    return trial.trial_id if name == TRIAL else format_value(trial.point.get(name))

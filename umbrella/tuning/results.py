@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,16 @@ from rich.table import Table
 
 from umbrella.fileio import write_csv
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
-from umbrella.training.checkpoint_files import best_checkpoint, ranking_key, read_history
+from umbrella.training.checkpoint_files import LOSS, best_checkpoint, ranking_key, read_history
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
-from umbrella.tuning.sweep_files import FAILED, UNFINISHED, TrialOutcome, load_outcome, read_point, trial_id_of
+from umbrella.tuning.sweep_files import FAILED, UNFINISHED, load_outcome, trial_id_of
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation of a trial. A number that is not finite or not known is None."""
-
-    step: int
-    epoch: float | None
-    metric: float | None
-    loss: float | None
-    """Validation loss, in nats per token."""
-    train_loss: float | None
-    checkpoint: str
+SEED = "seed"
+"""The setting that does not distinguish configurations: trials that differ only in it are repeated measurements."""
+MIN_TRIALS = 8
+"""Minimum number of trials for an estimate of the importance."""
+ROUNDS, TREES, SHUFFLES = 10, 50, 5
 
 
 @dataclass(frozen=True)
@@ -41,17 +35,13 @@ class Trial:
     state: str
     metric: float | None = None
     loss: float | None = None
+    """Validation loss, in nats per token."""
     step: int | None = None
     checkpoint: str | None = None
     reason: str = ""
     """Why the trial ended early, in one line."""
-    curve: tuple[Evaluation, ...] = ()
-    started: float | None = None
-    """Unix time, in seconds."""
-    seconds: float | None = None
-    """Time from the start to the last evaluation, without the time between two attempts."""
-    first_evaluation: float | None = None
-    """Time from the start to the first evaluation, in seconds."""
+    curve: Sequence[Mapping[str, Any]] = ()
+    """The reports of its evaluations by step, see ``checkpoint_files.read_history``."""
 
     @property
     def name(self) -> str:
@@ -63,6 +53,22 @@ class Trial:
         """Whether the trial ended with an error."""
         return self.state == FAILED
 
+    @property
+    def started(self) -> float | None:
+        """Unix time of its start, in seconds; None without an evaluation."""
+        return self.curve[0]["begun"] if self.curve else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time from the start to the last evaluation, without the time between two attempts."""
+        ends = {row["begun"]: row["time"] for row in self.curve}  # start of each attempt: time of its last evaluation
+        return sum(end - begun for begun, end in ends.items()) if ends else None
+
+    @property
+    def first_evaluation(self) -> float | None:
+        """Time from the start to the first evaluation, in seconds."""
+        return self.curve[0]["time"] - self.curve[0]["begun"] if self.curve else None
+
 
 def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
     """Read the trials of a sweep from its folder, in the order of their start.
@@ -72,6 +78,23 @@ def read_trials(sweep: str | Path, tune: TuneSettings) -> list[Trial]:
     """
     trials = [_read_trial(file.parent, tune) for file in Path(sweep).glob(f"{TRIALS}/*/{POINT}")]
     return sorted(trials, key=lambda trial: (inf if trial.started is None else trial.started, trial.trial_id))
+
+
+def _read_trial(folder: Path, tune: TuneSettings) -> Trial:
+    curve, outcome, kept = read_history(folder), load_outcome(folder), best_checkpoint(folder, tune.metric, tune.mode)
+    best = next((row for row in curve if checkpoint_folder(folder, row["step"]) == kept), {})
+    known = {name: value for name, value in best.items() if name in (tune.metric, LOSS) and isfinite(value)}
+    return Trial(
+        trial_id=trial_id_of(folder),
+        point=json.loads((folder / POINT).read_text(encoding="utf-8")),
+        state=outcome.state if outcome else UNFINISHED,
+        metric=known.get(tune.metric),
+        loss=known.get(LOSS),
+        step=best.get("step"),
+        checkpoint=str(kept) if best else None,
+        reason=outcome.reason if outcome else "",
+        curve=curve,
+    )
 
 
 def chance_warning(trials: Sequence[Trial], tune: TuneSettings, chance: float | None, subjects: int) -> str:
@@ -90,61 +113,6 @@ def chance_warning(trials: Sequence[Trial], tune: TuneSettings, chance: float | 
         f"No trial learnt the task: the best {tune.metric}, {best:.4g}, is not distinguishable from chance"
         f" ({chance:.4g}, {subjects} subjects). Try more epochs (train.epochs) or larger rates (optim.lr)."
     )
-
-
-def sort_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
-    """Sort key that puts the best first; see ``ranking_key``."""
-    by_metric, by_loss = ranking_key(metric, loss, mode)
-    return -by_metric, -by_loss
-
-
-def _read_trial(folder: Path, tune: TuneSettings) -> Trial:
-    rows = read_history(folder)
-    curve = tuple(
-        Evaluation(
-            step=row["step"],
-            epoch=_number(row.get("epoch")),
-            metric=_number(row.get(tune.metric)),
-            loss=_number(row.get("eval/loss")),
-            train_loss=_number(row.get("train/loss")),
-            checkpoint=str(checkpoint_folder(folder, row["step"])),
-        )
-        for row in rows
-    )
-    outcome = load_outcome(folder) or TrialOutcome(UNFINISHED, "")
-    started, seconds, first = _times(rows)
-    kept = best_checkpoint(folder, tune.metric, tune.mode)
-    best = next((e for e in curve if e.checkpoint == str(kept)), None)
-    return Trial(
-        trial_id=trial_id_of(folder),
-        point=read_point(folder),
-        state=outcome.state,
-        metric=best.metric if best else None,
-        loss=best.loss if best else None,
-        step=best.step if best else None,
-        checkpoint=best.checkpoint if best else None,
-        reason=outcome.reason,
-        curve=curve,
-        started=started,
-        seconds=seconds,
-        first_evaluation=first,
-    )
-
-
-def _times(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None, float | None]:
-    """Start, total seconds, and seconds to the first evaluation of a trial."""
-    if not rows:
-        return None, None, None
-    ends = {row["begun"]: row["time"] for row in rows}  # start of each attempt: time of its last evaluation
-    return rows[0]["begun"], sum(end - begun for begun, end in ends.items()), rows[0]["time"] - rows[0]["begun"]
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or not isfinite(value) else float(value)
-
-
-SEED = "seed"
-"""The setting that does not distinguish configurations: trials that differ only in it are repeated measurements."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +136,13 @@ class Configuration:
     @property
     def mean(self) -> float | None:
         """Mean of ``metrics``."""
-        return float(np.mean(self.metrics)) if self.metrics else None
+        return fmean(self.metrics) if self.metrics else None
 
     @property
     def loss(self) -> float | None:
         """Mean validation loss of the trials that did not fail."""
         losses = [t.loss for t in self.trials if t.loss is not None and not t.failed]
-        return float(np.mean(losses)) if losses else None
+        return fmean(losses) if losses else None
 
     @property
     def ci95(self) -> float | None:
@@ -203,9 +171,13 @@ def rank_configurations(trials: Iterable[Trial], mode: str) -> list[Configuratio
     for trial in trials:
         groups.setdefault(json.dumps(_without_seed(trial), sort_keys=True, default=str), []).append(trial)
     for group in groups.values():
-        group.sort(key=lambda t: (t.failed, sort_key(t.metric, t.loss, mode)))
+        group.sort(key=lambda t: (not t.failed, ranking_key(t.metric, t.loss, mode)), reverse=True)
     configurations = [Configuration(_without_seed(group[0]), tuple(group)) for group in groups.values()]
-    return sorted(configurations, key=lambda c: (2 * c.failures > len(c.trials), sort_key(c.mean, c.loss, mode)))
+
+    def key(c: Configuration) -> tuple[bool, tuple[float, float]]:
+        return 2 * c.failures <= len(c.trials), ranking_key(c.mean, c.loss, mode)
+
+    return sorted(configurations, key=key, reverse=True)
 
 
 def _without_seed(trial: Trial) -> dict[str, Any]:
@@ -237,18 +209,23 @@ def format_interval(configuration: Configuration) -> str:
 
 def ranking_table(configurations: Sequence[Configuration], metric: str) -> Table:
     """The ranking as a table for the terminal: of configurations if there are several seeds, otherwise of trials."""
-    seeds = with_seeds(configurations)
-    table = Table(title="settings, best first" if seeds else "trials, best first", title_justify="left")
-    names = ("trials", "eval/loss", f"{metric}: mean ± 95%") if seeds else ("state", "step", "eval/loss", metric)
-    for name in ("settings" if seeds else "trial", *names):
-        table.add_column(name, justify="left" if name in ("settings", "trial", "trials", "state") else "right")
-    for c in configurations:
-        if seeds:
-            table.add_row(c.name, c.state_counts, "" if c.loss is None else f"{c.loss:.4g}", format_interval(c))
-            continue
-        t = c.trials[0]
-        numbers = ["" if value is None else f"{value:.4g}" for value in (t.step, t.loss, t.metric)]
-        table.add_row(t.name, t.state, *numbers)
+
+    def four(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    if with_seeds(configurations):
+        table = Table("settings", "trials", title="settings, best first", title_justify="left")
+        names = ["eval/loss", f"{metric}: mean ± 95%"]
+        rows = [(c.name, c.state_counts, four(c.loss), format_interval(c)) for c in configurations]
+    else:
+        table = Table("trial", "state", title="trials, best first", title_justify="left")
+        names = ["step", "eval/loss", metric]
+        best = ranked_trials(configurations)
+        rows = [(t.name, t.state, *map(four, (t.step, t.loss, t.metric))) for t in best]
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -268,11 +245,6 @@ def write_ranking(configurations: Sequence[Configuration], metric: str, file: Pa
     write_csv(file, ["rank", "trial", *names, *outcome, "checkpoint"], rows)
 
 
-MIN_TRIALS = 8
-"""Minimum number of trials for an estimate."""
-ROUNDS, TREES, SHUFFLES = 10, 50, 5
-
-
 @dataclass(frozen=True)
 class Importance:
     """Permutation importance of each swept setting for the metric."""
@@ -290,7 +262,7 @@ class Importance:
     @property
     def significant(self) -> list[str]:
         """Settings with a share above the threshold."""
-        return [name for name, share in self.shares.items() if share > self.threshold and not self.unavailable]
+        return [name for name, share in self.shares.items() if share > self.threshold]
 
 
 def compute_importance(trials: Sequence[Trial]) -> Importance:
@@ -341,16 +313,15 @@ def _forests(settings: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, floa
 
 def _column(name: str, trials: Sequence[Trial]) -> np.ndarray:
     """A setting as numbers: its values or, if they are not numbers, their indices; the median where it is inactive."""
-    present = [t.point[name] for t in trials if name in t.point]
-    if is_numeric(present):
-        codes = {t.trial_id: float(t.point[name]) for t in trials if name in t.point}
-    else:
-        texts = sorted({json.dumps(v, default=str) for v in present})
-        codes = {t.trial_id: texts.index(json.dumps(t.point[name], default=str)) for t in trials if name in t.point}
-    middle = np.quantile(list(codes.values()), 0.5, method="lower")
-    return np.array([codes.get(t.trial_id, middle) for t in trials], float)
+    values = {t.trial_id: t.point[name] for t in trials if name in t.point}
+    if not is_numeric(values.values()):
+        texts = {trial: json.dumps(value, default=str) for trial, value in values.items()}
+        order = sorted(set(texts.values()))
+        values = {trial: order.index(text) for trial, text in texts.items()}
+    middle = np.quantile(np.array(list(values.values()), float), 0.5, method="lower")
+    return np.array([values.get(t.trial_id, middle) for t in trials], float)
 
 
-def is_numeric(values: Sequence[Any]) -> bool:
+def is_numeric(values: Collection[Any]) -> bool:
     """Whether all values are numbers, and none is a bool."""
     return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

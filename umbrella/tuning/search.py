@@ -13,49 +13,21 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.tuning.parameter import Parameter, combinations
-from umbrella.tuning.search_space import in_space_order, read_space, settings_at, unique_points, with_seeds
+from umbrella.tuning.search_space import Parameter, combinations, read_space, settings_at, unique_points
 from umbrella.tuning.settings import TuneSettings
 
 if TYPE_CHECKING:
     import optuna
 
-TIME_ATTRIBUTE = "evaluation"
-"""The key of a trial's report that counts its evaluations."""
 MAX_ATTEMPTS = 100
 """Number of consecutive proposals that are not new and valid, after which Optuna's search is considered exhausted."""
 POINT = "point"
 """The key of the point in a suggestion of ``OptunaSearch``. The suggestion also holds Optuna's own parameters."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """Arguments of Ray Tune: ``tune.Tuner(param_space=)``, and the others for ``tune.TuneConfig``."""
-
-    param_space: dict[str, Any]
-    num_samples: int
-    search_alg: Searcher | None
-    trials: int
-    """Number of trials. Optuna, or the limit ``tune.hours``, may end the search with fewer."""
-
-
-def make_search(settings: Settings, fixed: frozenset[str] = frozenset()) -> Search:
-    """Make the search of ``settings.tune``. The ``config`` of each trial is a point: dotted names to values.
-
-    Raises:
-        UserError: as ``read_space`` and ``list_points``.
-    """
-    total = count_trials(settings, fixed)
-    if settings.tune.search == "optuna":
-        return Search({}, total, make_optuna_search(settings, read_space(settings, fixed)), total)
-    # A grid search over complete points: Ray Tune saves and restores its state.
-    return Search(tune.grid_search(list_points(settings, fixed)), 1, None, total)
 
 
 def make_scheduler(settings: TuneSettings) -> TrialScheduler:
@@ -63,7 +35,7 @@ def make_scheduler(settings: TuneSettings) -> TrialScheduler:
     if settings.scheduler == "none":
         return FIFOScheduler()
     return ASHAScheduler(
-        time_attr=TIME_ATTRIBUTE,
+        time_attr="evaluation",  # the key of a trial's report that counts its evaluations
         max_t=10**6,  # more than any number of evaluations: the end of a trial is not ASHA's decision
         grace_period=settings.grace,
         reduction_factor=settings.reduction,
@@ -89,20 +61,34 @@ def list_points(settings: Settings, fixed: frozenset[str] = frozenset()) -> list
         for _ in range(settings.tune.samples)
         for point in combinations(parameters, lambda p: p.values if p.kind == "grid" else [p.sample(rng)])
     )
-    found = unique_points(in_space_order(point, settings) for point in sampled)
+    found = unique_points(_in_space_order(point, settings) for point in sampled)
     for point in found:
         settings_at(settings, point)
-    return [seeded for point in found for seeded in with_seeds(point, settings)]
+    return [seeded for point in found for seeded in _with_seeds(point, settings)]
 
 
 def count_trials(settings: Settings, fixed: frozenset[str] = frozenset()) -> int:
-    """Number of trials of the sweep; see ``Search.trials``."""
+    """Number of trials of the sweep. Optuna, or the limit ``tune.hours``, may end it with fewer.
+
+    Raises:
+        UserError: as ``list_points``.
+    """
     if settings.tune.search != "optuna":
         return len(list_points(settings, fixed))
     parameters, count = read_space(settings, fixed), settings.tune.samples
     if all(parameter.categorical for parameter in parameters):
         count = sum(1 for _ in islice(combinations(parameters, lambda p: p.values), count))
     return count * settings.tune.seeds
+
+
+def _in_space_order(point: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    return {name: point[name] for name in settings.tune.space if name in point}
+
+
+def _with_seeds(point: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    """One point for each of ``tune.seeds``. With a single seed, the point itself, without a seed."""
+    seeds = settings.tune.seeds
+    return [{**point, "seed": settings.seed + k} if seeds > 1 else point for k in range(seeds)]
 
 
 def make_optuna_search(settings: Settings, parameters: Sequence[Parameter], storage: Any = None) -> "SeedRepeater":
@@ -185,12 +171,12 @@ class SeedRepeater(Searcher):
         for _ in range(MAX_ATTEMPTS):
             self.num_proposals += 1
             name = str(self.num_proposals)
-            point = in_space_order(self.proposer.suggest(name)[POINT], self.settings)
+            point = _in_space_order(self.proposer.suggest(name)[POINT], self.settings)
             with suppress(UserError):
                 if point not in self.seen:
                     settings_at(self.settings, point)
                     self.seen.append(point)
-                    return Proposal(name, with_seeds(point, self.settings))
+                    return Proposal(name, _with_seeds(point, self.settings))
             self.proposer.on_trial_complete(name, error=True)
         return None
 

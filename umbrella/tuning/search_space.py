@@ -1,15 +1,29 @@
 """The search space of a sweep: ``tune.space``, read and checked before anything starts."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice, product
+from math import exp, floor, log
 from typing import Any
+
+import numpy as np
 
 from umbrella.base import UserError
 from umbrella.config import Settings
-from umbrella.tuning.parameter import CATEGORICAL, KINDS, Parameter, combinations, format_value
 
+CATEGORICAL = {"grid": "[value, ...]", "choice": "[value, ...]"}
+RANGES = {
+    "uniform": "[low, high]",
+    "loguniform": "[low, high]",
+    "quniform": "[low, high, step]",
+    "randint": "[low, high], two whole numbers, both of them included",
+}
+KINDS = CATEGORICAL | RANGES
+"""Each kind of parameter and its syntax. Ranges include both ends."""
+DIGITS = 4
+"""Significant digits of a sampled number. With few digits, the name of a run can show the exact value."""
 NOT_SWEEPABLE = (
     "experiment",
     "name",
@@ -29,6 +43,67 @@ MAX_CHECKED = 50_000
 """Maximum number of combinations of a section that are checked before the start; this takes a few seconds."""
 MAX_COMBINATIONS_TRIED = 1000
 """Maximum number of combinations with other swept values that are tried for a value that is refused alone."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A swept name: a setting, or a section whose values are mappings."""
+
+    name: str
+    kind: str
+    values: Sequence[Any]
+    """The values in the type of the setting. For a range: low, high and, for quniform, the step."""
+    when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Conditions: other swept names and their allowed values. All of them must hold, or the parameter is not swept."""
+
+    @property
+    def categorical(self) -> bool:
+        """Whether the values are a list and not a range."""
+        return self.kind in CATEGORICAL
+
+    @property
+    def integer(self) -> bool:
+        """Whether a range holds whole numbers only."""
+        return self.kind == "randint" or all(isinstance(value, int) for value in self.values)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps between the smallest and the largest value of a quniform range."""
+        low, high, step = self.values
+        return floor((high - low) / step + 1e-9)
+
+    @property
+    def description(self) -> str:
+        """Kind, values and conditions: "loguniform [1e-5, 1e-3] where train is all"."""
+        values = f"{self.kind} [{', '.join(map(format_value, self.values))}]"
+        conditions = [f"{name} is {' or '.join(map(format_value, allowed))}" for name, allowed in self.when.items()]
+        return f"{values} where {' and '.join(conditions)}" if conditions else values
+
+    def is_active(self, point: Mapping[str, Any]) -> bool:
+        """Whether the values of ``point`` meet all conditions."""
+        return all(name in point and point[name] in allowed for name, allowed in self.when.items())
+
+    def sample(self, rng: np.random.Generator) -> Any:
+        """Sample a value."""
+        if self.categorical:
+            return self.values[int(rng.integers(len(self.values)))]
+        low, high = self.values[:2]
+        if self.kind == "quniform":
+            return self.rounded(low + self.values[2] * rng.integers(self.steps + 1))
+        if self.kind == "loguniform":  # an integer n has the probability of the interval [n, n + 1)
+            value = exp(rng.uniform(log(low), log(high + self.integer)))
+            return self.rounded(floor(value) if self.integer else value)
+        return self.rounded(rng.integers(low, high, endpoint=True) if self.integer else rng.uniform(low, high))
+
+    def rounded(self, value: float) -> Any:
+        """The value of a range that is nearest to ``value``: on a step, within the ends, in the setting's type."""
+        low, high = self.values[:2]
+        if self.kind == "quniform":
+            step = self.values[2]
+            count = min(max(round((value - low) / step), 0), self.steps)
+            return type(low)(f"{low + count * step:.10g}")
+        value = round(value) if self.integer else float(f"{value:.{DIGITS}g}")
+        return type(low)(min(max(value, low), high))
 
 
 def read_space(settings: Settings, fixed: frozenset[str] = frozenset()) -> list[Parameter]:
@@ -57,6 +132,30 @@ def read_space(settings: Settings, fixed: frozenset[str] = frozenset()) -> list[
     return parameters
 
 
+def combinations(
+    parameters: Sequence[Parameter],
+    values: Callable[[Parameter], Sequence[Any]],
+    point: Mapping[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Iterate over all combinations of values. A point omits parameters that are inactive or have no values.
+
+    Args:
+        parameters: each after the parameters that its conditions name.
+        values: returns the values of a parameter. It is called again for every combination of earlier values.
+        point: the earlier values.
+    """
+    point = dict(point or {})
+    if not parameters:
+        yield point
+        return
+    first, *rest = parameters
+    own = values(first) if first.is_active(point) else []
+    for value in own:
+        yield from combinations(rest, values, {**point, first.name: value})
+    if not own:
+        yield from combinations(rest, values, point)
+
+
 def variants(settings: Settings, parameters: Sequence[Parameter], *sections: str) -> list[Settings]:
     """The settings of all trials, where trials that are equal in these sections count once.
 
@@ -69,8 +168,8 @@ def variants(settings: Settings, parameters: Sequence[Parameter], *sections: str
     for parameter in reversed(parameters):  # add what conditions depend on, directly or not
         if parameter.name in needed:
             needed |= parameter.when.keys()
-    chain = [parameter for parameter in parameters if parameter.name in needed]
-    points = islice(combinations(chain, lambda p: p.values if p.categorical else ()), MAX_CHECKED)
+    needed_parameters = [parameter for parameter in parameters if parameter.name in needed]
+    points = islice(combinations(needed_parameters, lambda p: p.values if p.categorical else ()), MAX_CHECKED)
     own = ({name: value for name, value in point.items() if section_of(name) in sections} for point in points)
     return [settings_at(settings, point) for point in unique_points(own)]
 
@@ -97,17 +196,6 @@ def unique_points(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
-def in_space_order(point: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """The point with its names in the order of ``tune.space``."""
-    return {name: point[name] for name in settings.tune.space if name in point}
-
-
-def with_seeds(point: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-    """One point for each of ``tune.seeds``. With a single seed, the point itself, without a seed."""
-    seeds = settings.tune.seeds
-    return [{**point, "seed": settings.seed + k} if seeds > 1 else point for k in range(seeds)]
-
-
 def is_fixed(name: str, fixed: Iterable[str]) -> bool:
     """Whether a swept name, a part of it or its section is among the fixed names."""
     return any(contains(name, other) or contains(other, name) for other in fixed)
@@ -126,6 +214,22 @@ def section_of(name: str) -> str:
 def format_point(point: Mapping[str, Any]) -> str:
     """Format a point for people: ``lr=3e-4 supervise=all``. Names are shortened as far as they stay unique."""
     return " ".join(f"{_short_name(name, point)}={format_value(value)}" for name, value in point.items()) or "as set"
+
+
+def format_value(value: Any) -> str:
+    """Format a value for people: 3e-4, 96x96x96, (grid=32x32x32 patch=8x8x8)."""
+    if isinstance(value, float):
+        plain = f"{value:.15g}"  # 1, where repr has 1.0
+        if value == 0 or 1e-3 <= abs(value) < 1e6:
+            return plain
+        mantissa, _, exponent = f"{value:.14e}".partition("e")
+        return f"{float(mantissa):.15g}e{int(exponent)}"
+    if isinstance(value, Mapping):
+        return f"({' '.join(f'{key}={format_value(part)}' for key, part in value.items())})"
+    if isinstance(value, list | tuple):
+        numbers = all(isinstance(part, int) for part in value)
+        return "x".join(map(str, value)) if numbers else f"[{', '.join(map(format_value, value))}]"
+    return {None: "null", "": '""'}.get(value, str(value))
 
 
 def _short_name(name: str, point: Iterable[str]) -> str:
@@ -160,17 +264,10 @@ def _resolve_conditions(
     """Drop conditions that fixed settings meet, and parameters whose conditions are never met."""
     values, swept = settings.flat(), set()
     for parameter in parameters:
-        conditions = {}
-        for name, allowed in parameter.when.items():
-            if not is_fixed(name, fixed):
-                conditions[name] = allowed
-                if name not in swept:
-                    break
-            elif values.get(name) not in allowed:
-                break
-        else:
+        when = {n: a for n, a in parameter.when.items() if not is_fixed(n, fixed) or values.get(n) not in a}
+        if when.keys() <= swept:
             swept.add(parameter.name)
-            yield Parameter(parameter.name, parameter.kind, parameter.values, conditions)
+            yield replace(parameter, when=when)
 
 
 def _parse(name: str, names: Sequence[str], settings: Settings) -> Parameter:
@@ -183,7 +280,8 @@ def _parse(name: str, names: Sequence[str], settings: Settings) -> Parameter:
     if section_of(name) in NOT_SWEEPABLE and name not in SWEEPABLE_DATA:
         raise UserError(f"{where}: {section_of(name)} settings are the same for every trial and cannot be swept")
     when = line.pop("when", {})
-    if nested := list(_nested_names(name, line, settings.flat())):
+    sections = {f"{name}.{key}" for key, value in line.items() if isinstance(value, Mapping)}
+    if nested := sorted(s for s in sections if any(contains(s, other) for other in settings.flat())):
         raise UserError(f"{where}: names are written with dots; write {', '.join(f'{n}: {{...}}' for n in nested)}")
     kinds = [kind for kind in line if kind in KINDS]
     if len(kinds) > 1:
@@ -205,23 +303,14 @@ def _parse(name: str, names: Sequence[str], settings: Settings) -> Parameter:
     return Parameter(name, kind, values, _parse_conditions(name, when, names, settings))
 
 
-def _nested_names(name: str, line: Mapping[str, Any], known: Collection[str]) -> Iterator[str]:
-    """The dotted names of settings that are written as nested sections."""
-    for key, value in line.items():
-        inner = f"{name}.{key}"
-        if isinstance(value, Mapping) and any(contains(inner, other) for other in known):
-            yield from list(_nested_names(inner, value, known)) or [inner]
-
-
 def _parse_range(name: str, kind: str, raw: Sequence[Any], names: Sequence[str], settings: Settings) -> list[Any]:
     where = f"tune.space.{name}: {kind} takes {KINDS[kind]}"
     if len(raw) != 2 + (kind == "quniform"):
         raise UserError(f"{where}; for a list of values use grid or choice")
     values = [_validate(name, value, names, settings) for value in raw[:2]]
-    if kind == "quniform":
-        step = raw[2]
+    for step in raw[2:]:
         with suppress(TypeError, ValueError):  # YAML reads 1e-4 as a string
-            step = raw[2] if isinstance(raw[2], int) else float(raw[2])
+            step = step if isinstance(step, int) else float(step)
         values.append(step)
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise UserError(f"{where}: numbers; for a list of values use grid or choice")
@@ -230,8 +319,7 @@ def _parse_range(name: str, kind: str, raw: Sequence[Any], names: Sequence[str],
         raise UserError(f"{where}, with low < high{' and low > 0' * (kind == 'loguniform')}")
     if kind == "quniform" and not 0 < values[2] <= high - low:
         raise UserError(f"{where}, with 0 < step <= high - low")
-    integer = kind == "randint" or isinstance(low, int)
-    if integer and any(value != int(value) for value in values):
+    if (kind == "randint" or isinstance(low, int)) and any(value != int(value) for value in values):
         raise UserError(f"{where}, and these are not all whole numbers: {', '.join(map(format_value, values))}")
     return values
 
@@ -245,22 +333,19 @@ def _validate(name: str, value: Any, names: Sequence[str], settings: Settings, w
         where: start of the error message; the line of ``name`` if empty.
         hint: end of the error message.
     """
+    others = [other for other in names if other != name and section_of(other) == section_of(name)]
+    space = settings.tune.space
+    lists = {other: [v for kind in CATEGORICAL for v in space[other].get(kind) or ()] for other in others}
+    lists = {other: values for other, values in lists.items() if values}
+    found = (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
     try:
         return _value_in(settings.with_values({name: value}).flat(), name, value)
     except UserError as error:
-        for others in _combinations_in_section(name, names, settings):
+        for more in islice(found, MAX_COMBINATIONS_TRIED):
             with suppress(UserError):
-                return _value_in(settings.with_values({name: value, **others}).flat(), name, value)
+                return _value_in(settings.with_values({name: value, **more}).flat(), name, value)
         why = "; ".join(str(error).splitlines())
         raise UserError(f"{where or f'tune.space.{name}'}: {why}{hint}") from None
-
-
-def _combinations_in_section(name: str, names: Sequence[str], settings: Settings) -> Iterator[dict[str, Any]]:
-    others = [other for other in names if other != name and section_of(other) == section_of(name)]
-    lists = {other: [v for kind in CATEGORICAL for v in settings.tune.space[other].get(kind) or ()] for other in others}
-    lists = {other: values for other, values in lists.items() if values}
-    found = (dict(zip(lists, values, strict=True)) for values in product(*lists.values()))
-    return islice(found, MAX_COMBINATIONS_TRIED)
 
 
 def _value_in(flat: Mapping[str, Any], name: str, value: Any) -> Any:
@@ -281,9 +366,11 @@ def _parse_conditions(name: str, when: Any, names: Sequence[str], settings: Sett
         if kind is None or other == name:
             raise UserError(f"{where}: {other} is not swept by a grid or a choice; add one, or remove the condition")
         possible = [_validate(other, value, names, settings) for value in line[kind]]
-        values = raw if isinstance(raw, list) and not _is_single_value(raw, possible) else [raw]
+        # A list is one value if the values of the setting are lists.
+        of_lists = isinstance(raw, list) and all(isinstance(value, list) for value in possible)
+        single = not isinstance(raw, list) or (of_lists and raw and not any(isinstance(value, list) for value in raw))
         hint = f"; write its values as a list, {other}: [{', '.join(map(str, possible))}]"
-        allowed = [_validate(other, value, names, settings, where, hint) for value in values]
+        allowed = [_validate(other, value, names, settings, where, hint) for value in ([raw] if single else raw)]
         for value in allowed:
             if value not in possible:
                 listed = ", ".join(map(format_value, possible))
@@ -292,10 +379,3 @@ def _parse_conditions(name: str, when: Any, names: Sequence[str], settings: Sett
             raise UserError(f"{where}: {other} needs at least one value")
         conditions[other] = allowed
     return conditions
-
-
-def _is_single_value(raw: Sequence[Any], possible: Sequence[Any]) -> bool:
-    """Whether a list is one value of a setting whose values are lists."""
-    return (
-        bool(raw) and all(isinstance(value, list) for value in possible) and not any(isinstance(v, list) for v in raw)
-    )

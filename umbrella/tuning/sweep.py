@@ -7,37 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
-from umbrella.data.ingest import Splits
-from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance_level
 from umbrella.fileio import check_writable, run_lock
-from umbrella.paths import SETTINGS, SWEEPS, TRIALS, storage_of
+from umbrella.paths import REPORT, SETTINGS, SWEEPS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.run import load_and_check, make_job
 from umbrella.training.task import Job
-from umbrella.tuning.monitor import Monitor, MonitorCallback, OutOfTime
-from umbrella.tuning.report import ReportFiles, SweepResult, best_trial, write_report
-from umbrella.tuning.results import (
-    Configuration,
-    Trial,
-    chance_warning,
-    rank_configurations,
-    ranked_trials,
-    read_trials,
-)
-from umbrella.tuning.search import Search, make_scheduler, make_search
+from umbrella.tuning.monitor import Monitor, OutOfTime
+from umbrella.tuning.report import SweepResult, best_trial, write_report
+from umbrella.tuning.results import chance_warning, rank_configurations, ranked_trials, read_trials
+from umbrella.tuning.search import count_trials, list_points, make_optuna_search, make_scheduler
 from umbrella.tuning.search_space import contains, read_space, variants
 from umbrella.tuning.sweep_files import SweepSpec, allow_retry, check_fingerprint, save_spec
-from umbrella.tuning.trial import run_trial, trial_resources
+from umbrella.tuning.trial import run_trial
 
 RAY_TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # disables Ray Tune's own progress table
@@ -94,10 +85,12 @@ def _name_is_taken(name: str) -> UserError:
 
 
 def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folder: Path, resumes: bool) -> SweepResult:
-    search, scheduler = make_search(settings, fixed), make_scheduler(settings.tune)
-    storage = storage_of(folder)
-    parameters = read_space(settings, fixed)
-    masks, shapes = possible_masks(settings, fixed), variants(settings, parameters, "modalities", "model")
+    def stop() -> None:
+        raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {folder.name} resumes it")
+
+    parameters, total, storage = read_space(settings, fixed), count_trials(settings, fixed), storage_of(folder)
+    masks = [variant.mask for variant in variants(settings, parameters, "mask")]
+    shapes = variants(settings, parameters, "modalities", "model")
     if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     splits = load_and_check(settings, progress, masks, shapes)
@@ -111,7 +104,6 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     concurrent = max_concurrent_trainings(settings.resources)
-    concurrent = min(concurrent, settings.tune.concurrent or concurrent)
 
     parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
     swept = [parameter.name for parameter in parameters]
@@ -122,93 +114,77 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
     parent.inputs(job.datasets)
     for trial in folder.glob(f"{TRIALS}/*/"):
         allow_retry(trial)
-    monitor = Monitor(folder, parent, search.trials, settings.tune)
+    monitor = Monitor(folder, parent, total, settings.tune)
     try:
         # On SIGTERM, trials keep their last checkpoints.
-        with monitor, on_sigterm(lambda: _raise_stopped(folder.name)):
+        with monitor, on_sigterm(stop):
             try:
-                _make_tuner(job, search, scheduler, concurrent).fit()
+                _make_tuner(job, fixed, concurrent, monitor).fit()
             except OutOfTime:
                 monitor.stop_all()
         trials = read_trials(folder, settings.tune)
-        if settings.tracking.hash_subjects:
-            trials = _anonymised(trials, splits, read_salt(storage))
+        if settings.tracking.hash_subjects:  # the report is uploaded to MLflow
+            salt = read_salt(storage)
+            subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
+            trials = [replace(t, reason=redact_subjects(t.reason, subjects, salt)) for t in trials]
         configurations = rank_configurations(trials, settings.tune.mode)
-        subjects = len({c.subject_id for c in splits.validation})
-        held_out = target_classes(splits.validation)
+        held_out, num_subjects = target_classes(splits.validation), len({c.subject_id for c in splits.validation})
         classes = {target: len(labels) for target, labels in job.candidates.items() if len(held_out[target]) > 1}
-        warning = chance_warning(trials, settings.tune, chance_level(settings.tune.metric, classes), subjects)
-        files = write_report(configurations, settings, folder, subjects, warning)
-        for file in files.all:
+        warning = chance_warning(trials, settings.tune, chance_level(settings.tune.metric, classes), num_subjects)
+        for file in write_report(configurations, settings, folder, num_subjects, warning):
             parent.artifact(file.read_bytes(), file.name)
-        result = replace(_make_result(settings, configurations, files, folder, uri), warning=warning)
-        parent.results({f"best/{settings.tune.metric}": result.trials[0].metric or 0.0}, 0)
-        parent.tags({"best.trial": result.trials[0].name, "best.checkpoint": result.trials[0].checkpoint})
+        best = best_trial(configurations)
+        if not best:
+            raise UserError(
+                f"no trial finished an evaluation without failing later; {folder / REPORT} lists the errors"
+            )
+        best_settings = settings.with_values(best.point)
+        parent.results({f"best/{settings.tune.metric}": best.metric or 0.0}, 0)
+        parent.tags({"best.trial": best.name, "best.checkpoint": best.checkpoint})
         parent.end()
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Stopped)
-        monitor.close("killed")
+        monitor.close()
         if not parent.ended:
             parent.end("KILLED" if stopped else "FAILED", "killed" if stopped else "failed")
         raise
-    return result
+    return SweepResult(configurations, ranked_trials(configurations), best_settings, folder, uri, warning)
 
 
-def possible_masks(settings: Settings, fixed: frozenset[str] = frozenset()) -> list[MaskPolicy]:
-    """All mask policies of the trials. Parameters with a range keep the value of ``settings``.
-
-    Raises:
-        UserError: a combination of values is not valid.
-    """
-    return [variant.mask for variant in variants(settings, read_space(settings, fixed), "mask")]
-
-
-def _anonymised(trials: list[Trial], splits: Splits, salt: str) -> list[Trial]:
-    """Hide subjects in the reasons of failures, because the report is uploaded to MLflow."""
-    subjects = {subject for c in (*splits.train, *splits.validation) for subject in c.subjects}
-    return [replace(t, reason=redact_subjects(t.reason, subjects, salt)) if t.failed else t for t in trials]
-
-
-def _raise_stopped(name: str) -> None:
-    raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {name} resumes it")
-
-
-def _make_tuner(job: Job, search: Search, scheduler: TrialScheduler, concurrent: int) -> tune.Tuner:
-    settings, folder = job.settings.tune, Path(job.folder)
+def _make_tuner(job: Job, fixed: frozenset[str], concurrent: int, monitor: Monitor) -> tune.Tuner:
+    """Make the tuner of a sweep, or restore it. The ``config`` of each trial is a point: dotted names to values."""
+    settings, resources, folder = job.settings.tune, job.settings.resources, Path(job.folder)
     for name, value in RAY_TUNE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # hides tracebacks; Monitor prints one line per failure
-    trial = tune.with_resources(tune.with_parameters(run_trial, sweep=job), trial_resources(job.settings.resources))
+    # With several workers, the process of a trial waits for them. With a CPU for each, they could block the workers.
+    reserved = {"node:__internal_head__": 0.001}
+    if resources.single_worker:
+        reserved = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    trial = tune.with_resources(tune.with_parameters(run_trial, sweep=job), reserved)
     if tune.Tuner.can_restore(str(folder)) and any(folder.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(folder), trial, resume_unfinished=True, resume_errored=True)
+    search: Searcher | None = None
+    if settings.search == "optuna":
+        search = make_optuna_search(job.settings, read_space(job.settings, fixed))
     return tune.Tuner(
         trial,
-        param_space=search.param_space,
+        # A grid search over complete points: Ray Tune saves and restores its state.
+        param_space={} if search else tune.grid_search(list_points(job.settings, fixed)),
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            num_samples=search.num_samples,
-            search_alg=search.search_alg,
-            max_concurrent_trials=concurrent,
-            scheduler=scheduler,
-            reuse_actors=job.settings.resources.single_worker,
+            num_samples=count_trials(job.settings, fixed) if search else 1,
+            search_alg=search,
+            max_concurrent_trials=min(concurrent, settings.concurrent or concurrent),
+            scheduler=make_scheduler(settings),
+            reuse_actors=resources.single_worker,
         ),
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            callbacks=[MonitorCallback()],
-            failure_config=tune.FailureConfig(max_failures=job.settings.resources.max_failures),
+            callbacks=[monitor],
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             verbose=0,
         ),
-    )
-
-
-def _make_result(
-    settings: Settings, configurations: list[Configuration], files: ReportFiles, folder: Path, uri: str
-) -> SweepResult:
-    best = best_trial(configurations)
-    if not best:
-        raise UserError(f"no trial finished an evaluation without failing later; {files.page} lists the errors")
-    return SweepResult(
-        configurations, ranked_trials(configurations), settings.with_values(best.point), folder, files, uri
     )

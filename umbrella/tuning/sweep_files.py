@@ -11,9 +11,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
 from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, SWEEPS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
-from umbrella.tuning.parameter import format_value
-from umbrella.tuning.search_space import is_fixed
+from umbrella.tuning.search_space import format_value, is_fixed
 from umbrella.version import check_version, write_version
 
 STOPPED, FAILED, OUT_OF_TIME = "stopped by the scheduler", "failed", "out of time"
@@ -41,36 +39,30 @@ def save_spec(folder: Path, spec: SweepSpec, fingerprint: str) -> None:
     write_atomic(folder / SETTINGS, spec.settings.to_yaml())
 
 
-def load_spec(folder: Path) -> SweepSpec:
-    """Load the specification of a sweep. Its storage is the present location of the folder.
-
-    Raises:
-        UserError: there is no such sweep, or an incompatible version of UMBRELLA wrote it.
-    """
-    if not (folder / SETTINGS).is_file():
-        existing = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}")))
-        raise UserError(f"--resume: there is no sweep {folder}; existing sweeps: {existing or 'none'}")
-    check_version(folder)
-    settings = load_settings([folder / SETTINGS], {"resources.storage": str(storage_of(folder))})
-    return SweepSpec(settings, frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8"))))
-
-
-def resume_spec(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> SweepSpec:
+def load_spec(folder: Path, files: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> SweepSpec:
     """Load the specification of a sweep that is resumed, with new values of ``resources``.
+
+    Its storage is the present location of the folder.
 
     Args:
         files: YAML files of settings on the command line.
         overrides: other settings on the command line, by dotted name.
 
     Raises:
-        UserError: as ``load_spec``; or files or overrides change settings other than ``resources``.
+        UserError: there is no such sweep, or an incompatible version of UMBRELLA wrote it; or files or overrides change
+            settings other than ``resources``.
     """
-    spec = load_spec(folder)
-    storage = {"resources.storage": spec.settings.resources.storage}
-    resumed = load_settings([folder / SETTINGS, *files], {**overrides, **storage})
-    old, new = spec.settings.flat(), resumed.flat()
-    swept = [name for name in spec.settings.tune.space if not is_fixed(name, spec.fixed)]
-    changed = {name: "is swept" for name in overrides if any(is_fixed(other, {name}) for other in swept)}
+    if not (folder / SETTINGS).is_file():
+        existing = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}")))
+        raise UserError(f"--resume: there is no sweep {folder}; existing sweeps: {existing or 'none'}")
+    check_version(folder)
+    fixed = frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8")))
+    given, storage = overrides or {}, {"resources.storage": str(storage_of(folder))}
+    settings = load_settings([folder / SETTINGS], storage)
+    resumed = load_settings([folder / SETTINGS, *files], {**given, **storage})
+    old, new = settings.flat(), resumed.flat()
+    swept = [name for name in settings.tune.space if not is_fixed(name, fixed)]
+    changed = {name: "is swept" for name in given if any(is_fixed(other, {name}) for other in swept)}
     for name in {**old, **new}:
         if old.get(name) != new.get(name) and not name.startswith("resources."):
             was, now = (format_value(flat[name]) if name in flat else "unset" for flat in (old, new))
@@ -78,7 +70,7 @@ def resume_spec(folder: Path, files: Sequence[str], overrides: Mapping[str, Any]
     if changed:
         listed = ", ".join(f"{name} ({why})" for name, why in sorted(changed.items()))
         raise UserError(f"--resume uses the settings of the sweep; leave out {listed}, or start a new sweep")
-    return SweepSpec(resumed, spec.fixed)
+    return SweepSpec(resumed, fixed)
 
 
 def check_fingerprint(folder: Path, fingerprint: str) -> None:
@@ -104,44 +96,24 @@ def find_sweep(settings: Settings, name: str) -> Path:
         UserError: the name is "last", and there is no sweep.
     """
     folder = Path(settings.resources.storage) / SWEEPS / name
-    return latest_sweep(folder.parent) if name == "last" else folder
+    if name != "last":
+        return folder
+    files = list(folder.parent.glob(f"*/{SETTINGS}"))
+    if not files:
+        raise UserError(f"--resume: {folder.parent} holds no sweep")
+    return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
-def latest_sweep(folder: Path) -> Path:
-    """The sweep below ``folder`` that was started last.
+def make_trial_folder(sweep: str | Path, point: Mapping[str, Any]) -> Path:
+    """The folder of the trial with the values of a point; it is created if it does not exist.
 
-    Raises:
-        UserError: there is no sweep.
+    It is named by the point, so that a trial to which Ray Tune gives a new id finds its folder again.
     """
-    started = {file.parent: file.stat().st_mtime for file in folder.glob(f"*/{SETTINGS}")}
-    if not started:
-        raise UserError(f"--resume: {folder} holds no sweep")
-    return max(started, key=started.__getitem__)
-
-
-def make_trial_folder(sweep: str | Path, ray_id: str, point: Mapping[str, Any]) -> Path:
-    """The folder of a trial; it is created if it does not exist.
-
-    Args:
-        ray_id: the id of the trial in Ray Tune.
-        point: the values of the trial. They determine the name of the folder, so that a trial to which Ray Tune gives
-            a new id finds its folder again.
-    """
-    trials = Path(sweep) / TRIALS
-    link = trials / f"{ray_id}.txt"
-    name = sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
-    folder = trials / (link.read_text(encoding="utf-8") if link.exists() else name)
+    folder = Path(sweep) / TRIALS / sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
     folder.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
-        write_atomic(link, folder.name)
     if not (folder / POINT).exists():
         write_atomic(folder / POINT, json.dumps(point))
     return folder
-
-
-def read_point(folder: str | Path) -> dict[str, Any]:
-    """The point of a trial."""
-    return json.loads((Path(folder) / POINT).read_text(encoding="utf-8"))
 
 
 def trial_id_of(folder: str | Path) -> str:
@@ -178,10 +150,3 @@ def allow_retry(folder: str | Path) -> None:
     outcome = load_outcome(folder)
     if outcome and outcome.state in (FAILED, OUT_OF_TIME):
         (Path(folder) / END).unlink()
-
-
-def final_state(report: Mapping[str, Any]) -> str:
-    """The state of a trial that ended without an error, from its last report: FINISHED, STOPPED_EARLY or STOPPED."""
-    if report["step"] >= report["steps"]:
-        return FINISHED
-    return STOPPED_EARLY if report["out_of_patience"] else STOPPED

@@ -12,7 +12,6 @@ from ray import tune
 from umbrella.base import Stopped, UserError
 from umbrella.training.checkpoint_files import latest_checkpoint, read_history, read_training_state, truncate_history
 from umbrella.training.launch import run_job
-from umbrella.training.settings import ResourceSettings
 from umbrella.training.task import Job
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.sweep_files import FAILED, load_outcome, make_trial_folder, save_outcome, trial_id_of
@@ -34,7 +33,7 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
     Raises:
         UserError: the training failed because of its settings or data.
     """
-    folder = make_trial_folder(sweep.folder, str(tune.get_context().get_trial_id()), config)
+    folder = make_trial_folder(sweep.folder, config)
     outcome = load_outcome(folder)
     if not outcome:  # drop evaluations after the latest checkpoint: they are repeated
         latest = latest_checkpoint(folder)
@@ -59,21 +58,7 @@ def run_trial(config: dict[str, Any], sweep: Job) -> None:
     except UserError as error:
         save_outcome(folder, FAILED, str(error))
         raise
-    finally:
-        free_memory()
-
-
-def free_memory() -> None:
-    """Free CPU and GPU memory for the next trial: models contain reference cycles, and CUDA caches memory."""
-    gc.collect()
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
-
-
-def trial_resources(resources: ResourceSettings) -> dict[str, float]:
-    """Resources that Ray Tune reserves for the process of a trial."""
-    if resources.single_worker:
-        gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-        return {"CPU": resources.cpus_per_worker, **gpus}
-    # The process only waits for its workers. With a CPU reserved for each, trials could block their own workers.
-    return {"node:__internal_head__": 0.001}
+    finally:  # free memory for the next trial: models contain reference cycles, and CUDA caches memory
+        gc.collect()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
