@@ -110,7 +110,6 @@ def test_the_best_settings_are_written_and_printed_with_the_command_that_uses_th
     best = load_settings([folder / "best.yaml"])
     assert (best.optim.lr, best.seed, best.tune.space) == (0.001, 1, {})
     assert f"python experiments/train.py '{folder}/best.yaml'" in page.text
-    assert "python experiments/train.py seed=1" in page.text
     configurations = rank_configurations(TRIALS, "max")
     trials = ranked_trials(configurations)
     result = SweepResult(configurations, trials, best, folder, "sqlite:///runs/mlflow.db", "No trial learnt.")

@@ -8,7 +8,7 @@ import pytest
 
 from umbrella.cli import parse
 from umbrella.config import Settings, load_settings
-from umbrella.tuning.report import override_arguments, training_command, training_settings
+from umbrella.tuning.report import training_command, training_settings
 
 SWEEP = {
     "name": "night",
@@ -52,24 +52,15 @@ def test_the_training_is_the_trial_but_for_its_place(best_settings: Settings, tm
     assert best_settings.tune.space == {}
 
 
-def test_file_and_overrides_both_give_the_training_from_any_folder(
+def test_the_command_gives_the_training_from_any_folder(
     best_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "best.yaml").write_text(best_settings.to_yaml(), encoding="utf-8")
-    words = [
-        shlex.split(training_command(tmp_path / "best.yaml")),
-        shlex.split(training_command(*override_arguments(best_settings, POINT))),
-    ]
-    assert [w[:2] for w in words] == [["python", "experiments/train.py"]] * 2
+    python, script, *arguments = shlex.split(training_command(tmp_path / "best.yaml"))
+    assert (python, script) == ("python", "experiments/train.py")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for given in words:
-        assert parse(given[2:], "").settings == best_settings
-
-
-def test_overrides_say_what_was_swept_also_where_it_is_the_default() -> None:
-    usual = Settings().optim.lr
-    assert f"optim.lr={usual}" in override_arguments(training_settings(Settings(), {"optim.lr": usual}), ["optim.lr"])
+    assert parse(arguments, "").settings == best_settings
 
 
 def test_a_checkpoint_is_a_path_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,8 @@ def _draw_panel(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequen
         axes.set_xticks([], minor=True)
     elif not numeric:
         long, many = sum(map(len, labels)) > 36, len(labels) > 20  # such as the trials of a sweep without settings
-        words = [] if many else [truncate(label, 24) for label in labels]
-        axes.set_xticks(range(len(words)), words, rotation=25 if long else 0, ha="right" if long else "center")
+        ticks = [] if many else [truncate(label, 24) for label in labels]
+        axes.set_xticks(range(len(ticks)), ticks, rotation=25 if long else 0, ha="right" if long else "center")
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.grid(axis="x", visible=False)
 

@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -10,7 +10,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from umbrella.base import mask_secrets
@@ -36,7 +35,6 @@ from umbrella.tuning.settings import TuneSettings
 
 MAX_ROWS = 100
 """Maximum number of rows of a table on the page; ranking.csv holds all rows."""
-SCRIPT = "experiments/train.py"
 PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
 """Settings that are paths."""
 OPTIONAL_PATHS = (
@@ -88,11 +86,10 @@ def write_report(
     trials, metric, resources = ranked_trials(configurations), settings.tune.metric, settings.resources
     write_ranking(configurations, metric, folder / RANKING)  # first, in case that a figure fails
     best, files = best_trial(configurations), [folder / REPORT, folder / RANKING]
-    command, overrides, margin = "", "", 0.0
+    command, margin = "", 0.0
     if best:
         training, file = training_settings(settings, best.point), (folder / BEST).absolute()
         command = training_command(file)
-        overrides = training_command(*override_arguments(training, best.point))
         head = f"# The best trial of {folder.name}. Run it again: {command}\n"
         file.write_text(head + training.to_yaml(), encoding="utf-8")
         files.append(file)
@@ -133,7 +130,6 @@ def write_report(
         not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
         command=command,
-        overrides=overrides,
         images={name: png_data_url(file.read_bytes()) for name, file in drawn.items()},
         importance=importance,
         subjects=subjects,
@@ -171,17 +167,9 @@ def _absolute(value: Any) -> Any:
     return [_absolute(path) for path in value]
 
 
-def override_arguments(settings: Settings, named: Collection[str] = ()) -> list[str]:
-    """Command-line arguments for all settings that differ from the defaults, and for those in ``named``."""
-    defaults = Settings().flat()
-    changed = {k: v for k, v in settings.flat().items() if k in named or k not in defaults or defaults[k] != v}
-    dump = partial(yaml.safe_dump, default_flow_style=True, width=10**6, allow_unicode=True)
-    return [f"{name}={dump(value).strip().removesuffix('...').strip()}" for name, value in changed.items()]
-
-
-def training_command(*arguments: str | Path) -> str:
-    """Shell command that starts a training with these files and overrides."""
-    return shlex.join(["python", SCRIPT, *map(str, arguments)])
+def training_command(file: str | Path) -> str:
+    """Shell command that starts a training with a file of settings."""
+    return shlex.join(["python", "experiments/train.py", str(file)])
 
 
 def print_result(result: SweepResult, console: Console) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -122,37 +122,19 @@ class Configuration:
     point: dict[str, Any]
     """The values, without the seed."""
     trials: tuple[Trial, ...]
+    metrics: list[float]
+    """Metrics of the trials that have one and did not fail. A stopped trial counts with its best evaluation."""
+    mean: float | None
+    """Mean of ``metrics``."""
+    ci95: float | None
+    """Half-width of the 95% confidence interval of the mean (Student's t); None with fewer than two metrics."""
+    loss: float | None
+    """Mean validation loss of the trials that did not fail."""
 
     @property
     def name(self) -> str:
         """The values: "lr=3e-4 supervise=all"."""
         return format_point(self.point)
-
-    @property
-    def metrics(self) -> list[float]:
-        """Metrics of the trials that have one and did not fail. A stopped trial counts with its best evaluation."""
-        return [t.metric for t in self.trials if t.metric is not None and not t.failed]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean of ``metrics``."""
-        return fmean(self.metrics) if self.metrics else None
-
-    @property
-    def loss(self) -> float | None:
-        """Mean validation loss of the trials that did not fail."""
-        losses = [t.loss for t in self.trials if t.loss is not None and not t.failed]
-        return fmean(losses) if losses else None
-
-    @property
-    def ci95(self) -> float | None:
-        """Half-width of the 95% confidence interval of the mean (Student's t); None with fewer than two metrics."""
-        n = len(self.metrics)
-        if n < 2:
-            return None
-        from scipy.special import stdtrit
-
-        return float(stdtrit(n - 1, 0.975) * np.std(self.metrics, ddof=1) / sqrt(n))
 
     @property
     def failures(self) -> int:
@@ -167,21 +149,26 @@ class Configuration:
 
 def rank_configurations(trials: Iterable[Trial], mode: str) -> list[Configuration]:
     """Rank configurations by mean metric, then by mean loss. Those with mostly failed trials come last."""
+    from scipy.special import stdtrit
+
     groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault(json.dumps(_without_seed(trial), sort_keys=True, default=str), []).append(trial)
+    for t in trials:
+        groups.setdefault(json.dumps(t.point | {SEED: None}, sort_keys=True, default=str), []).append(t)
+    found = []
     for group in groups.values():
         group.sort(key=lambda t: (not t.failed, ranking_key(t.metric, t.loss, mode)), reverse=True)
-    configurations = [Configuration(_without_seed(group[0]), tuple(group)) for group in groups.values()]
+        point = {name: value for name, value in group[0].point.items() if name != SEED}
+        metrics = [t.metric for t in group if t.metric is not None and not t.failed]
+        losses = [t.loss for t in group if t.loss is not None and not t.failed]
+        mean, loss = (fmean(values) if values else None for values in (metrics, losses))
+        n = len(metrics)
+        ci95 = float(stdtrit(n - 1, 0.975) * stdev(metrics) / sqrt(n)) if n > 1 else None
+        found.append(Configuration(point, tuple(group), metrics, mean, ci95, loss))
 
     def key(c: Configuration) -> tuple[bool, tuple[float, float]]:
         return 2 * c.failures <= len(c.trials), ranking_key(c.mean, c.loss, mode)
 
-    return sorted(configurations, key=key, reverse=True)
-
-
-def _without_seed(trial: Trial) -> dict[str, Any]:
-    return {name: value for name, value in trial.point.items() if name != SEED}
+    return sorted(found, key=key, reverse=True)
 
 
 def ranked_trials(configurations: Iterable[Configuration]) -> list[Trial]:
@@ -213,6 +200,7 @@ def ranking_table(configurations: Sequence[Configuration], metric: str) -> Table
     def four(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
 
+    rows: list[tuple[str, ...]]
     if with_seeds(configurations):
         table = Table("settings", "trials", title="settings, best first", title_justify="left")
         names = ["eval/loss", f"{metric}: mean ± 95%"]

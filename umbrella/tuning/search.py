@@ -3,9 +3,9 @@
 import math
 import pickle
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -110,17 +110,6 @@ def make_optuna_search(settings: Settings, parameters: Sequence[Parameter], stor
     return SeedRepeater(OptunaSearch(space, metric, settings.tune.mode, sampler=sampler, storage=storage), settings)
 
 
-@dataclass(eq=False)
-class Proposal:
-    """A point that the searcher proposed, and the results of its runs, one per seed."""
-
-    name: str
-    pending: list[dict[str, Any]]
-    """Runs that have not started."""
-    results: list[float] = field(default_factory=list)
-    """Results of the runs that did not fail."""
-
-
 class SeedRepeater(Searcher):
     """Repeats each new, valid point of another searcher with every seed.
 
@@ -134,29 +123,34 @@ class SeedRepeater(Searcher):
         self.proposer, self.settings = searcher, settings
         self.num_proposals = 0
         self.seen: list[dict[str, Any]] = []
-        self.latest: Proposal | None = None
-        self.running: dict[str, Proposal] = {}
+        self.pending: list[dict[str, Any]] = []
+        """Runs of the latest point that have not started."""
+        self.running: dict[str, str] = {}
+        """Id of a running trial to the searcher's name of its point."""
+        self.results: defaultdict[str, list[float]] = defaultdict(list)
+        """The searcher's name of a point to the results of its runs that did not fail."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Suggest the next run: the next seed of the latest point, or the first seed of a new point."""
-        if self.latest is None or not self.latest.pending:
-            self.latest = self._propose()
-        if self.latest is None:
+        if not self.pending:
+            self.pending = self._propose()
+        if not self.pending:
             return Searcher.FINISHED
-        self.running[trial_id] = self.latest
-        return self.latest.pending.pop(0)
+        self.running[trial_id] = str(self.num_proposals)
+        return self.pending.pop(0)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Record the result of a run. After the last run of a point, report the point to the searcher."""
-        proposal = self.running.pop(trial_id, None)
-        if proposal is None:  # after a restart, Ray Tune may complete a trial again
+        name = self.running.pop(trial_id, None)
+        if name is None:  # after a restart, Ray Tune may complete a trial again
             return
         value = math.nan if error else (result or {}).get(self.metric, math.nan)
         if math.isfinite(value):
-            proposal.results.append(value)
-        if not proposal.pending and proposal not in self.running.values():
-            mean = {self.metric: fmean(proposal.results)} if proposal.results else None
-            self.proposer.on_trial_complete(proposal.name, mean)
+            self.results[name].append(value)
+        waiting = self.pending and name == str(self.num_proposals)
+        if not waiting and name not in self.running.values():
+            mean = {self.metric: fmean(self.results[name])} if self.results[name] else None
+            self.proposer.on_trial_complete(name, mean)
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state of both searchers to one file, so that a kill cannot leave states that differ."""
@@ -166,8 +160,8 @@ class SeedRepeater(Searcher):
         """Restore the state from a file that ``save`` wrote."""
         self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
 
-    def _propose(self) -> Proposal | None:
-        """Propose a new, valid point; None if the search is exhausted."""
+    def _propose(self) -> list[dict[str, Any]]:
+        """The runs of a new, valid point; empty if the search is exhausted."""
         for _ in range(MAX_ATTEMPTS):
             self.num_proposals += 1
             name = str(self.num_proposals)
@@ -176,9 +170,9 @@ class SeedRepeater(Searcher):
                 if point not in self.seen:
                     settings_at(self.settings, point)
                     self.seen.append(point)
-                    return Proposal(name, _with_seeds(point, self.settings))
+                    return _with_seeds(point, self.settings)
             self.proposer.on_trial_complete(name, error=True)
-        return None
+        return []
 
 
 def _define(parameters: Sequence[Parameter], trial: "optuna.Trial") -> dict[str, dict[str, Any]]:

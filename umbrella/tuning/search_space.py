@@ -13,15 +13,14 @@ import numpy as np
 from umbrella.base import UserError
 from umbrella.config import Settings
 
-CATEGORICAL = {"grid": "[value, ...]", "choice": "[value, ...]"}
+CATEGORICAL = ("grid", "choice")
 RANGES = {
-    "uniform": "[low, high]",
-    "loguniform": "[low, high]",
-    "quniform": "[low, high, step]",
-    "randint": "[low, high], two whole numbers, both of them included",
+    "uniform": "[low, high] with low < high",
+    "loguniform": "[low, high] with 0 < low < high",
+    "quniform": "[low, high, step] with low < high and 0 < step <= high - low",
+    "randint": "[low, high] with low < high, two whole numbers, both of them included",
 }
-KINDS = CATEGORICAL | RANGES
-"""Each kind of parameter and its syntax. Ranges include both ends."""
+"""Kinds of parameters, and the syntax of ranges, which include both ends."""
 DIGITS = 4
 """Significant digits of a sampled number. With few digits, the name of a run can show the exact value."""
 NOT_SWEEPABLE = (
@@ -262,7 +261,7 @@ def _resolve_conditions(
     parameters: Sequence[Parameter], settings: Settings, fixed: frozenset[str]
 ) -> Iterator[Parameter]:
     """Drop conditions that fixed settings meet, and parameters whose conditions are never met."""
-    values, swept = settings.flat(), set()
+    values, swept = settings.flat(), set[str]()
     for parameter in parameters:
         when = {n: a for n, a in parameter.when.items() if not is_fixed(n, fixed) or values.get(n) not in a}
         if when.keys() <= swept:
@@ -283,15 +282,10 @@ def _parse(name: str, names: Sequence[str], settings: Settings) -> Parameter:
     sections = {f"{name}.{key}" for key, value in line.items() if isinstance(value, Mapping)}
     if nested := sorted(s for s in sections if any(contains(s, other) for other in settings.flat())):
         raise UserError(f"{where}: names are written with dots; write {', '.join(f'{n}: {{...}}' for n in nested)}")
-    kinds = [kind for kind in line if kind in KINDS]
-    if len(kinds) > 1:
-        raise UserError(f"{where}: has the kinds {' and '.join(kinds)}, but can have only one; leave the others out")
-    if not kinds:
-        raise UserError(f"{where}: {line} is none of {', '.join(KINDS)}, as in {{grid: [1, 2]}}")
-    if len(line) > 1:
-        others = ", ".join(str(key) for key in line if key not in kinds)
-        raise UserError(f"{where}: {others}: only when is allowed beside {kinds[0]}; leave it out")
-    ((kind, raw),) = line.items()
+    kind, raw = next(iter(line.items()), ("", None))
+    if len(line) != 1 or kind not in (*CATEGORICAL, *RANGES):
+        kinds = ", ".join((*CATEGORICAL, *RANGES))
+        raise UserError(f"{where}: {line} must have one of {kinds}, as in {{grid: [1, 2]}}, and only when beside it")
     if section_of(name) == "modalities" and kind not in CATEGORICAL:
         raise UserError(f"{where}: volumes are prepared for each value before the start; list the values, as a grid")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
@@ -304,23 +298,19 @@ def _parse(name: str, names: Sequence[str], settings: Settings) -> Parameter:
 
 
 def _parse_range(name: str, kind: str, raw: Sequence[Any], names: Sequence[str], settings: Settings) -> list[Any]:
-    where = f"tune.space.{name}: {kind} takes {KINDS[kind]}"
-    if len(raw) != 2 + (kind == "quniform"):
-        raise UserError(f"{where}; for a list of values use grid or choice")
     values = [_validate(name, value, names, settings) for value in raw[:2]]
     for step in raw[2:]:
         with suppress(TypeError, ValueError):  # YAML reads 1e-4 as a string
             step = step if isinstance(step, int) else float(step)
         values.append(step)
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        raise UserError(f"{where}: numbers; for a list of values use grid or choice")
-    low, high = values[:2]
-    if not low < high or (kind == "loguniform" and low <= 0):
-        raise UserError(f"{where}, with low < high{' and low > 0' * (kind == 'loguniform')}")
-    if kind == "quniform" and not 0 < values[2] <= high - low:
-        raise UserError(f"{where}, with 0 < step <= high - low")
-    if (kind == "randint" or isinstance(low, int)) and any(value != int(value) for value in values):
-        raise UserError(f"{where}, and these are not all whole numbers: {', '.join(map(format_value, values))}")
+    valid = len(values) == 2 + (kind == "quniform")
+    valid = valid and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    valid = valid and values[0] < values[1] and (kind != "loguniform" or values[0] > 0)
+    valid = valid and (kind != "quniform" or 0 < values[2] <= values[1] - values[0])
+    whole = kind == "randint" or isinstance(values[0], int)
+    if not valid or (whole and any(value != int(value) for value in values)):
+        takes = f"{kind} takes {RANGES[kind]}{', all of them whole numbers' if whole else ''}, not {raw}"
+        raise UserError(f"tune.space.{name}: {takes}; for a list of values use grid or choice")
     return values
 
 
