@@ -23,8 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from umbrella.modality import Modality  # noqa: E402
-from umbrella.volumes.preprocessing import prepare  # noqa: E402
-from umbrella.volumes.reading import read_volume  # noqa: E402
+from umbrella.volumes.store import decode  # noqa: E402
 
 SIZE, SLICES, GRID, FILES, ROUNDS = 256, 176, 96, 4, 8
 
@@ -74,7 +73,7 @@ def main() -> None:
     turned = Compose([load, channel, Orientation("RAS", labels=None), resize, normalise])
 
     def ours(file: Path) -> np.ndarray:
-        return prepare(read_volume(file, 3, 2**31), modality)
+        return decode(file, modality, 2**31)[3]
 
     with tempfile.TemporaryDirectory() as folder:
         for stripped in (True, False):

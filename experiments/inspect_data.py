@@ -24,11 +24,11 @@ OPTIONS: Options = {
 def main(args: Arguments) -> None:
     """Print one conversation and draw its volumes."""
     from umbrella.cohort_report.conversation import draw_volumes, find_conversation, format_summary, format_turns
-    from umbrella.data.ingest import open_store
     from umbrella.data.masking import split_by_weight
     from umbrella.data.rendering import load_renderer
     from umbrella.data.splits import read_splits
     from umbrella.paths import PICTURES
+    from umbrella.volumes.store import open_store
 
     settings, options, console = args.settings, args.options, make_console()
     split, task_id, sample = options["split"], options["task_id"], options["sample"]

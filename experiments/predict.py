@@ -137,7 +137,7 @@ def _predict_cohort(args: Arguments, checkpoint: Path) -> None:
     cohort = read_cohort(checkpoint, args.settings, load_checkpoint_settings(checkpoint, _dtype(args)))
     conversations, left = pluralise(len(cohort.conversations), "conversation"), len(cohort.remaining())
     done, path = len(cohort.conversations) - left, cohort.file.path
-    for line in cohort.raw.notices:
+    for line in cohort.splits.notices:
         note(line)
     if args.dry_run:
         print(f"would predict {left} of {conversations}; {done} have a prediction in {path}")
@@ -145,9 +145,9 @@ def _predict_cohort(args: Arguments, checkpoint: Path) -> None:
     if done:
         print(f"{done} of {conversations} have a prediction already", flush=True)
     if left:
-        splits = predict_cohort(cohort, progress_bar)
-        if splits.quarantined:
-            note(f"{pluralise(splits.quarantined, 'conversation')} cannot be predicted, see {splits.quarantine}")
+        predict_cohort(cohort, progress_bar)
+        if bad := cohort.splits.quarantined:
+            note(f"{pluralise(bad, 'conversation')} cannot be predicted, see {cohort.splits.quarantine}")
     print(f"predictions: {path}")
 
 

@@ -17,10 +17,11 @@ def main(args: Arguments) -> None:
 
     from umbrella.cluster import join_cluster
     from umbrella.cohort_report.report import write_report
-    from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes, open_store
+    from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes
     from umbrella.data.splits import SPLITS, read_splits
     from umbrella.paths import COHORT_REPORT
     from umbrella.training.run import check_data, check_model
+    from umbrella.volumes.store import open_store
     from umbrella.volumes.store_files import stored_recipes
 
     settings, console = args.settings, make_console()
@@ -31,28 +32,27 @@ def main(args: Arguments) -> None:
     check_model(settings)
     if not args.dry_run:
         join_cluster(settings.resources, "prepare")
-    raw = read_splits(settings, progress_bar, SPLITS, dry_run=args.dry_run)
+    splits = read_splits(settings, progress_bar, SPLITS, dry_run=args.dry_run)
     if not args.dry_run:
-        check_volumes(raw, settings, progress_bar)
+        check_volumes(splits, settings, progress_bar)
         store = open_store(settings)
-    check_rendering(raw, settings, progress_bar)
+    check_rendering(splits, settings, progress_bar)
     if not args.dry_run:
-        page = write_report(Path(settings.resources.storage) / COHORT_REPORT, raw, store, progress_bar)
-    print_row("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in raw.splits.items()))
+        page = write_report(Path(settings.resources.storage) / COHORT_REPORT, splits, store, progress_bar)
+    print_row("samples", ", ".join(f"{name} {len(conversations)}" for name, conversations in splits.splits.items()))
     if not args.dry_run:
-        used = {(v.image_path, v.modality) for cs in raw.splits.values() for c in cs for v in c.volumes}
         recipes = stored_recipes(store.folder, settings.modalities)
-        print_row("volumes", str(len(used)))
+        print_row("volumes", str(len(splits.volumes)))
         print_row("volume store", f"{decimal(sum(r.size for r in recipes))} in {sum(r.arrays for r in recipes)} arrays")
         print_row("report", str(page))
-    for line in raw.notices:
+    for line in splits.notices:
         note(line)
-    splits = apply_bad_sample_policy(raw, settings, write=not args.dry_run)
+    apply_bad_sample_policy(splits, settings, write=not args.dry_run)
     if splits.quarantined:
         print_row(
             "quarantined", f"{splits.quarantined} samples, see {splits.quarantine or 'the report, without --dry-run'}"
         )
-    check_data(settings, splits, [settings.mask], settings.tune.metric)
+    check_data(settings, splits)
 
 
 if __name__ == "__main__":

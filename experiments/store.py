@@ -17,7 +17,7 @@ def main(args: Arguments) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from umbrella.data.ingest import open_store
+    from umbrella.volumes.store import open_store
     from umbrella.volumes.store_files import prune, stored_recipes
 
     console, modalities = make_console(), args.settings.modalities

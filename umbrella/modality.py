@@ -1,11 +1,11 @@
-"""Modalities: grid, patch and preprocessing of volumes, and their number of tokens. Does not import torch."""
+"""Modalities: grid, patch, preprocessing and tokens of volumes, and windows of series. Does not import torch."""
 
 from math import prod
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from umbrella.base import Section
+from umbrella.base import Section, UserError
 
 
 class Modality(Section):
@@ -66,12 +66,41 @@ class Modality(Section):
         """Voxels in one patch."""
         return prod(self.patch)
 
+    @property
+    def window_length(self) -> int:
+        """Frames from the first to the last frame of a window, inclusive."""
+        return (self.grid[3] - 1) * self.frame_stride + 1
+
+    def num_windows(self, frames: int) -> int:
+        """Return the number of windows of a series. They start at frames ``0, window_stride, 2 * window_stride, ...``.
+
+        Raises:
+            UserError: if the series is shorter than one window.
+        """
+        if frames < self.window_length:
+            raise UserError(
+                f"has {frames} frames, and a window of {self.grid[3]} frames at frame_stride {self.frame_stride} needs"
+                f" {self.window_length}; give its modality a shorter grid, or leave the series out"
+            )
+        return (frames - self.window_length) // self.window_stride + 1
+
+    def pick_window(self, frames: int, rng_key: tuple[int, ...] | None) -> slice:
+        """Return the frames of one window of a series.
+
+        Args:
+            frames: number of frames of the series.
+            rng_key: integer seed of a uniform random choice, such as (seed, epoch, sample). None: the middle window.
+        """
+        import numpy as np  # not needed by scripts that only read settings
+
+        count = self.num_windows(frames)
+        index = (count - 1) // 2 if rng_key is None else int(np.random.default_rng(rng_key).integers(count))
+        start = index * self.window_stride
+        return slice(start, start + self.window_length, self.frame_stride)
+
 
 def class_tokens(tower: str, strategy: str) -> int:
-    """Class tokens of a vision tower before the patches of each volume, in addition to ``num_tokens``.
-
-    CLIP has a class token, which the feature selection strategy drops ("default") or keeps ("full"). SigLIP has none.
-    """
+    """Class tokens before the patches of each volume. CLIP has one, which the strategy "full" keeps."""
     return int(tower == "clip_vision_model" and strategy == "full")
 
 

@@ -18,10 +18,11 @@ from tests.conftest import SMALL
 from tests.ray.conftest import quiet
 from umbrella.cluster import start_ray
 from umbrella.config import Settings, load_settings
-from umbrella.data.ingest import Splits, load_splits
+from umbrella.data.ingest import load_splits
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import load_renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.data.splits import Splits
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import read_history
 from umbrella.training.launch import run_job

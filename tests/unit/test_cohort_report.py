@@ -24,7 +24,7 @@ from umbrella.cohort_report.cohort_statistics import (
 from umbrella.cohort_report.report import write_report
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation
-from umbrella.data.splits import RawSplits
+from umbrella.data.splits import Splits
 from umbrella.html import number
 from umbrella.modality import Modality
 from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail, voxel_spacing
@@ -39,9 +39,9 @@ def quiet(things: Any, what: str) -> Any:
     return things
 
 
-def taken(**splits: list[Conversation]) -> RawSplits:
+def taken(**splits: list[Conversation]) -> Splits:
     places = {(name, c.task_id): f"{name}.json:{i}" for name, cs in splits.items() for i, c in enumerate(cs)}
-    return RawSplits(splits=splits, locations=places)
+    return Splits(splits=splits, locations=places)
 
 
 def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None) -> Path:
@@ -222,7 +222,7 @@ def store_here(tmp_path: Path) -> VolumeStore:
     return VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000)
 
 
-def filled(store: VolumeStore, raw: RawSplits) -> RawSplits:
+def filled(store: VolumeStore, raw: Splits) -> Splits:
     for conversations in raw.splits.values():
         for c in conversations:
             for v in c.volumes:

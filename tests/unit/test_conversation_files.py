@@ -17,7 +17,7 @@ from umbrella.conversations.reading import Problem, Reading, conversation_files,
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.splits import RawSplits
+from umbrella.data.splits import Splits
 from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
 
@@ -384,9 +384,7 @@ def test_any_file_gives_conversations_that_can_be_rendered_or_problems(tmp_path:
         assert reading.conversations or reading.problems
         lines_of_text = [*map(str, reading.problems), *reading.notices]
         assert all(line.isprintable() and len(line) < 2000 for line in lines_of_text)
-        raw = RawSplits()
-        raw.add("train", reading)
-        assert len(raw.problem_lines()) <= len(reading.problems)
+        assert len(Splits(problems=reading.problems).problem_lines()) <= len(reading.problems)
         refused += len(reading.problems)
         used += len(reading.conversations)
         for conversation in reading.conversations:

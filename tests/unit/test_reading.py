@@ -1,4 +1,4 @@
-"""Reading: any stored form of a brain is the same brain, and a file that is none says so in one line."""
+"""Reading: all formats give the same voxels and axes; files that are no volume are refused with one line."""
 
 import bz2
 import gzip
@@ -19,9 +19,8 @@ from scipy.io import netcdf_file
 
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.image_formats import MAX_EXTRA_BYTES
 from umbrella.volumes.preprocessing import resample_to_grid
-from umbrella.volumes.reading import content_hash, header_notes, read_volume
+from umbrella.volumes.reading import MAX_EXTRA_BYTES, RawVolume, content_hash, header_notes, read_volume
 from umbrella.volumes.store import decode
 
 LIMIT = 2**31
@@ -54,29 +53,33 @@ def refusal(path: Path, axes: int = 3) -> str:
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-def test_the_same_brain_reads_the_same_however_it_is_stored(stored: dict[str, Path], brain: np.ndarray) -> None:
+def test_axes_scaling_and_byte_order_are_undone(stored: dict[str, Path], brain: np.ndarray) -> None:
     assert (stored["big_endian"].read_bytes()[:4], nib.load(stored["permuted"]).shape) == (b"\0\0\x01\x5c", (4, 7, 5))
     assert nib.load(stored["scaled"]).dataobj.slope == 0.5
     for name, path in stored.items():
         np.testing.assert_allclose(in_ras(path, brain.shape), brain, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("suffix", ["nii", "nii.gz", "mgh", "mgz", "img", "hdr", "img.gz"])
+LAS = np.diag([-1, 1, 1, 1])
+FORMATS: dict[str, tuple[type, np.ndarray]] = {
+    **dict.fromkeys(("s.nii", "s.nii.gz", "s.nii.bz2"), (nib.Nifti1Image, np.eye(4))),
+    **dict.fromkeys(("two.nii", "two.nii.gz"), (nib.Nifti2Image, np.eye(4))),
+    **dict.fromkeys(("s.mgh", "s.mgz"), (nib.MGHImage, np.eye(4))),
+    **dict.fromkeys(("s.img", "s.hdr", "s.img.gz"), (nib.Nifti1Pair, np.eye(4))),
+    # nibabel assumes that the first axis of an Analyze image runs from right to left.
+    "old.img": (nib.AnalyzeImage, LAS),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_formats_and_types_that_nibabel_writes_are_read(tmp_path: Path, suffix: str, dtype: type) -> None:
-    voxels = np.arange(60).reshape(5, 4, 3).astype(dtype)
-    kind = nib.MGHImage if suffix.startswith("mg") else nib.Nifti1Pair if suffix[0] in "hi" else nib.Nifti1Image
-    nib.save(kind(voxels, np.eye(4)), tmp_path / f"s.{suffix}")
-    np.testing.assert_array_equal(in_ras(tmp_path / f"s.{suffix}", (5, 4, 3)), voxels)
-
-
-def test_nifti_2_and_analyze_are_read(tmp_path: Path, brain: np.ndarray) -> None:
-    for name, kind in {"two.nii.gz": nib.Nifti2Image, "two.nii": nib.Nifti2Image, "old.img": nib.AnalyzeImage}.items():
-        # Analyze has no directions: nibabel holds its first axis for right to left.
-        affine = np.diag([-1, 1, 1, 1]) if kind is nib.AnalyzeImage else np.eye(4)
-        nib.save(kind(brain, affine), tmp_path / name)
-        expected = brain[::-1] if kind is nib.AnalyzeImage else brain
-        np.testing.assert_array_equal(in_ras(tmp_path / name, brain.shape), expected, err_msg=name)
+def test_formats_and_types_that_nibabel_writes_are_read(
+    tmp_path: Path, brain: np.ndarray, name: str, dtype: type
+) -> None:
+    kind, affine = FORMATS[name]
+    voxels = brain.astype(dtype)
+    nib.save(kind(voxels, affine), tmp_path / name)
+    np.testing.assert_array_equal(in_ras(tmp_path / name, brain.shape), voxels[::-1] if affine is LAS else voxels)
 
 
 def test_afni_is_read_with_its_factor_per_volume(tmp_path: Path) -> None:
@@ -158,11 +161,9 @@ def test_a_real_minc_series_has_its_time_last(name: str) -> None:
     np.testing.assert_array_equal(np.moveaxis(raw.voxels, -1, 0), nib.load(path).get_fdata())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.permutations([0, 1, 2]), st.tuples(*[st.booleans()] * 3), st.integers(1, 3))
-def test_any_flip_and_permutation_of_axes_comes_back_to_ras(order: list[int], flips: tuple, frames: int) -> None:
-    from umbrella.volumes.reading import RawVolume
-
+def test_any_flip_and_permutation_of_axes_is_reoriented_to_ras(order: list[int], flips: tuple, frames: int) -> None:
     brain = np.arange(2 * 3 * 4 * frames, dtype=np.float32).reshape(2, 3, 4, frames)
     image = nib.Nifti1Image(brain, np.diag([1.5, 2, 3, 1]))
     turn = np.array([[order.index(axis), -1 if flips[axis] else 1] for axis in range(3)])
@@ -178,72 +179,13 @@ def test_a_gzip_file_of_several_members_is_read_whole(tmp_path: Path, brain: np.
     np.testing.assert_array_equal(in_ras(tmp_path / "s.nii.gz", brain.shape), brain)
 
 
-def test_further_axes_of_length_one_are_no_axes(tmp_path: Path, brain: np.ndarray) -> None:
+def test_trailing_axes_of_length_one_are_dropped(tmp_path: Path, brain: np.ndarray) -> None:
     for extra in (brain[..., None], brain[..., None, None]):
         path = save(tmp_path / "one.nii.gz", extra)
         np.testing.assert_array_equal(in_ras(path, brain.shape), brain)
 
 
-def test_the_wrong_number_of_axes_says_what_the_modality_wants(tmp_path: Path, brain: np.ndarray) -> None:
-    assert refusal(save(tmp_path / "s.nii", brain), axes=4) == (
-        "has 3 axes (7, 5, 4), one volume, and its modality is a series; correct the modality or the file"
-    )
-    assert refusal(save(tmp_path / "f.nii", np.stack([brain, brain], axis=-1))) == (
-        "has 4 axes (7, 5, 4, 2), a series, and its modality has single volumes; correct the modality or the file"
-    )
-    five = np.zeros((2, 2, 2, 2, 2), np.float32)
-    assert "neither a volume nor a series" in refusal(save(tmp_path / "5.nii", five))
-
-
-@pytest.mark.parametrize(("size", "message"), [(32_000, "more than data.max_voxels=2147483648"), (0, "which is none")])
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_a_header_with_absurd_sizes_is_refused_before_decoding(
-    tmp_path: Path, brain: np.ndarray, size: int, message: str, pack: object
-) -> None:
-    raw = bytearray(save(tmp_path / "s.nii", brain).read_bytes())
-    raw[40:48] = struct.pack("<4h", 3, size, size, size)  # the header's dim
-    path = tmp_path / ("s.nii.gz" if pack is gzip.compress else "s.nii")
-    path.write_bytes(pack(bytes(raw)))
-    assert refusal(path).startswith(f"the header claims ({size}, {size}, {size}) voxels, {message}; ")
-
-
-def test_a_damaged_file_names_itself(tmp_path: Path) -> None:
-    path = save(tmp_path / "s.nii.gz", np.random.default_rng(0).normal(size=(16, 16, 16)))
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 255
-    for damaged in (whole[:9000], b"not gzip at all", bytes(flipped), b""):
-        path.write_bytes(damaged)
-        assert refusal(path).startswith("cannot be read as an image: ")
-        assert refusal(path).endswith("copy or convert the file anew")
-    path.unlink()
-    assert refusal(path).startswith("cannot be read as an image: FileNotFoundError")
-    plain = save(tmp_path / "s.nii", np.random.default_rng(0).normal(size=(16, 16, 16)))
-    plain.write_bytes(plain.read_bytes()[:9000])
-    assert refusal(plain).startswith("cannot be read as an image: ")
-
-
-def test_voxels_that_mean_nothing_are_refused(tmp_path: Path, brain: np.ndarray) -> None:
-    constant = save(tmp_path / "constant.nii", np.full_like(brain, 7))
-    assert refusal(constant) == "every voxel is 7; there is nothing to see, leave it out"
-    colours = np.zeros((3, 3, 3), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    assert refusal(save(tmp_path / "rgb.nii", colours)).startswith("is a colour image, ")
-    assert "complex64 voxels" in refusal(save(tmp_path / "complex.nii.gz", brain.astype(np.complex64)))
-    brain[0, 0, 0], brain[1, 1, 1] = np.nan, np.inf
-    assert (
-        refusal(save(tmp_path / "nan.nii", brain))
-        == "holds 2 voxels that are NaN or infinite; mask or repair the file, or set nan: background for its modality"
-    )
-
-
-def test_an_affine_without_directions_is_refused(tmp_path: Path, brain: np.ndarray) -> None:
-    image = nib.Nifti1Image(brain, None)
-    image.header.set_sform(np.diag([0, 2, 2, 1]), code="scanner")
-    nib.save(image, tmp_path / "s.nii")
-    assert "affine does not say where the axes point" in refusal(tmp_path / "s.nii")
-
-
-def test_content_is_that_of_both_files_of_a_pair_and_not_of_their_names(tmp_path: Path, brain: np.ndarray) -> None:
+def test_content_hash_is_of_both_files_of_a_pair_and_not_of_their_names(tmp_path: Path, brain: np.ndarray) -> None:
     nib.save(nib.Nifti1Pair(brain, np.eye(4)), tmp_path / "a.img")
     assert content_hash(tmp_path / "a.img") == content_hash(tmp_path / "a.hdr")
     for suffix in ("img", "hdr"):
@@ -275,7 +217,7 @@ BY_QFORM, BY_BOTH = ((252, "2h", (1, 0)), (76, "f", 1.0)), ((252, "2h", (1, 1)),
         ([(123, "B", 10)], "RAS", ""),
     ],
 )
-def test_a_header_that_has_to_be_interpreted_is_read_and_noted(
+def test_unusual_headers_are_read_with_a_note(
     tmp_path: Path, brain: np.ndarray, fields: list, orientation: str, note: str
 ) -> None:
     path = tmp_path / "s.nii"
@@ -290,7 +232,7 @@ def test_a_header_that_has_to_be_interpreted_is_read_and_noted(
     assert all(found.startswith(note) for found in notes)
 
 
-def test_formats_without_directions_are_noted(tmp_path: Path, brain: np.ndarray) -> None:
+def test_assumed_orientations_are_noted(tmp_path: Path, brain: np.ndarray) -> None:
     nib.save(nib.AnalyzeImage(brain, np.diag([-1, 1, 1, 1])), tmp_path / "a.img")
     assert header_notes(tmp_path / "a.hdr") == ("orientation assumed: an Analyze header has none",)
     nib.save(nib.Spm99AnalyzeImage(brain, TWO), tmp_path / "spm.img")  # beside it there is an affine
@@ -301,7 +243,7 @@ def test_formats_without_directions_are_noted(tmp_path: Path, brain: np.ndarray)
     assert header_notes(tmp_path / "s.mgz") == ("orientation assumed: goodRASFlag is 0 in the header",)
 
 
-def test_a_long_header_extension_is_skipped(tmp_path: Path, brain: np.ndarray) -> None:
+def test_long_header_extensions_are_skipped(tmp_path: Path, brain: np.ndarray) -> None:
     image = nib.Nifti1Image(brain, np.eye(4))
     image.header.extensions.append(nib.nifti1.Nifti1Extension("afni", b"<AFNI_attributes/>" * 1000))
     for name in ("s.nii", "s.nii.gz"):
@@ -315,6 +257,7 @@ def gzipped(content: bytes) -> bytes:
 
 
 LONG = nib.Nifti2Image(np.zeros((40_000, 1, 1), np.uint8), TWO).to_bytes()
+SERIES = nib.Nifti1Image(np.arange(280, dtype=np.float32).reshape(7, 5, 4, 2), TWO).to_bytes()
 SMALL = nib.Nifti1Image(np.arange(140, dtype=np.float32).reshape(7, 5, 4), TWO).to_bytes()
 
 
@@ -322,42 +265,25 @@ SMALL = nib.Nifti1Image(np.arange(140, dtype=np.float32).reshape(7, 5, 4), TWO).
     ("name", "content", "message"),
     [
         ("s.nii", put(SMALL, (108, "f", 0.0)), "the header puts the voxels at byte 0 (vox_offset)"),
-        ("s.nii.gz", gzipped(put(SMALL, (108, "f", 0.0))), "the header puts the voxels at byte 0 (vox_offset)"),
-        (
-            "s.nii",
-            put(SMALL, (280, "f", 1001.0)),
-            "the header claims voxels of 1001 x 2 x 2 mm, and edges are from 1 µm",
-        ),
+        ("s.nii", put(SMALL, (280, "f", 1001.0)), "the header claims voxels of 1001 x 2 x 2 mm, and edges are from 1"),
         ("s.nii", put(SMALL, (280, "f", 0.0009)), "the header claims voxels of 0.0009 x 2 x 2 mm"),
-        ("s.nii", put(SMALL, (123, "B", 1)), "the header claims voxels of 2000 x 2000 x 2000 mm"),
-        ("s.nii", put(SMALL, (284, "f", 1e38)), "its affine does not say where the axes point"),
         ("s.nii", put(SMALL, *BY_QFORM, (256, "3f", (0.0, 2.0, 0.0))), "the quaternion of its qform has length 2 "),
         ("s.nii", gzipped(SMALL), "cannot be read as an image: its content is compressed with gzip, "),
         ("s.nii.gz", SMALL, "cannot be read as an image: its name ends with .gz, and its content is not compressed"),
-        (
-            "s.nii",
-            bytes(128) + b"DICM" + bytes(900),
-            "cannot be read as an image: it is a DICOM file; convert the whole",
-        ),
+        ("s.nii", bytes(128) + b"DICM" + bytes(900), "cannot be read as an image: it is a DICOM file; convert the "),
         ("s.dcm", bytes(900), "cannot be read as an image: it is a DICOM file; convert the whole series to NIfTI"),
         ("s.nii", LONG, "the header claims (40000, 1, 1) voxels, which no volume has"),
         ("s.dscalar.nii", b"", "cannot be read as an image: EOFError: the file is empty"),
         ("s.surf.gii", b"<?xml", "is a surface or a matrix (GIFTI, CIFTI) and not a volume; leave it out"),
+        ("sub-1_dwi.nii", SERIES, "has 4 axes (7, 5, 4, 2), raw diffusion data, and its modality has single volumes: "),
     ],
 )
-def test_what_is_not_a_usable_volume_is_said_in_words(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_files_that_are_no_volume_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert refusal(tmp_path / name).startswith(message)
 
 
-def test_raw_diffusion_data_are_told_by_their_name(tmp_path: Path, brain: np.ndarray) -> None:
-    series = np.stack([brain, brain], axis=-1)
-    assert refusal(save(tmp_path / "sub-1_dwi.nii.gz", series)).startswith(
-        "has 4 axes (7, 5, 4, 2), raw diffusion data, and its modality has single volumes: dMRI is a scalar map such as"
-    )
-
-
-def test_nan_and_infinity_become_the_background_where_the_modality_says_so(tmp_path: Path) -> None:
+def test_nan_background_replaces_nan_and_infinity(tmp_path: Path) -> None:
     voxels = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
     whole = save(tmp_path / "whole.nii", np.where(voxels < 2, 5, voxels))
     spoiled = save(tmp_path / "spoiled.nii", np.choose(np.minimum(voxels, 2).astype(int), (np.nan, -np.inf, voxels)))
@@ -398,7 +324,7 @@ HUGE_MGH = MGH[:4] + struct.pack(">4i", 1290, 1290, 1290, 1) + MGH[20:]
         ("s.nii.gz", gzipped(FAR)),
     ],
 )
-def test_what_a_header_claims_is_compared_with_the_file_before_memory_is_taken(
+def test_headers_are_compared_with_the_file_before_memory_is_allocated(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     path = tmp_path / name
@@ -412,10 +338,10 @@ def test_what_a_header_claims_is_compared_with_the_file_before_memory_is_taken(
     assert "the header claims 8586756" in said[0] or "the header puts the voxels at byte 4000000000" in said[0]
 
 
-def test_no_more_of_a_compressed_file_is_unpacked_than_its_header_claims(tmp_path: Path, brain: np.ndarray) -> None:
-    for name, pack in (("s.nii.gz", gzip.compress), ("s.nii.bz2", bz2.compress)):
-        (tmp_path / name).write_bytes(pack(SMALL + bytes(4 * MAX_EXTRA_BYTES)))
-        assert peak_of(lambda name=name: read_volume(tmp_path / name, 3, LIMIT)) < 2.5 * MAX_EXTRA_BYTES
+def test_compressed_files_are_unpacked_only_as_far_as_the_header_claims(tmp_path: Path) -> None:
+    path = tmp_path / "s.nii.gz"
+    path.write_bytes(gzip.compress(SMALL + bytes(4 * MAX_EXTRA_BYTES), 1))
+    assert peak_of(lambda: read_volume(path, 3, LIMIT)) < 2.5 * MAX_EXTRA_BYTES
 
 
 def damaged(content: bytes, draw: np.random.Generator) -> bytes:
@@ -435,16 +361,12 @@ def damaged(content: bytes, draw: np.random.Generator) -> bytes:
     [
         ("s.nii", nib.Nifti1Image),
         ("s.nii.gz", nib.Nifti1Image),
-        ("two.nii", nib.Nifti2Image),
         ("two.nii.gz", nib.Nifti2Image),
         ("s.mgz", nib.MGHImage),
         ("old.hdr", nib.AnalyzeImage),
-        ("pair.hdr", nib.Nifti1Pair),
     ],
 )
-def test_a_damaged_file_is_read_or_refused_with_its_name_in_little_memory(
-    tmp_path: Path, name: str, kind: type
-) -> None:
+def test_damaged_files_are_read_or_refused_in_little_memory(tmp_path: Path, name: str, kind: type) -> None:
     path, refusals = tmp_path / name, []
     nib.save(kind(np.arange(210, dtype=np.int16).reshape(5, 6, 7), np.diag([-2, 2, 2, 1])), path)
     whole = path.read_bytes()
@@ -456,10 +378,10 @@ def test_a_damaged_file_is_read_or_refused_with_its_name_in_little_memory(
         except UserError as error:
             refusals.append(str(error))
 
-    for seed in range(60):
+    for seed in range(20):
         draw = np.random.default_rng(seed)
         inside = path.suffix in (".gz", ".mgz") and seed % 4
         path.write_bytes(gzip.compress(damaged(gzip.decompress(whole), draw), 1) if inside else damaged(whole, draw))
         assert peak_of(read) < 3 * MAX_EXTRA_BYTES
-    assert 10 <= len(refusals) <= 50
+    assert 3 <= len(refusals) <= 17
     assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refusals)

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.ingest import Splits
+from umbrella.data.splits import Splits
 from umbrella.evaluation_run.cohort_predictions import read_cohort
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure, describe_first_failure
 from umbrella.training.run import check_data, check_unchanged
@@ -70,7 +70,7 @@ def splits(talk: Callable[..., Conversation], target: str, held_out: int = 2) ->
         talk(("user", "?"), ("assistant", answer), task_id=answer, metadata=about | {"subject_label": answer})
         for answer in ("male", "female")
     )
-    return Splits([one, two], [one, two][:held_out])
+    return Splits({"train": [one, two], "validation": [one, two][:held_out]})
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,15 @@ def splits(talk: Callable[..., Conversation], target: str, held_out: int = 2) ->
 def test_a_metric_that_cannot_be_had_is_found_before_the_start(
     talk: Callable[..., Conversation], target: str, metric: str, message: str
 ) -> None:
-    settings = load_settings()
     with pytest.raises(UserError, match=message):
-        check_data(settings, splits(talk, target), [settings.mask], metric)
+        check_data(load_settings(overrides={"tune.metric": metric}), splits(talk, target))
 
 
 def test_one_class_in_validation_leaves_no_balanced_accuracy_to_rank_by(talk: Callable[..., Conversation]) -> None:
-    settings, alike = load_settings(), splits(talk, "sex", held_out=1)
+    alike = splits(talk, "sex", held_out=1)
     with pytest.raises(UserError, match=r"these data give eval/loss, eval/sex/accuracy .* one class only of sex$"):
-        check_data(settings, alike, [settings.mask], "eval/balanced_accuracy")
-    check_data(settings, alike, [settings.mask], "eval/loss")
+        check_data(load_settings(), alike)
+    check_data(load_settings(overrides={"tune.metric": "eval/loss", "tune.mode": "min"}), alike)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +108,12 @@ def test_one_class_in_validation_leaves_no_balanced_accuracy_to_rank_by(talk: Ca
 def test_labels_that_cannot_be_told_apart_are_found_before_the_start(
     talk: Callable[..., Conversation], answers: dict[str, str], line: str
 ) -> None:
-    settings = load_settings()
     samples = [
         talk(("user", "?"), ("assistant", text), metadata={"target": "sex", "subject_label": label})
         for label, text in sorted(answers.items(), reverse=True)
     ]
     with pytest.raises(UserError, match=f"^labels of 'sex': .*{line[-40:]}") as error:
-        check_data(settings, Splits(samples, samples), [settings.mask], "eval/loss")
+        check_data(load_settings(), Splits({"train": samples, "validation": samples}))
     assert all(repr(label) in str(error.value) for label in answers if label != "female")
 
 
@@ -126,7 +124,7 @@ def test_candidates_of_the_settings_that_cannot_be_told_apart_are_found_before_t
     samples = [talk(("user", "?"), ("assistant", "Hello."))]
     settings = load_settings(overrides={"evaluate.candidates": alike})
     with pytest.raises(UserError, match=r"^labels of 'sex': 'male', 'female' have the same answer"):
-        check_data(settings, Splits(samples, samples), [settings.mask], "eval/loss")
+        check_data(settings, Splits({"train": samples, "validation": samples}))
     with pytest.raises(UserError, match=r"^labels of 'sex': 'male', 'female' have the same answer"):
         read_cohort(Path("checkpoint"), settings, load_settings())
 
@@ -134,9 +132,9 @@ def test_candidates_of_the_settings_that_cannot_be_told_apart_are_found_before_t
 def test_a_mask_that_supervises_nothing_is_found_before_the_start(talk: Callable[..., Conversation]) -> None:
     settings = load_settings(overrides={"mask.supervise": "last_assistant"})
     silent = talk(("user", "?"), ("assistant", ""), task_id="silent")
-    nothing = settings.mask.model_copy(update={"end_of_turn": False})
+    nothing = settings.with_values({"mask.end_of_turn": False})
     with pytest.raises(UserError, match="supervises none of the"):
-        check_data(settings, Splits([silent], [silent]), [nothing], "eval/loss")
+        check_data(settings, Splits({"train": [silent]}), [settings, nothing])
 
 
 def test_a_weight_for_a_task_that_the_data_do_not_have_is_found_before_the_start(
@@ -144,7 +142,7 @@ def test_a_weight_for_a_task_that_the_data_do_not_have_is_found_before_the_start
 ) -> None:
     settings = load_settings(overrides={"mask.task_weights": {"T1": 2, "T9": 3}})
     with pytest.raises(UserError, match=r"mask\.task_weights: T9: not a task_type of data\.train, which has T1; name"):
-        check_data(settings, splits(talk, "sex"), [settings.mask], "eval/loss")
+        check_data(settings, splits(talk, "sex"))
 
 
 def test_a_name_goes_on_with_what_it_was_begun_with_and_nothing_else(tmp_path: Path) -> None:

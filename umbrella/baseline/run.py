@@ -20,8 +20,8 @@ from umbrella.baseline.targets import (
 )
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
-from umbrella.data.ingest import Splits, fingerprint, load_splits
-from umbrella.data.splits import target_classes
+from umbrella.data.ingest import load_splits
+from umbrella.data.splits import Splits, fingerprint, target_classes
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluation

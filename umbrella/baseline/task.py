@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from umbrella.baseline.job import BaselineJob, EvaluationSample
 from umbrella.baseline.targets import BinEncoding, Sample
-from umbrella.data.ingest import open_store
 from umbrella.data.masking import Redact
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import validation_metrics
@@ -24,6 +23,7 @@ from umbrella.training.augmentation import augment_volumes
 from umbrella.training.distributed import all_gather_object, autocast, copy_to_host, data_parallel, raise_on_all_ranks
 from umbrella.training.optimizer import main_lr
 from umbrella.training.task import Summary, Task
+from umbrella.volumes.store import open_store
 
 WEIGHTS = "weights.pt"
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from umbrella.base import ProgressBar, UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.splits import RawSplits
+from umbrella.data.splits import Splits
 from umbrella.volumes.store import VolumeInfo, VolumeStore
 
 RARE_SHARE = 0.1
@@ -179,7 +179,7 @@ class VolumeRow:
     """Unusual properties of its header, and properties that differ from other volumes of the modality."""
 
 
-def collect_volumes(raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
+def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
     """Collect the volumes that conversations use, sorted: volumes with flags first, then by file."""
     uses: dict[tuple[str, str], list[tuple[str, set[str]]]] = defaultdict(list)
     for split, conversations in raw.splits.items():

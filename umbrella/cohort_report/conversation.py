@@ -19,7 +19,6 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
 from umbrella.volumes.slices import Plane, draw_plane, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
-from umbrella.volumes.windows import num_windows, pick_window
 
 OPEN, CLOSE = "⟦", "⟧"
 """Brackets around supervised text on a console without colours."""
@@ -149,9 +148,9 @@ def describe_volume(array: np.ndarray, modality: Modality) -> str:
     grid, patch = ("×".join(map(str, sizes)) for sizes in (modality.grid, modality.patch))
     text = f"grid {grid}, patch {patch}: {modality.num_tokens} tokens"
     if modality.is_series:
-        frames = range(len(array))[pick_window(len(array), modality, None)]
+        frames = range(len(array))[modality.pick_window(len(array), None)]
         step = f" in steps of {frames.step}" if frames.step > 1 else ""
-        count = num_windows(len(array), modality)
+        count = modality.num_windows(len(array))
         which = f"the middle one of {count} windows, of which training draws one" if count > 1 else "its only window"
         text += f"\nmean of frames {frames[0]} to {frames[-1]}{step}, out of {len(array)}: {which}"
     return text

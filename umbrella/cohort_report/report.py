@@ -18,7 +18,7 @@ from umbrella.cohort_report.cohort_statistics import (
     find_duplicates,
     shared_subjects,
 )
-from umbrella.data.splits import RawSplits
+from umbrella.data.splits import Splits
 from umbrella.fileio import write_csv
 from umbrella.html import number, render
 from umbrella.volumes.slices import THUMBNAIL_SIZE, orthogonal_slices, save_thumbnail
@@ -31,7 +31,7 @@ MAX_NAMES = 20
 INFO_FIELDS = ("shape", "spacing", "orientation", "dtype", "minimum", "maximum", "mean", "deviation", "foreground")
 
 
-def write_report(folder: Path, raw: RawSplits, store: VolumeStore, progress: ProgressBar) -> Path:
+def write_report(folder: Path, raw: Splits, store: VolumeStore, progress: ProgressBar) -> Path:
     """Write ``index.html``, ``volumes.csv``, ``conversations.csv``, ``problems.csv`` and ``thumbnails/``.
 
     An existing report is replaced only after the new one is complete.
@@ -83,7 +83,7 @@ def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, pro
     return drawn
 
 
-def _page(raw: RawSplits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
+def _page(raw: Splits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
     splits = count_splits(raw.splits)
     return render(
         Path(__file__).with_name("report.html"),
@@ -106,7 +106,7 @@ def _page(raw: RawSplits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
     )
 
 
-def _write_tables(folder: Path, raw: RawSplits, rows: Sequence[VolumeRow]) -> None:
+def _write_tables(folder: Path, raw: Splits, rows: Sequence[VolumeRow]) -> None:
     files = {row.path: row.file for row in rows}
     write_csv(
         folder / "volumes.csv",

@@ -152,7 +152,7 @@ class Collator:
             examples: rendered conversations.
             policy: gives the loss weights.
             indices: index of each example in its data set; 0, 1, ... if None.
-            rng_keys: seed of each example's random choices: the windows of its series (see ``pick_window``) and its
+            rng_keys: seed of each example's random choices: windows of its series (``Modality.pick_window``) and its
                 augmentation. If empty, the middle windows are used and nothing is augmented.
             pack: maximum number of tokens in a row that examples share, in order; 0 gives each example its own row.
         """

@@ -9,8 +9,7 @@ from typing import Any
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation, bids_subject
-from umbrella.volumes.image_formats import image_files, image_size
-from umbrella.volumes.reading import content_hash
+from umbrella.volumes.reading import content_hash, image_files, image_size
 
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:

@@ -1,17 +1,20 @@
 """Reading of the data splits: conversations, filters, and problems."""
 
 import hashlib
+import json
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.formats import FILE_MISSING
-from umbrella.conversations.reading import Problem, Reading, read_conversations
+from umbrella.conversations.reading import Problem, read_conversations
 from umbrella.conversations.schema import Conversation, most_frequent_answers
 from umbrella.data.leakage import assign_subjects, find_shared
 
@@ -30,7 +33,7 @@ VARYING = re.compile(
 
 
 @dataclass
-class RawSplits:
+class Splits:
     """Usable conversations of each split, and the problems of the others."""
 
     splits: dict[str, list[Conversation]] = field(default_factory=dict)
@@ -38,9 +41,60 @@ class RawSplits:
     notices: list[str] = field(default_factory=list)
     locations: dict[tuple[str, str], str] = field(default_factory=dict)
     """(split, task_id) to "file:line"."""
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
+    """``Example.bucket_length`` of the conversations of each split: (size,), int32."""
+    longest_answer: int = 0
+    """Number of tokens of the longest assistant turn in the training split."""
+    quarantine: Path | None = None
+    """JSON Lines file that lists the bad samples."""
 
-    def add(self, name: str, reading: Reading) -> None:
-        """Add the conversations, problems and notices of one split."""
+    @property
+    def train(self) -> list[Conversation]:
+        """The training split."""
+        return self.splits.get("train", [])
+
+    @property
+    def validation(self) -> list[Conversation]:
+        """The validation split."""
+        return self.splits.get("validation", [])
+
+    @property
+    def test(self) -> list[Conversation]:
+        """The test split, if it is needed."""
+        return self.splits.get("test", [])
+
+    @property
+    def volumes(self) -> set[tuple[str, str]]:
+        """(path, modality) of all volumes."""
+        return {
+            (v.image_path, v.modality)
+            for conversations in self.splits.values()
+            for c in conversations
+            for v in c.volumes
+        }
+
+    @property
+    def quarantined(self) -> int:
+        """Number of bad samples that are left out."""
+        return len({problem.where for problem in self.problems})
+
+    @property
+    def quarantine_note(self) -> str:
+        """The number of bad samples and the file that lists them; "" if there are none."""
+        see = f", see {self.quarantine}" if self.quarantine else ""
+        return f"{pluralise(self.quarantined, 'sample')} cannot be used{see}" if self.problems else ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the training and validation data; see ``fingerprint``."""
+        return fingerprint({"train": self.train, "validation": self.validation})
+
+    def read(
+        self, name: str, paths: Sequence[str | Path], root: str | Path, settings: "Settings", **options: bool
+    ) -> None:
+        """Add the conversations, problems and notices of a split. See ``read_conversations``."""
+        data = settings.data
+        reading = read_conversations(paths, root or None, data.path_map, data.format, settings.modalities, **options)
         self.splits[name] = reading.conversations
         self.problems += reading.problems
         self.notices += reading.notices
@@ -69,6 +123,22 @@ class RawSplits:
         return [_summarise(problems) for problems in kinds.values()]
 
 
+def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
+    """Return a hash of all conversations and of the file name and size, not the folder, of each volume."""
+    digest = hashlib.sha256()
+    for split, conversations in splits.items():
+        for conversation in conversations:
+            content = conversation.model_dump(mode="json") | {"split": split}
+            content["images"] = [
+                (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
+            ]
+            for turn in content["conversations"]:
+                for item in turn["content"]:
+                    item.pop("image_path", None)
+            digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
 def _first_folder(value: str) -> str:
     """Return the first folder or drive of an absolute path, or "" if the value is no absolute path."""
     match = re.match(r"/[^/]*/|[A-Za-z]:|\\\\[^\\]*", value)
@@ -85,8 +155,7 @@ def _summarise(problems: Sequence[Problem]) -> str:
     if not all(map(_first_folder, names)):
         return f"{first} (and {others}, next {', '.join(names[1:3])})"
     paths = [name.replace("\\", "/").split("/") for name in names]
-    levels = zip(*(path[:-1] for path in paths), strict=False)
-    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    common = os.path.commonprefix([path[:-1] for path in paths])  # noqa: RUF071  # of lists
     folder, names = "/".join(common), ["/".join(path[len(common) :]) for path in paths]
     if first.message.endswith(FILE_MISSING):
         listed = f"{len(names)} files below {folder} do not exist, first {', '.join(names[:3])}"
@@ -101,7 +170,7 @@ def read_splits(
     names: Sequence[str] = ("train", "validation"),
     check_files: bool = True,
     dry_run: bool = False,
-) -> RawSplits:
+) -> Splits:
     """Read splits. Without ``data.train``, read the phantom cohort, and make it first if it does not exist.
 
     Args:
@@ -114,14 +183,13 @@ def read_splits(
     Raises:
         UserError: a file or folder does not exist, a split has no path, or the filters leave nothing of a split.
     """
-    data = settings.data
-    paths_of = {name: getattr(data, name) for name in names if getattr(data, name)}
+    data, raw = settings.data, Splits()
     if not data.train and "validation" in names and (data.validation or data.test):
         raise UserError("data.train is not set, and data.validation or data.test is: name all, or none for the phantom")
     if data.train and not data.validation:
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
-    phantom, raw = phantom_folder_of(settings), RawSplits()
-    if not data.train and paths_of.keys() != set(names):
+    phantom = phantom_folder_of(settings)
+    if not data.train and not all(getattr(data, name) for name in names):
         if not dry_run:
             from umbrella.cohorts.phantom import make_cohort
 
@@ -133,19 +201,24 @@ def read_splits(
             raw.locations = {(name, c.task_id): "the phantom" for name, cs in raw.splits.items() for c in cs}
             return raw
     for name in names:
-        root: str | Path | None = data.root or None
-        paths: Sequence[str | Path] = paths_of.get(name, ())
+        paths: Sequence[str | Path] = getattr(data, name)
+        root: str | Path = data.root
         if not paths and not data.train:
-            root, paths = phantom, [phantom / "conversations" / f"{name}.jsonl"]
+            paths, root = [phantom / "conversations" / f"{name}.jsonl"], phantom
         if paths:
-            options = (paths, root, data.path_map, data.format, settings.modalities, check_files)
-            raw.add(name, read_conversations(*options, allow_blank_answers=name != "train"))
+            raw.read(name, paths, root, settings, check_files=check_files, allow_blank_answers=name != "train")
     if not raw.problems or any(raw.splits.values()):
         raw.splits = filter_splits(raw.splits, settings)
-    _check_answers(raw, lambda: read_splits(settings, progress, ("train",), check_files=False))
+    _check_answers(raw, settings, progress)
     raw.notices += assign_subjects(raw.splits, progress)
     shared, notices = find_shared(raw.splits, raw.locations)
-    raw.notices += [*notices, *_single_class_notices(raw)]
+    raw.notices += notices
+    raw.notices += sorted(
+        f"data.{name}: every label of {target!r} is {labels.pop()!r}, so it has no balanced accuracy"
+        for name in raw.splits.keys() - {"train"}
+        for target, labels in target_classes(raw.splits[name]).items()
+        if len(labels) == 1
+    )
     for name, problem in shared:
         if name == "test" and settings.evaluate.allow_shared_subjects:
             raw.notices.append(str(problem))
@@ -154,19 +227,15 @@ def read_splits(
     return raw
 
 
-def _check_answers(raw: RawSplits, read_training: Callable[[], RawSplits]) -> None:
+def _check_answers(raw: Splits, settings: "Settings", progress: ProgressBar) -> None:
     """Compare last answers and labels with the training split; exclude contradictions and add notices.
 
     A held-out sample with a label and a blank last answer gets the most frequent answer of that label.
-
-    Args:
-        raw: splits; changed in place.
-        read_training: reads the training split; called if a blank answer needs it and ``raw`` does not contain it.
     """
     blank = {(name, c.task_id) for name, cs in raw.splits.items() for c in cs if not c.is_answered}
-    training = raw.splits.get("train", [])
+    training = raw.train
     if blank and "train" not in raw.splits:
-        training = read_training().splits.get("train", [])
+        training = read_splits(settings, progress, ("train",), check_files=False).train
     usual = most_frequent_answers(training)
     frequencies = Counter((c.target, c.label, c.answer) for c in training)
     reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -220,15 +289,14 @@ def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
             yield f'{what}, so it is a regression; for classes write their names as text, as in "male"'
 
 
-def read_input(settings: "Settings") -> RawSplits:
+def read_input(settings: "Settings") -> Splits:
     """Read the conversations of ``data.input`` as the split "input". Their last answers may be missing.
 
     Raises:
         UserError: a file or folder does not exist, or the filters leave nothing.
     """
-    data, raw = settings.data, RawSplits()
-    options = (data.input, data.root or None, data.path_map, data.format, settings.modalities)
-    raw.add("input", read_conversations(*options, allow_unanswered=True))
+    raw = Splits()
+    raw.read("input", settings.data.input, settings.data.root, settings, allow_unanswered=True)
     raw.splits = filter_splits(raw.splits, settings)
     raw.notices += assign_subjects(raw.splits, lambda things, what: things)
     return raw
@@ -283,17 +351,6 @@ def phantom_folder_of(settings: "Settings") -> Path:
     """Return the folder of the phantom cohort; each set of cohort settings has its own folder."""
     key = hashlib.sha256(settings.cohort.model_dump_json().encode()).hexdigest()[:8]
     return Path(settings.resources.storage).absolute() / f"phantom-{key}"
-
-
-def _single_class_notices(raw: RawSplits) -> list[str]:
-    """Return a notice for each target that has a single class in a held-out split."""
-    notices = []
-    for name in raw.splits.keys() - {"train"}:
-        for target, labels in target_classes(raw.splits[name]).items():
-            if len(labels) == 1:
-                what = f"every label of {target!r} is {labels.pop()!r}, so it has no balanced accuracy"
-                notices.append(f"data.{name}: {what}")
-    return sorted(notices)
 
 
 def target_classes(conversations: Iterable[Conversation]) -> dict[str, set[str]]:

@@ -13,8 +13,8 @@ from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm
 from umbrella.cluster import join_cluster
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.ingest import Splits, apply_bad_sample_policy, check_splits, fingerprint
-from umbrella.data.splits import RawSplits, read_input
+from umbrella.data.ingest import apply_bad_sample_policy, check_splits
+from umbrella.data.splits import Splits, fingerprint, read_input
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels, find_numbers
@@ -123,13 +123,13 @@ class Cohort:
     checkpoint: Path
     settings: Settings
     """The user's, with the model, modalities and limits of the checkpoint."""
-    raw: RawSplits
+    splits: Splits
     file: PredictionFile
 
     @property
     def conversations(self) -> list[Conversation]:
         """Those that are not quarantined."""
-        return self.raw.splits["input"]
+        return self.splits.splits["input"]
 
     def remaining(self) -> list[Conversation]:
         """The conversations without a prediction, in order. Raises as ``PredictionFile.predicted``."""
@@ -154,25 +154,22 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
     limits = {name: getattr(own.data, name) for name in ("max_tokens", "max_voxels")}
     changes = {"modalities": own.modalities, "model": own.model, "data": settings.data.model_copy(update=limits)}
     settings = settings.model_copy(update=changes)
-    raw = read_input(settings)
-    apply_bad_sample_policy(raw, settings, write=False)
+    splits = read_input(settings)
+    apply_bad_sample_policy(splits, settings, write=False)
     metadata: dict[str, Any] = {
         "checkpoint": {"name": str(checkpoint), "content": hash_checkpoint(checkpoint)},
-        "data.input": {"name": " ".join(settings.data.input), "content": fingerprint(raw.splits)},
+        "data.input": {"name": " ".join(settings.data.input), "content": fingerprint(splits.splits)},
         "model.dtype": own.model.dtype,
     }
     metadata |= {f"evaluate.{name}": getattr(evaluate, name) for name in EVALUATE_SETTINGS}
     contents = json.dumps({name: _part(value, "content") for name, value in metadata.items()}, sort_keys=True)
     digest = hashlib.sha256(contents.encode()).hexdigest()[:8]
     path = settings.output or Path(settings.resources.storage) / f"predictions-{digest}.jsonl"
-    return Cohort(checkpoint, settings, raw, PredictionFile(Path(path), metadata))
+    return Cohort(checkpoint, settings, splits, PredictionFile(Path(path), metadata))
 
 
-def predict_cohort(cohort: Cohort, progress: ProgressBar) -> Splits:
+def predict_cohort(cohort: Cohort, progress: ProgressBar) -> None:
     """Predict the remaining conversations and append the predictions to the file.
-
-    Returns:
-        As ``check_splits``.
 
     Raises:
         UserError: a volume that cannot be used, according to ``data.on_bad``; as ``predict_on_workers``.
@@ -186,7 +183,7 @@ def predict_cohort(cohort: Cohort, progress: ProgressBar) -> Splits:
 
     with on_sigterm(stop):
         join_cluster(settings.resources, settings.name)
-        splits = check_splits(cohort.raw, settings, progress)
+        check_splits(cohort.splits, settings, progress)
         numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
         with cohort.file.open() as append:
             for predictions in predict_on_workers(
@@ -195,7 +192,6 @@ def predict_cohort(cohort: Cohort, progress: ProgressBar) -> Splits:
                 append(predictions)
     for line in prediction_notes(read_predictions(path)):
         note(line)
-    return splits
 
 
 def hash_checkpoint(checkpoint: Path) -> str:

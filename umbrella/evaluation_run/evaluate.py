@@ -19,9 +19,9 @@ from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm, plu
 from umbrella.cluster import join_cluster
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.ingest import check_splits, fingerprint, open_store
+from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
-from umbrella.data.splits import read_splits
+from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.controls import shuffled, text_only
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.metrics import prediction_notes
@@ -49,6 +49,7 @@ from umbrella.tracking.redaction import read_salt, redact_subjects
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model
+from umbrella.volumes.store import open_store
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     if split == "train":
         notes.append("the evaluated conversations are those that the model was trained on")
     check_model(settings)
-    splits = check_splits(raw, settings, progress, dry_run=not volumes)
-    if splits.quarantine_note:
-        notes.append(splits.quarantine_note)
+    check_splits(raw, settings, progress, dry_run=not volumes)
+    if raw.quarantine_note:
+        notes.append(raw.quarantine_note)
     conversations = raw.splits[split]
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
     check_labels(candidates)
@@ -114,7 +115,7 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
         if conversation.label is not None:
             labels[conversation.target].append(conversation.label)
     facts: dict[str, str | int] = {"data fingerprint": fingerprint(raw.splits)}
-    facts["quarantined samples"] = splits.quarantined
+    facts["quarantined samples"] = raw.quarantined
     return EvaluationData(conversations, candidates, labels, facts, notes)
 
 

@@ -14,12 +14,12 @@ from umbrella.base import ProgressBar, UserError
 from umbrella.cluster import check_resources, start_ray
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, TextItem
-from umbrella.data.ingest import open_store
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import Candidates
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.training.launch import describe_failure
+from umbrella.volumes.store import open_store
 
 WINDOW = 8
 """Batches whose conversations are sorted by length among themselves, and whose predictions are returned together."""

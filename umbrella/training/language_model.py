@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
-from umbrella.data.ingest import open_store
 from umbrella.data.masking import Redact, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer
@@ -47,6 +46,7 @@ from umbrella.training.run_summary import audit_sample, mask_audit_page, summari
 from umbrella.training.settings import TrainSettings
 from umbrella.training.step import LOSS_WINDOW, max_loss, train_step
 from umbrella.training.task import LanguageModelJob, Summary, Task
+from umbrella.volumes.store import open_store
 
 
 class LanguageModelTask(Task):

@@ -12,12 +12,11 @@ import ray
 from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
-from umbrella.data.ingest import Splits, load_splits
+from umbrella.data.ingest import load_splits
 from umbrella.data.masking import audit
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
-from umbrella.data.settings import MaskPolicy
-from umbrella.data.splits import target_classes
+from umbrella.data.splits import Splits, target_classes
 from umbrella.evaluation.metrics import metric_names
 from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.fileio import run_lock
@@ -36,22 +35,21 @@ from umbrella.version import check_version, write_version
 def load_and_check(
     settings: Settings,
     progress: ProgressBar,
-    masks: Sequence[MaskPolicy] | None = None,
-    shapes: Sequence[Settings] | None = None,
+    trials: Sequence[Settings] = (),
     dry_run: bool = False,
 ) -> Splits:
     """Load the data of a training or sweep, and make all checks that precede its start.
 
     Args:
-        masks, shapes, dry_run: as in ``load_splits``.
+        trials, dry_run: as in ``load_splits``.
 
     Raises:
         UserError: as ``check_model``, ``load_splits`` and ``check_data``.
     """
-    for shape in shapes or [settings]:
-        check_model(shape)  # first: it takes seconds, and decoding volumes may take hours
-    splits = load_splits(settings, progress, masks, shapes, dry_run)
-    check_data(settings, splits, [settings.mask] if masks is None else masks, settings.tune.metric, shapes)
+    for trial in {str((trial.modalities, trial.model)): trial for trial in trials or [settings]}.values():
+        check_model(trial)  # first: it takes seconds, and decoding volumes may take hours
+    splits = load_splits(settings, progress, trials, dry_run)
+    check_data(settings, splits, trials)
     return splits
 
 
@@ -64,26 +62,21 @@ def check_model(settings: Settings) -> None:
         check_checkpoint(settings.model, settings.modalities)
 
 
-def check_data(
-    settings: Settings,
-    splits: Splits,
-    policies: Sequence[MaskPolicy],
-    metric: str,
-    shapes: Sequence[Settings] | None = None,
-) -> None:
+def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = ()) -> None:
     """Check that the data suit the mask policies, the scoring, and the metric that ranks checkpoints.
 
     Args:
-        shapes: as in ``load_splits``.
+        trials: as in ``load_splits``.
 
     Raises:
         UserError: a policy supervises no token, or has a weight for a task that the data do not have; two labels of a
             target are too similar; a label has no candidate answer; the data do not give the metric.
     """
-    renderer = load_renderer((shapes or [settings])[0])
+    trials, metric = trials or [settings], settings.tune.metric
+    renderer = load_renderer(trials[0])
     examples = [renderer.render(splits.train[i]) for i in audit_sample(len(splits.train))]
     task_types = sorted({c.task_type for c in splits.train})
-    for policy in policies:
+    for policy in {str(trial.mask): trial.mask for trial in trials}.values():
         unknown = sorted(policy.task_weights.keys() - set(task_types))
         if unknown:
             raise UserError(

@@ -61,14 +61,14 @@ class LanguageModelJob(Job):
     """Table of the training conversations, see ``data.pipeline.to_table``."""
     validation: ray.ObjectRef
     train_lengths: np.ndarray
-    """See ``data.ingest.Splits.lengths``."""
+    """See ``data.splits.Splits.lengths``."""
     validation_lengths: np.ndarray
     candidates: Mapping[str, Mapping[str, str]]
     """See ``evaluation.scoring.Candidates``."""
     modalities: Sequence[str]
     """Names of the modalities that occur in the training split."""
     longest_answer: int
-    """See ``data.ingest.Splits.longest_answer``."""
+    """See ``data.splits.Splits.longest_answer``."""
     unused: ClassVar[tuple[str, ...]] = ("tune", "baseline")
 
 

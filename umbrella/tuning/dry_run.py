@@ -61,9 +61,8 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
         concurrent = max_concurrent_trainings(resources, [machine])
         show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} concurrent trials")
-    masks = [variant.mask for variant in variants(settings, parameters, "mask")]
-    shapes = variants(settings, parameters, "modalities", "model")
-    splits = load_and_check(settings, progress, masks, shapes, dry_run=True)
+    trials = variants(settings, parameters, "mask", "modalities", "model")
+    splits = load_and_check(settings, progress, trials, dry_run=True)
     show(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
 
 

@@ -89,11 +89,10 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
         raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {folder.name} resumes it")
 
     parameters, total, storage = read_space(settings, fixed), count_trials(settings, fixed), storage_of(folder)
-    masks = [variant.mask for variant in variants(settings, parameters, "mask")]
-    shapes = variants(settings, parameters, "modalities", "model")
+    possible = variants(settings, parameters, "mask", "modalities", "model")
     if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
         print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
-    splits = load_and_check(settings, progress, masks, shapes)
+    splits = load_and_check(settings, progress, possible)
     check_writable(folder, "the folder of the sweep")
     if resumes:
         check_fingerprint(folder, splits.fingerprint)

@@ -16,7 +16,7 @@ from umbrella.modality import Modality
 from umbrella.volumes.reading import RawVolume
 
 VERSION = 3
-"""Version of the preprocessing. It is part of each recipe: a change of ``prepare`` that changes arrays increases it."""
+"""Version of the preprocessing. It is part of each recipe: a change that changes arrays increases it."""
 
 MIN_VALUE, MAX_VALUE = 1e-14, 1e14
 """Range of a volume's largest absolute value within which float32 can sum squares without underflow or overflow."""
@@ -29,19 +29,6 @@ def recipe(modality: Modality) -> dict[str, Any]:
     fields |= {"nan"} if modality.nan != "refuse" else set()  # recipes of older stores have no "nan"
     grid = {"grid": list(modality.grid[:3]), "series": modality.is_series, "version": VERSION}
     return grid | modality.model_dump(mode="json", include=fields)
-
-
-def prepare(raw: RawVolume, modality: Modality) -> np.ndarray:
-    """Reorient to RAS+, resample to the grid and scale the intensity.
-
-    Returns:
-        float16, (X, Y, Z) of the modality's grid, or (T, X, Y, Z) with all frames of the series.
-
-    Raises:
-        UserError: see ``resample_to_grid`` and ``scale_intensity``.
-    """
-    values, foreground = resample_to_grid(raw, modality)
-    return scale_intensity(values, foreground, modality)
 
 
 def resample_to_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +51,7 @@ def resample_to_grid(raw: RawVolume, modality: Modality) -> tuple[np.ndarray, np
         steps = [size / target for size, target in zip(sizes, grid, strict=True)]
     else:
         steps = [modality.spacing / edge for edge in raw.spacing]
-    axes = [cached_axis(*arguments) for arguments in zip(sizes, grid, steps, strict=True)]
+    axes = list(map(cached_axis, sizes, grid, steps))
     background = (modality.background - raw.inter) / raw.slope
     frames = raw.voxels.reshape(*sizes, -1, order="A")
     difference = np.empty((frames.shape[3], *modality.grid[:3]), np.float32)
@@ -110,23 +97,20 @@ def scale_intensity(values: np.ndarray, foreground: np.ndarray, modality: Modali
             raise UserError(
                 f"percentiles {modality.percentiles} are both {dark:g}; widen them, or leave the volume out"
             )
-        return _to_float16(np.clip((values - dark) / (bright - dark), 0, 1))
-    used = values if modality.intensity == "zscore" else values[foreground]
-    if used.size == 0 or used.min() == used.max():
-        raise UserError(
-            f"holds nothing but its background {modality.background:g} and one other value; check background"
-        )
-    mean, deviation = used.mean(), used.std()
-    scaled = values - mean
-    scaled /= deviation
-    if modality.intensity == "zscore_background_min":
-        scaled = np.where(foreground, scaled, scaled[foreground].min())
-    return _to_float16(np.clip(scaled, -6e4, 6e4, out=scaled))
-
-
-def _to_float16(values: np.ndarray) -> np.ndarray:
+        scaled = np.clip((values - dark) / (bright - dark), 0, 1)
+    else:
+        used = values if modality.intensity == "zscore" else values[foreground]
+        if used.size == 0 or used.min() == used.max():
+            raise UserError(
+                f"holds nothing but its background {modality.background:g} and one other value; check background"
+            )
+        scaled = values - used.mean()
+        scaled /= used.std()
+        if modality.intensity == "zscore_background_min":
+            scaled = np.where(foreground, scaled, scaled[foreground].min())
+        scaled = np.clip(scaled, -6e4, 6e4, out=scaled)
     # torch converts several values per instruction, numpy one.
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).half().numpy()
+    return torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32)).half().numpy()
 
 
 BLOCK_PLANES = 6
@@ -183,10 +167,8 @@ class Axis:
         return [sparse.block_diag(blocks * planes, format="csr") for planes in range(1, BLOCK_PLANES + 1)]
 
 
-@lru_cache(maxsize=256)
-def cached_axis(size: int, target: int, step: float) -> Axis:
-    """Return an ``Axis``. Volumes of the same size share its matrices."""
-    return Axis(size, target, step)
+cached_axis = lru_cache(maxsize=256)(Axis)
+"""Volumes of the same size share an axis and its matrices."""
 
 
 @torch.autocast("cpu", enabled=False)  # inference decodes new volumes inside an autocast region
@@ -215,7 +197,7 @@ def resample(voxels: np.ndarray, axes: Sequence[Axis], background: float) -> np.
     first = 0
     for begin, end, weights in slow.slabs:
         planes = buffer[: end - begin]
-        _copy_as_float32(source[begin:end], planes.view(end - begin, *source.shape[1:]))
+        np.copyto(planes.numpy().reshape(-1, *source.shape[1:]), source[begin:end])
         if background:
             planes -= float(background)
         stack = torch.mm(weights, planes).numpy()
@@ -224,11 +206,3 @@ def resample(voxels: np.ndarray, axes: Sequence[Axis], background: float) -> np.
         torch.mm(torch.from_numpy(stack), fast_weights, out=block.view(-1, fast.target))
         first += len(weights)
     return result.numpy().reshape(slow.target, middle.target, fast.target).transpose(np.argsort(order))
-
-
-def _copy_as_float32(source: np.ndarray, into: torch.Tensor) -> None:
-    if source.dtype == np.uint8 and source.flags.c_contiguous and source.flags.writeable:
-        # FreeSurfer writes conformed images as uint8. torch converts them twice as fast as numpy.
-        into.copy_(torch.from_numpy(source))
-    else:
-        np.copyto(into.numpy(), source)

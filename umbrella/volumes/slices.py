@@ -15,7 +15,6 @@ from PIL import Image
 from umbrella.modality import Modality
 from umbrella.plots import SOFT
 from umbrella.volumes.store import VolumeInfo
-from umbrella.volumes.windows import pick_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +59,7 @@ def orthogonal_slices(
         centre: the voxel along X, Y, Z. None: the centre of the voxels that are brighter than the mean.
     """
     if modality.is_series:
-        array = array[pick_window(len(array), modality, None)].mean(axis=0, dtype=np.float32)
+        array = array[modality.pick_window(len(array), None)].mean(axis=0, dtype=np.float32)
     volume = np.asarray(array, np.float32)
     if centre is None:
         # The store does not keep the foreground mask. Voxels brighter than the mean lie in the head.

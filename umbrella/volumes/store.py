@@ -12,23 +12,31 @@ Several processes and nodes can use one folder: files appear complete, by renami
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from math import prod, sqrt
+from itertools import islice
+from math import sqrt
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import joblib
 import numpy as np
 
-from umbrella.base import UserError
-from umbrella.file_storage import FileStorage
+from umbrella.base import ProgressBar, UserError
+from umbrella.cluster import alive_nodes, has_several_nodes
+from umbrella.file_storage import FileStorage, is_remote, local_path
 from umbrella.fileio import write_atomic
 from umbrella.modality import Modality
+from umbrella.paths import VOLUMES
 from umbrella.volumes.preprocessing import recipe, resample_to_grid, scale_intensity
-from umbrella.volumes.reading import RawVolume, content_hash, header_notes, read_volume
-from umbrella.volumes.store_files import VALIDATORS, file_stamp, map_array, read_header, read_json
-from umbrella.volumes.windows import has_window, num_windows, pick_window
+from umbrella.volumes.reading import RawVolume, content_hash, header_notes, image_size, read_volume
+from umbrella.volumes.store_files import file_stamp, is_array, read_header, read_json
+
+if TYPE_CHECKING:
+    from umbrella.config import Settings
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,11 @@ class VolumeStore:
         max_voxels: int,
         shared: FileStorage | None = None,
     ) -> None:
-        self.folder, self.shared = Path(folder), shared
-        self.modalities = modalities
-        self.max_voxels = max_voxels
-        self._identities: dict[str, tuple[tuple[int, int], str, tuple[str, ...]]] = {}
-        """Source path to its stamp, content name and notes."""
-        self._recipe_folders: dict[str, Path] = {}
+        self.folder, self.modalities, self.max_voxels, self.shared = Path(folder), modalities, max_voxels, shared
+        names = {name: _hash(json.dumps(recipe(modality), sort_keys=True)) for name, modality in modalities.items()}
+        self._folders = {modality: self.folder / name[:12] for modality, name in names.items()}
+        self._records: dict[str, dict[str, Any]] = {}
+        """Source path to its record in ``sources/``."""
         self._shared_names: dict[str, set[str]] = {}
         (self.folder / "sources").mkdir(parents=True, exist_ok=True)
 
@@ -96,15 +103,7 @@ class VolumeStore:
         Raises:
             UserError: if the volume cannot be used. Names the file.
         """
-        array = self._find(source, modality)
-        if array is None:
-            self._decode_and_write(source, modality)
-            array = self._find(source, modality)
-        if array is None:
-            raise UserError(
-                f"{self.path(source, modality)}: was deleted as soon as it was made; is the store being pruned?"
-            )
-        return array
+        return self._use(source, modality, lambda file, shape, start: np.memmap(file, np.float16, "r", start, shape))
 
     def read(self, source: str | Path, modality: str, into: np.ndarray, rng_key: tuple[int, ...] | None = None) -> None:
         """Copy the prepared volume, or one window of a series, into an array. Decodes like ``get``.
@@ -114,123 +113,113 @@ class VolumeStore:
 
         Args:
             into: contiguous float16 array, (X, Y, Z), or (T, X, Y, Z) with the frames of one window.
-            rng_key: seed of the window, see ``pick_window``.
+            rng_key: seed of the window, see ``Modality.pick_window``.
 
         Raises:
             UserError: see ``get``.
         """
-        if not self._try_read(source, modality, into, rng_key):
-            self.get(source, modality)
-            if not self._try_read(source, modality, into, rng_key):
-                raise UserError(f"{self.path(source, modality)}: was deleted while in use; is the store being pruned?")
+        target = self.modalities[modality]
+
+        def copy(file: BinaryIO, shape: tuple[int, ...], start: int) -> bool:
+            frames = range(shape[0])[target.pick_window(shape[0], rng_key)] if target.is_series else range(1)
+            for frame, part in zip(frames, into.reshape(len(frames), -1), strict=True):
+                file.seek(start + frame * part.nbytes)
+                if file.readinto(part.data) != part.nbytes:  # type: ignore[attr-defined]
+                    raise ValueError("truncated")
+            return True
+
+        self._use(source, modality, copy)
 
     def contains(self, source: str | Path, modality: str) -> bool:
         """Return whether the array exists here or in the shared store. Nothing is decoded or fetched.
 
         In the shared store, only file names are checked, and listed once. ``get`` detects a truncated array there.
         """
-        source = os.path.abspath(source)
-        stamp = file_stamp(source)
-        record = self._valid_record(source, stamp)
-        if "notes" not in record:
+        if not self._known_record(os.path.abspath(source)):
             return False
-        self._identities[source] = (stamp, record["content"], tuple(record["notes"]))
-        return self._find(source, modality) is not None or self._is_shared(self.path(source, modality))
+        if self._open(source, modality, lambda *array: True):
+            return True
+        path = self.path(source, modality)
+        folder = path.parent.name
+        if self.shared and folder not in self._shared_names:
+            self._shared_names[folder] = set(self.shared.list_files(folder))
+        return f"{folder}/{path.name}" in self._shared_names.get(folder, ())
 
     def info(self, source: str | Path, modality: str) -> VolumeInfo:
         """Return geometry and intensities of a volume that is in the store."""
         file = self.path(source, modality).with_suffix(".json")
-        if self.shared and not file.exists():
+        if not file.exists():
             self._fetch(file)
         raw = json.loads(file.read_text(encoding="utf-8"))
         return VolumeInfo(**raw | {"shape": tuple(raw["shape"]), "spacing": tuple(raw["spacing"])})
 
     def notes(self, source: str | Path) -> tuple[str, ...]:
         """Return ``header_notes`` of a source file. The store keeps them."""
-        return self._identity(source)[1]
+        return tuple(self._record(source)["notes"])
 
     def path(self, source: str | Path, modality: str) -> Path:
         """Return the path of a volume's array. It depends on the recipe and the content of the source file."""
-        return self._recipe_folder(modality) / f"{self._identity(source)[0]}.npy"
+        return self._folders[modality] / f"{self._record(source)['content']}.npy"
 
-    def _find(self, source: str | Path, modality: str) -> np.ndarray | None:
-        """Return the array, or None if it is missing, truncated, or shorter than a window."""
-        try:
-            array = map_array(self.path(source, modality))
-        except (FileNotFoundError, ValueError):
-            return None
+    def _use(self, source: str | Path, modality: str, use: Callable[[BinaryIO, tuple[int, ...], int], Any]) -> Any:
+        """Return ``use(file, shape, offset of the values)`` of an array, which is decoded first if necessary."""
+        result = self._open(source, modality, use)
+        if result is None:
+            self._decode_and_write(source, modality)
+            result = self._open(source, modality, use)
+        if result is None:
+            raise UserError(f"{self.path(source, modality)}: was deleted while in use; is the store being pruned?")
+        return result
+
+    def _open(self, source: str | Path, modality: str, use: Callable[[BinaryIO, tuple[int, ...], int], Any]) -> Any:
+        """Return the result of ``use``, or None if the array is missing, truncated, or shorter than a window."""
         target = self.modalities[modality]
-        return array if not target.is_series or has_window(len(array), target) else None
+        with suppress(FileNotFoundError, ValueError), self.path(source, modality).open("rb", buffering=0) as file:
+            shape, start = read_header(file)
+            if not target.is_series or shape[0] >= target.window_length:
+                return use(file, shape, start)
+        return None
 
-    def _try_read(self, source: str | Path, modality: str, into: np.ndarray, rng_key: tuple[int, ...] | None) -> bool:
-        """Read without decoding. Return False if the array is missing, truncated, or shorter than a window."""
-        target = self.modalities[modality]
-        try:
-            with self.path(source, modality).open("rb", buffering=0) as file:
-                shape, start = read_header(file)
-                if os.fstat(file.fileno()).st_size != start + prod(shape) * into.itemsize:
-                    return False
-                file.seek(start)
-                if not target.is_series:
-                    return file.readinto(into.data) == into.nbytes
-                if not has_window(shape[0], target):
-                    return False
-                for i, frame in enumerate(range(shape[0])[pick_window(shape[0], target, rng_key)]):
-                    file.seek(start + frame * into[i].nbytes)
-                    if file.readinto(into[i].data) != into[i].nbytes:
-                        return False
-                return True
-        except (FileNotFoundError, ValueError):
-            return False
+    def _known_record(self, source: str) -> dict[str, Any] | None:
+        """Return the record of a source file, or None if there is none for its present size and time."""
+        stamp, file = file_stamp(source), self._record_path(source)
+        for get in (
+            lambda: self._records.get(source, {}),
+            lambda: read_json(file),
+            lambda: read_json(file) if self._fetch(file) else {},
+        ):
+            record = get()
+            # Records of older versions have no notes; their arrays may hold other values.
+            if "notes" in record and (record["size"], record["time"]) == stamp:
+                self._records[source] = record
+                return record
+        return None
 
-    def _recipe_folder(self, modality: str) -> Path:
-        if modality not in self._recipe_folders:
-            text = json.dumps(recipe(self.modalities[modality]), sort_keys=True)
-            folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-            if read_json(folder / "recipe.json") != json.loads(text):
-                folder.mkdir(exist_ok=True)
-                self._write(folder / "recipe.json", text)
-            self._recipe_folders[modality] = folder
-        return self._recipe_folders[modality]
-
-    def _identity(self, source: str | Path) -> tuple[str, tuple[str, ...]]:
-        """Return the content name and the notes of a source file. A new or changed file is read completely.
-
-        Notes are part of the name because they describe how the bytes are interpreted. Records of older versions have
-        no notes. Their arrays may hold other values, so the new name does not match them.
-        """
+    def _record(self, source: str | Path) -> dict[str, Any]:
+        """Return the record of a source file. A new or changed file is read completely."""
         source = os.path.abspath(source)
-        stamp = file_stamp(source)
-        cached = self._identities.get(source)
-        if cached and cached[0] == stamp:
-            return cached[1:]
-        record = self._valid_record(source, stamp)
-        if "notes" not in record:
-            notes = header_notes(source)
-            content = record.get("content") or content_hash(source)
-            if notes:
-                content += "-" + hashlib.sha256("\n".join(notes).encode()).hexdigest()[:8]
-            record = {"path": source, "size": stamp[0], "time": stamp[1], "content": content, "notes": notes}
-            self._write(self._record_path(source), json.dumps(record))
-        self._identities[source] = (stamp, record["content"], tuple(record["notes"]))
-        return self._identities[source][1:]
-
-    def _valid_record(self, source: str, stamp: tuple[int, int]) -> dict[str, Any]:
-        """Return the record of a source file, or an empty dictionary if there is none for this stamp."""
-        file = self._record_path(source)
-        record = read_json(file)
-        if self.shared and (record.get("size"), record.get("time")) != stamp and self._fetch(file):
-            record = read_json(file)
-        return record if (record.get("size"), record.get("time")) == stamp else {}
+        if known := self._known_record(source):
+            return known
+        size, changed = file_stamp(source)
+        notes, content = header_notes(source), content_hash(source)
+        if notes:  # they describe how the bytes are interpreted
+            content += "-" + _hash("\n".join(notes))[:8]
+        record = {"path": source, "size": size, "time": changed, "content": content, "notes": notes}
+        self._write(self._record_path(source), json.dumps(record))
+        self._records[source] = record
+        return record
 
     def _record_path(self, source: str) -> Path:
-        return self.folder / "sources" / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.json"
+        return self.folder / "sources" / f"{_hash(source)[:32]}.json"
 
     def _decode_and_write(self, source: str | Path, modality: str) -> None:
-        self._recipe_folders.pop(modality, None)  # the folder may have been pruned
         stamp = file_stamp(source)
         path, target = self.path(source, modality), self.modalities[modality]
-        if self._fetch(path) and self._find(source, modality) is not None:
+        path.parent.mkdir(exist_ok=True)
+        description = path.with_name("recipe.json")
+        if read_json(description) != recipe(target):
+            self._write(description, json.dumps(recipe(target), sort_keys=True))
+        if self._fetch(path) and self._open(source, modality, lambda *array: True):
             return
         raw, values, foreground, array = decode(source, target, self.max_voxels)
         if file_stamp(source) != stamp:
@@ -253,20 +242,30 @@ class VolumeStore:
     def _write(self, path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
         write_atomic(path, content)
         if self.shared:
-            self.shared.upload(self._name(path), path)
+            self.shared.upload(path.relative_to(self.folder).as_posix(), path)
 
     def _fetch(self, path: Path) -> bool:
         """Copy a file from the shared store. Return False if it is missing or incomplete there."""
-        return self.shared is not None and self.shared.download(self._name(path), path, VALIDATORS[path.suffix])
+        if not self.shared:
+            return False
+        path.parent.mkdir(exist_ok=True)
+        is_complete = is_array if path.suffix == ".npy" else lambda file: bool(read_json(file))
+        return self.shared.download(path.relative_to(self.folder).as_posix(), path, is_complete)
 
-    def _is_shared(self, path: Path) -> bool:
-        folder = path.parent.name
-        if self.shared and folder not in self._shared_names:
-            self._shared_names[folder] = set(self.shared.list_files(folder))
-        return self._name(path) in self._shared_names.get(folder, ())
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_store(settings: "Settings") -> VolumeStore:
+    """Open the volume store. With ``resources.node_store`` or an object store, a local folder caches the shared one."""
+    resources = settings.resources
+    default = Path(resources.storage).absolute() / VOLUMES
+    # Arrays are memory-mapped, so those of an object store need local copies.
+    local = resources.node_store or (str(default) if is_remote(resources.store) else "")
+    shared = FileStorage(resources.store or str(default)) if local else None
+    folder = Path(local).absolute() if local else local_path(resources.store) if resources.store else default
+    return VolumeStore(folder, settings.modalities, settings.data.max_voxels, shared)
 
 
 def decode(
@@ -285,7 +284,7 @@ def decode(
     raw = read_volume(source, len(target.grid), max_voxels, fill)
     try:
         if target.is_series:
-            num_windows(raw.voxels.shape[3], target)
+            target.num_windows(raw.voxels.shape[3])
         values, foreground = resample_to_grid(raw, target)
         return raw, values, foreground, scale_intensity(values, foreground, target)
     except UserError as error:
@@ -318,4 +317,83 @@ class DecodedVolumes:
     ) -> np.ndarray:
         target = self.modalities[modality]
         *_, array = decode(source, target, self.max_voxels)
-        return array[pick_window(len(array), target, rng_key)].copy() if target.is_series else array
+        return array[target.pick_window(len(array), rng_key)].copy() if target.is_series else array
+
+
+MIN_PARALLEL_BYTES = 2**26
+"""Size of the volumes above which decoding uses several processes."""
+VOLUMES_PER_TASK = 4
+"""Larger groups make the progress bar jump; smaller ones cost more communication than work."""
+Volume = tuple[str, str]
+"""(path, modality)."""
+
+
+def decode_volumes(
+    store: VolumeStore, volumes: Iterable[Volume], processes: int, progress: ProgressBar
+) -> dict[Volume, str]:
+    """Decode the volumes that are not in the store, in parallel.
+
+    Args:
+        store: destination.
+        volumes: volumes to decode.
+        processes: number of parallel processes; 0 for one per CPU of this machine, or of the Ray cluster if this
+            process has joined one with several nodes.
+        progress: progress bar.
+
+    Returns:
+        The reasons why some volumes cannot be decoded.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    new = sorted(volume for volume in set(volumes) if not _is_stored(store, *volume))
+    if sum(_size(path) for path, _ in new) <= MIN_PARALLEL_BYTES:
+        processes = 1
+    if processes != 1 and has_several_nodes():
+        reasons = _decode_on_nodes(store, new, processes)
+    else:
+        jobs = processes or joblib.cpu_count()
+        tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=VOLUMES_PER_TASK if jobs > 1 else 1)
+        reasons = tasks(joblib.delayed(_decode_volume)(store, *volume) for volume in new)
+    return {volume: reason for volume, reason in zip(progress(new, "decoding volumes"), reasons, strict=True) if reason}
+
+
+def _is_stored(store: VolumeStore, path: str, modality: str) -> bool:
+    with suppress(UserError):  # reported when it is decoded
+        return store.contains(path, modality)
+    return False
+
+
+def _size(path: str) -> int:
+    with suppress(OSError):
+        return image_size(path)
+    return 0
+
+
+def _decode_volume(store: VolumeStore, path: str, modality: str) -> str:
+    """Decode a volume into the store. Return the reason why it cannot be decoded, or "" if it is stored."""
+    try:
+        store.get(path, modality)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _decode_on_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
+    import ray
+
+    # Ray prefers nodes without GPUs for tasks that need none.
+    task = ray.remote(num_cpus=1)(_decode_group)
+    groups = (volumes[start : start + VOLUMES_PER_TASK] for start in range(0, len(volumes), VOLUMES_PER_TASK))
+    at_once = processes or 2 * int(sum(node["Resources"].get("CPU", 0) for node in alive_nodes()))
+    pending = deque(task.remote(store, group) for group in islice(groups, at_once))
+    while pending:
+        try:
+            yield from ray.get(pending.popleft())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        pending.extend(task.remote(store, group) for group in islice(groups, 1))
+
+
+def _decode_group(store: VolumeStore, volumes: Sequence[Volume]) -> list[str]:
+    return [_decode_volume(store, *volume) for volume in volumes]

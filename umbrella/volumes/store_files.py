@@ -4,18 +4,17 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from umbrella.base import UserError
 from umbrella.modality import Modality
-from umbrella.volumes.image_formats import image_files
 from umbrella.volumes.preprocessing import recipe
+from umbrella.volumes.reading import image_files
 
 HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \((\d+(?:, \d+)*)\), \} *\n", re.DOTALL
@@ -33,24 +32,24 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
         The shape of the array, and the offset of its values in the file, in bytes.
 
     Raises:
-        ValueError: if the file is not an array of the store, or its header is truncated.
+        ValueError: if the file is not an array of the store, or is truncated.
     """
     header = HEADER.match(file.read(MAX_HEADER_BYTES))
     if not header:
         raise ValueError("not an array of the store")
-    return tuple(map(int, header[1].split(b", "))), header.end()
+    shape = tuple(map(int, header[1].split(b", ")))
+    if os.fstat(file.fileno()).st_size != header.end() + 2 * prod(shape):
+        raise ValueError("truncated")
+    return shape, header.end()
 
 
-def map_array(path: Path) -> np.ndarray:
-    """Memory-map an array of the store: float16, read-only.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if the file is not an array of the store, or is truncated.
-    """
-    with path.open("rb") as file:
-        shape, start = read_header(file)
-        return np.memmap(file, np.float16, "r", start, shape)
+def is_array(path: Path) -> bool:
+    """Return whether a file is a complete array of the store."""
+    try:
+        with path.open("rb") as file:
+            return bool(read_header(file))
+    except ValueError:
+        return False
 
 
 def is_current(record: Mapping[str, Any]) -> bool:
@@ -83,17 +82,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _is_array(file: Path) -> bool:
-    try:
-        map_array(file)
-    except ValueError:
-        return False
-    return True
-
-
-VALIDATORS: Mapping[str, Callable[[Path], bool]] = {".npy": _is_array, ".json": lambda file: bool(read_json(file))}
-"""For each suffix, a function that returns whether a file is complete."""
-
 MAX_PARTIAL_AGE = 24 * 3600
 """Age in seconds above which a partial file counts as abandoned."""
 
@@ -118,7 +106,7 @@ def stored_recipes(folder: Path, modalities: Mapping[str, Modality]) -> list[Sto
     recipes = []
     for file in folder.glob("*/recipe.json"):
         content = read_json(file)
-        sizes = [_size(array) for array in file.parent.glob("*.npy")]
+        sizes = [_size_and_age(array)[0] for array in file.parent.glob("*.npy")]
         users = tuple(name for name, modality in modalities.items() if recipe(modality) == content)
         recipes.append(StoredRecipe(file.parent, content, len(sizes), sum(sizes), users))
     return sorted(recipes, key=lambda stored: -stored.size)
@@ -134,7 +122,7 @@ def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = Fals
     Returns:
         The number of deleted files and their total size in bytes. A dry run only counts them.
     """
-    unused = [file for file in folder.rglob("*.partial") if _age(file) > MAX_PARTIAL_AGE]
+    unused = [file for file in folder.rglob("*.partial") if _size_and_age(file)[1] > MAX_PARTIAL_AGE]
     current_contents = set()
     for record_file in (folder / "sources").glob("*.json"):
         record = read_json(record_file)
@@ -147,7 +135,7 @@ def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = Fals
         unused += [f for f in files if not stored.modalities or f.stem not in current_contents]
         if not stored.modalities:
             unused.append(stored.folder / "recipe.json")  # last: its folder is removed with it
-    size = sum(map(_size, unused))
+    size = sum(_size_and_age(file)[0] for file in unused)
     for file in [] if dry_run else unused:
         file.unlink(missing_ok=True)
         if file.name == "recipe.json":
@@ -156,15 +144,9 @@ def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = Fals
     return len(unused), size
 
 
-def _size(file: Path) -> int:
-    """Return the size of a file in bytes, or 0 if another process has deleted it."""
+def _size_and_age(file: Path) -> tuple[int, float]:
+    """Return size in bytes and age in seconds, or zeros if another process has deleted or renamed the file."""
     with suppress(OSError):
-        return file.stat().st_size
-    return 0
-
-
-def _age(file: Path) -> float:
-    """Return the seconds since a file was written, or 0 if another process has renamed it."""
-    with suppress(OSError):
-        return time.time() - file.stat().st_mtime
-    return 0
+        stat = file.stat()
+        return stat.st_size, time.time() - stat.st_mtime
+    return 0, 0.0
