@@ -50,7 +50,7 @@ def make_model() -> Any:
             torch.nn.init.normal_(weight, std=0.02)
         else:
             torch.nn.init.constant_(weight, float("norm" in name and name.endswith("weight")))
-    model = from_llava(llava, {name: modality.model_dump(mode="json") for name, modality in MODALITIES.items()})
+    model = from_llava(llava, MODALITIES)
     # The frequencies are a buffer, which is not initialised above.
     model.model.language_model.rotary_emb = Qwen2RotaryEmbedding(text).cuda()
     select_trainable(model.cuda(), "embedder")

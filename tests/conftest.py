@@ -208,13 +208,26 @@ def build(tokenizer: Any) -> Callable[..., Any]:
 
     torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
 
-    def build(seed: int = 0, **others: Any) -> Any:
+    def build(seed: int = 0, modalities: dict[str, Modality] = MODALITIES, **others: Any) -> Any:
         torch.manual_seed(seed)
         image_id = tokenizer.convert_tokens_to_ids("<image>")
         settings = ModelSettings(**{"width": 16, "heads": 2, **others})
-        return build_model(settings, MODALITIES, len(tokenizer), image_id).train()
+        return build_model(settings, modalities, len(tokenizer), image_id).train()
 
     return build
+
+
+def nll(model: Any, batch: Any) -> Any:
+    """The model's token_nll in evaluation mode, with weights in memory of torch's own alignment.
+
+    Loaded weights are in a mapped file, and on some processors matrix products round by alignment.
+    """
+    import torch
+
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    with torch.no_grad():
+        return model.eval()(**batch.model_inputs()).token_nll
 
 
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:

@@ -13,7 +13,7 @@ from umbrella import Umbrella, __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.inference.model import load_checkpoint_settings
-from umbrella.models.build import check_checkpoint, load_trained
+from umbrella.models.build import check_checkpoint
 from umbrella.models.settings import ModelSettings
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.paths import CODE
@@ -30,7 +30,6 @@ LOADS: dict[str, Callable[[Path], Any]] = {
     "answering": Umbrella.from_checkpoint,
     "settings": lambda folder: load_checkpoint_settings(folder, None),
     "start of a training": lambda folder: check_checkpoint(ModelSettings(checkpoint=str(folder)), {}),
-    "whole model": load_trained,
     "transformers": UmbrellaForConditionalGeneration.from_pretrained,
 }
 REFUSES = LOADS | {"logged in MLflow": lambda folder: log_model("sqlite://", "", folder)}

@@ -18,12 +18,11 @@ from transformers import (
 
 from umbrella.base import UserError, describe_load_error
 from umbrella.modality import Modality
-from umbrella.models.inflation import inflate
-from umbrella.models.partial_checkpoint import base_checkpoint, check_base, is_partial, load_saved_weights
+from umbrella.models.partial_checkpoint import check_base, is_partial, load_saved_weights, read_base
 from umbrella.models.settings import ModelSettings
 from umbrella.models.trainable_parameters import add_lora, select_trainable
 from umbrella.models.umbrella_llava import ADAPTER, UmbrellaConfig, UmbrellaForConditionalGeneration
-from umbrella.models.volume_embedder import ModalityEmbedder
+from umbrella.models.volume_embedder import ModalityEmbedder, inflate
 from umbrella.version import check_version
 
 SUPPORTED_MODELS = ("llava", "llava_next", "llava_onevision", UmbrellaConfig.model_type)
@@ -68,10 +67,10 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
         known = config.modalities
         for name, modality in modalities.items():
             if name in known and known[name].patch != modality.patch:
+                theirs, ours = ("x".join(map(str, m.patch)) for m in (known[name], modality))
                 raise UserError(
-                    f"{where}: reads {name} in patches of {_format_patch(known[name].patch)}, and"
-                    f" modalities.{name}.patch is {_format_patch(modality.patch)}; take the same, or give the modality"
-                    " another name"
+                    f"{where}: reads {name} in patches of {theirs}, and modalities.{name}.patch is {ours}; take the"
+                    " same, or give the modality another name"
                 )
             if name not in known and settings.embedder_init == "inflated":
                 raise UserError(
@@ -96,37 +95,25 @@ def load_model(
     Raises:
         UserError: see ``check_checkpoint``; also if weights are missing, truncated, or not in safetensors format.
     """
-    where = f"model.checkpoint={settings.checkpoint}"
     config = check_checkpoint(settings, modalities)
-    vocabulary = config.text_config.vocab_size
-    if image_id >= vocabulary:
-        raise UserError(
-            f"{where}: its tokenizer's placeholder is token {image_id}, and its model has {vocabulary} tokens"
-        )
     is_umbrella = isinstance(config, UmbrellaConfig)
     model = _load_partial(settings, config) if is_partial(settings.checkpoint) else _load_full(settings, is_umbrella)
-    modality_configs = {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
     if is_umbrella:
-        _set_embedders(model, modalities)
+        # Keep the embedders of these modalities, interpolated to their grids, and add missing ones.
+        known, width = model.embedder.by_modality, model.config.vision_config.hidden_size
+        embedders: dict[str, Any] = {}
+        for name, modality in modalities.items():
+            embedders[name] = known[name] if name in known else ModalityEmbedder(modality, width)
+            embedders[name].fit_grid(modality.patch_grid)
+        model.embedder.by_modality = nn.ModuleDict(embedders)
     else:
-        model = from_llava(model, modality_configs, settings.embedder_init)
-    model.config.umbrella_modalities = modality_configs
+        model = from_llava(model, modalities, settings.embedder_init)
+    model.config.umbrella_modalities = _modality_configs(modalities)
     model.config.image_token_index = image_id
     return model
 
 
-def load_trained(folder: str | Path) -> UmbrellaForConditionalGeneration:
-    """Load the full model of a full or partial checkpoint of a training, in float32 and in evaluation mode.
-
-    Raises:
-        UserError: see ``load_model``.
-    """
-    config = UmbrellaConfig.from_pretrained(folder, trust_remote_code=False)
-    return load_model(ModelSettings(checkpoint=str(folder)), config.modalities, config.image_token_index).eval()
-
-
 def _load_full(settings: ModelSettings, is_umbrella: bool) -> Any:
-    """Load a full checkpoint with transformers."""
     where = f"model.checkpoint={settings.checkpoint}"
     model_class: Any = UmbrellaForConditionalGeneration if is_umbrella else AutoModelForImageTextToText
     try:
@@ -149,7 +136,7 @@ def _load_full(settings: ModelSettings, is_umbrella: bool) -> Any:
 def _load_partial(settings: ModelSettings, config: UmbrellaConfig) -> UmbrellaForConditionalGeneration:
     """Load the base of a partial checkpoint, then the trained weights."""
     folder = Path(settings.checkpoint)
-    base = settings.model_copy(update={"checkpoint": base_checkpoint(settings.checkpoint), "embedder_init": "random"})
+    base = settings.model_copy(update={"checkpoint": read_base(folder)["checkpoint"], "embedder_init": "random"})
     try:
         model = load_model(base, config.modalities, config.image_token_index)
     except UserError as error:
@@ -164,15 +151,21 @@ def _load_partial(settings: ModelSettings, config: UmbrellaConfig) -> UmbrellaFo
     return model
 
 
+def _modality_configs(modalities: Mapping[str, Modality]) -> dict[str, Any]:
+    return {name: modality.model_dump(mode="json") for name, modality in modalities.items()}
+
+
 @torch.no_grad()
-def from_llava(llava: Any, modality_configs: dict, init: str = "random") -> UmbrellaForConditionalGeneration:
+def from_llava(
+    llava: Any, modalities: Mapping[str, Modality], init: str = "random"
+) -> UmbrellaForConditionalGeneration:
     """Replace the 2D embeddings of a plain LLaVA by volume embedders. All other modules are shared, not copied.
 
     The embedders are float32. If the other weights have half precision, run the model under autocast.
 
     Args:
         llava: a LLaVA model of transformers.
-        modality_configs: fields of ``Modality`` by modality name.
+        modalities: modality by name.
         init: "random" or "inflated".
     """
     config = UmbrellaConfig(
@@ -180,7 +173,7 @@ def from_llava(llava: Any, modality_configs: dict, init: str = "random") -> Umbr
         # The configurations of the components contain their attention implementation.
         vision_config=llava.config.vision_config,
         text_config=llava.config.text_config,
-        umbrella_modalities=modality_configs,
+        umbrella_modalities=_modality_configs(modalities),
     )
     if config.vision_config.model_type == "siglip_vision_model":
         config.vision_feature_select_strategy = "full"  # "default" drops the class token, which SigLIP lacks
@@ -203,22 +196,6 @@ def from_llava(llava: Any, modality_configs: dict, init: str = "random") -> Umbr
     return model.train(llava.training)
 
 
-def _set_embedders(model: UmbrellaForConditionalGeneration, modalities: Mapping[str, Modality]) -> None:
-    """Keep the embedders of these modalities, interpolated to their grids, and add missing ones. In place."""
-    known, width = model.embedder.by_modality, model.config.vision_config.hidden_size
-    embedders = {}
-    for name, modality in modalities.items():
-        embedder = known[name] if name in known else ModalityEmbedder(modality, width)
-        assert isinstance(embedder, ModalityEmbedder)
-        embedder.fit_grid(modality.patch_grid)
-        embedders[name] = embedder
-    model.embedder.by_modality = nn.ModuleDict(embedders)
-
-
-def _format_patch(patch: tuple[int, ...]) -> str:
-    return "x".join(map(str, patch))
-
-
 def build_model(
     settings: ModelSettings, modalities: Mapping[str, Modality], vocabulary: int, image_id: int
 ) -> UmbrellaForConditionalGeneration:
@@ -236,7 +213,26 @@ def build_model(
     if settings.checkpoint:
         model = load_model(settings, modalities, image_id)
     else:
-        model = UmbrellaForConditionalGeneration(_tiny_config(settings, modalities, vocabulary, image_id))
+        layer = {
+            "hidden_size": settings.width,
+            "intermediate_size": 4 * settings.width,
+            "num_attention_heads": settings.heads,
+        }
+        config = UmbrellaConfig(
+            vision_config=SiglipVisionConfig(**layer, num_hidden_layers=settings.tower_layers, vision_use_head=False),
+            text_config=Qwen2Config(
+                **layer,
+                num_hidden_layers=settings.language_layers,
+                num_key_value_heads=settings.heads,
+                vocab_size=vocabulary,
+                tie_word_embeddings=True,
+            ),
+            image_token_index=image_id,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+            umbrella_modalities=_modality_configs(modalities),
+        )
+        model = UmbrellaForConditionalGeneration(config)
     model.set_attn_implementation({"text_config": settings.attention})
     # Greedy decoding: the generation settings of a checkpoint may include sampling, beams or repetition penalties.
     loaded = model.generation_config
@@ -259,27 +255,3 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for weight in model.parameters():
         is_frozen_matrix = weight.ndim > 1 and not weight.requires_grad
         weight.data = weight.data.to(dtype if is_frozen_matrix else torch.float32)
-
-
-def _tiny_config(
-    settings: ModelSettings, modalities: Mapping[str, Modality], vocabulary: int, image_id: int
-) -> UmbrellaConfig:
-    layer = {
-        "hidden_size": settings.width,
-        "intermediate_size": 4 * settings.width,
-        "num_attention_heads": settings.heads,
-    }
-    return UmbrellaConfig(
-        vision_config=SiglipVisionConfig(**layer, num_hidden_layers=settings.tower_layers, vision_use_head=False),
-        text_config=Qwen2Config(
-            **layer,
-            num_hidden_layers=settings.language_layers,
-            num_key_value_heads=settings.heads,
-            vocab_size=vocabulary,
-            tie_word_embeddings=True,
-        ),
-        image_token_index=image_id,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        umbrella_modalities={name: modality.model_dump(mode="json") for name, modality in modalities.items()},
-    )

@@ -27,12 +27,8 @@ def is_partial(folder: str | Path) -> bool:
     return (Path(folder) / BASE).is_file()
 
 
-def base_checkpoint(checkpoint: str) -> str:
-    """Return the base of a partial checkpoint, or the checkpoint itself if it is full."""
-    return _read_base(checkpoint)["checkpoint"] if is_partial(checkpoint) else checkpoint
-
-
-def _read_base(folder: str | Path) -> dict[str, Any]:
+def read_base(folder: str | Path) -> dict[str, Any]:
+    """Return the content of ``base.json`` of a partial checkpoint, see ``base_description``."""
     return json.loads((Path(folder) / BASE).read_text("utf-8"))
 
 
@@ -63,11 +59,9 @@ def parameters_to_save(model: UmbrellaForConditionalGeneration, settings: ModelS
 
 
 def write_weights(folder: Path, weights: Mapping[str, torch.Tensor], full: bool) -> None:
-    """Write the weights of a checkpoint. Adapter weights go to ``adapter/``, in the format of PEFT.
+    """Write the weights of a full or partial checkpoint, given by parameter name.
 
-    Args:
-        weights: tensors by parameter name.
-        full: whether this is a full checkpoint.
+    Adapter weights go to ``adapter/``, in the format of PEFT.
     """
     model_weights = {_stored_name(name): weight for name, weight in weights.items() if ".lora_" not in name}
     adapter_weights = {_stored_name(name): weight for name, weight in weights.items() if ".lora_" in name}
@@ -131,7 +125,7 @@ def _stored_name(name: str) -> str:
 
 def base_description(checkpoint: str) -> str:
     """Return the content of ``base.json``: the base checkpoint, and size and hash of its weight files."""
-    base = base_checkpoint(checkpoint)
+    base = read_base(checkpoint)["checkpoint"] if is_partial(checkpoint) else checkpoint
     return json.dumps({"checkpoint": base, "files": _fingerprint(base)}, indent=1)
 
 
@@ -141,7 +135,7 @@ def check_base(folder: str | Path) -> None:
     Raises:
         UserError: if a file of the base is missing or has changed.
     """
-    base = _read_base(folder)
+    base = read_base(folder)
     checkpoint, current = base["checkpoint"], _fingerprint(base["checkpoint"])
     for name, expected in base["files"].items():
         if name in current and current[name] == expected:
@@ -159,20 +153,19 @@ def _is_local(checkpoint: str) -> bool:
 
 
 def _fingerprint(checkpoint: str) -> dict[str, dict[str, int | str]]:
-    """Return size and partial hash of each local weight file of a checkpoint, by file name."""
+    """Return size and hash of some blocks of each local weight file of a checkpoint, by file name."""
     folder = Path(checkpoint)
     if not _is_local(checkpoint):
         try:
             folder = Path(str(cached_file(checkpoint, "config.json"))).parent
         except (OSError, ValueError):  # loading the model raises the error
             return {}
-    return {path.name: _file_fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _file_fingerprint(path: Path) -> dict[str, int | str]:
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        for i in range(NUM_BLOCKS):
-            file.seek(max(0, size - BLOCK_SIZE) * i // (NUM_BLOCKS - 1))
-            digest.update(file.read(BLOCK_SIZE))
-    return {"bytes": size, "sample": digest.hexdigest()[:32]}
+    files: dict[str, dict[str, int | str]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        size, digest = path.stat().st_size, hashlib.sha256()
+        with path.open("rb") as file:
+            for i in range(NUM_BLOCKS):
+                file.seek(max(0, size - BLOCK_SIZE) * i // (NUM_BLOCKS - 1))
+                digest.update(file.read(BLOCK_SIZE))
+        files[path.name] = {"bytes": size, "sample": digest.hexdigest()[:32]}
+    return files

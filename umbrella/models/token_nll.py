@@ -29,8 +29,7 @@ def token_nll(
 ) -> torch.Tensor:
     """Compute the negative log likelihood of each supervised token, that is, each token with a nonzero loss weight.
 
-    Logits are computed in chunks, only at positions before supervised tokens, and in float32 even under autocast. If
-    the output embedding requires a gradient, the backward pass computes them again.
+    Logits are computed in chunks, only at positions before supervised tokens, and in float32 even under autocast.
 
     Args:
         hidden: (B, L, d), the output of the language model.
@@ -98,7 +97,7 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _subtract_one_hot(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Turn probabilities (S, vocabulary) into the gradient of the logits, in place. ``targets``: (S, 1)."""
+    """Turn probabilities (S, vocabulary) into the gradient of the logits for targets (S, 1), in place."""
     return probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=probabilities.dtype))
 
 

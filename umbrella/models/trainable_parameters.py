@@ -16,16 +16,16 @@ def component_parameters(model: UmbrellaForConditionalGeneration) -> dict[str, l
     Each parameter belongs to exactly one component. Components without parameters are omitted.
     """
     candidates = {
-        "embedder": model.embedder.named_parameters(),
-        "tower": model.model.vision_tower.named_parameters(),
-        "projector": model.model.multi_modal_projector.named_parameters(),
-        "lora": ((name, weight) for name, weight in model.named_parameters() if ".lora_" in name),
-        "language_model": model.named_parameters(),
+        "embedder": model.embedder.parameters(),
+        "tower": model.model.vision_tower.parameters(),
+        "projector": model.model.multi_modal_projector.parameters(),
+        "lora": (weight for name, weight in model.named_parameters() if ".lora_" in name),
+        "language_model": model.parameters(),
     }
-    seen: set[nn.Parameter] = set()
     result: dict[str, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
     for name, weights in candidates.items():
-        result[name] = [weight for _, weight in weights if weight not in seen]
+        result[name] = [weight for weight in weights if weight not in seen]
         seen.update(result[name])
     return {name: weights for name, weights in result.items() if weights}
 
@@ -53,26 +53,15 @@ def add_lora(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -
 
 
 def select_trainable(model: UmbrellaForConditionalGeneration, train: str) -> None:
-    """Set ``requires_grad`` of all parameters.
+    """Set ``requires_grad`` of all parameters. In place.
 
-    Args:
-        model: the model, changed in place.
-        train: "all", or trainable components joined by +, as in "embedder+lora". The others are frozen.
-
-    Raises:
-        ValueError: if a component does not exist.
+    ``train`` is "all", or trainable components joined by +, as in "embedder+lora". The others are frozen.
     """
-    components = component_parameters(model)
-    names = list(components) if train == "all" else train.split("+")
-    for name in names:
-        if name not in components:
-            raise ValueError(f"{name} is not a part of the model")
-    for name, weights in components.items():
+    for name, weights in component_parameters(model).items():
         for weight in weights:
-            weight.requires_grad_(name in names)
+            weight.requires_grad_(train == "all" or name in train.split("+"))
     # Layers after the last feature layer, the final norm and the head of SigLIP get no gradient.
     tower = model.model.vision_tower
     unused = [*tower.encoder.layers[max(model.feature_layers) :], tower.post_layernorm, getattr(tower, "head", None)]
-    for module in unused:
-        if module is not None:
-            module.requires_grad_(False)
+    for module in filter(None, unused):
+        module.requires_grad_(False)

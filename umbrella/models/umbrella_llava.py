@@ -3,7 +3,6 @@
 import copy
 import shutil
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, cached_file
 
-from umbrella.modality import Modality
+from umbrella.modality import Modality, class_tokens
 from umbrella.models.token_nll import supervised_positions, token_nll
 from umbrella.models.volume_embedder import VolumeEmbedder
 from umbrella.version import check_version, write_version
@@ -145,11 +144,10 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         embeddings = self.get_input_embeddings()(input_ids)
         if self.training:
             embeddings = embeddings + self._zero_of_unused_weights(pixel_values)
+        by_modality: Any = self.embedder.by_modality
+        extra = class_tokens(self.config.vision_config.model_type, self.config.vision_feature_select_strategy)
+        sizes = [torch.full_like(g.run, by_modality[name].num_tokens + extra) for name, g in pixel_values.items()]
         run = torch.cat([input_ids.new_empty(0), *(group.run for group in pixel_values.values())])
-        sizes = [
-            group.run.new_full(group.run.shape, self._num_tokens(name, group.voxels))
-            for name, group in pixel_values.items()
-        ]
         order = torch.argsort(run)
         starts = self._run_starts(input_ids, run[order], torch.cat([run[:0], *sizes])[order])
         if not pixel_values:
@@ -163,25 +161,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         flat = embeddings.flatten(0, 1).index_copy(0, torch.cat(indices), torch.cat(features).to(embeddings.dtype))
         return flat.view_as(embeddings)
 
-    def _num_tokens(self, name: str, voxels: torch.Tensor) -> int:
-        """Return the number of tokens of each of these volumes (n, *grid)."""
-        modality: Any = self.embedder.by_modality[name]
-        patches = prod(size // step for size, step in zip(voxels.shape[1:], modality.patch, strict=True))
-        drops_class_token = self.config.vision_feature_select_strategy == "default"
-        return patches + (self.embedder.class_embedding is not None) - drops_class_token
-
     def volume_features(self, name: str, voxels: torch.Tensor) -> torch.Tensor:
-        """Run volumes of one modality through vision tower and projector.
+        """Return the features (n, tokens, d) of volumes (n, *grid) of the modality ``name``.
 
         The configuration's ``vision_feature_layer`` selects the layers of the tower, and
         ``vision_feature_select_strategy`` keeps or drops the class token.
-
-        Args:
-            name: name of the modality.
-            voxels: (n, *grid).
-
-        Returns:
-            (n, tokens, d).
         """
         tower, feature_layers = self.model.vision_tower, self.feature_layers
         state = tower.embeddings((name, voxels))
@@ -201,21 +185,16 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     def _run_starts(self, input_ids: torch.Tensor, runs: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """Return the start of each run of placeholder tokens, (V,), as an index into the flattened (B * L) tokens.
 
-        Args:
-            input_ids: (B, L).
-            runs: (V,), ascending; the number of each volume's run in the batch.
-            sizes: (V,), number of tokens of each volume.
+        ``runs``, ascending, and ``sizes``, (V,) each, are the run and the number of tokens of each volume.
         """
         mask = functional.pad(input_ids == self.config.image_token_id, (1, 1))
         edges = (mask[:, 1:] != mask[:, :-1]).nonzero()  # alternating starts and stops
         starts, stops = edges[0::2], edges[1::2]
         lengths = stops[:, 1] - starts[:, 1]
         if len(lengths) != len(sizes) or (runs != torch.arange(len(lengths), device=runs.device)).any():
-            unmatched = sorted(set(range(len(lengths))) - set(runs.tolist()))
-            example = (
-                f"; row {int(starts[unmatched[0], 0])}, run {unmatched[0]} of the batch has none" if unmatched else ""
-            )
-            raise ValueError(f"{len(sizes)} volumes for {len(lengths)} runs of placeholders in the batch{example}")
+            example = next((run for run in range(len(lengths)) if run not in runs), None)
+            where = "" if example is None else f"; row {int(starts[example, 0])}, run {example} of the batch has none"
+            raise ValueError(f"{len(sizes)} volumes for {len(lengths)} runs of placeholders in the batch{where}")
         if (lengths != sizes).any():
             wrong = int((lengths != sizes).nonzero()[0])
             raise ValueError(
@@ -288,8 +267,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         Only safetensors files are read, no pickles.
 
         Raises:
-            ValueError: if it is a plain LLaVA (use ``build.build_model``) or a partial checkpoint (use
-                ``build.load_trained``).
+            ValueError: if it is a plain LLaVA or a partial checkpoint.
             UserError: if its version of UMBRELLA is too old.
         """
         name = str(pretrained_model_name_or_path)
@@ -302,8 +280,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         check_version(name, **hub)
         if (Path(name) / BASE).is_file():
             raise ValueError(
-                f"{name} is a partial checkpoint: it has only the trained weights. umbrella.models.build.load_trained"
-                " loads the full model; save_pretrained then writes a folder that from_pretrained reads"
+                f"{name} is a partial checkpoint: it has only the trained weights. umbrella.inference.model.Umbrella"
+                ".from_checkpoint loads the full model; its save_pretrained writes a folder that from_pretrained reads"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})
         try:
@@ -317,11 +295,9 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 def _attention_arguments(attention_mask: torch.Tensor, is_complete: bool) -> dict[str, Any]:
-    """Return the arguments of the language model for an attention mask.
+    """Return the arguments of the language model for an attention mask (B, L).
 
-    Args:
-        attention_mask: (B, L), see ``UmbrellaForConditionalGeneration.forward``.
-        is_complete: whether no generation follows, so that no cache is needed.
+    ``is_complete``: no generation follows, so that no cache is needed.
     """
     # One transfer for both values: each one synchronizes with the GPU.
     is_packed, is_left_padded = torch.stack([(attention_mask > 1).any(), (attention_mask[:, 0] == 0).any()]).tolist()
@@ -333,11 +309,7 @@ def _attention_arguments(attention_mask: torch.Tensor, is_complete: bool) -> dic
 
 
 def packed_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return position ids (B, L) that restart at 0 with each sample of a row.
-
-    Args:
-        attention_mask: (B, L) with the number of each token's sample, starting at 1.
-    """
+    """Return position ids (B, L) that restart at 0 with each sample of a row of ``attention_mask`` (B, L)."""
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
     is_start = functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
     return positions - torch.where(is_start, positions, 0).cummax(1).values
