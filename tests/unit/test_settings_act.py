@@ -1,24 +1,22 @@
 """Every setting that a sweep can vary changes what a trainer holds or does, at the place where the setting acts.
 
-Each case makes a trainer under two values of one setting, as a trial does. Ray is not started: rows come from a list
-instead of a Ray data set, and nobody asks it to stop.
+Each case makes a trainer under two values of one setting, as a trial does. Ray is not started: batches are made when
+they are used, and nobody asks the training to stop.
 """
 
 import re
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from math import nan
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 import ray
-import ray.data
 import ray.train
 import torch
 from torch import distributed
@@ -63,40 +61,17 @@ LLAVA = "a LLaVA"
 """Stands for the folder of a checkpoint."""
 
 
-class Dataset:
-    """Rows in a list, and batches of them as Ray Data makes them: so many more before the first one is used."""
-
-    def __init__(self, rows: Sequence[Mapping[str, int]], ahead: list[int]) -> None:
-        self.rows, self.ahead = rows, ahead
-        self.context = SimpleNamespace(execution_options=SimpleNamespace())
-
-    def set_name(self, name: str) -> None:
-        pass
-
-    def iter_torch_batches(
-        self, *, batch_size: int, prefetch_batches: int, collate_fn: Callable[[Any], Any], device: str
-    ) -> Iterator[Any]:
-        self.ahead.append(prefetch_batches)
-        made: deque[Any] = deque()
-        for start in range(0, len(self.rows), batch_size):
-            rows = self.rows[start : start + batch_size]
-            made.append(collate_fn({name: np.array([row[name] for row in rows]) for name in rows[0]}))
-            if len(made) > prefetch_batches:
-                yield made.popleft()
-        yield from made
-
-
 class Training:
     """A trainer, and from the first time that ``ran`` is read what it has done.
 
     events: a letter for each forward pass in training (T), optimizer step (S) and forward pass in evaluation (E).
     given: inputs of the model, by letter. rates: of the optimizer's groups, at each step.
     attention: what that of the first layers returned, states and weights, by place (tower or language) and letter.
-    ahead: batches made ahead, by data set.
+    prefetch: batches made in advance, of each call of ``batches``.
     """
 
-    def __init__(self, trainer: Trainer, ahead: list[int]) -> None:
-        self.trainer, self.ahead, self.settings = trainer, ahead, trainer.settings
+    def __init__(self, trainer: Trainer, prefetch: list[int]) -> None:
+        self.trainer, self.prefetch, self.settings = trainer, prefetch, trainer.settings
         self.task: Any = trainer.task
         self.model, self.optimizer = self.task.model, self.task.optimizer
         self.tower, self.language = self.model.model.vision_tower.encoder.layers, self.model.model.language_model.layers
@@ -246,7 +221,7 @@ CASES = {
     f"{SERIES}.window_stride": Case(1, 4, frames, ([6, 7, 8, 9], [4, 5, 6, 7])),
     "data.bucket_batches": Case(1, 3, order, given={"train.batch_size": 1}),
     "data.pack": Case(0, 4096, lambda t: len(loss_weights(t)[0]), (4, 1)),
-    "data.prefetch": Case(0, 3, lambda t: t.ran.ahead[0], ITSELF),
+    "data.prefetch": Case(0, 3, lambda t: t.ran.prefetch[0], ITSELF),
     "mask.preset": Case("", "upstream", loss_weights),
     "mask.supervise": Case("assistant", "last_assistant", loss_weights),
     "mask.end_of_turn": Case(True, False, loss_weights),
@@ -360,28 +335,34 @@ def start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[Mapping[str, Any]], Training]]:
     """Makes the trainer of a training with these settings, as a process of Ray Train does."""
-    ahead: list[int] = []
-    monkeypatch.setattr(ray.data, "from_items", lambda rows, **options: Dataset(rows, ahead))
+    prefetched: list[int] = []
+
+    def batches(chunks: Any, size: int, prefetch: int, make: Callable[[Any], Any], name: str) -> Iterator[Any]:
+        prefetched.append(prefetch)
+        for rows in chunks:
+            for start in range(0, len(rows["sample"]), size):
+                yield make({name: column[start : start + size] for name, column in rows.items()})
+
+    for module in ("trainer", "language_model"):
+        monkeypatch.setattr(f"umbrella.training.{module}.batches", batches)
     monkeypatch.setattr(ray, "get", lambda tables: tables)
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
     torch.set_num_threads(1)
     base = load_settings(overrides=BASE | {"resources.storage": str(storage)})
 
     def start(values: Mapping[str, Any]) -> Training:
-        ahead.clear()
+        prefetched.clear()
         settings = base.with_values({name: llava if value is LLAVA else value for name, value in values.items()})
         renderer = load_renderer(settings)
         lengths = [np.array([renderer.render(c).bucket_length for c in split]) for split in splits]
-        train, validation = map(to_table, splits)
-        folder = tmp_path_factory.mktemp("training")
         job = LanguageModelJob(
             task=LANGUAGE_MODEL,
             settings=settings,
             data={},
             tracking={"name": "test"},
-            folder=str(folder),
-            train=train,
-            validation=validation,
+            folder=str(tmp_path_factory.mktemp("training")),
+            train=to_table(splits[0]),
+            validation=to_table(splits[1]),
             train_lengths=lengths[0],
             validation_lengths=lengths[1],
             candidates=find_candidates(splits[0]),
@@ -392,7 +373,7 @@ def start(
         if workers > 1 and not distributed.is_initialized():  # the others are not needed to make one
             distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         device = torch.device("cpu")
-        return Training(Trainer(job, LanguageModelTask, 0, workers, device, None, lambda metrics: None), ahead)
+        return Training(Trainer(job, LanguageModelTask, 0, workers, device, None, lambda metrics: None), prefetched)
 
     yield start
     if distributed.is_initialized():

@@ -20,7 +20,7 @@ from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects, write_predictions
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_volumes
-from umbrella.training.distributed import all_gather_object, autocast, copy_to_host, data_parallel, raise_on_all_ranks
+from umbrella.training.distributed import all_gather_object, autocast, data_parallel, raise_on_all_ranks
 from umbrella.training.optimizer import main_lr
 from umbrella.training.task import Summary, Task
 from umbrella.volumes.store import open_store
@@ -165,9 +165,9 @@ class BaselineTask(Task):
             self.store.read(path, self.settings.baseline.modality, frames if self.is_series else frames[0], rng_key)
         return volumes
 
-    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See ``Task.weights``. Includes the running statistics of batch normalisation."""
-        return copy_to_host(self.net.state_dict(), keep)
+        return self.net.state_dict()
 
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """See ``Task.save_weights``."""

@@ -16,21 +16,15 @@ RNG_STREAM = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """A flip, then an affine transform that moves the content at p to ``linear @ p + shift``."""
+class VolumeChange:
+    """The random changes of a volume: a flip, then an affine transform, then a change of intensities."""
 
     mirror: np.ndarray
     """(3,), bool: whether to flip X, Y, Z."""
     linear: np.ndarray
-    """(3, 3), in voxels from the centre of the volume, axes X, Y, Z."""
+    """(3, 3), in voxels from the centre of the volume, axes X, Y, Z. The content at p moves to linear @ p + shift."""
     shift: np.ndarray
     """(3,), as shares of the axes; positive is towards right, front and top."""
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """A change of the intensities of a volume."""
-
     contrast: float
     """Factor of the deviation from the mean."""
     brightness: float
@@ -51,15 +45,17 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     """
     if not batch.rng_keys or not any(dict(settings).values()):
         return batch
-    geometries = [draw_geometry(rng_key, settings) for rng_key in batch.rng_keys]
     counts = batch.num_images_per_sample.tolist()
-    by_run = [(sample, index) for sample, count in enumerate(counts) for index in range(count)]
+    volumes = [(key, i) for key, count in zip(batch.rng_keys, counts, strict=True) for i in range(count)]
     groups = {}
     for name, group in batch.pixel_values.items():
-        places = [by_run[run] for run in group.run.tolist()]
-        group_geometries = [geometries[sample] for sample, _ in places]
-        intensities = [draw_intensity(batch.rng_keys[sample], index, settings) for sample, index in places]
-        groups[name] = VolumeGroup(_augment(group.voxels, group_geometries, intensities, settings), group.run)
+        changes = [draw_change(*volumes[run], settings) for run in group.run.tolist()]
+        series, dtype = group.voxels.ndim == 5, group.voxels.dtype
+        frames = group.voxels.to(torch.float32, copy=True)
+        frames = _augment_frames(frames.movedim(-1, 1) if series else frames[:, None], changes, settings)
+        largest = torch.finfo(dtype).max  # an infinite voxel would make the loss NaN
+        frames = frames.clamp(-largest, largest).to(dtype)
+        groups[name] = VolumeGroup(frames.movedim(1, -1) if series else frames[:, 0], group.run)
     return replace(batch, pixel_values=groups)
 
 
@@ -74,32 +70,30 @@ def augment_volumes(
     """
     if not any(dict(settings).values()):
         return frames
-    intensities = [draw_intensity(rng_key, 0, settings) for rng_key in rng_keys]
-    return _augment_frames(frames, [draw_geometry(rng_key, settings) for rng_key in rng_keys], intensities, settings)
+    return _augment_frames(frames, [draw_change(rng_key, 0, settings) for rng_key in rng_keys], settings)
 
 
-def draw_geometry(rng_key: tuple[int, ...], settings: AugmentSettings) -> Geometry:
-    """Draw the geometry of the volumes of a sample: rotation about X, then Y, then Z (right-hand rule), and scale.
+def draw_change(rng_key: tuple[int, ...], index: int, settings: AugmentSettings) -> VolumeChange:
+    """Draw the changes of volume ``index`` (from 0) of a sample; rotations about X, then Y, then Z (right-hand rule).
 
     All numbers are drawn, also for options that are off, so that one option does not change the draws of the others.
     """
-    rng = _generator(rng_key, 0)
-    mirror = rng.random(3) < (settings.flip_left_right, settings.flip_other, settings.flip_other)
-    angles = rng.uniform(-1, 1, 3) * settings.rotate
-    size = 1 + rng.uniform(-1, 1) * settings.scale
-    shift = rng.uniform(-1, 1, 3) * settings.shift
-    return Geometry(mirror, size * Rotation.from_euler("xyz", angles, degrees=True).as_matrix(), shift)
-
-
-def draw_intensity(rng_key: tuple[int, ...], index: int, settings: AugmentSettings) -> Intensity:
-    """Draw the intensity change of volume ``index`` (from 0) of a sample."""
-    rng = _generator(rng_key, 1 + index)
-    contrast = 1 + rng.uniform(-1, 1) * settings.contrast
-    return Intensity(contrast, rng.uniform(-1, 1) * settings.brightness, int(rng.integers(2**63)))
+    of_sample, of_volume = (np.random.default_rng((*rng_key, RNG_STREAM, number)) for number in (0, 1 + index))
+    mirror = of_sample.random(3) < (settings.flip_left_right, settings.flip_other, settings.flip_other)
+    angles = of_sample.uniform(-1, 1, 3) * settings.rotate
+    size = 1 + of_sample.uniform(-1, 1) * settings.scale
+    return VolumeChange(
+        mirror=mirror,
+        linear=size * Rotation.from_euler("xyz", angles, degrees=True).as_matrix(),
+        shift=of_sample.uniform(-1, 1, 3) * settings.shift,
+        contrast=1 + of_volume.uniform(-1, 1) * settings.contrast,
+        brightness=of_volume.uniform(-1, 1) * settings.brightness,
+        noise_seed=int(of_volume.integers(2**63)),
+    )
 
 
 def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) -> torch.Tensor:
-    """Transform each volume as ``Geometry`` describes, with trilinear interpolation.
+    """Transform each volume as ``VolumeChange`` describes, with trilinear interpolation.
 
     Voxels are taken as cubes, which they are with ``fit: spacing``. Points outside of the volume get the value of the
     nearest voxel, which is background if the field of view ends beside the head. The minimum of the volume would not be
@@ -123,41 +117,23 @@ def apply_affine(frames: torch.Tensor, linear: np.ndarray, shift: np.ndarray) ->
     return functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
 
 
-def _generator(rng_key: tuple[int, ...], number: int) -> np.random.Generator:
-    return np.random.default_rng((*rng_key, RNG_STREAM, number))
-
-
-def _augment(
-    voxels: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
-) -> torch.Tensor:
-    """Augment volumes (n, X, Y, Z) or (n, X, Y, Z, T). A change that is off causes no rounding."""
-    series = voxels.ndim == 5
-    frames = voxels.to(torch.float32, copy=True)
-    frames = _augment_frames(frames.movedim(-1, 1) if series else frames[:, None], geometries, intensities, settings)
-    largest = torch.finfo(voxels.dtype).max  # an infinite voxel would make the loss NaN
-    frames = frames.clamp(-largest, largest).to(voxels.dtype)
-    return frames.movedim(1, -1) if series else frames[:, 0]
-
-
-def _augment_frames(
-    frames: torch.Tensor, geometries: Sequence[Geometry], intensities: Sequence[Intensity], settings: AugmentSettings
-) -> torch.Tensor:
-    """Augment volumes (n, frames, X, Y, Z), float32, which may be changed in place."""
+def _augment_frames(frames: torch.Tensor, changes: Sequence[VolumeChange], settings: AugmentSettings) -> torch.Tensor:
+    """Augment volumes (n, frames, X, Y, Z), float32, which may be changed in place. What is off causes no rounding."""
     deviation, mean = torch.std_mean(frames, (1, 2, 3, 4), correction=0, keepdim=True)
-    for axis, mirrored in enumerate(np.stack([geometry.mirror for geometry in geometries], 1)):
+    for axis, mirrored in enumerate(np.stack([change.mirror for change in changes], 1)):
         if mirrored.any():
             which = torch.tensor(np.flatnonzero(mirrored), device=frames.device)
             frames[which] = frames[which].flip(2 + axis)
     if settings.rotate or settings.scale or settings.shift:
-        linear, shift = (np.stack([getattr(g, name) for g in geometries]) for name in ("linear", "shift"))
+        linear, shift = (np.stack([getattr(change, name) for change in changes]) for name in ("linear", "shift"))
         frames = apply_affine(frames, linear, shift)
     if settings.contrast or settings.brightness:
-        pairs = [(intensity.contrast, intensity.brightness) for intensity in intensities]
+        pairs = [(change.contrast, change.brightness) for change in changes]
         factor, added = torch.tensor(pairs, device=frames.device).view(-1, 2, 1, 1, 1, 1).unbind(1)
         frames = mean + factor * (frames - mean) + added * deviation
     if settings.noise:
         generator = torch.Generator(frames.device)
-        for volume, width, intensity in zip(frames, settings.noise * deviation, intensities, strict=True):
-            generator.manual_seed(intensity.noise_seed)  # per volume: independent of the rest of the batch
+        for volume, width, change in zip(frames, settings.noise * deviation, changes, strict=True):
+            generator.manual_seed(change.noise_seed)  # per volume: independent of the rest of the batch
             volume += width * torch.randn(volume.shape, generator=generator, device=volume.device)
     return frames

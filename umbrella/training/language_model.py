@@ -34,13 +34,7 @@ from umbrella.models.partial_checkpoint import (
 from umbrella.models.trainable_parameters import component_parameters
 from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
-from umbrella.training.distributed import (
-    all_gather_object,
-    autocast,
-    copy_into_shard,
-    copy_to_host,
-    parallelise,
-)
+from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise
 from umbrella.training.optimizer import build_optimizer
 from umbrella.training.run_summary import audit_sample, mask_audit_page, summarise_run
 from umbrella.training.settings import TrainSettings
@@ -135,10 +129,10 @@ class LanguageModelTask(Task):
         with autocast(self.model, self.device, self.dtype):
             return score(self.model, conversations, self.renderer, self.collate, self.job.candidates, self.device)
 
-    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See ``Task.weights``."""
         named = dict(self.model.named_parameters())
-        return copy_to_host({name: named[name] for name in self.names}, keep)
+        return {name: named[name] for name in self.names}
 
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """See ``Task.save_weights``."""

@@ -100,8 +100,8 @@ class Summary:
 class Task(ABC):
     """A model with its batches, steps, evaluations and checkpoints.
 
-    Every rank has a task. ``augment``, ``step``, ``evaluate``, ``weights``, ``load_weights`` and ``finish`` are
-    collective: every rank calls them.
+    Every rank has a task. ``augment``, ``step``, ``evaluate``, ``load_weights`` and ``finish`` are collective:
+    every rank calls them.
     """
 
     optimizer: torch.optim.Optimizer
@@ -147,16 +147,12 @@ class Task(ABC):
         """Return the metrics of the validation split, the same on every rank."""
 
     @abstractmethod
-    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
-        """Copy the weights that a checkpoint holds to the memory of the host.
-
-        Args:
-            keep: whether this rank needs them; otherwise it returns empty tensors.
-        """
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights that a checkpoint holds, on any device and maybe sharded."""
 
     @abstractmethod
     def save_weights(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        """Write the tensors that ``weights`` returned. The thread of ``CheckpointWriter`` calls it."""
+        """Write copies of the ``weights``. The thread of ``CheckpointWriter`` calls it."""
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:

@@ -35,6 +35,7 @@ from umbrella.training.checkpoint_files import (
 )
 from umbrella.training.distributed import (
     broadcast_object,
+    copy_to_host,
     copy_training_state,
     raise_on_all_ranks,
     rank_and_world_size,
@@ -215,7 +216,7 @@ class Trainer:
             if self.writer:
                 self.writer.wait()
         keep = self.writer is not None
-        weights = self.task.weights(keep)
+        weights = copy_to_host(self.task.weights(), keep)
         tensors = copy_training_state(self.task.optimizer, self.schedule, keep)
         if self.writer:
             self.writer.write(self.state, metrics, weights, tensors)
