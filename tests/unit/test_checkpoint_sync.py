@@ -133,7 +133,7 @@ def test_nothing_is_uploaded_twice_and_the_last_checkpoint_stays(tmp_path: Path)
 
 
 def test_a_state_of_ray_tune_is_uploaded_complete_and_in_its_newest_version(tmp_path: Path) -> None:
-    folder, uploaded = tmp_path / "home/sweeps/s", tmp_path / "store/sweeps/s/experiment_state-1.json"
+    folder, uploaded = tmp_path / "home/sweeps/step_1", tmp_path / "store/sweeps/step_1/experiment_state-1.json"
     (folder / "trials/t").mkdir(parents=True)
     state, store = folder / "experiment_state-1.json", Fragile(str(tmp_path / "store"))
     sync = CheckpointSync(store, folder)
@@ -167,7 +167,7 @@ def test_an_object_store_that_fails_for_a_while_is_noted_and_has_everything_late
     with synced(resources(tmp_path / "home", str(place)), folder, all_of):
         lead_to(file)
         evaluate(folder, 1)
-        while "is not uploaded for now" not in said:
+        while "there is no upload for now" not in said:
             said += capsys.readouterr().err
         lead_to(disk)
     assert (said + capsys.readouterr().err).count("note: ") == 1

@@ -10,21 +10,11 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
+from umbrella import paths
 from umbrella.base import UserError, note
 from umbrella.config import Settings
 from umbrella.fileio import describe_storage_error, write_atomic
-from umbrella.paths import (
-    CHECKPOINT,
-    CODE,
-    HISTORY,
-    METRICS,
-    PROGRESS,
-    SETTINGS,
-    SIZES,
-    STATE,
-    checkpoint_folder,
-    checkpoints_in,
-)
+from umbrella.paths import checkpoint_folder, checkpoints_in
 
 LOSS = "eval/loss"
 NOT_EVALUATED = (-inf, -inf)
@@ -62,12 +52,12 @@ class TrainingState:
 
 def read_training_state(checkpoint: str | Path) -> TrainingState:
     """Read the state from a checkpoint."""
-    return TrainingState(**json.loads((Path(checkpoint) / PROGRESS).read_text(encoding="utf-8")))
+    return TrainingState(**json.loads((Path(checkpoint) / paths.PROGRESS).read_text(encoding="utf-8")))
 
 
 def read_metrics(checkpoint: str | Path) -> dict[str, float]:
     """Read the metrics of the evaluation at a checkpoint."""
-    return json.loads((Path(checkpoint) / METRICS).read_text(encoding="utf-8"))
+    return json.loads((Path(checkpoint) / paths.METRICS).read_text(encoding="utf-8"))
 
 
 def ranking_key(metric: float | None, loss: float | None, mode: str) -> tuple[float, float]:
@@ -84,13 +74,13 @@ def ranking_key(metric: float | None, loss: float | None, mode: str) -> tuple[fl
 
 def append_evaluation(folder: str | Path, report: Mapping[str, Any]) -> None:
     """Append an evaluation to the history of a training: step, steps, epoch, out_of_patience, and its metrics."""
-    with (Path(folder) / HISTORY).open("a", encoding="utf-8") as file:
+    with (Path(folder) / paths.HISTORY).open("a", encoding="utf-8") as file:
         print(json.dumps(report), file=file, flush=True)
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """Read the evaluations of a training by step; of a repeated step the last. A partly written line is ignored."""
-    file = Path(folder) / HISTORY
+    file = Path(folder) / paths.HISTORY
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n") and line.startswith("{")]
     return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
@@ -100,15 +90,15 @@ def truncate_history(folder: str | Path, step: int) -> None:
     """Delete the evaluations after a step, from which the training continues: it repeats them."""
     if rows := read_history(folder):
         kept = [f"{json.dumps(row)}\n" for row in rows if row["step"] <= step]
-        write_atomic(Path(folder) / HISTORY, "".join(kept))
+        write_atomic(Path(folder) / paths.HISTORY, "".join(kept))
 
 
 def mark_complete(folder: Path) -> None:
     """Flush the files of a checkpoint to the disk, and write its completion marker: their sizes in bytes."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    (folder / SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    for path in [*files, folder / SIZES, folder]:
+    (folder / paths.SIZES).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    for path in [*files, folder / paths.SIZES, folder]:
         _fsync(path)
 
 
@@ -125,9 +115,9 @@ def find_damage(checkpoint: str | Path) -> str:
     """Describe why a checkpoint cannot be used: a file is missing or has another size. Return "" if it can be used."""
     folder = Path(checkpoint)
     try:
-        sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+        sizes = json.loads((folder / paths.SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"{SIZES} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+        return f"{paths.SIZES} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
     for name, size in sizes.items():
         file = folder / name
         if not file.is_file():
@@ -197,10 +187,10 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.settings, self.save_weights = Path(folder), settings, save_weights
         code_json = json.dumps(dict(code), indent=1).encode()
-        self.files = {**files, SETTINGS: settings.to_yaml().encode(), CODE: code_json}
+        self.files = {**files, paths.SETTINGS: settings.to_yaml().encode(), paths.CODE: code_json}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        for partial in self.folder.glob(f".{CHECKPOINT}*"):  # of a process that was killed
+        for partial in self.folder.glob(f".{paths.CHECKPOINT}*"):  # of a process that was killed
             shutil.rmtree(partial, ignore_errors=True)
 
     def write(
@@ -241,7 +231,7 @@ class CheckpointWriter:
         training, tune = self.folder, self.settings.tune
         folder = checkpoint_folder(training, state.step)
         partial = training / f".{folder.name}.partial"  # in the same folder, so that the rename is atomic
-        json_files = {METRICS: dict(metrics), PROGRESS: asdict(state)}
+        json_files = {paths.METRICS: dict(metrics), paths.PROGRESS: asdict(state)}
         files = self.files | {name: json.dumps(content).encode() for name, content in json_files.items()}
         try:
             partial.mkdir()
@@ -249,7 +239,7 @@ class CheckpointWriter:
                 (partial / name).parent.mkdir(exist_ok=True)
                 (partial / name).write_bytes(content)
             self.save_weights(partial, weights)
-            with (partial / STATE).open("wb") as file:  # given a path, torch hides the system's error
+            with (partial / paths.STATE).open("wb") as file:  # given a path, torch hides the system's error
                 torch.save(dict(tensors), file)
             mark_complete(partial)
             if folder.exists():  # a damaged one

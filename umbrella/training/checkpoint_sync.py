@@ -39,8 +39,14 @@ def synced(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> 
         yield
         return
     download(resources, folder, progress)
-    with CheckpointSync(FileStorage(resources.upload, SETTING), folder):
+    sync, stop = CheckpointSync(FileStorage(resources.upload, SETTING), folder), threading.Event()
+    thread = threading.Thread(target=sync.run, args=[stop], name="upload", daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
@@ -49,11 +55,7 @@ def is_uploaded(resources: ResourceSettings, folder: Path) -> bool:
     Raises:
         UserError: the object store cannot be read.
     """
-    if not resources.upload:
-        return False
-    with _as_user_error():
-        run = _run_name(folder)
-        return f"{run}/{marker_of(folder).name}" in FileStorage(resources.upload, SETTING).list_files(run)
+    return bool(resources.upload and _list_run(FileStorage(resources.upload, SETTING), folder))
 
 
 def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -> None:
@@ -64,16 +66,15 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
     Raises:
         UserError: the object store cannot be read; the folder exists and holds something else.
     """
-    if marker_of(folder).is_file() or not is_uploaded(resources, folder):
-        return
     run, store = _run_name(folder), FileStorage(resources.upload, SETTING)
+    if marker_of(folder).is_file() or not (found := _list_run(store, folder)):
+        return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not {run}; delete it or move it away")
+    names = [name for name in found if not _checkpoint_of(name) or f"{_checkpoint_of(name)}/{SIZES}" in found]
     target = folder.with_name(f".{folder.name}.download")
     shutil.rmtree(target, ignore_errors=True)
     with _as_user_error():
-        found = store.list_files(run)
-        names = [n for n in found if not _checkpoint_of(n) or f"{_checkpoint_of(n)}/{SIZES}" in found]
         for name in progress(names, f"downloading {run}"):
             file = target / os.path.relpath(name, run)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +84,15 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
     target.rename(folder)
 
 
+def _list_run(store: FileStorage, folder: Path) -> set[str]:
+    """Return the names of the files of a training or sweep; none if its marker is missing."""
+    with _as_user_error():
+        found = set(store.list_files(_run_name(folder)))
+    return found if f"{_run_name(folder)}/{marker_of(folder).name}" in found else set()
+
+
 class CheckpointSync:
-    """Uploads the folder of a training or sweep from a thread, every ``INTERVAL`` seconds and at the end.
+    """Uploads the folder of a training or sweep.
 
     A machine may fail at any time, so the object store is always consistent: a file that refers to checkpoints, such as
     the end of a trial, is read before the checkpoints are listed and uploaded after them, and the completion marker of
@@ -97,8 +105,6 @@ class CheckpointSync:
 
     def __init__(self, store: FileStorage, folder: Path) -> None:
         self.store, self.folder, self.storage = store, folder, storage_of(folder)
-        self._stop, self._error = threading.Event(), ""
-        self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         with _as_user_error():
             names = [name for name in store.list_files(_run_name(folder)) if _checkpoint_of(name)]
             store.upload(f"{_run_name(folder)}/.probe", b"")
@@ -108,28 +114,19 @@ class CheckpointSync:
         self._uploaded: dict[Path, tuple[int, int]] = {}
         """Size and modification time in ns of each other file when it was read."""
 
-    def __enter__(self) -> "CheckpointSync":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._error:
-            note(f"{self._error}; the upload of {_run_name(self.folder)} is not complete")
-
-    def _run(self) -> None:
-        last = False
+    def run(self, stop: threading.Event) -> None:
+        """Upload every ``INTERVAL`` seconds and after the stop. Notes errors: they must not end the training."""
+        failed = last = False
         while not last:
-            last = self._stop.wait(INTERVAL)
+            last = stop.wait(INTERVAL)
             try:
                 self.upload()
-                self._error = ""
-            except OSError as error:  # a failed upload must not end the training
-                message = str(error.strerror or error)
-                if not self._error:
-                    note(f"{message}; {_run_name(self.folder)} is not uploaded for now")
-                self._error = message
+                failed = False
+            except OSError as error:
+                if last or not failed:
+                    when = "the upload is not complete" if last else "there is no upload for now"
+                    note(f"{_run_name(self.folder)}: {when}: {error.strerror or error}")
+                failed = True
 
     def upload(self) -> None:
         """Upload new files. Delete checkpoints that were deleted here, once a newer one is uploaded.
@@ -139,7 +136,7 @@ class CheckpointSync:
         """
         references = list(self._changed(self._is_reference))
         checkpoints = sorted({file.parent for file in self._files() if file.name == SIZES})
-        for change in self._changed(lambda file: not self._is_reference(file) and not _checkpoint_of(str(file))):
+        for change in self._changed(lambda file: not self._is_reference(file) and not _checkpoint_of(self._name(file))):
             self._upload(*change)
         newest = {checkpoint.parent: checkpoint for checkpoint in checkpoints if self._upload_checkpoint(checkpoint)}
         marker = marker_of(self.folder).name
@@ -151,6 +148,9 @@ class CheckpointSync:
             if not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
                 self.store.delete(name)
                 self._checkpoint_files.discard(name)
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.storage).as_posix()
 
     def _files(self) -> Iterator[Path]:
         for top in (self.folder, self.storage / EVALUATIONS / self.folder.name):
@@ -173,12 +173,12 @@ class CheckpointSync:
                     yield file, stamp, content
 
     def _upload(self, file: Path, stamp: tuple[int, int], content: bytes) -> None:
-        self.store.upload(file.relative_to(self.storage).as_posix(), content)
+        self.store.upload(self._name(file), content)
         self._uploaded[file] = stamp
 
     def _upload_checkpoint(self, checkpoint: Path) -> bool:
         """Upload a checkpoint. Return whether all of it is in the store."""
-        name = checkpoint.relative_to(self.storage).as_posix()
+        name = self._name(checkpoint)
         if f"{name}/{SIZES}" in self._checkpoint_files:
             return True
         # Hard links keep its files if it is deleted before it is uploaded.
@@ -205,8 +205,9 @@ def _run_name(folder: Path) -> str:
 
 
 def _checkpoint_of(name: str) -> str:
-    """Return the checkpoint folder of a file; "" if it is in none."""
-    folders = [parent for parent in Path(name).parents if parent.name.startswith(CHECKPOINT)]
+    """Return the checkpoint folder of a file of a training, trial or sweep; "" if it is in none."""
+    inside = list(Path(name).parents)[:-3]  # a sweep may be named like a checkpoint
+    folders = [parent for parent in inside if parent.name.startswith(CHECKPOINT)]
     return str(folders[-1]) if folders else ""
 
 

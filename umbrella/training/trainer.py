@@ -48,8 +48,6 @@ from umbrella.training.stop_signal import Request, StopSignal
 from umbrella.training.task import Job, Task, TaskBatch
 from umbrella.version import __version__
 
-SWITCH_INTERVAL = 5e-4
-"""Seconds after which a thread that makes batches yields to the thread that feeds the GPU. Python's default is 5 ms."""
 B = TypeVar("B", bound=TaskBatch)
 
 
@@ -245,7 +243,7 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
         raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    sys.setswitchinterval(5e-4)  # s; threads that make batches let the one that feeds the GPU run earlier
     # Ray sets this only in processes that import torch later; another number of threads rounds sums differently.
     torch.set_num_threads(job.settings.resources.threads)
     reporter = Reporter(job, device) if rank == 0 else None
