@@ -1,4 +1,4 @@
-"""One training on Ray Train, as experiments/train.py runs it: what it learns, says, tracks and keeps."""
+"""One training on Ray Train, as experiments/train.py runs it: what it learns, logs to MLflow and writes."""
 
 import os
 import signal
@@ -25,33 +25,27 @@ from umbrella.training.run import run_training
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-def test_training_trains(one: Trained) -> None:
+def test_losses_fall_and_evaluations_come_every_nine_steps_and_at_the_end(one: Trained) -> None:
     curves = one.curves
     assert len(curves["train/loss"]) == 39, "13 steps of 4 are 12 epochs of 13 samples"
     assert sum(curves["train/loss"][-3:]) < 0.5 * sum(curves["train/loss"][:3])
     assert min(curves["train/grad_norm/embedder"]) > 0
-    assert len(curves["eval/loss"]) == 5, "every 9 steps and at the end"
+    assert max(curves["train/lr"]) == pytest.approx(1e-2)
+    assert len(curves["eval/loss"]) == 5
     assert curves["eval/loss"][-1] < curves["eval/loss"][0]
 
 
-def test_a_run_says_its_loss_its_mask_its_tokens_and_what_moves(one: Trained, small_settings: Any) -> None:
-    client = MlflowClient(tracking_uri(small_settings({}).resources.storage))
-    text = Path(client.download_artifacts(one.run.info.run_id, "statement.txt")).read_text()
+def test_mlflow_has_summary_settings_data_and_outcome_of_a_run(one: Trained, small_settings: Any) -> None:
+    run, client = one.run, MlflowClient(tracking_uri(small_settings({}).resources.storage))
+    text = Path(client.download_artifacts(run.info.run_id, "statement.txt")).read_text()
     for words in ("Σ weight·nll / Σ weight", "supervise=assistant", "assistant text", "trained weights: embedder"):
         assert words in text
     assert "sMRI: a volume of 8x8x8 in patches of 4x4x4 is 8 tokens" in text
-    assert "supervise: assistant" in Path(client.download_artifacts(one.run.info.run_id, "settings.yaml")).read_text()
-
-
-def test_a_run_can_be_told_apart_by_what_mlflow_holds(one: Trained) -> None:
-    run, curves = one.run, one.curves
-    assert run.info.status == "FINISHED"
-    assert run.data.tags["umbrella.outcome"] == "finished"
-    assert run.data.params["optim.lr"] == "0.01"
-    assert run.data.params["seed"] == "0"
+    assert "supervise: assistant" in Path(client.download_artifacts(run.info.run_id, "settings.yaml")).read_text()
+    assert (run.info.status, run.data.tags["umbrella.outcome"]) == ("FINISHED", "finished")
+    assert (run.data.params["optim.lr"], run.data.params["seed"]) == ("0.01", "0")
     assert len(run.data.params["data.fingerprint"]) == 16
     assert {"device", "ray.job"} <= set(run.data.tags)
-    assert max(curves["train/lr"]) == pytest.approx(1e-2), "the rate that acted is the one that was set"
 
 
 def test_a_checkpoint_is_a_model_that_loads(one: Trained) -> None:
@@ -68,7 +62,7 @@ def test_ray_listens_on_localhost_only(ray_session: Any) -> None:
     assert ray_session._private.worker.get_dashboard_url().startswith("127.0.0.1:")
 
 
-def test_sigterm_is_not_rays_and_ends_a_script_with_status_143(ray_session: Any) -> None:
+def test_sigterm_ends_a_script_with_status_143_although_ray_is_started(ray_session: Any) -> None:
     with pytest.raises(SystemExit) as end:
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143
@@ -99,9 +93,8 @@ def test_one_seed_gives_one_curve_on_ray_train_and_in_the_process_of_a_trial(one
 def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(
     small_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "umbrella.training.run.run_job", partial(run_job, in_process=True)
-    )  # Ray Train's start takes longer
+    in_process = partial(run_job, in_process=True)  # Ray Train's start takes longer
+    monkeypatch.setattr("umbrella.training.run.run_job", in_process)
     settings = small_settings({"optim.lr": 1e30, "optim.warmup": 0, "experiment": "explodes"})
     with pytest.raises(
         UserError,
@@ -113,9 +106,9 @@ def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(
     assert run.info.status == "FAILED"
 
 
-def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_settings: Any, run: Any) -> None:
-    settings = small_settings({"name": "no-room", "experiment": "waits"})
-    file = Path(settings.resources.storage) / "no-room.yaml"
+def test_a_training_that_waits_for_resources_stops_at_the_first_sigterm(small_settings: Any, run: Any) -> None:
+    settings = small_settings({"name": "no-resources", "experiment": "waits"})
+    file = Path(settings.resources.storage) / "no-resources.yaml"
     file.write_text(settings.to_yaml(), encoding="utf-8")
     taken = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     assert taken.wait(60)
@@ -137,5 +130,5 @@ def test_a_training_that_waits_for_room_stops_at_the_first_sigterm(small_setting
         done = run("train.py", str(file))
     finally:
         remove_placement_group(taken)
-    line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=no-room continues"
+    line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=no-resources continues"
     assert (done.status, done.stderr.splitlines()[-1]) == (143, line)

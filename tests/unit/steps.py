@@ -24,6 +24,9 @@ from umbrella.training.step import train_step
 multiprocessing.set_forkserver_preload(["umbrella.training.language_model", "torch.distributed.fsdp", "peft"])
 
 OPTIM = OptimSettings(lr=1e-2, warmup=2)
+CPU = torch.device("cpu")
+Make = Callable[..., Any]
+"""Type of a fixture that makes something."""
 
 
 class Training:
@@ -64,12 +67,19 @@ def measure(
     return train_step(model, batches, optimizer, schedule, 1e9, component_parameters(inner), dtype), seen
 
 
-def join_group(rank: int, workers: int, folder: Path, backend: str = "gloo") -> None:
+def join_group(rank: int, workers: int, folder: Path, device: torch.device = CPU) -> None:
     """Join the process group of so many workers."""
     torch.set_num_threads(1)
-    address = f"file://{folder / f'group of {workers}'}"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # A worker that waits for what another does not send would wait for ever.
-    distributed.init_process_group(backend, address, timedelta(minutes=10), rank=rank, world_size=workers)
+    distributed.init_process_group(
+        "gloo" if device == CPU else "nccl",
+        f"file://{folder / f'group of {workers}'}",
+        timedelta(minutes=10),
+        rank=rank,
+        world_size=workers,
+    )
 
 
 def run_workers(work: Callable[..., None], arguments: tuple[Any, ...], count: int, start: str = "forkserver") -> None:

@@ -1,13 +1,12 @@
 """On a GPU: the numbers of a CPU, in bfloat16, packed and compiled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from tests.unit.steps import Training, measure
-from umbrella.data.batching import Batch
+from tests.unit.steps import Make, Training, measure
 from umbrella.training.language_model import apply_options
 from umbrella.training.settings import TrainSettings
 
@@ -16,8 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 NAMES = ("two", "none", "three", "two")
-Build = Callable[..., Any]
-MakeBatch = Callable[..., Batch]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +37,7 @@ def assert_close(found: Any, expected: Any, close: float) -> None:
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-3), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("train", ["embedder+projector", "lora", "all"])
 def test_a_gpu_has_the_loss_and_gradients_of_a_cpu_in_float32(
-    build: Build, batch_of: MakeBatch, train: str, dtype: str, close: float
+    build: Make, batch_of: Make, train: str, dtype: str, close: float
 ) -> None:
     batch, model = batch_of(*NAMES), build(train=train, dtype=dtype).cuda()
     found = measure(model, batch.to("cuda"), dtype=getattr(torch, dtype))
@@ -52,9 +49,7 @@ def test_a_gpu_has_the_loss_and_gradients_of_a_cpu_in_float32(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
-    build: Build, batch_of: MakeBatch, attention: str
-) -> None:
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(build: Make, batch_of: Make, attention: str) -> None:
     model = build(width=64, heads=4).cuda()
     padded, expected = measure(model, batch_of(*NAMES).to("cuda"))
     model.set_attn_implementation({"text_config": attention})
@@ -66,7 +61,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_compiled_layers_give_the_same_in_training_and_evaluation(
-    build: Build, batch_of: MakeBatch, dtype: str, close: float, checkpoint: bool
+    build: Make, batch_of: Make, dtype: str, close: float, checkpoint: bool
 ) -> None:
     batches = [batch_of("two", "three").to("cuda"), batch_of(*NAMES).to("cuda")]
     model = build(train="embedder+projector", dtype=dtype, width=64, heads=4).cuda()

@@ -1,6 +1,6 @@
 """The loss of a global batch: the same number and gradients however the batch is split, over steps or over workers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +11,9 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
-from tests.unit.steps import join_group, measure, run_workers
+from tests.unit.steps import CPU, Make, join_group, measure, run_workers
 from umbrella.data.batching import Batch
 from umbrella.training.distributed import parallelise
-from umbrella.training.settings import TrainSettings
 
 NAMES = ("two", "none", "three", "two", "none", "none", "three", "two", "two", "three", "none", "two")
 
@@ -27,7 +26,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.fixture
-def weighted(batch_of: Callable[..., Batch]) -> Callable[..., Batch]:
+def weighted(batch_of: Make) -> Make:
     """A batch whose targets weigh differently, each token the same wherever its sample lies."""
 
     def make(names: Sequence[str], pack: int = 0) -> Batch:
@@ -39,7 +38,7 @@ def weighted(batch_of: Callable[..., Batch]) -> Callable[..., Batch]:
 
 @pytest.mark.parametrize("pack", [0, 200, 10_000])
 def test_every_order_and_split_packed_or_padded_has_the_same_loss_and_gradients(
-    build: Callable[..., Any], weighted: Callable[..., Batch], pack: int
+    build: Make, weighted: Make, pack: int
 ) -> None:
     model = build()
     expected = measure(model, weighted(NAMES))
@@ -52,7 +51,7 @@ def test_every_order_and_split_packed_or_padded_has_the_same_loss_and_gradients(
     assert_same(measure(model, batch[2:5], batch[0], batch[1], batch[5:]), expected)
 
 
-def test_the_loss_is_the_cross_entropy_of_the_labels(build: Callable[..., Any], batch_of: Callable[..., Batch]) -> None:
+def test_the_loss_is_the_cross_entropy_of_the_labels(build: Make, batch_of: Make) -> None:
     model, batch = build(), batch_of("two", "none", "three", "two")
     logits = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits
     plain = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())  # -100 is left out
@@ -68,16 +67,14 @@ def work(rank: int, folder: Path, model: Any, cases: dict[str, list[list[Batch]]
         if rank >= workers:
             continue
         join_group(rank, workers, folder)
-        parallel = parallelise(model, TrainSettings(), torch.device("cpu"), workers)
+        parallel = parallelise(model, CPU, workers)
         for name, batches in cases.items():
             if len(batches) == workers:
                 assert_same(measure(parallel, *batches[rank]), expected[name])
         distributed.destroy_process_group()
 
 
-def test_two_to_four_workers_have_the_loss_and_gradients_of_one(
-    build: Callable[..., Any], weighted: Callable[..., Batch], tmp_path: Path
-) -> None:
+def test_two_to_four_workers_have_the_loss_and_gradients_of_one(build: Make, weighted: Make, tmp_path: Path) -> None:
     cases = {}
     for workers, accumulated in ((2, 1), (2, 3), (3, 2), (3, 4), (4, 1), (4, 3)):
         for pack in (0, 200):

@@ -1,6 +1,5 @@
 """Parameter groups of the optimizer, and the learning rate of every step in every group."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.steps import Make
 from umbrella.training.optimizer import build_optimizer, build_schedule, main_lr
 from umbrella.training.settings import OptimSettings
 
@@ -19,7 +19,7 @@ def names(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("train", ["embedder", "all", "embedder+lora"])
-def test_groups_are_embedder_and_rest_and_only_matrices_decay(build: Callable[..., Any], train: str) -> None:
+def test_groups_are_embedder_and_rest_and_only_matrices_decay(build: Make, train: str) -> None:
     model = build(train=train)
     optimizer = build_optimizer(model, OptimSettings(weight_decay=0.3))
     decay = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
@@ -38,9 +38,7 @@ def test_groups_are_embedder_and_rest_and_only_matrices_decay(build: Callable[..
     assert any(".lora_" in name for name in trained - kept) == ("lora" in train)
 
 
-def test_a_class_token_does_not_decay(
-    build: Callable[..., Any], save_llava: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_class_token_does_not_decay(build: Make, save_llava: Make, tmp_path: Path) -> None:
     save_llava(tmp_path, "clip")
     model = build(checkpoint=str(tmp_path))
     groups = names(model, build_optimizer(model, OptimSettings()))
@@ -51,7 +49,7 @@ def test_a_class_token_does_not_decay(
     ("train", "own", "main"), [("all", 0.5, 0.2), ("all", None, 0.2), ("embedder", 0.5, 0.5), ("lora", 0.5, 0.2)]
 )
 def test_the_embedder_has_a_learning_rate_of_its_own_that_one_schedule_scales(
-    build: Callable[..., Any], train: str, own: float | None, main: float
+    build: Make, train: str, own: float | None, main: float
 ) -> None:
     settings = OptimSettings(lr=0.2, embedder_lr=own, warmup=2, schedule="linear")
     optimizer = build_optimizer(build(train=train), settings)

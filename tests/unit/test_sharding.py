@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from tests.conftest import make_writer
-from tests.unit.steps import Training, join_group, run_workers
+from tests.unit.steps import CPU, Make, Training, join_group, run_workers
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
@@ -49,7 +49,7 @@ def whole(steps: list[list[list[Batch]]]) -> list[list[Batch]]:
 
 
 def shard(model: Any, workers: int, device: torch.device) -> Any:
-    parallel = parallelise(model, TrainSettings(shard=True), device, workers)
+    parallel = parallelise(model, device, workers, shard=True)
     assert parallel is model
     assert all(isinstance(weight, DTensor) for weight in model.parameters())
     return parallel
@@ -102,19 +102,20 @@ def restored(model: Any, folder: Path) -> Training:
     return training
 
 
-def work(rank: int, folder: Path, cases: dict[str, Case]) -> None:
-    device = torch.device("cpu")
+def work(rank: int, folder: Path, cases: dict[str, Case], gpus: bool = False) -> None:
+    device = torch.device("cuda", rank) if gpus else CPU
     for workers in (2, 3):
-        if rank >= workers:
+        if rank >= workers or (gpus and workers == 3):
             continue
-        join_group(rank, workers, folder)
+        join_group(rank, workers, folder, device)
         for name, (model, steps, dtype, options) in cases.items():
             if len(steps[0]) != workers:
                 continue
-            own, again = [batches[rank] for batches in steps], [copy.deepcopy(model) for _ in range(3)]
+            own = [[batch.to(device) for batch in batches[rank]] for batches in steps]
+            again = [copy.deepcopy(model) for _ in range(3)]
             apply_options(model, options)
             torch.save(train(shard(model, workers, device), own, dtype), folder / f"{name} {rank}.pt")
-            if name in KEPT:  # never stopped, stopped, and begun by one process
+            if name in KEPT and not gpus:  # never stopped, stopped, and begun by one process
                 one = Training(shard(again[0], workers, device))
                 losses(one, own)
                 save(one, folder / f"two, {name}", rank)
@@ -127,7 +128,7 @@ def work(rank: int, folder: Path, cases: dict[str, Case]) -> None:
 
 
 @pytest.fixture(scope="module")
-def cases(build: Callable[..., Any], batch_of: Callable[..., Batch]) -> dict[str, Case]:
+def cases(build: Make, batch_of: Make) -> dict[str, Case]:
     def steps(workers: int, pack: int = 0) -> list[list[list[Batch]]]:
         return [[[batch_of(*names, pack=pack) for names in micro] for micro in step[:workers]] for step in STEPS]
 
@@ -192,24 +193,13 @@ def test_a_checkpoint_of_sharded_weights_is_that_of_one_process_and_continues_wi
     assert one == two
 
 
-def work_on_gpus(rank: int, folder: Path, cases: dict[str, Case]) -> None:
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    join_group(rank, 2, folder, "nccl")
-    for name, (model, steps, dtype, options) in cases.items():
-        apply_options(model, options)
-        own = [[batch.to(device) for batch in batches[rank]] for batches in steps]
-        torch.save(train(shard(model, 2, device), own, dtype), folder / f"{name} {rank}.pt")
-    distributed.destroy_process_group()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_with_sharded_weights_train_like_one(cases: dict[str, Case], tmp_path: Path) -> None:
     torch.set_float32_matmul_precision("highest")
     chosen = {name: case for name, case in cases.items() if len(case.steps[0]) == 2}
     chosen["compiled"] = cases["embedder+lora"]._replace(options=TrainSettings(compile=True))
-    run_workers(work_on_gpus, (tmp_path, chosen), 2, "spawn")
+    run_workers(work, (tmp_path, chosen, True), 2, "spawn")
     for name, (model, steps, dtype, _) in chosen.items():
         batches = [[batch.to("cuda") for batch in step] for step in whole(steps)]
         one = train(copy.deepcopy(model).cuda(), batches, dtype)

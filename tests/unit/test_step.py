@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -12,11 +11,11 @@ import pytest
 import torch
 from torch import distributed
 
-from tests.unit.steps import Training, join_group, run_workers
+from tests.unit.steps import CPU, Make, Training, join_group, run_workers
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.distributed import parallelise
-from umbrella.training.settings import OptimSettings, TrainSettings
+from umbrella.training.settings import OptimSettings
 from umbrella.training.step import max_loss, train_step
 from umbrella.training.trainer import to_device
 
@@ -24,13 +23,11 @@ OPTIM = OptimSettings(lr=1e-2, warmup=0, schedule="constant")
 
 
 @pytest.fixture
-def batch(batch_of: Callable[..., Batch]) -> Batch:
+def batch(batch_of: Make) -> Batch:
     return batch_of("two", "none", "three")
 
 
-def test_steps_on_one_batch_learn_it_with_the_same_losses_for_the_same_seed(
-    build: Callable[..., Any], batch: Batch
-) -> None:
+def test_steps_on_one_batch_learn_it_with_the_same_losses_for_the_same_seed(build: Make, batch: Batch) -> None:
     training = Training(build(), OPTIM)
     results = [training.step(batch) for _ in range(20)]
     assert results[-1]["train/loss"] < 0.5 * results[0]["train/loss"]
@@ -42,7 +39,7 @@ def test_steps_on_one_batch_learn_it_with_the_same_losses_for_the_same_seed(
 
 
 @pytest.mark.parametrize("train", ["embedder", "embedder+projector"])
-def test_only_the_selected_weights_change(build: Callable[..., Any], batch: Batch, train: str) -> None:
+def test_only_the_selected_weights_change(build: Make, batch: Batch, train: str) -> None:
     model = build(train=train)
     before = copy.deepcopy(component_parameters(model))
     result = Training(model, OPTIM).step(batch)
@@ -52,9 +49,7 @@ def test_only_the_selected_weights_change(build: Callable[..., Any], batch: Batc
         assert (f"train/grad_norm/{part}" in result) == (part in train)
 
 
-def test_a_step_reports_its_learning_rate_and_the_gradient_before_clipping(
-    build: Callable[..., Any], batch: Batch
-) -> None:
+def test_a_step_reports_its_learning_rate_and_the_gradient_before_clipping(build: Make, batch: Batch) -> None:
     model = build()
     before = [w.detach().clone() for w in model.parameters()]
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.5)
@@ -90,7 +85,7 @@ def refusal(model: Any, *batches: Batch, **options: Any) -> str:
 
 @pytest.mark.parametrize("pack", [0, 10_000])
 def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_samples(
-    build: Callable[..., Any], batch_of: Callable[..., Batch], pack: int
+    build: Make, batch_of: Make, pack: int
 ) -> None:
     batches = [batch_of("two", "none", pack=pack), broken(batch_of("two", "three", "none", pack=pack))]
     assert (pack == 0) or len(batches[1].input_ids) == 1  # in one row with the others, all of whose likelihoods are NaN
@@ -98,22 +93,20 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_samples(
     assert refusal(build(), *batches) == expected
 
 
-def test_an_error_names_ten_samples_and_counts_the_others(
-    build: Callable[..., Any], batch_of: Callable[..., Batch]
-) -> None:
+def test_an_error_names_ten_samples_and_counts_the_others(build: Make, batch_of: Make) -> None:
     batch = replace(broken(batch_of(*["three"] * 12)), task_ids=tuple(f"s{i}" for i in range(12)))
     names = "s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2 more"
     assert refusal(build(), batch).endswith(f"; samples concerned: {names}")
 
 
-def test_a_gradient_that_is_not_finite_names_its_samples(build: Callable[..., Any], batch: Batch) -> None:
+def test_a_gradient_that_is_not_finite_names_its_samples(build: Make, batch: Batch) -> None:
     model = build()
     embedder = model.embedder.by_modality["dMRI"].projection.weight
     embedder.register_hook(lambda gradient: torch.where(gradient != 0, torch.inf, gradient))
     assert re.fullmatch("the loss is 5.5.* gradient inf; samples concerned: three", refusal(model, batch))
 
 
-def test_a_loss_over_its_limit_names_the_samples_over_it(build: Callable[..., Any], batch: Batch) -> None:
+def test_a_loss_over_its_limit_names_the_samples_over_it(build: Make, batch: Batch) -> None:
     model = build()
     each = {sample.task_ids[0]: Training(copy.deepcopy(model)).losses([sample])[0] for sample in batch}
     low, middle, high = sorted(each, key=each.__getitem__)
@@ -128,7 +121,7 @@ def refuse(rank: int, folder: Path, model: Any, batches: list[list[Batch]]) -> N
     join_group(rank, 2, folder)
     for shard in (False, True):
         own = copy.deepcopy(model)
-        parallel = parallelise(own, TrainSettings(shard=shard), torch.device("cpu"), 2)
+        parallel = parallelise(own, CPU, 2, shard)
         with pytest.raises(FloatingPointError, match=r"is nan and the norm of its gradient nan; .* concerned: three$"):
             Training(own, OPTIM, parallel).step(*batches[rank])
         assert all(weight.grad is None for weight in own.parameters())
@@ -136,7 +129,7 @@ def refuse(rank: int, folder: Path, model: Any, batches: list[list[Batch]]) -> N
 
 
 def test_each_of_two_workers_raises_the_error_with_the_samples_of_both(
-    build: Callable[..., Any], batch_of: Callable[..., Batch], tmp_path: Path
+    build: Make, batch_of: Make, tmp_path: Path
 ) -> None:
     batches = [[batch_of("two"), batch_of("none")], [broken(batch_of("three")), batch_of("two", "none")]]
     run_workers(refuse, (tmp_path, build(), batches), 2)

@@ -20,7 +20,7 @@ from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects, write_predictions
 from umbrella.paths import PREDICTIONS
 from umbrella.training.augmentation import augment_volumes
-from umbrella.training.distributed import all_gather_object, autocast, data_parallel, raise_on_all_ranks
+from umbrella.training.distributed import all_gather_object, autocast, parallelise, raise_on_all_ranks
 from umbrella.training.optimizer import main_lr
 from umbrella.training.task import Summary, Task
 from umbrella.volumes.store import open_store
@@ -65,7 +65,7 @@ class BaselineTask(Task):
         self.is_series = modality.is_series
         self.shape = (modality.grid[3] if self.is_series else 1, *modality.grid[:3])
         self.net = Sfcn(self.shape[1:], baseline.channels, job.encoding.num_outputs, baseline.dropout, self.shape[0])
-        self.parallel = data_parallel(self.net, device, world_size)
+        self.parallel = parallelise(self.net, device, world_size)
         optim = self.settings.optim
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=optim.lr, momentum=baseline.momentum, weight_decay=optim.weight_decay

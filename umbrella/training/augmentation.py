@@ -49,7 +49,7 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     volumes = [(key, i) for key, count in zip(batch.rng_keys, counts, strict=True) for i in range(count)]
     groups = {}
     for name, group in batch.pixel_values.items():
-        changes = [draw_change(*volumes[run], settings) for run in group.run.tolist()]
+        changes = [draw_change(key, index, settings) for key, index in map(volumes.__getitem__, group.run.tolist())]
         series, dtype = group.voxels.ndim == 5, group.voxels.dtype
         frames = group.voxels.to(torch.float32, copy=True)
         frames = _augment_frames(frames.movedim(-1, 1) if series else frames[:, None], changes, settings)

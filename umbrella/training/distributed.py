@@ -1,7 +1,7 @@
 """Data-parallel and sharded models, collective operations between ranks, and the state of a training on all ranks."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.base import UserError
 from umbrella.fileio import describe_storage_error
-from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 from umbrella.paths import STATE
-from umbrella.training.settings import TrainSettings
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -24,15 +22,14 @@ def rank_and_world_size() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-def parallelise(
-    model: UmbrellaForConditionalGeneration, settings: TrainSettings, device: torch.device, world_size: int
-) -> nn.Module:
+def parallelise(model: Any, device: torch.device, world_size: int, shard: bool = False) -> nn.Module:
     """Move a model to ``device`` and average its gradients over the ranks, which must have equal weights.
 
-    With ``settings.shard`` the model is sharded in place (FSDP2), layer by layer from the memory of the host, so that
-    no device ever holds all of it. Its parameters become other objects: build the optimizer afterwards.
+    Args:
+        shard: whether a language model is sharded in place (FSDP2), layer by layer from the memory of the host, so that
+            no device ever holds all of it. Its parameters become other objects: build the optimizer afterwards.
     """
-    if world_size > 1 and settings.shard:
+    if world_size > 1 and shard:
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         for layer in model.model.language_model.layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -40,26 +37,8 @@ def parallelise(
         # per modality of a batch, and ranks whose batches differ in modalities would deadlock.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         return model
-    return data_parallel(model, device, world_size)
-
-
-def data_parallel(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
-    """Move a model to ``device`` and average its gradients over the ranks, which must have equal weights."""
     model.to(device)
     return model if world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def data_parallel_size(model: nn.Module) -> int:
-    """Return the number of ranks that average the gradients of a model; 1 for a model that is not parallel."""
-    return distributed.get_world_size() if isinstance(model, (DistributedDataParallel, FSDPModule)) else 1
-
-
-def no_sync(model: nn.Module) -> AbstractContextManager[Any]:
-    """Accumulate gradients without averaging them, until a backward pass outside of this context.
-
-    Sharded models always average: otherwise every rank would hold the whole gradient.
-    """
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -114,8 +93,11 @@ def copy_training_state(
     Returns:
         The content of ``state.pt`` in a checkpoint, in memory that later steps do not change.
     """
+    rng = torch.get_rng_state()
+    if torch.cuda.is_available():
+        rng = torch.cat([rng, torch.cuda.get_rng_state()])
     optimizer_state, schedule_state = copy_to_host(optimizer.state_dict(), keep), copy_to_host(schedule.state_dict())
-    return {"optimizer": optimizer_state, "schedule": schedule_state, "rng": all_gather_object(rng_state())}
+    return {"optimizer": optimizer_state, "schedule": schedule_state, "rng": all_gather_object(rng)}
 
 
 def restore_training_state(
@@ -143,12 +125,6 @@ def restore_training_state(
             torch.cuda.set_rng_state(own[size:])
 
 
-def rng_state() -> torch.Tensor:
-    """Return the state of torch's random number generators: on the CPU, then on the GPU if there is one."""
-    states = [torch.get_rng_state()]
-    return torch.cat([*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states)
-
-
 def all_gather_object(value: Any) -> list[Any]:
     """Return the values of all ranks, by rank."""
     if not distributed.is_initialized():
@@ -156,15 +132,6 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
-
-
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """Return the value of rank ``source``."""
-    if not distributed.is_initialized():
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, source)
-    return values[0]
 
 
 def broadcast(number: int, device: torch.device) -> int:

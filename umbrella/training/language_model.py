@@ -64,7 +64,7 @@ class LanguageModelTask(Task):
         config.trained_modalities = sorted({*(config.trained_modalities or ()), *job.modalities})
         config.longest_answer = job.longest_answer
         apply_options(self.model, self.settings.train)
-        self.parallel = parallelise(self.model, self.settings.train, device, world_size).train()
+        self.parallel = parallelise(self.model, device, world_size, self.settings.train.shard).train()
         self.parts = component_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         self.names = parameters_to_save(self.model, self.settings.model)

@@ -7,17 +7,10 @@ from statistics import median
 
 import torch
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch
-from umbrella.training.distributed import (
-    all_gather_object,
-    autocast,
-    broadcast_object,
-    data_parallel_size,
-    full_tensor,
-    no_sync,
-    rank_and_world_size,
-)
+from umbrella.training.distributed import all_gather_object, autocast, full_tensor, rank_and_world_size
 from umbrella.training.optimizer import main_lr
 
 MAX_NAMED = 10
@@ -70,10 +63,12 @@ def train_step(
             rank, with the samples of all ranks that cause it. Nothing is changed.
     """
     divisor, targets = loss_totals([batch.loss_weights for batch in batches])
-    world_size = data_parallel_size(model)
+    _, world_size = rank_and_world_size()
     total = torch.zeros((), device=batches[0].input_ids.device)
     for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 else no_sync(model):
+        # Sharded models always average: otherwise every rank would hold the whole gradient.
+        waits = i < len(batches) - 1
+        with model.no_sync() if waits and isinstance(model, DistributedDataParallel) else nullcontext():
             share = _weighted_nll(model, batch, dtype) / divisor
             (share * world_size).backward()  # the ranks average their gradients, and the loss needs the sum
         total += share.detach()
@@ -151,7 +146,7 @@ def _diverged_samples(
     for source, count in enumerate(all_gather_object(len(own))):
         for number in range(count):
             batch, i = own[number] if source == rank else (None, 0)
-            sample = broadcast_object(batch[i].to("cpu") if batch else None, source).to(device)
+            sample = all_gather_object(batch[i].to("cpu") if batch else None)[source].to(device)
             nll = _weighted_nll(model, sample, dtype)
             (nll / divisor).backward()
             norm = _gradient_norm(trained, nll)

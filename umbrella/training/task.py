@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -72,21 +72,6 @@ class LanguageModelJob(Job):
     unused: ClassVar[tuple[str, ...]] = ("tune", "baseline")
 
 
-class TaskBatch(Protocol):
-    """A micro-batch of one rank."""
-
-    @property
-    def sample_indices(self) -> torch.Tensor:
-        """(N,), int64: indices of the samples in the training split."""
-
-    @property
-    def task_ids(self) -> Sequence[str]:
-        """N task ids of the samples."""
-
-    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        """Return the batch with ``change`` applied to every tensor."""
-
-
 @dataclass(frozen=True)
 class Summary:
     """The description of a task that a run logs before its first step."""
@@ -120,10 +105,14 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> Any:
-        """Make the ``TaskBatch`` of some rows. The threads of the data pipeline call it.
+        """Make a micro-batch of N rows. The threads of the data pipeline call it.
 
         Args:
             rng_keys: (seed, epoch, sample) of each row; seeds its random choices.
+
+        Returns:
+            An object with ``sample_indices``, an (N,) int64 tensor of indices in the training split; N ``task_ids``;
+            and ``apply(change)``, which returns a batch with ``change`` applied to every tensor.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from math import ceil, nan
 from pathlib import Path
 from platform import python_version
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray.train
@@ -34,7 +34,7 @@ from umbrella.training.checkpoint_files import (
     truncate_history,
 )
 from umbrella.training.distributed import (
-    broadcast_object,
+    all_gather_object,
     copy_to_host,
     copy_training_state,
     raise_on_all_ranks,
@@ -45,10 +45,8 @@ from umbrella.training.optimizer import build_schedule
 from umbrella.training.progress_log import Throughput, memory
 from umbrella.training.reporting import Reporter
 from umbrella.training.stop_signal import Request, StopSignal
-from umbrella.training.task import Job, Task, TaskBatch
+from umbrella.training.task import Job, Task
 from umbrella.version import __version__
-
-B = TypeVar("B", bound=TaskBatch)
 
 
 class Trainer:
@@ -156,17 +154,17 @@ class Trainer:
                 return step
         self._wait_for_checkpoint()
         best = best_checkpoint(self.job.folder, settings.tune.metric, settings.tune.mode) if self.rank == 0 else None
-        task.finish(broadcast_object(best))
+        task.finish(all_gather_object(best)[0])
         with raise_on_all_ranks():
             if self.reporter:
                 self.reporter.end(self.state, self._position())
         return None
 
-    def _batches(self) -> Iterator[TaskBatch]:
+    def _batches(self) -> Iterator[Any]:
         """Make the batches, and check that each has the samples of its position: none is skipped or repeated."""
         plan, size = self.plan, self.plan.batch_size
 
-        def make(rows: Rows) -> TaskBatch:
+        def make(rows: Rows) -> Any:
             return self.task.batch(rows, plan.rng_keys(rows))
 
         planned, name = plan.rows(self.rank, self.state.position), f"{self.job.name}, training, worker {self.rank}"
@@ -237,8 +235,8 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     """
     (rank, world_size), device = rank_and_world_size(), get_device()
     # Rank 0 chooses the checkpoint: on a network file system other nodes may list the folder as it was before. This
-    # comes first, because a rank that fails before a broadcast lets the others wait.
-    latest = broadcast_object(latest_checkpoint(job.folder) if rank == 0 else None)
+    # comes first, because a rank that fails before it lets the others wait.
+    latest = all_gather_object(latest_checkpoint(job.folder) if rank == 0 else None)[0]
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train would print each report as a dictionary
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
@@ -267,7 +265,7 @@ def describe_code_changes(checkpoint: str | Path, code: Mapping[str, str]) -> st
     return ", ".join(f"{name} was {then.get(name, 'unknown')} and is {code.get(name, 'unknown')}" for name in names)
 
 
-def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
+def to_device(batches: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
     """Yield the batches on ``device``, in their order.
 
     On a GPU, the next batch is copied on a stream of its own while the current one is used. So there is one batch more
@@ -279,7 +277,7 @@ def to_device(batches: Iterable[B], device: torch.device | str) -> Iterator[B]:
         return
     stream, source = torch.cuda.Stream(device), iter(batches)
 
-    def fetch() -> tuple[B | None, torch.cuda.Event]:
+    def fetch() -> tuple[Any, torch.cuda.Event]:
         with torch.cuda.stream(stream):
             batch = next(source, None)
             copy = batch and batch.apply(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
