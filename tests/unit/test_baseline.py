@@ -1,4 +1,4 @@
-"""The baseline: its network, and what it learns from."""
+"""The baseline: its network, its labels and its samples."""
 
 from typing import Any
 
@@ -7,61 +7,51 @@ import pytest
 from tests.conftest import make_conversation
 from umbrella.base import UserError
 from umbrella.baseline.run import training_settings
-from umbrella.baseline.targets import BinEncoding, ClassEncoding, find_volume, fit_encoding, make_samples
+from umbrella.baseline.targets import LabelEncoding, fit_encoding, make_samples, pair_with_volumes
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 
-CHANNELS = [32, 64, 128, 256, 256, 64]
-
 
 @pytest.mark.parametrize(
-    ("grid", "blocks"),
-    [((2, 2, 2), 0), ((4, 9, 5), 1), ((8, 8, 8), 2), ((24, 24, 24), 3), ((96, 96, 96), 5), ((160, 192, 160), 5)],
+    ("grid", "blocks"), [((2, 2, 2), 0), ((4, 9, 5), 1), ((8, 8, 8), 2), ((24, 24, 24), 3), ((96, 96, 96), 5)]
 )
 def test_the_number_of_halving_blocks_follows_the_grid(grid: tuple[int, int, int], blocks: int) -> None:
     import torch
 
     from umbrella.baseline.task import Sfcn
 
-    channels = [1, 1, 1, 1, 1, 2]  # of one channel: the largest grid would take seconds
-    net = Sfcn(grid, channels, 7).eval()
+    net = Sfcn(grid, [1, 1, 1, 1, 1, 2], 7, inputs=2).eval()  # of one channel: the largest grid would take seconds
     assert net.blocks == blocks
-    out = net(torch.randn(2, 1, *grid))
+    out = net(torch.randn(2, 2, *grid))
     assert out.shape == (2, 7)
     assert torch.allclose(out.exp().sum(1), torch.ones(2))
 
 
-def test_the_network_of_the_paper_has_as_many_parameters_as_one_counts_by_hand() -> None:
+def test_the_network_of_the_paper_has_the_number_of_parameters_of_the_paper() -> None:
     from umbrella.baseline.task import Sfcn
 
+    channels = [32, 64, 128, 256, 256, 64]
     kernels = 27 * (1 * 32 + 32 * 64 + 64 * 128 + 128 * 256 + 256 * 256) + 256 * 64
-    biases, norms, head = sum(CHANNELS), 2 * sum(CHANNELS), 64 * 40 + 40
+    biases, norms, head = sum(channels), 2 * sum(channels), 64 * 40 + 40
     assert kernels + biases + norms + head == 2_952_936
-    net = Sfcn((160, 192, 160), CHANNELS, 40)
+    net = Sfcn((160, 192, 160), channels, 40)
     assert sum(weight.numel() for weight in net.parameters()) == 2_952_936
 
 
-def test_frames_of_a_series_are_channels() -> None:
-    import torch
-
-    from umbrella.baseline.task import Sfcn
-
-    assert Sfcn((8, 8, 8), [4, 4, 4], 3, inputs=5)(torch.randn(2, 5, 8, 8, 8)).shape == (2, 3)
-
-
 @pytest.mark.parametrize("age", [20, 20.4, 47, 63.25, 80])
-def test_a_soft_label_sums_to_one_and_its_mean_is_the_age(age: float) -> None:
+def test_the_distribution_of_a_number_has_the_sum_1_and_the_number_as_mean(age: float) -> None:
     bins = fit_encoding("age", [20, 80, 33.0], 40)
-    assert isinstance(bins, BinEncoding)
-    soft = bins.encode(age)
-    assert soft.shape == (40,)
-    assert soft.sum() == pytest.approx(1)
-    assert bins.decode(soft.tolist()) == pytest.approx(age, abs=0.002 * bins.width)
+    distribution = bins.encode(age)
+    assert distribution.shape == (bins.num_outputs,) == (40,)
+    assert distribution.sum() == pytest.approx(1)
+    assert bins.decode(distribution.tolist()) == pytest.approx(age, abs=0.002 * bins.width)
     assert bins.encode(200).tolist() == bins.encode(80).tolist()
 
 
 def test_labels_that_cannot_be_learned_are_refused() -> None:
-    assert fit_encoding("sex", ["male", "female", "male"], 40) == ClassEncoding(("female", "male"))
+    classes = fit_encoding("sex", ["male", "female", "male"], 40)
+    assert classes == LabelEncoding(("female", "male"))
+    assert (classes.encode("male").tolist(), classes.is_valid("other")) == ([0, 1], False)
     with pytest.raises(UserError, match=r"^target 'x': all labels in data\.train are 'male', so there is nothing"):
         fit_encoding("x", ["male", "male"], 40)
     with pytest.raises(UserError, match="has classes \\(male\\) and numbers"):
@@ -71,12 +61,12 @@ def test_labels_that_cannot_be_learned_are_refused() -> None:
 @pytest.mark.parametrize(
     ("encoding", "labels", "metric"),
     [
-        (ClassEncoding(("female", "male")), {"female", "male"}, "eval/x/balanced_accuracy"),
-        (ClassEncoding(("female", "male")), {"male"}, "eval/loss"),
-        (BinEncoding(0, 1, 40), set(), "eval/x/mae"),
+        (LabelEncoding(("female", "male")), {"female", "male"}, "eval/x/balanced_accuracy"),
+        (LabelEncoding(("female", "male")), {"male"}, "eval/loss"),
+        (LabelEncoding(bins=40), set(), "eval/x/mae"),
     ],
 )
-def test_the_best_checkpoint_is_chosen_by_a_metric_that_there_is(encoding: Any, labels: set, metric: str) -> None:
+def test_the_best_checkpoint_is_chosen_by_a_metric_that_is_defined(encoding: Any, labels: set, metric: str) -> None:
     tune = training_settings(load_settings(), "x", encoding, labels).tune
     assert (tune.metric, tune.mode) == (metric, "max" if metric.endswith("accuracy") else "min")
 
@@ -87,30 +77,38 @@ def about(subject: str, *turns: Any, label: Any = "male", **metadata: Any) -> Co
     return make_conversation(*talk, task_id=f"{subject}-{len(turns)}", metadata=found)
 
 
-def test_a_sample_is_the_subjects_own_scan_and_never_the_references() -> None:
-    def chosen(*turns: Any, modality: str = "sMRI", **metadata: Any) -> str | None:
-        return find_volume(about("a", *turns, **metadata), modality)
-
-    own, other, own_d, other_d = ("sMRI", "own"), ("sMRI", "other"), ("dMRI", "own_d"), ("dMRI", "other_d")
-    reference = {"reference_id": "b"}
-    assert chosen([own, "?"]) == "own"
-    assert chosen([own, own_d, "?"]) == "own"
-    assert chosen([own], [own_d, "?"]) == "own"
-    assert chosen([own_d, "?"]) is None
-    assert chosen([other], [own, "?"], **reference) == "own"
-    assert chosen([other, own, "?"], **reference) == "own"
-    assert chosen([other, other_d], [own, own_d, "?"], **reference) == "own"
-    assert chosen([other, other_d], [own_d, "?"], **reference) is None
-    assert chosen([other, own_d, "?"], **reference) is None
-    assert chosen([other, own_d, "?"], modality="dMRI", **reference) == "own_d"
+OWN, OTHER, OWN_D, OTHER_D = ("sMRI", "own"), ("sMRI", "other"), ("dMRI", "own_d"), ("dMRI", "other_d")
+COMPARED = {"reference_id": "b"}
 
 
-def test_a_volume_that_is_asked_about_twice_is_one_sample_with_one_label() -> None:
+@pytest.mark.parametrize(
+    ("turns", "metadata", "modality", "paths"),
+    [
+        ([[OWN, OWN_D, "?"]], {}, "sMRI", ["own"]),
+        ([[OWN], [OWN_D, "?"]], {}, "sMRI", ["own"]),
+        ([[OWN_D, "?"]], {}, "sMRI", []),
+        ([[OTHER], [OWN, "?"]], COMPARED, "sMRI", ["own"]),
+        ([[OTHER, OWN, "?"]], COMPARED, "sMRI", ["own"]),
+        ([[OTHER, OTHER_D], [OWN, OWN_D, "?"]], COMPARED, "sMRI", ["own"]),
+        ([[OTHER, OTHER_D], [OWN_D, "?"]], COMPARED, "sMRI", []),
+        ([[OTHER, OWN_D, "?"]], COMPARED, "sMRI", []),
+        ([[OTHER, OWN_D, "?"]], COMPARED, "dMRI", ["own_d"]),
+    ],
+)
+def test_a_label_belongs_to_the_volume_of_the_subject_and_not_of_the_reference(
+    turns: list, metadata: dict, modality: str, paths: list[str]
+) -> None:
+    assert [path for _, path in pair_with_volumes([about("a", *turns, **metadata)], "sex", modality)] == paths
+
+
+def test_a_volume_of_several_conversations_is_one_sample_with_one_label() -> None:
     twice = [about("a", [("sMRI", "x")]), about("a", [("sMRI", "y")], [("sMRI", "x")], reference_id="b")]
     others = [about("b", [("sMRI", "y")], label="female"), about("c", [("sMRI", "z")], target="age", label=3)]
-    assert [(s.path, s.subject_id, s.label) for s in make_samples([*twice, *others], "sex", "sMRI")] == [
+    pairs = pair_with_volumes([*twice, *others], "sex", "sMRI")
+    assert [(path, s.subject_id, s.label) for s, path in make_samples(pairs)] == [
         ("x", "a", "male"),
         ("y", "b", "female"),
     ]
+    wrong = pair_with_volumes([*twice, about("d", [("sMRI", "x")], label="female")], "sex", "sMRI")
     with pytest.raises(UserError, match=r"^x: its sex is 'male' in a-1 and 'female' in d-1; one of them is wrong"):
-        make_samples([*twice, about("d", [("sMRI", "x")], label="female")], "sex", "sMRI")
+        make_samples(wrong)

@@ -8,18 +8,17 @@ from pathlib import Path
 import ray
 
 from umbrella.base import ProgressBar, UserError, note
-from umbrella.baseline.job import BASELINE_TASK, BaselineJob
 from umbrella.baseline.targets import (
-    BinEncoding,
-    ClassEncoding,
+    BASELINE_TASK,
+    BaselineJob,
     LabelEncoding,
-    find_targets,
     fit_encoding,
     make_samples,
     pair_with_volumes,
 )
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
+from umbrella.conversations.schema import Conversation
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import Splits, fingerprint, target_classes
 from umbrella.evaluation.group_metrics import tabulate
@@ -62,7 +61,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    check_settings(settings)  # before Ray starts
+    _check_settings(settings)  # before Ray starts
     name = settings.with_name("baseline").name
     start_ray(settings.resources, log_to_driver=True, name=name)
     splits, encodings = load_and_check(settings, progress)
@@ -72,8 +71,30 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     jobs = []
     for target, encoding in encodings.items():
         run_name = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
-        tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": run_name, "trial": run_name}
-        jobs.append(make_job(settings, splits, target, encoding, tracking, str(storage / TRAININGS / run_name)))
+        pairs = _find_pairs(settings, splits, target)
+        used = {split: [conversation for conversation, _ in of_split] for split, of_split in pairs.items()}
+        references = {
+            split: ray.put([(Prediction.from_conversation(conversation), path) for conversation, path in of_split])
+            for split, of_split in pairs.items()
+        }
+        job = BaselineJob(
+            task=BASELINE_TASK,
+            settings=training_settings(settings, target, encoding, target_classes(used["validation"])[target]),
+            data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
+            tracking={"uri": uri, "experiment": experiment, "name": run_name, "trial": run_name},
+            folder=str(storage / TRAININGS / run_name),
+            start_time=time.time(),
+            datasets=[
+                describe_dataset("training", used["train"], splits.fingerprint, settings.data.train),
+                describe_dataset("validation", used["validation"], splits.fingerprint, settings.data.validation),
+            ],
+            target=target,
+            encoding=encoding,
+            samples=ray.put(make_samples(pairs["train"])),
+            validation=references["validation"],
+            evaluation=references[settings.evaluate.split],
+        )
+        jobs.append(job)
     return splits, jobs
 
 
@@ -82,24 +103,51 @@ def load_and_check(
 ) -> tuple[Splits, dict[str, LabelEncoding]]:
     """Load the splits and choose the label encoding of each target, with all checks that precede a training.
 
+    Targets are ``baseline.target``, or else every target with samples in all required splits; a note on standard error
+    names each one that is left out.
+
     Args:
         dry_run: see ``load_splits``.
 
     Raises:
         UserError: if settings or data are invalid.
     """
-    check_settings(settings)
+    _check_settings(settings)
+    chosen, modality = settings.baseline.target, settings.baseline.modality
     # evaluate.at_end makes load_splits load evaluate.split, too.
     splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress, dry_run=dry_run)
-    return splits, {target: check_target(settings, splits, target) for target in pick_targets(settings, splits)}
+    known = sorted({c.target for c in splits.train if c.label is not None})
+    if chosen and chosen not in known:
+        raise UserError(f"baseline.target={chosen}: data.train has labels of {', '.join(known) or 'nothing'}")
+    encodings = {}
+    for target in [chosen] if chosen else known:
+        pairs = _find_pairs(settings, splits, target)
+        empty = [split for split, of_split in pairs.items() if not of_split]
+        if empty:
+            missing = f"data.{empty[0]} has no label of it that belongs to a volume of baseline.modality={modality}"
+            if chosen:
+                raise UserError(f"baseline.target={target}: {missing}")
+            note(f"target {target!r} is left out: {missing}")
+            continue
+        check_target_names([target])
+        encoding = fit_encoding(
+            target, [sample.label for sample, _ in make_samples(pairs["train"])], settings.baseline.bins
+        )
+        check_labels({target: {label: label for label in encoding.classes}})
+        for split, conversation in ((split, c) for split, of_split in pairs.items() for c, _ in of_split):
+            if not encoding.is_valid(conversation.label):
+                raise UserError(
+                    f"data.{split}: {conversation.task_id}: its label {conversation.label!r} of {target!r} does not"
+                    f" occur in data.train ({encoding.description}); correct it, or leave the conversation out"
+                )
+        encodings[target] = encoding
+    if not encodings:
+        raise UserError(f"data.train: no labelled conversation has a volume of baseline.modality={modality}")
+    return splits, encodings
 
 
-def check_settings(settings: Settings) -> None:
-    """Check the settings that need no data.
-
-    Raises:
-        UserError: if ``baseline.modality`` is unknown, or the test split is evaluated but not set.
-    """
+def _check_settings(settings: Settings) -> None:
+    """Check the settings that need no data."""
     modality = settings.baseline.modality
     if modality not in settings.modalities:
         raise UserError(f"baseline.modality={modality}: there are {', '.join(settings.modalities)}")
@@ -107,67 +155,10 @@ def check_settings(settings: Settings) -> None:
         raise UserError("data.test is not set: name the conversations to evaluate on, or set evaluate.split")
 
 
-def pick_targets(settings: Settings, splits: Splits) -> list[str]:
-    """Return ``baseline.target``, or else every target with samples in all required splits.
-
-    A note on standard error names each target that is left out.
-
-    Raises:
-        UserError: if there is no such target.
-    """
-    known, chosen = find_targets(splits.train), settings.baseline.target
-    if chosen:
-        if chosen not in known:
-            raise UserError(f"baseline.target={chosen}: data.train has labels of {', '.join(known) or 'nothing'}")
-        return [chosen]
-    picked = []
-    for target in known:
-        if missing := _split_without_samples(settings, splits, target):
-            note(f"target {target!r} is left out: {missing}")
-        else:
-            picked.append(target)
-    if not picked:
-        raise UserError(
-            f"data.train: no labelled conversation has a volume of baseline.modality={settings.baseline.modality}"
-        )
-    return picked
-
-
-def check_target(settings: Settings, splits: Splits, target: str) -> LabelEncoding:
-    """Check the data of a target in all required splits, and return its label encoding.
-
-    Raises:
-        UserError: if a split has no samples, labels are inconsistent, or MLflow does not accept the target's name.
-    """
-    check_target_names([target])
-    modality = settings.baseline.modality
-    if missing := _split_without_samples(settings, splits, target):
-        raise UserError(f"baseline.target={target}: {missing}")
-    labels = [sample.label for sample in make_samples(splits.train, target, modality)]
-    encoding = fit_encoding(target, labels, settings.baseline.bins)
-    if isinstance(encoding, ClassEncoding):
-        check_labels({target: {label: label for label in encoding.names}})
-    for name in _required_splits(settings):
-        for conversation, _ in pair_with_volumes(getattr(splits, name), target, modality):
-            if not encoding.is_valid(conversation.label):
-                raise UserError(
-                    f"data.{name}: {conversation.task_id}: its label {conversation.label!r} of {target!r} does not"
-                    f" occur in data.train ({encoding.description}); correct it, or leave the conversation out"
-                )
-    return encoding
-
-
-def _required_splits(settings: Settings) -> list[str]:
-    return list(dict.fromkeys(["train", "validation", settings.evaluate.split]))
-
-
-def _split_without_samples(settings: Settings, splits: Splits, target: str) -> str:
-    """Return a message about the first required split without samples of the target, or an empty string."""
-    modality = settings.baseline.modality
-    for name in _required_splits(settings):
-        if not pair_with_volumes(getattr(splits, name), target, modality):
-            return f"data.{name} has no label of it that belongs to a volume of baseline.modality={modality}"
-    return ""
+def _find_pairs(settings: Settings, splits: Splits, target: str) -> dict[str, list[tuple[Conversation, str]]]:
+    """Each required split to its labelled conversations about the target with their volumes."""
+    names = dict.fromkeys(["train", "validation", settings.evaluate.split])
+    return {name: pair_with_volumes(getattr(splits, name), target, settings.baseline.modality) for name in names}
 
 
 def training_settings(settings: Settings, target: str, encoding: LabelEncoding, labels: set[str]) -> Settings:
@@ -178,8 +169,8 @@ def training_settings(settings: Settings, target: str, encoding: LabelEncoding, 
             loss selects the best checkpoint.
     """
     baseline = settings.baseline
-    metric = f"eval/{target}/mae" if isinstance(encoding, BinEncoding) else f"eval/{target}/balanced_accuracy"
-    if isinstance(encoding, ClassEncoding) and len(labels) == 1:
+    metric = f"eval/{target}/{'balanced_accuracy' if encoding.classes else 'mae'}"
+    if encoding.classes and len(labels) == 1:
         metric = "eval/loss"
     return settings.with_values(
         {
@@ -193,41 +184,6 @@ def training_settings(settings: Settings, target: str, encoding: LabelEncoding, 
             "tune.metric": metric,
             "tune.mode": "max" if metric.endswith("balanced_accuracy") else "min",
         }
-    )
-
-
-def make_job(
-    settings: Settings,
-    splits: Splits,
-    target: str,
-    encoding: LabelEncoding,
-    tracking: dict[str, str | None],
-    folder: str,
-) -> BaselineJob:
-    """Return the job of one target, with its samples in Ray's object store."""
-    modality = settings.baseline.modality
-    pairs = {name: pair_with_volumes(getattr(splits, name), target, modality) for name in _required_splits(settings)}
-    used = {name: [conversation for conversation, _ in of_split] for name, of_split in pairs.items()}
-
-    def put_evaluation_samples(split: str) -> ray.ObjectRef:
-        return ray.put([(Prediction.from_conversation(conversation), path) for conversation, path in pairs[split]])
-
-    return BaselineJob(
-        task=BASELINE_TASK,
-        settings=training_settings(settings, target, encoding, target_classes(used["validation"])[target]),
-        data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
-        tracking=tracking,
-        folder=folder,
-        start_time=time.time(),
-        datasets=[
-            describe_dataset("training", used["train"], splits.fingerprint, settings.data.train),
-            describe_dataset("validation", used["validation"], splits.fingerprint, settings.data.validation),
-        ],
-        target=target,
-        encoding=encoding,
-        samples=ray.put(make_samples(splits.train, target, modality)),
-        validation=put_evaluation_samples("validation"),
-        evaluation=put_evaluation_samples(settings.evaluate.split),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import ray
@@ -12,8 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional
 
-from umbrella.baseline.job import BaselineJob, EvaluationSample
-from umbrella.baseline.targets import BinEncoding, Sample
+from umbrella.baseline.targets import BaselineJob, Sample
 from umbrella.data.masking import Redact
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
 from umbrella.evaluation.metrics import validation_metrics
@@ -59,7 +59,6 @@ class BaselineTask(Task):
         baseline = self.settings.baseline
         self.dtype = getattr(torch, baseline.dtype)
         self.store = open_store(self.settings)
-        self.samples: Sequence[Sample]
         self.samples, self.validation, self.evaluation = ray.get([job.samples, job.validation, job.evaluation])
         modality = self.store.modalities[baseline.modality]
         self.is_series = modality.is_series
@@ -79,9 +78,9 @@ class BaselineTask(Task):
     def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> VolumeBatch:
         """See ``Task.batch``."""
         samples = [self.samples[int(i)] for i in rows["sample"]]
-        targets = torch.tensor(np.stack([self.job.encoding.encode(sample.label) for sample in samples])).float()
-        voxels = self._read_volumes([sample.path for sample in samples], rng_keys)
-        return VolumeBatch(voxels, targets, torch.tensor(rows["sample"]), [s.subject_id for s in samples], rng_keys)
+        targets = torch.tensor(np.stack([self.job.encoding.encode(sample.label) for sample, _ in samples])).float()
+        voxels = self._read_volumes([path for _, path in samples], rng_keys)
+        return VolumeBatch(voxels, targets, torch.tensor(rows["sample"]), [s.subject_id for s, _ in samples], rng_keys)
 
     def augment(self, batch: VolumeBatch) -> VolumeBatch:
         """See ``Task.augment``."""
@@ -116,20 +115,20 @@ class BaselineTask(Task):
         """See ``Task.evaluate``. Adds ``eval/<target>/mae`` over subjects for a numeric target."""
         self.predictions = self._predict(self.validation)
         metrics = validation_metrics(self.predictions)
-        if isinstance(self.job.encoding, BinEncoding):
+        if not self.job.encoding.classes:
             subjects = mean_over_subjects(self.predictions)
             errors = [abs(float(subject.predicted or 0) - float(subject.label or 0)) for subject in subjects]
             metrics[f"eval/{self.job.target}/mae"] = fmean(errors)
         return metrics
 
     @torch.no_grad()
-    def _predict(self, evaluation_samples: Sequence[EvaluationSample]) -> list[Prediction]:
+    def _predict(self, samples: Sequence[Sample]) -> list[Prediction]:
         """Predict all samples. Collective: each rank computes a share of the distinct volumes; all ranks return all."""
         if self.world_size > 1:  # batch-norm statistics differ between ranks
             for buffer in self.net.buffers():
                 distributed.broadcast(buffer, 0)
         self.net.eval()
-        paths = list(dict.fromkeys(path for _, path in evaluation_samples))
+        paths = list(dict.fromkeys(path for _, path in samples))
         size = self.settings.train.evaluation_batch_size
         rows = evaluation_rows(np.zeros(len(paths)), self.rank, self.world_size, size)
 
@@ -141,21 +140,16 @@ class BaselineTask(Task):
         for batch_paths, voxels in batches(rows, size, 1, make):
             log_probabilities = self._forward(self.net, voxels.to(self.device).float())
             local |= dict(zip(batch_paths, log_probabilities.double().exp().cpu().numpy(), strict=True))
-        probabilities = {path: of_path for of_rank in all_gather_object(local) for path, of_path in of_rank.items()}
-        return [self._fill_prediction(prediction, probabilities[path]) for prediction, path in evaluation_samples]
-
-    def _fill_prediction(self, prediction: Prediction, probabilities: np.ndarray) -> Prediction:
-        """Add the KL divergence and the decoded answer to a prediction. ``probabilities``: (num_outputs,)."""
-        encoding = self.job.encoding
-        assert prediction.label is not None
-        target = encoding.encode(prediction.label)
-        used = target > 0
-        divergence = float(np.sum(target[used] * np.log(target[used] / probabilities[used].clip(1e-30))))
-        prediction = replace(prediction, answer_nll=divergence, answer_tokens=1)
-        decoded = encoding.decode(probabilities.tolist())
-        if isinstance(decoded, dict):
-            return replace(prediction, probabilities=decoded)
-        return replace(prediction, predicted=decoded)
+        outputs = {path: output for of_rank in all_gather_object(local) for path, output in of_rank.items()}
+        predictions, encoding = [], self.job.encoding
+        for prediction, path in samples:
+            output, target = outputs[path], encoding.encode(prediction.label)
+            used = target > 0  # the loss is the KL divergence
+            loss = float(np.sum(target[used] * np.log(target[used] / output[used].clip(1e-30))))
+            decoded = encoding.decode(output.tolist())
+            answer: dict[str, Any] = {"probabilities" if encoding.classes else "predicted": decoded}
+            predictions.append(replace(prediction, answer_nll=loss, answer_tokens=1, **answer))
+        return predictions
 
     def _read_volumes(self, paths: Sequence[str], rng_keys: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
         """Read N volumes, (N, frames, X, Y, Z), float16. Without ``rng_keys``, the middle window of each series."""
@@ -201,7 +195,7 @@ class Sfcn(nn.Module):
     layer follow.
 
     Args:
-        grid: (X, Y, Z) in voxels. It limits the number of halving blocks, see ``num_blocks``.
+        grid: (X, Y, Z) in voxels. It limits the number of halving blocks: the shortest axis keeps 2 voxels.
         channels: output channels of each halving block, then of the 1x1x1 block. A small grid uses only the first
             ones and the last.
         outputs: number of outputs per volume.
@@ -213,7 +207,7 @@ class Sfcn(nn.Module):
         self, grid: Sequence[int], channels: Sequence[int], outputs: int, dropout: float = 0.5, inputs: int = 1
     ) -> None:
         super().__init__()
-        halving = channels[: num_blocks(grid, channels)]
+        halving = channels[: min(len(channels) - 1, max(0, min(grid).bit_length() - 2))]
         self.blocks = len(halving)
         layers: list[nn.Module] = []
         for before, after in zip([inputs, *halving], halving, strict=False):
@@ -228,8 +222,3 @@ class Sfcn(nn.Module):
         """Return log probabilities (n, outputs), float32, of volumes (n, inputs, X, Y, Z)."""
         pooled = self.features(volumes).mean((2, 3, 4))
         return self.head(self.dropout(pooled)).float().log_softmax(1)
-
-
-def num_blocks(grid: Sequence[int], channels: Sequence[int]) -> int:
-    """Return the number of halving blocks: at most ``len(channels) - 1``, and the shortest axis keeps 2 voxels."""
-    return min(len(channels) - 1, max(0, min(grid).bit_length() - 2))
