@@ -33,14 +33,6 @@ def test_the_measured_constants_are_those_of_the_benchmarks(scaling: dict[str, A
     assert f'"batch of a GPU": {constants.batch}' in results
 
 
-def test_twice_the_subjects_take_twice_the_store_and_twice_the_time(scaling: dict[str, Any]) -> None:
-    constants, twice = scaling["Constants"](), scaling["Constants"](subjects=80_000)
-    before, after = ("\n".join(scaling["tables"](c)) for c in (constants, twice))
-    assert "| 142 GB |" in before
-    assert "| 283 GB |" in after
-    assert twice.rate(2) == constants.rate(2) == 1.96 * constants.samples
-
-
 def written_in(file: Path) -> dict[str, Any]:
     """The constants of a module that takes seconds to import."""
     found = {}

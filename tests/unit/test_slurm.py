@@ -79,22 +79,12 @@ def submit(tmp_path: Path) -> Callable[..., Job]:
     def start(job: int = 71234, nodes: int = 2, **others: str) -> Job:
         log = tmp_path / f"log-{job}"
         log.mkdir(exist_ok=True)
-        slurm = {
-            "JOB_ID": job,
-            "NNODES": nodes,
-            "CPUS_PER_TASK": 8,
-            "JOB_NODELIST": "n[1-2]",
-            "TMPDIR": tmp_path,
-        }
+        slurm = {"JOB_ID": job, "NNODES": nodes, "CPUS_PER_TASK": 8, "JOB_NODELIST": "n[1-2]", "TMPDIR": tmp_path}
         environment = {**os.environ, **{f"SLURM_{name}": str(value) for name, value in slurm.items()}}
         environment |= {"LOG": str(log), "USER": "me", "STORAGE": str(tmp_path / "runs"), **others}
         script = ["bash", "ray_configs/slurm.sbatch", "experiments/tune.py", "a.yaml", "data.train=x"]
-        return Job(
-            subprocess.Popen(
-                script, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            ),
-            log,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return Job(subprocess.Popen(script, cwd=folder, env=environment, **pipes), log)
 
     return start
 
@@ -106,58 +96,43 @@ def ports(job: Job) -> set[int]:
 
 
 def test_ray_starts_on_every_node_and_the_sweep_on_the_first(submit: Callable[..., Job], tmp_path: Path) -> None:
-    job = submit()
-    job.wait_for("python", 1)
-    assert job.finish() == 0
+    job, another = submit(), submit(71235)
+    for one in (job, another):
+        one.wait_for("python", 1)
+        assert one.finish() == 0
     started = [line for line in job.called("ray") if "symmetric-run" in line]
     assert sorted(line.split()[0] for line in started) == ["0", "1"]
-    assert all(
-        f"token {tmp_path}/umbrella-71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2" in line
-        for line in started
-    )
+    call = f"token {tmp_path}/umbrella-71234 symmetric-run --address 10.0.0.7:22340 --min-nodes 2"
+    assert all(call in line for line in started)
     assert job.called("python") == [
         f"experiments/tune.py a.yaml data.train=x resources.node_store={tmp_path}/umbrella-71234/store"
         f" resources.storage={tmp_path}/runs name=slurm-71234, RAY_ADDRESS=10.0.0.7:22340"
     ]
     assert not job.called("scontrol")
     assert not (tmp_path / "umbrella-71234").exists()
+    assert len(ports(job)) == len(ports(another)) == 4
+    assert not ports(job) & ports(another), "jobs with consecutive numbers share a node"
 
 
-def test_a_job_whose_time_is_up_saves_and_is_queued_again_and_goes_on(
-    submit: Callable[..., Job], tmp_path: Path
+@pytest.mark.parametrize(("sent", "queued"), [(signal.SIGUSR1, ["requeue 71234"]), (signal.SIGTERM, [])])
+def test_a_job_saves_when_its_time_is_up_or_it_is_cancelled_and_only_the_first_is_queued_again(
+    submit: Callable[..., Job], tmp_path: Path, sent: signal.Signals, queued: list[str]
 ) -> None:
     job = submit()
     job.wait_for("python", 1)
-    job.process.send_signal(signal.SIGUSR1)
+    job.process.send_signal(sent)
     assert job.end() == 143
     assert job.called("python")[1:] == ["saved"]
-    assert job.called("scontrol") == ["requeue 71234"]
-    again = submit()
-    again.wait_for("python", 3)
-    assert again.finish() == 0
-    assert again.called("python")[2].startswith(
-        f"experiments/tune.py --resume slurm-71234 resources.node_store={tmp_path}/umbrella-71234/store"
-        f" resources.storage={tmp_path}/runs,"
-    )
-    assert again.called("scontrol") == ["requeue 71234"]
-
-
-def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(submit: Callable[..., Job]) -> None:
-    job = submit()
-    job.wait_for("python", 1)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 143
-    assert job.called("python")[1:] == ["saved"]
-    assert not job.called("scontrol")
-
-
-def test_jobs_with_numbers_beside_each_other_have_no_port_in_common(submit: Callable[..., Job]) -> None:
-    first, second = submit(71234), submit(71235)
-    for job in (first, second):
-        job.wait_for("python", 1)
-        assert job.finish() == 0
-    assert len(ports(first)) == len(ports(second)) == 4
-    assert not ports(first) & ports(second)
+    assert job.called("scontrol") == queued
+    if queued:
+        again = submit()
+        again.wait_for("python", 3)
+        assert again.finish() == 0
+        assert again.called("python")[2].startswith(
+            f"experiments/tune.py --resume slurm-71234 resources.node_store={tmp_path}/umbrella-71234/store"
+            f" resources.storage={tmp_path}/runs,"
+        )
+        assert again.called("scontrol") == queued
 
 
 def test_on_one_node_the_script_starts_its_own_ray(submit: Callable[..., Job]) -> None:
@@ -169,7 +144,7 @@ def test_on_one_node_the_script_starts_its_own_ray(submit: Callable[..., Job]) -
     assert job.called("python")[0].endswith("RAY_ADDRESS=127.0.0.1:22340")
 
 
-def test_a_ray_that_does_not_start_is_an_error_and_not_a_finished_job(submit: Callable[..., Job]) -> None:
+def test_a_ray_that_does_not_start_fails_the_job(submit: Callable[..., Job]) -> None:
     assert submit(RAY_FAILS="yes").end() == 1
 
 
