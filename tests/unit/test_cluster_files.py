@@ -23,149 +23,112 @@ def documents(*files: Path) -> list[dict[str, Any]]:
     return [document for file in files for document in yaml.safe_load_all(file.read_text(encoding="utf-8"))]
 
 
-def pods(document: Any) -> Iterator[dict[str, Any]]:
+def walk(document: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every value in a document; those in a list have its key."""
+    yield key, document
+    if isinstance(document, dict | list):
+        for name, value in document.items() if isinstance(document, dict) else ((key, value) for value in document):
+            yield from walk(value, name)
+
+
+def pods(document: Any) -> list[dict[str, Any]]:
     """Every pod template in a document of Kubernetes."""
-    if isinstance(document, dict):
-        for key, value in document.items():
-            if key == "template":
-                yield value
-            else:
-                yield from pods(value)
-    elif isinstance(document, list):
-        for value in document:
-            yield from pods(value)
-
-
-def strings(document: Any) -> Iterator[str]:
-    """Every text in a document."""
-    if isinstance(document, dict):
-        for key, value in document.items():
-            yield from (str(key), *strings(value))
-    elif isinstance(document, list):
-        for value in document:
-            yield from strings(value)
-    else:
-        yield str(document)
-
-
-def check(document: Any, definition: str) -> None:
-    import jsonschema
-
-    jsonschema.validate(document, {"$ref": f"#/definitions/{definition}", "definitions": SCHEMA["definitions"]})
+    return [value for key, value in walk(document) if key == "template"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_each_file_opens_with_its_one_command_and_what_to_change(file: Path) -> None:
+def test_each_file_begins_with_its_command(file: Path) -> None:
     heading = " ".join(re.match(r"(#.*\n)+", file.read_text(encoding="utf-8")).group().splitlines())
     assert f"ray_configs/{file.relative_to(CONFIGS)}" in heading
     assert re.search(r"#     (kubectl|ray|sbatch) ", heading)
 
 
-def test_the_cluster_of_rented_machines_is_one_of_rays() -> None:
+def test_the_cluster_file_is_valid_for_the_autoscaler() -> None:
     from ray.autoscaler._private.util import fillout_defaults, validate_config
 
-    config = fillout_defaults(documents(CONFIGS / "cluster.yaml")[0])
-    validate_config(config)
+    validate_config(fillout_defaults(documents(CONFIGS / "cluster.yaml")[0]))
 
 
 @pytest.mark.parametrize("file", KUBERAY, ids=lambda file: file.name)
-def test_kubernetes_files_have_the_fields_of_their_kinds_and_pods_that_are_not_root(file: Path) -> None:
+def test_kubernetes_files_suit_their_schemas_and_mount_their_volumes(file: Path) -> None:
+    import jsonschema
+
     for document in documents(file):
+        checked = [("pod_template", pod) for pod in pods(document)]
         if document["apiVersion"] == "ray.io/v1":
-            check(document, document["kind"])
+            checked.append((document["kind"], document))
+        for name, part in checked:
+            jsonschema.validate(part, {"$ref": f"#/definitions/{name}", "definitions": SCHEMA["definitions"]})
         for pod in pods(document):
-            check(pod, "pod_template")
             mounted = {mount["name"] for container in pod["spec"]["containers"] for mount in container["volumeMounts"]}
             assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
 
 
-def test_kubernetes_files_name_each_other() -> None:
+def test_kubernetes_files_refer_to_each_other_by_name() -> None:
     named = {(document["kind"], document["metadata"]["name"]): document for document in documents(*KUBERAY)}
     cluster, job = named["RayCluster", "umbrella-ray"], named["RayJob", "umbrella-sweep"]
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
-    everything = [text for document in named.values() for text in strings(document)]
-    claims = {
-        pod_volume["persistentVolumeClaim"]["claimName"]
-        for d in named.values()
-        for p in pods(d)
-        for pod_volume in p["spec"]["volumes"]
-        if "persistentVolumeClaim" in pod_volume
-    }
+    values = list(walk(list(named.values())))
+    claims = {value for key, value in values if key == "claimName"}
     assert claims == {name for kind, name in named if kind == "PersistentVolumeClaim"}
-    port = named["Service", "mlflow"]["spec"]["ports"][0]["port"]
-    assert f"http://mlflow:{port}" in everything
-    assert any(text.startswith("--allowed-hosts") and f"mlflow:{port}" in text for text in everything)
+    address = f"mlflow:{named['Service', 'mlflow']['spec']['ports'][0]['port']}"
+    texts = [value for _, value in values if isinstance(value, str)]
+    assert f"http://{address}" in texts
+    assert any(text.startswith("--allowed-hosts") and address in text for text in texts)
 
 
-def test_the_versions_of_ray_are_the_one_that_is_installed() -> None:
-    pinned = dict(line.split("==") for line in constraints())
-    assert documents(CONFIGS / "kuberay/raycluster.yaml")[0]["spec"]["rayVersion"] == pinned["ray"]
-
-
-def constraints() -> list[str]:
-    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if not line.startswith("#")]
-
-
-def test_a_submitted_job_has_the_packages_of_pyproject_in_the_versions_of_constraints(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_jobs_and_images_have_the_installed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.runtime_env import RuntimeEnv
 
     monkeypatch.chdir(REPOSITORY)
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = [line for line in lines if not line.startswith("#")]
     given = documents(CONFIGS / "runtime_env.yaml")[0]
-    working_dir = given.pop("working_dir")  # a folder becomes an address only when it is submitted
-    environment = RuntimeEnv(**given)
-    assert (REPOSITORY / working_dir / "umbrella").is_dir()
-    packages = [line for line in environment["pip"]["packages"] if not line.startswith("#")]
-    assert packages == constraints()
+    assert (REPOSITORY / given.pop("working_dir") / "umbrella").is_dir()
+    packages = [line for line in RuntimeEnv(**given)["pip"]["packages"] if not line.startswith("#")]
+    assert packages == constraints
+    pinned = dict(line.split("==") for line in constraints)
+    assert documents(CONFIGS / "kuberay/raycluster.yaml")[0]["spec"]["rayVersion"] == pinned["ray"]
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     wanted = re.search(r"\ndependencies = \[(.*?)\n\]", project, re.DOTALL).group(1)
     names = {re.match(r"[\w.-]+", line).group() for line in re.findall(r'"(.+?)"', wanted)}
     assert len(names) > 10
-    assert names <= {line.split("==")[0] for line in packages}
+    assert names <= pinned.keys()
 
 
-def test_a_submitted_folder_is_small_and_whole() -> None:
+def test_a_submitted_job_gets_the_code_without_tests_and_docs() -> None:
     from ray._private.runtime_env.packaging import _get_excludes
 
     excluded = _get_excludes(REPOSITORY, documents(CONFIGS / "runtime_env.yaml")[0]["excludes"])
-    taken = [name for name in os.listdir(REPOSITORY) if not excluded(REPOSITORY / name)]
-    assert {"umbrella", "experiments", "ray_configs", "constraints.txt"} <= set(taken)
-    assert not {".git", "tests", "docs"} & set(taken)
+    taken = {name for name in os.listdir(REPOSITORY) if not excluded(REPOSITORY / name)}
+    assert {"umbrella", "experiments", "ray_configs", "constraints.txt"} <= taken
+    assert not {".git", "tests", "docs"} & taken
     assert {"/runs/", "/.venv/"} <= set((REPOSITORY / ".gitignore").read_text().split()), "which Ray leaves out, too"
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Each script of ours that a file in ray_configs/ starts, and the words after it."""
+def test_commands_in_the_files_use_scripts_files_and_settings_that_exist() -> None:
+    known, found = set(load_settings().flat()), 0
     for file in [*FILES, *CONFIGS.glob("*.yaml")]:
         text = re.sub(r"\\?\n#? +(?=[\w./]+=|ray_configs)", " ", file.read_text(encoding="utf-8"))
-        for line in re.findall(r"experiments/(\w+\.py\b.*)", text):
-            words = re.findall(r"\S+\.py|\S+\.yaml|[a-z_.]+=\S+", line)
-            yield words[0], words[1:]
+        for command in re.findall(r"experiments/\w+\.py\b.*", text):
+            script, *words = re.findall(r"\S+\.py|\S+\.yaml|[a-z_.]+=\S+", command)
+            assert (REPOSITORY / script).exists()
+            assert all((REPOSITORY / word).exists() for word in words if word.endswith(".yaml")), words
+            assert {word.split("=")[0] for word in words if "=" in word} <= known
+            found += 1
+    assert found >= 10
 
 
-def test_the_commands_in_the_files_are_of_scripts_files_and_settings_that_there_are() -> None:
-    known = set(load_settings().flat())
-    found = list(commands())
-    assert len(found) >= 10
-    for script, words in found:
-        assert (REPOSITORY / "experiments" / script).exists()
-        files = [word for word in words if word.endswith(".yaml")]
-        assert all((REPOSITORY / file).exists() for file in files), files
-        assert {word.split("=")[0] for word in words if "=" in word} <= known
-
-
-@pytest.mark.parametrize(("file", "trials"), [("local", 6), ("gpu_host", 6)])
-def test_files_of_resources_leave_the_default_question(file: str, trials: int) -> None:
+@pytest.mark.parametrize("file", ["local", "gpu_host"])
+def test_resource_files_keep_the_default_search_space(file: str) -> None:
     from umbrella.tuning.search import list_points
 
     settings = parse([str(CONFIGS / f"{file}.yaml")], "", str(CONFIGS / "tune.yaml")).settings
-    assert len(list_points(settings)) == trials
+    assert len(list_points(settings)) == 6
     assert settings.resources.gpus_per_worker == (file == "gpu_host")
 
 
-def test_the_image_copies_what_is_there_and_the_builder_gets_nothing_else() -> None:
+def test_the_image_contains_only_files_that_exist_and_runs_as_the_user_of_the_pods() -> None:
     lines = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8").splitlines()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     assert all((REPOSITORY / name).exists() for name in copied)
@@ -178,7 +141,7 @@ def test_the_image_copies_what_is_there_and_the_builder_gets_nothing_else() -> N
 
 
 @pytest.mark.parametrize("file", [*FILES, REPOSITORY / "Dockerfile"], ids=lambda file: file.name)
-def test_no_file_holds_a_secret(file: Path) -> None:
+def test_no_file_contains_a_secret(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert not re.search(r"(?i)(password|token|secret|key)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{16,}", text)
     assert not re.search(r"kind: Secret|RAY_AUTH_TOKEN\b|://[^/\s]+:[^/\s]+@", text)

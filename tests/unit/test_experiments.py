@@ -1,4 +1,4 @@
-"""The scripts as a person starts them, as far as they go without starting Ray."""
+"""The scripts, as far as they run without starting Ray."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,14 @@ import pytest
 from tests.conftest import Done
 
 
-def test_a_dry_run_of_the_default_sweep_says_all_and_makes_nothing(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_dry_run_of_the_default_sweep_prints_the_plan_and_writes_nothing(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     done = run("tune.py", "--dry-run", f"resources.storage={tmp_path}/runs")
     assert done.status == 0, done.stderr
-    for words in (
-        "optim:",
-        "trials: 6",
-        "lr=0.001 supervise=last_assistant",
-        "CPUs and 0 GPUs per trial",
-        "samples: train 2",
-    ):
-        assert words in done.stdout
+    trial = "lr=0.001 supervise=last_assistant"
+    for text in ("optim:", "trials: 6", trial, "CPUs and 0 GPUs per trial", "samples: train 2"):
+        assert text in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -32,18 +29,15 @@ def test_a_setting_given_on_the_command_line_is_not_swept(run: Callable[..., Don
 @pytest.mark.parametrize(
     ("script", "words", "line"),
     [
-        ("tune.py", ["optim.lrr=1"], "error: optim.lrr: there is no such setting; did you mean optim.lr?"),
         ("tune.py", ["tune.metric=eval/f1", "data.train={t}", "data.validation={t}"], "error: {t}: no such file"),
         ("tune.py", ["tune.space.optim.lrr={{grid: [1]}}"], "error: tune.space.optim.lrr: optim.lrr: there is no such"),
-        ("train.py", ["optim.lr=-1"], "error: optim.lr=-1: Input should be greater than 0"),
         ("train.py", ["data.train={t}"], "error: data.validation is not set"),
     ],
 )
-def test_a_users_error_is_one_clear_line_and_status_2(
+def test_a_user_error_is_one_line_and_status_2(
     run: Callable[..., Done], tmp_path: Path, script: str, words: list, line: str
 ) -> None:
     missing = tmp_path / "missing.jsonl"
     done = run(script, f"resources.storage={tmp_path}", *(word.format(t=missing) for word in words))
-    assert done.status == 2
+    assert (done.status, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(line.format(t=missing)), done.stderr
-    assert len(done.stderr.splitlines()) == 1

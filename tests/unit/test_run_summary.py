@@ -1,15 +1,12 @@
-"""What a training says at its start, and how much of the data it reads to say it."""
+"""The summary that a training logs at its start, and the sample of the data that it reads."""
 
 import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
-from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
-from umbrella.data.masking import Row, audit
+from umbrella.data.masking import audit
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
@@ -18,27 +15,16 @@ from umbrella.training.run_summary import audit_sample, mask_audit_page, summari
 STOPS = "note: the chat template ends an assistant turn without a token of its own, so the model cannot learn to stop;"
 
 
-def sample_for_audit(split: list[Conversation], renderer: Renderer) -> list[Example]:
+def render(split: list[Conversation], renderer: Renderer) -> list[Example]:
     return [renderer.render(split[i]) for i in audit_sample(len(split))]
 
 
-def audit_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> list[Row]:
-    return audit(sample_for_audit(split, renderer), policy)
-
-
-def page_of(split: list[Conversation], renderer: Renderer, policy: MaskPolicy) -> str:
-    examples = sample_for_audit(split, renderer)
-    return mask_audit_page(
-        audit(examples, policy), examples, renderer, policy, f"{len(examples)} of {len(split)} conversations"
-    )
-
-
-def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
+def test_the_summary_has_loss_mask_tokens_weights_and_volumes(
     tokenizer: Any, modalities: dict[str, Modality], talk: Callable[..., Conversation]
 ) -> None:
     conversation = talk(("user", [("sMRI", "s.nii"), "Sex?"]), ("assistant", "male."))
     policy = MaskPolicy(supervise="last_assistant")
-    table = audit_of([conversation], Renderer(tokenizer, modalities), policy)
+    table = audit(render([conversation], Renderer(tokenizer, modalities)), policy)
     moving = {"embedder": 1234, "projector": 0, "language_model": 5}
     assert summarise_run(
         table, policy, moving, {"fMRI": modalities["fMRI"]}, has_stop_token=True, read="1 of 1 conversations"
@@ -58,12 +44,12 @@ def test_the_statement_names_loss_mask_tokens_weights_and_volumes(
     ]
 
 
-def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_cannot_be_learnt(
+def test_the_summary_has_weights_other_than_1_and_a_note_if_the_model_cannot_learn_to_stop(
     tokenizer: Any, talk: Callable[..., Conversation]
 ) -> None:
     conversation = talk(("user", "Sex?"), ("assistant", "male."))
     policy = MaskPolicy(normalize="turn", task_weights={"T1": 2})
-    table = audit_of([conversation], Renderer(tokenizer, {}), policy)
+    table = audit(render([conversation], Renderer(tokenizer, {})), policy)
     lines = summarise_run(table, policy, {}, {}, has_stop_token=False, read="1 of 9 conversations").splitlines()
     assert lines[1:6] == [
         "mask: supervise=assistant, end_of_turn=True, turn_header=False, task_weights={T1: 2}, normalize=turn",
@@ -75,37 +61,30 @@ def test_the_statement_has_weights_where_they_are_not_1_and_says_when_stopping_c
     assert lines[9:] == [f"{STOPS} model.chat_template=vicuna writes one", "trained weights: none"]
 
 
-def test_the_page_has_samples_of_every_task_and_the_same_note(
+def test_the_audit_page_has_examples_of_every_task_and_the_same_note(
     tokenizer: Any, talk: Callable[..., Conversation]
 ) -> None:
     kinds = ["T1"] * 30 + ["T2"] + ["T1"] * 30
     split = [talk(("user", "Q"), ("assistant", "A"), task_id=f"{k}_{i}", task_type=k) for i, k in enumerate(kinds)]
-    renderer = Renderer(tokenizer, {})
-    page = page_of(split, renderer, MaskPolicy())
-    assert [f"{k}_{i}" for i, k in enumerate(kinds) if f">{k}_{i}<" in page] == [
-        "T1_0", "T1_12", "T1_24", "T2_30", "T1_37", "T1_49",
-    ]  # fmt: skip
     endless = copy.deepcopy(tokenizer)
     endless.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
-    pages = [page, page_of(split, Renderer(endless, {}), MaskPolicy())]
-    assert [STOPS.removeprefix("note: ") in page for page in pages] == [False, True]
-    assert "Read from 61 of 61 conversations." in page
+    for used, stops in ((tokenizer, True), (endless, False)):
+        renderer, policy = Renderer(used, {}), MaskPolicy()
+        examples = render(split, renderer)
+        page = mask_audit_page(audit(examples, policy), examples, renderer, policy, "61 of 61 conversations")
+        assert [f"{k}_{i}" for i, k in enumerate(kinds) if f">{k}_{i}<" in page] == [
+            "T1_0", "T1_12", "T1_24", "T2_30", "T1_37", "T1_49",
+        ]  # fmt: skip
+        assert (STOPS.removeprefix("note: ") in page) != stops
+        assert "Read from 61 of 61 conversations." in page
 
 
-def test_a_large_split_is_read_in_part_whatever_repeats_in_its_order(
-    tokenizer: Any, talk: Callable[..., Conversation]
-) -> None:
+def test_the_sample_of_a_large_split_is_random(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
     # Four questions in turn, 1000 conversations, of which 256 are read.
     split = [talk(("user", ""), ("assistant", "a"), task_id=str(i), task_type="ABCD"[i % 4]) for i in range(1000)]
-    read = [example.conversation for example in sample_for_audit(split, Renderer(tokenizer, {}))]
+    read = [example.conversation for example in render(split, Renderer(tokenizer, {}))]
     numbers = [int(conversation.task_id) for conversation in read]
     assert numbers == sorted(set(numbers))
     assert len(numbers) == 256
     assert all(45 < kind < 85 for kind in Counter(c.task_type for c in read).values())
     assert all(45 < quarter < 85 for quarter in Counter(number // 250 for number in numbers).values())
-
-
-def test_a_policy_without_a_target_is_refused(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
-    silent = talk(("user", "Q"), ("assistant", ""))
-    with pytest.raises(UserError, match="the loss would see nothing"):
-        audit_of([silent], Renderer(tokenizer, {}), MaskPolicy(end_of_turn=False))
