@@ -1,4 +1,4 @@
-"""The plan of a training: which sample each worker sees at each step, without a sample lost, repeated or re-dealt."""
+"""Order of samples: none is lost or repeated in an epoch, for any number of workers and after each resume."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,26 +43,8 @@ def steps_of(plan: Plan) -> np.ndarray:
 
 
 @few
-@given(plans)
-def test_the_workers_together_see_every_position_once_and_step_by_step(plan: Plan) -> None:
-    taken = steps_of(plan).reshape(plan.steps, -1)
-    assert np.array_equal(np.sort(taken, axis=1), np.arange(plan.steps * plan.per_step).reshape(plan.steps, -1))
-
-
-@few
-@given(plans)
-def test_every_sample_comes_once_per_epoch_and_the_surplus_is_less_than_a_step(plan: Plan) -> None:
-    samples = plan.samples(np.arange(plan.steps * plan.per_step))
-    for epoch in samples[: plan.epochs * plan.size].reshape(plan.epochs, plan.size):
-        assert sorted(epoch) == list(range(plan.size))
-    assert len(samples) == plan.epochs * plan.size + plan.surplus
-    assert 0 <= plan.surplus < plan.per_step
-    assert (plan.steps_per_epoch - 1) * plan.per_step < plan.size <= plan.steps_per_epoch * plan.per_step
-
-
-@few
 @given(st.sampled_from([(1, 12, 1), (1, 4, 3), (2, 6, 1), (2, 3, 2), (3, 4, 1), (4, 3, 1), (4, 1, 3)]), plans)
-def test_a_global_batch_holds_the_same_samples_however_workers_share_it(shares: tuple[int, ...], plan: Plan) -> None:
+def test_global_batches_do_not_depend_on_workers_and_accumulation(shares: tuple[int, ...], plan: Plan) -> None:
     fixed = {name: getattr(plan, name) for name in ("size", "seed", "epochs", "lengths", "window")}
     alone = Plan(**fixed, workers=1, batch_size=12, accumulate=1)
     shared = Plan(**fixed, workers=shares[0], batch_size=shares[1], accumulate=shares[2])
@@ -71,33 +53,27 @@ def test_a_global_batch_holds_the_same_samples_however_workers_share_it(shares: 
 
 
 @few
-@given(plans, st.data())
-def test_a_start_in_the_middle_gives_exactly_the_rest(plan: Plan, data: st.DataObject) -> None:
-    done = data.draw(st.integers(0, plan.steps))
-    for rank in range(plan.workers):
-        whole = plan.positions(rank)
-        assert np.array_equal(plan.positions(rank, done * plan.per_step), whole[done * len(whole) // plan.steps :])
-
-
-@few
 @given(plans, plans, st.data())
-def test_other_workers_that_go_on_from_any_step_see_every_sample_once_per_epoch(
+def test_every_sample_comes_once_per_epoch_also_if_other_workers_resume(
     plan: Plan, other: Plan, data: st.DataObject
 ) -> None:
+    assert plan.steps * plan.per_step == plan.epochs * plan.size + plan.surplus
+    assert 0 <= plan.surplus < plan.per_step
     done = data.draw(st.integers(0, plan.steps)) * plan.per_step
     shape = {name: getattr(other, name) for name in ("workers", "batch_size", "accumulate")}
     rest = replace(plan, **shape, sorted_by=plan.per_step)
     before = plan.samples(np.arange(done))
     positions = [rest.positions(rank, done) for rank in range(rest.workers)]
-    after = np.sort(np.concatenate(positions)).astype(int)
-    assert np.array_equal(after, np.arange(done, done + len(after)))
+    by_step = np.stack([of.reshape(-1, rest.per_step // rest.workers) for of in positions], axis=1)
+    after = np.sort(by_step.reshape(-1, rest.per_step), axis=1).reshape(-1).astype(int)
+    assert np.array_equal(after, np.arange(done, done + len(after)))  # step by step
     seen = np.concatenate([before, rest.samples(after)])
     assert len(seen) >= plan.epochs * plan.size
     for epoch in seen[: plan.epochs * plan.size].reshape(plan.epochs, plan.size):
         assert sorted(epoch) == list(range(plan.size))
 
 
-def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
     one = Plan(size=30, seed=5, epochs=2, workers=1, batch_size=1, accumulate=1)
     other = Plan(size=30, seed=5, epochs=9, workers=4, batch_size=6, accumulate=3)
     everything = np.arange(60)
@@ -127,34 +103,27 @@ def test_steps_and_surplus_by_hand(
     assert plan.description == said
 
 
-def test_a_workers_rows_start_at_the_position_of_its_checkpoint() -> None:
-    plan = Plan(size=10, seed=0, epochs=2, workers=2, batch_size=2, accumulate=1)
-    (first,), (second,) = (plan.rows(rank, 8) for rank in range(2))
-    assert first["position"].tolist() == [8, 9, 12, 13, 16, 17]
-    assert second["position"].tolist() == [10, 11, 14, 15, 18, 19]
-
-
 @few
 @given(plans, st.integers(1, 50), st.data())
-def test_stretches_are_whole_steps_and_one_after_the_other_the_whole(
-    plan: Plan, stretch: int, data: st.DataObject
+def test_rows_from_any_step_are_the_rest_of_the_order_in_chunks_of_whole_steps(
+    plan: Plan, chunk: int, data: st.DataObject
 ) -> None:
-    start = data.draw(st.integers(0, plan.steps - 1)) * plan.per_step
-    of_a_step = plan.batch_size * plan.accumulate
+    done = data.draw(st.integers(0, plan.steps - 1))
+    start, of_a_step = done * plan.per_step, plan.batch_size * plan.accumulate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ROWS_PER_CHUNK", stretch)
+        patch.setattr(pipeline, "ROWS_PER_CHUNK", chunk)
         for rank in range(plan.workers):
             rows = list(plan.rows(rank, start))
             positions = np.concatenate([part["position"] for part in rows])
-            assert np.array_equal(positions, plan.positions(rank, start))
+            assert np.array_equal(positions, plan.positions(rank)[done * of_a_step :])
             assert np.array_equal(np.concatenate([part["sample"] for part in rows]), plan.samples(positions))
             assert all(len(part["sample"]) % of_a_step == 0 for part in rows)
-            assert all(len(part["sample"]) <= max(stretch, of_a_step) for part in rows)
+            assert all(len(part["sample"]) <= max(chunk, of_a_step) for part in rows)
 
 
 @few
 @given(plans)
-def test_samples_of_a_window_are_sorted_into_steps_and_stay_in_their_window(plan: Plan) -> None:
+def test_samples_of_a_window_are_grouped_by_length_into_steps(plan: Plan) -> None:
     assume(plan.lengths is not None)
     plain = sample_order(plan.seed, 1, plan.size)
     first = -plan.size % plan.per_step  # where the first whole step of epoch 1 begins
@@ -167,6 +136,12 @@ def test_samples_of_a_window_are_sorted_into_steps_and_stay_in_their_window(plan
         steps = plan.lengths[order[here][:whole]].reshape(-1, plan.per_step)
         by_length = steps[np.lexsort((steps[:, -1], steps[:, 0]))].reshape(-1)
         assert np.array_equal(by_length, np.sort(by_length))
+
+
+def test_steps_of_a_window_are_shuffled() -> None:
+    plan = Plan(size=64, seed=0, epochs=1, workers=1, batch_size=2, accumulate=1, lengths=np.arange(64), window=32)
+    first = plan.order(0).reshape(-1, 2)[:, 0].tolist()
+    assert first != sorted(first) == list(range(0, 64, 2))
 
 
 def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort(tokenizer: Any) -> None:
@@ -187,7 +162,7 @@ def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort(tokeniz
     assert padding(lengths=lengths, window=defaults.data.bucket_batches) < 0.1 < 0.3 < padding()
 
 
-def test_batches_say_nothing_of_the_answer(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
+def test_bucket_lengths_do_not_depend_on_the_label(tokenizer: Any, talk: Callable[..., Conversation]) -> None:
     renderer = Renderer(tokenizer, {})
     answers = ("male.", "cognitively normal.", "Alzheimer's disease, I think.")
     lengths = {
@@ -199,17 +174,9 @@ def test_batches_say_nothing_of_the_answer(tokenizer: Any, talk: Callable[..., C
     assert longer.bucket_length > max(lengths) + 100
 
 
-def test_the_steps_of_a_window_do_not_come_in_the_order_of_their_length() -> None:
-    plan = Plan(size=64, seed=0, epochs=1, workers=1, batch_size=2, accumulate=1, lengths=np.arange(64), window=32)
-    assert plan.order(0).reshape(-1, 2)[:, 0].tolist() != list(range(0, 64, 2))
-    assert sorted(plan.order(0).reshape(-1, 2)[:, 0]) == list(range(0, 64, 2))
-
-
 @few
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 4))
-def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_workers(
-    lengths: list, workers: int, batch_size: int
-) -> None:
+def test_evaluations_see_every_sample_once_sorted_by_length(lengths: list, workers: int, batch_size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "ROWS_PER_CHUNK", 6)
         opened = [evaluation_rows(np.array(lengths), rank, workers, batch_size) for rank in range(workers)]
@@ -219,7 +186,7 @@ def test_an_evaluation_sees_every_sample_once_by_length_over_any_number_of_worke
     assert all(np.all(np.diff(np.array(lengths)[share]) >= 0) for share in shares)
 
 
-def test_conversations_survive_the_table(cohort: dict[str, Conversation], talk: Callable[..., Conversation]) -> None:
+def test_the_table_keeps_conversations(cohort: dict[str, Conversation], talk: Callable[..., Conversation]) -> None:
     conversations = [
         *cohort.values(),
         talk(("user", "Größe?\n\U0001f9e0"), ("assistant", ""), extra={"kept": [1, None]}),

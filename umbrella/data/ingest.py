@@ -28,8 +28,6 @@ def load_splits(
     The split of the final evaluation (``evaluate.at_end``) is included.
 
     Args:
-        settings: all settings.
-        progress: progress bar for slow steps.
         trials: settings of all trials of a sweep. A sample is used only if it is usable with all of them.
         dry_run: do not decode volumes, and write nothing.
 
@@ -56,7 +54,7 @@ def check_splits(
 
     Args:
         splits: changed in place.
-        settings, progress, trials, dry_run: see ``load_splits``.
+        trials, dry_run: see ``load_splits``.
 
     Raises:
         UserError: see ``apply_bad_sample_policy`` and ``check_nodes``.
@@ -78,7 +76,7 @@ def check_volumes(
 
     Args:
         splits: changed in place.
-        settings, progress, trials: see ``load_splits``.
+        trials: see ``load_splits``.
 
     Raises:
         UserError: the store cannot be written; see also ``check_nodes``.
@@ -122,7 +120,7 @@ def check_rendering(
 
     Args:
         splits: changed in place. ``lengths`` are those of the first of ``trials``.
-        settings, progress, trials: see ``load_splits``.
+        trials: see ``load_splits``.
     """
     from umbrella.data.masking import loss_weights
     from umbrella.data.rendering import load_renderer
@@ -162,7 +160,6 @@ def apply_bad_sample_policy(splits: Splits, settings: "Settings", write: bool = 
 
     Args:
         splits: the splits with their problems.
-        settings: all settings.
         write: write the quarantine file, ``<storage>/quarantine-<hash of its content>.jsonl``.
 
     Raises:

@@ -34,18 +34,12 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar
         if not c.volumes:
             return c
         stated, last = c.stated_subject, c.volumes_by_turn[-1]
-        names = {
-            path: bids_subject(path) or (None if stated else contents.get(path))
-            for v in c.volumes
-            if (path := v.image_path)
-        }
+        paths = [v.image_path for v in c.volumes]
+        names = {path: bids_subject(path) or (None if stated else contents.get(path)) for path in paths}
         own = stated if stated in names.values() else names[last[-1].image_path]
         # Volumes of one turn whose paths contain no subject are assumed to belong to one subject.
-        others = {names[v.image_path] for v in c.volumes if bids_subject(v.image_path) or v not in last} - {
-            own,
-            stated,
-            None,
-        }
+        others = {names[v.image_path] for v in c.volumes if bids_subject(v.image_path) or v not in last}
+        others -= {own, stated, None}
         changes: dict[str, Any] = {}
         if not stated:
             sources["path" if bids_subject(last[-1].image_path) else "content"] += 1
@@ -126,21 +120,14 @@ def find_shared(
 
 def _first(conversations: Iterable[Conversation], of: Callable[[Conversation], Iterable[str | None]]) -> dict:
     """Each thing that conversations ask about or show, with the first of them."""
-    found: dict[str, Conversation] = {}
-    for c in conversations:
-        for thing in of(c):
-            if thing is not None:
-                found.setdefault(thing, c)
-    return found
+    return {thing: c for c in reversed(list(conversations)) for thing in of(c) if thing is not None}
 
 
 def _shared_contents(splits: Mapping[str, Sequence[Conversation]]) -> dict[str, str]:
     """Path of each volume whose content is in several splits, to one path for each content."""
     users: dict[str, set[str]] = defaultdict(set)
-    for name, conversations in splits.items():
-        for c in conversations:
-            for volume in c.volumes:
-                users[volume.image_path].add(name)
+    for name, path in ((name, v.image_path) for name, cs in splits.items() for c in cs for v in c.volumes):
+        users[path].add(name)
     groups = [list(users)]
     # Whole files are read only if size and middle agree; uncompressed volumes often have the same size.
     for key in (image_size, _middle, content_hash):

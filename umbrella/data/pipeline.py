@@ -10,17 +10,14 @@ Rows are generated in chunks, so memory does not grow with the length of the tra
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from umbrella.conversations.schema import Conversation
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
 
 ROWS_PER_BLOCK, ROWS_PER_CHUNK = 1024, 32768
 Rows = Mapping[str, np.ndarray]
@@ -96,14 +93,12 @@ class Plan:
         Each worker generates its own rows. Ray's ``split`` drops up to ``workers - 1`` rows and assigns blocks in the
         order of requests, so it is not reproducible.
         """
-        steps, orders = max(1, ROWS_PER_CHUNK // (self.batch_size * self.accumulate)), dict[int, np.ndarray]()
+        steps = max(1, ROWS_PER_CHUNK // (self.batch_size * self.accumulate))
+        order = lru_cache(maxsize=1)(self.order)  # a large epoch has many chunks
         for first in range(0, self.steps_from(start), steps):
             position = start + first * self.per_step
             positions = self.positions(rank, position, min(steps, self.steps_from(position)))
-            epochs = range(int(positions[0]) // self.size, int(positions[-1]) // self.size + 1)
-            # A large epoch has many chunks; its order is computed once.
-            orders = {epoch: orders[epoch] if epoch in orders else self.order(epoch) for epoch in epochs}
-            yield {"position": positions, "sample": self.samples(positions, orders)}
+            yield {"position": positions, "sample": self.samples(positions, order)}
 
     def rng_keys(self, rows: Rows) -> list[tuple[int, int, int]]:
         """Return (seed, epoch, sample) of each row, the seed of its random choices."""
@@ -128,14 +123,13 @@ class Plan:
             part[:] = rng.permutation(steps).reshape(-1)
         return order
 
-    def samples(self, positions: np.ndarray, orders: Mapping[int, np.ndarray] = MappingProxyType({})) -> np.ndarray:
-        """Return the sample at each position. ``orders`` may give the orders of some epochs."""
-        epochs = positions // self.size
+    def samples(self, positions: np.ndarray, order: Callable[[int], np.ndarray] | None = None) -> np.ndarray:
+        """Return the sample at each position. ``order`` may be a cached ``self.order``."""
+        epochs, order = positions // self.size, order or self.order
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             mask = epochs == epoch
-            order = orders[int(epoch)] if int(epoch) in orders else self.order(int(epoch))
-            samples[mask] = order[positions[mask] % self.size]
+            samples[mask] = order(int(epoch))[positions[mask] % self.size]
         return samples
 
 
@@ -169,6 +163,7 @@ def batches(
         make: makes a batch of its rows.
         name: name of the data set in Ray's dashboard.
     """
+    import ray
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # suppress a warning about progress bars
@@ -178,7 +173,11 @@ def batches(
             return make(rows)
 
     for chunk in chunks:
-        rows = _dataset(chunk)
+        # from_arrow needs a Ray task with a free CPU for each block; in a sweep, two waiting trials can block each
+        # other. from_items needs no task.
+        values = zip(*(column.tolist() for column in chunk.values()), strict=True)
+        items = [dict(zip(chunk, row, strict=True)) for row in values]
+        rows = ray.data.from_items(items, override_num_blocks=max(1, ceil(len(items) / ROWS_PER_BLOCK)))
         if name:
             rows.set_name(name)
         # Several threads make batches; keep their order.
@@ -187,13 +186,3 @@ def batches(
         yield from rows.iter_torch_batches(
             batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
         )
-
-
-def _dataset(columns: Rows) -> "Dataset":
-    import ray
-
-    # from_arrow needs a Ray task with a free CPU for each block; in a sweep, two waiting trials can block each other.
-    # from_items needs no task.
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    rows = [dict(zip(columns, row, strict=True)) for row in values]
-    return ray.data.from_items(rows, override_num_blocks=max(1, ceil(len(rows) / ROWS_PER_BLOCK)))

@@ -140,7 +140,7 @@ def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
 
 
 def _first_folder(value: str) -> str:
-    """Return the first folder or drive of an absolute path, or "" if the value is no absolute path."""
+    """Return the first folder or drive of an absolute path, and otherwise an empty string."""
     match = re.match(r"/[^/]*/|[A-Za-z]:|\\\\[^\\]*", value)
     return match[0] if match else ""
 
@@ -174,8 +174,6 @@ def read_splits(
     """Read splits. Without ``data.train``, read the phantom cohort, and make it first if it does not exist.
 
     Args:
-        settings: all settings.
-        progress: progress bar for slow steps.
         names: names of the splits to read.
         check_files: check that each volume file exists.
         dry_run: do not make a phantom cohort; return its conversations without volumes.
@@ -197,7 +195,7 @@ def read_splits(
                 phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort")
             )
         elif not (phantom / "cohort.json").exists():
-            raw.splits = filter_splits(_phantom_conversations(settings, names), settings)
+            raw.splits = filter_splits({name: _phantom_conversations(settings, name) for name in names}, settings)
             raw.locations = {(name, c.task_id): "the phantom" for name, cs in raw.splits.items() for c in cs}
             return raw
     for name in names:
@@ -310,14 +308,13 @@ def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings"
     """
     data = settings.data
     types = {c.task_type for conversations in splits.values() for c in conversations}
-    by_type = bool(data.task_filter) and data.task_filter in types
 
     def is_selected(c: Conversation) -> bool:
         if data.modality and any(v.modality != data.modality for v in c.volumes):
             return False
-        if by_type:
+        if data.task_filter and data.task_filter in types:
             return c.task_type == data.task_filter
-        return not data.task_filter or bool(re.search(data.task_filter, c.task_id))
+        return bool(re.search(data.task_filter, c.task_id))  # an empty pattern matches
 
     kept = {name: [c for c in conversations if is_selected(c)] for name, conversations in splits.items()}
     for name, conversations in kept.items():
@@ -333,18 +330,12 @@ def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings"
     return kept
 
 
-def _phantom_conversations(settings: "Settings", names: Sequence[str]) -> dict[str, list[Conversation]]:
-    """Return the conversations of the phantom cohort without making its volumes."""
+def _phantom_conversations(settings: "Settings", name: str) -> list[Conversation]:
+    """Return the conversations of a split of the phantom cohort without making its volumes."""
     from umbrella.cohorts.phantom_subjects import draw_subjects, split_conversations
 
-    subjects = draw_subjects(settings.cohort)
-    return {
-        name: [
-            Conversation.model_validate(sample)
-            for sample in split_conversations([s for s in subjects if s.split == name], settings.cohort.seed)
-        ]
-        for name in names
-    }
+    subjects = [subject for subject in draw_subjects(settings.cohort) if subject.split == name]
+    return [Conversation.model_validate(sample) for sample in split_conversations(subjects, settings.cohort.seed)]
 
 
 def phantom_folder_of(settings: "Settings") -> Path:
