@@ -85,7 +85,7 @@ def in_mlflow(run: Run) -> tuple[str, str]:
     return run.info.status, run.data.tags[OUTCOME]
 
 
-def test_when_time_is_over_what_runs_is_stopped_and_nothing_starts(swept: Any) -> None:
+def test_time_budget_stops_running_trials_and_starts_none(swept: Any) -> None:
     _, answer, _, _, runs = swept
     state, reason = ends(answer)[BEST]
     assert state == "out of time"
@@ -95,7 +95,7 @@ def test_when_time_is_over_what_runs_is_stopped_and_nothing_starts(swept: Any) -
     assert len(runs) == 4
 
 
-def test_the_best_of_what_there_is_by_then_is_reported(swept: Any) -> None:
+def test_time_budget_reports_the_best_trial_so_far(swept: Any) -> None:
     _, answer, client, _, runs = swept
     losses = {trial.point["optim.lr"]: trial.metric for trial in answer.trials}
     assert answer.trials[0].metric == min(losses.values())
@@ -125,7 +125,7 @@ def test_only_the_best_trial_is_logged_and_registered_and_belongs_to_the_run_of_
         assert (kept / name).read_bytes() == (best / name).read_bytes()
 
 
-def test_a_sweep_that_time_ended_goes_on_with_what_ran_and_what_never_started(swept: Any) -> None:
+def test_sweep_resumes_after_its_time_budget_with_stopped_and_unstarted_trials(swept: Any) -> None:
     settings, before, client, parent, runs = swept
     again = run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
     assert ends(again)[BEST] == ends(again)[NEVER] == ("finished", "")
@@ -136,7 +136,7 @@ def test_a_sweep_that_time_ended_goes_on_with_what_ran_and_what_never_started(sw
     assert client.get_run(parent.info.run_id).data.metrics == {"best/eval/loss": again.trials[0].metric}
 
 
-def test_a_model_that_cannot_be_logged_costs_nothing_else_and_the_resume_that_is_named_logs_it_once(
+def test_failed_model_logging_keeps_the_results_and_a_resume_logs_the_model_once(
     swept: Any, capsys: pytest.CaptureFixture
 ) -> None:
     settings, before, client, parent, _ = swept
@@ -170,7 +170,7 @@ def test_a_model_that_cannot_be_logged_costs_nothing_else_and_the_resume_that_is
     assert [point.value for point in metric] == [before.trials[0].metric, answer.trials[0].metric]
 
 
-def test_a_sweep_whose_run_somebody_deleted_has_its_trials_under_a_new_one(
+def test_resume_of_a_sweep_with_a_deleted_run_creates_a_new_one_for_its_trials(
     swept: Any, capsys: pytest.CaptureFixture
 ) -> None:
     settings, before, client, parent, runs = swept

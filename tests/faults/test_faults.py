@@ -79,7 +79,7 @@ def readable(moved: list[Path]) -> None:
         array.replace(array.with_suffix(".npy"))
 
 
-def test_a_worker_killed_and_one_that_raises_are_started_again_and_what_all_attempts_meet_ends_it_in_one_line(
+def test_killed_and_raising_workers_are_restarted_and_a_repeated_failure_is_one_line(
     small_settings: Callable[..., Any], never_stopped: tuple[list, list]
 ) -> None:
     settings = small_settings({**LONGER, "name": "attempts", "resources.max_failures": 2})
@@ -115,7 +115,7 @@ def read_step(checkpoint: Path | None) -> int:
 
 
 @pytest.mark.ci
-def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the_command_is_given_again(
+def test_resume_after_killed_driver_damaged_checkpoint_and_sigterm_is_exact(
     small_settings: Callable[..., Any],
     never_stopped: tuple[list, list],
     run: Callable[..., Done],
@@ -155,7 +155,7 @@ def test_a_killed_driver_a_broken_checkpoint_and_sigterm_change_nothing_when_the
     assert left_by(settings, folder) == never_stopped
 
 
-def test_a_training_that_is_stopped_by_the_keyboard_says_so_in_a_line_and_is_killed_with_status_130(
+def test_ctrl_c_ends_a_training_with_one_line_and_status_130(
     small_settings: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = small_settings({**LONGER, "train.epochs": 600, "name": "keyboard"})
@@ -176,7 +176,7 @@ def test_a_training_that_is_stopped_by_the_keyboard_says_so_in_a_line_and_is_kil
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "killed")
 
 
-def test_another_number_of_workers_goes_on_and_sees_each_conversation_once_per_epoch(
+def test_resume_on_another_number_of_workers_sees_each_sample_once_per_epoch(
     small_settings: Callable[..., Any], run: Callable[..., Done]
 ) -> None:
     fixed = {**LONGER, "train.epochs": 8, "train.batch_size": 2, "name": "counts"}

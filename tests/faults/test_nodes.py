@@ -55,7 +55,7 @@ def together(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list
     return left_by(settings, go_on(settings))
 
 
-def test_a_training_on_two_nodes_is_to_the_bit_the_one_on_one_node(
+def test_training_on_two_nodes_equals_one_node_bit_for_bit(
     pair: Nodes, small_settings: Callable[..., Any], together: tuple[list, list]
 ) -> None:
     settings = small_settings({**LONGER, **APART, "name": "apart"})
@@ -67,7 +67,7 @@ def test_a_training_on_two_nodes_is_to_the_bit_the_one_on_one_node(
     assert left_by(settings, folder_of(settings)) == together
 
 
-def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Callable[..., Any]) -> None:
+def test_sweep_uses_both_nodes(pair: Nodes, small_settings: Callable[..., Any]) -> None:
     space = {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}, "mask.supervise": {"grid": ["last_assistant"]}}
     small = {"tune.space": space, "resources.cpus_per_worker": CPUS, "name": "both", "tune.scheduler": "none"}
     settings = small_settings({**small, "experiment": "nodes"})
@@ -78,7 +78,7 @@ def test_a_sweep_runs_its_trials_on_both_nodes(pair: Nodes, small_settings: Call
     assert len((folder / "ranking.csv").read_text(encoding="utf-8").splitlines()) == 5
 
 
-def test_a_training_whose_worker_fits_on_no_node_is_refused_before_it_starts(
+def test_worker_that_fits_on_no_node_is_refused_before_the_start(
     pair: Nodes, small_settings: Callable[..., Any]
 ) -> None:
     settings = small_settings({"resources.cpus_per_worker": 4, "name": "large", "experiment": "nodes"})
@@ -90,7 +90,7 @@ def test_a_training_whose_worker_fits_on_no_node_is_refused_before_it_starts(
     assert latest_checkpoint(folder_of(settings)) is None
 
 
-def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volume_is_decoded(
+def test_node_with_other_storage_is_reported_by_every_script_before_decoding(
     pair: Nodes, small_settings: Callable[..., Any], learnt: Path, tmp_path: Path
 ) -> None:
     settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
@@ -131,14 +131,14 @@ def test_a_node_that_sees_another_storage_is_named_by_every_script_before_a_volu
         ),
     ],
 )
-def test_who_has_not_the_clusters_token_is_told_so_in_one_line(
+def test_missing_cluster_token_is_one_line(
     pair: Nodes, small_settings: Callable[..., Any], environment: dict[str, str], words: str
 ) -> None:
     script = pair.run(TRAIN, str(put(small_settings({"name": "stranger"}))), **environment)
     assert f"error: RAY_ADDRESS={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
 
 
-def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it_would_have(
+def test_training_waits_for_a_new_node_after_its_node_is_killed(
     small_settings: Callable[..., Any], together: tuple[list, list]
 ) -> None:
     settings = small_settings({**LONGER, **APART, "name": "replaced"})
@@ -158,7 +158,7 @@ def test_a_training_whose_node_is_killed_waits_for_another_one_and_loses_what_it
     assert left_by(settings, folder) == together
 
 
-def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_checkpoint(
+def test_lost_node_changes_no_loss_and_drained_node_is_left_with_a_checkpoint(
     small_settings: Callable[..., Any],
 ) -> None:
     long = {**LONGER, "train.epochs": 150, "train.evaluate_every": 10_000}  # a checkpoint before its end is the drain's
@@ -190,7 +190,7 @@ def test_a_lost_node_changes_nothing_and_one_that_is_drained_is_left_with_a_chec
     assert left_by(settings, folder) == expected
 
 
-def test_a_training_on_fewer_workers_grows_onto_a_node_that_is_added_and_each_conversation_comes_once_per_epoch(
+def test_training_grows_onto_an_added_node_and_sees_each_sample_once_per_epoch(
     small_settings: Callable[..., Any],
 ) -> None:
     long = {"train.epochs": 1000, "train.evaluate_every": 20, "name": "grows"}
@@ -213,7 +213,7 @@ def test_a_training_on_fewer_workers_grows_onto_a_node_that_is_added_and_each_co
     assert_each_once_per_epoch(folder, len(samples(folder)) // COHORT)
 
 
-def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_settings: Callable[..., Any]) -> None:
+def test_training_that_lost_its_node_stops_at_the_first_sigterm(small_settings: Callable[..., Any]) -> None:
     settings = small_settings({**LONGER, "resources.cpus_per_worker": CPUS, "name": "alone"})
     with nodes(1, 3) as cluster:
         script = cluster.run(TRAIN, str(put(settings)))
@@ -228,7 +228,7 @@ def test_a_training_that_has_lost_its_node_stops_at_the_first_sigterm(small_sett
     assert (stopped.info.status, stopped.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
 
 
-def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_for_each_trial(tmp_path: Path) -> None:
+def test_sweep_that_loses_nodes_and_its_script_ends_with_one_complete_run_per_trial(tmp_path: Path) -> None:
     slow = {"train.evaluate_every": 1}  # so that a trial is not over before a node has started
     settings = question(tmp_path, trials=3).with_values({**slow, "resources.cpus_per_worker": CPUS, "name": "lost"})
 
@@ -256,7 +256,7 @@ def test_a_sweep_that_loses_nodes_and_then_its_script_ends_with_one_whole_run_fo
     assert faults_in(settings) == []
 
 
-def test_with_fewer_workers_after_a_lost_node_each_conversation_comes_once_per_epoch(
+def test_fewer_workers_after_a_lost_node_see_each_sample_once_per_epoch(
     small_settings: Callable[..., Any],
 ) -> None:
     elastic = {"resources.min_workers": 1, "name": "fewer"}

@@ -51,7 +51,7 @@ def steps_of(storage: Path) -> list[int]:
 
 
 @pytest.mark.ci
-def test_a_disk_that_checkpoints_fill_ends_the_training_at_once_and_with_more_room_it_goes_on(
+def test_training_that_fills_its_disk_stops_in_one_line_and_resumes_with_free_space(
     train: Callable[..., Any], small_disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
     storage, disk = tmp_path / "runs", small_disk(3 << 20)
@@ -72,7 +72,7 @@ def test_a_disk_that_checkpoints_fill_ends_the_training_at_once_and_with_more_ro
     assert steps_of(storage) == list(range(1, STEPS + 1))
 
 
-def test_a_disk_that_others_fill_ends_the_training_of_all_workers_in_one_line(
+def test_disk_filled_by_others_ends_all_workers_in_one_line(
     train: Callable[..., Any], small_disk: Callable[[int], Path]
 ) -> None:
     storage = small_disk(64 << 20)
@@ -91,9 +91,7 @@ def test_a_disk_that_others_fill_ends_the_training_of_all_workers_in_one_line(
     assert f"the last good checkpoint is {latest_checkpoint(storage / 'trainings' / 'one')}" in error
 
 
-def test_storage_that_is_moved_away_ends_the_training_and_in_its_new_place_it_goes_on_as_the_same_run(
-    train: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_training_resumes_as_the_same_run_after_its_storage_moved(train: Callable[..., Any], tmp_path: Path) -> None:
     storage, moved = tmp_path / "runs", tmp_path / "elsewhere"
     mover = when_step(storage / "trainings" / "one", 8, lambda: storage.rename(moved))
     error = error_of(train(storage))

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.ci
-def test_a_sweep_of_eight_trials_that_is_killed_five_times_ends_with_eight_true_runs(tmp_path: Path) -> None:
+def test_sweep_killed_five_times_ends_with_eight_correct_runs(tmp_path: Path) -> None:
     settings = question(tmp_path, trials=8)
     assert sweep_with_kills(settings, random.Random(2), kills=5, say=print) == 5
     assert faults_in(settings) == []
 
 
 @pytest.mark.ci
-def test_a_sweep_that_is_stopped_by_the_keyboard_gives_no_answer(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_sweep_without_a_result(tmp_path: Path) -> None:
     settings = question(tmp_path, trials=2).with_values({"train.epochs": 2000, "train.evaluate_every": 50})
     # A shell that runs the tests in the background has it ignored, and the script would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -73,7 +73,7 @@ def steps(tracker: MlflowLogger, name: str = "train/loss") -> list[int]:
     return [metric.step for metric in tracker.client.get_metric_history(tracker.run_id, name)]
 
 
-def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
+def test_restarted_tracking_server_has_every_event_once(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(mlflow_logger, "RETRY", 0.0)
@@ -125,7 +125,7 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_it_once(
     assert steps(MlflowLogger(server.uri, second)) == list(range(1, 11))
 
 
-def test_a_sweep_whose_server_goes_away_ends_with_true_states_and_its_model_once_it_is_resumed(
+def test_sweep_that_lost_its_tracking_server_has_correct_status_and_model_after_a_resume(
     server: Server, learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(mlflow_logger, "RETRY", 0.0)
@@ -197,7 +197,7 @@ sys.stdin.read()
 """
 
 
-def test_a_database_that_is_locked_for_longer_than_mlflow_waits_gets_everything_later(
+def test_locked_tracking_database_gets_all_events_later(
     uri: str, experiment: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     logger = MlflowLogger.start(uri, experiment, "x", folder=tmp_path / "one")

@@ -71,7 +71,7 @@ def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) ->
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 
 
-def test_a_baseline_that_lost_its_newest_checkpoints_goes_on_to_the_same_answers(baseline_settings: Any) -> None:
+def test_baseline_resumes_from_an_older_checkpoint_with_equal_predictions(baseline_settings: Any) -> None:
     from umbrella.baseline.run import evaluate, make_jobs
     from umbrella.training.launch import run_job
 

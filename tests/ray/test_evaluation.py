@@ -104,7 +104,7 @@ def run_in_mlflow(settings: Settings, name: str) -> Any:
     return client, run
 
 
-def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -> None:
+def test_controls_remove_what_the_images_contribute(ended: Ended) -> None:
     assert whole(ended.folder, "as_asked")["metrics"][SCORE]["value"] > 0.9
     for control in ("shuffled", "text_only"):
         found = whole(ended.folder, control)["metrics"][SCORE]
@@ -114,12 +114,12 @@ def test_what_was_learnt_from_the_images_is_gone_in_the_controls(ended: Ended) -
     assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
 
 
-def test_a_training_and_its_evaluation_print_no_line_that_is_not_meant_for_a_person(ended: Ended) -> None:
+def test_training_and_evaluation_print_only_known_lines(ended: Ended) -> None:
     assert "  finished\n" in ended.output
     assert unknown_lines(ended.output) == []
 
 
-def test_a_checkpoint_knows_its_modalities_and_its_longest_answer(ended: Ended, run: Callable[..., Any]) -> None:
+def test_checkpoint_stores_its_modalities_and_longest_answer(ended: Ended, run: Callable[..., Any]) -> None:
     config = json.loads((ended.checkpoint / "config.json").read_text())
     assert sorted(config["umbrella_modalities"]) == ["dMRI", "fMRI", "sMRI"]
     assert (config["trained_modalities"], config["longest_answer"]) == (["sMRI"], len("female.") + 2)
@@ -129,7 +129,7 @@ def test_a_checkpoint_knows_its_modalities_and_its_longest_answer(ended: Ended, 
 
 
 @pytest.mark.slow
-def test_on_the_default_cohort_other_subjects_volumes_bring_the_score_to_chance(tmp_path: Path) -> None:
+def test_default_cohort_scores_at_chance_with_other_subjects_volumes(tmp_path: Path) -> None:
     best_settings = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
     others = {"tracking.model": False, "resources.storage": str(tmp_path)}
     folder = train_and_evaluate(tmp_path, load_settings(overrides=best_settings | others)).folder
@@ -139,7 +139,7 @@ def test_on_the_default_cohort_other_subjects_volumes_bring_the_score_to_chance(
     assert shuffled["value"] < 0.7
 
 
-def test_an_evaluation_at_the_end_is_in_the_trainings_run_without_anybodys_name(ended: Ended) -> None:
+def test_final_evaluation_is_logged_to_the_training_run_without_subject_ids(ended: Ended) -> None:
     client, run = run_in_mlflow(ended.settings, "learns")
     told, found = run.data.metrics, whole(ended.folder, "as_asked")["metrics"]
     assert run.info.status == "FINISHED"
@@ -154,9 +154,7 @@ def test_an_evaluation_at_the_end_is_in_the_trainings_run_without_anybodys_name(
         assert "sub-0" not in Path(client.download_artifacts(run.info.run_id, f"evaluation/{name}")).read_text()
 
 
-def test_two_workers_answer_what_one_does_to_the_last_bit(
-    ended: Ended, run: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_two_prediction_workers_equal_one_bit_for_bit(ended: Ended, run: Callable[..., Any], tmp_path: Path) -> None:
     moved = shutil.copytree(ended.checkpoint, tmp_path / "moved" / "step_0000001")
     words = ["evaluate.workers=2", "resources.cpus_per_worker=0.5", "evaluate.controls=[shuffled]"]
     done = run("evaluate.py", f"checkpoint={moved}", f"output={tmp_path / 'again'}", "evaluate.pictures=0", *words)
@@ -170,7 +168,7 @@ def test_two_workers_answer_what_one_does_to_the_last_bit(
     assert f"test/sex/{SCORE}" in own.data.metrics
 
 
-def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: Ended, run: Callable[..., Any]) -> None:
+def test_dry_run_counts_samples_and_shared_subjects_are_an_error(ended: Ended, run: Callable[..., Any]) -> None:
     (train,) = Path(ended.settings.resources.storage).glob("phantom-*/conversations/train.jsonl")
     words = (f"checkpoint={ended.checkpoint}", "--dry-run", f"data.root={train.parent.parent}")
     done = run("evaluate.py", *words)
@@ -187,7 +185,7 @@ def test_what_would_be_asked_is_said_and_shared_subjects_are_an_error(ended: End
     assert "is also in data.train" in allowed.stdout
 
 
-def test_what_is_wrong_with_a_batch_or_a_process_is_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
+def test_errors_of_a_batch_or_process_are_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
     asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male."))
     predictions, fault = PredictionWorker(str(ended.checkpoint), ended.settings, {}, (), True).predict([asked])
     assert (predictions, fault.count("\n")) == ([], 0)
@@ -215,14 +213,14 @@ def squares(folder: Path, numbers: list[int], max_failures: int = 3) -> Iterator
     return map_on_actors(numbers, start, 2, max_failures)
 
 
-def test_answers_come_in_order_and_what_a_process_died_of_is_asked_again(ray_session: Any, tmp_path: Path) -> None:
+def test_predictions_keep_their_order_when_a_worker_process_dies(ray_session: Any, tmp_path: Path) -> None:
     for name in ("0-a", "5-a", "5-b"):
         (tmp_path / name).touch()
     assert list(squares(tmp_path, list(range(12)))) == [n * n for n in range(12)]
     assert not list(tmp_path.iterdir())
 
 
-def test_processes_that_die_too_often_and_a_fault_are_one_line(ray_session: Any, tmp_path: Path) -> None:
+def test_repeated_worker_deaths_and_exceptions_are_one_line(ray_session: Any, tmp_path: Path) -> None:
     for name in ("1-a", "1-b", "1-c"):
         (tmp_path / name).touch()
     with pytest.raises(
@@ -235,7 +233,7 @@ def test_processes_that_die_too_often_and_a_fault_are_one_line(ray_session: Any,
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_started_again_and_nothing_is_lost(ended: Ended) -> None:
+def test_evaluation_completes_after_a_worker_process_is_killed(ended: Ended) -> None:
     shown = read_splits(ended.settings, quiet, ("test",)).splits["test"]
     told = ended.settings.with_values({"evaluate.batch_size": 1})
     killed = 0

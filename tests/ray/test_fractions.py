@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-def test_four_trials_that_fit_on_a_card_run_at_once(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_trials_share_one_gpu(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = small_settings(
         {
             "tune.space": {"optim.lr": {"grid": [1e-3 * (1 + number) for number in range(TRIALS)]}},

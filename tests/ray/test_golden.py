@@ -110,21 +110,23 @@ def now(small_settings: Any, ray_session: Any) -> dict[str, Any]:
     return measure(small_settings(TRAINING))
 
 
-def test_the_order_of_samples_is_the_committed_one(now: dict[str, Any], golden: dict[str, Any]) -> None:
+def test_sample_order_equals_the_golden_file(now: dict[str, Any], golden: dict[str, Any]) -> None:
     assert now["order"] == golden["order"]
 
 
-def test_spans_and_weights_are_the_committed_ones(now: dict[str, Any], golden: dict[str, Any]) -> None:
+def test_spans_and_weights_equal_the_golden_file(now: dict[str, Any], golden: dict[str, Any]) -> None:
     assert now["masks"] == golden["masks"]
     assert now["supervised_tokens"] == golden["supervised_tokens"]
 
 
-def test_losses_are_the_committed_ones(now: dict[str, Any], golden: dict[str, Any]) -> None:
+def test_losses_are_within_tolerance_of_the_golden_file(now: dict[str, Any], golden: dict[str, Any]) -> None:
     assert len(golden["losses"]) == 13
     assert now["losses"] == pytest.approx(golden["losses"], rel=TOLERANCE, abs=0)
 
 
-def test_metrics_of_evaluations_are_the_committed_ones(now: dict[str, Any], golden: dict[str, Any]) -> None:
+def test_evaluation_metrics_are_within_tolerance_of_the_golden_file(
+    now: dict[str, Any], golden: dict[str, Any]
+) -> None:
     assert list(now["metrics"]) == ["5", "10", "13"]
     for step, metrics in golden["metrics"].items():
         assert now["metrics"][step] == pytest.approx(metrics, rel=TOLERANCE, abs=0)

@@ -21,7 +21,7 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
-def test_a_cohort_that_was_killed_goes_on_to_the_same_file_and_asks_nothing_twice(
+def test_killed_cohort_prediction_resumes_to_the_same_file_without_repeats(
     ask: Callable[..., Done], learnt: Path, said: list[Conversation], tmp_path: Path
 ) -> None:
     cohort = [c.model_copy(update={"task_id": f"{c.task_id}{i}"}) for i in range(4) for c in said]

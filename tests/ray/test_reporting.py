@@ -54,14 +54,14 @@ def patient(small_settings: Callable[..., Any], ray_session: Any, tmp_path_facto
     return trained
 
 
-def test_a_training_without_a_better_evaluation_stops_on_all_workers_and_says_so(patient: Trained) -> None:
+def test_early_stopping_ends_all_workers_with_a_message(patient: Trained) -> None:
     assert patient.steps == list(range(1, STOP + 1))
     assert (patient.run.info.status, patient.run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")
     kept = [path.name for path in sorted(patient.folder.glob("step_*"))]
     assert kept == ["step_0000009", "step_0000027"], "the best and the newest"
 
 
-def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) -> None:
+def test_patience_is_counted_the_same_after_a_kill(patient: Trained) -> None:
     assert steps_taken(patient) > STOP, "it took steps twice"
     newest = latest_checkpoint(patient.folder)
     assert newest is not None
@@ -69,7 +69,7 @@ def test_a_kill_does_not_move_the_step_at_which_patience_ends(patient: Trained) 
     assert (progress.step, progress.since_best) == (STOP, 2)
 
 
-def test_two_workers_with_sharded_weights_have_the_curve_of_one_although_one_was_killed_and_one_has_more_to_evaluate(
+def test_two_sharded_workers_have_the_curve_of_one_after_a_kill_and_with_unequal_evaluation_sizes(
     patient: Trained, one: Trained, small_settings: Callable[..., Any]
 ) -> None:
     assert patient.curves["train/loss"] == pytest.approx(one.curves["train/loss"][:STOP], abs=1e-5)
@@ -78,12 +78,12 @@ def test_two_workers_with_sharded_weights_have_the_curve_of_one_although_one_was
     assert len(load_splits(small_settings(PATIENT), quiet).validation) % 2 == 1
 
 
-def test_mlflow_has_the_figures_of_the_lines(patient: Trained) -> None:
+def test_mlflow_metrics_equal_the_printed_values(patient: Trained) -> None:
     assert patient.run.data.metrics.keys() >= SHOWN
     assert 0 <= patient.run.data.metrics["train/waiting_for_data"] <= 1
 
 
-def test_rays_metrics_have_the_figures_and_grafana_asks_for_no_others(ray_session: Any) -> None:
+def test_ray_exports_the_metrics_that_grafana_queries(ray_session: Any) -> None:
     (node,) = ray_session.nodes()
     address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
 
@@ -112,9 +112,7 @@ def test_rays_metrics_have_the_figures_and_grafana_asks_for_no_others(ray_sessio
         time.sleep(0.1)
 
 
-def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
-    patient: Trained, ray_session: Any
-) -> None:
+def test_ray_dashboard_shows_names_of_job_training_and_dataset(patient: Trained, ray_session: Any) -> None:
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
     (job,) = ray_session._private.worker.global_worker.gcs_client.get_all_job_info().values()
@@ -127,7 +125,7 @@ def test_rays_dashboard_calls_job_training_and_data_by_names_that_a_person_gave(
     assert named >= {f"patient, {use}, worker {rank}" for use in ("training", "evaluation") for rank in (0, 1)}
 
 
-def test_a_stopped_training_is_not_trained_further(patient: Trained, small_settings: Callable[..., Any]) -> None:
+def test_early_stopped_training_does_not_resume(patient: Trained, small_settings: Callable[..., Any]) -> None:
     before = steps_taken(patient)
     again = train_here(small_settings(PATIENT))
     assert (again.steps, steps_taken(again)) == (patient.steps, before)

@@ -89,7 +89,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> tuple[A
     return make_tuner(tmp_path_factory.mktemp("swept"), storage).fit(), storage
 
 
-def test_optunas_points_are_run_with_every_seed_past_failures_and_missing_numbers(swept: Any) -> None:
+def test_optuna_runs_each_point_with_every_seed_despite_failures_and_nan(swept: Any) -> None:
     results, storage = swept
     found = configs(results)
     assert [config.pop("seed") for config in found] == [0, 1] * 3
@@ -101,7 +101,7 @@ def test_optunas_points_are_run_with_every_seed_past_failures_and_missing_number
     assert told == pytest.approx(best), "the best evaluations of the seeds that did not fail"
 
 
-def test_an_interrupted_search_goes_on_with_the_points_of_one_that_was_not(
+def test_resumed_search_proposes_the_points_of_an_uninterrupted_one(
     swept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")

@@ -53,7 +53,7 @@ def swept(small_settings: Any, ray_session: Any) -> Any:
     return answer, client, parent, {run.data.tags[TRIAL]: run for run in runs if PARENT in run.data.tags}
 
 
-def test_each_trial_is_one_run_under_the_sweeps_run(swept: Any) -> None:
+def test_each_trial_is_one_run_below_the_run_of_the_sweep(swept: Any) -> None:
     answer, _, parent, children = swept
     assert set(children) == {trial.trial_id for trial in answer.trials}
     assert len(children) == 3
@@ -61,7 +61,7 @@ def test_each_trial_is_one_run_under_the_sweeps_run(swept: Any) -> None:
     assert parent.info.status == "FINISHED"
 
 
-def test_a_trial_that_asha_stops_is_killed_one_that_explodes_is_failed_and_the_sweep_goes_on(swept: Any) -> None:
+def test_asha_stop_is_killed_diverged_trial_is_failed_and_the_sweep_continues(swept: Any) -> None:
     answer, client, _, children = swept
     assert [trial.state for trial in answer.trials] == ["finished", "stopped by the scheduler", "failed"]
     assert [children[trial.trial_id].info.status for trial in answer.trials] == ["FINISHED", "KILLED", "FAILED"]
@@ -72,14 +72,14 @@ def test_a_trial_that_asha_stops_is_killed_one_that_explodes_is_failed_and_the_s
     assert [m.step for m in losses] == list(range(1, stopped.step + 1)), "it took no step after that"
 
 
-def test_a_sweep_prints_no_line_that_is_not_meant_for_a_person(swept: Any) -> None:
+def test_sweep_prints_only_known_lines(swept: Any) -> None:
     answer, _, _, _ = swept
     output = (answer.folder.parents[1] / OUTPUT).read_text(encoding="utf-8")
     assert ": finished\n" in output
     assert unknown_lines(output) == []
 
 
-def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
+def test_swept_values_reach_the_training(swept: Any) -> None:
     answer, client, _, children = swept
     good = children[answer.trials[0].trial_id]
     assert good.data.params["optim.lr"] == "0.003"
@@ -94,7 +94,7 @@ def test_a_swept_value_acts_where_it_should(swept: Any) -> None:
     )
 
 
-def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any) -> None:
+def test_run_of_a_trial_has_settings_code_version_data_and_metrics(swept: Any) -> None:
     answer, client, parent, children = swept
     best = answer.trials[0]
     good = children[best.trial_id]
@@ -119,7 +119,7 @@ def test_a_trials_run_holds_what_it_was_made_with_and_what_came_of_it(swept: Any
     assert not [place for place in places if MlflowLogger(answer.tracking_uri, place).has_pending]
 
 
-def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
+def test_runs_of_a_sweep_that_hashes_subjects_contain_no_subject_id(swept: Any) -> None:
     answer, client, parent, children = swept
     failed = answer.trials[-1]
     assert "sub-0" in load_outcome(answer.folder / "trials" / failed.trial_id.split("-")[-1]).reason, "a sample's name"
@@ -130,7 +130,7 @@ def test_no_run_of_a_sweep_that_hashes_subjects_names_one(swept: Any) -> None:
             assert "sub-0" not in file.read_bytes().decode("latin-1"), file.name
 
 
-def test_the_answer_names_the_best_settings_and_a_checkpoint_that_is_there(swept: Any) -> None:
+def test_result_has_the_best_settings_and_an_existing_checkpoint(swept: Any) -> None:
     from umbrella.training.checkpoint_files import read_training_state
 
     answer, client, parent, _ = swept

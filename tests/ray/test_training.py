@@ -48,7 +48,7 @@ def test_mlflow_has_summary_settings_data_and_outcome_of_a_run(one: Trained, sma
     assert {"device", "ray.job"} <= set(run.data.tags)
 
 
-def test_a_checkpoint_is_a_model_that_loads(one: Trained) -> None:
+def test_checkpoint_loads_as_a_model(one: Trained) -> None:
     from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration
 
     last = sorted(one.folder.glob("step_*"))[-1]
@@ -68,7 +68,7 @@ def test_sigterm_ends_a_script_with_status_143_although_ray_is_started(ray_sessi
     assert end.value.code == 143
 
 
-def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(
+def test_batches_keep_the_planned_order_whatever_their_duration(
     ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "ROWS_PER_CHUNK", 18)
@@ -84,15 +84,13 @@ def test_batches_come_in_the_order_of_the_plan_however_long_each_takes(
         assert seen == plan.samples(plan.positions(rank, 12)).tolist()
 
 
-def test_one_seed_gives_one_curve_on_ray_train_and_in_the_process_of_a_trial(one: Trained, small_settings: Any) -> None:
+def test_equal_seeds_give_equal_curves_in_ray_train_and_in_a_trial(one: Trained, small_settings: Any) -> None:
     again = train_here(small_settings({**LONGER, "name": "here", "experiment": "here"}))
     assert again.curves["train/loss"] == one.curves["train/loss"]
     assert again.curves["eval/loss"] == one.curves["eval/loss"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_in_one_line(
-    small_settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nonfinite_loss_ends_the_training_in_one_line(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     in_process = partial(run_job, in_process=True)  # Ray Train's start takes longer
     monkeypatch.setattr("umbrella.training.run.run_job", in_process)
     settings = small_settings({"optim.lr": 1e30, "optim.warmup": 0, "experiment": "explodes"})
