@@ -30,7 +30,6 @@ from umbrella.tuning.sweep_files import (
     STOPPED,
     UNFINISHED,
     allow_retry,
-    load_outcome,
     make_trial_folder,
     save_outcome,
 )
@@ -112,21 +111,17 @@ def test_a_sweep_without_a_trial_above_chance_gives_a_warning(
     assert bool(chance_warning(trials, TuneSettings(), chance, subjects)) == warns
 
 
-def test_the_first_outcome_of_a_trial_counts(tmp_path: Path) -> None:
-    folder = write_trial(tmp_path, 1, [(10, 0.8, 1.0, True)], STOPPED_EARLY, "train.patience is over, step 10 of 30")
-    save_outcome(folder, STOPPED, "a later outcome")
+def test_the_first_outcome_of_a_trial_counts_and_only_a_failure_may_be_retried(tmp_path: Path) -> None:
+    patience = "train.patience is over, step 10 of 30"
+    early = write_trial(tmp_path, 1, [(10, 0.8, 1.0, True)], STOPPED_EARLY, patience)
+    save_outcome(early, STOPPED, "a later outcome")
     write_trial(tmp_path, 2, [(10, 0.7, 1.0, True)])
-    assert [(t.state, t.reason) for t in read(tmp_path)] == [
-        (STOPPED_EARLY, "train.patience is over, step 10 of 30"),
-        (UNFINISHED, ""),
-    ]
-
-
-def test_only_failed_trials_may_be_retried(tmp_path: Path) -> None:
-    folders = [write_trial(tmp_path, i, [], end) for i, end in enumerate((FAILED, STOPPED, FINISHED))]
-    for folder in folders:
+    failed = write_trial(tmp_path, 3, [], FAILED, "no memory")
+    expected = [(STOPPED_EARLY, patience), (UNFINISHED, ""), (FAILED, "no memory")]
+    assert [(t.state, t.reason) for t in read(tmp_path)] == expected
+    for folder in (early, failed):
         allow_retry(folder)
-    assert [end and end.state for end in map(load_outcome, folders)] == [None, STOPPED, FINISHED]
+    assert [t.state for t in read(tmp_path)] == [STOPPED_EARLY, UNFINISHED, UNFINISHED]
 
 
 def test_the_curve_and_times_of_a_resumed_trial_count_each_step_once(tmp_path: Path) -> None:
@@ -157,21 +152,16 @@ def seeds(lr: float, *metrics: float | None, state: str = FINISHED) -> list[Tria
     ]
 
 
-def test_configurations_rank_by_their_mean_over_seeds() -> None:
+def test_configurations_rank_by_their_mean_over_seeds_which_has_a_t_interval() -> None:
     lucky, steady = seeds(0.1, 0.5, 1.0, 0.6), seeds(0.2, 0.79, 0.8, 0.81)
     configurations = rank_configurations([t for pair in zip(lucky, steady, strict=True) for t in pair], "max")
     assert [c.name for c in configurations] == ["lr=0.2", "lr=0.1"]
     assert [c.mean for c in configurations] == pytest.approx([0.8, 0.7])
+    # Student's t of 0.975 with 2 degrees of freedom is 4.3027; the standard error is 0.01 / sqrt(3).
+    assert configurations[0].ci95 == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
+    assert format_interval(configurations[0]) == "0.8 ± 0.025 (n = 3)"
     assert ranked_trials(configurations)[0].metric == 0.81  # the best seed of the best, not the best trial
     assert [c.name for c in rank_configurations([*lucky, *steady], "min")] == ["lr=0.1", "lr=0.2"]
-
-
-def test_the_interval_is_students_and_one_seed_has_none() -> None:
-    three, one = rank_configurations([*seeds(0.1, 0.79, 0.80, 0.81), *seeds(0.2, 0.5)], "max")
-    # t of 0.975 with 2 degrees of freedom is 4.3027 in any table; the standard error is 0.01 / sqrt(3).
-    assert three.ci95 == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
-    assert format_interval(three) == "0.8 ± 0.025 (n = 3)"
-    assert (one.ci95, format_interval(one)) == (None, "0.5 (n = 1)")
 
 
 def test_failed_seeds_are_not_averaged_and_a_mostly_failed_configuration_is_last() -> None:
@@ -184,6 +174,7 @@ def test_failed_seeds_are_not_averaged_and_a_mostly_failed_configuration_is_last
         ("lr=0.1", "2 failed, 1 finished", 1),
     ]
     assert (configurations[0].mean, configurations[0].loss) == (pytest.approx(0.7), 0.5)
+    assert (configurations[1].ci95, format_interval(configurations[1])) == (None, "0.65 (n = 1)")
     assert len(ranked_trials(configurations)) == 9
 
 

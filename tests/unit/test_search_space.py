@@ -72,6 +72,7 @@ def test_values_may_be_lists_or_parts_of_sections() -> None:
         ("optim.learning_rate", {"grid": [1]}, "optim.learning_rate: there is no such setting"),
         ("optim.lr", {"grid": [0.1, -1]}, "optim.lr=-1: Input should be greater than 0"),
         ("mask.supervise", {"choice": ["some"]}, "mask.supervise='some': Input should be 'assistant'"),
+        ("model.embedder_init", {"grid": ["inflated"]}, "embedder_init=inflated needs a model.checkpoint"),
         ("optim.lr", {"normal": [0, 1]}, "{'normal': [0, 1]} must have one of grid, choice, uniform, loguniform"),
         ("optim.lr", {"grid": [1], "choice": [1]}, "as in {grid: [1, 2]}, and only when beside it"),
         ("optim", {"lr": {"grid": [1]}, "clip": {}}, "with dots; write optim.clip: {...}, optim.lr: {...}"),

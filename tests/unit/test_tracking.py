@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, environment_variables
 from mlflow.exceptions import MlflowException
 
 from umbrella.base import UserError
@@ -115,11 +114,25 @@ def test_a_moved_storage_works_with_a_note_unless_its_old_place_is_a_link(
     assert {file.name for file in (new / "trainings/one/mlflow/files").iterdir()} == {"before.txt", "after.txt"}
 
 
-@pytest.mark.parametrize("store", ["file:{}", "sqlite:///{}/mlflow.db"])  # MLflow has given up its file store
-def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, store: str) -> None:
+@pytest.mark.parametrize(
+    ("store", "remedy"),
+    [
+        ("file:{}", ""),  # MLflow has given up its file store
+        ("sqlite:///{}/mlflow.db", ""),
+        ("http://127.0.0.1:9", "; start it, or name another one: tracking.uri=..."),
+        ("postgresql://anna:***@127.0.0.1:9/mlflow", "; start it, or name another one: tracking.uri=..."),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, remedy: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "mlflow.db").write_text("not a database at all", encoding="utf-8")
-    with pytest.raises(UserError, match=f"MLflow at {store.format(tmp_path)}: "):
-        open_experiment(store.format(tmp_path), "umbrella", tmp_path)
+    with pytest.raises(UserError) as error:
+        open_experiment(store.format(tmp_path).replace("***", "s3cr3t"), "umbrella", tmp_path)
+    assert str(error.value).startswith(f"MLflow at {store.format(tmp_path).replace('anna:', '')}: ")
+    assert str(error.value).endswith(remedy)
+    assert "s3cr3t" not in str(error.value)
 
 
 def test_the_code_version_is_the_commit_of_its_own_checkout_else_umbrella_commit(
@@ -149,17 +162,10 @@ def test_the_code_version_is_the_commit_of_its_own_checkout_else_umbrella_commit
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "True"}
 
 
-def test_mlflow_options_are_set_unless_a_variable_is_already_set() -> None:
-    code = """
-import os
-os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "7"
-import umbrella.tracking
-from mlflow import environment_variables as options
-for name in ("DISABLE_TELEMETRY", "HTTP_REQUEST_TIMEOUT", "HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_BACKOFF_FACTOR"):
-    print(getattr(options, f"MLFLOW_{name}").get())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout.split(), done.stderr) == (["True", "15", "7", "1"], "")
+def test_mlflow_sends_no_telemetry_and_gives_up_early() -> None:
+    assert environment_variables.MLFLOW_DISABLE_TELEMETRY.get()
+    assert environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 15
+    assert environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 1
 
 
 def test_links_show_runs_best_first_and_compare_the_trials_of_the_newest_sweep(

@@ -170,21 +170,6 @@ def test_a_best_checkpoint_is_logged_and_registered_once_even_if_its_training_is
     assert capsys.readouterr().err == ""
 
 
-def test_an_interrupt_of_the_logging_of_a_model_gives_a_note(
-    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*unused: Any, **more: Any) -> None:
-        raise KeyboardInterrupt
-
-    experiment = open_experiment(uri, "models", Path(uri.removeprefix("sqlite:///")).parent)
-    MlflowLogger.start(uri, experiment, "night", folder=tmp_path)
-    monkeypatch.setattr(MlflowClient, "search_logged_models", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        log_best_model(TrackingSettings(), uri, tmp_path, "step_1", "the same command")
-    message = "note: step_1 was not logged as a model in MLflow: it was stopped; the same command logs it\n"
-    assert capsys.readouterr().err == message
-
-
 def test_a_missing_checkpoint_or_run_is_named_and_leaves_no_model(
     uri: str, run_id: str, save: Callable[..., Path], tmp_path: Path
 ) -> None:
