@@ -93,7 +93,6 @@ def test_trials_rank_by_the_metric_then_the_loss_of_their_best_checkpoint_and_fa
 @pytest.mark.parametrize(
     ("best", "chance", "subjects", "warns"),
     [
-        (0.5, 0.5, 12, True),
         (0.75, 0.5, 12, True),
         (0.8, 0.5, 12, False),
         (0.75, 0.5, 100, False),

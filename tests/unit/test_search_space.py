@@ -158,15 +158,6 @@ def test_parameters_that_are_not_valid_together_are_refused(space: dict, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("written", [[16, 16, 16, 6], [[16, 16, 16, 6]], [[16, 16, 16, 6], [16, 16, 16, 12]]])
-def test_a_condition_takes_one_list_or_a_list_of_lists(written: list) -> None:
-    series = {"grid": [[16, 16, 16, 6], [16, 16, 16, 12], [16, 16, 16, 24]]}
-    stride = {"choice": [1, 2], "when": {"modalities.fMRI.grid": written}}
-    parameters = read_space(sweep({"modalities.fMRI.grid": series, "modalities.fMRI.frame_stride": stride}))
-    values = written if isinstance(written[0], list) else [written]
-    assert [parameter.when for parameter in parameters] == [{}, {"modalities.fMRI.grid": values}]
-
-
 def test_values_that_are_valid_only_with_other_swept_values_are_accepted() -> None:
     grids = {"grid": [[30] * 3, [60] * 3]}
     read_space(sweep({"modalities.sMRI.grid": grids, "modalities.sMRI.patch": {"grid": [[15] * 3]}}))  # of 24 none is

@@ -18,15 +18,11 @@ from mlflow import MlflowClient
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 from umbrella.inference.model import Umbrella
-from umbrella.modality import Modality
 from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.model_registry import PyfuncModel, log_best_model, log_model
 from umbrella.tracking.settings import TrackingSettings
 from umbrella.tracking.store import open_experiment
-from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.settings import OptimSettings
 
-OPTIM = OptimSettings(lr=1e-2)
 FRESH = """
 import json, sys
 import mlflow
@@ -54,9 +50,7 @@ def run_id(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def save(
-    build: Callable[..., Any], save_step: Callable[..., Path], modalities: dict[str, Modality]
-) -> Callable[..., Path]:
+def save(build: Callable[..., Any], save_model: Callable[..., Path]) -> Callable[..., Path]:
     """Writes a checkpoint of a model that answers at random, as a training does."""
 
     def write(folder: Path, **options: Any) -> Path:
@@ -65,10 +59,7 @@ def save(
             for weight in model.parameters():
                 if weight.requires_grad:
                     weight.normal_(std=0.4)
-        optimizer = build_optimizer(model, OPTIM)
-        training = SimpleNamespace(model=model, optimizer=optimizer, schedule=build_schedule(optimizer, OPTIM, 9))
-        kinds = {f"modalities.{name}": modality.model_dump(mode="json") for name, modality in modalities.items()}
-        return save_step(folder, training, 1, **kinds, **{f"model.{name}": value for name, value in options.items()})
+        return save_model(folder, model, **{f"model.{name}": value for name, value in options.items()})
 
     return write
 

@@ -356,11 +356,9 @@ def _parse_conditions(name: str, when: Any, names: Sequence[str], settings: Sett
         if kind is None or other == name:
             raise UserError(f"{where}: {other} is not swept by a grid or a choice; add one, or remove the condition")
         possible = [_validate(other, value, names, settings) for value in line[kind]]
-        # A list is one value if the values of the setting are lists.
-        of_lists = isinstance(raw, list) and all(isinstance(value, list) for value in possible)
-        single = not isinstance(raw, list) or (of_lists and raw and not any(isinstance(value, list) for value in raw))
+        values = raw if isinstance(raw, list) else [raw]
         hint = f"; write its values as a list, {other}: [{', '.join(map(str, possible))}]"
-        allowed = [_validate(other, value, names, settings, where, hint) for value in ([raw] if single else raw)]
+        allowed = [_validate(other, value, names, settings, where, hint) for value in values]
         for value in allowed:
             if value not in possible:
                 listed = ", ".join(map(format_value, possible))

@@ -66,8 +66,9 @@ def run_sweep(
     settings = settings.with_name("sweep")
     folder = folder or Path(settings.resources.storage) / SWEEPS / settings.name
     with run_lock(folder):
-        if not resumes and is_uploaded(settings.resources, folder):
-            raise _name_is_taken(folder.name)
+        if not resumes and ((folder / SETTINGS).exists() or is_uploaded(settings.resources, folder)):
+            name = folder.name
+            raise UserError(f"name={name}: this sweep exists; resume it with --resume {name}, or choose another name")
         with synced(settings.resources, folder, progress):
             result = _run(settings, fixed, progress, folder, resumes)
             on_result(result)
@@ -78,10 +79,6 @@ def run_sweep(
                 log_best_model(settings.tracking, result.tracking_uri, folder, best, again)
             before_upload(result)
     return result
-
-
-def _name_is_taken(name: str) -> UserError:
-    return UserError(f"name={name}: this sweep exists; resume it with --resume {name}, or choose another name")
 
 
 def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folder: Path, resumes: bool) -> SweepResult:
@@ -96,8 +93,6 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
     check_writable(folder, "the folder of the sweep")
     if resumes:
         check_fingerprint(folder, splits.fingerprint)
-    elif (folder / SETTINGS).exists():
-        raise _name_is_taken(folder.name)
     else:
         save_spec(folder, SweepSpec(settings, fixed), splits.fingerprint)
     uri = tracking_uri(storage, settings.tracking.uri)
