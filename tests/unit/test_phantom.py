@@ -1,4 +1,4 @@
-"""What the phantom cohort promises: same bytes, true affines, effects of the planted size, balanced questions."""
+"""The phantom cohort: same bytes, true affines, effects of the given size, balanced questions."""
 
 import csv
 import hashlib
@@ -17,15 +17,14 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from umbrella.base import UserError
-from umbrella.cohorts.phantom import make_cohort
-from umbrella.cohorts.phantom_subjects import draw_subjects
+from umbrella.cohorts.phantom import SPLITS, draw_subjects, make_cohort
 from umbrella.cohorts.settings import CohortSettings
+from umbrella.conversations.reading import read_conversations
 
 SMALL = CohortSettings(subjects=12, spacing=8.0, functional_subjects=3, diffusion_subjects=6)
 PLAIN = SMALL.model_copy(
     update={"deformation": 0.0, "noise": 0.0, "bias": 0.0, "functional_subjects": 0, "diffusion_subjects": 0}
 )
-SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +42,6 @@ def samples_of(folder: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def all_samples(folder: Path) -> list[dict[str, Any]]:
-    return [sample for split in SPLITS for sample in samples_of(folder, split)]
-
-
 def participants(folder: Path) -> list[dict[str, str]]:
     with (folder / "participants.tsv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file, delimiter="\t"))
@@ -60,7 +55,7 @@ def canonical(folder: Path, subject: str) -> np.ndarray:
     return nib.as_closest_canonical(volume(folder, subject)).get_fdata()
 
 
-def test_same_seed_gives_same_bytes_in_another_process(cohort: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_in_another_process(cohort: Path, tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from umbrella.cohorts.phantom import make_cohort, CohortSettings as S\n"
         "make_cohort(pathlib.Path(sys.argv[1]), S.model_validate_json(sys.argv[2]))"
@@ -71,20 +66,16 @@ def test_same_seed_gives_same_bytes_in_another_process(cohort: Path, tmp_path: P
     assert fingerprints(other) == fingerprints(cohort)
 
 
-def test_another_seed_gives_other_bytes_in_every_volume(cohort: Path, tmp_path: Path) -> None:
-    other = fingerprints(make_cohort(tmp_path / "c", SMALL.model_copy(update={"seed": 1})))
+def test_another_seed_gives_other_volumes_and_more_subjects_the_same_ones(cohort: Path, tmp_path: Path) -> None:
+    other = fingerprints(make_cohort(tmp_path / "seed", SMALL.model_copy(update={"seed": 1})))
+    larger = fingerprints(make_cohort(tmp_path / "larger", SMALL.model_copy(update={"subjects": 15})))
     volumes = {name: digest for name, digest in fingerprints(cohort).items() if name.endswith("_T1w.nii.gz")}
     assert len(volumes) == 12
     assert all(other[name] != digest for name, digest in volumes.items())
-
-
-def test_a_larger_cohort_holds_the_same_volumes(cohort: Path, tmp_path: Path) -> None:
-    larger = fingerprints(make_cohort(tmp_path / "c", SMALL.model_copy(update={"subjects": 15})))
-    volumes = {name: digest for name, digest in fingerprints(cohort).items() if name.endswith("_T1w.nii.gz")}
     assert volumes.items() <= larger.items()
 
 
-def test_affine_places_the_head_whatever_the_storage_orientation(cohort: Path) -> None:
+def test_the_affine_places_the_head_in_every_storage_orientation(cohort: Path) -> None:
     from nilearn.datasets import load_mni152_template
 
     def centre(image: nib.Nifti1Image) -> np.ndarray:
@@ -112,7 +103,7 @@ def test_axes_are_not_mirrored_by_the_storage_orientation(tmp_path: Path) -> Non
     assert apply_affine(nib.as_closest_canonical(volume(folder, "sub-0001")).affine, brighter)[0] > 20
 
 
-def test_sex_effect_has_the_size_asked_for(tmp_path: Path) -> None:
+def test_the_sex_effect_has_the_size_of_the_settings(tmp_path: Path) -> None:
     settings = PLAIN.model_copy(update={"age_ventricle": 0.0, "sex_scale": 0.1, "sex_region": 0.0})
     folder = make_cohort(tmp_path / "scale", settings)
     volumes = {row["sex"]: canonical(folder, row["participant_id"]).sum() for row in participants(folder)}
@@ -126,7 +117,7 @@ def test_sex_effect_has_the_size_asked_for(tmp_path: Path) -> None:
     assert (brain["male"][inside] / brain["female"][inside]).max() == pytest.approx(1.4, rel=0.005)
 
 
-def test_age_effect_grows_with_age_and_leaves_the_head_alone(tmp_path: Path) -> None:
+def test_the_age_effect_grows_with_age_and_does_not_change_the_head(tmp_path: Path) -> None:
     settings = PLAIN.model_copy(update={"sex_scale": 0.0, "sex_region": 0.0, "spacing": 5.0, "age_ventricle": 0.8})
     folder = make_cohort(tmp_path / "c", settings)
     fluid, head = {}, {}
@@ -144,7 +135,7 @@ def test_age_effect_grows_with_age_and_leaves_the_head_alone(tmp_path: Path) -> 
     assert head[ages[-1]] == pytest.approx(head[ages[0]], rel=0.01)
 
 
-def test_splits_are_of_different_subjects_and_balanced(cohort: Path) -> None:
+def test_splits_have_different_subjects_and_are_balanced(cohort: Path) -> None:
     seen: dict[str, str] = {}
     for split in SPLITS:
         for sample in samples_of(cohort, split):
@@ -158,34 +149,21 @@ def test_splits_are_of_different_subjects_and_balanced(cohort: Path) -> None:
     assert [counts[split, "male"] for split in SPLITS] == [45, 15, 15]
 
 
-def test_image_items_are_the_images_and_exist(cohort: Path) -> None:
-    for sample in all_samples(cohort):
-        contents = [item for turn in sample["conversations"] for item in turn["content"]]
-        items = [item for item in contents if item["type"] == "image"]
-        assert [item["image_path"] for item in items] == [image["path"] for image in sample["images"]]
-        assert [item["modality"] for item in items] == [image["modality"] for image in sample["images"]]
-        assert sample["modalities"] == [image["modality"] for image in sample["images"]]
-        assert all((cohort / image["path"]).is_file() for image in sample["images"])
-
-
-def test_samples_are_unique_and_end_with_the_truth(cohort: Path) -> None:
-    samples = all_samples(cohort)
-    assert len({sample["task_id"] for sample in samples}) == len(samples)
+def test_samples_show_volumes_that_exist_and_end_with_the_true_label(cohort: Path) -> None:
+    files = [cohort / "conversations" / f"{split}.jsonl" for split in SPLITS]
+    reading = read_conversations(files, root=cohort)
+    assert reading.problems == []
+    assert reading.notices == []
     truth = {row["participant_id"]: row for row in participants(cohort)}
-    for sample in samples:
-        roles = [turn["role"] for turn in sample["conversations"]]
-        assert roles == ["user", "assistant"] * (2 if sample["task_type"] == "T3" else 1)
-        metadata = sample["metadata"]
-        row = truth[metadata["subject_id"]]
-        expected: Any = int(row["age"]) if metadata["target"] == "age" else row["sex"]
-        assert metadata["subject_label"] == expected
-        answer = sample["conversations"][-1]["content"][0]["text"]
-        assert answer == (f"{expected} years." if metadata["target"] == "age" else f"{expected}.")
-        last_image = [item for item in sample["conversations"][-2]["content"] if item["type"] == "image"][-1]
-        assert metadata["subject_id"] in last_image["image_path"]
+    for c in reading.conversations:
+        roles = [turn.role for turn in c.conversations]
+        assert roles == ["user", "assistant"] * (2 if c.task_type == "T3" else 1)
+        expected: Any = int(truth[c.subject_id]["age"]) if c.target == "age" else truth[c.subject_id]["sex"]
+        assert (c.label, c.answer) == (expected, f"{expected} years." if c.target == "age" else f"{expected}.")
+        assert c.subject_id in c.volumes[-1].image_path
 
 
-def test_references_are_others_of_the_same_split_and_their_label_tells_nothing(tmp_path: Path) -> None:
+def test_references_are_other_subjects_of_the_split_and_their_label_is_uninformative(tmp_path: Path) -> None:
     folder = make_cohort(tmp_path / "c", PLAIN.model_copy(update={"subjects": 40, "spacing": 10.0}))
     split_of = {row["participant_id"]: row["split"] for row in participants(folder)}
     for split in SPLITS:
@@ -221,12 +199,6 @@ def test_every_split_has_all_modalities_with_true_headers(cohort: Path) -> None:
             assert series.get_fdata().std(axis=3).max() > 0
 
 
-def test_second_call_reuses_the_cohort(cohort: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in cohort.rglob("*")}
-    make_cohort(cohort, SMALL)
-    assert {path: path.stat().st_mtime_ns for path in cohort.rglob("*")} == before
-
-
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
     def interrupted(subjects: Any) -> Any:
         yield next(iter(subjects))
@@ -239,7 +211,7 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_two_builds_at_once_give_one_cohort(cohort: Path, tmp_path: Path) -> None:
+def test_two_concurrent_builds_give_one_cohort(cohort: Path, tmp_path: Path) -> None:
     def overtaken(subjects: Any) -> Any:
         make_cohort(tmp_path / "c", SMALL)
         return subjects
@@ -248,12 +220,12 @@ def test_two_builds_at_once_give_one_cohort(cohort: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_what_else_is_in_the_folder_is_an_error_and_stays(cohort: Path, tmp_path: Path) -> None:
-    before = fingerprints(cohort)
-    with pytest.raises(UserError, match="other settings") as error:
+def test_a_folder_with_the_cohort_is_used_and_one_with_other_content_is_an_error(cohort: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cohort.rglob("*")}
+    make_cohort(cohort, SMALL)
+    with pytest.raises(UserError, match=f"{cohort}: holds a phantom cohort of other settings"):
         make_cohort(cohort, SMALL.model_copy(update={"seed": 5}))
-    assert str(cohort) in str(error.value)
-    assert fingerprints(cohort) == before
+    assert {path: path.stat().st_mtime_ns for path in cohort.rglob("*")} == before
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not a phantom cohort"):
         make_cohort(tmp_path, SMALL)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from umbrella.cohorts.phantom_subjects import draw_subjects, split_conversations
+from umbrella.cohorts.phantom import draw_subjects, split_conversations
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data import pipeline

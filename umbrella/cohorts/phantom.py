@@ -7,7 +7,8 @@ arrays are (X, Y, Z) and (X, Y, Z, T).
 import gzip
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from umbrella.base import UserError
-from umbrella.cohorts.phantom_subjects import SPLITS, Subject, draw_subjects, generator, split_conversations
 from umbrella.cohorts.settings import CohortSettings
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = {"sMRI": "T1w", "dMRI": "FA", "fMRI": "bold"}
+# Tokens are bytes in the tiny model, so the texts are short.
+SEX_QUESTIONS = ("What is the sex of this subject?", "Is this subject male or female?")
+AGE_QUESTIONS = ("How old is this subject, in years?", "What is the age of this subject, in years?")
 
 FORMAT_VERSION = 1
 """Increased when the same settings give other files."""
@@ -41,6 +47,150 @@ STORED_ORIENTATION = {5: "LAS", 0: "PIR"}
 STORED_UNIT = 0.001
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject. Seed and number determine sex and age; all settings determine split and modalities."""
+
+    number: int
+    """1 for the first subject."""
+    sex: str
+    """"male" or "female"."""
+    age: int
+    """Years, 20 to 80."""
+    split: str
+    """One of ``SPLITS``."""
+    modalities: tuple[str, ...]
+    """Modalities with a volume, in the order of ``SUFFIXES``; sMRI is always the first."""
+
+    @property
+    def id(self) -> str:
+        """The identifier in file names and tables, such as "sub-0001"."""
+        return f"sub-{self.number:04d}"
+
+    def path(self, modality: str) -> str:
+        """Path of the volume of a modality, relative to the folder of the cohort."""
+        return f"volumes/{self.id}_{SUFFIXES[modality]}.nii.gz"
+
+    def image(self, modality: str) -> dict[str, str]:
+        """The image item of a modality in conversations."""
+        return {"type": "image", "modality": modality, "image_path": self.path(modality)}
+
+
+def _generator(seed: int, number: int, purpose: str) -> np.random.Generator:
+    """The random generator of one subject (or pair of subjects) for one purpose.
+
+    Samples do not depend on earlier ones, so a larger cohort contains the volumes of a smaller one.
+    """
+    return np.random.default_rng([seed, number, *purpose.encode()])
+
+
+def draw_subjects(settings: CohortSettings) -> list[Subject]:
+    """Sample the subjects of a cohort, in the order of their numbers.
+
+    Subjects 1 and 2, 3 and 4, ... are pairs of one male and one female subject. Splits are made of pairs, so each is
+    balanced; where the number is odd, the subject without a partner is in the training split.
+    """
+    numbers = range(1, settings.subjects + 1)
+    pairs = settings.subjects // 2
+    # A held-out split needs two pairs: a comparison with the same sex needs two subjects of that sex.
+    held_out = max(2, round(0.2 * pairs))
+    shuffled = _generator(settings.seed, 0, "split").permutation(pairs)
+    split_of_pair = dict.fromkeys(shuffled[:held_out].tolist(), "validation")
+    split_of_pair |= dict.fromkeys(shuffled[held_out : 2 * held_out].tolist(), "test")
+    splits = {number: split_of_pair.get((number - 1) // 2, "train") for number in numbers}
+
+    # Take the first subjects of each split, in proportion to its size: sort by the rank within the split over its size.
+    members = {split: [number for number in numbers if splits[number] == split] for split in SPLITS}
+    early = sorted(numbers, key=lambda number: members[splits[number]].index(number) / len(members[splits[number]]))
+    having = {
+        "sMRI": set(numbers),
+        "dMRI": set(early[: settings.diffusion_subjects]),
+        "fMRI": set(early[: settings.functional_subjects]),
+    }
+
+    subjects = []
+    for number in numbers:
+        male_first = _generator(settings.seed, (number - 1) // 2, "sex").random() < 0.5
+        sex = "male" if male_first == (number % 2 == 1) else "female"
+        age = int(_generator(settings.seed, number, "age").integers(20, 81))
+        modalities = tuple(modality for modality in SUFFIXES if number in having[modality])
+        subjects.append(Subject(number, sex, age, splits[number], modalities))
+    return subjects
+
+
+def split_conversations(subjects: Sequence[Subject], seed: int) -> list[dict[str, Any]]:
+    """Make all conversations about the subjects of one split, as samples of the v2 conversation format.
+
+    ``subjects`` are all members of the split, in pairs as ``draw_subjects`` makes them. Of each pair, one is compared
+    with a reference of the same sex and the other with one of the other sex, so repeating the reference's label is
+    right half of the time. Image paths are relative to the cohort's folder.
+    """
+    samples = []
+    for position, subject in enumerate(subjects):
+        rng = _generator(seed, subject.number, "conversations")
+        sex_question = SEX_QUESTIONS[rng.integers(2)]
+        age_question = AGE_QUESTIONS[rng.integers(2)]
+        samples += [
+            _sample(subject, "sex_classification", [[subject.image("sMRI"), sex_question]]),
+            _sample(subject, "age_estimation", [[subject.image("sMRI"), age_question]]),
+        ]
+
+        # Alternate between pairs which sex is compared with a reference of the same sex.
+        same = (position // 2 + (subject.sex == "male")) % 2 == 0
+        candidates = [other for other in subjects if other != subject and (other.sex == subject.sex) == same]
+        reference = candidates[rng.integers(len(candidates))]
+        turns: list[list[Any]] = [
+            [f"This is a scan of a {reference.sex} subject, for reference.", reference.image("sMRI")],
+            ["I have looked at the reference scan."],
+            [f"Compare with it. {sex_question}", subject.image("sMRI")],
+        ]
+        samples.append(_sample(subject, "sex_classification_via_comparison", turns, reference))
+
+        if len(subject.modalities) > 1:
+            others = [subject.image(modality) for modality in subject.modalities[1:]]
+            turns = [[subject.image("sMRI"), "More scans of this subject:", *others, sex_question]]
+            samples.append(_sample(subject, "sex_classification_multimodal", turns))
+    return samples
+
+
+def _sample(subject: Subject, task: str, turns: list[list[Any]], reference: Subject | None = None) -> dict[str, Any]:
+    """Make a sample of the given turns (texts and image items), user first, followed by the correct answer."""
+    target = "age" if task == "age_estimation" else "sex"
+    answer = f"{subject.age} years." if target == "age" else f"{subject.sex}."
+    metadata: dict[str, Any] = {
+        "subject_id": subject.id,
+        "subject_label": subject.age if target == "age" else subject.sex,
+        "task": task,
+        "target": target,
+        "age": subject.age,
+        "sex": subject.sex,
+    }
+    task_type = "T2" if task == "sex_classification_multimodal" else "T1"
+    if reference is not None:
+        task_type = "T3"
+        metadata |= {
+            "reference_id": reference.id,
+            "reference_label": reference.sex,
+            "comparison_type": "same" if reference.sex == subject.sex else "different",
+        }
+    contents = [
+        [{"type": "text", "text": item} if isinstance(item, str) else item for item in turn]
+        for turn in (*turns, [answer])
+    ]
+    images = [item for content in contents for item in content if item["type"] == "image"]
+    return {
+        "task_id": f"{subject.id}_{task}",
+        "task_type": task_type,
+        "subject_ids": [subject.id] if reference is None else [reference.id, subject.id],
+        "modalities": [item["modality"] for item in images],
+        "images": [{"path": i["image_path"], "token": "<image>", "modality": i["modality"]} for i in images],
+        "conversations": [
+            {"role": "user" if i % 2 == 0 else "assistant", "content": content} for i, content in enumerate(contents)
+        ],
+        "metadata": metadata,
+    }
 
 
 def make_cohort(
@@ -98,25 +248,17 @@ def _build(folder: Path, settings: CohortSettings, progress: Callable[[Iterable[
     fine, coarse = (_at_spacing(template, spacing) for spacing in (settings.spacing, 2 * settings.spacing))
     for subject in progress(subjects):
         for modality in subject.modalities:
-            if modality == "fMRI":
-                data, spacing = _functional(coarse, subject, settings), 2 * settings.spacing
-            else:
-                make = _structural if modality == "sMRI" else _diffusion
-                data, spacing = make(fine, subject, settings), settings.spacing
-            orientation = STORED_ORIENTATION.get(subject.number % 10, "RAS")
-            slope = STORED_UNIT if modality == "dMRI" else None
-            _write_nifti(folder / subject.path(modality), data, spacing, orientation, slope)
+            make = {"sMRI": _structural, "dMRI": _diffusion, "fMRI": _functional}[modality]
+            data = make(coarse if modality == "fMRI" else fine, subject, settings)
+            _write_nifti(folder, subject, modality, data, settings.spacing)
 
     rows = ["participant_id\tsex\tage\tsplit", *(f"{s.id}\t{s.sex}\t{s.age}\t{s.split}" for s in subjects)]
-    _write_text(folder / "participants.tsv", "\n".join(rows))
+    texts = {"participants.tsv": rows, "cohort.json": [json.dumps(_description(settings), indent=2)]}
     for split in SPLITS:
         samples = split_conversations([s for s in subjects if s.split == split], settings.seed)
-        _write_text(folder / "conversations" / f"{split}.jsonl", "\n".join(json.dumps(sample) for sample in samples))
-    _write_text(folder / "cohort.json", json.dumps(_description(settings), indent=2))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+        texts[f"conversations/{split}.jsonl"] = list(map(json.dumps, samples))
+    for name, lines in texts.items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def _load_template() -> tuple[Array, Array]:
@@ -162,7 +304,7 @@ def _anatomy(
 
     The random coefficients do not depend on the grid: a subject has the same shape at every spacing and modality.
     """
-    rng = generator(settings.seed, subject.number, "anatomy")
+    rng = _generator(settings.seed, subject.number, "anatomy")
     fields = _smooth_fields(rng.standard_normal((4, *(len(knots) for knots in KNOTS))), axes)
 
     # Map from subject to template: the inverse of scaling the head and then enlarging the ventricles.
@@ -187,14 +329,14 @@ def _structural(template: tuple[Array, Array], subject: Subject, settings: Cohor
     tissue, bias, positions = _anatomy(template, subject, settings, _axes(settings.spacing))
     if subject.sex == "male":
         tissue = tissue * (1 + settings.sex_region * _bump(positions, FRONTAL_CENTRE, FRONTAL_REACH))
-    return _stored(tissue * bias, tissue > 0, settings.noise, generator(settings.seed, subject.number, "sMRI"))
+    return _stored(tissue * bias, tissue > 0, settings.noise, _generator(settings.seed, subject.number, "sMRI"))
 
 
 def _diffusion(template: tuple[Array, Array], subject: Subject, settings: CohortSettings) -> NDArray[np.int16]:
     """A map similar to fractional anisotropy: high in white matter, which is the bright tissue of the template."""
     tissue, _, _ = _anatomy(template, subject, settings, _axes(settings.spacing))
     anisotropy = 0.1 + 0.6 / (1 + np.exp((0.77 - tissue) / 0.04))
-    stored = _stored(anisotropy, tissue > 0, settings.noise, generator(settings.seed, subject.number, "dMRI"))
+    stored = _stored(anisotropy, tissue > 0, settings.noise, _generator(settings.seed, subject.number, "dMRI"))
     return np.minimum(stored, round(1 / STORED_UNIT)).astype(np.int16)
 
 
@@ -202,7 +344,7 @@ def _functional(template: tuple[Array, Array], subject: Subject, settings: Cohor
     """A series (X, Y, Z, T): T2*-like contrast, bright in fluid, and six regions with slow time courses."""
     axes = _axes(2 * settings.spacing)
     tissue, bias, _ = _anatomy(template, subject, settings, axes)
-    rng = generator(settings.seed, subject.number, "fMRI")
+    rng = _generator(settings.seed, subject.number, "fMRI")
     regions = _smooth_fields(rng.standard_normal((6, *(len(knots) for knots in KNOTS))), axes)
     courses = ndimage.gaussian_filter1d(rng.standard_normal((6, FRAMES)), sigma=1.0, axis=1)
     fluctuation = 0.05 * np.einsum("cxyz,ct->xyzt", regions, courses)
@@ -218,20 +360,22 @@ def _stored(data: Array, brain: NDArray[np.bool_], noise: float, rng: np.random.
     return np.rint(np.maximum(noisy, 0) / STORED_UNIT).astype(np.int16)
 
 
-def _write_nifti(
-    path: Path, data: NDArray[np.int16], spacing: float, orientation: str, slope: float | None = None
-) -> None:
-    """Write (X, Y, Z[, T]) data in RAS order to a file with the given orientation. Equal data give equal bytes."""
-    affine = np.diag([spacing, spacing, spacing, 1.0])
+def _write_nifti(folder: Path, subject: Subject, modality: str, data: NDArray[np.int16], spacing: float) -> None:
+    """Write (X, Y, Z[, T]) data in RAS order, stored in the orientation of the subject. Equal data give equal bytes."""
+    edge = 2 * spacing if modality == "fMRI" else spacing
+    affine = np.diag([edge, edge, edge, 1.0])
     affine[:3, 3] = [low for low, _ in FIELD_OF_VIEW]
+    orientation = STORED_ORIENTATION.get(subject.number % 10, "RAS")
     image = nib.Nifti1Image(data, affine)
     image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation)))
     image.set_sform(image.affine, code="scanner")
     image.set_qform(image.affine, code="scanner")
     image.header.set_xyzt_units("mm", "sec")
-    if data.ndim == 4:
+    if modality == "fMRI":
         image.header.set_zooms((*image.header.get_zooms()[:3], REPETITION_TIME))
-    image.header.set_slope_inter(slope, 0 if slope else None)
+    if modality == "dMRI":
+        image.header.set_slope_inter(STORED_UNIT, 0)
     # Without name and time, which the gzip header holds by default.
+    path = folder / subject.path(modality)
     with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped:
         zipped.write(image.to_bytes())

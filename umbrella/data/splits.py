@@ -332,7 +332,7 @@ def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings"
 
 def _phantom_conversations(settings: "Settings", name: str) -> list[Conversation]:
     """Return the conversations of a split of the phantom cohort without making its volumes."""
-    from umbrella.cohorts.phantom_subjects import draw_subjects, split_conversations
+    from umbrella.cohorts.phantom import draw_subjects, split_conversations
 
     subjects = [subject for subject in draw_subjects(settings.cohort) if subject.split == name]
     return [Conversation.model_validate(sample) for sample in split_conversations(subjects, settings.cohort.seed)]
