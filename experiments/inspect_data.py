@@ -53,7 +53,9 @@ def main(args: Arguments) -> None:
     if not args.dry_run and conversation.volumes:
         name = re.sub(r"[^\w.-]+", "_", conversation.task_id)[:100]
         file = options["picture"] or Path(settings.resources.storage) / PICTURES / f"{name}.png"
-        draw_volumes(conversation, open_store(settings), Path(file))
+        figure = draw_volumes(conversation, open_store(settings))
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
         console.print(f"{'picture:':<16}{file}", markup=False, highlight=False, soft_wrap=True)
 
 

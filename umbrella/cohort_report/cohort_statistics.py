@@ -5,8 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import frexp, isfinite
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -15,24 +14,16 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.splits import Splits
 from umbrella.volumes.store import VolumeInfo, VolumeStore
 
-RARE_SHARE = 0.1
-"""Classes with a smaller share of their split are marked as rare."""
 BINS = 20
-
-
-@dataclass(frozen=True)
-class ClassCounts:
-    """Number of conversations with each label of a target, in one split."""
-
-    counts: Mapping[str, int]
-
-    def share(self, label: str) -> float:
-        """Share of conversations with the label, 0 to 1."""
-        return self.counts[label] / sum(self.counts.values())
-
-    def is_rare(self, label: str) -> bool:
-        """Whether the share of the label is below RARE_SHARE."""
-        return self.share(label) < RARE_SHARE
+OUTLIER_Z = 5.0
+"""Absolute robust z-score, within a modality, above which a volume is an outlier."""
+MEASURED = ("mean", "deviation", "foreground")
+GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
+    "shape": lambda info: info.shape,
+    "spacing": lambda info: tuple(round(edge, 2) for edge in info.spacing),
+    "orientation": lambda info: info.orientation,
+}
+"""Properties that are usually equal in all volumes of a modality."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +43,11 @@ class TargetLabels:
     """Labels of one target, by split. A target should have either classes or numbers; both indicate an error."""
 
     name: str
-    classes: Mapping[str, ClassCounts]
+    classes: Mapping[str, Mapping[str, int]]
+    """Split to label to the number of conversations."""
     numbers: Mapping[str, NumberSummary]
-    low: float = 0.0
-    high: float = 0.0
+    low: float
+    high: float
     """Range of the histograms."""
 
 
@@ -74,12 +66,22 @@ class SplitSummary:
 
 
 @dataclass(frozen=True)
-class SharedSubjects:
-    """Subjects that occur in two splits."""
+class VolumeRow:
+    """One volume, read as one modality: its path, its use and its properties."""
 
-    splits: tuple[str, str]
-    role: str
+    path: str
+    file: str
+    """The path relative to the common folder of all volumes."""
+    modality: str
+    content: str
+    """Hash of the content of the file; empty if the store does not hold the volume."""
+    conversations: int
+    splits: tuple[str, ...]
     subjects: tuple[str, ...]
+    info: VolumeInfo | None
+    """None if the store does not hold the volume."""
+    flags: tuple[str, ...] = ()
+    """Unusual properties of its header, and properties that differ from other volumes of the modality."""
 
 
 def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSummary]:
@@ -89,7 +91,7 @@ def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSumm
             name=name,
             conversations=len(conversations),
             task_types=dict(sorted(Counter(c.task_type for c in conversations).items())),
-            labelled=sum(_label(c) is not None for c in conversations),
+            labelled=sum(c.label is not None for c in conversations),
             answer_subjects=frozenset(c.subject_id for c in conversations),
             subjects=frozenset(subject for c in conversations for subject in c.subjects),
         )
@@ -97,10 +99,14 @@ def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSumm
     ]
 
 
-def shared_subjects(splits: Sequence[SplitSummary]) -> list[SharedSubjects]:
-    """Find subjects that occur in two splits, as subject of an answer or anywhere. There should be none."""
+def shared_subjects(splits: Sequence[SplitSummary]) -> list[tuple[str, str, list[str]]]:
+    """Find subjects that occur in two splits, as subject of an answer or anywhere. There should be none.
+
+    Returns:
+        (names of the splits, role, subjects) for each pair of splits and role.
+    """
     return [
-        SharedSubjects((one.name, two.name), role, tuple(sorted(both)))
+        (f"{one.name} and {two.name}", role, sorted(both))
         for one, two in combinations(splits, 2)
         for role, both in (
             ("subject of an answer", one.answer_subjects & two.answer_subjects),
@@ -111,72 +117,31 @@ def shared_subjects(splits: Sequence[SplitSummary]) -> list[SharedSubjects]:
 
 def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLabels]:
     """Count the labels of each target, sorted by name. Conversations without a label are omitted."""
-    labels: dict[str, dict[str, list[str | float]]] = defaultdict(lambda: defaultdict(list))
+    labels: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for split, conversations in splits.items():
         for c in conversations:
-            label = _label(c)
-            if label is not None:
-                labels[c.target][split].append(label)
+            if c.label is not None:
+                labels[c.target][split].append(c.label)
     targets = []
     for name, by_split in sorted(labels.items()):
-        numbers = {split: [x for x in found if isinstance(x, float)] for split, found in by_split.items()}
-        words = {split: [x for x in found if isinstance(x, str)] for split, found in by_split.items()}
+        words = {split: Counter(x for x in found if isinstance(x, str)) for split, found in by_split.items()}
+        numbers = {split: [float(x) for x in found if not isinstance(x, str)] for split, found in by_split.items()}
         every = [x for found in numbers.values() for x in found]
         low, high = (min(every), max(every)) if every else (0.0, 0.0)
         # A class that is missing in one split has a row with 0 there.
-        known = sorted({word for found in words.values() for word in found})
-        classes = {split: ClassCounts({k: Counter(found)[k] for k in known}) for split, found in words.items() if found}
+        known = sorted({word for counts in words.values() for word in counts})
+        classes = {split: {word: counts[word] for word in known} for split, counts in words.items() if counts}
         summed = {split: _summarise(found, low, high) for split, found in numbers.items() if found}
         targets.append(TargetLabels(name, classes, summed, low, high))
     return targets
 
 
 def _summarise(values: list[float], low: float, high: float) -> NumberSummary:
-    # Halved, because the difference of two numbers may overflow.
-    half = high / 2 - low / 2
-    places = [(x / 2 - low / 2) / half if half else 0.5 for x in values]
-    counts, _ = np.histogram(places, bins=BINS, range=(0, 1))
-    # Scaled below 1 by a power of two, which is exact, because the sum and the squares may overflow.
-    exponent = frexp(max(map(abs, values)))[1]
-    small = np.ldexp(values, -exponent)
-    mean, deviation = (float(np.ldexp(of(small), exponent)) for of in (np.mean, np.std))
-    return NumberSummary(len(values), mean, deviation, min(values), max(values), tuple(int(n) for n in counts))
-
-
-def _label(conversation: Conversation) -> str | float | None:
-    """A class as a string, a number as a float; None without a label or if the number is not finite."""
-    label = conversation.label
-    if isinstance(label, int | float) and not isinstance(label, bool):
-        try:
-            return float(label) if isfinite(label) else None
-        except OverflowError:  # an integer that is too large for a float
-            return None
-    return None if label is None else str(label)
-
-
-T = TypeVar("T")
-OUTLIER_Z = 5.0
-"""Absolute robust z-score, within a modality, above which a volume is an outlier."""
-MEASURED = ("mean", "deviation", "foreground")
-
-
-@dataclass(frozen=True)
-class VolumeRow:
-    """One volume, read as one modality: its path, its use and its properties."""
-
-    path: str
-    file: str
-    """The path relative to the common folder of all volumes."""
-    modality: str
-    content: str
-    """Hash of the content of the file; empty if the file cannot be read any more."""
-    conversations: int
-    splits: tuple[str, ...]
-    subjects: tuple[str, ...]
-    info: VolumeInfo | None
-    """None if the store does not hold the volume."""
-    flags: tuple[str, ...] = ()
-    """Unusual properties of its header, and properties that differ from other volumes of the modality."""
+    exact = np.asarray(values, np.longdouble)  # sums and squares of float64 may overflow
+    places = (exact - low) / (np.longdouble(high) - low) if high > low else np.full(len(values), 0.5)
+    counts, _ = np.histogram(places.astype(float), bins=BINS, range=(0, 1))
+    moments = float(exact.mean()), float(exact.std())
+    return NumberSummary(len(values), *moments, min(values), max(values), tuple(counts.tolist()))
 
 
 def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
@@ -187,31 +152,33 @@ def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> l
             for volume in {(v.image_path, v.modality) for v in c.volumes}:
                 uses[volume].append((split, c.subjects))
     top = os.path.commonpath([os.path.dirname(path) for path, _ in uses]) if uses else ""
-    rows = []
+    rows: dict[str, list[VolumeRow]] = defaultdict(list)
     for path, modality in progress(sorted(uses), "checking volumes"):
         used_by = [subjects for _, subjects in uses[path, modality]]
-        place = _from_store(store.path, path, modality)
+        try:
+            info = store.info(path, modality)
+            content, flags = store.path(path, modality).stem, store.notes(path)
+        except (UserError, OSError):  # removed after the check
+            content, info, flags = "", None, ()
         row = VolumeRow(
             path=path,
             file=os.path.relpath(path, top),
             modality=modality,
-            content=place.stem if place else "",
+            content=content,
             conversations=len(used_by),
             splits=tuple(dict.fromkeys(split for split, _ in uses[path, modality])),
             # A comparison shows two subjects without the owner of each volume: it is the one in all conversations.
             subjects=tuple(sorted(set.intersection(*used_by) or set.union(*used_by))),
-            info=_from_store(store.info, path, modality),
-            flags=_from_store(lambda path, _: store.notes(path), path, modality) or (),
+            info=info,
+            flags=flags,
         )
-        rows.append(row)
-    names = {row.modality for row in rows}
-    flagged = [row for name in names for row in flag_outliers(row for row in rows if row.modality == name)]
+        rows[modality].append(row)
+    flagged = [row for of_modality in rows.values() for row in flag_outliers(of_modality)]
     return sorted(flagged, key=lambda row: (not row.flags, row.file, row.modality))
 
 
-def flag_outliers(rows: Iterable[VolumeRow]) -> list[VolumeRow]:
+def flag_outliers(rows: Sequence[VolumeRow]) -> list[VolumeRow]:
     """Add flags to volumes of one modality: unusual geometry and outliers of the intensity statistics."""
-    rows = list(rows)
     info = [row.info for row in rows if row.info]
     flags: list[list[str]] = [[] for _ in info]
     for name, of in GEOMETRY.items():
@@ -242,19 +209,3 @@ def find_duplicates(rows: Iterable[VolumeRow]) -> list[list[str]]:
     for row in rows:
         files[row.content].add(row.file)
     return sorted(sorted(alike) for content, alike in files.items() if content and len(alike) > 1)
-
-
-def _from_store(query: Callable[[str, str], T], path: str, modality: str) -> T | None:
-    """Query the store; None if it no longer holds the volume or cannot read it."""
-    try:
-        return query(path, modality)
-    except (UserError, OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
-    "shape": lambda info: info.shape,
-    "spacing": lambda info: tuple(round(edge, 2) for edge in info.spacing),
-    "orientation": lambda info: info.orientation,
-}
-"""Properties that are usually equal in all volumes of a modality."""

@@ -17,12 +17,19 @@ from umbrella.data.masking import WeightedText, audit, format_number, is_weighte
 from umbrella.data.rendering import Example
 from umbrella.data.settings import MaskPolicy
 from umbrella.modality import Modality
-from umbrella.volumes.slices import Plane, draw_plane, orthogonal_slices
+from umbrella.plots import new_figure
+from umbrella.volumes.slices import draw_plane, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OPEN, CLOSE = "⟦", "⟧"
 """Brackets around supervised text on a console without colours."""
 SUPERVISED = "bold green underline"
+LINE_COLOUR = "#ffb000"
+WIDTH, CAPTION_HEIGHT = 10.5, 0.8
+"""Width of the figure and height of the caption of a row, in inches."""
 STYLES = {"header": "dim", "text": "", "image": "cyan", "end": "dim"}
 
 
@@ -92,55 +99,40 @@ def format_summary(example: Example, policy: MaskPolicy) -> Group:
     table.add_section()
     table.add_row("all", "", *(format_number(sum(row[name] for row in rows)) for name in numbers))
     c = example.conversation
-    truth = f"{c.target} = {c.label}" if c.label is not None else "none"
-    lines = {
-        "mask policy": policy.description,
-        "label": f"{truth}, subject {c.subject_id}",
-    }
+    label = f"{c.target} = {c.label}" if c.label is not None else "none"
+    lines = {"mask policy": policy.description, "label": f"{label}, subject {c.subject_id}"}
     return Group(table, *(Text(f"{name + ':':<16}{printable(value)}") for name, value in lines.items()))
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-LINE_COLOUR = "#ffb000"
-WIDTH, CAPTION_HEIGHT = 10.5, 0.8
-"""Width of the figure and height of the caption of a row, in inches."""
-
-
-def draw_volumes(conversation: Conversation, store: VolumeStore, file: Path) -> None:
+def draw_volumes(conversation: Conversation, store: VolumeStore) -> "Figure":
     """Draw three planes of each volume, with the borders of the patches. Each volume has one row.
 
     Raises:
-        UserError: a volume cannot be read, or the conversation has no volume.
+        UserError: a volume cannot be read.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    volumes = conversation.volumes
-    if not volumes:
-        raise UserError(f"{conversation.task_id}: shows no volume, so there is no picture to draw")
-    cuts, captions = [], []
-    for volume in volumes:
+    planes_of, sizes, captions = [], [], []
+    for volume in conversation.volumes:
         modality = store.modalities[volume.modality]
         array = store.get(volume.image_path, volume.modality)
-        cuts.append(orthogonal_slices(array, modality, store.info(volume.image_path, volume.modality)))
+        planes_of.append(orthogonal_slices(array, modality, store.info(volume.image_path, volume.modality)))
+        sizes.append(np.array([plane.size for plane in planes_of[-1]]))
         captions.append(f"{volume.modality}   {Path(volume.image_path).name}\n{describe_volume(array, modality)}")
-    sizes = [np.array([plane.size for plane in planes]) for planes in cuts]
     heights = [CAPTION_HEIGHT + WIDTH * size[:, 1].max() / size[:, 0].sum() for size in sizes]
 
-    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    rows = figure.subfigures(len(volumes), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for row, volume, text, planes, size in zip(rows, volumes, captions, cuts, sizes, strict=True):
-        row.suptitle(text, fontsize=10, ha="left", x=0.02)
+    figure = new_figure(WIDTH, sum(heights))
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for i, row in enumerate(rows):
+        row.suptitle(captions[i], fontsize=10, ha="left", x=0.02)
+        patch = store.modalities[conversation.volumes[i].modality].patch
         # Widths in millimetres: the three planes have the same scale.
-        for axes, plane in zip(row.subplots(1, 3, width_ratios=size[:, 0]), planes, strict=True):
-            _draw(axes, plane, store.modalities[volume.modality])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+        for axes, plane in zip(row.subplots(1, 3, width_ratios=sizes[i][:, 0]), planes_of[i], strict=True):
+            draw_plane(axes, plane)
+            height, width = plane.grey.shape
+            for x in range(0, width + 1, patch[plane.axes[0]]):
+                axes.axvline(x, color=LINE_COLOUR, linewidth=0.8, alpha=0.8)
+            for y in range(0, height + 1, patch[plane.axes[1]]):
+                axes.axhline(y, color=LINE_COLOUR, linewidth=0.8, alpha=0.8)
+    return figure
 
 
 def describe_volume(array: np.ndarray, modality: Modality) -> str:
@@ -154,13 +146,3 @@ def describe_volume(array: np.ndarray, modality: Modality) -> str:
         which = f"the middle one of {count} windows, of which training draws one" if count > 1 else "its only window"
         text += f"\nmean of frames {frames[0]} to {frames[-1]}{step}, out of {len(array)}: {which}"
     return text
-
-
-def _draw(axes: "Axes", plane: Plane, modality: Modality) -> None:
-    draw_plane(axes, plane)
-    right, up = plane.axes
-    height, width = plane.grey.shape
-    for x in range(0, width + 1, modality.patch[right]):
-        axes.axvline(x, color=LINE_COLOUR, linewidth=0.8, alpha=0.8)
-    for y in range(0, height + 1, modality.patch[up]):
-        axes.axhline(y, color=LINE_COLOUR, linewidth=0.8, alpha=0.8)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,16 @@ def write_report(folder: Path, raw: Splits, store: VolumeStore, progress: Progre
     """
     rows = collect_volumes(raw, store, progress)
     fresh = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
-    replaced = fresh.with_suffix(".replaced")
     try:
         (fresh / "thumbnails").mkdir(parents=True)
         drawn = _thumbnails(rows[:MAX_ROWS], store, fresh / "thumbnails", progress)
-        page = _page(raw, rows, drawn)
         # File names may hold bytes that are not valid UTF-8.
-        (fresh / "index.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+        (fresh / "index.html").write_text(_page(raw, rows, drawn), encoding="utf-8", errors="backslashreplace")
         _write_tables(fresh, raw, rows)
-        if folder.exists():
-            folder.rename(replaced)
+        shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        for left in (fresh, replaced):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder / "index.html"
 
 
@@ -70,16 +65,12 @@ def _thumbnails(rows: Sequence[VolumeRow], store: VolumeStore, folder: Path, pro
     """Draw a thumbnail for each content, and return the hashes of those that could be drawn."""
     drawn = set()
     for row in progress(rows, "drawing thumbnails"):
-        if not row.content or row.content in drawn:
-            continue
-        try:
-            array = store.get(row.path, row.modality)
-        except (UserError, OSError):  # the file was removed after the check
-            continue
-        save_thumbnail(
-            orthogonal_slices(array, store.modalities[row.modality], row.info), folder / f"{row.content}.png"
-        )
-        drawn.add(row.content)
+        if row.content and row.content not in drawn:
+            with suppress(UserError, OSError):  # the file was removed after the check
+                array = store.get(row.path, row.modality)
+                planes = orthogonal_slices(array, store.modalities[row.modality], row.info)
+                save_thumbnail(planes, folder / f"{row.content}.png")
+                drawn.add(row.content)
     return drawn
 
 
@@ -122,14 +113,11 @@ def _write_tables(folder: Path, raw: Splits, rows: Sequence[VolumeRow]) -> None:
         folder / "conversations.csv",
         ["split", "task_id", "task_type", "target", "label", "subject_id", "subjects", "turns", "volumes", "place"],
         (
-            [
+            (
                 *(split, c.task_id, c.task_type, c.target, c.label, c.subject_id, _join(sorted(c.subjects))),
-                *(
-                    len(c.conversations),
-                    _join(files[v.image_path] for v in c.volumes),
-                    raw.locations[split, c.task_id],
-                ),
-            ]
+                *(len(c.conversations), _join(files[v.image_path] for v in c.volumes)),
+                raw.locations[split, c.task_id],
+            )
             for split, conversations in raw.splits.items()
             for c in conversations
         ),
