@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
@@ -33,8 +34,8 @@ class VolumeGroup:
 class Batch:
     """The input of a training step: B rows of up to L tokens, with N samples, one in each row or several (packed).
 
-    ``len(batch)`` is the number of samples. ``batch[i]`` and ``batch[i:j]`` are batches of these samples, one per row;
-    iteration yields batches of one sample.
+    ``len(batch)`` is the number of samples. ``batch[i]`` and ``batch[i:j]`` are batches of these samples, one per row,
+    padded with 0; iteration yields batches of one sample.
 
     Attributes:
         input_ids: (B, L), int64, padded on the right.
@@ -83,48 +84,36 @@ class Batch:
         return len(self.task_ids)
 
     def __getitem__(self, key: int | slice) -> "Batch":
-        rows = range(len(self))[key]
-        rows = rows if isinstance(rows, range) else range(rows, rows + 1)
-        batch = self._unpacked()
-        index = torch.tensor(rows, dtype=torch.long, device=batch.input_ids.device)
-        counts = self.num_images_per_sample
-        first = torch.cumsum(counts, 0) - counts
-        runs = [r for row in rows for r in range(int(first[row]), int(first[row] + counts[row]))]
-        new_run = torch.full((int(counts.sum()),), -1, dtype=torch.long, device=index.device)
-        new_run[runs] = torch.arange(len(runs), device=index.device)
+        chosen = range(len(self))[key]
+        samples = chosen if isinstance(chosen, range) else range(chosen, chosen + 1)
+        # Samples are in order, row by row; the attention mask numbers the samples of a row.
+        sizes = self.attention_mask.amax(1).tolist()
+        places = [(row, number) for row, size in enumerate(sizes) for number in range(1, size + 1)]
+        tokens = [(row, self.attention_mask[row] == number) for row, number in (places[i] for i in samples)]
+
+        def take(values: torch.Tensor) -> torch.Tensor:
+            return pad_sequence([values[row, own] for row, own in tokens], batch_first=True)
+
+        counts, ends = self.num_images_per_sample.tolist(), self.num_images_per_sample.cumsum(0).tolist()
+        runs = [run for i in samples for run in range(ends[i] - counts[i], ends[i])]
         groups = {}
         for name, group in self.pixel_values.items():
-            run = new_run[group.run]
-            if (run >= 0).any():
-                groups[name] = VolumeGroup(group.voxels[run >= 0], run[run >= 0])
-        chosen: dict[str, Any] = {}
-        for field in fields(batch):
-            values = getattr(batch, field.name)
-            if torch.is_tensor(values):
-                chosen[field.name] = values[index]
-            elif isinstance(values, tuple) and values:
-                chosen[field.name] = tuple(values[row] for row in rows)
-        return replace(batch, pixel_values=groups, **chosen)
-
-    def _unpacked(self) -> "Batch":
-        """Return the batch with one row per sample."""
-        mask = self.attention_mask
-        if len(mask) == len(self):
-            return self
-        sizes = torch.stack([torch.bincount(row, minlength=int(mask.max()) + 1)[1:] for row in mask]).flatten()
-        sizes = sizes[sizes > 0]
-        valid = torch.arange(int(sizes.max()), device=mask.device) < sizes[:, None]
-
-        def unpack(tokens: torch.Tensor) -> torch.Tensor:
-            # Samples keep their order, so the tokens other than padding do too.
-            return tokens.new_zeros(valid.shape).masked_scatter(valid, tokens[mask > 0])
-
-        return replace(
-            self,
-            input_ids=unpack(self.input_ids),
-            attention_mask=valid.long(),
-            loss_weights=unpack(self.loss_weights),
-            image_mask=unpack(self.image_mask),
+            kept = [i for i, run in enumerate(group.run.tolist()) if run in runs]
+            if kept:
+                new = torch.tensor([runs.index(run) for run in group.run[kept].tolist()], device=group.run.device)
+                groups[name] = VolumeGroup(group.voxels[kept], new)
+        return Batch(
+            input_ids=take(self.input_ids),
+            attention_mask=take(torch.ones_like(self.attention_mask)),
+            loss_weights=take(self.loss_weights),
+            image_mask=take(self.image_mask),
+            pixel_values=groups,
+            num_images_per_sample=self.num_images_per_sample[list(samples)],
+            task_ids=tuple(self.task_ids[i] for i in samples),
+            task_types=tuple(self.task_types[i] for i in samples),
+            sample_indices=self.sample_indices[list(samples)],
+            metadata=tuple(self.metadata[i] for i in samples),
+            rng_keys=tuple(self.rng_keys[i] for i in samples) if self.rng_keys else (),
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -58,10 +58,13 @@ class UmbrellaConfig(LlavaConfig):
 
 @dataclass
 class UmbrellaOutput(ModelOutput):
-    """Output of a forward pass with loss weights."""
+    """Output of a forward pass with loss weights.
+
+    Attributes:
+        token_nll: (B, L), float32: the negative log likelihood in nats of each supervised token, 0 at other tokens.
+    """
 
     token_nll: torch.Tensor | None = None
-    """(B, L), float32: the negative log likelihood in nats of each supervised token, 0 at other tokens."""
 
 
 class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -235,24 +238,19 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Save weights as safetensors, and the configuration. Adapters go to ``adapter/``, in the format of PEFT.
 
-        ``code.json`` gets the version of UMBRELLA.
+        ``code.json`` gets the version of UMBRELLA. With adapters, ``options`` are ignored.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_version(save_directory)
-        options = {"save_original_format": False} | options  # current parameter names, not LLaVA's older ones
         adapter = Path(save_directory) / ADAPTER
         shutil.rmtree(adapter, ignore_errors=True)  # may belong to a model saved here before
         if not self.has_adapters:
-            return super().save_pretrained(save_directory, **options)
-        # This call saves only the adapters. PEFT reads a single file.
-        super().save_pretrained(adapter, **options | {"max_shard_size": "1TB"})
-        weights = {k.replace(".base_layer.", "."): w for k, w in self.state_dict().items() if ".lora_" not in k}
-        save_torch_state_dict(
-            weights,
-            save_directory,
-            max_shard_size=options.get("max_shard_size", "50GB"),  # the default of transformers
-            shared_tensors_to_discard=list(self.all_tied_weights_keys),
-        )
+            # Current parameter names, not LLaVA's older ones.
+            return super().save_pretrained(save_directory, **{"save_original_format": False} | options)
+        super().save_pretrained(adapter, save_original_format=False)  # only the adapters
+        named = ((name.replace(".base_layer.", "."), weight) for name, weight in self.named_parameters())
+        weights = {name: weight.detach() for name, weight in named if ".lora_" not in name}
+        save_file(weights, Path(save_directory) / "model.safetensors", {"format": "pt"})
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.save_pretrained(save_directory)
