@@ -47,13 +47,6 @@ TOKENS = {
     ("policy", "supervised", "weight"),
     [
         ({}, {"assistant end": 4, "assistant text": 4}, {}),
-        ({"end_of_turn": False}, {"assistant text": 4}, {}),
-        ({"supervise": "last_assistant"}, {"assistant end": 2, "assistant text": 2}, {}),
-        (
-            {"preset": "upstream"},
-            {"assistant end": 4, "assistant header": 22, "assistant text": 4},
-            {},
-        ),
         (
             {"supervise": "all", "turn_header": True},  # all but placeholders, and the first token
             {name: n for name, n in TOKENS.items() if name != "user image"} | {"user header": 11},

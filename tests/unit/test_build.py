@@ -33,6 +33,7 @@ from umbrella.models.trainable_parameters import component_parameters
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 
 Build = Callable[..., Umbrella]
+Save = Callable[..., Any]
 LAYER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
@@ -64,7 +65,7 @@ def test_exactly_the_named_components_get_gradients(
 
 @pytest.mark.parametrize(("tower", "language"), [("siglip", "qwen2"), ("clip", "llama")])
 def test_plain_llava_keeps_its_weights_and_gets_a_new_embedder(
-    build: Build, save_llava: Callable[..., Any], batch: Batch, tmp_path: Path, tower: str, language: str
+    build: Build, save_llava: Save, batch: Batch, tmp_path: Path, tower: str, language: str
 ) -> None:
     plain = save_llava(tmp_path, tower, language).state_dict()
     model = build(checkpoint=str(tmp_path))
@@ -85,7 +86,7 @@ def test_plain_llava_keeps_its_weights_and_gets_a_new_embedder(
 
 @pytest.mark.parametrize(("tower", "layer"), [("siglip", -2), ("clip", -1), ("clip", [0, 1])])
 def test_every_trainable_weight_has_a_gradient_for_any_feature_layer(
-    build: Build, save_llava: Callable[..., Any], batch: Batch, tmp_path: Path, tower: str, layer: Any
+    build: Build, save_llava: Save, batch: Batch, tmp_path: Path, tower: str, layer: Any
 ) -> None:
     save_llava(tmp_path, tower, vision_feature_layer=layer)
     model = build(checkpoint=str(tmp_path))
@@ -125,9 +126,7 @@ def test_modalities_that_do_not_fit_a_saved_model_are_an_error(build: Build, tmp
         build(modalities={"PET": other}, checkpoint=str(tmp_path), embedder_init="inflated")
 
 
-def test_unusable_checkpoint_is_an_error_with_the_reason(
-    build: Build, save_llava: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_unusable_checkpoint_is_an_error_with_the_reason(build: Build, save_llava: Save, tmp_path: Path) -> None:
     siglip, qwen = SiglipVisionConfig(**LAYER), Qwen2Config(**LAYER)
     qwen.save_pretrained(tmp_path / "qwen")
     LlavaConfig(vision_config=siglip, text_config=MistralConfig(**LAYER)).save_pretrained(tmp_path / "mistral")
@@ -167,7 +166,7 @@ def test_saved_model_with_pickled_weights_is_not_read(build: Build, tmp_path: Pa
     "part", ["config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"]
 )
 def test_python_code_of_a_checkpoint_is_not_run(
-    save_llava: Callable[..., Any],
+    save_llava: Save,
     tokenizer: Any,
     modalities: dict[str, Modality],
     tmp_path: Path,
@@ -218,7 +217,7 @@ def test_weights_of_llava_next_and_onevision_are_kept(build: Build, batch: Batch
 
 
 def test_checkpoint_gets_the_attention_of_the_settings_and_greedy_decoding(
-    build: Build, save_llava: Callable[..., Any], tmp_path: Path
+    build: Build, save_llava: Save, tmp_path: Path
 ) -> None:
     save_llava(tmp_path)
     GenerationConfig(

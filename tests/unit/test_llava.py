@@ -93,12 +93,6 @@ MODALITIES = {
             id="llava-interleave-qwen-0.5b",
         ),
         pytest.param(
-            INTERLEAVE
-            | {"text_config": Qwen2Config(**layers(4096, 11_008, 32, 32), num_key_value_heads=32, vocab_size=152_000)},
-            *(1_518_336, 396_229_408, 21_504_000, 7_721_848_832),
-            id="llava-interleave-qwen-7b",
-        ),
-        pytest.param(
             {
                 "vision_config": CLIP_VIT_L,
                 "text_config": LlamaConfig(vocab_size=32_064),

@@ -46,6 +46,9 @@ WITH_TEXT = {
 }
 REAL = WITH_TEXT | WITH_ITEMS
 KINDS = ["qwen", "llama", "older llama"]
+Talk = Callable[..., Conversation]
+Renderers = dict[tuple[str, str], Renderer]
+Real = Callable[..., Any]
 SPEECH = [
     "USER: Is this person male or female? ASSISTANT: male. USER: And how old? ASSISTANT: 63.5 years",
     "user\nIs this the brain of a male person, or female?\nassistant\n\nmale.\n",
@@ -100,7 +103,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def renderers(real: Callable[..., Any], modalities: Any) -> dict[tuple[str, str], Renderer]:
+def renderers(real: Real, modalities: Any) -> dict[tuple[str, str], Renderer]:
     """One of every kind and template; volumes have a class token."""
     return {(k, t): Renderer(real(k, t), modalities, class_tokens=1) for k in KINDS for t in REAL}
 
@@ -171,9 +174,7 @@ TALKS = [
 
 @pytest.mark.parametrize("template", REAL)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_equal_those_of_the_llava_processor(
-    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
-) -> None:
+def test_tokens_equal_those_of_the_llava_processor(renderers: Renderers, talk: Talk, kind: str, template: str) -> None:
     renderer = renderers[kind, template]
     for turns in TALKS:
         conversation = talk(*turns)
@@ -191,23 +192,15 @@ VOLUME = ("dMRI", "d")
     ("template", "asked", "written"),
     [
         ("interleave", [VOLUME, "Sex?"], "<|im_start|>user <image>\nSex?<|im_end|>"),
-        ("interleave", ["Sex?", "Age?"], "<|im_start|>user \nSex?\nAge?<|im_end|>"),
-        ("interleave", [VOLUME, VOLUME, "Sex?"], "<|im_start|>user <image>\n<image>\nSex?<|im_end|>"),
         ("interleave", ["See", VOLUME, "ok?"], "<|im_start|>user \nSee<image>\nok?<|im_end|>"),  # it would reorder
         ("llava 1.5", [VOLUME, "Sex?"], "USER: <image>\nSex? "),
         ("llava 1.5", [VOLUME, VOLUME], "USER: <image>\n<image>\n"),
-        ("llava 1.5", ["See", VOLUME, "ok?"], "USER: See<image>\nok? "),
         ("in order", [" See ", VOLUME, "\n", VOLUME, " ok? "], "user: See<image>\n<image>ok?<|im_end|>"),
         ("trimmed items", [VOLUME, "Sex?"], "user: <image>\nSex?\n"),  # it would drop the second item
     ],
 )
 def test_template_of_items_gets_the_items_of_a_turn_unless_it_changes_their_order(
-    real: Callable[..., Any],
-    modalities: Any,
-    talk: Callable[..., Conversation],
-    template: str,
-    asked: list,
-    written: str,
+    real: Real, modalities: Any, talk: Talk, template: str, asked: list, written: str
 ) -> None:
     renderer = Renderer(real("qwen", template), modalities)
     before = [("user", "x"), ("assistant", "x")]
@@ -217,9 +210,7 @@ def test_template_of_items_gets_the_items_of_a_turn_unless_it_changes_their_orde
     assert renderer.tokenizer.decode(example.input_ids) == through + written
 
 
-def test_text_of_the_template_between_items_is_text_of_the_turn(
-    real: Callable[..., Any], modalities: Any, talk: Callable[..., Conversation]
-) -> None:
+def test_text_of_the_template_between_items_is_text_of_the_turn(real: Real, modalities: Any, talk: Talk) -> None:
     renderer = Renderer(real("qwen", "interleave"), modalities)
     example = renderer.render(talk(("user", [VOLUME, "(male)"]), ("assistant", "x")))
     kinds = [(kind, text) for _, kind, text in tokens_of(example, renderer.tokenizer)]
@@ -242,21 +233,14 @@ def test_text_of_the_template_between_items_is_text_of_the_turn(
     ],
 )
 def test_volumes_have_a_place_whatever_the_template_does_with_images(
-    real: Callable[..., Any],
-    modalities: Any,
-    talk: Callable[..., Conversation],
-    template: str,
-    turns: list,
-    written: str,
+    real: Real, modalities: Any, talk: Talk, template: str, turns: list, written: str
 ) -> None:
     tokenizer = real("qwen")
     tokenizer.chat_template = template
     assert tokenizer.decode(Renderer(tokenizer, modalities).render(talk(*turns)).input_ids) == written
 
 
-def test_word_is_in_the_span_of_its_turn_with_the_blank_before_it(
-    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation]
-) -> None:
+def test_word_is_in_the_span_of_its_turn_with_the_blank_before_it(renderers: Renderers, talk: Talk) -> None:
     asked = [("system", "You see volumes"), ("user", [("fMRI", "f"), "Is this person male?"]), ("assistant", "male")]
     again = [("user", "And how old?"), ("assistant", "63.5 years")]
     renderer = renderers["llama", "vicuna"]
@@ -279,9 +263,7 @@ def test_word_is_in_the_span_of_its_turn_with_the_blank_before_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_in_the_text_of_a_turn_are_plain_text(
-    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str
-) -> None:
+def test_special_tokens_in_the_text_of_a_turn_are_plain_text(renderers: Renderers, talk: Talk, kind: str) -> None:
     renderer = renderers[kind, "chatml"]
     special = renderer.tokenizer.all_special_tokens
     text = "Is " + " a ".join(special) + " and " + "".join(special)
@@ -300,7 +282,7 @@ def test_special_tokens_in_the_text_of_a_turn_are_plain_text(
 
 
 def test_bos_is_added_once_if_the_tokenizer_adds_one_and_eos_never(
-    real: Callable[..., Any], renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation]
+    real: Real, renderers: Renderers, talk: Talk
 ) -> None:
     conversation = talk(("user", "<s>"), ("assistant", "a"))
     for template in ("vicuna", "llama 3", "llava 1.5"):
@@ -317,9 +299,7 @@ def test_bos_is_added_once_if_the_tokenizer_adds_one_and_eos_never(
 
 @pytest.mark.parametrize("template", REAL)
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_has_the_tokens_before_any_answer(
-    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], kind: str, template: str
-) -> None:
+def test_prompt_has_the_tokens_before_any_answer(renderers: Renderers, talk: Talk, kind: str, template: str) -> None:
     renderer = renderers[kind, template]
     said = [("user", [("sMRI", "a"), "Male?"]), ("assistant", "male"), ("user", ["How old?", ("fMRI", "f")])]
     prompt = renderer.prompt(talk(*said, ("assistant", "nobody looks at this"), ("user", "Thanks")))
@@ -335,7 +315,7 @@ def test_prompt_has_the_tokens_before_any_answer(
 
 
 def test_candidates_that_differ_in_the_token_before_the_answer_are_compared_there(
-    renderers: dict[tuple[str, str], Renderer], talk: Callable[..., Conversation], store: Any
+    renderers: Renderers, talk: Talk, store: Any
 ) -> None:
     renderer = renderers["llama", "llava 1.5"]  # "▁male" is one token; "▁" before "4" belongs to the header
     label = {"subject_label": "male", "target": "answer"}
@@ -354,9 +334,7 @@ def test_candidates_that_differ_in_the_token_before_the_answer_are_compared_ther
     assert scored.answer_tokens >= male.stop - male.start, "the header is no part of the answer's loss"
 
 
-def test_special_tokens_at_the_end_of_a_turn_and_eos_end_an_answer(
-    renderers: dict[tuple[str, str], Renderer], real: Callable[..., Any]
-) -> None:
+def test_special_tokens_at_the_end_of_a_turn_and_eos_end_an_answer(renderers: Renderers, real: Real) -> None:
     def tokens(kind: str, template: str) -> list[str]:
         return renderers[kind, template].tokenizer.convert_ids_to_tokens(renderers[kind, template].stop_ids())
 
@@ -382,26 +360,21 @@ def spelled() -> Any:
     return tokenizer
 
 
-def test_text_that_the_tokenizer_merges_to_a_special_token_is_refused(talk: Callable[..., Conversation]) -> None:
-    renderer = Renderer(spelled(), {})
-    assert renderer.render(talk(("assistant", "<s>/"))).input_ids.tolist() == [0, 5, 1, 6]
-    with pytest.raises(UserError, match=r"^says </s> in words, and the tokenizer makes a special token of them; ch"):
-        renderer.render(talk(("assistant", "a</s>")))
-
-
-def test_placeholder_that_is_no_special_token_is_plain_text_in_a_turn(
-    talk: Callable[..., Conversation], modalities: Any
+def test_text_is_plain_if_the_placeholder_is_no_special_token_and_refused_if_merged_to_a_special_token(
+    talk: Talk, modalities: Any
 ) -> None:
     tokenizer = spelled()
     tokenizer.add_tokens("<image>")
     assert tokenizer("<image>").input_ids == [7]
-    example = Renderer(tokenizer, modalities).render(talk(("user", [("dMRI", "d"), "<image>"]), ("assistant", "a")))
+    renderer = Renderer(tokenizer, modalities)
+    example = renderer.render(talk(("user", [VOLUME, "<image>"]), ("assistant", "a")))
     assert example.input_ids.tolist() == [7, 11, 0, 12, 12, 8, 12, 12, 3, 6, 8, 6]  # 12: a letter without a token
-    assert tokenizer("<image>").input_ids == [7]
+    with pytest.raises(UserError, match=r"^says </s> in words, and the tokenizer makes a special token of them; ch"):
+        renderer.render(talk(("assistant", "a</s>")))
 
 
 def test_special_tokens_that_include_blanks_or_begin_like_others_are_in_their_segment(
-    talk: Callable[..., Conversation], modalities: Any
+    talk: Talk, modalities: Any
 ) -> None:
     tokenizer = spelled()
     tokenizer.add_special_tokens(
@@ -423,9 +396,7 @@ def test_special_tokens_that_include_blanks_or_begin_like_others_are_in_their_se
 
 
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
-def test_adjacent_volumes_that_the_tokenizer_merges_are_refused(
-    talk: Callable[..., Conversation], modalities: Any, side: str
-) -> None:
+def test_adjacent_volumes_that_the_tokenizer_merges_are_refused(talk: Talk, modalities: Any, side: str) -> None:
     tokenizer = spelled()
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", **{side: True})]})
     renderer = Renderer(tokenizer, modalities)
@@ -434,9 +405,7 @@ def test_adjacent_volumes_that_the_tokenizer_merges_are_refused(
         renderer.render(talk(("user", [VOLUME, " ", VOLUME]), ("assistant", "a")))
 
 
-def test_final_blank_belongs_to_its_token_even_if_the_tokenizer_trims_offsets(
-    talk: Callable[..., Conversation],
-) -> None:
+def test_final_blank_belongs_to_its_token_even_if_the_tokenizer_trims_offsets(talk: Talk) -> None:
     tokenizer = spelled()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -457,12 +426,7 @@ TEXTS = st.lists(
     st.sampled_from(KINDS), st.sampled_from(sorted(REAL)), st.lists(TEXTS | st.just(("dMRI", "d")), min_size=1), TEXTS
 )
 def test_any_text_is_covered_by_spans_and_tokenized_as_by_the_tokenizer(
-    renderers: dict[tuple[str, str], Renderer],
-    talk: Callable[..., Conversation],
-    kind: str,
-    template: str,
-    asked: list,
-    answer: str,
+    renderers: Renderers, talk: Talk, kind: str, template: str, asked: list, answer: str
 ) -> None:
     renderer = renderers[kind, template]
     special = renderer.tokenizer.all_special_tokens

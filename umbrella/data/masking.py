@@ -26,11 +26,7 @@ Row = Mapping[str, Any]
 
 
 def loss_weights(example: Example, policy: MaskPolicy) -> np.ndarray:
-    """Return the weight of each token as a target of the loss.
-
-    Returns:
-        (L,), float32. Placeholders and the first token have weight 0.
-    """
+    """Return the weight of each token in the loss, (L,), float32. Placeholders and the first token have weight 0."""
     last = max((span.turn for span in example.spans if span.role == "assistant"), default=-1)
     sizes = [span.stop - span.start for span in example.spans]
     weights = np.repeat([float(_is_supervised(span, policy, last)) for span in example.spans], sizes)
@@ -169,11 +165,8 @@ def audit_html(
     """Render a self-contained HTML page: the policy, the table, and a few examples with their targets marked.
 
     Args:
-        rows: table of ``audit``.
-        examples: the audited examples.
-        policy: mask policy.
-        tokenizer: decodes the tokens.
-        notes: sentences to show below the table.
+        rows: table of ``audit``, for these examples.
+        notes: sentences to show below the policy.
         redact: applied to the texts of conversations.
     """
     samples = []

@@ -85,12 +85,7 @@ def check_checkpoint(settings: ModelSettings, modalities: Mapping[str, Modality]
 def load_model(
     settings: ModelSettings, modalities: Mapping[str, Modality], image_id: int
 ) -> UmbrellaForConditionalGeneration:
-    """Load ``settings.checkpoint`` with an embedder for each of these modalities.
-
-    Args:
-        settings: gives checkpoint, initialization of new embedders, and dtype.
-        modalities: modality by name.
-        image_id: id of the placeholder token.
+    """Load ``settings.checkpoint`` with an embedder for each modality, and the id of the placeholder token.
 
     Raises:
         UserError: see ``check_checkpoint``; also if weights are missing, truncated, or not in safetensors format.
@@ -161,12 +156,8 @@ def from_llava(
 ) -> UmbrellaForConditionalGeneration:
     """Replace the 2D embeddings of a plain LLaVA by volume embedders. All other modules are shared, not copied.
 
-    The embedders are float32. If the other weights have half precision, run the model under autocast.
-
-    Args:
-        llava: a LLaVA model of transformers.
-        modalities: modality by name.
-        init: "random" or "inflated".
+    The embedders are float32. If the other weights have half precision, run the model under autocast. ``init`` is
+    "random" or "inflated".
     """
     config = UmbrellaConfig(
         **{name: getattr(llava.config, name) for name in COPIED_SETTINGS if hasattr(llava.config, name)},
@@ -203,12 +194,12 @@ def build_model(
 
     Args:
         settings: settings of the model.
-        modalities: modality by name; each gets an embedder.
+        modalities: each gets an embedder.
         vocabulary: size of the vocabulary, for the tiny model.
         image_id: id of the placeholder token.
 
     Raises:
-        UserError: if the checkpoint cannot be loaded, is not a supported LLaVA, or does not fit the modalities.
+        UserError: see ``load_model``.
     """
     if settings.checkpoint:
         model = load_model(settings, modalities, image_id)

@@ -10,11 +10,7 @@ MAX_LOGITS = 2**26
 
 
 def supervised_positions(loss_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows and columns, (S,) each, of the positions before supervised tokens. Synchronizes with the GPU.
-
-    Args:
-        loss_weights: (B, L).
-    """
+    """Return rows and columns, (S,) each, of the positions before supervised tokens. Synchronizes with the GPU."""
     row, column = (loss_weights[:, 1:] != 0).nonzero(as_tuple=True)
     return row, column
 

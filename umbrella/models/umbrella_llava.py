@@ -58,11 +58,7 @@ class UmbrellaConfig(LlavaConfig):
 
 @dataclass
 class UmbrellaOutput(ModelOutput):
-    """Output of a forward pass with loss weights.
-
-    Attributes:
-        token_nll: (B, L), float32: the negative log likelihood in nats of each supervised token, 0 at other tokens.
-    """
+    """Output with loss weights: the negative log likelihood in nats, (B, L), float32; 0 at unsupervised tokens."""
 
     token_nll: torch.Tensor | None = None
 
@@ -95,10 +91,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def feature_layers(self) -> list[int]:
-        """Numbers of the tower layers whose outputs are the features; 0 is the input of the first layer.
-
-        Layers after the last feature layer are not run.
-        """
+        """Numbers of the tower layers whose outputs are the features; 0 is the input of the first layer."""
         layers = self.config.vision_feature_layer
         count = len(self.model.vision_tower.encoder.layers)
         return [layer % (count + 1) for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -111,15 +104,14 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         loss_weights: torch.Tensor | None = None,
         **generation: Any,
     ) -> Any:
-        """Run the model.
+        """Run the model; ``generation`` are further arguments of LLaVA's ``forward``.
 
         Args:
             input_ids: (B, L). Each volume has one run of consecutive placeholder tokens.
             attention_mask: (B, L), 0 at padding. In rows with several packed samples, the tokens of the first sample
                 are 1, of the second 2, and so on. Each sample attends only to itself, and its positions start at 0.
             pixel_values: ``VolumeGroup`` by modality name.
-            loss_weights: (B, L), nonzero at supervised tokens. None: return logits.
-            generation: further arguments of LLaVA's ``forward``.
+            loss_weights: (B, L), nonzero at supervised tokens.
 
         Returns:
             ``UmbrellaOutput`` with loss weights, otherwise the output of LLaVA.

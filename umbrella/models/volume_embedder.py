@@ -12,11 +12,7 @@ from umbrella.modality import Modality
 
 
 def patchify(voxels: torch.Tensor, patch: tuple[int, ...]) -> torch.Tensor:
-    """Cut volumes into patches.
-
-    Args:
-        voxels: (n, X, Y, Z) or (n, X, Y, Z, T).
-        patch: patch size in voxels along each axis. It divides the volume's shape.
+    """Cut volumes (n, X, Y, Z) or (n, X, Y, Z, T) into patches.
 
     Returns:
         (n, patches, voxels per patch), both in C order: the last axis varies fastest.
@@ -42,10 +38,6 @@ class ModalityEmbedder(nn.Module):
     """Patch embedding of one modality: (n, *grid) to (n, patches, width).
 
     The position embedding of a patch is the sum of one learned vector per axis.
-
-    Args:
-        modality: gives the patch size and the grid.
-        width: hidden size.
     """
 
     def __init__(self, modality: Modality, width: int) -> None:
@@ -87,11 +79,7 @@ class ModalityEmbedder(nn.Module):
 class VolumeEmbedder(nn.Module):
     """Replacement for the 2D embeddings of a vision tower, with one ``ModalityEmbedder`` per modality.
 
-    Args:
-        modalities: modality by name.
-        width: hidden size of the tower.
-        class_token: whether the tower (CLIP) has a class token. It precedes the patches; its embedding includes its
-            position.
+    The ``class_token`` of CLIP precedes the patches. Its embedding includes its position.
     """
 
     def __init__(self, modalities: Mapping[str, Modality], width: int, class_token: bool = False) -> None:
@@ -100,15 +88,7 @@ class VolumeEmbedder(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width)) if class_token else None
 
     def forward(self, pixel_values: tuple[str, torch.Tensor], **unused: object) -> torch.Tensor:
-        """Embed volumes of one modality.
-
-        Args:
-            pixel_values: name of the modality, and voxels (n, *grid).
-            unused: options that the tower passes to 2D embeddings.
-
-        Returns:
-            (n, tokens, width).
-        """
+        """Embed the voxels (n, *grid) of a modality, given by name: (n, tokens, width)."""
         name, voxels = pixel_values
         tokens = self.by_modality[name](voxels)
         if self.class_embedding is None:
