@@ -1,55 +1,43 @@
-"""The controls of an evaluation: a cue in the words is kept by both, a cue in the images by neither."""
+"""The controls of an evaluation, volumes of other subjects and no volumes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 
+from tests.conftest import make_conversation, make_prediction
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation.controls import shuffled, text_only, volume_owners
 from umbrella.evaluation.metrics import validation_metrics
-from umbrella.evaluation.predictions import Prediction
-
-Talk = Callable[..., Conversation]
 
 
-def split(talk: Talk, size: int = 12, modality: str = "sMRI") -> list[Conversation]:
-    """A question about the sex of each of so many subjects, and a comparison of each with the next but one.
+def sex(i: int) -> str:
+    return "male" if i % 2 else "female"
 
-    The file of a volume says the sex of whom it shows, and so do the words of the first half of the questions.
+
+def split(size: int = 12) -> list[Conversation]:
+    """For each subject a question about its sex, and a comparison with the next but one.
+
+    File names say the sex of the subject, and so does the text of the first half of the questions.
     """
-    sexes = ["male" if i % 2 else "female" for i in range(size)]
-    files = [f"/{i}_{sex}.nii" for i, sex in enumerate(sexes)]
-    asked = []
-    for i, sex in enumerate(sexes):
-        about = {"subject_id": f"s{i}", "subject_label": sex, "target": "sex"}
-        words = f"Is he or she, a {sex} one, female?" if i < size // 2 else "Which sex?"
-        asked.append(
-            talk(("user", [(modality, files[i]), words]), ("assistant", sex), task_id=f"{i} alone", metadata=about)
-        )
-        j = (i + 2) % size
-        asked.append(
-            talk(
-                ("user", [(modality, files[j])]),
-                ("assistant", "Seen."),
-                ("user", ["Which sex?", (modality, files[i])]),
-                ("assistant", sex),
-                task_id=f"{i} with {j}",
-                task_type="T3",
-                metadata={**about, "reference_id": f"s{j}", "reference_label": sexes[j]},
-            )
-        )
-    return asked
+    conversations = []
+    for i in range(size):
+        j, metadata = (i + 2) % size, {"subject_id": f"s{i}", "subject_label": sex(i), "target": "sex"}
+        own, other = ("sMRI", f"/{i}_{sex(i)}.nii"), ("sMRI", f"/{j}_{sex(j)}.nii")
+        text = f"Is he or she, a {sex(i)} one, female?" if i < size // 2 else "Which sex?"
+        alone = make_conversation(("user", [own, text]), ("assistant", sex(i)), task_id=f"{i}", metadata=metadata)
+        turns = ("user", [other]), ("assistant", "Seen."), ("user", ["Which sex?", own]), ("assistant", sex(i))
+        reference = {"reference_id": f"s{j}", "reference_label": sex(j)}
+        compared = make_conversation(*turns, task_id=f"{i} with {j}", task_type="T3", metadata=metadata | reference)
+        conversations += [alone, compared]
+    return conversations
 
 
-def accuracy(conversations: Sequence[Conversation], says: Callable[[Conversation], str]) -> float:
-    """The balanced accuracy of a model that says this."""
+def accuracy(conversations: Sequence[Conversation], answer: Callable[[Conversation], str]) -> float:
+    """The balanced accuracy of a model that gives these answers."""
     rows = []
     for c in conversations:
-        probabilities = {"female": 0.5, "male": 0.5} | ({says(c): 0.9} if says(c) else {})
-        rows.append(
-            Prediction(c.task_id, c.task_type, c.subject_id, c.target, c.label, "", {}, (), probabilities, 1, 1)
-        )
+        probabilities = {"female": 0.5, "male": 0.5} | ({answer(c): 0.9} if answer(c) else {})
+        rows.append(make_prediction(c.subject_id, c.label, probabilities=probabilities))
     return validation_metrics(rows)["eval/sex/balanced_accuracy"]
 
 
@@ -57,65 +45,61 @@ def by_image(conversation: Conversation) -> str:
     return conversation.volumes[-1].image_path.split("_")[1].split(".")[0] if conversation.volumes else ""
 
 
-def by_words(conversation: Conversation) -> str:
-    words = " ".join(item.text for item in conversation.conversations[0].content if item.type == "text")
-    return next((sex for sex in ("female", "male") if f"a {sex} one" in words), "")
+def by_text(conversation: Conversation) -> str:
+    text = " ".join(item.text for item in conversation.conversations[0].content if item.type == "text")
+    return next((sex for sex in ("female", "male") if f"a {sex} one" in text), "")
 
 
-def test_a_cue_in_the_words_is_exposed_as_it_survives_both_controls(talk: Talk) -> None:
-    asked = [c for c in split(talk) if by_words(c)]
-    assert accuracy(asked, by_words) == 1
-    assert accuracy(text_only(asked), by_words) == 1
-    assert accuracy(shuffled(asked, 0)[0], by_words) == 1
+def test_a_score_from_the_text_stays_under_both_controls() -> None:
+    conversations = [c for c in split() if by_text(c)]
+    for of_one in (conversations, text_only(conversations), shuffled(conversations, 0)[0]):
+        assert accuracy(of_one, by_text) == 1
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("size", [6, 8, 40])
-def test_a_reader_of_images_falls_to_chance_under_both_controls(talk: Talk, size: int, seed: int) -> None:
-    asked = split(talk, size)
-    assert accuracy(asked, by_image) == 1
+def test_a_score_from_the_images_falls_to_chance_under_both_controls(size: int, seed: int) -> None:
+    conversations = split(size)
+    assert accuracy(conversations, by_image) == 1
     # With an odd number of subjects in a class half of them cannot be right.
-    assert accuracy(shuffled(asked, seed)[0], by_image) == pytest.approx(0.5, abs=1e-9 if size % 4 == 0 else 0.17)
-    assert accuracy(text_only(asked), by_image) == 0
+    found = accuracy(shuffled(conversations, seed)[0], by_image)
+    assert found == pytest.approx(0.5, abs=1e-9 if size % 4 == 0 else 0.17)
+    assert accuracy(text_only(conversations), by_image) == 0
 
 
-def test_nobodys_volume_is_shown_where_they_are_and_each_has_one_stand_in(talk: Talk) -> None:
-    asked = split(talk)
-    others, notes = shuffled(asked, 0)
-    assert [c.task_id for c in others] == [c.task_id for c in asked]
+def test_each_volume_is_replaced_by_one_volume_of_a_subject_that_is_not_in_the_conversation() -> None:
+    before = split()
+    after, notes = shuffled(before, 0)
+    assert [c.task_id for c in after] == [c.task_id for c in before]
     assert not notes
-    stands_for: dict[str, set[str]] = {}
-    whose = {file: subject for subject, files in volume_owners(asked)["sMRI"].items() for file in files}
-    for before, after in zip(asked, others, strict=True):
-        assert after.conversations[-1] == before.conversations[-1]
-        assert before.subjects.isdisjoint(whose[v.image_path] for v in after.volumes)
-        for one, other in zip(before.volumes, after.volumes, strict=True):
-            stands_for.setdefault(one.image_path, set()).add(other.image_path)
-    assert {len(found) for found in stands_for.values()} == {1}
-    assert len({*map(tuple, stands_for.values())}) == len(stands_for), "each stands for one"
-    assert others == shuffled(asked, 0)[0] != shuffled(asked, 1)[0]
+    owner = {file: subject for subject, files in volume_owners(before)["sMRI"].items() for file in files}
+    pairs = set()
+    for old, new in zip(before, after, strict=True):
+        assert new.conversations[-1] == old.conversations[-1]
+        assert old.subjects.isdisjoint(owner[v.image_path] for v in new.volumes)
+        pairs |= {(a.image_path, b.image_path) for a, b in zip(old.volumes, new.volumes, strict=True)}
+    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 12
+    assert after == shuffled(before, 0)[0] != shuffled(before, 1)[0]
 
 
-def test_a_reference_without_a_question_of_its_own_has_its_volume(talk: Talk) -> None:
-    compared = [c for c in split(talk, 4) if c.task_type == "T3"]
-    assert volume_owners(compared)["sMRI"] == {f"s{i}": [f"/{i}_{'male' if i % 2 else 'female'}.nii"] for i in range(4)}
+def test_a_reference_owns_its_volume_without_a_question_of_its_own() -> None:
+    compared = [c for c in split(4) if c.task_type == "T3"]
+    assert volume_owners(compared)["sMRI"] == {f"s{i}": [f"/{i}_{sex(i)}.nii"] for i in range(4)}
 
 
-def test_a_modality_of_one_subject_is_left_out_and_said(talk: Talk) -> None:
-    asked = split(talk, 4)
-    alone: dict[str, Any] = {"task_id": "alone", "metadata": {"subject_id": "s0"}}
-    more = talk(("user", [("sMRI", "/0_female.nii"), ("dMRI", "/d.nii")]), ("assistant", "x"), **alone)
-    silent = talk(("user", "Hi"), ("assistant", "Hello"), task_id="silent")
-    others, notes = shuffled([*asked, more, silent], 0)
-    assert [c.task_id for c in others] == [*(c.task_id for c in asked), "silent"]
+def test_a_modality_of_one_subject_is_left_out_with_a_note() -> None:
+    volumes = [("sMRI", "/0_female.nii"), ("dMRI", "/d.nii")]
+    alone = make_conversation(("user", volumes), ("assistant", "x"), task_id="alone", metadata={"subject_id": "s0"})
+    without = make_conversation(("user", "Hi"), ("assistant", "Hello"), task_id="without")
+    others, notes = shuffled([*split(4), alone, without], 0)
+    assert [c.task_id for c in others] == [*(c.task_id for c in split(4)), "without"]
     assert "in the place of one whom they are compared with" in notes[0], "of four there is no other way"
     assert notes[1] == "shuffled: 1 conversation is left out, as one subject only has dMRI"
 
 
-def test_without_volumes_the_words_stay_and_a_turn_without_any_is_empty(talk: Talk) -> None:
-    asked = split(talk, 4)
-    for before, after in zip(asked, text_only(asked), strict=True):
+def test_text_only_keeps_everything_but_the_volumes() -> None:
+    for before, after in zip(split(4), text_only(split(4)), strict=True):
         assert not after.volumes
-        words = [[i.text for i in turn.content if i.type == "text"] or [""] for turn in before.conversations]
-        assert [[i.text for i in turn.content] for turn in after.conversations] == words
+        texts = [[i.text for i in turn.content if i.type == "text"] or [""] for turn in before.conversations]
+        assert [[i.text for i in turn.content] for turn in after.conversations] == texts
         assert (after.label, after.metadata) == (before.label, before.metadata)
