@@ -30,4 +30,4 @@ def test_nodes_decode_to_the_same_arrays_and_reasons_as_one_process(
     assert made[0] == made[1]
     unreachable = VolumeStore(tmp_path / "store", {"sMRI": CUBE}, 10_000, FileStorage("nosuch://bucket"))
     with pytest.raises(OSError, match=r"resources\.store=nosuch://bucket: "):  # no fault of a volume
-        list(store_module._decode_on_nodes(unreachable, volumes, 0))
+        list(store_module._decode_on_nodes(unreachable, [volumes], 0))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -346,54 +346,49 @@ def decode_volumes(
     Raises:
         OSError: the store cannot be written.
     """
-    new = sorted(volume for volume in set(volumes) if not _is_stored(store, *volume))
-    if sum(_size(path) for path, _ in new) <= MIN_PARALLEL_BYTES:
+    new, size = [], 0
+    for path, modality in sorted(set(volumes)):
+        with suppress(UserError):  # reported when it is decoded
+            if store.contains(path, modality):
+                continue
+        new.append((path, modality))
+        with suppress(OSError):
+            size += image_size(path)
+    if size <= MIN_PARALLEL_BYTES:
         processes = 1
+    step = 1 if processes == 1 else VOLUMES_PER_TASK
+    groups = [new[start : start + step] for start in range(0, len(new), step)]
     if processes != 1 and has_several_nodes():
-        reasons = _decode_on_nodes(store, new, processes)
+        results = _decode_on_nodes(store, groups, processes)
     else:
-        jobs = processes or joblib.cpu_count()
-        tasks = joblib.Parallel(n_jobs=jobs, return_as="generator", batch_size=VOLUMES_PER_TASK if jobs > 1 else 1)
-        reasons = tasks(joblib.delayed(_decode_volume)(store, *volume) for volume in new)
-    return {volume: reason for volume, reason in zip(progress(new, "decoding volumes"), reasons, strict=True) if reason}
+        tasks = joblib.Parallel(n_jobs=processes or joblib.cpu_count(), return_as="generator", batch_size=1)
+        results = tasks(joblib.delayed(_decode_group)(store, group) for group in groups)
+    reasons = zip(progress(new, "decoding volumes"), chain.from_iterable(results), strict=True)
+    return {volume: reason for volume, reason in reasons if reason}
 
 
-def _is_stored(store: VolumeStore, path: str, modality: str) -> bool:
-    with suppress(UserError):  # reported when it is decoded
-        return store.contains(path, modality)
-    return False
+def _decode_group(store: VolumeStore, volumes: Sequence[Volume]) -> list[str]:
+    """Decode volumes into the store. Return the reason why each cannot be decoded, or "" if it is stored."""
+    reasons = []
+    for path, modality in volumes:
+        try:
+            store.get(path, modality)
+            reasons.append("")
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons
 
 
-def _size(path: str) -> int:
-    with suppress(OSError):
-        return image_size(path)
-    return 0
-
-
-def _decode_volume(store: VolumeStore, path: str, modality: str) -> str:
-    """Decode a volume into the store. Return the reason why it cannot be decoded, or "" if it is stored."""
-    try:
-        store.get(path, modality)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _decode_on_nodes(store: VolumeStore, volumes: Sequence[Volume], processes: int) -> Iterator[str]:
+def _decode_on_nodes(store: VolumeStore, groups: Iterable[Sequence[Volume]], processes: int) -> Iterator[list[str]]:
     import ray
 
     # Ray prefers nodes without GPUs for tasks that need none.
-    task = ray.remote(num_cpus=1)(_decode_group)
-    groups = (volumes[start : start + VOLUMES_PER_TASK] for start in range(0, len(volumes), VOLUMES_PER_TASK))
+    task, groups = ray.remote(num_cpus=1)(_decode_group), iter(groups)
     at_once = processes or 2 * int(sum(node["Resources"].get("CPU", 0) for node in alive_nodes()))
     pending = deque(task.remote(store, group) for group in islice(groups, at_once))
     while pending:
         try:
-            yield from ray.get(pending.popleft())
+            yield ray.get(pending.popleft())
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         pending.extend(task.remote(store, group) for group in islice(groups, 1))
-
-
-def _decode_group(store: VolumeStore, volumes: Sequence[Volume]) -> list[str]:
-    return [_decode_volume(store, *volume) for volume in volumes]

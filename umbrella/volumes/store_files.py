@@ -131,10 +131,10 @@ def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = Fals
         else:
             unused.append(record_file)
     for stored in stored_recipes(folder, modalities):
-        files = [f for f in stored.folder.iterdir() if f.suffix in (".npy", ".json") and f.name != "recipe.json"]
-        unused += [f for f in files if not stored.modalities or f.stem not in current_contents]
-        if not stored.modalities:
-            unused.append(stored.folder / "recipe.json")  # last: its folder is removed with it
+        files = [file for file in stored.folder.iterdir() if file.suffix in (".npy", ".json")]
+        files.sort(key=lambda file: file.name == "recipe.json")  # last: its folder is removed with it
+        kept = {"recipe", *current_contents} if stored.modalities else set()
+        unused += [file for file in files if file.stem not in kept]
     size = sum(_size_and_age(file)[0] for file in unused)
     for file in [] if dry_run else unused:
         file.unlink(missing_ok=True)
