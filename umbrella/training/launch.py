@@ -40,9 +40,8 @@ def train_loop(config: dict[str, Job]) -> str | int | None:
     """Train from the last checkpoint, or from the start, to the end of the plan. Every rank runs it.
 
     Returns:
-        An error message if a restart would not help, the step if the training stopped on request, else None. Every rank
-        returns at the same point. Ray transfers the value of rank 0, which also works where the storage is full or
-        gone.
+        An error message if a restart would not help, the step if the training stopped on request, else None. Ray
+        transfers the value of rank 0, which also works where the storage is full or gone.
     """
     from umbrella.training.distributed import ErrorOnAllRanks, raise_on_all_ranks, rank_and_world_size
     from umbrella.training.trainer import make_trainer
@@ -91,7 +90,7 @@ def run_job(job: Job, in_process: bool = False) -> None:
         outcome = (trainer.fit() if in_process else _fit_in_thread(trainer, folder)).return_value
     except WorkerGroupError as error:
         attempts = job.settings.resources.max_failures + 1
-        why = describe_first_failure(error.worker_failures or {0: error})
+        why = describe_failure(*(error.worker_failures or {0: error}).values())
         outcome = f"in {attempts} attempt{'s' * (attempts > 1)} (resources.max_failures) a worker died: {why}"
     if isinstance(outcome, str):
         latest = latest_checkpoint(folder)
@@ -123,7 +122,7 @@ class WorkerFailureCallback(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         """See ``UserCallback``."""
         (Path(self.job.folder) / WORKERS).unlink(missing_ok=True)
-        elapsed, why = format_duration(time.time() - self.job.start_time), describe_first_failure(worker_exceptions)
+        elapsed, why = format_duration(time.time() - self.job.start_time), describe_failure(*worker_exceptions.values())
         print(f"{elapsed}  a worker died: {why}", flush=True)
 
 
@@ -148,18 +147,14 @@ def _fit_in_thread(trainer: TorchTrainer, folder: Path) -> Result:
     return fitted.result()
 
 
-def describe_first_failure(failures: Mapping[int, BaseException]) -> str:
-    """Describe the original failure in one line. When one process dies, the other ranks fail as a consequence.
+def describe_failure(*errors: BaseException) -> str:
+    """Describe why workers failed in one line: the exception without its traceback, or Ray's message.
 
     Args:
-        failures: rank to error.
+        errors: of all workers. If one process died, the others failed as a consequence, and it is described.
     """
-    errors = [getattr(error, "health_check_failure", error) for error in failures.values()]  # Ray Train wraps it
-    return describe_failure(min(errors, key=lambda error: not isinstance(error, RayActorError)))
-
-
-def describe_failure(error: BaseException) -> str:
-    """Describe the failure of a worker in one line: the exception without its traceback, or Ray's message."""
+    originals = [getattr(error, "health_check_failure", error) for error in errors]  # Ray Train wraps it
+    error = min(originals, key=lambda error: not isinstance(error, RayActorError))
     kind = "" if isinstance(error, (RayError, WorkerGroupError, UserError)) else f"{type(error).__name__}: "
     lines = f"{kind}{error}".splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith("  ")]

@@ -46,7 +46,7 @@ class ProgressLog:
     def __init__(self, run: str, trial: str, start_time: float) -> None:
         self.tags, self.start_time = {"run": run, "trial": trial}, start_time
         self._gauges: dict[str, Gauge] = {}
-        self._series: dict[tuple[str, str | None], tuple[Gauge, dict[str, str]]] = {}
+        self._used: dict[tuple[str, ...], dict[str, str]] = {}
         self._updated, self._printed = -UPDATE_INTERVAL, time.monotonic()
         self._first_step: tuple[float, float] | None = None
 
@@ -92,15 +92,15 @@ class ProgressLog:
 
     def close(self) -> None:
         """End the curves of the gauges: the process may train again, and would continue them."""
-        for gauge, tags in self._series.values():
-            gauge.set(nan, tags)
+        for (gauge, *_), tags in self._used.items():
+            self._gauges[gauge].set(nan, tags)
 
     def _set(self, gauge: str, description: str, value: float, **more: str) -> None:
         tags = self.tags | more
         if gauge not in self._gauges:
             self._gauges[gauge] = Gauge(gauge, description, tuple(tags))
         self._gauges[gauge].set(value, tags)
-        self._series[gauge, more.get("metric")] = self._gauges[gauge], tags
+        self._used[gauge, *more.values()] = tags
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
