@@ -54,10 +54,7 @@ class UserError(Exception):
 def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
     """Call ``action`` at the first SIGTERM in this context. A second one has the effect that it has outside.
 
-    Outside of the main thread, which alone receives signals, it does nothing.
-
-    Raises:
-        Stopped: as ``action``.
+    ``action`` may raise ``Stopped``. Outside of the main thread, which alone receives signals, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -123,12 +123,9 @@ def run_script(
     options: Options = MappingProxyType({}),
     paths: str = "",
 ) -> None:
-    """Parse ``sys.argv``, call ``main``, and exit.
+    """Parse ``sys.argv`` as ``parse`` does, call ``main``, and exit.
 
     Exit status: 0; 2 after a user error or if the disk is full or read-only; 130 after Ctrl-C; 143 after SIGTERM.
-
-    Args:
-        doc, default_file, options, paths: see ``parse``.
     """
 
     def stop() -> NoReturn:

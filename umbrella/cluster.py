@@ -174,11 +174,7 @@ def check_local_folders() -> None:
 
 
 def create_token() -> None:
-    """Create the token of a local Ray, readable by its owner only. A token that Ray creates is readable by all.
-
-    Raises:
-        UserError: there is no token, and it cannot be written.
-    """
+    """Create the token of a local Ray, readable by its owner only. A token that Ray creates is readable by all."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
         return
     token = Path.home() / ".ray" / "auth_token"
@@ -208,11 +204,7 @@ def has_several_nodes() -> bool:
 def max_concurrent_trainings(resources: ResourceSettings, nodes: Sequence[Mapping[str, float]] | None = None) -> int:
     """Return the number of trainings that can run at the same time, with no more workers than CPUs.
 
-    Args:
-        nodes: as in ``check_resources``.
-
-    Raises:
-        UserError: not even one training fits.
+    Raises UserError if not even one fits; for ``nodes`` see ``check_resources``.
     """
     have = check_resources(resources, resources.least_workers, "resources.workers", nodes)
     # Concurrent trainings have their largest number of workers each.

@@ -73,7 +73,6 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], titl
 
     Args:
         panels: name of a panel to its curves, each of which is a label to its (step, value) points.
-        title: title of the figure.
     """
 
     def draw() -> "Figure":

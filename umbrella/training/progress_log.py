@@ -59,9 +59,6 @@ class ProgressLog:
         """Estimate the seconds to the end. Call it after each step; it returns None after the first one.
 
         The estimate starts at the end of the first step, which includes what happens once, such as compilation.
-
-        Args:
-            position: step and steps.
         """
         now, step = time.monotonic(), position["step"]
         start, first = self._first_step = self._first_step or (now, step)

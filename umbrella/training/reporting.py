@@ -55,11 +55,7 @@ class Reporter:
         self._salt = read_salt(job.settings.resources.storage) if job.settings.tracking.hash_subjects else ""
 
     def begin(self, plan: str, task: Task) -> None:
-        """Start or continue the run in MLflow, and log settings, data, machine, and the summary of the training.
-
-        Args:
-            plan: its text.
-        """
+        """Start or continue the run in MLflow; log settings, data, machine, the text of the plan, and the summary."""
         job, device, summary = self.job, self.device, task.summary(self._redact)
         text = f"{plan}\n{summary.text}"
         self.tracker = MlflowLogger.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
@@ -79,11 +75,7 @@ class Reporter:
         self.log.print_state(FIRST)
 
     def step(self, values: Mapping[str, float], position: Mapping[str, float], throughput: Throughput) -> None:
-        """Log the metrics of a step.
-
-        Args:
-            position: step, steps and epoch.
-        """
+        """Log the metrics of a step. ``position`` has step, steps and epoch."""
         self.tracker.metrics(values, int(position["step"]))
         left = self.log.seconds_left(position)
         if self.log.due:
@@ -96,9 +88,6 @@ class Reporter:
         """Log an evaluation, and send all steps before it to MLflow.
 
         Metrics ``best/...`` are those of the best evaluation, because MLflow's tables show the last value of a metric.
-
-        Args:
-            predictions: of the validation split.
         """
         tracking, key = self.job.settings.tracking, self._ranking_key(metrics)
         is_best = key > self._best_key

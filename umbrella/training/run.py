@@ -40,11 +40,7 @@ def load_and_check(
 ) -> Splits:
     """Load the data of a training or sweep, and make all checks that precede its start.
 
-    Args:
-        trials, dry_run: as in ``load_splits``.
-
-    Raises:
-        UserError: as ``check_model``, ``load_splits`` and ``check_data``.
+    See ``load_splits`` for the arguments, and for errors also ``check_model`` and ``check_data``.
     """
     for trial in {str((trial.modalities, trial.model)): trial for trial in trials or [settings]}.values():
         check_model(trial)  # first: it takes seconds, and decoding volumes may take hours
@@ -165,11 +161,8 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
 def run_tracked_job(job: Job) -> None:
     """Run a training that is not part of a sweep, and set the final status of its run in MLflow.
 
-    The first SIGTERM asks the workers to stop; a second one, or the first if there are no workers, stops at once.
-
-    Raises:
-        UserError: as ``check_unchanged`` and ``run_job``.
-        Stopped: SIGTERM stopped the training.
+    The first SIGTERM asks the workers to stop; a second one, or the first if there are no workers, stops at once. For
+    errors see ``check_unchanged`` and ``run_job``.
     """
     check_unchanged(job)
     folder = Path(job.folder)
