@@ -27,45 +27,6 @@ GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
 
 
 @dataclass(frozen=True)
-class NumberSummary:
-    """Summary of the numeric labels of a target, in one split. ``histogram``: counts; all splits have the same bins."""
-
-    n: int
-    mean: float
-    deviation: float
-    minimum: float
-    maximum: float
-    histogram: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TargetLabels:
-    """Labels of one target, by split. A target should have either classes or numbers; both indicate an error."""
-
-    name: str
-    classes: Mapping[str, Mapping[str, int]]
-    """Split to label to the number of conversations."""
-    numbers: Mapping[str, NumberSummary]
-    low: float
-    high: float
-    """Range of the histograms."""
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """Counts of one split."""
-
-    name: str
-    conversations: int
-    task_types: Mapping[str, int]
-    labelled: int
-    answer_subjects: frozenset[str]
-    """Subjects of the last answers."""
-    subjects: frozenset[str]
-    """All subjects with a volume or an answer."""
-
-
-@dataclass(frozen=True)
 class VolumeRow:
     """One volume, read as one modality: its path, its use and its properties."""
 
@@ -84,39 +45,42 @@ class VolumeRow:
     """Unusual properties of its header, and properties that differ from other volumes of the modality."""
 
 
-def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[SplitSummary]:
-    """Count conversations, task types, labels and subjects of each split."""
+def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[dict[str, Any]]:
+    """Count conversations, task types, labels and subjects (of the last answers, and all) of each split."""
     return [
-        SplitSummary(
-            name=name,
-            conversations=len(conversations),
-            task_types=dict(sorted(Counter(c.task_type for c in conversations).items())),
-            labelled=sum(c.label is not None for c in conversations),
-            answer_subjects=frozenset(c.subject_id for c in conversations),
-            subjects=frozenset(subject for c in conversations for subject in c.subjects),
-        )
+        {
+            "name": name,
+            "conversations": len(conversations),
+            "task_types": Counter(c.task_type for c in conversations),
+            "labelled": sum(c.label is not None for c in conversations),
+            "answer_subjects": {c.subject_id for c in conversations},
+            "subjects": {subject for c in conversations for subject in c.subjects},
+        }
         for name, conversations in splits.items()
     ]
 
 
-def shared_subjects(splits: Sequence[SplitSummary]) -> list[tuple[str, str, list[str]]]:
+def shared_subjects(splits: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
     """Find subjects that occur in two splits, as subject of an answer or anywhere. There should be none.
 
     Returns:
         (names of the splits, role, subjects) for each pair of splits and role.
     """
+    roles = {"answer_subjects": "subject of an answer", "subjects": "anywhere in a conversation"}
     return [
-        (f"{one.name} and {two.name}", role, sorted(both))
+        (f"{one['name']} and {two['name']}", role, sorted(one[key] & two[key]))
         for one, two in combinations(splits, 2)
-        for role, both in (
-            ("subject of an answer", one.answer_subjects & two.answer_subjects),
-            ("anywhere in a conversation", one.subjects & two.subjects),
-        )
+        for key, role in roles.items()
     ]
 
 
-def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLabels]:
-    """Count the labels of each target, sorted by name. Conversations without a label are omitted."""
+def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[dict[str, Any]]:
+    """Count the labels of each target, sorted by name. Conversations without a label are omitted.
+
+    Returns:
+        For each target: ``name``; ``classes``, split to label to count; ``numbers``, split to a summary of the numeric
+        labels; ``low`` and ``high``, the range of the histograms. A target should have either classes or numbers.
+    """
     labels: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for split, conversations in splits.items():
         for c in conversations:
@@ -131,17 +95,22 @@ def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[TargetLab
         # A class that is missing in one split has a row with 0 there.
         known = sorted({word for counts in words.values() for word in counts})
         classes = {split: {word: counts[word] for word in known} for split, counts in words.items() if counts}
-        summed = {split: _summarise(found, low, high) for split, found in numbers.items() if found}
-        targets.append(TargetLabels(name, classes, summed, low, high))
+        summaries = {split: _summarise(found, low, high) for split, found in numbers.items() if found}
+        targets.append({"name": name, "classes": classes, "numbers": summaries, "low": low, "high": high})
     return targets
 
 
-def _summarise(values: list[float], low: float, high: float) -> NumberSummary:
+def _summarise(values: list[float], low: float, high: float) -> dict[str, Any]:
     exact = np.asarray(values, np.longdouble)  # sums and squares of float64 may overflow
     places = (exact - low) / (np.longdouble(high) - low) if high > low else np.full(len(values), 0.5)
-    counts, _ = np.histogram(places.astype(float), bins=BINS, range=(0, 1))
-    moments = float(exact.mean()), float(exact.std())
-    return NumberSummary(len(values), *moments, min(values), max(values), tuple(counts.tolist()))
+    return {
+        "n": len(values),
+        "mean": float(exact.mean()),
+        "deviation": float(exact.std()),
+        "minimum": min(values),
+        "maximum": max(values),
+        "histogram": np.histogram(places.astype(float), bins=BINS, range=(0, 1))[0].tolist(),
+    }
 
 
 def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:

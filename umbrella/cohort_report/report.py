@@ -81,7 +81,7 @@ def _page(raw: Splits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         {"by": lambda values: " × ".join(map(number, values))},
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         splits=splits,
-        task_types=sorted({kind for split in splits for kind in split.task_types}),
+        task_types=sorted({kind for split in splits for kind in split["task_types"]}),
         shared=shared_subjects(splits),
         targets=count_labels(raw.splits),
         problems=raw.problems,
