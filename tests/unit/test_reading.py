@@ -81,47 +81,32 @@ def test_formats_and_types_that_nibabel_writes_are_read(
     np.testing.assert_array_equal(in_ras(tmp_path / name, brain.shape), voxels[::-1] if affine is LAS else voxels)
 
 
-def test_afni_is_read_with_its_factor_per_volume(tmp_path: Path) -> None:
-    series = np.arange(48, dtype="<i2").reshape(4, 3, 2, 2)  # i, j, k, frame
-    (tmp_path / "f+orig.BRIK").write_bytes(series.tobytes(order="F"))
-    fields = {
-        "DATASET_DIMENSIONS": ("integer", "4 3 2 0 0"),
-        "DATASET_RANK": ("integer", "3 2 0 0 0 0 0 0"),
-        "BRICK_TYPES": ("integer", "1 1"),
-        "BRICK_FLOAT_FACS": ("float", "0.5 2.0"),
-        "ORIENT_SPECIFIC": ("integer", "1 2 4"),  # L to R, P to A, I to S
-        "ORIGIN": ("float", "0 0 0"),
-        "DELTA": ("float", "2 2 2"),
-        "IJK_TO_DICOM_REAL": ("float", "-2 0 0 0 0 -2 0 0 0 0 2 0"),
-        "TAXIS_NUMS": ("integer", "2 0 77002"),
-        "TAXIS_FLOATS": ("float", "0 2 0 0 0"),
-    }
-    text = "".join(
-        f"\ntype = {t}-attribute\nname = {n}\ncount = {len(v.split())}\n {v}\n" for n, (t, v) in fields.items()
-    )
-    text += "\ntype = string-attribute\nname = BYTEORDER_STRING\ncount = 10\n'LSB_FIRST~\n"
-    text += "\ntype = string-attribute\nname = TEMPLATE_SPACE\ncount = 5\n'ORIG~\n"
-    text += "\ntype = integer-attribute\nname = SCENE_DATA\ncount = 8\n 0 11 1 -999 -999 -999 -999 -999\n"
-    (tmp_path / "f+orig.HEAD").write_text(text)
-    expected = np.moveaxis(series * np.array([0.5, 2.0]), -1, 0)
-    for name in ("f+orig.HEAD", "f+orig.BRIK"):
-        np.testing.assert_allclose(in_ras(tmp_path / name, (4, 3, 2, 2)), expected)
-
-
-MINC = Path(nib.__file__).with_name("tests") / "data"
+EXAMPLES = Path(nib.__file__).with_name("tests") / "data"
 
 
 @pytest.mark.parametrize("name", ["tiny.mnc", "small.mnc", "minc1_4d.mnc", "minc2_4d.mnc"])
 def test_minc_volumes_have_their_time_last(name: str) -> None:
-    expected, axes = nib.load(MINC / name).get_fdata(), 4 if "4d" in name else 3
-    raw = read_volume(MINC / name, axes, LIMIT)
+    expected, axes = nib.load(EXAMPLES / name).get_fdata(), 4 if "4d" in name else 3
+    raw = read_volume(EXAMPLES / name, axes, LIMIT)
     np.testing.assert_array_equal(raw.voxels, np.moveaxis(expected, 0, -1) if axes == 4 else expected)
-    assert [note.partition(" comes first")[0] for note in header_notes(MINC / name)] == ["the time axis"] * (axes - 3)
+    assert [note.partition(" comes first")[0] for note in header_notes(EXAMPLES / name)] == ["the time axis"] * (
+        axes - 3
+    )
     assert axes == 3 or (raw.orientation, raw.spacing) == ("SAR", (2, 2, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("example4d+orig.HEAD", (33, 41, 25, 3)), ("scaled+tlrc.BRIK", (47, 54, 43))]
+)
+def test_afni_volumes_are_scaled(name: str, shape: tuple) -> None:
+    image = nib.load(EXAMPLES / name.replace("BRIK", "HEAD"))
+    raw = read_volume(EXAMPLES / name, len(shape), LIMIT)
+    assert (raw.voxels.shape, raw.orientation) == (shape, "".join(nib.aff2axcodes(image.affine)))
+    np.testing.assert_array_equal(raw.voxels, image.get_fdata().reshape(shape))
+
+
 def test_minc_dimensions_other_than_space_and_time_are_refused(tmp_path: Path) -> None:
-    path = Path(shutil.copy(MINC / "minc2_4d.mnc", tmp_path))
+    path = Path(shutil.copy(EXAMPLES / "minc2_4d.mnc", tmp_path))
     with h5py.File(path, "r+") as file:
         file.move("minc-2.0/dimensions/time", "minc-2.0/dimensions/vector_dimension")
         names = np.bytes_("vector_dimension,zspace,yspace,xspace")

@@ -52,14 +52,6 @@ def is_array(path: Path) -> bool:
         return False
 
 
-def is_current(record: Mapping[str, Any]) -> bool:
-    """Return whether the source file of a record in ``sources/`` is unchanged."""
-    try:
-        return file_stamp(record["path"]) == (record["size"], record["time"])
-    except (UserError, KeyError):
-        return False
-
-
 def file_stamp(source: str | Path) -> tuple[int, int]:
     """Return the total size in bytes and the modification time in nanoseconds (a sum for two files) of an image.
 
@@ -126,10 +118,11 @@ def prune(folder: Path, modalities: Mapping[str, Modality], dry_run: bool = Fals
     current_contents = set()
     for record_file in (folder / "sources").glob("*.json"):
         record = read_json(record_file)
-        if is_current(record):
-            current_contents.add(record["content"])
-        else:
-            unused.append(record_file)
+        with suppress(UserError, KeyError):
+            if file_stamp(record["path"]) == (record["size"], record["time"]):
+                current_contents.add(record["content"])
+                continue
+        unused.append(record_file)
     for stored in stored_recipes(folder, modalities):
         files = [file for file in stored.folder.iterdir() if file.suffix in (".npy", ".json")]
         files.sort(key=lambda file: file.name == "recipe.json")  # last: its folder is removed with it
