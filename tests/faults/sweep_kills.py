@@ -1,9 +1,9 @@
-"""Kills a sweep at random, again and again, and says whether its runs are those of a sweep that was left alone.
+"""Kill the processes of a sweep at random, resume it, and check that its runs are those of an undisturbed sweep.
 
 python -m tests.faults.sweep_kills [--trials 8] [--kills 5] [--seed 0]
 
-A kill is SIGKILL to the script, to the process of a trial, or to a training's workers, at a random moment; where the
-script ends, `tune.py --resume last` is given. At the end MLflow must hold one finished run per trial, each with one
+A kill is SIGKILL to the script, to the process of a trial, or to the workers of a training, at a random moment. If the
+script ends, `tune.py --resume last` is started. At the end MLflow must hold one finished run per trial, each with one
 loss for each step and one metric for each evaluation, and no trial may have been trained twice.
 """
 
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 from mlflow import MlflowClient
@@ -31,7 +32,7 @@ TUNE = Path(__file__).resolve().parents[2] / "experiments" / "tune.py"
 
 
 def kill_trial(script: subprocess.Popen, draw: random.Random) -> int:
-    """SIGKILL to one process that a trial runs in; returns how many were killed."""
+    """Kill the process of one trial; return the number of killed processes."""
     trials = [p for p in psutil.Process(script.pid).children(recursive=True) if "ray::ImplicitFunc." in named(p)]
     return kill(trials and [draw.choice(trials)])
 
@@ -43,32 +44,32 @@ KINDS: dict[str, Callable[[subprocess.Popen, random.Random], int]] = {
 }
 
 
-def start(settings: Settings, go_on: bool) -> subprocess.Popen:
-    """The command of the sweep, given."""
+def start(settings: Settings, resume: bool) -> subprocess.Popen:
+    """Start the script of the sweep. Its output is appended to ``output.txt`` in the storage folder."""
     storage = Path(settings.resources.storage)
-    file, said = storage / "question.yaml", storage / "said.txt"
+    file = storage / "sweep.yaml"
     file.write_text(settings.to_yaml(), encoding="utf-8")
-    words = ["--resume", "last", f"resources.storage={storage}"] if go_on else [str(file)]
-    with said.open("a") as out:
-        return subprocess.Popen([sys.executable, TUNE, *words], stdout=out, stderr=out, env=plain_environment())
+    arguments = ["--resume", "last", f"resources.storage={storage}"] if resume else [str(file)]
+    with (storage / "output.txt").open("a") as out:
+        return subprocess.Popen([sys.executable, TUNE, *arguments], stdout=out, stderr=out, env=plain_environment())
 
 
-def batches_taken(settings: Settings) -> int:
-    """How many batches all trials have taken so far."""
+def count_batches(settings: Settings) -> int:
+    """Number of batches that all trials have taken so far."""
     return sum(taken(trial) for trial in Path(settings.resources.storage).glob("sweeps/*/trials/*/"))
 
 
-def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, say: Callable[[str], None]) -> int:
-    """Run a sweep to its end, killed so many times on the way; returns how many kills arrived.
+def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, log: Callable[[str], None]) -> int:
+    """Run a sweep to its end with this number of kills; return the number of kills that reached a process.
 
     Raises:
-        RuntimeError: the script ended as it should not.
+        RuntimeError: the script failed.
     """
-    script, arrived, trials = start(settings, go_on=False), 0, len(settings.tune.space["optim.lr"]["grid"])
+    script, arrived, trials = start(settings, resume=False), 0, len(settings.tune.space["optim.lr"]["grid"])
     wait = trials * STEPS // (kills + 2)
     while arrived < kills:
-        until = batches_taken(settings) + draw.randint(1, wait)
-        while script.poll() is None and batches_taken(settings) < until:
+        until = count_batches(settings) + draw.randint(1, wait)
+        while script.poll() is None and count_batches(settings) < until:
             time.sleep(0.05)
         if script.poll() is not None:
             break
@@ -76,43 +77,39 @@ def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, say: C
         if not KINDS[kind](script, draw):
             continue
         arrived += 1
-        say(f"{kind}, {until} batches in")
+        log(f"{kind} after {until} batches")
         if kind == "SIGKILL to the script":
             script.wait()
-            script = start(settings, go_on=True)
+            script = start(settings, resume=True)
     status = script.wait(900)
     if status:
-        raise RuntimeError(f"the script ended with status {status}; see {settings.resources.storage}/said.txt")
+        raise RuntimeError(f"the script ended with status {status}; see {settings.resources.storage}/output.txt")
     return arrived
 
 
-def faults_in(settings: Settings) -> list[str]:
-    """What is not as it should be with the sweep's runs in MLflow."""
+def find_faults(settings: Settings) -> list[str]:
+    """Differences between the runs of the sweep in MLflow and those of an undisturbed sweep."""
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name(settings.experiment).experiment_id])
-    parents = [run for run in runs if PARENT not in run.data.tags]
-    children = [run for run in runs if PARENT in run.data.tags]
-    grid = settings.tune.space["optim.lr"]["grid"]
-    faults = [f"{len(parents)} parents"] * (len(parents) != 1) + [f"{len(children)} runs"] * (
-        len(children) != len(grid)
-    )
-    if {float(run.data.params["optim.lr"]) for run in children} != {float(value) for value in grid}:
-        faults.append("the runs are not one for each value")
-    if len({run.data.tags[TRIAL] for run in children}) != len(children):
-        faults.append("two runs of one trial")
+    trials = [run for run in runs if PARENT in run.data.tags]
     every = settings.train.evaluate_every
-    expected = {
-        "train/loss": list(range(1, STEPS + 1)),
-        "eval/loss": sorted({*range(every, STEPS + 1, every), STEPS}),
+    found: dict[str, tuple[Any, Any]] = {
+        "number of sweeps": (len(runs) - len(trials), 1),
+        "swept values": (
+            sorted(float(run.data.params["optim.lr"]) for run in trials),
+            sorted(float(value) for value in settings.tune.space["optim.lr"]["grid"]),
+        ),
+        "number of trials": (len({run.data.tags[TRIAL] for run in trials}), len(trials)),
     }
-    for run in [*parents, *children]:
-        if (run.info.status, run.data.tags[OUTCOME]) != ("FINISHED", "finished"):
-            faults.append(f"{run.info.run_name} is {run.info.status}, {run.data.tags.get(OUTCOME)}")
-    for run in children:
-        for name, steps in expected.items():
-            found = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
-            if sorted(found) != steps:
-                faults.append(f"{run.info.run_name}: {name} has steps {found}")
+    for run in runs:
+        end = run.info.status, run.data.tags.get(OUTCOME)
+        found[f"end of {run.info.run_name}"] = end, ("FINISHED", "finished")
+    for run in trials:
+        evaluated = sorted({*range(every, STEPS + 1, every), STEPS})
+        for name, steps in (("train/loss", list(range(1, STEPS + 1))), ("eval/loss", evaluated)):
+            logged = sorted(metric.step for metric in client.get_metric_history(run.info.run_id, name))
+            found[f"steps of {name} of {run.info.run_name}"] = logged, steps
+    faults = [f"{what}: {value}, not {expected}" for what, (value, expected) in found.items() if value != expected]
     [sweep] = (Path(settings.resources.storage) / SWEEPS).glob("*/")
     try:
         for folder in {file.parent for file in sweep.glob("trials/*/samples_0.jsonl")}:
@@ -122,8 +119,8 @@ def faults_in(settings: Settings) -> list[str]:
     return faults
 
 
-def question(storage: str | Path, trials: int) -> Settings:
-    """So many rates, to be tried for 39 steps each."""
+def sweep_settings(storage: str | Path, trials: int) -> Settings:
+    """Settings of a sweep of learning rates, with 39 steps per trial."""
     rates = [1e-3 * (1 + number / 8) for number in range(trials)]
     return load_settings(
         overrides={
@@ -138,20 +135,21 @@ def question(storage: str | Path, trials: int) -> Settings:
 
 
 def main() -> None:
-    """Exit status 1 if something is not as it should be."""
+    """Run the sweep and print the faults; exit with status 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8, help="trials of the sweep (8)")
     parser.add_argument("--kills", type=int, default=5, help="kills (5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of kinds and moments (0)")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     storage = tempfile.mkdtemp(prefix="sweep_kills_")
-    print(f"everything is kept in {storage}", flush=True)
-    settings = question(storage, asked.trials)
-    began = time.monotonic()
-    arrived = sweep_with_kills(settings, random.Random(asked.seed), asked.kills, lambda what: print(what, flush=True))
-    faults = faults_in(settings)
-    extra = batches_taken(settings) - asked.trials * STEPS
-    print(f"{arrived} kills, {time.monotonic() - began:.0f} s, {extra} batches taken again: {faults or 'all is well'}")
+    print(f"storage: {storage}", flush=True)
+    settings = sweep_settings(storage, arguments.trials)
+    started = time.monotonic()
+    draw = random.Random(arguments.seed)
+    arrived = sweep_with_kills(settings, draw, arguments.kills, lambda line: print(line, flush=True))
+    faults = find_faults(settings)
+    extra = count_batches(settings) - arguments.trials * STEPS
+    print(f"{arrived} kills, {time.monotonic() - started:.0f} s, {extra} batches repeated; faults: {faults or 'none'}")
     sys.exit(bool(faults))
 
 

@@ -26,7 +26,7 @@ from tests.faults.fault_injection import (
     when_step,
 )  # fmt: skip
 from tests.faults.nodes import Nodes, ended, nodes
-from tests.faults.sweep_kills import faults_in, question
+from tests.faults.sweep_kills import find_faults, sweep_settings
 from tests.faults.test_faults import assert_each_once_per_epoch, put
 from umbrella.data.splits import SPLITS, phantom_folder_of, read_splits
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
@@ -230,7 +230,9 @@ def test_training_that_lost_its_node_stops_at_the_first_sigterm(small_settings: 
 
 def test_sweep_that_loses_nodes_and_its_script_ends_with_one_complete_run_per_trial(tmp_path: Path) -> None:
     slow = {"train.evaluate_every": 1}  # so that a trial is not over before a node has started
-    settings = question(tmp_path, trials=3).with_values({**slow, "resources.cpus_per_worker": CPUS, "name": "lost"})
+    settings = sweep_settings(tmp_path, trials=3).with_values(
+        {**slow, "resources.cpus_per_worker": CPUS, "name": "lost"}
+    )
 
     def trials() -> list[Path]:
         return [point.parent for point in tmp_path.glob("sweeps/lost/trials/*/point.json")]
@@ -253,7 +255,7 @@ def test_sweep_that_loses_nodes_and_its_script_ends_with_one_complete_run_per_tr
     first, second, third = starts(moved)
     assert first < second < third, "it went on from its checkpoints"
     assert done == {trial: taken(trial) for trial in done}, "what was finished was not run again"
-    assert faults_in(settings) == []
+    assert find_faults(settings) == []
 
 
 def test_fewer_workers_after_a_lost_node_see_each_sample_once_per_epoch(

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.faults.fault_injection import taken
-from tests.faults.sweep_kills import faults_in, question, start, sweep_with_kills
+from tests.faults.sweep_kills import find_faults, start, sweep_settings, sweep_with_kills
 from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.tracking.store import tracking_uri
 
@@ -18,24 +18,24 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.ci
 def test_sweep_killed_five_times_ends_with_eight_correct_runs(tmp_path: Path) -> None:
-    settings = question(tmp_path, trials=8)
-    assert sweep_with_kills(settings, random.Random(2), kills=5, say=print) == 5
-    assert faults_in(settings) == []
+    settings = sweep_settings(tmp_path, trials=8)
+    assert sweep_with_kills(settings, random.Random(2), kills=5, log=print) == 5
+    assert find_faults(settings) == []
 
 
 @pytest.mark.ci
 def test_ctrl_c_ends_a_sweep_without_a_result(tmp_path: Path) -> None:
-    settings = question(tmp_path, trials=2).with_values({"train.epochs": 2000, "train.evaluate_every": 50})
+    settings = sweep_settings(tmp_path, trials=2).with_values({"train.epochs": 2000, "train.evaluate_every": 50})
     # A shell that runs the tests in the background has it ignored, and the script would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    script = start(settings, go_on=False)
+    script = start(settings, resume=False)
     signal.signal(signal.SIGINT, before)
     while len([trial for trial in tmp_path.glob("sweeps/*/trials/*/") if taken(trial)]) < 2:
         assert script.poll() is None
         time.sleep(0.01)
     script.send_signal(signal.SIGINT)
     assert script.wait(60) == 130
-    assert "stopped by the keyboard" in (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert "stopped by the keyboard" in (tmp_path / "output.txt").read_text(encoding="utf-8")
     assert not list(tmp_path.glob("sweeps/*/report.html"))
     client = MlflowClient(tracking_uri(tmp_path))
     runs = client.search_runs([client.get_experiment_by_name(settings.experiment).experiment_id])

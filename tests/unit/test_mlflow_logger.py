@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,55 +218,37 @@ def test_refused_events_give_one_note_and_the_training_continues(
     assert values(start()) == [(step, float(step)) for step in range(1, 7)], "a new run gets the events"
 
 
-class ClosingServer:
-    """A server that closes each connection without an answer, and counts them."""
-
-    def __init__(self) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=50)
-        self.uri = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.requests = 0
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            self.requests += 1
-            connection.close()
+DOWN = "http://127.0.0.1:9"
+"""Address of a server that does not answer."""
 
 
-@pytest.fixture
-def down(monkeypatch: pytest.MonkeyPatch) -> Iterator[ClosingServer]:
+@pytest.fixture(autouse=True)
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    server = ClosingServer()
-    yield server
-    server.socket.shutdown(socket.SHUT_RDWR)
-    server.socket.close()
 
 
-def test_an_outage_costs_one_request_per_interval_and_one_note(
-    down: ClosingServer, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_an_outage_costs_one_try_per_interval_and_one_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tries: list[None] = []
+    connect = MlflowLogger._find_or_create
+    monkeypatch.setattr(MlflowLogger, "_find_or_create", lambda logger: (tries.append(None), connect(logger)))
     monkeypatch.setattr(mlflow_logger, "RETRY", 3600.0)
-    logger = MlflowLogger.start(down.uri, "1", "x", folder=tmp_path)
+    logger = MlflowLogger.start(DOWN, "1", "x", folder=tmp_path)
     logger.watch_system()
-    requests = down.requests
-    assert requests > 0
     train(logger, range(1, 101))
     logger.artifact("late", "late.txt")
-    assert down.requests == requests
+    assert len(tries) == 1
     assert len(logger.history("train/loss")["train/loss"]) == 100
     with pytest.raises(UserError, match=r"does not answer, so the run has no id yet"):
         print(logger.run_id)
     logger._next_try = 0.0  # after the interval
     logger.flush()
-    assert down.requests > requests
+    assert len(tries) == 2
     logger.end(wait=0)
     assert capsys.readouterr().err.splitlines() == [
-        f"note: MLflow at {down.uri} does not answer; unsent events stay in {logger.file}",
-        f"note: MLflow at {down.uri} still does not answer; the rest stays in {logger.file} and is sent when this run"
+        f"note: MLflow at {DOWN} does not answer; unsent events stay in {logger.file}",
+        f"note: MLflow at {DOWN} still does not answer; the rest stays in {logger.file} and is sent when this run"
         " is resumed",
     ]
     kinds = [json.loads(line)["do"] for line in logger.file.read_text().splitlines()]
@@ -275,16 +256,11 @@ def test_an_outage_costs_one_request_per_interval_and_one_note(
 
 
 def test_a_run_that_ended_during_an_outage_is_sent_when_it_is_resumed(
-    down: ClosingServer,
-    uri: str,
-    experiment: str,
-    client: MlflowClient,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger = MlflowLogger.start(down.uri, experiment, "x", folder=tmp_path / "one")
+    logger = MlflowLogger.start(DOWN, experiment, "x", folder=tmp_path / "one")
     train(logger, range(1, 5))
-    close_run(down.uri, tmp_path / "one", "FAILED", "failed")
+    close_run(DOWN, tmp_path / "one", "FAILED", "failed")
     monkeypatch.setattr(mlflow_logger, "store_id", lambda unused: logger._state_file.name[1:-5])  # it is back
     close_run(uri, tmp_path / "one", "KILLED", "killed")
     (run,) = client.search_runs([experiment])
@@ -324,14 +300,14 @@ def test_a_resumed_sweep_repairs_the_runs_of_its_killed_script(
 
 
 def test_the_run_of_a_finished_training_is_found_if_the_store_has_it(
-    start: Callable[..., MlflowLogger], uri: str, tmp_path: Path, down: ClosingServer
+    start: Callable[..., MlflowLogger], uri: str, tmp_path: Path
 ) -> None:
     logger = start()
     found = find_run(uri, tmp_path / "one")
     assert found is not None
     assert found.run_id == logger.run_id
     assert find_run(uri, tmp_path / "no training") is None
-    assert find_run(down.uri, tmp_path / "one") is None, "another store"
+    assert find_run(DOWN, tmp_path / "one") is None, "another store"
     logger.client.delete_run(logger.run_id)
     assert find_run(uri, tmp_path / "one") is None
     assert not (tmp_path / "no training").exists()

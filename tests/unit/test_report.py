@@ -1,8 +1,8 @@
 """The report of a sweep: a self-contained page with escaped texts, and what the terminal prints."""
 
-from html.parser import HTMLParser
+import re
+from html import unescape
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from rich.console import Console
@@ -31,32 +31,12 @@ TRIALS = [
 ]
 
 
-class Page(HTMLParser):
-    """The words of a page, its tags, and every address in it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-
-    def handle_data(self, data: str) -> None:
-        self.words += data.split()
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-
-def report(folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0) -> Page:
+def report(folder: Path, trials: list[Trial], settings: Settings | None = None, subjects: int = 0) -> str:
+    """Write the report of a sweep; return the text of its page without tags."""
     folder.mkdir(exist_ok=True)
     write_report(rank_configurations(trials, "max"), settings or Settings(), folder, subjects, "No trial learnt.")
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return " ".join(unescape(re.sub("<[^>]+>", " ", page)).split())
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
@@ -64,39 +44,37 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     assert set(files) == set(tmp_path.iterdir())
     figures = [f"{name}.png" for name in ("metric", "ranking", "curves", "times")]
     assert {file.name for file in files} == {"report.html", "ranking.csv", "best.yaml", *figures}
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert [urlsplit(address).scheme for address in page.addresses] == ["data"] * 4
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert "url(" not in text
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r"(?:src|href|srcset|data|action)=.(.{5})", page) == ["data:"] * 4
+    assert not re.search(r"url\(|<(script|link|iframe|object)", page)
 
 
 def test_the_page_has_every_configuration_and_trial_with_its_cost(tmp_path: Path) -> None:
     resources = {"resources.workers": 4, "resources.cpus_per_worker": 3, "resources.gpus_per_worker": 0.5}
     page = report(tmp_path, TRIALS, load_settings(overrides=resources))
-    assert f"lr=0.001: {METRIC} 0.8125 ± 0.16 (n = 3) over seeds" in page.text.replace(" :", ":")
-    assert "1 finished, 1 stopped by the scheduler, 1 failed" in page.text
-    assert BAD in page.text, "as words, not as a script"
-    assert "at evaluation 1, step 10 of 30" in page.text
-    assert {t.trial_id for t in TRIALS} <= set(page.words)
-    assert "At least 8 trials with a metric are needed; there are 5." in page.text
-    assert "No trial learnt." in page.text
-    assert "all 5:00:00 5 60 10" in page.text  # 5 h, 5 evaluations, 60 CPU-hours, 10 GPU-hours
+    assert f"lr=0.001: {METRIC} 0.8125 ± 0.16 (n = 3) over seeds" in page.replace(" :", ":")
+    assert "1 finished, 1 stopped by the scheduler, 1 failed" in page
+    assert BAD in page, "as words, not as a script"
+    assert "at evaluation 1, step 10 of 30" in page
+    assert {t.trial_id for t in TRIALS} <= set(page.split())
+    assert "At least 8 trials with a metric are needed; there are 5." in page
+    assert "No trial learnt." in page
+    assert "all 5:00:00 5 60 10" in page  # 5 h, 5 evaluations, 60 CPU-hours, 10 GPU-hours
 
 
 def test_the_page_of_one_seed_has_no_interval_but_the_resolution_of_the_metric(tmp_path: Path) -> None:
     page = report(tmp_path, [trial(0.1, 0, 0.75)], subjects=48)
-    assert "so there is no interval" in page.text
+    assert "so there is no interval" in page
     # One of 48 is 0.021; 1.96 * sqrt(0.75 * 0.25 / 48) is 0.1225.
-    assert "measured on 48 subjects: one correct answer more or less changes it by about 0.021" in page.text
-    assert "± 0.12 (95%, binomial)" in page.text
-    assert page.text.count("±") == 1
+    assert "measured on 48 subjects: one correct answer more or less changes it by about 0.021" in page
+    assert "± 0.12 (95%, binomial)" in page
+    assert page.count("±") == 1
 
 
 def test_the_page_of_a_sweep_without_results_has_the_reasons(tmp_path: Path) -> None:
     page = report(tmp_path, [trial(lr, 0, None, FAILED, f"no memory at {lr}") for lr in (0.1, 0.2)])
-    assert "no memory at 0.1" in page.text
-    assert "No trial has finished an evaluation" in page.text
+    assert "no memory at 0.1" in page
+    assert "No trial has finished an evaluation" in page
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "ranking.csv"}
     assert best_trial(rank_configurations([trial(0.1, 0, 0.9, FAILED)], "max")) is None
 
@@ -109,7 +87,7 @@ def test_the_best_settings_are_written_and_printed_with_the_command_that_uses_th
     page = report(folder, TRIALS)
     best = load_settings([folder / "best.yaml"])
     assert (best.optim.lr, best.seed, best.tune.space) == (0.001, 1, {})
-    assert f"python experiments/train.py '{folder}/best.yaml'" in page.text
+    assert f"python experiments/train.py '{folder}/best.yaml'" in page
     configurations = rank_configurations(TRIALS, "max")
     trials = ranked_trials(configurations)
     result = SweepResult(configurations, trials, best, folder, "sqlite:///runs/mlflow.db", "No trial learnt.")
