@@ -1,4 +1,4 @@
-"""One training that several files compare theirs with."""
+"""Helpers of the tests that train, and one training that several files compare with."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,39 +19,39 @@ TWO_WORKERS = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train
 """The same global batch, on two workers."""
 
 
-def quiet(things: Any, what: str) -> Any:
-    """No progress bar."""
-    return things
+def no_progress(items: Any, description: str) -> Any:
+    """Return the items, without a progress bar."""
+    return items
 
 
 class Trained(NamedTuple):
-    """A training that ended, and what MLflow has of it."""
+    """A finished training and its run in MLflow."""
 
     folder: Path
     run: Run
     steps: list[int]
-    """Those with a loss."""
+    """Steps with a loss."""
     curves: dict[str, list[float]]
-    """Each metric's values."""
+    """Values of each metric."""
 
 
 def train(settings: Any) -> Trained:
     """Run a training on Ray Train."""
-    return look(settings, run_training(settings, quiet))
+    return read_trained(settings, run_training(settings, no_progress))
 
 
 def train_here(settings: Any) -> Trained:
-    """Run a training in this process, as in the process of a trial: seconds less than on Ray Train."""
+    """Run a training in this process, as in the process of a trial. It takes seconds less than on Ray Train."""
     storage = Path(settings.resources.storage)
     uri, folder = tracking_uri(storage), storage / "trainings" / settings.name
     experiment = open_experiment(uri, settings.experiment, storage)
     tracking = {"uri": uri, "experiment": experiment, "name": settings.name, "trial": settings.name}
-    run_job(make_job(settings, load_splits(settings, quiet), tracking, str(folder)), in_process=True)
-    return look(settings, folder)
+    run_job(make_job(settings, load_splits(settings, no_progress), tracking, str(folder)), in_process=True)
+    return read_trained(settings, folder)
 
 
-def look(settings: Any, folder: Path) -> Trained:
-    """Read what MLflow has of the training of a folder."""
+def read_trained(settings: Any, folder: Path) -> Trained:
+    """Read the run of a training from MLflow."""
     client = MlflowClient(tracking_uri(settings.resources.storage))
     experiment = client.get_experiment_by_name(settings.experiment)
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`ray.trial_id` = '{folder.name}'")
@@ -62,5 +62,5 @@ def look(settings: Any, folder: Path) -> Trained:
 
 @pytest.fixture(scope="session")
 def one(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
-    """A training on one worker, in batches of four."""
+    """A training on one worker, with batches of four."""
     return train(small_settings({**LONGER, "name": "one", "experiment": "one"}))

@@ -1,4 +1,4 @@
-"""The baseline's training on Ray, from conversations to the tables."""
+"""Training and evaluation of the baseline."""
 
 import shutil
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.ray.conftest import quiet
+from tests.ray.conftest import no_progress
 from tests.unit.test_baseline import about
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-def cue(folder: Path, split: str, people: int) -> Path:
-    """Conversations about volumes that are brighter on one side where the subject is male; ages are not to be seen."""
+def write_cohort(folder: Path, split: str, people: int) -> Path:
+    """Write conversations about volumes that are brighter on one side if the subject is male. Age has no effect."""
     draw = np.random.default_rng(len(split))
     lines = []
     for i in range(people):
@@ -36,7 +36,7 @@ def cue(folder: Path, split: str, people: int) -> Path:
 @pytest.fixture
 def baseline_settings(small_settings: Callable[..., Any], mlflow_store: Callable[[Path], str], tmp_path: Path) -> Any:
     """A baseline that learns the sex of 16 subjects in a few seconds, with storage of its own."""
-    data = {f"data.{split}": str(cue(tmp_path, split, 16)) for split in ("train", "validation", "test")}
+    data = {f"data.{split}": str(write_cohort(tmp_path, split, 16)) for split in ("train", "validation", "test")}
     own = {"baseline.target": "sex", "baseline.channels": [8, 8, 8], "baseline.epochs": 6, "baseline.batch_size": 4}
     tracking = {"resources.storage": str(tmp_path), "tracking.uri": mlflow_store(tmp_path), "name": "mine"}
     return small_settings({**data, **own, **tracking, "evaluate.bootstrap": 100, "resources.keep_checkpoints": 9})
@@ -50,7 +50,7 @@ def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) ->
     from umbrella.evaluation.report import print_evaluation
 
     settings = baseline_settings.with_values({"resources.workers": 2, "resources.cpus_per_worker": 0.25})
-    ((found, report),) = run_baseline(settings, quiet)
+    ((found, report),) = run_baseline(settings, no_progress)
     print_evaluation(found, report, make_console())
     assert "sex" in capsys.readouterr().out
     (predictions,) = found.predictions.values()
@@ -76,7 +76,7 @@ def test_baseline_resumes_from_an_older_checkpoint_with_equal_predictions(baseli
     from umbrella.training.launch import run_job
 
     def answers() -> Any:
-        splits, (job,) = make_jobs(baseline_settings, quiet)
+        splits, (job,) = make_jobs(baseline_settings, no_progress)
         run_job(job, in_process=True)
         return evaluate(job, splits)[0].predictions
 

@@ -1,4 +1,4 @@
-"""A training that ends with an evaluation, and the same checkpoint asked again by experiments/evaluate.py."""
+"""A training that ends with an evaluation, and experiments/evaluate.py on the same checkpoint."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tests.faults.fault_injection import kill, named
 from tests.printed import printed_to, unknown_lines
-from tests.ray.conftest import quiet
+from tests.ray.conftest import no_progress
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import load_splits
@@ -55,11 +55,11 @@ LEARNS = {
     "evaluate.batch_size": 3,
     "evaluate.pictures": 1,
 }
-"""The planted effects of the default cohort in fewer subjects and coarser volumes, and one question about each."""
+"""The synthetic cohort with fewer subjects and coarser volumes, and one question about each subject."""
 SCORE = "likelihood/subjects/balanced_accuracy"
 
 
-class Ended(NamedTuple):
+class Evaluated(NamedTuple):
     """A training that was evaluated at its end."""
 
     settings: Settings
@@ -67,32 +67,32 @@ class Ended(NamedTuple):
     folder: Path
     printed: str
     output: str
-    """All that the process printed."""
+    """Output of the process."""
 
 
-def train_and_evaluate(storage: Path, settings: Settings) -> Ended:
+def train_and_evaluate(storage: Path, settings: Settings) -> Evaluated:
     folder, uri = storage / "trainings" / "learns", tracking_uri(storage)
     tracking = {"uri": uri, "experiment": open_experiment(uri, settings.experiment, storage), "name": "learns"}
-    job = make_job(settings, load_splits(settings, quiet), tracking | {"trial": "learns"}, str(folder))
+    job = make_job(settings, load_splits(settings, no_progress), tracking | {"trial": "learns"}, str(folder))
     page, output = StringIO(), storage / "output.txt"
     with printed_to(output):
         # In this process, as a trial of a sweep: Ray Train's own take ten seconds to start.
         run_job(job, in_process=True)
         checkpoint = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
         assert checkpoint
-        evaluate_at_end(settings, checkpoint, folder.name, quiet, Console(file=page, width=200))
+        evaluate_at_end(settings, checkpoint, folder.name, no_progress, Console(file=page, width=200))
     evaluation = storage / "evaluations" / "learns"
-    return Ended(settings, checkpoint, evaluation, page.getvalue(), output.read_text(encoding="utf-8"))
+    return Evaluated(settings, checkpoint, evaluation, page.getvalue(), output.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Ended:
+def evaluated(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Evaluated:
     storage = tmp_path_factory.mktemp("runs")
     return train_and_evaluate(storage, load_settings(overrides=LEARNS | {"resources.storage": str(storage)}))
 
 
-def whole(folder: Path, condition: str) -> Any:
-    """The numbers of all answers about sex."""
+def overall(folder: Path, condition: str) -> Any:
+    """Return the metrics over all answers about sex."""
     groups = json.loads((folder / "metrics.json").read_text())[condition]
     return next(group for group in groups if (group["target"], group["by"]) == ("sex", "all"))
 
@@ -104,27 +104,27 @@ def run_in_mlflow(settings: Settings, name: str) -> Any:
     return client, run
 
 
-def test_controls_remove_what_the_images_contribute(ended: Ended) -> None:
-    assert whole(ended.folder, "as_asked")["metrics"][SCORE]["value"] > 0.9
+def test_controls_remove_what_the_images_contribute(evaluated: Evaluated) -> None:
+    assert overall(evaluated.folder, "as_asked")["metrics"][SCORE]["value"] > 0.9
     for control in ("shuffled", "text_only"):
-        found = whole(ended.folder, control)["metrics"][SCORE]
+        found = overall(evaluated.folder, control)["metrics"][SCORE]
         assert found["low"] <= 0.5 <= found["high"]
         assert found["value"] < 0.8
-    assert "as asked" in ended.printed
-    assert (ended.folder / "report.html").as_uri() in ended.printed.replace("\n", "")
+    assert "as asked" in evaluated.printed
+    assert (evaluated.folder / "report.html").as_uri() in evaluated.printed.replace("\n", "")
 
 
-def test_training_and_evaluation_print_only_known_lines(ended: Ended) -> None:
-    assert "  finished\n" in ended.output
-    assert unknown_lines(ended.output) == []
+def test_training_and_evaluation_print_only_known_lines(evaluated: Evaluated) -> None:
+    assert "  finished\n" in evaluated.output
+    assert unknown_lines(evaluated.output) == []
 
 
-def test_checkpoint_stores_its_modalities_and_longest_answer(ended: Ended, run: Callable[..., Any]) -> None:
-    config = json.loads((ended.checkpoint / "config.json").read_text())
+def test_checkpoint_stores_its_modalities_and_longest_answer(evaluated: Evaluated, run: Callable[..., Any]) -> None:
+    config = json.loads((evaluated.checkpoint / "config.json").read_text())
     assert sorted(config["umbrella_modalities"]) == ["dMRI", "fMRI", "sMRI"]
     assert (config["trained_modalities"], config["longest_answer"]) == (["sMRI"], len("female.") + 2)
-    scan = next((ended.checkpoint.parent.parent.parent).glob("phantom-*/**/*.nii.gz"))
-    done = run("predict.py", str(scan), f"checkpoint={ended.checkpoint}", "--ask", "Sex?", "--modality", "dMRI")
+    scan = next((evaluated.checkpoint.parent.parent.parent).glob("phantom-*/**/*.nii.gz"))
+    done = run("predict.py", str(scan), f"checkpoint={evaluated.checkpoint}", "--ask", "Sex?", "--modality", "dMRI")
     assert (done.status, done.stderr) == (2, "error: modality='dMRI': this model was trained on sMRI\n")
 
 
@@ -133,44 +133,46 @@ def test_default_cohort_scores_at_chance_with_other_subjects_volumes(tmp_path: P
     best_settings = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
     others = {"tracking.model": False, "resources.storage": str(tmp_path)}
     folder = train_and_evaluate(tmp_path, load_settings(overrides=best_settings | others)).folder
-    assert whole(folder, "as_asked")["metrics"][SCORE]["value"] > 0.85
-    shuffled = whole(folder, "shuffled")["metrics"][SCORE]
+    assert overall(folder, "as_asked")["metrics"][SCORE]["value"] > 0.85
+    shuffled = overall(folder, "shuffled")["metrics"][SCORE]
     assert shuffled["low"] <= 0.5 <= shuffled["high"]
     assert shuffled["value"] < 0.7
 
 
-def test_final_evaluation_is_logged_to_the_training_run_without_subject_ids(ended: Ended) -> None:
-    client, run = run_in_mlflow(ended.settings, "learns")
-    told, found = run.data.metrics, whole(ended.folder, "as_asked")["metrics"]
+def test_final_evaluation_is_logged_to_the_training_run_without_subject_ids(evaluated: Evaluated) -> None:
+    client, run = run_in_mlflow(evaluated.settings, "learns")
+    logged, found = run.data.metrics, overall(evaluated.folder, "as_asked")["metrics"]
     assert run.info.status == "FINISHED"
-    assert told[f"test/sex/{SCORE}"] == found[SCORE]["value"]
-    assert told[f"test/sex/{SCORE}/low"] == found[SCORE]["low"]
-    assert f"test_shuffled/sex/{SCORE}" in told
-    assert f"test_text_only/sex/{SCORE}/high" in told
-    assert told["test/sex/chance"] == 0.5
+    assert logged[f"test/sex/{SCORE}"] == found[SCORE]["value"]
+    assert logged[f"test/sex/{SCORE}/low"] == found[SCORE]["low"]
+    assert f"test_shuffled/sex/{SCORE}" in logged
+    assert f"test_text_only/sex/{SCORE}/high" in logged
+    assert logged["test/sex/chance"] == 0.5
     assert {given.dataset.name for given in run.inputs.dataset_inputs} == {"training", "validation", "test"}
-    assert "sub-0" in (ended.folder / "report.html").read_text()
+    assert "sub-0" in (evaluated.folder / "report.html").read_text()
     for name in ("report.html", "metrics.json"):
         assert "sub-0" not in Path(client.download_artifacts(run.info.run_id, f"evaluation/{name}")).read_text()
 
 
-def test_two_prediction_workers_equal_one_bit_for_bit(ended: Ended, run: Callable[..., Any], tmp_path: Path) -> None:
-    moved = shutil.copytree(ended.checkpoint, tmp_path / "moved" / "step_0000001")
+def test_two_prediction_workers_equal_one_bit_for_bit(
+    evaluated: Evaluated, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(evaluated.checkpoint, tmp_path / "moved" / "step_0000001")
     words = ["evaluate.workers=2", "resources.cpus_per_worker=0.5", "evaluate.controls=[shuffled]"]
     done = run("evaluate.py", f"checkpoint={moved}", f"output={tmp_path / 'again'}", "evaluate.pictures=0", *words)
     assert done.status == 0, done.stderr
     for name in ("predictions.jsonl", "predictions_shuffled.jsonl"):
-        assert read_predictions(tmp_path / "again" / name) == read_predictions(ended.folder / name)
+        assert read_predictions(tmp_path / "again" / name) == read_predictions(evaluated.folder / name)
     assert not (tmp_path / "again" / "predictions_text_only.jsonl").exists()
-    assert whole(tmp_path / "again", "as_asked") == whole(ended.folder, "as_asked")
-    _, own = run_in_mlflow(ended.settings, "evaluation of moved")
+    assert overall(tmp_path / "again", "as_asked") == overall(evaluated.folder, "as_asked")
+    _, own = run_in_mlflow(evaluated.settings, "evaluation of moved")
     assert own.info.status == "FINISHED"
     assert f"test/sex/{SCORE}" in own.data.metrics
 
 
-def test_dry_run_counts_samples_and_shared_subjects_are_an_error(ended: Ended, run: Callable[..., Any]) -> None:
-    (train,) = Path(ended.settings.resources.storage).glob("phantom-*/conversations/train.jsonl")
-    words = (f"checkpoint={ended.checkpoint}", "--dry-run", f"data.root={train.parent.parent}")
+def test_dry_run_counts_samples_and_shared_subjects_are_an_error(evaluated: Evaluated, run: Callable[..., Any]) -> None:
+    (train,) = Path(evaluated.settings.resources.storage).glob("phantom-*/conversations/train.jsonl")
+    words = (f"checkpoint={evaluated.checkpoint}", "--dry-run", f"data.root={train.parent.parent}")
     done = run("evaluate.py", *words)
     assert "test: 12 conversations about 12 subjects" in done.stdout
     leak = run("evaluate.py", *words, f"data.test={train}")
@@ -185,23 +187,25 @@ def test_dry_run_counts_samples_and_shared_subjects_are_an_error(ended: Ended, r
     assert "is also in data.train" in allowed.stdout
 
 
-def test_errors_of_a_batch_or_process_are_one_line(ended: Ended, talk: Any, tmp_path: Path) -> None:
-    asked = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male."))
-    predictions, fault = PredictionWorker(str(ended.checkpoint), ended.settings, {}, (), True).predict([asked])
+def test_errors_of_a_batch_or_process_are_one_line(evaluated: Evaluated, talk: Any, tmp_path: Path) -> None:
+    conversation = talk(("user", [("sMRI", tmp_path / "gone.nii"), "Sex?"]), ("assistant", "male."))
+    predictions, fault = PredictionWorker(str(evaluated.checkpoint), evaluated.settings, {}, (), True).predict(
+        [conversation]
+    )
     assert (predictions, fault.count("\n")) == ([], 0)
     assert re.fullmatch(r".*gone\.nii: .*", fault)
-    _, fault = PredictionWorker(str(tmp_path), ended.settings, {}, (), True).predict([asked])
+    _, fault = PredictionWorker(str(tmp_path), evaluated.settings, {}, (), True).predict([conversation])
     assert fault.startswith(f"{tmp_path}: is no checkpoint")
 
 
 class Squares:
-    """Answers a number by its square; the process dies of some numbers, as often as there are files named so."""
+    """Returns squares. The process dies at a number once per file that is named after it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def predict(self, number: int) -> tuple[int, str]:
-        time.sleep(0.02 * (number % 3))  # one that comes later may be done earlier
+        time.sleep(0.02 * (number % 3))  # a later number may finish earlier
         for file in self.folder.glob(f"{number}-*"):
             file.unlink()
             os._exit(1)
@@ -227,18 +231,18 @@ def test_repeated_worker_deaths_and_exceptions_are_one_line(ray_session: Any, tm
         UserError, match=r"^processes .* died more than 1 times \(resources\.max_failures\), .* of: .+;.*$"
     ):
         list(squares(tmp_path, [1], max_failures=1))
-    assert len(list(tmp_path.iterdir())) == 1, "it was asked twice"
+    assert len(list(tmp_path.iterdir())) == 1, "two attempts"
     with pytest.raises(UserError, match=r"^100 is too large$"):
         list(squares(tmp_path, [2, 100]))
 
 
 @pytest.mark.slow
-def test_evaluation_completes_after_a_worker_process_is_killed(ended: Ended) -> None:
-    shown = read_splits(ended.settings, quiet, ("test",)).splits["test"]
-    told = ended.settings.with_values({"evaluate.batch_size": 1})
+def test_evaluation_completes_after_a_worker_process_is_killed(evaluated: Evaluated) -> None:
+    shown = read_splits(evaluated.settings, no_progress, ("test",)).splits["test"]
+    settings = evaluated.settings.with_values({"evaluate.batch_size": 1})
     killed = 0
     answers: list[Any] = []
-    for part in predict_on_workers(shown * 20, ended.checkpoint, told, {}):
+    for part in predict_on_workers(shown * 20, evaluated.checkpoint, settings, {}):
         answers += part
         killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "PredictionWorker" in named(p))
     assert killed

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from tests.ray.conftest import quiet
+from tests.ray.conftest import no_progress
 from umbrella.tracking.mlflow_logger import TRIAL
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.checkpoint_files import latest_checkpoint
@@ -51,7 +51,7 @@ def test_four_trials_share_one_gpu(small_settings: Any, monkeypatch: pytest.Monk
 
     threading.Thread(target=wait_for_all, daemon=True).start()
     monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed["seconds"]))
-    answer = run_sweep(settings, frozenset(), quiet)
+    answer = run_sweep(settings, frozenset(), no_progress)
     assert [trial.state for trial in answer.trials] == ["out of time"] * TRIALS
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name("fractions").experiment_id])

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import SMALL
-from tests.ray.conftest import quiet
+from tests.ray.conftest import no_progress
 from umbrella.cluster import start_ray
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import load_splits
@@ -60,7 +60,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     Returns:
         What golden.json holds.
     """
-    splits, storage = load_splits(settings, quiet), Path(settings.resources.storage)
+    splits, storage = load_splits(settings, no_progress), Path(settings.resources.storage)
     folder, uri = storage / "trainings" / settings.name, tracking_uri(storage)
     experiment = open_experiment(uri, settings.experiment, storage)
     tracking = {"uri": uri, "experiment": experiment, "name": settings.name, "trial": settings.name}

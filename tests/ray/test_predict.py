@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 class Killed(Exception):
-    """Stands for whatever ends a process."""
+    """Simulates the death of the process."""
 
 
 def test_killed_cohort_prediction_resumes_to_the_same_file_without_repeats(

@@ -1,4 +1,4 @@
-"""A training that gets no better stops by itself; as it runs, it says how it goes in MLflow and on Ray's dashboard."""
+"""Early stopping, and the metrics of a training in MLflow, in Ray and on its dashboard."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.faults.fault_injection import dies_once
-from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, quiet, train, train_here
+from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, no_progress, train, train_here
 from umbrella.data.ingest import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
@@ -33,13 +33,13 @@ PATIENT = {
 STOP = 27
 """The step of the third evaluation; the last step would be 39."""
 SHOWN = FORMATS.keys() - {"train/memory_device_mib"}
-"""The figures of a training without a GPU."""
+"""Metrics of a training without a GPU."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
-def steps_taken(trained: Trained) -> int:
-    """Steps that were begun, those that were taken twice included."""
+def count_steps(trained: Trained) -> int:
+    """Count the steps, including repeated ones."""
     return (trained.folder / "samples_0.jsonl").read_text(encoding="utf-8").count('"position"')
 
 
@@ -62,7 +62,7 @@ def test_early_stopping_ends_all_workers_with_a_message(patient: Trained) -> Non
 
 
 def test_patience_is_counted_the_same_after_a_kill(patient: Trained) -> None:
-    assert steps_taken(patient) > STOP, "it took steps twice"
+    assert count_steps(patient) > STOP, "steps were repeated"
     newest = latest_checkpoint(patient.folder)
     assert newest is not None
     progress = read_training_state(newest)
@@ -75,7 +75,7 @@ def test_two_sharded_workers_have_the_curve_of_one_after_a_kill_and_with_unequal
     assert patient.curves["train/loss"] == pytest.approx(one.curves["train/loss"][:STOP], abs=1e-5)
     assert patient.curves["train/grad_norm"] == pytest.approx(one.curves["train/grad_norm"][:STOP], rel=1e-2)
     assert patient.curves["eval/loss"] == pytest.approx(one.curves["eval/loss"][:3], abs=1e-5)
-    assert len(load_splits(small_settings(PATIENT), quiet).validation) % 2 == 1
+    assert len(load_splits(small_settings(PATIENT), no_progress).validation) % 2 == 1
 
 
 def test_mlflow_metrics_equal_the_printed_values(patient: Trained) -> None:
@@ -126,7 +126,7 @@ def test_ray_dashboard_shows_names_of_job_training_and_dataset(patient: Trained,
 
 
 def test_early_stopped_training_does_not_resume(patient: Trained, small_settings: Callable[..., Any]) -> None:
-    before = steps_taken(patient)
+    before = count_steps(patient)
     again = train_here(small_settings(PATIENT))
-    assert (again.steps, steps_taken(again)) == (patient.steps, before)
+    assert (again.steps, count_steps(again)) == (patient.steps, before)
     assert (again.run.info.status, again.run.data.tags[OUTCOME]) == ("FINISHED", "stopped early")

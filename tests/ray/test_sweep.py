@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.printed import printed_to, unknown_lines
-from tests.ray.conftest import quiet
+from tests.ray.conftest import no_progress
 from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
 from umbrella.tracking.store import tracking_uri
 from umbrella.tuning.sweep import run_sweep
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 @pytest.fixture(scope="module")
 def swept(small_settings: Any, ray_session: Any) -> Any:
-    """The answer of a sweep over rates of which one is good; its run, and its trials' runs by trial.
+    """The result of a sweep over rates of which one is good, its run, and the runs of its trials.
 
     One trial after the other, so that ASHA compares the second one with the first.
     """
@@ -46,7 +46,7 @@ def swept(small_settings: Any, ray_session: Any) -> Any:
         }
     )
     with printed_to(Path(settings.resources.storage) / OUTPUT):
-        answer = run_sweep(settings, frozenset(), quiet)
+        answer = run_sweep(settings, frozenset(), no_progress)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
     (parent,) = [run for run in runs if PARENT not in run.data.tags]

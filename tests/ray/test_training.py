@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from ray.util import placement_group, remove_placement_group
 from ray.util.state import list_actors
 
-from tests.ray.conftest import LONGER, Trained, quiet, train_here
+from tests.ray.conftest import LONGER, Trained, no_progress, train_here
 from umbrella.base import UserError
 from umbrella.data import pipeline
 from umbrella.data.pipeline import Plan, batches
@@ -98,7 +98,7 @@ def test_nonfinite_loss_ends_the_training_in_one_line(small_settings: Any, monke
         UserError,
         match=r"the training stopped: at step \d+ the loss is nan.*; samples concerned: .*; there is no checkpoint yet",
     ):
-        run_training(settings, quiet)
+        run_training(settings, no_progress)
     client = MlflowClient(tracking_uri(settings.resources.storage))
     (run,) = client.search_runs([client.get_experiment_by_name("explodes").experiment_id])
     assert run.info.status == "FAILED"
