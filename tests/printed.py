@@ -1,4 +1,4 @@
-"""What scripts print: each line is one that a person is meant to read."""
+"""Lines that scripts print."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 KNOWN = [
-    r"\d\d:\d\d(:\d\d)?  \S.*",  # a state of a training or trial
+    r"\d\d:\d\d(:\d\d)?  \S.*",  # state of a training or trial
     r"step \d+/\d+  epoch .*",
     r"(samples|loss|mask|supervised|trained weights|best checkpoint|checkpoints|runs in MLflow): .*",
     r" +(system|user|assistant) (header|text|image|end) +\d+ of \d+",
@@ -19,13 +19,13 @@ KNOWN = [
 
 
 def unknown_lines(text: str) -> list[str]:
-    """The lines that are none of those."""
+    """The lines of a text that match no known pattern."""
     return [line for line in text.splitlines() if line and not re.fullmatch("|".join(KNOWN), line.rstrip())]
 
 
 @contextmanager
 def printed_to(file: Path) -> Iterator[None]:
-    """In here the output of this process, also that of libraries in C++, goes to a file."""
+    """Append the output of this process, also that of libraries in C++, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)

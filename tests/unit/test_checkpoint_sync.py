@@ -1,5 +1,6 @@
 """What is uploaded of a training or sweep can be continued on another machine, whenever this one is lost."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,15 +8,46 @@ from typing import Any
 
 import pytest
 
-from tests.unit.written import FIRST, all_of, begin, evaluate
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.file_storage import FileStorage
-from umbrella.paths import SETTINGS, checkpoint_folder
+from umbrella.paths import BEGUN, METRICS, PROGRESS, SETTINGS, checkpoint_folder
 from umbrella.training import checkpoint_sync
-from umbrella.training.checkpoint_files import delete_checkpoint, find_damage, latest_checkpoint, read_history
+from umbrella.training.checkpoint_files import (
+    delete_checkpoint,
+    find_damage,
+    latest_checkpoint,
+    mark_complete,
+    read_history,
+)
 from umbrella.training.checkpoint_sync import CheckpointSync, download, is_uploaded, synced
 from umbrella.training.settings import ResourceSettings
+
+FIRST = "trainings/first"
+
+
+def all_of(things: Any, what: str) -> Any:
+    return things
+
+
+def begin(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / BEGUN).write_text("{}", encoding="utf-8")
+    return folder
+
+
+def evaluate(folder: Path, step: int) -> Path:
+    """Write the files of an evaluation and its checkpoint."""
+    with (folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        print(json.dumps({"step": step}), file=file)
+    checkpoint = checkpoint_folder(folder, step)
+    (checkpoint / "adapter").mkdir(parents=True)
+    for name in ("model.safetensors", "adapter/config", "state.pt"):
+        (checkpoint / name).write_text(f"{step} {name}", encoding="utf-8")
+    (checkpoint / METRICS).write_text('{"eval/loss": 1}', encoding="utf-8")
+    (checkpoint / PROGRESS).write_text(json.dumps({"step": step}), encoding="utf-8")
+    mark_complete(checkpoint)
+    return checkpoint
 
 
 class Lost(Exception):
