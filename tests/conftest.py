@@ -69,20 +69,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def make_conversation(*turns: tuple[str, Any], **others: Any) -> Conversation:
     """A conversation of (role, content) turns; in the content a string is text and a pair is (modality, path)."""
-    written = []
-    for role, content in turns:
-        items = [content] if isinstance(content, str) else content
-        written.append(
-            {
-                "role": role,
-                "content": [
-                    {"type": "text", "text": item}
-                    if isinstance(item, str)
-                    else {"type": "image", "modality": item[0], "image_path": str(item[1])}
-                    for item in items
-                ],
-            }
-        )
+
+    def item_of(content: Any) -> dict[str, str]:
+        if isinstance(content, str):
+            return {"type": "text", "text": content}
+        return {"type": "image", "modality": content[0], "image_path": str(content[1])}
+
+    items = [(role, [content] if isinstance(content, str) else content) for role, content in turns]
+    written = [{"role": role, "content": [item_of(content) for content in contents]} for role, contents in items]
     sample = {"task_id": "t", "task_type": "T1", "conversations": written}
     return Conversation.model_validate(sample | others)
 

@@ -11,6 +11,7 @@ trainings/<name>/               one training
   step_0000100/                   a checkpoint: weights and training state
     settings.yaml code.json progress.json metrics.json state.pt
     files.json                      completion marker: the sizes of all files
+trainings/.<name>.lock          lock of a script that runs it, see ``fileio.run_lock``; sweeps have one, too
 sweeps/<name>/                  one sweep
   settings.yaml given.json data.json code.json    settings, names set on the command line, fingerprint of the data
   trials/<hash>/                  one trial: a training, with point.json (its settings) and end.json (how it ended)
