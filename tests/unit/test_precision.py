@@ -134,7 +134,7 @@ def test_compiled_layers_give_the_same_and_share_their_graphs_whatever_the_lengt
     build: Make, batch_of: Make, traced: Any, checkpoint: bool
 ) -> None:
     batches = [batch_of("two", "three"), batch_of("two", "none", "two"), batch_of("two", "three", "three", pack=300)]
-    model = build(train="embedder", tower_layers=3, language_layers=4)
+    model = build(train="embedder", tower_layers=2, language_layers=3)
     expected = [measure(model, batch) for batch in batches]
     names = list(model.state_dict())
     apply_options(model, TrainSettings(compile=True, checkpoint_activations=checkpoint))

@@ -265,7 +265,11 @@ CASES = {
         False, True, lambda t: {bool(layer._compiled_call_impl) for layer in (*t.tower, *t.language)}, ({False}, {True})
     ),
     "train.max_loss_ratio": Case(
-        0, 0.1, lambda t: t.ran.events.count("S"), (12, 10), STILL | {"train.batch_size": 8, "train.epochs": 12}
+        0,
+        0.1,
+        lambda t: t.ran.events.count("S"),
+        (12, 10),
+        STILL | {"train.batch_size": 8, "train.epochs": 12, "train.evaluate_every": 12},
     ),
     "train.evaluate_every": Case(0, 1, lambda t: t.ran.events, ("TSTSE", "TSETSE")),
     "train.evaluation_batch_size": Case(32, 1, lambda t: [len(of) for of in t.inputs("input_ids", "E")], ([4], [2, 2])),

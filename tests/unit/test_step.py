@@ -150,18 +150,6 @@ def test_a_loss_may_be_a_multiple_of_the_median_of_the_last_losses(
     assert max_loss(losses, ratio) == expected
 
 
-def test_on_a_cpu_batches_are_neither_copied_nor_read_ahead(batch: Batch) -> None:
-    given = [batch, batch[0]]
-    waiting = iter(given)
-    stream = to_device(waiting, "cpu")
-    for i, expected in enumerate(given, 1):
-        found = next(stream)
-        assert found.input_ids is expected.input_ids
-        assert found.pixel_values["fMRI"].voxels is expected.pixel_values["fMRI"].voxels
-        assert waiting.__length_hint__() == len(given) - i
-    assert next(stream, None) is None
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_copied_ahead_to_a_busy_gpu_are_whole_and_in_order(batch: Batch) -> None:

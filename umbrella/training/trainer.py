@@ -266,14 +266,14 @@ def describe_code_changes(checkpoint: str | Path, code: Mapping[str, str]) -> st
 
 
 def to_device(batches: Iterable[Any], device: torch.device | str) -> Iterator[Any]:
-    """Yield the batches on ``device``, in their order.
+    """Yield batches, which are in the memory of the host, on ``device`` in their order.
 
     On a GPU, the next batch is copied on a stream of its own while the current one is used. So there is one batch more
     on the GPU and in pinned memory. A batch that is pinned already is not pinned again.
     """
     device = torch.device(device)
     if device.type != "cuda":
-        yield from (batch.apply(lambda tensor: tensor.to(device)) for batch in batches)
+        yield from batches
         return
     stream, source = torch.cuda.Stream(device), iter(batches)
 
