@@ -198,7 +198,8 @@ def test_a_checkpoint_of_sharded_weights_is_that_of_one_process_and_continues_wi
 def test_two_gpus_with_sharded_weights_train_like_one(cases: dict[str, Case], tmp_path: Path) -> None:
     torch.set_float32_matmul_precision("highest")
     chosen = {name: case for name, case in cases.items() if len(case.steps[0]) == 2}
-    chosen["compiled"] = cases["embedder+lora"]._replace(options=TrainSettings(compile=True))
+    adapted = cases["embedder+lora"]
+    chosen["compiled"] = adapted._replace(model=copy.deepcopy(adapted.model), options=TrainSettings(compile=True))
     run_workers(work, (tmp_path, chosen, True), 2, "spawn")
     for name, (model, steps, dtype, _) in chosen.items():
         batches = [[batch.to("cuda") for batch in step] for step in whole(steps)]
