@@ -72,11 +72,7 @@ class Modality(Section):
         return (self.grid[3] - 1) * self.frame_stride + 1
 
     def num_windows(self, frames: int) -> int:
-        """Return the number of windows of a series. They start at frames ``0, window_stride, 2 * window_stride, ...``.
-
-        Raises:
-            UserError: if the series is shorter than one window.
-        """
+        """Return the number of windows. They start at 0, window_stride, ... Raises UserError if there is none."""
         if frames < self.window_length:
             raise UserError(
                 f"has {frames} frames, and a window of {self.grid[3]} frames at frame_stride {self.frame_stride} needs"

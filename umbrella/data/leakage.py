@@ -13,14 +13,10 @@ from umbrella.volumes.reading import content_hash, image_files, image_size
 
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:
-    """Set ``metadata.subject_id`` of each sample that does not state it, and return notices with the counts.
+    """Set ``metadata.subject_id`` of each sample that does not state it, in place. Return notices with the counts.
 
     The subject is the BIDS entity ``sub-...`` in the path of the last volume, or else a hash of the content of this
     volume. Other subjects in the paths become ``subject_ids`` if the sample states only one subject.
-
-    Args:
-        splits: name of each split to its conversations; changed in place.
-        progress: progress bar for reading volumes without a subject.
     """
     unnamed = [c for conversations in splits.values() for c in conversations if not c.stated_subject]
     anonymous = sorted({v.image_path for c in unnamed for v in c.volumes if not bids_subject(v.image_path)})
@@ -73,7 +69,6 @@ def find_shared(
     """Find subjects, groups of subjects and volume contents that one split asks about and another split contains.
 
     Args:
-        splits: name of each split to its conversations.
         places: (split, task_id) to "file:line".
 
     Returns:

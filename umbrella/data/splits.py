@@ -101,11 +101,7 @@ class Splits:
         self.locations |= {(name, task_id): place for task_id, place in reading.locations.items()}
 
     def exclude(self, reasons: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> None:
-        """Remove conversations and record their problems.
-
-        Args:
-            reasons: (split, task_id) to the (field, message) pairs of a conversation.
-        """
+        """Remove conversations and record their problems. ``reasons``: (split, task_id) to (field, message) pairs."""
         for name, conversations in self.splits.items():
             for c in conversations:
                 self.problems += [
@@ -288,11 +284,7 @@ def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
 
 
 def read_input(settings: "Settings") -> Splits:
-    """Read the conversations of ``data.input`` as the split "input". Their last answers may be missing.
-
-    Raises:
-        UserError: a file or folder does not exist, or the filters leave nothing.
-    """
+    """Read the conversations of ``data.input`` as the split "input". Their last answers may be missing."""
     raw = Splits()
     raw.read("input", settings.data.input, settings.data.root, settings, allow_unanswered=True)
     raw.splits = filter_splits(raw.splits, settings)
@@ -301,11 +293,7 @@ def read_input(settings: "Settings") -> Splits:
 
 
 def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings") -> dict[str, list[Conversation]]:
-    """Apply ``data.modality`` and ``data.task_filter`` to each split.
-
-    Raises:
-        UserError: nothing is left of a split.
-    """
+    """Apply ``data.modality`` and ``data.task_filter`` to each split. Raises UserError if nothing is left of one."""
     data = settings.data
     types = {c.task_type for conversations in splits.values() for c in conversations}
 
@@ -319,9 +307,8 @@ def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings"
     kept = {name: [c for c in conversations if is_selected(c)] for name, conversations in splits.items()}
     for name, conversations in kept.items():
         if splits[name] and not conversations:
-            filters = [
-                f"data.{key}={getattr(data, key)!r}" for key in ("modality", "task_filter") if getattr(data, key)
-            ]
+            used = {"modality": data.modality, "task_filter": data.task_filter}
+            filters = [f"data.{key}={value!r}" for key, value in used.items() if value]
             known = sorted({v.modality for c in splits[name] for v in c.volumes} | types)
             raise UserError(
                 f"data.{name}: none of its {len(splits[name])} conversations is left after {' and '.join(filters)};"

@@ -75,8 +75,7 @@ def scale_intensity(values: np.ndarray, foreground: np.ndarray, modality: Modali
     """Scale the intensity by ``modality.intensity``, over all frames of a series.
 
     Args:
-        values: float32, (X, Y, Z) or (T, X, Y, Z).
-        foreground: bool, of the same shape.
+        values, foreground: see ``resample_to_grid``.
         modality: gives method, percentiles and background.
 
     Returns:

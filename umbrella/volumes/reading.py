@@ -112,33 +112,19 @@ def read_volume(path: str | Path, axes: int, max_voxels: int, fill: float | None
 
 
 def count_axes(path: str | Path) -> int:
-    """Return the number of axes of an image from its header: 3 for a volume, 4 for a series.
-
-    Trailing axes of length 1 do not count.
-
-    Raises:
-        UserError: if the file cannot be read as an image.
-    """
+    """Return the number of axes of an image from its header: 3 for a volume, 4 for a series."""
     with _open_image(path) as image:
         return len(_drop_trailing_ones(image.shape, 3))
 
 
 def header_notes(path: str | Path) -> tuple[str, ...]:
-    """Describe unusual header fields that change how the image is read, such as missing orientation codes.
-
-    Raises:
-        UserError: if the header cannot be used.
-    """
+    """Describe unusual header fields that change how the image is read, such as missing orientation codes."""
     with _open_image(path) as image:
         return image.notes
 
 
 def content_hash(path: str | Path) -> str:
-    """Return a hash of the bytes of an image's file, or of both files of a pair.
-
-    Raises:
-        UserError: if a file cannot be read.
-    """
+    """Return a hash of the bytes of an image's file, or of both files of a pair. Raises UserError."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in image_files(path):

@@ -182,7 +182,7 @@ class VolumeStore:
 
     def _known_record(self, source: str) -> dict[str, Any] | None:
         """Return the record of a source file, or None if there is none for its present size and time."""
-        stamp, file = file_stamp(source), self._record_path(source)
+        stamp, file = file_stamp(source), self.folder / "sources" / f"{_hash(source)[:32]}.json"
         for get in (
             lambda: self._records.get(source, {}),
             lambda: read_json(file),
@@ -205,12 +205,9 @@ class VolumeStore:
         if notes:  # they describe how the bytes are interpreted
             content += "-" + _hash("\n".join(notes))[:8]
         record = {"path": source, "size": size, "time": changed, "content": content, "notes": notes}
-        self._write(self._record_path(source), json.dumps(record))
+        self._write(self.folder / "sources" / f"{_hash(source)[:32]}.json", json.dumps(record))
         self._records[source] = record
         return record
-
-    def _record_path(self, source: str) -> Path:
-        return self.folder / "sources" / f"{_hash(source)[:32]}.json"
 
     def _decode_and_write(self, source: str | Path, modality: str) -> None:
         stamp = file_stamp(source)
@@ -296,16 +293,10 @@ CACHE_SIZE = 16
 
 
 class DecodedVolumes:
-    """An in-memory replacement for ``VolumeStore``: the same values, with nothing on disk.
-
-    Args:
-        modalities: modality by name; gives grid and intensity scaling.
-        max_voxels: see ``read_volume``.
-    """
+    """An in-memory replacement for ``VolumeStore``: the same values, with nothing on disk."""
 
     def __init__(self, modalities: Mapping[str, Modality], max_voxels: int) -> None:
-        self.modalities = modalities
-        self.max_voxels = max_voxels
+        self.modalities, self.max_voxels = modalities, max_voxels
         self._cached = lru_cache(CACHE_SIZE)(self._decode)
 
     def read(self, source: str | Path, modality: str, into: np.ndarray, rng_key: tuple[int, ...] | None = None) -> None:

@@ -24,15 +24,9 @@ MAX_HEADER_BYTES = 256
 
 
 def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
-    """Read the NPY header of an array of the store.
+    """Return the shape of an array of the store and the offset of its values in bytes. Raises ValueError if truncated.
 
     NumPy parses this header as a Python expression, which can fail with several threads (python/cpython#106905).
-
-    Returns:
-        The shape of the array, and the offset of its values in the file, in bytes.
-
-    Raises:
-        ValueError: if the file is not an array of the store, or is truncated.
     """
     header = HEADER.match(file.read(MAX_HEADER_BYTES))
     if not header:
@@ -53,11 +47,7 @@ def is_array(path: Path) -> bool:
 
 
 def file_stamp(source: str | Path) -> tuple[int, int]:
-    """Return the total size in bytes and the modification time in nanoseconds (a sum for two files) of an image.
-
-    Raises:
-        UserError: if a file does not exist or cannot be accessed.
-    """
+    """Return the total size in bytes and the modification time in nanoseconds (a sum for two files) of an image."""
     try:
         stats = [os.stat(file) for file in image_files(source)]
     except OSError as error:
