@@ -1,16 +1,14 @@
 """predict.py: one question, a chat, a file of conversations, and its errors."""
 
 import io
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Done, make_conversation, make_prediction, write_questions
+from tests.conftest import Done, make_conversation, make_prediction
 from umbrella.base import UserError
-from umbrella.conversations.reading import read_conversations
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation_run.cohort_predictions import PredictionFile
 from umbrella.evaluation_run.prediction_workers import WINDOW, make_batches
@@ -91,29 +89,6 @@ def test_user_errors_are_one_line_and_status_2(
     done = run("predict.py", "--ask", "?", f"resources.storage={tmp_path}")
     assert done.stderr.startswith("error: checkpoint is not set; name a training's step_... folder,")
     assert f"as in checkpoint={newest}, the newest" in done.stderr
-
-
-def test_the_last_answer_may_be_missing_in_data_input_only(said: list[Conversation], tmp_path: Path) -> None:
-    file = write_questions(tmp_path / "asked.jsonl", said)
-    with file.open("a", encoding="utf-8") as more:
-        for name, turns in {
-            "blank": [("user", "?"), ("assistant", " ")],
-            "nothing": [("user", " ")],
-            "who": [("user", "?"), ("doctor", "?")],
-            "system": [("system", "Be brief.")],
-        }.items():
-            turns = [{"role": role, "content": text} for role, text in turns]
-            more.write(json.dumps({"task_id": name, "task_type": "T1", "conversations": turns}) + "\n")
-    reading = read_conversations(file, allow_unanswered=True)
-    assert [c.task_id for c in reading.conversations] == ["two", "none", "three", "blank"]
-    assert [c.answer for c in reading.conversations] == ["", "", "", " "]
-    assert [c.conversations[:-1] for c in reading.conversations[:3]] == [c.conversations[:-1] for c in said]
-    assert [(p.where, p.field) for p in reading.problems] == [
-        (f"{file}:5", "conversations.0.content"),
-        (f"{file}:6", "conversations.1.role"),
-        (f"{file}:7", "conversations"),
-    ]
-    assert [p.where for p in read_conversations(file).problems][:4] == [f"{file}:{line}" for line in (1, 2, 3, 4)]
 
 
 ABOUT = {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}

@@ -213,13 +213,11 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
         "quarantined samples": splits.quarantined,
         "seconds": round(time.time() - job.start_time),
     }
-    of_target = [c for c in conversations if c.target == job.target]
+    total = sum(c.target == job.target for c in conversations)
     evaluated = [c for c, _ in pair_with_volumes(conversations, job.target, modality)]
     notes = [NOTE]
-    if len(evaluated) < len(of_target):
-        notes.append(
-            f"{len(evaluated)} of {len(of_target)} conversations about {job.target} have a volume of {modality}"
-        )
+    if len(evaluated) < total:
+        notes.append(f"{len(evaluated)} of {total} conversations about {job.target} have a volume of {modality}")
     result = EvaluationResult(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, evaluated)

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 
 from umbrella.base import pluralise
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, TextItem
 
 DRAWS = 200
 """Permutations that are drawn; the best one is used."""
@@ -21,13 +21,13 @@ ROUNDS = 20
 
 def text_only(conversations: Sequence[Conversation]) -> list[Conversation]:
     """The conversations without volumes; a turn without text gets an empty one."""
-    blank = [{"type": "text", "text": ""}]
+    blank = (TextItem(type="text", text=""),)
     without = []
-    for conversation in conversations:
-        raw = conversation.model_dump(mode="json")
-        for turn in raw["conversations"]:
-            turn["content"] = [item for item in turn["content"] if item["type"] != "image"] or blank
-        without.append(Conversation.model_validate(raw))
+    for c in conversations:
+        texts = [tuple(item for item in turn.content if isinstance(item, TextItem)) for turn in c.conversations]
+        turns = zip(c.conversations, texts, strict=True)
+        changed = tuple(turn.model_copy(update={"content": content or blank}) for turn, content in turns)
+        without.append(c.model_copy(update={"conversations": changed}))
     return without
 
 
@@ -125,7 +125,7 @@ def _partners(
     index = {subject: i for i, subject in enumerate(subjects)}
     forbidden = [{index[other] for other in together[s] if other in index} | {index[s]} for s in subjects]
     values = [[of.get(subject) for subject in subjects] for of in labels.values()]
-    best: tuple[tuple[int, float, int, float], np.ndarray] | None = None
+    drawn = []
     for number in range(DRAWS):
         partners = rng.permutation(len(subjects))
         # Half of the draws allow clashes: the few subjects without a common conversation may all be of another class.
@@ -140,11 +140,9 @@ def _partners(
         own = sum(i == partner for i, partner in enumerate(partners))
         clashes = sum(partner in forbidden[i] for i, partner in enumerate(partners))
         distance = sum(_distance_from_chance(of, partners) for of in values)
-        rank = (own, round(distance, 1), clashes, distance)
-        if best is None or rank < best[0]:
-            best = rank, partners
-    assert best is not None
-    return best[1], best[0][2]
+        drawn.append(((own, round(distance, 1), clashes, distance), partners))
+    (_, _, clashes, _), partners = min(drawn, key=lambda draw: draw[0])
+    return partners, clashes
 
 
 def _distance_from_chance(labels: Sequence[str | float | None], partners: np.ndarray) -> float:

@@ -59,16 +59,15 @@ def predict_on_workers(
     def start_worker() -> ActorHandle:
         return actor.remote(str(checkpoint), settings, candidates, frozenset(numbers), truth)
 
-    batch_conversations = [[conversations[i] for i in batch] for batch in batches]
-    results = map_on_actors(batch_conversations, start_worker, min(workers, len(batches)), resources.max_failures)
+    inputs = [[conversations[i] for i in batch] for batch in batches]
+    results = map_on_actors(inputs, start_worker, min(workers, len(batches)), resources.max_failures)
     bar = iter(progress(conversations, "answering conversations"))
-    window: dict[int, Prediction] = {}
-    for number, (batch, predictions) in enumerate(zip(batches, results, strict=True), start=1):
-        window |= dict(zip(batch, predictions, strict=True))
-        list(islice(bar, len(batch)))
-        if number % WINDOW == 0 or number == len(batches):
-            yield [window[i] for i in sorted(window)]
-            window = {}
+    for start in range(0, len(batches), WINDOW):
+        window: dict[int, Prediction] = {}
+        for batch in batches[start : start + WINDOW]:
+            window |= dict(zip(batch, next(results), strict=True))
+            list(islice(bar, len(batch)))
+        yield [window[i] for i in sorted(window)]
     list(bar)
 
 
