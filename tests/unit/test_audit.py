@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
+from html import unescape
 from typing import Any
 
 import pytest
@@ -128,31 +128,16 @@ def test_examples_of_the_page_are_of_every_task_type_and_evenly_spaced(
     assert [int(example.conversation.task_id) for example in select_examples(examples, count)] == selected
 
 
-class Page(HTMLParser):
-    """What a browser takes from the page: its tags, and the (class, title, text) of each part of a conversation."""
+class Page:
+    """The page of one example: its tags, its text, and the (class, title, text) of each part of the conversation."""
 
     def __init__(self, example: Example, policy: MaskPolicy, tokenizer: Any, **options: Any) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.parts: list[list[str]] = []
         options = {"notes": [], "redact": lambda text, subjects: text} | options
-        self.text = audit_html(audit([example], policy), [example], policy, tokenizer, **options)
-        self.feed(self.text)
-        self.plain = " ".join(re.sub("<[^>]+>", " ", self.text).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
-        assert not {"src", "href"} & named.keys(), "the page needs no other file"
-        self.tags.add(tag)
-        if tag == "span" and named.get("title"):
-            self.parts.append([str(named["class"]), str(named["title"]), ""])
-
-    def handle_data(self, data: str) -> None:
-        if self.parts and self.lasttag == "span":
-            self.parts[-1][2] += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.lasttag = tag
+        self.html = audit_html(audit([example], policy), [example], policy, tokenizer, **options)
+        self.tags = set(re.findall(r"<(\w+)", self.html))
+        self.text = " ".join(re.sub("<[^>]+>", " ", self.html).split())
+        part = r'<span class="([^"]*)"(?: style="[^"]*")?\s+title="([^"]*)">(.*?)</span>'
+        self.parts = [list(map(unescape, found)) for found in re.findall(part, self.html, re.DOTALL)]
 
 
 @pytest.fixture
@@ -182,10 +167,10 @@ def test_page_shows_each_part_with_its_kind_weight_and_text_and_nothing_as_html(
         ["end target", "assistant end, 2 tokens, weight 0.2727 each", "<|im_end|>↵\n"],
     ]
     assert not {"script", "i", "note", "link", "img"} & page.tags
-    assert "&lt;script&gt;id&lt;/script&gt;" in page.text
-    assert "a &lt;note&gt; of ours" in page.text
-    assert not [word for word in ("@import", "url(", "/secret/place") if word in page.text]
-    page.text.encode("utf-8")
+    assert "&lt;script&gt;id&lt;/script&gt;" in page.html
+    assert "a &lt;note&gt; of ours" in page.html
+    assert not [word for word in ("@import", "url(", "src=", "href=", "/secret/place") if word in page.html]
+    page.html.encode("utf-8")
 
 
 def test_page_shows_a_turn_that_is_out_of_the_loss_and_counts_none_of_its_tokens(
@@ -195,18 +180,18 @@ def test_page_shows_a_turn_that_is_out_of_the_loss_and_counts_none_of_its_tokens
     raw["conversations"][1]["loss"] = False
     flagged = Renderer(tokenizer, modalities).render(Conversation.model_validate(raw))
     page = Page(flagged, MaskPolicy(), tokenizer)
-    assert "4 of 53 tokens are targets" in page.plain  # the second answer and its end
-    assert re.findall(r'<div class="role">(.*?)</div>', page.text)[1] == "assistant, loss: false"
+    assert "4 of 53 tokens are targets" in page.text  # the second answer and its end
+    assert re.findall(r'<div class="role">(.*?)</div>', page.html)[1] == "assistant, loss: false"
     assert ["text", "assistant text, 2 tokens, no target", "A1"] in page.parts
 
 
 def test_redaction_changes_texts_of_conversations_only(hostile: Example, tokenizer: Any) -> None:
     plain = Page(hostile, MaskPolicy(), tokenizer)
     page = Page(hostile, MaskPolicy(), tokenizer, redact=lambda text, subjects: re.sub("[a-z0-9]", "*", text))
-    assert page.text.split("<h2>Samples")[0] == plain.text.split("<h2>Samples")[0]
+    assert page.html.split("<h2>Samples")[0] == plain.html.split("<h2>Samples")[0]
     assert [about for _, about, _ in page.parts] == [about for _, about, _ in plain.parts]
     assert page.parts[1][2].startswith("<image: 2 tokens, sMRI, *")
-    assert not re.search("script|alert|nii", page.text.split("</p>")[-1])
+    assert not re.search("script|alert|nii", page.html.split("</p>")[-1])
 
 
 @pytest.mark.parametrize(
@@ -248,10 +233,8 @@ def test_page_describes_the_policy_and_has_weights_unless_all_are_1(
 ) -> None:
     mask = MaskPolicy(**policy)
     page = Page(example, mask, tokenizer)
-    assert [
-        sentence for sentence in [*sentences, row, f"mask: {mask.description} "] if sentence not in page.plain
-    ] == []
-    assert ("sum of weights" in page.plain) == bool(policy)
+    assert [sentence for sentence in [*sentences, row, f"mask: {mask.description} "] if sentence not in page.text] == []
+    assert ("sum of weights" in page.text) == bool(policy)
 
 
 def test_invisible_characters_and_numbers_are_formatted() -> None:

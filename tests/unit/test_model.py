@@ -13,7 +13,6 @@ from tests.conftest import nll
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.models.token_nll import token_nll
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
-from umbrella.models.umbrella_llava import packed_position_ids
 
 BatchOf = Callable[..., Batch]
 close = torch.testing.assert_close
@@ -70,11 +69,6 @@ def test_packed_sample_is_as_likely_as_alone(model: Umbrella, batch_of: BatchOf,
     for name, (row, number) in zip(names, places, strict=True):
         alone = nll(model, batch_of(name))[0]
         close(rows[row][packed.attention_mask[row] == number], alone, rtol=0, atol=1e-5)
-
-
-def test_positions_restart_with_each_sample_of_a_packed_row() -> None:
-    mask = torch.tensor([[1, 1, 1, 2, 3, 3], [1, 2, 2, 0, 0, 0]])
-    assert packed_position_ids(mask).tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 0, 1, 2]]
 
 
 def test_row_of_a_mixed_batch_is_as_likely_as_alone(model: Umbrella, batch_of: BatchOf) -> None:

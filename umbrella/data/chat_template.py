@@ -43,8 +43,8 @@ class Frame(NamedTuple):
     between: tuple[str, ...] | None = None
 
 
-def turn_frames(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[TurnShape]) -> list[Frame]:
-    """Return the frame of each turn. A template may take contents as texts or as lists of items.
+def turn_frames(tokenizer: PreTrainedTokenizerBase, turns: Sequence[TurnShape]) -> list[Frame]:
+    """Return the frame of each turn in the chat template. A template may take contents as texts or as lists of items.
 
     If the template takes items, keeps their order and writes images as ``<image>``, it gets the items of the turn.
     Otherwise it gets the content as one text item, which keeps the order.
@@ -55,26 +55,25 @@ def turn_frames(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequen
     roles = [turn.role for turn in turns]
     known: list[TurnShape | None] = [None] * len(turns)  # None: content as one text
     try:
-        return _read_frames(tokenizer, template, roles, known, as_text=True)
+        return _read_frames(tokenizer, roles, known, as_text=True)
     except UserError as error:
         # Templates of processors take items and ignore strings.
         with suppress(UserError):
-            return _read_frames(tokenizer, template, roles, turns)
+            return _read_frames(tokenizer, roles, turns)
         try:
-            frames = _read_frames(tokenizer, template, roles, known)
+            frames = _read_frames(tokenizer, roles, known)
         except UserError:
             raise error from None
     for shape in dict.fromkeys(turns):
         given = [turn if turn == shape else old for turn, old in zip(turns, known, strict=True)]
         with suppress(UserError):
-            frames = _read_frames(tokenizer, template, roles, given)
+            frames = _read_frames(tokenizer, roles, given)
             known = given
     return frames
 
 
 def _read_frames(
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
     roles: Sequence[str],
     shapes: Sequence[TurnShape | None],
     as_text: bool = False,
@@ -86,7 +85,7 @@ def _read_frames(
         ]
         try:
             with _limited():
-                return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+                return tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"the tokenizer's chat template refuses turns of {', '.join(roles)}: {reason}") from None

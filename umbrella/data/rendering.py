@@ -106,7 +106,6 @@ class Renderer:
         self.class_tokens = class_tokens
         self.positions = positions
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.template = tokenizer.chat_template
         self._segment_tokenizer = SegmentTokenizer(tokenizer)
         self._frames: dict[tuple[TurnShape, ...], list[Frame] | UserError] = {}
 
@@ -218,7 +217,7 @@ class Renderer:
             try:
                 self._frames[turns] = [
                     Frame(escape(header), escape(end), strips, between and tuple(map(escape, between)))
-                    for header, end, strips, between in turn_frames(self.tokenizer, self.template, turns)
+                    for header, end, strips, between in turn_frames(self.tokenizer, turns)
                 ]
             except UserError as error:  # cached, because rendering may take seconds
                 self._frames[turns] = error

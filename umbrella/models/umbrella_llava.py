@@ -293,12 +293,12 @@ def _attention_arguments(attention_mask: torch.Tensor, is_complete: bool) -> dic
     is_packed, is_left_padded = torch.stack([(attention_mask > 1).any(), (attention_mask[:, 0] == 0).any()]).tolist()
     if is_packed:
         # Without a mask, transformers separates the samples of a row where position ids restart.
-        return {"attention_mask": None, "position_ids": packed_position_ids(attention_mask), "use_cache": False}
+        return {"attention_mask": None, "position_ids": _packed_position_ids(attention_mask), "use_cache": False}
     # Causal attention never reads right padding. Without a mask, a faster kernel for causal attention is used.
     return {"attention_mask": None} if is_complete and not is_left_padded else {}
 
 
-def packed_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+def _packed_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """Return position ids (B, L) that restart at 0 with each sample of a row of ``attention_mask`` (B, L)."""
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
     is_start = functional.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0), value=True)
