@@ -20,7 +20,6 @@ from umbrella.conversations.validation import parse_sample, unusual_features
 
 EXTENSIONS = tuple(f".{name}{gz}" for name in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
 NAMES = f"name files that end with {', '.join(EXTENSIONS)}"
-REPEATED = "the task_id is used before with other content; such samples are numbered: id, id#2, ..."
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,8 @@ def read_conversations(
                 name = f"{conversation.task_id}#{used[conversation.task_id] + 1}"
             if name != conversation.task_id:
                 conversation = conversation.model_copy(update={"task_id": name})
-                noted.setdefault(REPEATED, []).append(where)
+                notice = "the task_id is used before with other content; such samples are numbered: id, id#2, ..."
+                noted.setdefault(notice, []).append(where)
             reading.locations[name] = where
             reading.conversations.append(conversation)
             for notice in unusual_features(conversation):
