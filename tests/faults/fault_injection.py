@@ -1,4 +1,4 @@
-"""What can go wrong with a training, on purpose, and what it leaves; for the tests of faults and for random_kills."""
+"""Faults for trainings, and what the trainings log; for the fault tests and random_kills."""
 
 import json
 import os
@@ -29,32 +29,32 @@ TWO = {"resources.workers": 2, "resources.cpus_per_worker": 0.25}
 TRAIN = Path(__file__).resolve().parents[2] / "experiments" / "train.py"
 
 
-def go_on(settings: Any) -> Path:
-    """Run a training, or what is left of it; returns its folder."""
+def train_to_end(settings: Any) -> Path:
+    """Start or resume a training, and return its folder."""
     return run_training(settings, lambda things, what: things)
 
 
 def folder_of(settings: Any) -> Path:
-    """Where the checkpoints of a training with a name lie."""
+    """Return the folder of a training."""
     return Path(settings.resources.storage) / "trainings" / settings.name
 
 
-def entries(folder: Path) -> list[dict[str, Any]]:
-    """What all workers have logged of their samples, as it happened."""
+def sample_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the sample logs of all workers, sorted by time."""
     lines = [line for log in folder.glob("samples_*.jsonl") for line in log.read_text(encoding="utf-8").splitlines()]
     return sorted(map(json.loads, lines), key=lambda entry: entry["time"])
 
 
-def starts(folder: Path) -> list[int]:
-    """The positions from which workers have started, as often as they did."""
-    return [entry["start"] for entry in entries(folder) if "start" in entry]
+def start_positions(folder: Path) -> list[int]:
+    """Return the position of each start of a worker."""
+    return [entry["start"] for entry in sample_log(folder) if "start" in entry]
 
 
-def samples(folder: Path) -> list[str]:
-    """The conversations that the model learnt from, by position; what is undone by going back is left out."""
+def learned_samples(folder: Path) -> list[str]:
+    """Return the samples that the model was trained on, by position, without those that a resume undid."""
     learnt: dict[int, str] = {}
-    for entry in entries(folder):
-        if "start" in entry:  # comes before anything that its workers see
+    for entry in sample_log(folder):
+        if "start" in entry:  # is logged before the samples of its workers
             learnt = {position: task_id for position, task_id in learnt.items() if position < entry["start"]}
             continue
         for position, task_id in enumerate(entry["task_ids"], entry["position"]):
@@ -64,8 +64,8 @@ def samples(folder: Path) -> list[str]:
     return [learnt[position] for position in range(len(learnt))]
 
 
-def run_of(settings: Any, name: str) -> tuple[MlflowClient, Run]:
-    """A training's one run in MLflow."""
+def find_run(settings: Any, name: str) -> tuple[MlflowClient, Run]:
+    """Return the run of a training."""
     client = MlflowClient(tracking_uri(settings.resources.storage))
     experiment = client.get_experiment_by_name(settings.experiment)
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`{TRIAL}` = '{name}'")
@@ -73,35 +73,35 @@ def run_of(settings: Any, name: str) -> tuple[MlflowClient, Run]:
 
 
 def losses(settings: Any, folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) as MLflow has them of a training that reached its end."""
-    client, run = run_of(settings, folder.name)
+    """Return (step, loss) of a finished training from MLflow."""
+    client, run = find_run(settings, folder.name)
     assert (run.info.status, run.data.tags["umbrella.outcome"]) == ("FINISHED", "finished")
     return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
-def left_by(settings: Any, folder: Path) -> tuple[list, list]:
-    """What two trainings that are the same have in common to the bit: the losses, and the samples in their order."""
-    return losses(settings, folder), samples(folder)
+def losses_and_samples(settings: Any, folder: Path) -> tuple[list, list]:
+    """Return the losses, and the samples in order; they are equal for equal trainings."""
+    return losses(settings, folder), learned_samples(folder)
 
 
-def taken(folder: Path) -> int:
-    """How many batches a training's first worker has taken; those done again count again."""
+def count_batches(folder: Path) -> int:
+    """Count the batches of a training's first worker, with repeated ones."""
     log = folder / "samples_0.jsonl"
     return log.read_text(encoding="utf-8").count('"position"') if log.exists() else 0
 
 
-def until(true: Callable[[], Any], script: subprocess.Popen[str]) -> None:
-    """Wait for something to become true while a script runs."""
-    while not true():
+def wait_until(condition: Callable[[], Any], script: subprocess.Popen[str]) -> None:
+    """Wait until a condition is true. The script must run meanwhile."""
+    while not condition():
         assert script.poll() is None, "\n".join(script.communicate())
         time.sleep(0.01)
 
 
-def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thread:
-    """Do something once a training's first worker has taken the batch of a step, see ``taken``."""
+def at_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thread:
+    """Call ``then`` when a training's first worker has read the batch of a step, see ``count_batches``."""
 
     def watch() -> None:
-        while taken(folder) < step:
+        while count_batches(folder) < step:
             time.sleep(0.005)
         then()
 
@@ -110,8 +110,8 @@ def when_step(folder: Path, step: int, then: Callable[[], Any]) -> threading.Thr
     return thread
 
 
-def dies_once(step: int, died: Path) -> Callable[[], type]:
-    """The task of a language model whose first worker kills itself before a step, and not again: it makes a file."""
+def killed_once(step: int, died: Path) -> Callable[[], type]:
+    """Return a language-model task whose first worker kills itself once before a step. The file ``died`` marks it."""
 
     def task() -> type:
         from umbrella.training.language_model import LanguageModelTask
@@ -132,15 +132,15 @@ def dies_once(step: int, died: Path) -> Callable[[], type]:
     return task
 
 
-def named(process: psutil.Process) -> str:
-    """A process's command line; nothing where it has ended meanwhile."""
+def command_line(process: psutil.Process) -> str:
+    """Return the command line of a process, or "" if it has ended."""
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
 def kill(processes: Iterable[psutil.Process]) -> int:
-    """SIGKILL to processes; returns how many there still were."""
+    """Send SIGKILL to processes, and return how many were alive."""
     killed = 0
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -150,15 +150,15 @@ def kill(processes: Iterable[psutil.Process]) -> int:
 
 
 def training_workers(of: int | None = None) -> list[psutil.Process]:
-    """The training workers that a process (this one, unless told) has started."""
-    return [p for p in psutil.Process(of).children(recursive=True) if named(p).startswith("ray::RayTrainWorker")]
+    """Return the training workers of a process (default: this one)."""
+    return [p for p in psutil.Process(of).children(recursive=True) if command_line(p).startswith("ray::RayTrainWorker")]
 
 
 def kill_workers(of: int | None = None) -> int:
-    """SIGKILL to the training workers of a process; returns how many there were."""
+    """Send SIGKILL to the training workers of a process, and return how many there were."""
     return kill(training_workers(of))
 
 
-def plain_environment() -> dict[str, str]:
-    """This process's environment for a script that starts a Ray of its own."""
+def environment_without_ray() -> dict[str, str]:
+    """Return this process's environment without Ray's variables, for a script that starts its own Ray."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

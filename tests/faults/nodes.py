@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, each started by ``ray start`` as on a machine of its own.
 
-Every node has an address of the loopback's, so that Ray takes them for different machines and nothing listens outside.
-Nobody joins without the cluster's token.
+Each node has its own loopback address, so that Ray treats it as a machine and nothing listens on other interfaces.
+Joining requires the cluster's token.
 """
 
 import secrets
@@ -18,13 +18,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.fault_injection import kill, plain_environment, training_workers
+from tests.faults.fault_injection import environment_without_ray, kill, training_workers
 
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 ANY_PORT = ["min-worker", "max-worker", "node-manager", "object-manager", "metrics-export", "runtime-env-agent"]
 AGENT_PORT = ["dashboard-agent-listen", "dashboard-agent-grpc"]
 QUICKLY = {
-    # These trainings take seconds. For some after a node was lost, Ray Train still tries to start workers there.
+    # Short trainings: for some seconds after a node was lost, Ray Train still tries to start workers there.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_health_check_period_ms": "1000",
@@ -32,22 +32,22 @@ QUICKLY = {
 
 
 class Nodes:
-    """The cluster, its address and its nodes, the head first."""
+    """A cluster: its address and its nodes, the head first."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="um", dir="/tmp"))  # sockets have to have short names
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         # Ray would repeat lines that occurred several times when a script ends, after the script's own last line.
         other = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-        self.environment = plain_environment() | QUICKLY | token | other
+        self.environment = environment_without_ray() | QUICKLY | token | other
         self.nodes: list[psutil.Process] = []
         self.address = ""
 
     def add(self, cpus: int, blind: Path | None = None) -> psutil.Process:
-        """Start a node, the first one as the head; returns its ``ray start``.
+        """Start a node, the first one as the head, and return the process of its ``ray start``.
 
         Args:
-            blind: a folder that is another, empty one on this node. Skips the test where only root may do that.
+            blind: a folder that is empty on this node only. Skips the test if this needs root.
         """
         if self.address:
             return self._start([f"--address={self.address}"], cpus, blind)
@@ -57,16 +57,16 @@ class Nodes:
         return node
 
     def kill(self, node: psutil.Process) -> None:
-        """Take a node away without a word, as a power cut does."""
+        """Kill a node, as a power cut does."""
         self.nodes.remove(node)
         _kill(node)
 
     def node_of_worker(self) -> psutil.Process:
-        """A node with a training worker, other than the head."""
+        """Return a node other than the head that has a training worker."""
         return next(node for node in self.nodes[1:] if training_workers(node.pid))
 
     def node_of_trial(self, folder: Path) -> psutil.Process:
-        """The node on which the trial of a folder trains: some process there has its log of samples open."""
+        """Return the node that runs the trial of a folder: a process there has its sample log open."""
         log = str(folder / "samples_0.jsonl")
 
         def writes(node: psutil.Process) -> bool:
@@ -79,7 +79,7 @@ class Nodes:
         return next(node for node in self.nodes if writes(node))
 
     def drain(self, node: psutil.Process) -> None:
-        """Say that a node will be taken away within a minute, as the autoscaler of a cloud says it."""
+        """Announce that a node ends within a minute, as the autoscaler of a cloud does."""
         raylet = next(process for process in node.children() if process.name() == "raylet")
         (node_id,) = (word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--node_id="))
         self.ray(
@@ -88,7 +88,7 @@ class Nodes:
         )  # fmt: skip
 
     def ray(self, *words: str) -> str:
-        """What a command of Ray's says of this cluster."""
+        """Run a command of Ray for this cluster, and return its output."""
         return subprocess.run(
             [*RAY, *words], env=self.environment, check=True, capture_output=True, text=True, timeout=60
         ).stdout
@@ -104,7 +104,7 @@ class Nodes:
         )
 
     def close(self) -> None:
-        """End all nodes, the head last, and delete what they wrote."""
+        """End all nodes, the head last, and delete their files."""
         for node in reversed(self.nodes):
             _kill(node)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -122,7 +122,7 @@ class Nodes:
             started = subprocess.Popen(words, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
         node = psutil.Process(started.pid)
         self.nodes.append(node)
-        # The line before it, "Ray runtime started", comes while a head has yet to write its address down.
+        # The line before it, "Ray runtime started", is printed before the head has written its address.
         while "will now block" not in (said := log.read_text(encoding="utf-8")):
             if started.poll() is not None:
                 self.kill(node)
@@ -141,8 +141,8 @@ def _kill(node: psutil.Process) -> None:
     psutil.wait_procs(family, 10)
 
 
-def ended(process: subprocess.Popen[str], status: int = 0, within: float = 400) -> str:
-    """Wait for a script; returns what it said on standard error."""
+def wait_for_exit(process: subprocess.Popen[str], status: int = 0, within: float = 400) -> str:
+    """Wait for a script, and return its standard error."""
     try:
         said, errors = process.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -154,7 +154,7 @@ def ended(process: subprocess.Popen[str], status: int = 0, within: float = 400) 
 
 @contextmanager
 def nodes(*cpus: int) -> Iterator[Nodes]:
-    """A cluster with so many CPUs on each of its nodes, the head first."""
+    """Start a cluster with these numbers of CPUs per node, the head first."""
     cluster = Nodes()
     try:
         for one in cpus:

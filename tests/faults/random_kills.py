@@ -1,10 +1,10 @@
-"""Kills trainings at random, again and again, and says whether each ended as one that nothing happened to.
+"""Kill trainings at random steps, and compare each with a training that was not killed.
 
 python -m tests.faults.random_kills [--kills 20] [--seed 0]
 
-Each training meets up to three kills, each at a random step: SIGKILL to its workers, SIGKILL to the script, or SIGTERM
-to it; where the script ends, the same command is given again. At the end the losses and the samples must be those of
-the training that was left alone, to the bit. The seed of each training is printed: `--kills 3 --seed N` repeats it.
+Each training gets up to three kills, each at a random step: SIGKILL to its workers, SIGKILL to the script, or SIGTERM
+to it. If the script ends, the same command is started again. At the end the losses and samples must equal those of the
+uninterrupted training bit for bit. The seed of each training is printed: `--kills 3 --seed N` repeats it.
 """
 
 import argparse
@@ -16,7 +16,15 @@ import time
 from collections.abc import Callable
 
 from tests.conftest import SMALL
-from tests.faults.fault_injection import LONGER, STEPS, TRAIN, folder_of, kill_workers, left_by, plain_environment
+from tests.faults.fault_injection import (
+    LONGER,
+    STEPS,
+    TRAIN,
+    environment_without_ray,
+    folder_of,
+    kill_workers,
+    losses_and_samples,
+)
 from umbrella.config import Settings, load_settings
 
 KINDS: dict[str, Callable[[subprocess.Popen], int | None]] = {
@@ -28,25 +36,25 @@ ENDS = {0: "it ended", -9: "killed", 143: "saved and stopped"}
 
 
 def start(settings: Settings) -> subprocess.Popen:
-    """The command of a training, given."""
+    """Start the training script."""
     file = folder_of(settings).with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(settings.to_yaml(), encoding="utf-8")
     with file.with_suffix(".txt").open("a") as said:
-        return subprocess.Popen([sys.executable, TRAIN, file], stdout=said, stderr=said, env=plain_environment())
+        return subprocess.Popen([sys.executable, TRAIN, file], stdout=said, stderr=said, env=environment_without_ray())
 
 
 def logged(settings: Settings, what: str) -> int:
-    """How often the training's worker has taken a batch ("position"), again or not, or has begun ("start")."""
+    """Count the entries of a kind in the sample log: batches ("position", with repeated ones) or starts ("start")."""
     log = folder_of(settings) / "samples_0.jsonl"
     return log.read_text(encoding="utf-8").count(f'"{what}"') if log.exists() else 0
 
 
 def train_with_kills(settings: Settings, draw: random.Random, kills: int) -> int:
-    """A training to its end, killed up to so many times on the way; returns how many kills arrived.
+    """Train to the end with up to ``kills`` kills, and return the number of kills.
 
     Raises:
-        RuntimeError: the script ended as it should not.
+        RuntimeError: the script ended with an unexpected status.
     """
     arrived, script, begun = 0, start(settings), 0
     for _ in range(kills):
@@ -78,29 +86,29 @@ def train_with_kills(settings: Settings, draw: random.Random, kills: int) -> int
 
 
 def main() -> None:
-    """Kill until there were enough; exit status 1 if a training ended otherwise than it should have."""
+    """Run trainings until the number of kills is reached. The exit status is 1 if a training differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="kills in all (20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first training; the next ones count up (0)")
     asked = parser.parse_args()
     storage = tempfile.mkdtemp(prefix="random_kills_")
-    print(f"everything is kept in {storage}", flush=True)
+    print(f"all files are in {storage}", flush=True)
 
-    def named(name: str) -> Settings:
+    def make_settings(name: str) -> Settings:
         return load_settings(overrides={**SMALL, **LONGER, "resources.storage": storage, "name": name})
 
-    alone = named("alone")
+    alone = make_settings("alone")
     if start(alone).wait(200):
-        sys.exit(f"the training that is left alone failed; see {folder_of(alone).with_suffix('.txt')}")
-    expected = left_by(alone, folder_of(alone))
+        sys.exit(f"the uninterrupted training failed; see {folder_of(alone).with_suffix('.txt')}")
+    expected = losses_and_samples(alone, folder_of(alone))
     arrived, trainings, failed, seed = 0, 0, [], asked.seed
     while arrived < asked.kills:
-        settings = named(f"seed-{seed}")
+        settings = make_settings(f"seed-{seed}")
         print(f"seed {seed}", flush=True)
         try:
             arrived += train_with_kills(settings, random.Random(seed), min(3, asked.kills - arrived))
-            if left_by(settings, folder_of(settings)) != expected:
-                raise RuntimeError("losses or samples differ from those of the training that was left alone")
+            if losses_and_samples(settings, folder_of(settings)) != expected:
+                raise RuntimeError("losses or samples differ from those of the uninterrupted training")
         except (RuntimeError, AssertionError, subprocess.TimeoutExpired) as error:
             failed.append(seed)
             print(f"  FAILED: {error}", flush=True)

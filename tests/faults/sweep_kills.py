@@ -22,7 +22,16 @@ import psutil
 from mlflow import MlflowClient
 
 from tests.conftest import SMALL
-from tests.faults.fault_injection import LONGER, STEPS, kill, kill_workers, named, plain_environment, samples, taken
+from tests.faults.fault_injection import (
+    LONGER,
+    STEPS,
+    command_line,
+    count_batches,
+    environment_without_ray,
+    kill,
+    kill_workers,
+    learned_samples,
+)
 from umbrella.config import Settings, load_settings
 from umbrella.paths import SWEEPS
 from umbrella.tracking.mlflow_logger import OUTCOME, PARENT, TRIAL
@@ -33,7 +42,7 @@ TUNE = Path(__file__).resolve().parents[2] / "experiments" / "tune.py"
 
 def kill_trial(script: subprocess.Popen, draw: random.Random) -> int:
     """Kill the process of one trial; return the number of killed processes."""
-    trials = [p for p in psutil.Process(script.pid).children(recursive=True) if "ray::ImplicitFunc." in named(p)]
+    trials = [p for p in psutil.Process(script.pid).children(recursive=True) if "ray::ImplicitFunc." in command_line(p)]
     return kill(trials and [draw.choice(trials)])
 
 
@@ -51,12 +60,14 @@ def start(settings: Settings, resume: bool) -> subprocess.Popen:
     file.write_text(settings.to_yaml(), encoding="utf-8")
     arguments = ["--resume", "last", f"resources.storage={storage}"] if resume else [str(file)]
     with (storage / "output.txt").open("a") as out:
-        return subprocess.Popen([sys.executable, TUNE, *arguments], stdout=out, stderr=out, env=plain_environment())
+        return subprocess.Popen(
+            [sys.executable, TUNE, *arguments], stdout=out, stderr=out, env=environment_without_ray()
+        )
 
 
-def count_batches(settings: Settings) -> int:
-    """Number of batches that all trials have taken so far."""
-    return sum(taken(trial) for trial in Path(settings.resources.storage).glob("sweeps/*/trials/*/"))
+def count_sweep_batches(settings: Settings) -> int:
+    """Count the batches of all trials, with repeated ones."""
+    return sum(count_batches(trial) for trial in Path(settings.resources.storage).glob("sweeps/*/trials/*/"))
 
 
 def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, log: Callable[[str], None]) -> int:
@@ -68,8 +79,8 @@ def sweep_with_kills(settings: Settings, draw: random.Random, kills: int, log: C
     script, arrived, trials = start(settings, resume=False), 0, len(settings.tune.space["optim.lr"]["grid"])
     wait = trials * STEPS // (kills + 2)
     while arrived < kills:
-        until = count_batches(settings) + draw.randint(1, wait)
-        while script.poll() is None and count_batches(settings) < until:
+        until = count_sweep_batches(settings) + draw.randint(1, wait)
+        while script.poll() is None and count_sweep_batches(settings) < until:
             time.sleep(0.05)
         if script.poll() is not None:
             break
@@ -113,7 +124,7 @@ def find_faults(settings: Settings) -> list[str]:
     [sweep] = (Path(settings.resources.storage) / SWEEPS).glob("*/")
     try:
         for folder in {file.parent for file in sweep.glob("trials/*/samples_0.jsonl")}:
-            samples(folder)
+            learned_samples(folder)
     except AssertionError as error:
         faults.append(f"{folder}: {error}")
     return faults
@@ -148,7 +159,7 @@ def main() -> None:
     draw = random.Random(arguments.seed)
     arrived = sweep_with_kills(settings, draw, arguments.kills, lambda line: print(line, flush=True))
     faults = find_faults(settings)
-    extra = count_batches(settings) - arguments.trials * STEPS
+    extra = count_sweep_batches(settings) - arguments.trials * STEPS
     print(f"{arrived} kills, {time.monotonic() - started:.0f} s, {extra} batches repeated; faults: {faults or 'none'}")
     sys.exit(bool(faults))
 

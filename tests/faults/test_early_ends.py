@@ -1,7 +1,4 @@
-"""How trials end that do not come to their end, on real trainings: when time is over.
-
-The best trial then becomes a model in MLflow.
-"""
+"""The time budget of a sweep on real trainings, and the model of the best trial in MLflow."""
 
 import csv
 import time
@@ -24,15 +21,15 @@ from umbrella.tuning.sweep import run_sweep
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 GOOD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 2e-2, 6e-3
 LONG = 12
-"""Epochs of the trial that is to be stopped: 39 steps, each evaluated. The others have 4."""
+"""Epochs of the trial that is stopped: 39 steps, each evaluated. The others have 4."""
 HOUR = 3600.0
 
 
 @pytest.fixture(scope="module")
 def swept(small_settings: Any, ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A sweep of one trial after the other, whose hour is over when the last but one has evaluated.
+    """A sweep that runs one trial at a time. Its time budget ends at the first evaluation of the last but one.
 
-    Its settings, its answer, MLflow, its parent run, and the trials' runs by their rates.
+    Returns its settings, its result, the MLflow client, its run, and the runs of the trials by their rates.
     """
     storage = tmp_path_factory.mktemp("storage")
     settings = small_settings(
@@ -144,7 +141,7 @@ def test_failed_model_logging_keeps_the_results_and_a_resume_logs_the_model_once
     models.rename(models.with_name("kept"))
     models.write_text("in the way", encoding="utf-8")
 
-    def go_on() -> SweepResult:
+    def resume() -> SweepResult:
         told: list[Any] = []
         answer = run_sweep(settings, frozenset(), lambda *_: _[0], before.folder, told.append, told.append)
         assert told == [answer, answer]
@@ -155,7 +152,7 @@ def test_failed_model_logging_keeps_the_results_and_a_resume_logs_the_model_once
         return len(client.search_model_versions("name = 'small-brains'"))
 
     capsys.readouterr()
-    answer = go_on()
+    answer = resume()
     said = capsys.readouterr().err
     assert f"note: {answer.trials[0].checkpoint} was not logged as a model in MLflow: " in said
     assert f"; python experiments/tune.py --resume {before.folder.name} logs it\n" in said
@@ -163,7 +160,7 @@ def test_failed_model_logging_keeps_the_results_and_a_resume_logs_the_model_once
     models.unlink()
     models.with_name("kept").rename(models)
     for _ in range(2):
-        go_on()
+        resume()
         assert versions() == 2
     assert len(client.get_run(parent.info.run_id).outputs.model_outputs) == 2
     metric = client.get_metric_history(parent.info.run_id, "best/eval/loss")
@@ -184,4 +181,4 @@ def test_resume_of_a_sweep_with_a_deleted_run_creates_a_new_one_for_its_trials(
     assert {run.info.run_id for run in found if run.data.tags.get(PARENT) == new.info.run_id} >= {
         run.info.run_id for run in runs.values()
     }
-    assert len(found) == 1 + len(before.trials) + 1, "the one that had never started was made meanwhile"
+    assert len(found) == 1 + len(before.trials) + 1, "the trial that had not started"

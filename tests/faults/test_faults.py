@@ -1,4 +1,4 @@
-"""Trainings that are killed go on as if nothing had happened: the same losses to the bit, the same samples in order."""
+"""Killed trainings resume exactly: equal losses bit for bit, and equal samples in order."""
 
 import os
 import random
@@ -19,18 +19,18 @@ from tests.faults.fault_injection import (
     LONGER,
     TRAIN,
     TWO,
-    entries,
+    at_step,
+    count_batches,
+    environment_without_ray,
+    find_run,
     folder_of,
-    go_on,
     kill_workers,
-    left_by,
-    plain_environment,
-    run_of,
-    samples,
-    starts,
-    taken,
-    until,
-    when_step,
+    learned_samples,
+    losses_and_samples,
+    sample_log,
+    start_positions,
+    train_to_end,
+    wait_until,
 )  # fmt: skip
 from tests.printed import unknown_lines
 from umbrella.base import UserError
@@ -40,33 +40,33 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_se
 
 
 def assert_each_once_per_epoch(folder: Path, epochs: int) -> None:
-    seen = samples(folder)
+    seen = learned_samples(folder)
     assert len(seen) >= COHORT * epochs
     for epoch in range(epochs):
         assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
 
 
 def draw(last: int, name: str) -> int:
-    """A step to kill at; another FAULT_SEED draws another one. See random_kills.py for many."""
+    """Draw the step of a kill; FAULT_SEED changes it. random_kills.py draws many."""
     return random.Random(f"{os.environ.get('FAULT_SEED', '0')} {name}").randint(1, last)
 
 
 @pytest.fixture(scope="module")
-def never_stopped(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
-    """What a training sees and loses that nothing happens to."""
+def uninterrupted(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
+    """Losses and samples of an uninterrupted training."""
     settings = small_settings({**LONGER, "name": "never-stopped"})
-    return left_by(settings, go_on(settings))
+    return losses_and_samples(settings, train_to_end(settings))
 
 
-def put(settings: Any) -> Path:
-    """Settings as a file for a script."""
+def write_settings(settings: Any) -> Path:
+    """Write settings to a file for a script."""
     file = Path(settings.resources.storage) / f"{settings.name}.yaml"
     file.write_text(settings.to_yaml(), encoding="utf-8")
     return file
 
 
-def unreadable(settings: Any) -> list[Path]:
-    """Make every prepared volume a link to itself, which no worker can open; returns them, moved aside."""
+def break_volumes(settings: Any) -> list[Path]:
+    """Replace each preprocessed volume by a link to itself, which cannot be opened. Returns the moved files."""
     moved = []
     for array in (Path(settings.resources.storage) / "volumes").glob("*/*.npy"):
         moved.append(array.rename(array.with_suffix(".aside")))
@@ -74,39 +74,39 @@ def unreadable(settings: Any) -> list[Path]:
     return moved
 
 
-def readable(moved: list[Path]) -> None:
+def restore_volumes(moved: list[Path]) -> None:
     for array in moved:
         array.replace(array.with_suffix(".npy"))
 
 
 def test_killed_and_raising_workers_are_restarted_and_a_repeated_failure_is_one_line(
-    small_settings: Callable[..., Any], never_stopped: tuple[list, list]
+    small_settings: Callable[..., Any], uninterrupted: tuple[list, list]
 ) -> None:
     settings = small_settings({**LONGER, "name": "attempts", "resources.max_failures": 2})
     folder = folder_of(settings)
-    when_step(folder, draw(12, "worker"), kill_workers)
+    at_step(folder, draw(12, "worker"), kill_workers)
     moved: list[Path] = []
-    breaker = when_step(folder, 28, lambda: moved.extend(unreadable(settings)))  # up to 8 of these came twice
+    breaker = at_step(folder, 28, lambda: moved.extend(break_volumes(settings)))  # up to 8 of these were repeated
     try:
         with pytest.raises(UserError) as raised:
-            go_on(settings)
+            train_to_end(settings)
     finally:
         breaker.join(5)
-        readable(moved)
+        restore_volumes(moved)
     last = latest_checkpoint(folder)
     assert re.fullmatch(
         r"the training stopped: in 3 attempts \(resources.max_failures\) a worker died: OSError: .*Too many levels of"
         rf" symbolic links: '.*\.npy'; the last good checkpoint is {last}",
         str(raised.value),
     )
-    _, ended = run_of(settings, "attempts")
+    _, ended = find_run(settings, "attempts")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("FAILED", "failed")
 
-    go_on(settings)
-    begun = starts(folder)
-    assert len(begun) == 4, "killed, raised, raised again, and the same command"
+    train_to_end(settings)
+    begun = start_positions(folder)
+    assert len(begun) == 4, "killed, raised, raised again, and resumed"
     assert 0 < begun[2] == begun[3] == 4 * read_step(last)
-    assert left_by(settings, folder) == never_stopped
+    assert losses_and_samples(settings, folder) == uninterrupted
 
 
 def read_step(checkpoint: Path | None) -> int:
@@ -117,19 +117,19 @@ def read_step(checkpoint: Path | None) -> int:
 @pytest.mark.ci
 def test_resume_after_killed_driver_damaged_checkpoint_and_sigterm_is_exact(
     small_settings: Callable[..., Any],
-    never_stopped: tuple[list, list],
+    uninterrupted: tuple[list, list],
     run: Callable[..., Done],
     capsys: pytest.CaptureFixture,
 ) -> None:
-    often = {"train.evaluate_every": 1, "name": "again"}  # it lasts until it has heard
+    often = {"train.evaluate_every": 1, "name": "again"}  # long enough for the signals
     settings = small_settings({**LONGER, **often})
-    folder, file = folder_of(settings), put(settings)
-    driver = subprocess.Popen([sys.executable, TRAIN, file], stdout=subprocess.DEVNULL, env=plain_environment())
-    until(lambda: taken(folder) >= 18, driver)
+    folder, file = folder_of(settings), write_settings(settings)
+    driver = subprocess.Popen([sys.executable, TRAIN, file], stdout=subprocess.DEVNULL, env=environment_without_ray())
+    wait_until(lambda: count_batches(folder) >= 18, driver)
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     assert driver.wait(60) == -signal.SIGKILL
-    psutil.wait_procs(family, 60)  # its worker goes on until it sees that it is alone
+    psutil.wait_procs(family, 60)  # its worker ends when it notices
     newest = latest_checkpoint(folder)
     assert newest is not None
     model = newest / "model.safetensors"
@@ -140,39 +140,39 @@ def test_resume_after_killed_driver_damaged_checkpoint_and_sigterm_is_exact(
     assert older < newest
     assert f"{newest} cannot be used: model.safetensors has" in capsys.readouterr().err
 
-    asked = taken(folder) + draw(9, "SIGTERM")
-    asker = when_step(folder, asked, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    asked = count_batches(folder) + draw(9, "SIGTERM")
+    asker = at_step(folder, asked, lambda: os.kill(os.getpid(), signal.SIGTERM))
     done = run("train.py", str(file))
     asker.join(1)
     step = read_step(latest_checkpoint(folder))
     line = f"stopped after step {step} with a checkpoint; the same command with name=again continues"
     assert (done.status, done.stderr.splitlines()[-1]) == (143, line)
-    _, ended = run_of(settings, "again")
+    _, ended = find_run(settings, "again")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
 
-    go_on(settings)
-    assert starts(folder) == [0, 4 * read_step(older), 4 * step], "after SIGTERM no step is done twice"
-    assert left_by(settings, folder) == never_stopped
+    train_to_end(settings)
+    assert start_positions(folder) == [0, 4 * read_step(older), 4 * step], "SIGTERM repeats no step"
+    assert losses_and_samples(settings, folder) == uninterrupted
 
 
 def test_ctrl_c_ends_a_training_with_one_line_and_status_130(
     small_settings: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = small_settings({**LONGER, "train.epochs": 600, "name": "keyboard"})
-    folder, file = folder_of(settings), put(settings)
-    # A shell that runs the tests in the background has it ignored, and the script would inherit that.
+    folder, file = folder_of(settings), write_settings(settings)
+    # A background shell ignores SIGINT, and the script would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command, output = [sys.executable, TRAIN, file], tmp_path / "output"
     with output.open("w", encoding="utf-8") as into:
-        script = subprocess.Popen(command, stdout=into, stderr=subprocess.STDOUT, env=plain_environment())
+        script = subprocess.Popen(command, stdout=into, stderr=subprocess.STDOUT, env=environment_without_ray())
     signal.signal(signal.SIGINT, before)
-    until(lambda: taken(folder) >= 3, script)
+    wait_until(lambda: count_batches(folder) >= 3, script)
     script.send_signal(signal.SIGINT)
     assert script.wait(60) == 130
     lines = output.read_text(encoding="utf-8")
     assert lines.endswith("stopped by the keyboard\n")
     assert unknown_lines(lines) == []
-    _, ended = run_of(settings, "keyboard")
+    _, ended = find_run(settings, "keyboard")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "killed")
 
 
@@ -181,9 +181,9 @@ def test_resume_on_another_number_of_workers_sees_each_sample_once_per_epoch(
 ) -> None:
     fixed = {**LONGER, "train.epochs": 8, "train.batch_size": 2, "name": "counts"}
     folder = folder_of(small_settings(fixed))
-    when_step(folder, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run("train.py", str(put(small_settings(fixed)))).status == 143
-    go_on(small_settings(fixed | TWO))
-    # Every worker notes its start.
-    assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [1, 2, 2]
+    at_step(folder, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("train.py", str(write_settings(small_settings(fixed)))).status == 143
+    train_to_end(small_settings(fixed | TWO))
+    # Each worker logs its start.
+    assert [entry["workers"] for entry in sample_log(folder) if "start" in entry] == [1, 2, 2]
     assert_each_once_per_epoch(folder, 8)

@@ -1,4 +1,4 @@
-"""Trainings and sweeps on a cluster of two nodes, which are lost, drained and added under them."""
+"""Trainings and sweeps on clusters whose nodes are lost, drained and added."""
 
 import json
 import re
@@ -14,20 +14,20 @@ from tests.faults.fault_injection import (
     LONGER,
     TRAIN,
     TWO,
-    entries,
+    at_step,
+    count_batches,
+    find_run,
     folder_of,
-    go_on,
-    left_by,
-    run_of,
-    samples,
-    starts,
-    taken,
-    until,
-    when_step,
+    learned_samples,
+    losses_and_samples,
+    sample_log,
+    start_positions,
+    train_to_end,
+    wait_until,
 )  # fmt: skip
-from tests.faults.nodes import Nodes, ended, nodes
+from tests.faults.nodes import Nodes, nodes, wait_for_exit
 from tests.faults.sweep_kills import find_faults, sweep_settings
-from tests.faults.test_faults import assert_each_once_per_epoch, put
+from tests.faults.test_faults import assert_each_once_per_epoch, write_settings
 from umbrella.data.splits import SPLITS, phantom_folder_of, read_splits
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 from umbrella.tuning.sweep_files import load_outcome
@@ -36,42 +36,42 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_se
 
 TUNE = TRAIN.with_name("tune.py")
 CPUS = 1.9
-"""Of a worker: so that a node of three CPUs has room for one and for Ray's helpers. Below 2, torch has one thread."""
+"""CPUs of a worker: a node of three CPUs fits one worker and Ray's helpers. Below 2, torch uses one thread."""
 APART = TWO | {"resources.cpus_per_worker": CPUS, "train.batch_size": 2}
 """Two workers, each on a node of its own."""
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Nodes]:
-    """A cluster of two nodes, for tests that leave it as it was."""
+    """A cluster of two nodes, for tests that do not change it."""
     with nodes(3, 3) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def together(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
-    """What a training with two workers on one node sees and loses."""
-    settings = small_settings({**LONGER, **TWO, "train.batch_size": 2, "name": "together"})
-    return left_by(settings, go_on(settings))
+def one_node(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
+    """Losses and samples of a training with two workers on one node."""
+    settings = small_settings({**LONGER, **TWO, "train.batch_size": 2, "name": "one_node"})
+    return losses_and_samples(settings, train_to_end(settings))
 
 
 def test_training_on_two_nodes_equals_one_node_bit_for_bit(
-    pair: Nodes, small_settings: Callable[..., Any], together: tuple[list, list]
+    pair: Nodes, small_settings: Callable[..., Any], one_node: tuple[list, list]
 ) -> None:
     settings = small_settings({**LONGER, **APART, "name": "apart"})
-    used = when_step(folder_of(settings), 2, lambda: found.append(pair.node_of_worker()))
+    used = at_step(folder_of(settings), 2, lambda: found.append(pair.node_of_worker()))
     found: list[Any] = []
-    ended(pair.run(TRAIN, str(put(settings))))
+    wait_for_exit(pair.run(TRAIN, str(write_settings(settings))))
     used.join(1)
     assert found == [pair.nodes[1]], "one of the two workers was on the other node"
-    assert left_by(settings, folder_of(settings)) == together
+    assert losses_and_samples(settings, folder_of(settings)) == one_node
 
 
 def test_sweep_uses_both_nodes(pair: Nodes, small_settings: Callable[..., Any]) -> None:
     space = {"optim.lr": {"grid": [1e-3, 3e-3, 1e-2, 3e-2]}, "mask.supervise": {"grid": ["last_assistant"]}}
     small = {"tune.space": space, "resources.cpus_per_worker": CPUS, "name": "both", "tune.scheduler": "none"}
     settings = small_settings({**small, "experiment": "nodes"})
-    assert "waiting for" not in ended(pair.run(TUNE, str(put(settings))))
+    assert "waiting for" not in wait_for_exit(pair.run(TUNE, str(write_settings(settings))))
     folder = Path(settings.resources.storage) / "sweeps" / "both"
     told = [line for file in folder.rglob("result.json") for line in file.read_text(encoding="utf-8").splitlines()]
     assert {json.loads(line)["node_ip"] for line in told} == {"127.0.0.2", "127.0.0.3"}
@@ -82,7 +82,7 @@ def test_worker_that_fits_on_no_node_is_refused_before_the_start(
     pair: Nodes, small_settings: Callable[..., Any]
 ) -> None:
     settings = small_settings({"resources.cpus_per_worker": 4, "name": "large", "experiment": "nodes"})
-    errors = ended(pair.run(TRAIN, str(put(settings))), status=2)
+    errors = wait_for_exit(pair.run(TRAIN, str(write_settings(settings))), status=2)
     assert errors.splitlines()[-1] == (
         "error: resources: 1 workers of 4 CPUs and 0 GPUs, each on one node, and the nodes have room for 0; lower"
         " resources.cpus_per_worker, .gpus_per_worker or resources.workers"
@@ -94,8 +94,8 @@ def test_node_with_other_storage_is_reported_by_every_script_before_decoding(
     pair: Nodes, small_settings: Callable[..., Any], learnt: Path, tmp_path: Path
 ) -> None:
     settings = small_settings({"resources.storage": str(tmp_path), "name": "blind"})
-    read_splits(settings, lambda things, what: things, SPLITS)  # makes the cohort
-    cohort, file, checkpoint = phantom_folder_of(settings), str(put(settings)), f"checkpoint={learnt}"
+    read_splits(settings, lambda things, what: things, SPLITS)  # creates the cohort
+    cohort, file, checkpoint = phantom_folder_of(settings), str(write_settings(settings)), f"checkpoint={learnt}"
     commands = {
         "train.py": [file],
         "baseline.py": [file],
@@ -105,7 +105,7 @@ def test_node_with_other_storage_is_reported_by_every_script_before_decoding(
     }
     node = pair.add(1, blind=tmp_path)
     scripts = {name: pair.run(TRAIN.with_name(name), *words) for name, words in commands.items()}
-    errors = {name: ended(script, status=2).splitlines() for name, script in scripts.items()}
+    errors = {name: wait_for_exit(script, status=2).splitlines() for name, script in scripts.items()}
     pair.kill(node)
     for lines in errors.values():
         named = [re.sub(r"127.0.0.\d+ \(.*\)", "(the blind one)", line) for line in lines if "127.0.0." in line]
@@ -134,12 +134,12 @@ def test_node_with_other_storage_is_reported_by_every_script_before_decoding(
 def test_missing_cluster_token_is_one_line(
     pair: Nodes, small_settings: Callable[..., Any], environment: dict[str, str], words: str
 ) -> None:
-    script = pair.run(TRAIN, str(put(small_settings({"name": "stranger"}))), **environment)
-    assert f"error: RAY_ADDRESS={pair.address}: {words}" in ended(script, status=2).splitlines()[-1]
+    script = pair.run(TRAIN, str(write_settings(small_settings({"name": "stranger"}))), **environment)
+    assert f"error: RAY_ADDRESS={pair.address}: {words}" in wait_for_exit(script, status=2).splitlines()[-1]
 
 
 def test_training_waits_for_a_new_node_after_its_node_is_killed(
-    small_settings: Callable[..., Any], together: tuple[list, list]
+    small_settings: Callable[..., Any], one_node: tuple[list, list]
 ) -> None:
     settings = small_settings({**LONGER, **APART, "name": "replaced"})
     folder = folder_of(settings)
@@ -152,10 +152,10 @@ def test_training_waits_for_a_new_node_after_its_node_is_killed(
             cluster.kill(cluster.node_of_worker())
             cluster.add(3)
 
-        when_step(folder, 10, replace)
-        ended(cluster.run(TRAIN, str(put(settings))))
-    assert starts(folder) in [[0, 0, at, at] for at in range(40, 140, 20)]
-    assert left_by(settings, folder) == together
+        at_step(folder, 10, replace)
+        wait_for_exit(cluster.run(TRAIN, str(write_settings(settings))))
+    assert start_positions(folder) in [[0, 0, at, at] for at in range(40, 140, 20)]
+    assert losses_and_samples(settings, folder) == one_node
 
 
 def test_lost_node_changes_no_loss_and_drained_node_is_left_with_a_checkpoint(
@@ -163,7 +163,7 @@ def test_lost_node_changes_no_loss_and_drained_node_is_left_with_a_checkpoint(
 ) -> None:
     long = {**LONGER, "train.epochs": 150, "train.evaluate_every": 10_000}  # a checkpoint before its end is the drain's
     undisturbed = small_settings({**long, "name": "unmoved"})
-    expected = left_by(undisturbed, go_on(undisturbed))
+    expected = losses_and_samples(undisturbed, train_to_end(undisturbed))
     settings = small_settings({**long, "resources.cpus_per_worker": CPUS, "name": "moved"})
     folder = folder_of(settings)
     saved: list[int] = []
@@ -172,7 +172,7 @@ def test_lost_node_changes_no_loss_and_drained_node_is_left_with_a_checkpoint(
 
         def lose() -> None:
             cluster.kill(cluster.node_of_worker())
-            while len(starts(folder)) < 2:
+            while len(start_positions(folder)) < 2:
                 time.sleep(0.01)
             drain_and_lose()
 
@@ -184,10 +184,10 @@ def test_lost_node_changes_no_loss_and_drained_node_is_left_with_a_checkpoint(
             saved.append(read_training_state(newest).step)
             cluster.kill(node)
 
-        when_step(folder, 8, lose)
-        ended(cluster.run(TRAIN, str(put(settings))))
-    assert starts(folder) == [0, 0, 4 * saved[0]], "it went on from what it saved for the drain"
-    assert left_by(settings, folder) == expected
+        at_step(folder, 8, lose)
+        wait_for_exit(cluster.run(TRAIN, str(write_settings(settings))))
+    assert start_positions(folder) == [0, 0, 4 * saved[0]], "resumed from the checkpoint of the drain"
+    assert losses_and_samples(settings, folder) == expected
 
 
 def test_training_grows_onto_an_added_node_and_sees_each_sample_once_per_epoch(
@@ -198,33 +198,33 @@ def test_training_grows_onto_an_added_node_and_sees_each_sample_once_per_epoch(
     folder = folder_of(settings)
 
     def workers() -> list[int]:
-        return [entry["workers"] for entry in entries(folder) if "start" in entry]
+        return [entry["workers"] for entry in sample_log(folder) if "start" in entry]
 
     with nodes(3) as cluster:
-        script = cluster.run(TRAIN, str(put(settings)))
-        until(lambda: taken(folder) > 30, script)
+        script = cluster.run(TRAIN, str(write_settings(settings)))
+        wait_until(lambda: count_batches(folder) > 30, script)
         cluster.add(3)
-        until(lambda: workers() == [1, 2, 2], script)
-        before = taken(folder)
-        until(lambda: taken(folder) > before + 30, script)
+        wait_until(lambda: workers() == [1, 2, 2], script)
+        before = count_batches(folder)
+        wait_until(lambda: count_batches(folder) > before + 30, script)
         script.terminate()
-        ended(script, status=143)
-    assert starts(folder)[1] == starts(folder)[2] >= 2 * 20, "it went on from a checkpoint"
-    assert_each_once_per_epoch(folder, len(samples(folder)) // COHORT)
+        wait_for_exit(script, status=143)
+    assert start_positions(folder)[1] == start_positions(folder)[2] >= 2 * 20, "resumed from a checkpoint"
+    assert_each_once_per_epoch(folder, len(learned_samples(folder)) // COHORT)
 
 
 def test_training_that_lost_its_node_stops_at_the_first_sigterm(small_settings: Callable[..., Any]) -> None:
     settings = small_settings({**LONGER, "resources.cpus_per_worker": CPUS, "name": "alone"})
     with nodes(1, 3) as cluster:
-        script = cluster.run(TRAIN, str(put(settings)))
-        until(lambda: taken(folder_of(settings)) > 8, script)
+        script = cluster.run(TRAIN, str(write_settings(settings)))
+        wait_until(lambda: count_batches(folder_of(settings)) > 8, script)
         cluster.kill(cluster.node_of_worker())
         script.terminate()
-        errors = ended(script, status=143)
+        errors = wait_for_exit(script, status=143)
     line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=alone continues"
     said = [said for said in errors.splitlines() if "pid=" not in said]  # without what came from the nodes
     assert said[-1] == line
-    _, stopped = run_of(settings, "alone")
+    _, stopped = find_run(settings, "alone")
     assert (stopped.info.status, stopped.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")
 
 
@@ -238,23 +238,23 @@ def test_sweep_that_loses_nodes_and_its_script_ends_with_one_complete_run_per_tr
         return [point.parent for point in tmp_path.glob("sweeps/lost/trials/*/point.json")]
 
     with nodes(0, 3, 3) as cluster:
-        script = cluster.run(TUNE, str(put(settings)))
-        until(lambda: any(map(taken, trials())), script)
-        moved = max(trials(), key=taken)
+        script = cluster.run(TUNE, str(write_settings(settings)))
+        wait_until(lambda: any(map(count_batches, trials())), script)
+        moved = max(trials(), key=count_batches)
         node = cluster.node_of_trial(moved)
-        until(lambda: taken(moved) > 11, script)
+        wait_until(lambda: count_batches(moved) > 11, script)
         cluster.kill(node)
         cluster.add(3)
-        until(lambda: len(starts(moved)) == 2, script)
-        node, before = cluster.node_of_trial(moved), taken(moved)
-        until(lambda: taken(moved) > before + 3 and any(map(load_outcome, trials())), script)
+        wait_until(lambda: len(start_positions(moved)) == 2, script)
+        node, before = cluster.node_of_trial(moved), count_batches(moved)
+        wait_until(lambda: count_batches(moved) > before + 3 and any(map(load_outcome, trials())), script)
         script.kill()
         cluster.kill(node)
-        done = {trial: taken(trial) for trial in trials() if load_outcome(trial)}
-        ended(cluster.run(TUNE, "--resume", "lost", f"resources.storage={tmp_path}"))
-    first, second, third = starts(moved)
-    assert first < second < third, "it went on from its checkpoints"
-    assert done == {trial: taken(trial) for trial in done}, "what was finished was not run again"
+        done = {trial: count_batches(trial) for trial in trials() if load_outcome(trial)}
+        wait_for_exit(cluster.run(TUNE, "--resume", "lost", f"resources.storage={tmp_path}"))
+    first, second, third = start_positions(moved)
+    assert first < second < third, "resumed from its checkpoints"
+    assert done == {trial: count_batches(trial) for trial in done}, "finished trials did not run again"
     assert find_faults(settings) == []
 
 
@@ -265,7 +265,7 @@ def test_fewer_workers_after_a_lost_node_see_each_sample_once_per_epoch(
     settings = small_settings({**LONGER, **APART, **elastic})
     folder = folder_of(settings)
     with nodes(3, 3) as cluster:
-        when_step(folder, 8, lambda: cluster.kill(cluster.node_of_worker()))
-        ended(cluster.run(TRAIN, str(put(settings))))
-    assert [entry["workers"] for entry in entries(folder) if "start" in entry] == [2, 2, 1]
+        at_step(folder, 8, lambda: cluster.kill(cluster.node_of_worker()))
+        wait_for_exit(cluster.run(TRAIN, str(write_settings(settings))))
+    assert [entry["workers"] for entry in sample_log(folder) if "start" in entry] == [2, 2, 1]
     assert_each_once_per_epoch(folder, 12)

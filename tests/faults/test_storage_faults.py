@@ -1,4 +1,4 @@
-"""Storage that fills up or vanishes in mid-training: one line says so, and the same command goes on afterwards."""
+"""A disk that fills up or is moved during a training gives one error line, and the training can be resumed."""
 
 import shutil
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.faults.fault_injection import starts, when_step
+from tests.faults.fault_injection import at_step, start_positions
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.checkpoint_files import find_damage, latest_checkpoint
 
@@ -21,7 +21,7 @@ STEPS = 20
 
 @pytest.fixture
 def train(small_settings: Callable[..., Any], run: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """Gives the one command; in words what differs: the storage."""
+    """Run train.py with a storage folder."""
 
     def train(storage: Path, **others: Any) -> Any:
         settings = small_settings({**SHORT, "resources.storage": str(storage), **others})
@@ -32,20 +32,20 @@ def train(small_settings: Callable[..., Any], run: Callable[..., Any], tmp_path:
 
 
 def error_of(done: Any) -> str:
-    """The one line that a script ended with."""
+    """Return the error line of a script."""
     assert done.status == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return line
 
 
-def the_run(storage: Path) -> tuple[MlflowClient, Any]:
+def find_only_run(storage: Path) -> tuple[MlflowClient, Any]:
     client = MlflowClient(tracking_uri(storage))
     (run,) = client.search_runs([client.get_experiment_by_name("umbrella").experiment_id])
     return client, run
 
 
 def steps_of(storage: Path) -> list[int]:
-    client, run = the_run(storage)
+    client, run = find_only_run(storage)
     assert run.info.status == "FINISHED"
     return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
@@ -65,7 +65,7 @@ def test_training_that_fills_its_disk_stops_in_one_line_and_resumes_with_free_sp
     assert "could not be written: No space left on device" in error
     assert error.endswith(f"the last good checkpoint is {last}")
     assert [path for path in [*folder.glob("step_*"), *folder.glob(".step_*")] if find_damage(path)] == []
-    assert starts(folder) == [0], "nothing was tried again"
+    assert start_positions(folder) == [0], "no retry"
 
     small_disk(64 << 20)
     assert train(storage, **keep).status == 0
@@ -82,7 +82,7 @@ def test_disk_filled_by_others_ends_all_workers_in_one_line(
             while True:
                 file.write(bytes(4096))
 
-    filled = when_step(storage / "trainings" / "one", 8, fill)
+    filled = at_step(storage / "trainings" / "one", 8, fill)
     two = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
     error = error_of(train(storage, **two))
     filled.join(5)
@@ -93,7 +93,7 @@ def test_disk_filled_by_others_ends_all_workers_in_one_line(
 
 def test_training_resumes_as_the_same_run_after_its_storage_moved(train: Callable[..., Any], tmp_path: Path) -> None:
     storage, moved = tmp_path / "runs", tmp_path / "elsewhere"
-    mover = when_step(storage / "trainings" / "one", 8, lambda: storage.rename(moved))
+    mover = at_step(storage / "trainings" / "one", 8, lambda: storage.rename(moved))
     error = error_of(train(storage))
     mover.join(5)
     folder = storage / "trainings" / "one"
@@ -105,7 +105,7 @@ def test_training_resumes_as_the_same_run_after_its_storage_moved(train: Callabl
     done = train(moved)
     assert done.status == 0, done.stderr
     assert steps_of(moved) == list(range(1, STEPS + 1))
-    client, run = the_run(moved)
+    client, run = find_only_run(moved)
     assert "the storage was moved, and MLflow keeps the artifacts of experiment 'umbrella' at " in done.stderr
     assert "supervise=assistant" in Path(client.download_artifacts(run.info.run_id, "statement.txt")).read_text()
-    assert [path.name for path in storage.iterdir()] == ["artifacts"], "only MLflow writes to the old place"
+    assert [path.name for path in storage.iterdir()] == ["artifacts"], "only MLflow writes to the old folder"

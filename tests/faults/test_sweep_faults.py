@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.faults.fault_injection import taken
+from tests.faults.fault_injection import count_batches
 from tests.faults.sweep_kills import find_faults, start, sweep_settings, sweep_with_kills
 from umbrella.tracking.mlflow_logger import OUTCOME
 from umbrella.tracking.store import tracking_uri
@@ -30,7 +30,7 @@ def test_ctrl_c_ends_a_sweep_without_a_result(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     script = start(settings, resume=False)
     signal.signal(signal.SIGINT, before)
-    while len([trial for trial in tmp_path.glob("sweeps/*/trials/*/") if taken(trial)]) < 2:
+    while len([trial for trial in tmp_path.glob("sweeps/*/trials/*/") if count_batches(trial)]) < 2:
         assert script.poll() is None
         time.sleep(0.01)
     script.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A tracking server that is killed and comes back has all of a training, each step once, and the files; and a sweep."""
+"""A restarted tracking server has all events and files of a training and a sweep, each once."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 class Server:
-    """MLflow's own server on SQLite, in processes of its own, on a free port."""
+    """MLflow's server on SQLite, on a free port."""
 
     def __init__(self, folder: Path, store: str) -> None:
         self.folder, self.store = folder, store
@@ -95,7 +95,7 @@ def test_restarted_tracking_server_has_every_event_once(
     server.kill()
     train(tracker, range(31, 61))
     tracker.artifact("late", "texts/late.txt")
-    # Killed, and started again from step 45 with the server still down; another training begins meanwhile.
+    # The training is killed and resumes from step 45 while the server is down. Another training starts.
     again = MlflowLogger.start(server.uri, experiment, "first", trial="first", folder=first)
     train(again, range(46, 81))
     other = MlflowLogger.start(server.uri, experiment, "second", trial="second", folder=second)
@@ -151,7 +151,7 @@ def test_sweep_that_lost_its_tracking_server_has_correct_status_and_model_after_
     parent = begin()
     trials = [start(state, parent) for state in ("finished", "stopped by the scheduler")]
     server.kill()
-    trials.append(start("failed", parent))  # known to no server so far
+    trials.append(start("failed", parent))  # the server does not know it
     for step, tracker in enumerate(trials, 1):
         tracker.metrics({"train/loss": 1.0}, step)
         tracker.flush()

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from ray import cloudpickle
 from rich.console import Console
 
-from tests.faults.fault_injection import kill, named
+from tests.faults.fault_injection import command_line, kill
 from tests.printed import printed_to, unknown_lines
 from tests.ray.conftest import no_progress
 from umbrella.base import UserError
@@ -244,7 +244,9 @@ def test_evaluation_completes_after_a_worker_process_is_killed(evaluated: Evalua
     answers: list[Any] = []
     for part in predict_on_workers(shown * 20, evaluated.checkpoint, settings, {}):
         answers += part
-        killed = killed or kill(p for p in psutil.Process().children(recursive=True) if "PredictionWorker" in named(p))
+        killed = killed or kill(
+            p for p in psutil.Process().children(recursive=True) if "PredictionWorker" in command_line(p)
+        )
     assert killed
     assert [one.task_id for one in answers] == [c.task_id for c in shown * 20]
     assert answers[: len(shown)] == answers[-len(shown) :]

@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from tests.faults.fault_injection import dies_once
+from tests.faults.fault_injection import killed_once
 from tests.ray.conftest import LONGER, TWO_WORKERS, Trained, no_progress, train, train_here
 from umbrella.data.ingest import load_splits
 from umbrella.tracking.mlflow_logger import OUTCOME
@@ -48,7 +48,7 @@ def patient(small_settings: Callable[..., Any], ray_session: Any, tmp_path_facto
     """Two workers with sharded weights, killed between the second and the third evaluation; the first is the best."""
     died = tmp_path_factory.mktemp("patient") / "died"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("umbrella.training.run.LANGUAGE_MODEL", dies_once(20, died))
+        patch.setattr("umbrella.training.run.LANGUAGE_MODEL", killed_once(20, died))
         trained = train(small_settings(PATIENT))
     assert died.exists()
     return trained
