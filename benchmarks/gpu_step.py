@@ -18,8 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.modality import Modality
-from umbrella.models.build import cast_frozen, from_llava
-from umbrella.models.trainable_parameters import component_parameters, select_trainable
+from umbrella.models.build import cast_frozen, component_parameters, from_llava, select_trainable
 from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings

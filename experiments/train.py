@@ -14,7 +14,7 @@ def main(args: Arguments) -> None:
     settings = args.settings
     settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # a single training
     if args.dry_run:
-        from umbrella.tuning.dry_run import dry_run
+        from umbrella.tuning.sweep import dry_run
 
         dry_run(settings, args.given, progress_bar, make_console())
         return

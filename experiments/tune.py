@@ -32,7 +32,7 @@ def main(args: Arguments) -> None:
                 download(settings.resources, folder, progress_bar)
         settings, fixed = load_spec(folder, args.files, args.overrides)
     if args.dry_run:
-        from umbrella.tuning.dry_run import dry_run
+        from umbrella.tuning.sweep import dry_run
 
         dry_run(settings, fixed, progress_bar, console)
         return

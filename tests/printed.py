@@ -13,7 +13,7 @@ KNOWN = [
     r"(samples|loss|mask|supervised|trained weights|best checkpoint|checkpoints|runs in MLflow): .*",
     r" +(system|user|assistant) (header|text|image|end) +\d+ of \d+",
     r"\w+: a volume of [\dx]+ in patches of [\dx]+ is \d+ tokens",
-    r"(making the phantom cohort|decoding volumes|rendering conversations|answering conversations) ━+ \d+/\d+ [\d:]+",
+    r"(making the synthetic cohort|decoding volumes|rendering conversations|answering conversations) ━+ \d+/\d+ [\d:]+",
     r"stopped by the keyboard",
 ]
 

@@ -110,7 +110,7 @@ def test_controls_remove_what_the_images_contribute(evaluated: Evaluated) -> Non
         found = overall(evaluated.folder, control)["metrics"][SCORE]
         assert found["low"] <= 0.5 <= found["high"]
         assert found["value"] < 0.8
-    assert "as asked" in evaluated.printed
+    assert "own volumes" in evaluated.printed
     assert (evaluated.folder / "report.html").as_uri() in evaluated.printed.replace("\n", "")
 
 

@@ -13,8 +13,8 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from umbrella.data.batching import Batch
+from umbrella.models.build import component_parameters
 from umbrella.models.partial_checkpoint import load_saved_weights
-from umbrella.models.trainable_parameters import component_parameters
 from umbrella.training.distributed import copy_into_shard, restore_training_state
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings

@@ -27,9 +27,8 @@ from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import load_renderer
 from umbrella.modality import Modality
-from umbrella.models.build import build_model
+from umbrella.models.build import build_model, component_parameters
 from umbrella.models.settings import ModelSettings
-from umbrella.models.trainable_parameters import component_parameters
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 
 Build = Callable[..., Umbrella]

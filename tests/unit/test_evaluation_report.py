@@ -32,7 +32,7 @@ from umbrella.evaluation.report import (
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.evaluation_run.evaluate import anonymised
 from umbrella.inference.cases import select_cases
-from umbrella.tracking.redaction import hash_subject
+from umbrella.tracking.provenance import hash_subject
 
 EVIL = "<script>alert('1')</script>"
 NAN = float("nan")

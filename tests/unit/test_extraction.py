@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbrella.evaluation.extraction import extract_answer
+from umbrella.evaluation.predictions import extract_answer
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -17,9 +17,8 @@ from transformers import (
 
 from umbrella.data.batching import VolumeGroup
 from umbrella.modality import Modality, class_tokens
-from umbrella.models.build import build_model, from_llava
+from umbrella.models.build import build_model, component_parameters, from_llava
 from umbrella.models.settings import ModelSettings
-from umbrella.models.trainable_parameters import component_parameters
 
 SLICE = {"sMRI": Modality(grid=(1, 8, 8), patch=(1, 4, 4)), "fMRI": Modality(grid=(1, 8, 8, 1), patch=(1, 4, 4, 1))}
 IMAGE = 259

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import nll
 from umbrella.base import UserError
 from umbrella.data.batching import Batch
-from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.build import component_parameters
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings

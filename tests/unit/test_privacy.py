@@ -13,7 +13,7 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.evaluation.predictions import Prediction
 from umbrella.file_storage import FileStorage
-from umbrella.tracking.redaction import hash_subject, read_salt, redact_subjects
+from umbrella.tracking.provenance import hash_subject, read_salt, redact_subjects
 from umbrella.tracking.store import describe_error, tracking_uri
 from umbrella.training.reporting import predictions_json
 

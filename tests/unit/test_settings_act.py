@@ -29,7 +29,7 @@ from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.scoring import find_candidates
 from umbrella.modality import Modality
-from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.build import component_parameters
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.settings import AugmentSettings

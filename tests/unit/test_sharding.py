@@ -16,7 +16,7 @@ from tests.unit.steps import CPU, Make, Training, join_group, run_workers
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.data.tokenizer import byte_tokenizer
-from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.build import component_parameters
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint_files import TrainingState
 from umbrella.training.distributed import autocast, copy_to_host, copy_training_state, full_tensor, parallelise

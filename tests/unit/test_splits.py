@@ -498,7 +498,7 @@ def test_the_phantom_cohort_is_made_once_and_counted_by_a_dry_run(
     assert list(tmp_path.iterdir()) == []
     for settings, drawn in zip(every, before, strict=True):
         assert drawn == tasks(read_splits(settings, watch)) == tasks(load_splits(settings, plain, dry_run=True))
-    assert made.count("making the phantom cohort") == 1
+    assert made.count("making the synthetic cohort") == 1
     assert list(tmp_path.iterdir()) == [phantom_folder_of(every[0])]
     with pytest.raises(UserError, match=r"data\.train: none of its"):
         load_splits(small_settings(base | {"cohort.seed": 1, "data.task_filter": "nothing"}), plain, dry_run=True)

@@ -13,7 +13,7 @@ from torch import distributed
 
 from tests.unit.steps import CPU, Make, Training, join_group, run_workers
 from umbrella.data.batching import Batch, VolumeGroup
-from umbrella.models.trainable_parameters import component_parameters
+from umbrella.models.build import component_parameters
 from umbrella.training.distributed import parallelise
 from umbrella.training.settings import OptimSettings
 from umbrella.training.step import max_loss, train_step

@@ -188,7 +188,7 @@ def read_splits(
             from umbrella.cohorts.phantom import make_cohort
 
             make_cohort(
-                phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the phantom cohort")
+                phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the synthetic cohort")
             )
         elif not (phantom / "cohort.json").exists():
             raw.splits = filter_splits({name: _phantom_conversations(settings, name) for name in names}, settings)

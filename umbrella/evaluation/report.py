@@ -26,7 +26,7 @@ from umbrella.plots import png_data_url, save_png
 AS_ASKED = "as_asked"
 CONDITIONS = (AS_ASKED, "shuffled", "text_only")
 """The unchanged conversations; with other subjects' volumes; without volumes. The last two are controls."""
-CONDITION_NAMES = {AS_ASKED: "as asked", "shuffled": "other subjects' volumes", "text_only": "text only"}
+CONDITION_NAMES = {AS_ASKED: "own volumes", "shuffled": "other subjects' volumes", "text_only": "text only"}
 MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1"}
 """The metric that stands for a target: over subjects, and by likelihood where there are candidates."""
 MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": ""}
@@ -210,7 +210,7 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
     conditions = [name for name in CONDITIONS if name in result.groups]
     title = f"{result.split}: {len(result.predictions[AS_ASKED])} conversations"
     table = Table(title=title, title_justify="left")
-    for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "without looking", "invalid"):
+    for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "constant answer", "invalid"):
         table.add_column(column)
     wholes = {name: {group.target: group for group in result.groups[name] if group.by == "all"} for name in conditions}
     for target, group in wholes[AS_ASKED].items():

@@ -44,8 +44,7 @@ from umbrella.inference.cases import draw_cases
 from umbrella.inference.model import load_checkpoint_settings
 from umbrella.paths import EVALUATIONS, METRICS, PROGRESS, REPORT, SETTINGS
 from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
-from umbrella.tracking.provenance import describe_dataset
-from umbrella.tracking.redaction import read_salt, redact_subjects
+from umbrella.tracking.provenance import describe_dataset, read_salt, redact_subjects
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model

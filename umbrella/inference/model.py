@@ -14,8 +14,7 @@ from umbrella.conversations.formats import modality_by_suffix, volume_file
 from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Turn
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
-from umbrella.evaluation.extraction import extract_answer
-from umbrella.evaluation.predictions import Prediction, cut_note
+from umbrella.evaluation.predictions import Prediction, cut_note, extract_answer
 from umbrella.evaluation.scoring import ANSWER_ONLY, Candidates, score
 from umbrella.modality import Modality
 from umbrella.models.build import build_model

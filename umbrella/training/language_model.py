@@ -21,7 +21,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
-from umbrella.models.build import build_model
+from umbrella.models.build import build_model, component_parameters
 from umbrella.models.partial_checkpoint import (
     base_description,
     check_base,
@@ -31,7 +31,6 @@ from umbrella.models.partial_checkpoint import (
     saves_full_model,
     write_weights,
 )
-from umbrella.models.trainable_parameters import component_parameters
 from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
 from umbrella.training.augmentation import augment
 from umbrella.training.distributed import all_gather_object, autocast, copy_into_shard, parallelise

@@ -15,8 +15,7 @@ from umbrella.evaluation.predictions import Prediction, most_likely
 from umbrella.paths import SETTINGS, checkpoint_folder
 from umbrella.plots import curves
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.provenance import environment_json
-from umbrella.tracking.redaction import read_salt, redact_subjects
+from umbrella.tracking.provenance import environment_json, read_salt, redact_subjects
 from umbrella.training.checkpoint_files import (
     LOSS,
     NOT_EVALUATED,
