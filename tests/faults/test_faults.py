@@ -25,6 +25,7 @@ from tests.faults.fault_injection import (
     find_run,
     folder_of,
     kill_workers,
+    killed_once,
     learned_samples,
     losses_and_samples,
     sample_log,
@@ -34,7 +35,7 @@ from tests.faults.fault_injection import (
 )  # fmt: skip
 from tests.printed import unknown_lines
 from umbrella.base import UserError
-from umbrella.training.checkpoint_files import latest_checkpoint
+from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -187,3 +188,24 @@ def test_resume_on_another_number_of_workers_sees_each_sample_once_per_epoch(
     # Each worker logs its start.
     assert [entry["workers"] for entry in sample_log(folder) if "start" in entry] == [1, 2, 2]
     assert_each_once_per_epoch(folder, 8)
+
+
+def test_killed_sharded_worker_changes_no_loss_and_not_the_step_at_which_patience_ends(
+    small_settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = {"train.patience": 2, "tune.metric": "eval/loss", "tune.mode": "max"}  # the first evaluation is the best
+    settings = {**LONGER, **TWO, **stops, "train.shard": True, "train.batch_size": 2}
+    curves = []
+    for name in ("sharded", "sharded-killed"):
+        folder = train_to_end(small_settings({**settings, "name": name}))
+        client, found = find_run(small_settings(settings), name)
+        assert found.data.tags["umbrella.outcome"] == "stopped early"
+        curves.append([(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "train/loss")])
+        monkeypatch.setattr("umbrella.training.run.LANGUAGE_MODEL", killed_once(12, tmp_path / "killed"))
+    assert (tmp_path / "killed").exists()
+    assert start_positions(folder) == [0, 0, 40, 40]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 15
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    assert read_training_state(newest).since_best == 2

@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from tests.ray.conftest import no_progress
 from tests.unit.test_baseline import about
@@ -42,9 +43,50 @@ def baseline_settings(small_settings: Callable[..., Any], mlflow_store: Callable
     return small_settings({**data, **own, **tracking, "evaluate.bootstrap": 100, "resources.keep_checkpoints": 9})
 
 
-def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) -> None:
-    from mlflow import MlflowClient
+def train_and_evaluate(settings: Any) -> Any:
+    """Train in this process and evaluate: seconds less than on Ray Train."""
+    from umbrella.baseline.run import evaluate, make_jobs
+    from umbrella.training.launch import run_job
 
+    splits, (job,) = make_jobs(settings, no_progress)
+    run_job(job, in_process=True)
+    return evaluate(job, splits)
+
+
+def check_learned(found: Any) -> None:
+    (predictions,) = found.predictions.values()
+    assert [p.task_id for p in predictions] == [f"test{i}-sex" for i in range(16)]
+    assert all(set(p.probabilities) == {"female", "male"} and p.text is None for p in predictions)
+    group = found.groups["as_asked"][0]
+    assert (group.target, group.kind, group.by, group.subjects, group.invalid) == ("sex", "classes", "all", 16, None)
+    assert group.metrics["likelihood/subjects/balanced_accuracy"].value > 0.9
+
+
+def test_baseline_learns_a_planted_cue_and_resumes_from_an_older_checkpoint_with_equal_predictions(
+    baseline_settings: Any,
+) -> None:
+    found, report = train_and_evaluate(baseline_settings)
+    check_learned(found)
+    assert report.exists()
+    folder = Path(baseline_settings.resources.storage) / "trainings" / "mine-sex"
+    assert Path(found.model).parent == folder
+    client = MlflowClient(baseline_settings.tracking.uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'umbrella'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
+    assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
+    assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
+    assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
+
+    steps = sorted(folder.glob("step_*"))
+    for newer in steps[3:]:
+        shutil.rmtree(newer)
+    assert train_and_evaluate(baseline_settings)[0].predictions == found.predictions
+    assert sorted(folder.glob("step_*")) == steps
+
+
+@pytest.mark.slow
+def test_baseline_on_two_workers_learns_a_planted_cue_and_prints_its_table(baseline_settings: Any, capsys: Any) -> None:
     from umbrella.baseline.run import run_baseline
     from umbrella.cli import make_console
     from umbrella.evaluation.report import print_evaluation
@@ -53,37 +95,4 @@ def test_two_workers_learn_a_planted_cue(baseline_settings: Any, capsys: Any) ->
     ((found, report),) = run_baseline(settings, no_progress)
     print_evaluation(found, report, make_console())
     assert "sex" in capsys.readouterr().out
-    (predictions,) = found.predictions.values()
-    assert [p.task_id for p in predictions] == [f"test{i}-sex" for i in range(16)]
-    assert all(set(p.probabilities) == {"female", "male"} and p.text is None for p in predictions)
-    group = found.groups["as_asked"][0]
-    assert (group.target, group.kind, group.by, group.subjects, group.invalid) == ("sex", "classes", "all", 16, None)
-    assert group.metrics["likelihood/subjects/balanced_accuracy"].value > 0.9
-    assert Path(found.model).parent == Path(settings.resources.storage) / "trainings" / "mine-sex"
-
-    client = MlflowClient(settings.tracking.uri)
-    (experiment,) = client.search_experiments(filter_string="name = 'umbrella'")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
-    assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
-    assert report.exists()
-    assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
-    assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
-
-
-def test_baseline_resumes_from_an_older_checkpoint_with_equal_predictions(baseline_settings: Any) -> None:
-    from umbrella.baseline.run import evaluate, make_jobs
-    from umbrella.training.launch import run_job
-
-    def answers() -> Any:
-        splits, (job,) = make_jobs(baseline_settings, no_progress)
-        run_job(job, in_process=True)
-        return evaluate(job, splits)[0].predictions
-
-    before = answers()
-    folder = Path(baseline_settings.resources.storage) / "trainings" / "mine-sex"
-    steps = sorted(folder.glob("step_*"))
-    for newer in steps[3:]:
-        shutil.rmtree(newer)
-    assert answers() == before
-    assert sorted(folder.glob("step_*")) == steps
+    check_learned(found)
