@@ -145,7 +145,8 @@ class CheckpointSync:
                 self._upload(*change)
         for name in sorted(self._checkpoint_files, key=lambda name: not name.endswith(f"/{SIZES}")):
             checkpoint = self.storage / _checkpoint_of(name)
-            if not checkpoint.exists() and checkpoint < newest.get(checkpoint.parent, Path()):
+            newer = newest.get(checkpoint.parent)
+            if not checkpoint.exists() and newer and checkpoint < newer:
                 self.store.delete(name)
                 self._checkpoint_files.discard(name)
 
