@@ -84,7 +84,7 @@ class MaskPolicy(Section):
     model_config = ConfigDict(validate_default=True)  # a preset also replaces defaults
 
     preset: Literal["", "upstream"] = ""
-    """upstream: the policy of the original program; it sets all of mask, to whole assistant turns with header and end."""  # noqa: E501
+    """upstream: sets all of mask to whole assistant turns with header and end."""
     supervise: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Turns whose content is supervised: every assistant turn, only the last one, or every turn."""
     end_of_turn: bool = True
