@@ -239,7 +239,7 @@ def planted(n: int, effect: str) -> list[Trial]:
     return trials
 
 
-@pytest.mark.parametrize("name", ["optim.lr", "model.lora_rank", "model.train"])
+@pytest.mark.parametrize("name", ["optim.lr", "model.train"])  # numbers, and words
 def test_the_setting_with_an_effect_has_the_importance(name: str) -> None:
     found = compute_importance(planted(24, name))
     assert found.significant[0] == name
