@@ -114,7 +114,7 @@ def test_node_with_other_storage_is_reported_by_every_script_before_decoding(
             " this path on every node"
         ]
     left = {path.name for path in tmp_path.iterdir() if path != cohort}
-    assert left == {Path(file).name, "volumes", "evaluations"}
+    assert left == {Path(file).name, "volumes", "evaluations", "trainings"}
     assert not list(tmp_path.rglob("*.npy"))
 
 
