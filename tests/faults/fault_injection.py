@@ -84,6 +84,20 @@ def losses_and_samples(settings: Any, folder: Path) -> tuple[list, list]:
     return losses(settings, folder), learned_samples(folder)
 
 
+def assert_each_once_per_epoch(folder: Path, epochs: int) -> None:
+    seen = learned_samples(folder)
+    assert len(seen) >= COHORT * epochs
+    for epoch in range(epochs):
+        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
+
+
+def write_settings(settings: Any) -> Path:
+    """Write settings to a file for a script."""
+    file = Path(settings.resources.storage) / f"{settings.name}.yaml"
+    file.write_text(settings.to_yaml(), encoding="utf-8")
+    return file
+
+
 def count_batches(folder: Path) -> int:
     """Count the batches of a training's first worker, with repeated ones."""
     log = folder / "samples_0.jsonl"

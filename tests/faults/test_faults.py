@@ -15,10 +15,10 @@ import pytest
 
 from tests.conftest import Done
 from tests.faults.fault_injection import (
-    COHORT,
     LONGER,
     TRAIN,
     TWO,
+    assert_each_once_per_epoch,
     at_step,
     count_batches,
     environment_without_ray,
@@ -26,25 +26,18 @@ from tests.faults.fault_injection import (
     folder_of,
     kill_workers,
     killed_once,
-    learned_samples,
     losses_and_samples,
     sample_log,
     start_positions,
     train_to_end,
     wait_until,
+    write_settings,
 )  # fmt: skip
 from tests.printed import unknown_lines
 from umbrella.base import UserError
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-
-
-def assert_each_once_per_epoch(folder: Path, epochs: int) -> None:
-    seen = learned_samples(folder)
-    assert len(seen) >= COHORT * epochs
-    for epoch in range(epochs):
-        assert len(set(seen[COHORT * epoch : COHORT * (epoch + 1)])) == COHORT
 
 
 def draw(last: int, name: str) -> int:
@@ -57,13 +50,6 @@ def uninterrupted(small_settings: Callable[..., Any], ray_session: Any) -> tuple
     """Losses and samples of an uninterrupted training."""
     settings = small_settings({**LONGER, "name": "never-stopped"})
     return losses_and_samples(settings, train_to_end(settings))
-
-
-def write_settings(settings: Any) -> Path:
-    """Write settings to a file for a script."""
-    file = Path(settings.resources.storage) / f"{settings.name}.yaml"
-    file.write_text(settings.to_yaml(), encoding="utf-8")
-    return file
 
 
 def break_volumes(settings: Any) -> list[Path]:

@@ -14,6 +14,7 @@ from tests.faults.fault_injection import (
     LONGER,
     TRAIN,
     TWO,
+    assert_each_once_per_epoch,
     at_step,
     count_batches,
     find_run,
@@ -24,10 +25,10 @@ from tests.faults.fault_injection import (
     start_positions,
     train_to_end,
     wait_until,
+    write_settings,
 )  # fmt: skip
 from tests.faults.nodes import Nodes, nodes, wait_for_exit
 from tests.faults.sweep_kills import find_faults, sweep_settings
-from tests.faults.test_faults import assert_each_once_per_epoch, write_settings
 from umbrella.data.splits import SPLITS, phantom_folder_of, read_splits
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 from umbrella.tuning.sweep_files import load_outcome
