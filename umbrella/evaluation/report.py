@@ -113,7 +113,7 @@ def _make_section(
         shown = [n for g in groups for n in (*g.metrics.get(metric, ()), g.references.get(reference, 0.0))]
         largest[by] = max(filter(isfinite, shown), default=1.0) or 1.0
     stem = f"{number}_{re.sub('[^A-Za-z0-9]+', '_', whole.target)[:40].strip('_')}"
-    own = [p for p in result.predictions[AS_ASKED] if p.target == whole.target]
+    own = [p for p in result.predictions[AS_ASKED] if p.target == whole.target and p.label is not None]
     figures = {name: (folder / f"{stem}_{name}.png", *drawn) for name, *drawn in _figures(whole, values, own)}
     return {
         "whole": whole,
