@@ -68,6 +68,7 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     max_concurrent_trainings(settings.resources)
+    data_fingerprint = splits.fingerprint
     jobs = []
     for target, encoding in encodings.items():
         run_name = "-".join([name, re.sub(r"[^\w.-]", "_", target)])
@@ -80,13 +81,13 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
         job = BaselineJob(
             task=BASELINE_TASK,
             settings=training_settings(settings, target, encoding, target_classes(used["validation"])[target]),
-            data={"data.fingerprint": splits.fingerprint, "data.quarantined": splits.quarantined},
+            data={"data.fingerprint": data_fingerprint, "data.quarantined": splits.quarantined},
             tracking={"uri": uri, "experiment": experiment, "name": run_name, "trial": run_name},
             folder=str(storage / TRAININGS / run_name),
             start_time=time.time(),
             datasets=[
-                describe_dataset("training", used["train"], splits.fingerprint, settings.data.train),
-                describe_dataset("validation", used["validation"], splits.fingerprint, settings.data.validation),
+                describe_dataset("training", used["train"], data_fingerprint, settings.data.train),
+                describe_dataset("validation", used["validation"], data_fingerprint, settings.data.validation),
             ],
             target=target,
             encoding=encoding,

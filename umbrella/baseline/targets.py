@@ -1,7 +1,4 @@
-"""Labels of volumes, their encoding as distributions over the outputs of the network, and the job of a training.
-
-This module does not import torch.
-"""
+"""Labels of volumes, their encoding as distributions over the outputs of the network, and the job of a training."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -264,16 +264,20 @@ def absolute_path(path: str, base: Path, path_map: Mapping[str, str]) -> str:
         base: folder of relative paths.
         path_map: old to new prefix, in whole path components. The longest match is used, before ``base``.
     """
-    # In a path with slashes, a backslash belongs to a file name.
-    written = path.replace("\\", "/") if WINDOWS_PATH.match(path) or "/" not in path else path
+    written = _with_slashes(path)
     for old in sorted(path_map, key=len, reverse=True):
-        prefix = (old.replace("\\", "/") if WINDOWS_PATH.match(old) or "/" not in old else old).rstrip("/")
+        prefix = _with_slashes(old).rstrip("/")
         if written == prefix or written.startswith(prefix + "/"):
             path = os.path.join(path_map[old], written[len(prefix) :].lstrip("/"))
             break
     if not path.strip() or ADDRESS.match(path) or WINDOWS_PATH.match(path):
         return path.strip()
     return os.path.abspath(os.path.join(base, path))
+
+
+def _with_slashes(path: str) -> str:
+    # In a path with slashes, a backslash belongs to a file name.
+    return path.replace("\\", "/") if WINDOWS_PATH.match(path) or "/" not in path else path
 
 
 def path_error(path: str, on_disk: bool) -> str:

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,13 +122,11 @@ class Splits:
 
 def fingerprint(splits: Mapping[str, Sequence[Conversation]]) -> str:
     """Return a hash of all conversations and of the file name and size, not the folder, of each volume."""
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), cache(os.path.getsize)  # a network drive needs milliseconds for each file
     for split, conversations in splits.items():
         for conversation in conversations:
             content = conversation.model_dump(mode="json") | {"split": split}
-            content["images"] = [
-                (os.path.basename(v.image_path), os.path.getsize(v.image_path)) for v in conversation.volumes
-            ]
+            content["images"] = [(os.path.basename(v.image_path), size(v.image_path)) for v in conversation.volumes]
             for turn in content["conversations"]:
                 for item in turn["content"]:
                     item.pop("image_path", None)

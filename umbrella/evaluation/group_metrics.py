@@ -170,7 +170,7 @@ def _class_levels(group: Group, predictions: Sequence[Prediction], training: Seq
         for level, members in {"conversations": conversations, **subjects, "votes": votes}.items():
             matrices = confusion_matrices(members, classes)
             group.confusion[f"{way}/{level}"] = matrices.sum(0).astype(int).tolist()
-            metrics = partial(_class_metrics, members, classes, matrices, members is conversations)
+            metrics = _class_function(members, classes, matrices, members is conversations)
             levels[f"{way}/{level}"] = [p.subject_id for p in members], metrics
 
     labels = _distinct_labels(predictions)
@@ -182,25 +182,26 @@ def _class_levels(group: Group, predictions: Sequence[Prediction], training: Seq
     return levels
 
 
-def _class_metrics(
-    predictions: Sequence[Prediction],
-    classes: Sequence[str],
-    matrices: NDArray,
-    conversations: bool,
-    weights: NDArray,
-) -> dict[str, NDArray]:
-    values = class_metrics(np.tensordot(weights, matrices, 1), classes)
+def _class_function(
+    predictions: Sequence[Prediction], classes: Sequence[str], matrices: NDArray, conversations: bool
+) -> Callable[[NDArray], dict[str, NDArray]]:
+    """Return a function from weights to metrics. What does not depend on the weights is computed once."""
     truth = matrices.any(2).argmax(1)
-    if len(set(truth.tolist())) < 2:  # a constant answer would reach 1
-        values["balanced_accuracy"] = np.full(len(weights), np.nan)
-    if predictions[0].probabilities:
-        probabilities = np.array([[p.probabilities.get(label, 0.0) for label in classes] for p in predictions])
-        values |= probability_metrics(truth, probabilities, weights)
+    probabilities = np.array([[p.probabilities.get(label, 0.0) for label in classes] for p in predictions])
     compared = np.array([conversations and _reference_label(p) in classes for p in predictions])
-    if compared.any():
-        copied = compared & [p.predicted == _reference_label(p) for p in predictions]
-        values["copies_reference"] = ratio(weights @ copied, weights @ compared)
-    return values
+    copied = compared & [p.predicted == _reference_label(p) for p in predictions]
+
+    def metrics(weights: NDArray) -> dict[str, NDArray]:
+        values = class_metrics(np.tensordot(weights, matrices, 1), classes)
+        if len(set(truth.tolist())) < 2:  # a constant answer would reach 1
+            values["balanced_accuracy"] = np.full(len(weights), np.nan)
+        if predictions[0].probabilities:
+            values |= probability_metrics(truth, probabilities, weights)
+        if compared.any():
+            values["copies_reference"] = ratio(weights @ copied, weights @ compared)
+        return values
+
+    return metrics
 
 
 def _number_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:

@@ -100,10 +100,8 @@ def _make_section(
             if group.target == whole.target:
                 row = breakdowns.setdefault(group.by, {}).setdefault(group.value, [None] * len(conditions))
                 row[i] = group
-    metric, reference = (
-        (main_metrics(whole) or [f"generated/subjects/{MAIN_METRIC[whole.kind]}"])[0],
-        MAIN_REFERENCE[whole.kind],
-    )
+    metric = (main_metrics(whole) or [f"generated/subjects/{MAIN_METRIC[whole.kind]}"])[0]
+    reference = MAIN_REFERENCE[whole.kind]
     wholes = zip(conditions, breakdowns.pop("all")[whole.value], strict=True)
     values = [(CONDITION_NAMES[name], group.metrics.get(metric, UNDEFINED)) for name, group in wholes if group]
     names = [name.split("/", 2) for name in whole.metrics]

@@ -171,7 +171,7 @@ def _make_tuner(job: Job, fixed: frozenset[str], concurrent: int, monitor: Monit
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            num_samples=count_trials(job.settings, fixed) if search else 1,
+            num_samples=monitor.total if search else 1,
             search_alg=search,
             max_concurrent_trials=min(concurrent, settings.concurrent or concurrent),
             scheduler=make_scheduler(settings),
