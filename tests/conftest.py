@@ -432,11 +432,12 @@ def ray_session() -> Any:
 
 
 @pytest.fixture(scope="session")
-def small_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def small_settings(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Callable[[Path], str]) -> Callable[..., Any]:
     """Settings of a training that takes seconds, on one small cohort; the argument adds dotted names."""
     from umbrella.config import load_settings
 
     storage = tmp_path_factory.mktemp("runs")
+    mlflow_store(storage)
     small = SMALL | {"resources.storage": str(storage)}
     return lambda others: load_settings(overrides=small | others)
 

@@ -34,6 +34,7 @@ from tests.faults.fault_injection import (
     write_settings,
 )  # fmt: skip
 from tests.printed import unknown_lines
+from tests.ray.conftest import train_here
 from umbrella.base import UserError
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 
@@ -47,9 +48,9 @@ def draw(last: int, name: str) -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted(small_settings: Callable[..., Any], ray_session: Any) -> tuple[list, list]:
-    """Losses and samples of an uninterrupted training."""
+    """Losses and samples of an uninterrupted training in this process; the killed ones run on Ray Train."""
     settings = small_settings({**LONGER, "name": "never-stopped"})
-    return losses_and_samples(settings, train_to_end(settings))
+    return losses_and_samples(settings, train_here(settings).folder)
 
 
 def break_volumes(settings: Any) -> list[Path]:

@@ -62,5 +62,5 @@ def read_trained(settings: Any, folder: Path) -> Trained:
 
 @pytest.fixture(scope="session")
 def one(small_settings: Callable[..., Any], ray_session: Any) -> Trained:
-    """A training on one worker, with batches of four."""
-    return train(small_settings({**LONGER, "name": "one", "experiment": "one"}))
+    """A training in this process, with batches of four."""
+    return train_here(small_settings({**LONGER, "name": "one", "experiment": "one"}))

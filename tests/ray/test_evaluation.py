@@ -86,8 +86,11 @@ def train_and_evaluate(storage: Path, settings: Settings) -> Evaluated:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Evaluated:
+def evaluated(
+    tmp_path_factory: pytest.TempPathFactory, mlflow_store: Callable[[Path], str], ray_session: Any
+) -> Evaluated:
     storage = tmp_path_factory.mktemp("runs")
+    mlflow_store(storage)
     return train_and_evaluate(storage, load_settings(overrides=LEARNS | {"resources.storage": str(storage)}))
 
 

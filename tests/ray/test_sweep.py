@@ -43,6 +43,7 @@ def swept(small_settings: Any, ray_session: Any) -> Any:
             "optim.warmup": 0,
             "experiment": "sweep",
             "tracking.hash_subjects": True,
+            "resources.max_failures": 0,  # a second attempt would start another process
         }
     )
     with printed_to(Path(settings.resources.storage) / OUTPUT):
