@@ -19,7 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from umbrella.base import UserError, mask_secrets
-from umbrella.fileio import LocksUnavailable, check_writable, describe_storage_error, lock
+from umbrella.fileio import LocksUnavailable, check_writable, lock
 from umbrella.training.settings import ResourceSettings
 
 ENVIRONMENT = {
@@ -337,11 +337,9 @@ def find_problems(
             unshared.append(folder)
             continue
         try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            fault = describe_storage_error(error) or str(error)
-            problems.append(f"{setting}={folder} cannot be written to: {fault}; let this user write there")
+            check_writable(folder, f"{setting}={folder}")
+        except UserError as error:
+            problems.append(f"{error}; let this user write there")
     unseen = [file for file in files if not file.exists() and not any(folder in file.parents for folder in unshared)]
     problems += [f"the volume {file} is not there; mount the volumes at the same path on every node" for file in unseen]
     own = installed_versions()

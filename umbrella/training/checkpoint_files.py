@@ -134,11 +134,11 @@ def complete_checkpoints(folder: str | Path) -> list[Path]:
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest complete checkpoint of a training. Newer damaged ones are named on standard error."""
-    latest = max(complete_checkpoints(folder), default=None)
-    for path in checkpoints_in(folder):
+    damage = {path: find_damage(path) for path in checkpoints_in(folder)}
+    latest = max((path for path, why in damage.items() if not why), default=None)
+    for path, why in damage.items():
         if latest is None or path > latest:
-            where = latest or "its start"
-            note(f"{path} cannot be used: {find_damage(path)}; the training continues from {where}")
+            note(f"{path} cannot be used: {why}; the training continues from {latest or 'its start'}")
     return latest
 
 
