@@ -183,6 +183,22 @@ def test_what_one_split_asks_about_is_in_no_other_split(
     assert found.startswith(line)
 
 
+def test_the_groups_of_a_named_key_are_in_one_split(tmp_path: Path) -> None:
+    def of(subject: str, household: Any) -> dict[str, Any]:
+        keys = {"family_id": 3, "household": household}
+        return sample(subject, f"sub-{subject}.nii", metadata={"subject_id": subject, **keys})
+
+    write(tmp_path, train=[of("a", "h1"), of("b", " ")], validation=[of("c", "h1"), of("d", " "), of("e", "h2")])
+    [found] = lines(read(tmp_path, group="household"), tmp_path)
+    assert found == (
+        "validation.jsonl:1: household: h1 is also in data.train, at train.jsonl:1; split by household, or the score"
+        " means nothing"
+    )
+    with pytest.raises(UserError, match=r"^data\.group=hosehold: no sample has this key in its metadata; .*out$"):
+        read(tmp_path, group="hosehold")
+    read(tmp_path, ["validation"], group="scanner")  # other data of an evaluation need not have the key
+
+
 def test_references_may_be_in_several_splits_and_are_counted(tmp_path: Path) -> None:
     stated = {"subject_id": "b", "reference_id": "r"}
     write(

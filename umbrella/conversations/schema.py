@@ -97,10 +97,9 @@ class Conversation(_Part):
         """The reference subject of a comparison, or None."""
         return normalise_id(self.metadata.get("reference_id"))
 
-    @property
-    def family_id(self) -> str | None:
-        """The group of subjects that must stay in one split, such as a family, or None."""
-        return normalise_id(self.metadata.get("family_id", (self.model_extra or {}).get("family_id")))
+    def group(self, key: str) -> str | None:
+        """The group of subjects that must stay in one split: the value of a key such as family_id, or None."""
+        return normalise_id(self.metadata.get(key, (self.model_extra or {}).get(key))) or None
 
     @property
     def subjects(self) -> set[str]:

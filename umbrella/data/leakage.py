@@ -11,6 +11,9 @@ from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import Conversation, bids_subject
 from umbrella.volumes.reading import content_hash, image_files, image_size
 
+FAMILY = "family_id"
+"""The key of groups of subjects if ``data.group`` names no other."""
+
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:
     """Set ``metadata.subject_id`` of each sample that does not state it, in place. Return notices with the counts.
@@ -64,28 +67,29 @@ def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar
 
 
 def find_shared(
-    splits: Mapping[str, list[Conversation]], places: Mapping[tuple[str, str], str]
+    splits: Mapping[str, list[Conversation]], places: Mapping[tuple[str, str], str], group: str = ""
 ) -> tuple[list[tuple[str, Problem]], list[str]]:
     """Find subjects, groups of subjects and volume contents that one split asks about and another split contains.
 
     Args:
         places: (split, task_id) to "file:line".
+        group: see ``data.group``.
 
     Returns:
         (later split, problem), at most one for each pair of splits and kind; and a notice with the number of volumes
         that splits may share, because each of them uses these volumes as references only.
     """
-    contents = _shared_contents(splits)
+    contents, group = _shared_contents(splits), group or FAMILY
     asks: dict[str, Callable[[Conversation], Iterable[str | None]]] = {
         "subject_id": lambda c: [c.subject_id],
-        "family_id": lambda c: [c.family_id],
+        group: lambda c: [c.group(group)],
         "image_path": lambda c: [contents.get(v.image_path) for v in c.subject_volumes],
     }
     shows = asks | {
         "subject_id": lambda c: c.subjects,
         "image_path": lambda c: [contents.get(v.image_path) for v in c.volumes],
     }
-    nouns = {"subject_id": "more subject", "family_id": "more group", "image_path": "more volume"}
+    nouns = {"subject_id": "more subject", group: "more group", "image_path": "more volume"}
     problems = []
     leaked: set[str] = set()
     for one, two in combinations(splits, 2):
@@ -105,7 +109,7 @@ def find_shared(
                 what = (
                     f"{thing} is also in data.{other}, at {places[other, theirs.task_id]}"
                     + (f" (and {pluralise(len(found) - 1, noun)})" if len(found) > 1 else "")
-                    + "; split by subject, or the score means nothing"
+                    + f"; split by {group if key == group else 'subject'}, or the score means nothing"
                 )
                 problems.append((two, Problem(places[asking, c.task_id], key, what)))
     references = len(set(contents.values()) - leaked)

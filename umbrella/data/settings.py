@@ -37,6 +37,8 @@ class DataSettings(Section):
     """Use only conversations in which all volumes have this modality. Empty: all conversations."""
     task_filter: str = ""
     """Use only samples with this task_type (T1), or with a task_id that this regular expression matches. Empty: all."""
+    group: str = ""
+    """Key of metadata whose values group subjects that must be in one split, such as household. Empty: family_id, if present."""  # noqa: E501
     on_bad: Literal["fail", "quarantine"] = "fail"
     """Effect of bad samples: fail ends the run; quarantine writes them to a file with the reason and leaves them out."""  # noqa: E501
     max_bad_fraction: float = Field(0.05, ge=0, le=1)

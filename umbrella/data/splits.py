@@ -204,7 +204,9 @@ def read_splits(
         raw.splits = filter_splits(raw.splits, settings)
     _check_answers(raw, settings, progress)
     raw.notices += assign_subjects(raw.splits, progress)
-    shared, notices = find_shared(raw.splits, raw.locations)
+    if data.group and raw.train and not any(c.group(data.group) for of_one in raw.splits.values() for c in of_one):
+        raise UserError(f"data.group={data.group}: no sample has this key in its metadata; correct it or leave it out")
+    shared, notices = find_shared(raw.splits, raw.locations, data.group)
     raw.notices += notices
     raw.notices += sorted(
         f"data.{name}: every label of {target!r} is {labels.pop()!r}, so it has no balanced accuracy"

@@ -94,7 +94,8 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     if not raw.splits:
         raise UserError(f"data.{split} is not set: name the conversations to ask, or another evaluate.split")
     training = read_splits(settings, progress, ("train",), check_files=False)
-    shared, notes = find_shared(training.splits | raw.splits, training.locations | raw.locations)
+    locations = training.locations | raw.locations
+    shared, notes = find_shared(training.splits | raw.splits, locations, settings.data.group)
     problems = [str(problem) for _, problem in shared]
     if problems and not evaluate.allow_shared_subjects:
         raise UserError("\n".join(problems) + "; evaluate.allow_shared_subjects=true goes on with a note")
