@@ -34,10 +34,10 @@ def test_datasets_are_inputs_with_size_labels_and_fingerprint_but_without_subjec
 ) -> None:
     people = [("sub-1", "male"), ("sub-1", "male"), ("sub-2", "female"), ("sub-3", 63.5), ("sub-4", 60.5)]
     cohort = []
-    for subject, label in people:
+    for name, (subject, label) in enumerate(people):
         target = "sex" if isinstance(label, str) else "age"
         metadata = {"subject_id": subject, "subject_label": label, "target": target}
-        cohort.append(talk(("user", "?"), ("assistant", "!"), metadata=metadata))
+        cohort.append(talk(("user", "?"), ("assistant", "!"), task_id=str(name), metadata=metadata))
     tracker = MlflowLogger.start(uri, experiment, "inputs", folder=tmp_path)
     splits = [("training", cohort, "abc123", ["a.jsonl"]), ("validation", [], "abc123", [])]
     for _ in range(2):  # a resumed run logs them again

@@ -18,7 +18,7 @@ from umbrella.baseline.targets import (
 )
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import Splits, fingerprint, target_classes
 from umbrella.evaluation.group_metrics import tabulate
@@ -117,7 +117,7 @@ def load_and_check(
     chosen, modality = settings.baseline.target, settings.baseline.modality
     # evaluate.at_end makes load_splits load evaluate.split, too.
     splits = load_splits(settings.with_values({"evaluate.at_end": True}), progress, dry_run=dry_run)
-    known = sorted({c.target for c in splits.train if c.label is not None})
+    known = sorted({c.target for c in questions_of(splits.train) if c.label is not None})
     if chosen and chosen not in known:
         raise UserError(f"baseline.target={chosen}: data.train has labels of {', '.join(known) or 'nothing'}")
     encodings = {}
@@ -205,7 +205,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
     # These settings apply to language models only.
     settings = job.settings.with_values({"evaluate.controls": [], "evaluate.generate": False, "evaluate.pictures": 0})
     predictions = read_predictions(Path(job.folder) / PREDICTIONS)
-    labels = [c.label for c in splits.train if c.target == job.target and c.label is not None]
+    labels = [c.label for c in questions_of(splits.train) if c.target == job.target and c.label is not None]
     groups = tabulate(predictions, settings.evaluate, settings.seed, {job.target: labels})
     conversations = getattr(splits, split)
     facts: dict[str, str | int | float] = {
@@ -214,7 +214,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
         "quarantined samples": splits.quarantined,
         "seconds": round(time.time() - job.start_time),
     }
-    total = sum(c.target == job.target for c in conversations)
+    total = sum(c.target == job.target for c in questions_of(conversations))
     evaluated = [c for c, _ in pair_with_volumes(conversations, job.target, modality)]
     notes = [NOTE]
     if len(evaluated) < total:

@@ -12,7 +12,7 @@ import ray
 from scipy.special import erf
 
 from umbrella.base import UserError
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.evaluation.predictions import Prediction
 from umbrella.training.task import Job
 
@@ -95,10 +95,11 @@ def pair_with_volumes(
 ) -> list[tuple[Conversation, str]]:
     """Return the labelled conversations about a target that have a volume of the modality, with its path.
 
-    The volume is the last one of the modality in ``Conversation.subject_volumes``.
+    The volume is the last one of the modality in ``Conversation.subject_volumes``. A conversation with several labels
+    is replaced by its ``questions``.
     """
     pairs = []
-    for c in conversations:
+    for c in questions_of(conversations):
         if c.target == target and c.label is not None:
             paths = [volume.image_path for volume in c.subject_volumes if volume.modality == modality]
             pairs += [(c, path) for path in paths[-1:]]

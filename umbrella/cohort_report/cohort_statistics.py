@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from umbrella.base import ProgressBar, UserError
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.splits import Splits
 from umbrella.volumes.store import VolumeInfo, VolumeStore
 
@@ -52,7 +52,7 @@ def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[dict[str,
             "name": name,
             "conversations": len(conversations),
             "task_types": Counter(c.task_type for c in conversations),
-            "labelled": sum(c.label is not None for c in conversations),
+            "labelled": sum(any(q.label is not None for q in c.questions()) for c in conversations),
             "answer_subjects": {c.subject_id for c in conversations},
             "subjects": {subject for c in conversations for subject in c.subjects},
         }
@@ -83,7 +83,7 @@ def count_labels(splits: Mapping[str, Sequence[Conversation]]) -> list[dict[str,
     """
     labels: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for split, conversations in splits.items():
-        for c in conversations:
+        for c in questions_of(conversations):
             if c.label is not None:
                 labels[c.target][split].append(c.label)
     targets = []

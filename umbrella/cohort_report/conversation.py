@@ -99,7 +99,7 @@ def format_summary(example: Example, policy: MaskPolicy) -> Group:
     table.add_section()
     table.add_row("all", "", *(format_number(sum(row[name] for row in rows)) for name in numbers))
     c = example.conversation
-    label = f"{c.target} = {c.label}" if c.label is not None else "none"
+    label = "; ".join(f"{q.target} = {q.label}" for q in c.questions() if q.label is not None) or "none"
     lines = {"mask policy": policy.description, "label": f"{label}, subject {c.subject_id}"}
     return Group(table, *(Text(f"{name + ':':<16}{printable(value)}") for name, value in lines.items()))
 

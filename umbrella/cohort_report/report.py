@@ -114,7 +114,9 @@ def _write_tables(folder: Path, raw: Splits, rows: Sequence[VolumeRow]) -> None:
         ["split", "task_id", "task_type", "target", "label", "subject_id", "subjects", "turns", "volumes", "place"],
         (
             (
-                *(split, c.task_id, c.task_type, c.target, c.label, c.subject_id, _join(sorted(c.subjects))),
+                *(split, c.task_id, c.task_type, _join(q.target for q in c.questions())),
+                _join("" if q.label is None else q.label for q in c.questions()),
+                *(c.subject_id, _join(sorted(c.subjects))),
                 *(len(c.conversations), _join(files[v.image_path] for v in c.volumes)),
                 raw.locations[split, c.task_id],
             )

@@ -12,6 +12,8 @@ IMAGE_TOKEN = "<image>"
 """Placeholder of an image in texts."""
 LOSS_FLAGS = ("loss", "weight", "train")
 """Keys of a turn that exclude it from the training loss if they are false or 0."""
+QUESTION_OF = "question_of"
+"""Key of a conversation that ``Conversation.questions`` made."""
 ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")
 """BIDS subject entity in a path."""
 
@@ -54,7 +56,7 @@ class Turn(_Part):
 
 
 class Conversation(_Part):
-    """One sample: turns with texts and volume references. ``metadata`` has the label of the last answer."""
+    """One sample: turns with texts and volume references. ``metadata`` has the label of the last answer, or several."""
 
     task_id: str
     task_type: str
@@ -137,6 +139,42 @@ class Conversation(_Part):
         return str(self.metadata.get("target") or self.metadata.get("task") or self.task_type)
 
     @property
+    def conversation_id(self) -> str:
+        """The ``task_id`` of the sample that this is one of the ``questions`` of; its own if it is none."""
+        return (self.model_extra or {}).get(QUESTION_OF, self.task_id)
+
+    def questions(self) -> list["Conversation"]:
+        """Return a conversation with one label for each entry of ``metadata.labels``; without entries, the sample.
+
+        Such a conversation ends with the turn of its label. Its ``task_id`` is ``<task_id>:<turn>:<target>``. A
+        ``subject_label`` that is not among the entries has one of its own.
+        """
+        entries = self.metadata.get("labels")
+        if not entries or self.conversation_id != self.task_id:
+            return [self]
+        last = {"turn": self.last_answer, "target": self.target, "label": self.label}
+        if self.label is not None and last not in entries:
+            entries = [*entries, last]
+        return [self._question(entry, entries) for entry in sorted(entries, key=lambda entry: entry["turn"])]
+
+    def _question(self, entry: dict[str, Any], entries: list[dict[str, Any]]) -> "Conversation":
+        turn, target = entry["turn"], entry["target"]
+        changes = {
+            "task_id": f"{self.task_id}:{turn}:{target}",
+            "conversations": self.conversations[: turn + 1],
+            "metadata": self.metadata | {"labels": entries, "target": target, "subject_label": entry["label"]},
+            QUESTION_OF: self.task_id,
+        }
+        return self.model_copy(update=changes)
+
+    @property
+    def asked_before(self) -> list[int]:
+        """The indices of the earlier turns with a label, in a conversation that ``questions`` made."""
+        if self.conversation_id == self.task_id:
+            return []
+        return sorted({entry["turn"] for entry in self.metadata["labels"] if entry["turn"] < self.last_answer})
+
+    @property
     def last_answer(self) -> int:
         """Index of the last assistant turn."""
         return max(i for i, turn in enumerate(self.conversations) if turn.role == "assistant")
@@ -153,10 +191,10 @@ class Conversation(_Part):
         last = self.conversations[self.last_answer]
         return any(isinstance(item, ImageItem) or item.text.strip() for item in last.content)
 
-    def with_answer(self, text: str) -> "Conversation":
-        """Return the sample with another text as its last assistant turn."""
-        turns, last = list(self.conversations), self.last_answer
-        turns[last] = turns[last].model_copy(update={"content": (TextItem(type="text", text=text),)})
+    def with_answer(self, text: str, turn: int | None = None) -> "Conversation":
+        """Return the sample with another text as an assistant turn; None: the last one."""
+        turns, i = list(self.conversations), self.last_answer if turn is None else turn
+        turns[i] = turns[i].model_copy(update={"content": (TextItem(type="text", text=text),)})
         return self.model_copy(update={"conversations": tuple(turns)})
 
     def with_paths(self, rewrite: Callable[[str], str]) -> "Conversation":
@@ -167,6 +205,11 @@ class Conversation(_Part):
                 if item["type"] == "image":
                     item["image_path"] = rewrite(item["image_path"])
         return Conversation.model_validate(raw)
+
+
+def questions_of(conversations: Iterable[Conversation]) -> list[Conversation]:
+    """Return the ``questions`` of all conversations, in order."""
+    return [question for conversation in conversations for question in conversation.questions()]
 
 
 def normalise_id(value: Any) -> str | None:
@@ -185,7 +228,7 @@ def bids_subject(path: str) -> str | None:
 def most_frequent_answers(conversations: Iterable[Conversation]) -> dict[str, dict[str | float, str]]:
     """Return target to label to its most frequent answer; of equally frequent answers, the first."""
     answers: dict[str, dict[str | float, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for conversation in conversations:
+    for conversation in questions_of(conversations):
         if conversation.label is not None:
             answers[conversation.target][conversation.label][conversation.answer] += 1
     return {

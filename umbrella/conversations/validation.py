@@ -72,11 +72,12 @@ def parse_sample(
         sample["conversations"] = turns + [{"role": "assistant", "content": ""}] * (turns[-1].get("role") == "user")
     try:
         Conversation.model_validate(sample)
-        problems = complete(sample, format)
+        problems, count = complete(sample, format), len(sample["conversations"])
         blank = allow_unanswered or (
             allow_blank_answers and sample.get("metadata", {}).get("subject_label") is not None
         )
-        problems += [*_check_values(sample), *_check_turns(sample, blank), *_insert_system_turn(sample)]
+        problems += [*_check_values(sample), *_check_labels(sample), *_check_turns(sample, blank)]
+        problems += _insert_system_turn(sample)
         for item in image_items(sample):
             if modalities is not None and item["modality"] and item["modality"] not in modalities:
                 known = f"{format_value(item['modality'])} is not one of {', '.join(modalities)}"
@@ -84,6 +85,10 @@ def parse_sample(
             item["image_path"], error = find_volume(item["image_path"])
             problems += [("image_path", error)] if error else []
         if not problems:
+            if labels := sample.get("metadata", {}).get("labels"):
+                inserted = len(sample["conversations"]) - count
+                shifted = [entry | {"turn": entry["turn"] + inserted} for entry in labels]
+                sample["metadata"] = sample["metadata"] | {"labels": shifted}
             return Conversation.model_validate(sample)
     except ValidationError as error:
         problems = _describe_errors(error)
@@ -126,11 +131,7 @@ def _check_values(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield field, "is empty; write a name"
         elif CONTROL_CHARACTER.search(str(name)):
             yield field, f"{format_value(name)} holds a line break or another control character; leave it out"
-    label = metadata.get("subject_label")
-    if not (label is None or isinstance(label, str) or _is_number(label)):
-        yield "metadata.subject_label", f"must be a text or a finite number, not {format_value(label)}"
-    if isinstance(label, str) and not label.strip():
-        yield "metadata.subject_label", "is empty; write the label, or leave it out"
+    yield from _check_label("metadata.subject_label", metadata.get("subject_label"))
     key = "target" if metadata.get("target") is not None else "task"
     if not isinstance(metadata.get(key), str | None):
         yield f"metadata.{key}", f"must be a text, not {format_value(metadata[key])}"
@@ -139,6 +140,47 @@ def _check_values(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if turn.get(key) is not None and not is_flag(turn[key]):
                 message = f"must be true or false, or 1 or 0, not {format_value(turn[key])}"
                 yield f"conversations.{i}.{key}", message
+
+
+def _check_label(field: str, label: Any) -> Iterator[tuple[str, str]]:
+    if not (label is None or isinstance(label, str) or _is_number(label)):
+        yield field, f"must be a text or a finite number, not {format_value(label)}"
+    if isinstance(label, str) and not label.strip():
+        yield field, "is empty; write the label, or leave it out"
+
+
+def _check_labels(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the invalid entries of ``metadata.labels``, and a ``subject_label`` that contradicts them."""
+    metadata, turns = sample.get("metadata", {}), sample["conversations"]
+    labels = metadata.get("labels", [])
+    if not isinstance(labels, list):
+        yield "metadata.labels", f"must be a list of {{turn, target, label}}, not {format_value(labels)}"
+        return
+    known: dict[tuple[int, str], Any] = {}
+    for i, entry in enumerate(labels):
+        field = f"metadata.labels.{i}"
+        if not isinstance(entry, dict) or entry.keys() != {"turn", "target", "label"}:
+            yield field, f"must be an object of turn, target and label, not {format_value(entry)}"
+            continue
+        turn, target = entry["turn"], entry["target"]
+        problems = list(_check_label(f"{field}.label", entry["label"]))
+        if not isinstance(turn, int) or isinstance(turn, bool) or not 0 <= turn < len(turns):
+            problems.append((f"{field}.turn", f"{format_value(turn)} is no index of a turn, 0 to {len(turns) - 1}"))
+        elif turns[turn]["role"] != "assistant":
+            message = f"{turn} is a {turns[turn]['role']} turn; give the index of the answer, counted from 0"
+            problems.append((f"{field}.turn", message))
+        if not isinstance(target, str) or not target.strip() or CONTROL_CHARACTER.search(target):
+            problems.append((f"{field}.target", f"must be a name, not {format_value(target)}"))
+        yield from problems
+        if not problems and (turn, target) in known:
+            yield field, f"turn {turn} has a label of {format_value(target)} already; leave one out"
+        elif not problems:
+            known[turn, target] = entry["label"]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+    target, label = metadata.get("target") or metadata.get("task") or sample["task_type"], metadata.get("subject_label")
+    if label is not None and isinstance(target, str) and (last, target) in known and known[last, target] != label:
+        message = f"is {format_value(label)}, and `metadata.labels` has {format_value(known[last, target])}"
+        yield "metadata.subject_label", f"{message} for this answer; correct one of them"
 
 
 def _is_number(value: Any) -> bool:

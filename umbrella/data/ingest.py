@@ -135,7 +135,9 @@ def check_rendering(
     reasons = {}
     for name, conversation in progress(conversations, "rendering conversations"):
         try:
-            examples = [renderer.render(conversation) for renderer in renderers]
+            # Training takes whole conversations; validation and test ask the questions of each.
+            asked = [conversation] if name == "train" else conversation.questions()
+            examples = [renderer.render(one) for renderer in renderers for one in asked]
         except UserError as error:
             reasons[name, conversation.task_id] = [("conversations", str(error))]
             continue
@@ -143,7 +145,7 @@ def check_rendering(
         if without_target := [policy for policy in used if not loss_weights(examples[0], policy).any()]:
             reasons[name, conversation.task_id] = [("conversations", _no_target(policy)) for policy in without_target]
             continue
-        lengths[name].append(examples[0].bucket_length)
+        lengths[name] += [example.bucket_length for example in examples[: len(asked)]]
         if name == "train":
             splits.longest_answer = max(splits.longest_answer, *(example.longest_answer for example in examples))
     splits.exclude(reasons)

@@ -72,13 +72,17 @@ class Example:
     def bucket_length(self) -> int:
         """Length for batching: the tokens before the last turn, plus the rounded length of a free-text answer.
 
-        The answer of a labelled sample is not included, because batches would then contain a single label.
+        Answers with a label are not included, because batches would then contain a single label.
         """
-        answer = next((s.start for s in self.spans if s.turn == self.spans[-1].turn), 0)
-        if self.conversation.label is not None:
-            return answer
-        rest = len(self.input_ids) - answer
-        return answer + -(-rest // ANSWER_STEP) * ANSWER_STEP
+        labelled = {len(q.conversations) - 1 for q in self.conversation.questions() if q.label is not None}
+        lengths: Counter[int] = Counter()
+        for span in self.spans:
+            lengths[span.turn] += span.stop - span.start
+        last = lengths.pop(self.spans[-1].turn) if self.spans else 0
+        length = sum(number for turn, number in lengths.items() if turn not in labelled)
+        if len(self.conversation.conversations) - 1 in labelled:
+            return length
+        return length + -(-last // ANSWER_STEP) * ANSWER_STEP
 
 
 class Renderer:

@@ -16,7 +16,7 @@ import numpy as np
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.formats import FILE_MISSING
 from umbrella.conversations.reading import Problem, read_conversations
-from umbrella.conversations.schema import Conversation, most_frequent_answers
+from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
 from umbrella.data.leakage import assign_subjects, find_shared
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Splits:
     locations: dict[tuple[str, str], str] = field(default_factory=dict)
     """(split, task_id) to "file:line"."""
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
-    """``Example.bucket_length`` of the conversations of each split: (size,), int32."""
+    """``Example.bucket_length`` of the conversations of each split, of their ``questions`` except in train, int32."""
     longest_answer: int = 0
     """Number of tokens of the longest assistant turn in the training split."""
     quarantine: Path | None = None
@@ -232,13 +232,13 @@ def _check_answers(raw: Splits, settings: "Settings", progress: ProgressBar) -> 
     if blank and "train" not in raw.splits:
         training = read_splits(settings, progress, ("train",), check_files=False).train
     usual = most_frequent_answers(training)
-    frequencies = Counter((c.target, c.label, c.answer) for c in training)
+    frequencies = Counter((c.target, c.label, c.answer) for c in questions_of(training))
     reasons: dict[tuple[str, str], list[tuple[str, str]]] = {}
     filled: Counter[str] = Counter()
     for name, conversations in raw.splits.items():
         for i, c in enumerate(conversations):
-            texts = usual.get(c.target, {})
             if (name, c.task_id) in blank:
+                texts = usual.get(c.target, {})
                 if c.label in texts:
                     conversations[i] = c.with_answer(texts[c.label])
                     filled[name] += 1
@@ -248,15 +248,19 @@ def _check_answers(raw: Splits, settings: "Settings", progress: ProgressBar) -> 
                         f" {c.label!r}; write the answer"
                     )
                     reasons[name, c.task_id] = [("conversations", message)]
-            elif isinstance(c.label, str) and texts.get(c.label, c.answer) != c.answer:
-                frequency = frequencies[c.target, c.label, c.answer]
-                others = [label for label in texts if texts[label] == c.answer and label != c.label]
-                if any(frequencies[c.target, label, c.answer] > frequency for label in others):
+            for q in conversations[i].questions():
+                texts = usual.get(q.target, {})
+                if not isinstance(q.label, str) or texts.get(q.label, q.answer) == q.answer:
+                    continue
+                frequency = frequencies[q.target, q.label, q.answer]
+                others = [label for label in texts if texts[label] == q.answer and label != q.label]
+                if any(frequencies[q.target, label, q.answer] > frequency for label in others):
                     message = (
-                        f"the label is {c.label!r}, but the answer {c.answer!r} is that of the label {others[0]!r};"
+                        f"the label is {q.label!r}, but the answer {q.answer!r} is that of the label {others[0]!r};"
                         " correct one of them"
                     )
-                    reasons[name, c.task_id] = [("metadata.subject_label", message)]
+                    field = "metadata.subject_label" if q is conversations[i] else "metadata.labels"
+                    reasons.setdefault((name, c.task_id), []).append((field, message))
     raw.exclude(reasons)
     for name, count in filled.items():
         remedy = "each gets the usual answer of its label in data.train"
@@ -266,6 +270,7 @@ def _check_answers(raw: Splits, settings: "Settings", progress: ProgressBar) -> 
 
 def _doubtful_labels(conversations: Sequence[Conversation]) -> Iterator[str]:
     """Yield a notice for each target with numbers written as text, or with classes written as numbers."""
+    conversations = questions_of(conversations)
     labels: dict[str, list[str | float]] = defaultdict(list)
     with_digits = {c.target for c in conversations if re.search(r"\d", c.answer)}
     for c in conversations:
@@ -335,7 +340,7 @@ def phantom_folder_of(settings: "Settings") -> Path:
 def target_classes(conversations: Iterable[Conversation]) -> dict[str, set[str]]:
     """Return the class labels of each target."""
     classes: dict[str, set[str]] = defaultdict(set)
-    for c in conversations:
+    for c in questions_of(conversations):
         if isinstance(c.label, str):
             classes[c.target].add(c.label)
     return classes

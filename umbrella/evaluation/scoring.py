@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from umbrella.base import UserError
-from umbrella.conversations.schema import Conversation, most_frequent_answers
+from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
 from umbrella.data.batching import Batch
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -26,7 +26,7 @@ Candidates = Mapping[str, Mapping[str, str]]
 
 def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
     """The candidates of each target whose labels are classes: the most frequent answer text of each label."""
-    usual = most_frequent_answers(c for c in conversations if isinstance(c.label, str))
+    usual = most_frequent_answers(c for c in questions_of(conversations) if isinstance(c.label, str))
     return {
         target: {str(label): text for label, text in sorted(by_label.items())}
         for target, by_label in sorted(usual.items())
@@ -36,7 +36,7 @@ def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str
 
 def find_numbers(conversations: Iterable[Conversation]) -> set[str]:
     """The targets whose labels are numbers."""
-    return {c.target for c in conversations if isinstance(c.label, int | float)}
+    return {c.target for c in questions_of(conversations) if isinstance(c.label, int | float)}
 
 
 def check_candidates(conversations: Iterable[Conversation], candidates: Candidates) -> None:
@@ -45,7 +45,7 @@ def check_candidates(conversations: Iterable[Conversation], candidates: Candidat
     Raises:
         UserError: naming the first conversation whose label has none.
     """
-    for conversation in conversations:
+    for conversation in questions_of(conversations):
         known = candidates.get(conversation.target, {})
         if isinstance(conversation.label, str) and conversation.label not in known:
             raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm
 from umbrella.cluster import join_cluster
 from umbrella.config import Settings
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import apply_bad_sample_policy, check_splits
 from umbrella.data.splits import Splits, fingerprint, read_input
 from umbrella.evaluation.metrics import prediction_notes
@@ -128,8 +128,8 @@ class Cohort:
 
     @property
     def conversations(self) -> list[Conversation]:
-        """Those that are not quarantined."""
-        return self.splits.splits["input"]
+        """Those that are not quarantined, with one label each: see ``Conversation.questions``."""
+        return questions_of(self.splits.splits["input"])
 
     def remaining(self) -> list[Conversation]:
         """The conversations without a prediction, in order. Raises as ``PredictionFile.predicted``."""

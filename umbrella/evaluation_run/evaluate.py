@@ -18,7 +18,7 @@ from rich.console import Console
 from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm, pluralise
 from umbrella.cluster import join_cluster
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
@@ -56,6 +56,7 @@ class EvaluationData:
     """The conversations of the evaluated split, and the labels and answers of the training split."""
 
     conversations: list[Conversation]
+    """With one label each: a conversation with several has been replaced by its ``questions``."""
     candidates: Candidates
     training_labels: Mapping[str, Sequence[str | float]]
     """Target to the labels of the training split."""
@@ -106,12 +107,12 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     check_splits(raw, settings, progress, dry_run=not volumes)
     if raw.quarantine_note:
         notes.append(raw.quarantine_note)
-    conversations = raw.splits[split]
+    conversations = questions_of(raw.splits[split])
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
     check_labels(candidates)
     check_candidates(conversations, candidates)
     labels: dict[str, list[str | float]] = defaultdict(list)
-    for conversation in training.splits["train"]:
+    for conversation in questions_of(training.splits["train"]):
         if conversation.label is not None:
             labels[conversation.target].append(conversation.label)
     facts: dict[str, str | int] = {"data fingerprint": fingerprint(raw.splits)}
@@ -180,11 +181,11 @@ def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: P
 def print_plan(settings: Settings, data: EvaluationData, console: Console) -> None:
     """Print what ``evaluate`` would do."""
     own, conversations = settings.evaluate, data.conversations
-    subjects = len({c.subject_id for c in conversations})
+    number, subjects = (len({getattr(c, key) for c in conversations}) for key in ("conversation_id", "subject_id"))
     ways = "likelihood of candidates" + (" and generated answers" if own.generate else "")
     lines = [
         f"would evaluate {settings.checkpoint}",
-        f"{own.split}: {pluralise(len(conversations), 'conversation')} about {pluralise(subjects, 'subject')}; {ways}",
+        f"{own.split}: {pluralise(number, 'conversation')} about {pluralise(subjects, 'subject')}; {ways}",
         "controls: " + (", ".join(CONDITION_NAMES[control] for control in own.controls) or "none"),
     ]
     for target, number in sorted(Counter(c.target for c in conversations).items()):

@@ -24,7 +24,7 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.paths import SALT
 
 
@@ -44,8 +44,9 @@ def describe_dataset(
         Name, digest, source and profile. Per target, the profile has class counts, or count and mean of numbers.
     """
     labels: dict[str, Any] = {}
-    for target in sorted({c.target for c in conversations if c.label is not None}):
-        values = [c.label for c in conversations if c.target == target and c.label is not None]
+    questions = questions_of(conversations)
+    for target in sorted({q.target for q in questions if q.label is not None}):
+        values = [q.label for q in questions if q.target == target and q.label is not None]
         numbers = [float(value) for value in values if not isinstance(value, str)]
         counts = dict(sorted(Counter(map(str, values)).items()))
         labels[target] = {"count": len(numbers), "mean": fmean(numbers)} if numbers else counts
@@ -55,7 +56,7 @@ def describe_dataset(
         "source": ", ".join(paths) or "phantom cohort",
         "profile": {
             "split": split,
-            "conversations": len(conversations),
+            "conversations": len({c.conversation_id for c in conversations}),
             "subjects": len({c.subject_id for c in conversations}),
             "labels": labels,
         },

@@ -12,6 +12,7 @@ import ray
 from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
 from umbrella.cluster import max_concurrent_trainings, start_ray
 from umbrella.config import Settings
+from umbrella.conversations.schema import questions_of
 from umbrella.data.ingest import load_splits
 from umbrella.data.masking import audit
 from umbrella.data.pipeline import to_table
@@ -111,7 +112,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         task=LANGUAGE_MODEL,
         settings=settings,
         train=ray.put(to_table(splits.train)),
-        validation=ray.put(to_table(splits.validation)),
+        validation=ray.put(to_table(questions_of(splits.validation))),
         train_lengths=splits.lengths["train"],
         validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train),

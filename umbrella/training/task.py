@@ -60,6 +60,7 @@ class LanguageModelJob(Job):
     train: ray.ObjectRef
     """Table of the training conversations, see ``data.pipeline.to_table``."""
     validation: ray.ObjectRef
+    """Table of the questions of the validation conversations."""
     train_lengths: np.ndarray
     """See ``data.splits.Splits.lengths``."""
     validation_lengths: np.ndarray
