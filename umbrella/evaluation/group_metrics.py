@@ -18,14 +18,22 @@ from umbrella.evaluation.metrics import (
     ratio,
     text_metrics,
 )
-from umbrella.evaluation.predictions import Prediction, majority_vote, mean_over_subjects, most_likely
+from umbrella.evaluation.predictions import (
+    Prediction,
+    conversations_with_labels,
+    majority_vote,
+    mean_over_subjects,
+    most_likely,
+)
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.evaluation.subgroups import split_subgroups
 
 CHUNK = 100
 """Resamples whose weights are in memory together."""
 
-Kind = Literal["classes", "numbers", "texts"]
+Kind = Literal["classes", "numbers", "texts", "joint"]
+ALL_TARGETS = "all_targets"
+"""The target of the group of conversations with several class labels."""
 MetricFunction = Callable[[NDArray], Mapping[str, NDArray]]
 """Weights (resamples, n), how often each of n subjects or predictions counts, to metrics (resamples,) by name."""
 Levels = dict[str, tuple[Sequence[str], MetricFunction]]
@@ -56,6 +64,8 @@ class Group:
       are the label of the reference, right or wrong.
     - Metrics of numbers (generated only, no votes): mae, rmse, r2, pearson.
     - Metrics of texts (generated only, no votes): token_f1, rouge_l, exact.
+    - Metric of the kind joint, whose target is ``ALL_TARGETS`` (conversations only): subset_accuracy, the share of the
+      conversations with several class labels in which the answers to all of these are right.
     """
 
     target: str
@@ -94,7 +104,11 @@ def tabulate(
         seed: of the bootstrap.
         training: target to the labels of the training data, for ``Group.references``. Without them, the labels of the
             predictions are used.
+
+    Returns:
+        The groups. The last one is of the kind joint if there are conversations with several class labels.
     """
+    predictions = list(predictions)
     targets: dict[tuple[str, Kind], list[Prediction]] = defaultdict(list)
     for p in predictions:
         kind: Kind = "texts" if p.label is None else "classes" if isinstance(p.label, str) else "numbers"
@@ -107,13 +121,39 @@ def tabulate(
         if kind == "classes":
             classes.update(map(str, labels), *(p.probabilities for p in of_target), [str(p.label) for p in of_target])
         for by, value, members in split_subgroups(of_target, settings):
-            index = {subject: i for i, subject in enumerate(dict.fromkeys(p.subject_id for p in members))}
-            group = Group(target, kind, by, value, len(members), len(index), tuple(sorted(classes)))
-            levels = LEVELS[kind](group, members, labels)
-            columns = {name: [index[subject] for subject in subjects] for name, (subjects, _) in levels.items()}
-            group.metrics = estimate(partial(_all_metrics, levels, columns), len(index), settings, seed)
+            subjects = list(dict.fromkeys(p.subject_id for p in members))
+            group = Group(target, kind, by, value, len(members), len(subjects), tuple(sorted(classes)))
+            _add_metrics(group, LEVELS[kind](group, members, labels), subjects, settings, seed)
             groups.append(group)
-    return groups
+    return groups + _joint_group(predictions, settings, seed)
+
+
+def _joint_group(predictions: Sequence[Prediction], settings: EvaluateSettings, seed: int) -> list[Group]:
+    """The group of the kind joint in a list, which is empty if no conversation has several class labels."""
+    conversations = conversations_with_labels(predictions)
+    flat = [p for of_one in conversations for p in of_one]
+    if not flat:
+        return []
+    right = {}
+    if all(p.probabilities for p in flat):
+        right["likelihood"] = [all(most_likely(p.probabilities) == p.label for p in of) for of in conversations]
+    if all(p.text is not None for p in flat):
+        right["generated"] = [all(p.predicted == p.label for p in of) for of in conversations]
+    subjects = [of_one[0].subject_id for of_one in conversations]
+    levels: Levels = {
+        f"{way}/conversations": (subjects, partial(_weighted_means, {"subset_accuracy": np.array(values, float)}))
+        for way, values in right.items()
+    }
+    distinct = list(dict.fromkeys(subjects))
+    group = Group(ALL_TARGETS, "joint", "all", "", len(conversations), len(distinct))
+    _add_metrics(group, levels, distinct, settings, seed)
+    return [group]
+
+
+def _add_metrics(group: Group, levels: Levels, subjects: Sequence[str], settings: EvaluateSettings, seed: int) -> None:
+    index = {subject: i for i, subject in enumerate(subjects)}
+    columns = {name: [index[subject] for subject in of_level] for name, (of_level, _) in levels.items()}
+    group.metrics = estimate(partial(_all_metrics, levels, columns), len(index), settings, seed)
 
 
 def estimate(metrics: MetricFunction, subjects: int, settings: EvaluateSettings, seed: int = 0) -> dict[str, Estimate]:

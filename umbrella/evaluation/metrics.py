@@ -13,7 +13,13 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from umbrella.evaluation.predictions import Prediction, cut_note, mean_over_subjects, most_likely
+from umbrella.evaluation.predictions import (
+    Prediction,
+    conversations_with_labels,
+    cut_note,
+    mean_over_subjects,
+    most_likely,
+)
 
 BINS = 10
 """Bins of equal width for calibration."""
@@ -159,13 +165,15 @@ def ratio(part: NDArray, whole: NDArray) -> NDArray:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
-def metric_names(classes: Mapping[str, int]) -> list[str]:
+def metric_names(classes: Mapping[str, int], several: bool = False) -> list[str]:
     """Names of the metrics of ``validation_metrics`` in a training.
 
     Args:
         classes: target to the number of classes among the labels that are scored.
+        several: whether a conversation has several class labels.
     """
     names = ["eval/loss"] + ["eval/balanced_accuracy"] * any(number > 1 for number in classes.values())
+    names += ["eval/subset_accuracy"] * several
     for target, number in sorted(classes.items()):
         names += [f"eval/{target}/balanced_accuracy"] * (number > 1) + [f"eval/{target}/accuracy"]
     return names
@@ -192,6 +200,8 @@ def validation_metrics(predictions: Iterable[Prediction], prefix: str = "eval") 
       if all labels are of one class.
     - ``<prefix>/<target>/accuracy``: over conversations.
     - ``<prefix>/balanced_accuracy``: the mean over targets; absent if there is none.
+    - ``<prefix>/subset_accuracy``: the share of the conversations with several class labels in which all answers are
+      right; absent if there is none.
     """
     predictions = list(predictions)
     nats, tokens = sum(p.answer_nll or 0.0 for p in predictions), sum(p.answer_tokens for p in predictions)
@@ -212,6 +222,9 @@ def validation_metrics(predictions: Iterable[Prediction], prefix: str = "eval") 
         metrics[f"{prefix}/{target}/accuracy"] = fmean(most_likely(p.probabilities) == p.label for p in scored)
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
+    if several := conversations_with_labels(p for p in predictions if p.probabilities):
+        right = [all(most_likely(p.probabilities) == p.label for p in of_one) for of_one in several]
+        metrics[f"{prefix}/subset_accuracy"] = fmean(right)
     return metrics
 
 

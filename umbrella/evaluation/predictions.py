@@ -49,6 +49,8 @@ class Prediction:
     "said"."""
     subjects: tuple[str, ...] = ()
     """All subjects of the conversation, including the reference."""
+    conversation_id: str = ""
+    """See ``Conversation.conversation_id``."""
 
     @classmethod
     def from_conversation(cls, conversation: Conversation, truth: bool = True) -> "Prediction":
@@ -63,6 +65,7 @@ class Prediction:
             metadata=conversation.metadata,
             volumes=tuple((volume.modality, volume.image_path) for volume in conversation.volumes),
             subjects=tuple(sorted(conversation.subjects)),
+            conversation_id=conversation.conversation_id,
         )
 
     @property
@@ -124,6 +127,16 @@ def mean_over_subjects(predictions: Iterable[Prediction]) -> list[Prediction]:
         predicted = fsum(numbers) / len(numbers) if numbers else most_likely(mean)
         subjects.append(replace(group[0], probabilities=mean, predicted=predicted))
     return subjects
+
+
+def conversations_with_labels(predictions: Iterable[Prediction]) -> list[list[Prediction]]:
+    """The predictions of each conversation with several class labels, if there is one for each of these labels."""
+    groups: dict[str, list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        if isinstance(p.label, str) and p.conversation_id not in ("", p.task_id):
+            groups[p.conversation_id].append(p)
+    numbers = (sum(isinstance(entry["label"], str) for entry in of[0].metadata["labels"]) for of in groups.values())
+    return [of for of, number in zip(groups.values(), numbers, strict=True) if len(of) == number > 1]
 
 
 def majority_vote(predictions: Iterable[Prediction]) -> tuple[list[Prediction], int]:

@@ -27,9 +27,9 @@ AS_ASKED = "as_asked"
 CONDITIONS = (AS_ASKED, "shuffled", "text_only")
 """The unchanged conversations; with other subjects' volumes; without volumes. The last two are controls."""
 CONDITION_NAMES = {AS_ASKED: "own volumes", "shuffled": "other subjects' volumes", "text_only": "text only"}
-MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1"}
+MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1", "joint": "subset_accuracy"}
 """The metric that stands for a target: over subjects, and by likelihood where there are candidates."""
-MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": ""}
+MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": "", "joint": ""}
 """The reference, one of ``Group.references``, that the main metric is compared with."""
 OTHER_METRICS = {
     "classes": [
@@ -40,6 +40,7 @@ OTHER_METRICS = {
     ],
     "numbers": ["generated/subjects/rmse", "generated/subjects/pearson", "generated/conversations/mae"],
     "texts": ["generated/conversations/rouge_l", "generated/conversations/exact"],
+    "joint": [],
 }
 """Metrics that tables of subgroups show beside the main one."""
 UNDEFINED = Estimate(float("nan"), float("nan"), float("nan"))
@@ -191,7 +192,7 @@ def write_report(folder: Path, result: EvaluationResult, cases: Sequence[Case]) 
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         result=result,
         settings=result.settings.evaluate,
-        conversations=len(predictions),
+        conversations=_count_conversations(predictions),
         subjects=len({p.subject_id for p in predictions}),
         sections=sections,
         conditions=[CONDITION_NAMES[name] for name in CONDITIONS if name in result.groups],
@@ -206,7 +207,7 @@ def write_report(folder: Path, result: EvaluationResult, cases: Sequence[Case]) 
 def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> None:
     """Print the main metrics with intervals, references and controls, and the address of the page."""
     conditions = [name for name in CONDITIONS if name in result.groups]
-    title = f"{result.split}: {len(result.predictions[AS_ASKED])} conversations"
+    title = f"{result.split}: {_count_conversations(result.predictions[AS_ASKED])} conversations"
     table = Table(title=title, title_justify="left")
     for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "constant answer", "invalid"):
         table.add_column(column)
@@ -221,10 +222,15 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
                 cells.append(format_value(estimate.value) + (f" ({interval})" if interval else ""))
             way, level, metric = name.split("/", 2)
             reference = group.references.get(MAIN_REFERENCE[group.kind])
-            invalid = f"{group.invalid} of {group.conversations}" if way == "generated" else ""
+            counted = way == "generated" and group.invalid is not None
+            invalid = f"{group.invalid} of {group.conversations}" if counted else ""
             table.add_row(target, f"{metric_name(metric)}, {way}, {level}", *cells, format_value(reference), invalid)
     console.print(table)
     console.print(f"evaluation:     {page.as_uri()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _count_conversations(predictions: Sequence[Prediction]) -> int:
+    return len({p.conversation_id or p.task_id for p in predictions})
 
 
 def format_value(number: float | None) -> str:

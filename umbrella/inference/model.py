@@ -177,6 +177,8 @@ class Umbrella:
             candidates, truth: see ``scoring.score``.
             numbers: targets whose labels are numbers, which are extracted from generated answers.
             max_new_tokens: limit of a generated answer; None: ``Umbrella.max_new_tokens``; 0: none are generated.
+                Earlier answers with a label (see ``Conversation.asked_before``) are generated first and take the place
+                of the true ones.
 
         Raises:
             UserError: as ``answer``.
@@ -187,7 +189,8 @@ class Umbrella:
             predictions = score(model, conversations, self.renderer, self.collate, candidates, device, truth=truth)
         if max_new_tokens == 0:
             return predictions
-        answers = self._generate(conversations, max_new_tokens, batch_size=len(conversations))
+        asked = self._with_own_answers(conversations, max_new_tokens)
+        answers = self._generate(asked, max_new_tokens, batch_size=len(conversations))
         for i, (prediction, (text, cut)) in enumerate(zip(predictions, answers, strict=True)):
             answer = extract_answer(text, candidates.get(prediction.target, {}), prediction.target in numbers)
             predictions[i] = replace(prediction, text=text, cut=cut, predicted=answer)
@@ -225,6 +228,21 @@ class Umbrella:
         self.model.save_pretrained(folder)
         self.renderer.tokenizer.save_pretrained(folder)
         (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
+
+    def _with_own_answers(
+        self, conversations: Sequence[Conversation], max_new_tokens: int | None
+    ) -> list[Conversation]:
+        """The conversations with generated answers in the turns ``asked_before``, one such turn after another."""
+        own = list(conversations)
+        for number in range(max((len(c.asked_before) for c in own), default=0)):
+            turns = {i: c.asked_before[number] for i, c in enumerate(own) if number < len(c.asked_before)}
+            prompts = [
+                own[i].model_copy(update={"conversations": own[i].conversations[: t + 1]}) for i, t in turns.items()
+            ]
+            answers = self._generate(prompts, max_new_tokens, batch_size=len(prompts))
+            for (i, turn), (text, _) in zip(turns.items(), answers, strict=True):
+                own[i] = own[i].with_answer(text, turn)
+        return own
 
     @torch.no_grad()
     def _generate(

@@ -63,13 +63,13 @@ def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = 
     """Check that the data suit the mask policies, the scoring, and the metric that ranks checkpoints.
 
     Args:
-        trials: as in ``load_splits``.
+        trials: as in ``load_splits``; given for a sweep, whose metric must name one of several targets.
 
     Raises:
         UserError: a policy supervises no token, or has a weight for a task that the data do not have; two labels of a
             target are too similar; a label has no candidate answer; the data do not give the metric.
     """
-    trials, metric = trials or [settings], settings.tune.metric
+    sweep, trials, metric = bool(trials), trials or [settings], settings.tune.metric
     renderer = load_renderer(trials[0])
     examples = [renderer.render(splits.train[i]) for i in audit_sample(len(splits.train))]
     task_types = sorted({c.task_type for c in splits.train})
@@ -88,7 +88,15 @@ def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = 
     check_candidates(splits.test, {**candidates, **settings.evaluate.candidates})
     classes = {target: len(labels) for target, labels in target_classes(splits.validation).items()}
     check_target_names(sorted(classes))
-    known = metric_names(classes)
+    several = any(sum(isinstance(q.label, str) for q in c.questions()) > 1 for c in splits.validation)
+    known = metric_names(classes, several)
+    scored = [target for target, number in sorted(classes.items()) if number > 1]
+    if sweep and metric == "eval/balanced_accuracy" and len(scored) > 1:
+        known.remove(metric)
+        raise UserError(
+            f"tune.metric={metric}: is the mean over {', '.join(scored)}; name the one that ranks the trials:"
+            f" {', '.join(known)}"
+        )
     if metric not in known:
         one = sorted(target for target, number in classes.items() if number == 1)
         why = f"; data.validation has one class only of {', '.join(one)}" if one else ""

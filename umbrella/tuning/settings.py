@@ -21,7 +21,7 @@ class TuneSettings(Section):
     hours: float = Field(0, ge=0)
     """Time limit in hours, after which no trial starts and running trials are stopped. 0: no limit."""
     metric: str = "eval/balanced_accuracy"
-    """Metric of the ranking: eval/balanced_accuracy (subjects), eval/<target>/balanced_accuracy, eval/loss."""
+    """Metric of the ranking: eval/balanced_accuracy (subjects), eval/<target>/balanced_accuracy, eval/loss, eval/subset_accuracy. A sweep on several targets must name one."""  # noqa: E501
     mode: Literal["max", "min"] = "max"
     """Whether a larger or a smaller metric is better."""
     scheduler: Literal["asha", "none"] = "asha"
