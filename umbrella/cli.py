@@ -123,7 +123,18 @@ def run_script(
     options: Options = MappingProxyType({}),
     paths: str = "",
 ) -> None:
-    """Parse ``sys.argv`` as ``parse`` does, call ``main``, and exit.
+    """Parse ``sys.argv`` as ``parse`` does, call ``main``, and exit as ``exit_with_status`` says."""
+
+    def parse_and_call() -> None:
+        args = parse(sys.argv[1:], doc, default_file, options, paths)
+        prepare_environment(args.settings.resources.ray_address)
+        main(args)
+
+    exit_with_status(parse_and_call)
+
+
+def exit_with_status(main: Callable[[], Any]) -> None:
+    """Call ``main``, and exit.
 
     Exit status: 0; 2 after a user error or if the disk is full or read-only; 130 after Ctrl-C; 143 after SIGTERM.
     """
@@ -133,9 +144,7 @@ def run_script(
 
     try:
         with on_sigterm(stop):  # until main sets a handler of its own
-            args = parse(sys.argv[1:], doc, default_file, options, paths)
-            prepare_environment(args.settings.resources.ray_address)
-            main(args)
+            main()
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,7 @@ from umbrella.baseline.settings import BaselineSettings
 from umbrella.cohorts.settings import CohortSettings
 from umbrella.data.settings import DataSettings, MaskPolicy
 from umbrella.evaluation.settings import EvaluateSettings
+from umbrella.fileio import dataset_hint
 from umbrella.modality import DEFAULT_MODALITIES, Modality
 from umbrella.models.settings import ModelSettings
 from umbrella.tracking.settings import TrackingSettings
@@ -168,6 +169,8 @@ def describe_settings(section: type[Section] = Settings, prefix: str = "") -> It
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    if hint := dataset_hint(file):
+        raise UserError(hint)
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
     except OSError as error:

@@ -129,6 +129,23 @@ def write_atomic(file: str | Path, content: str | bytes | Callable[[BinaryIO], A
         partial.unlink(missing_ok=True)
 
 
+def dataset_hint(path: str | Path) -> str:
+    """Return what to do with a BIDS dataset, or a table, that is given where settings or conversations belong.
+
+    Empty if the path is something else.
+    """
+    place = Path(path)
+    folder = place.parent if place.name == "participants.tsv" else place
+    is_dataset = folder.is_dir() and (
+        any((folder / name).is_file() for name in ("dataset_description.json", "participants.tsv"))
+        or any(entry.is_dir() for entry in folder.glob("sub-*"))
+    )
+    if not is_dataset and not (place.is_file() and place.suffix.lower() in (".tsv", ".csv")):
+        return ""
+    command = f"python experiments/make_conversations.py {folder} --targets sex,age --output conversations/"
+    return f"{path}: is a {'BIDS dataset' if is_dataset else 'table'}; first {command}, and give conversations/data.yaml"
+
+
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV table. Texts that a spreadsheet would read as a formula get a leading ``'``."""
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:

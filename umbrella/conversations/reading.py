@@ -17,6 +17,7 @@ from umbrella.base import UserError, format_name, format_value, pluralise
 from umbrella.conversations.formats import SampleError, absolute_path, path_error
 from umbrella.conversations.schema import Conversation
 from umbrella.conversations.validation import parse_sample, unusual_features
+from umbrella.fileio import dataset_hint
 
 EXTENSIONS = tuple(f".{name}{gz}" for name in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
 NAMES = f"name files that end with {', '.join(EXTENSIONS)}"
@@ -63,6 +64,9 @@ def conversation_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     problems = []
     several = [paths] if isinstance(paths, (str, Path)) else list(paths)
     for path in map(os.path.expanduser, map(str, several)):
+        if hint := dataset_hint(path):
+            problems.append(hint)
+            continue
         if os.path.isdir(path):
             files = [p for p in Path(path).rglob("*") if not any(n.startswith(".") for n in p.relative_to(path).parts)]
             nothing = f"no conversation file in this folder; {NAMES}"
