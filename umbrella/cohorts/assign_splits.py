@@ -68,7 +68,7 @@ def read_split_file(file: Path) -> dict[str, str]:
         UserError: a column is missing, or a subject is in two splits.
     """
     found: dict[str, str] = {}
-    for row in read_rows(file):
+    for row in list(read_rows(file))[1:]:
         subject = next((name for name in COLUMNS["participant_id"] if name in row), None)
         if subject is None or "split" not in row:
             raise UserError(f"{file}: needs the columns participant_id and split; it has {', '.join(row)}")
@@ -125,7 +125,7 @@ def check_classes(labels: Iterable[tuple[str, str, str, str]], splits: Iterable[
         number = len(set().union(*groups.values()))
         what = f"{target} {format_value(label)}" if label else f"a value of {target}"
         problems.append(
-            f"{' and '.join(lacking)}: no subject with {what}, which {pluralise(number, 'group')} have in all; take a"
+            f"{' and '.join(lacking)}: no subject with {what}, which {pluralise(number, 'group')} in all has; take a"
             f" larger share (--split) or fewer folds"
             + (f", join the class with another (--values {target}=CODE:{label},...)" if label else "")
             + (f", leave it out (--values {target}={label}:n/a)" if label and number < 10 else "")

@@ -136,7 +136,7 @@ def _images_of_table(request: Request, suffixes: Mapping[str, str]) -> Images:
     wanted = {suffix.casefold(): suffix for suffix in suffixes}
     named = {normalise(column): wanted[name] for name, column in request.columns.items() if name in wanted}
     seen: Counter[tuple[str, ...]] = Counter()
-    for row in table.rows():
+    for row in table.rows:
         for column, text in row.items():
             if not text.lower().endswith(EXTENSIONS):
                 continue
@@ -257,7 +257,10 @@ def _join(request: Request, tables: Sequence[Table], images: Images, cohort: Coh
         else:
             cohort.drop(subject, "", "", "no value of any target")
     for target in request.targets:
-        if all(subject.first(target) is None for subject in cohort.subjects):
+        different = {subject.first(target) for subject in cohort.subjects} - {None}
+        if len(different) == 1:
+            raise UserError(f"{target}: every subject has {different.pop()!r}, so there is nothing to ask")
+        if not different:
             reasons = Counter(reason for _, _, name, reason in cohort.left_out if name == target)
             counted = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common(5))
             raise UserError(
