@@ -6,8 +6,10 @@ Folders are read by ``os.scandir``; docs/decisions.md has the comparison with li
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import nibabel as nib
@@ -27,6 +29,8 @@ FREESURFER = ("brain", "norm", "T1")
 """Names of FreeSurfer volumes, the preferred one first."""
 PREFERRED = ("preproc", *FREESURFER)
 """Values of ``desc``, the preferred one first."""
+SUBJECT_FOLDER = re.compile(r"(.+?)(?:_ses-([A-Za-z0-9+]+))?(\.long\..*|\.base)?")
+"""Name of a subject's folder; FreeSurfer's may have a session, and a version of the longitudinal stream."""
 SCAN_ENTITIES = ("ses", "task", "run")
 """Entities in which files of one subject and suffix are different scans. Other entities are variants of one scan."""
 BRAIN_LITRES = 2.0
@@ -66,18 +70,19 @@ class Images:
     session_files: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason to number of files."""
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class _File:
     path: str
+    subject: str
     entities: dict[str, str]
-    mask: str = ""
 
-
-Found = defaultdict[str, dict[tuple[str, str, str, str], list[_File]]]
-"""Suffix to (subject, session, task, run) to its files."""
+    @property
+    def scan(self) -> tuple[str, str, str, str]:
+        """Subject, session, task and run. Several files of one suffix with these are variants of one scan."""
+        session, task, run = (self.entities.get(name, "") for name in SCAN_ENTITIES)
+        return self.subject, session, task, run
 
 
 def find_images(
@@ -101,25 +106,27 @@ def find_images(
     Raises:
         UserError: there is no image; ``select`` matches none; or several files are variants of one scan.
     """
-    images, found = Images(), Found(dict)
+    images, found, others = Images(), defaultdict[str, list[_File]](list), Counter[str]()
     for folder in folders:
-        subjects = sorted(_subject_folders(folder), key=lambda entry: entry.name)
-        for entry in progress(subjects, f"reading {folder.name}") if subjects else ():
-            for path, entities, suffix in _subject_files(entry):
+        for entry in progress(_subject_folders(folder), f"reading {folder.name}"):
+            for file, suffix in _subject_files(entry):
                 if suffix == "sessions":
-                    images.session_files.append(Path(path))
+                    images.session_files.append(Path(file.path))
                 elif suffix not in suffixes:
-                    images.left_out[suffix] += suffix in MODALITIES
-                elif os.path.islink(path) and not os.path.exists(path):
+                    others[suffix] += suffix in MODALITIES
+                elif os.path.islink(file.path) and not os.path.exists(file.path):
                     images.left_out["files that are links to nothing (with DataLad: datalad get)"] += 1
                 else:
-                    entities["derivative"] = folder.name
-                    subject = f"sub-{entities['sub']}" if entry.name.startswith("sub-") else entry.name
-                    session, task, run = (entities.get(name, "") for name in SCAN_ENTITIES)
-                    key = (subject, session, task, run)
-                    file = _File(path, entities, _mask_of(path) if masks else "")
-                    found[suffix].setdefault(key, []).append(file)
-    _explain(images, suffixes)
+                    file.entities["derivative"] = folder.name
+                    found[suffix].append(file)
+    for suffix, number in others.items():
+        reason = f"images with the suffix {suffix}, which --suffixes {','.join([*suffixes, suffix])} adds"
+        if suffix == "dwi":
+            reason = (
+                "raw diffusion series (_dwi): 4D, one volume per gradient, not a map that shows tissue;"
+                " compute maps (FA, MD) with QSIPrep or dtifit, or take the series with --suffixes dwi"
+            )
+        images.left_out[reason] += number
     if not found:
         raise UserError(_no_image(dataset, folders, suffixes, images.left_out))
     _apply_selection(found, select, images.left_out)
@@ -129,167 +136,127 @@ def find_images(
         return os.path.abspath(path).removeprefix(root) if path else ""
 
     problems = []
-    for suffix, scans in found.items():
+    for suffix, files_of_suffix in found.items():
+        scans: dict[tuple[str, str, str, str], list[_File]] = defaultdict(list)
+        for file in files_of_suffix:
+            scans[file.scan].append(file)
         several = []
-        for (subject, session, task, run), files in scans.items():
+        for scan, files in scans.items():
             if len(files) > 1 and "desc" not in select:
-                descs = [file.entities.get("desc", "") for file in files]
+                descs = {file.entities.get("desc", "") for file in files}
                 best = next((desc for desc in PREFERRED if desc in descs), None)
-                files = [f for f, desc in zip(files, descs, strict=True) if best is None or desc == best]
+                files = [file for file in files if best is None or file.entities.get("desc") == best]
             if len(files) > 1:
                 several.append(files)
-            path, mask = relative(files[0].path), relative(files[0].mask)
-            scan = Scan(subject, session, task, run, suffix, suffixes[suffix], path, mask)
-            images.scans.setdefault(subject, []).append(scan)
+            mask = relative(_mask_of(files[0].path)) if masks else ""
+            chosen = Scan(*scan, suffix, suffixes[suffix], relative(files[0].path), mask)
+            images.scans.setdefault(chosen.subject, []).append(chosen)
         if several:
-            problems.append(_describe_variants(suffix, several, len(scans), relative))
+            files, lines = (
+                several[0],
+                [f"{suffix}: several files match {len(several)} of {pluralise(len(scans), 'scan')}"],
+            )
+            keys = dict.fromkeys(key for file in files for key in file.entities)
+            differing = [key for key in keys if len({file.entities.get(key) for file in files}) > 1]
+            for file in files:
+                chosen_by = ",".join(f"{key}={file.entities.get(key) or 'none'}" for key in differing)
+                lines.append(f"  --select {chosen_by}  for {relative(file.path)}")
+            problems.append("\n".join(lines))
     if problems:
         raise UserError("\n".join(problems))
-    for scans_of_subject in images.scans.values():
-        scans_of_subject.sort(key=lambda scan: (list(suffixes).index(scan.suffix), scan.name))
+    for of_subject in images.scans.values():
+        of_subject.sort(key=lambda scan: (list(suffixes).index(scan.suffix), scan.name))
     return images
 
 
-def _subject_folders(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _subject_folders(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the folders sub-* and those of FreeSurfer subjects, sorted."""
     try:
-        entries = list(os.scandir(folder))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}; check the path") from None
-    for entry in entries:
-        if entry.is_dir() and (
-            entry.name.startswith("sub-")
-            or (os.path.isdir(f"{entry.path}/mri") and not entry.name.startswith("fsaverage"))
-        ):
-            yield entry
+    return [
+        entry
+        for entry in entries
+        if (entry.name.startswith("sub-") or os.path.isdir(f"{entry.path}/mri"))
+        and entry.is_dir()
+        and not entry.name.startswith("fsaverage")
+    ]
 
 
-def _subject_files(entry: os.DirEntry[str]) -> Iterator[tuple[str, dict[str, str], str]]:
-    """Yield (path, entities, suffix) of the images of a subject, and the session table with the suffix "sessions"."""
-    own = dict(re.findall(r"(sub|ses)-([A-Za-z0-9+]+)", entry.name))
+def _subject_files(entry: os.DirEntry[str]) -> Iterator[tuple[_File, str]]:
+    """Yield the images of a subject with their suffixes, and the session table with the suffix "sessions"."""
+    subject, session, version = SUBJECT_FOLDER.fullmatch(entry.name).groups()  # type: ignore[union-attr]
+    own = {"ses": session} if session else {}
     if os.path.isdir(f"{entry.path}/mri"):
+        own |= {"long": version.split(".")[1], "extension": ".mgz"} if version else {"extension": ".mgz"}
         for name in FREESURFER:
             if os.path.lexists(path := f"{entry.path}/mri/{name}.mgz"):
-                yield path, own | {"desc": name, "extension": ".mgz"} | _longitudinal(entry.name), "T1w"
+                yield _File(path, subject, own | {"desc": name}), "T1w"
         return
     stack = [(entry.path, own)]
     while stack:
         folder, inherited = stack.pop()
         for item in sorted(os.scandir(folder), key=lambda item: item.name):
-            if item.name.startswith("."):
-                continue
             if item.is_dir():
-                session = {"ses": item.name[4:]} if item.name.startswith("ses-") else {}
-                stack.append((item.path, inherited | session))
+                stack.append((item.path, inherited | ({"ses": item.name[4:]} if item.name[:4] == "ses-" else {})))
             elif item.name.endswith("_sessions.tsv"):
-                yield item.path, {}, "sessions"
-            elif item.name.endswith(EXTENSIONS):
+                yield _File(item.path, subject, {}), "sessions"
+            elif item.name.endswith(EXTENSIONS) and not item.name.startswith("."):
                 entities, suffix = _parse(item.name)
-                yield item.path, inherited | entities, suffix
-
-
-def _longitudinal(name: str) -> dict[str, str]:
-    return {"long": "base" if name.endswith(".base") else "long"} if re.search(r"\.(long\.|base$)", name) else {}
+                yield _File(item.path, subject, entities | inherited), suffix
 
 
 def _parse(name: str) -> tuple[dict[str, str], str]:
     """Split a file name into entities and suffix. Diffusion maps have the suffix FA or MD in every naming."""
     extension = next(extension for extension in EXTENSIONS if name.endswith(extension))
     *parts, suffix = name[: -len(extension)].split("_")
-    entities = dict(part.split("-", 1) for part in parts if "-" in part)
+    entities = dict(part.split("-", 1) for part in parts if "-" in part and not part.startswith("sub-"))
     if suffix == "dwimap":
         suffix = entities.pop("param", "") or entities.pop("desc", "")
-    if suffix.upper() in ("FA", "MD"):
-        suffix = suffix.upper()
-    return entities | {"extension": extension}, suffix
+    return entities | {"extension": extension}, suffix.upper() if suffix.upper() in ("FA", "MD") else suffix
 
 
 def _mask_of(path: str) -> str:
-    folder, name = os.path.split(path)
-    stem = re.sub(r"_(desc-[^_]+_)?[A-Za-z0-9]+(\.nii(\.gz)?)$", r"_desc-brain_mask\2", name)
-    mask = os.path.join(folder, stem)
-    return mask if os.path.exists(mask) else ""
-
-
-def _explain(images: Images, suffixes: Mapping[str, str]) -> None:
-    """Turn the counts of suffixes that are not wanted into reasons."""
-    for suffix in [name for name in images.left_out if name in MODALITIES]:
-        number = images.left_out.pop(suffix)
-        if not number:
-            continue
-        reason = f"images with the suffix {suffix}, which --suffixes {','.join([*suffixes, suffix])} adds"
-        if suffix == "dwi":
-            reason = (
-                "raw diffusion series (_dwi): 4D, one volume per gradient, not a map that shows tissue;"
-                " compute maps (FA, MD) with QSIPrep or dtifit, or take the series with --suffixes dwi"
-            )
-        images.left_out[reason] += number
+    mask = re.sub(r"(_desc-[^_]+)?_[A-Za-z0-9]+(\.nii(\.gz)?)$", r"_desc-brain_mask\2", path)
+    return mask if os.path.exists(mask) and mask != path else ""
 
 
 def _no_image(dataset: Path, folders: Sequence[Path], suffixes: Iterable[str], left_out: Counter[str]) -> str:
     where = ", ".join(map(str, folders))
-    dicom = next((path for folder in folders for path in _first_files(folder, 200) if is_dicom(path)), None)
-    if dicom:
+    files = islice((Path(top, name) for folder in folders for top, _, names in os.walk(folder) for name in names), 200)
+    if dicom := next(filter(is_dicom, files), None):
         return (
             f"{where}: holds DICOM files, as {dicom.name}; convert them to NIfTI with dcm2niix, in BIDS folders for"
             " instance with heudiconv or dcm2bids, and give that folder"
         )
-    derivatives = sorted(entry.name for entry in (dataset / "derivatives").glob("*") if entry.is_dir())
     hints = [f"{count} {reason}" for reason, count in left_out.items()]
-    hints += (
-        [f"derivatives are not searched unless named: --derivatives {','.join(derivatives)}"] if derivatives else []
-    )
+    if names := sorted(path.name for path in (dataset / "derivatives").glob("*") if path.is_dir()):
+        hints.append(f"derivatives are not searched unless named: --derivatives {','.join(names)}")
     hints = hints or ["give a folder with sub-*/[ses-*/]{anat,dwi,func,perf}/, of FreeSurfer subjects, or a table"]
     return f"{where}: no image with the suffix {', '.join(suffixes)}; {'; '.join(hints)}"
 
 
-def _first_files(folder: Path, number: int) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files)[:number]:
-            yield Path(parent, name)
-            number -= 1
-        if number <= 0:
-            return
-
-
 def is_dicom(path: Path) -> bool:
     """Whether a file is a DICOM file: by its suffix, or by the mark at byte 128."""
-    if path.suffix.lower() in (".dcm", ".ima") or path.name == "DICOMDIR":
+    if path.suffix.lower() in (".dcm", ".ima"):
         return True
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
 
 
-def _apply_selection(found: Found, select: Mapping[str, str], left_out: Counter[str]) -> None:
-    for key, value in select.items():
-        value = "" if value == "none" else value
-        values = Counter(file.entities.get(key, "") for s in found.values() for fs in s.values() for file in fs)
+def _apply_selection(found: dict[str, list[_File]], select: Mapping[str, str], left_out: Counter[str]) -> None:
+    for key, text in select.items():
+        value = "" if text == "none" else text
+        values = Counter(file.entities.get(key, "") for files in found.values() for file in files)
         if value not in values:
             known = ", ".join(f"{key}={name or 'none'} ({number} files)" for name, number in values.most_common(12))
-            raise UserError(f"--select {key}={value or 'none'}: matches no image; there are {known}")
-        for suffix, scans in found.items():
-            kept = {k: [file for file in files if file.entities.get(key, "") == value] for k, files in scans.items()}
-            if any(kept.values()):
-                reason = f"images that --select {key}={value or 'none'} leaves out"
-                left_out[reason] += sum(map(len, scans.values())) - sum(map(len, kept.values()))
-                found[suffix] = {k: files for k, files in kept.items() if files}
-
-
-def _describe_variants(suffix: str, several: list[list[_File]], scans: int, relative: Callable[[str], str]) -> str:
-    files = several[0]
-    keys = [key for key in dict.fromkeys(k for f in files for k in f.entities) if _differs(files, key)]
-    lines = [f"{suffix}: several files match {len(several)} of {pluralise(scans, 'scan')}; choose by one of"]
-    for file in files:
-        chosen = ",".join(f"{key}={file.entities.get(key) or 'none'}" for key in keys)
-        lines.append(f"  --select {chosen or '...'}  for {relative(file.path)}")
-    return "\n".join(lines)
-
-
-def _differs(files: list[_File], key: str) -> bool:
-    return len({file.entities.get(key) for file in files}) > 1
+            raise UserError(f"--select {key}={text}: matches no image; there are {known}")
+        for suffix, files in found.items():
+            if kept := [file for file in files if file.entities.get(key, "") == value]:
+                left_out[f"images that --select {key}={text} leaves out"] += len(files) - len(kept)
+                found[suffix] = kept
 
 
 def head_note(dataset: Path, scans: Sequence[Scan]) -> str:

@@ -117,8 +117,11 @@ class QuestionSettings:
 
 
 Item = str | Scan
-Pools = dict[tuple[str, str], dict[Any, list[tuple[Subject, Scan]]]]
-"""(target, suffix) to label or bin to one scan of each subject."""
+Reference = tuple[Subject, Scan]
+Pool = dict[Any, list[Reference]]
+"""Class or bin to one scan of each subject."""
+Pools = dict[tuple[str, str], Pool]
+"""(target, suffix) to references."""
 
 
 class Questions:
@@ -145,7 +148,11 @@ class Questions:
         """
         tasks, share = self.settings.tasks, self.settings.reference_pool
         pool = [subject for subject in subjects if "T3" in tasks and (share == 0 or self._is_reference(subject))]
-        pools, ranks = self._pools(anchors or pool), Counter[tuple[str, str, Any]]()
+        pools: Pools = defaultdict(lambda: defaultdict(list))
+        for subject in anchors or pool:
+            for target, scan in self._queries(subject, Random(f"{self.settings.seed}|reference|{subject.id}")):
+                pools[target, scan.suffix][self._label(subject, scan, target)].append((subject, scan))
+        ranks: Counter[tuple[str, str, Any]] = Counter()
         for subject in progress(subjects, description):
             rng = Random(f"{self.settings.seed}|{subject.id}")
             if "T1" in tasks:
@@ -153,36 +160,65 @@ class Questions:
                     yield from self._ask("T1", scan.name, subject, [scan], rng)
             if "T2" in tasks:
                 yield from self._several_scans(subject, rng)
-            if "T3" in tasks:
-                yield from self._compare_with_itself(subject, rng)
-                if anchors:
-                    yield from self._compare_with_all(subject, pools, rng)
-                elif share == 0 or not self._is_reference(subject):
-                    yield from self._compare(subject, pools, ranks, rng)
+            if "T3" not in tasks:
+                continue
+            yield from self._compare_with_itself(subject, rng)
+            if anchors or share == 0 or not self._is_reference(subject):
+                for target, scan in self._queries(subject, rng):
+                    found = pools[target, scan.suffix]
+                    references: Iterable[Reference]
+                    if anchors:
+                        references = [one for of_label in found.values() for one in of_label]
+                    else:
+                        references = self._draw(subject, scan, target, found, ranks, rng)
+                    for reference in references:
+                        yield self._with_reference(subject, scan, target, reference, rng)
 
     def _is_reference(self, subject: Subject) -> bool:
         return hash_fraction(self.settings.seed, "pool", subject.group) < self.settings.reference_pool
 
-    def _label(self, target: str, value: Any) -> Any:
+    def _label(self, subject: Subject, scan: Scan, target: str) -> Any:
+        """Return the class, or the bin of the number, of a scan."""
+        value = subject.values[scan.session][target]
         return bisect(self.settings.edges[target], value) if target in self.settings.edges else value
 
-    def _with_value(self, subject: Subject, target: str) -> dict[str, list[Scan]]:
-        """Suffix to the scans of a subject in whose session the target has a value."""
-        found: dict[str, list[Scan]] = {}
-        for scan in subject.scans:
-            if target in subject.values[scan.session]:
-                found.setdefault(scan.suffix, []).append(scan)
-        return found
+    def _queries(self, subject: Subject, rng: Random) -> Iterator[tuple[str, Scan]]:
+        """Yield one scan of each suffix for each target, of the sessions that have a value."""
+        for target in self.settings.targets:
+            found: dict[str, list[Scan]] = {}
+            for scan in subject.scans:
+                if target in subject.values[scan.session]:
+                    found.setdefault(scan.suffix, []).append(scan)
+            for scans in found.values():
+                yield target, rng.choice(scans)
 
-    def _pools(self, subjects: Iterable[Subject]) -> Pools:
-        pools: Pools = defaultdict(lambda: defaultdict(list))
-        for subject in subjects:
-            for target in self.settings.targets:
-                for suffix, scans in self._with_value(subject, target).items():
-                    scan = Random(f"{self.settings.seed}|{subject.id}|{suffix}").choice(scans)
-                    label = self._label(target, subject.values[scan.session][target])
-                    pools[target, suffix][label].append((subject, scan))
-        return pools
+    def _draw(
+        self, subject: Subject, scan: Scan, target: str, pool: Pool, ranks: Counter[tuple[str, str, Any]], rng: Random
+    ) -> Iterator[Reference]:
+        """Draw references of the same and of other labels in turn, so that each label has as many of each kind.
+
+        A label that lacks one kind in the split has no comparisons.
+        """
+        label = self._label(subject, scan, target)
+        others = sorted(other for other in pool if other != label)
+        alike = pool.get(label, [])
+        if not others or all(reference.id == subject.id for reference, _ in alike):
+            self.left_out[f"comparisons of {target}: the split has no reference of the same, or none of another"] += 1
+            return
+        used = {subject.id}
+        for _ in range(self.settings.references):
+            rank = ranks[target, scan.suffix, label]
+            ranks[target, scan.suffix, label] += 1
+            wanted = alike if rank % 2 == 0 else pool[others[rank // 2 % len(others)]]
+            found = rng.choice(wanted)
+            if found[0].id in used:
+                unused = [one for one in wanted if one[0].id not in used]
+                if not unused:
+                    self.left_out[f"comparisons of {target}: fewer subjects in the split than --references"] += 1
+                    continue
+                found = rng.choice(unused)
+            used.add(found[0].id)
+            yield found
 
     def _several_scans(self, subject: Subject, rng: Random) -> Iterator[dict[str, Any]]:
         by_session: dict[str, dict[str, Scan]] = {}
@@ -214,42 +250,12 @@ class Questions:
                 opening: list[Item] = [rng.choice(self.templates.same_subject), one]
                 yield self._comparison(f"{two.name}_vs_{one.name}", subject, two, target, opening, rng)
 
-    def _compare(
-        self, subject: Subject, pools: Pools, ranks: Counter[tuple[str, str, Any]], rng: Random
-    ) -> Iterator[dict[str, Any]]:
-        """Compare with references of the same and of other labels in turn: of each label, half are of each kind."""
-        for target in self.settings.targets:
-            for suffix, scans in self._with_value(subject, target).items():
-                scan = rng.choice(scans)
-                label, pool = self._label(target, subject.values[scan.session][target]), pools[target, suffix]
-                others = sorted(other for other in pool if other != label)
-                used = {subject.id}
-                for _ in range(self.settings.references):
-                    rank = ranks[target, suffix, label]
-                    ranks[target, suffix, label] += 1
-                    wanted = label if rank % 2 == 0 else others[rank // 2 % len(others)] if others else None
-                    found = _draw(pool.get(wanted, ()), used, rng)
-                    if found is None:
-                        kind = "the same" if wanted == label else "another"
-                        self.left_out[f"comparisons without a reference of {kind} {target} in the split"] += 1
-                        continue
-                    used.add(found[0].id)
-                    yield self._with_reference(subject, scan, target, found, rng)
-
-    def _compare_with_all(self, subject: Subject, pools: Pools, rng: Random) -> Iterator[dict[str, Any]]:
-        for target in self.settings.targets:
-            for suffix, scans in self._with_value(subject, target).items():
-                scan = rng.choice(scans)
-                for references in pools[target, suffix].values():
-                    for reference in references:
-                        yield self._with_reference(subject, scan, target, reference, rng)
-
     def _with_reference(
-        self, subject: Subject, scan: Scan, target: str, found: tuple[Subject, Scan], rng: Random
+        self, subject: Subject, scan: Scan, target: str, found: Reference, rng: Random
     ) -> dict[str, Any]:
         reference, shown = found
         value = reference.values[shown.session][target]
-        same = self._label(target, value) == self._label(target, subject.values[scan.session][target])
+        same = self._label(reference, shown, target) == self._label(subject, scan, target)
         description = self.templates.of(target).description.format(value=value, target=target)
         opening: list[Item] = [rng.choice(self.templates.reference).format(description=description), shown]
         extra = {
@@ -331,15 +337,6 @@ class Questions:
             ],
             "metadata": metadata,
         }
-
-
-def _draw(pool: Sequence[tuple[Subject, Scan]], used: set[str], rng: Random) -> tuple[Subject, Scan] | None:
-    """Draw a reference that is not used yet, in constant time if the pool is large."""
-    for _ in range(20 if len(pool) > 4 * len(used) else 0):
-        if (found := rng.choice(pool))[0].id not in used:
-            return found
-    unused = [found for found in pool if found[0].id not in used]
-    return rng.choice(unused) if unused else None
 
 
 def _item(item: Item) -> dict[str, str]:
