@@ -417,7 +417,7 @@ def test_the_output_is_described_and_the_next_commands_are_printed(make: Make, d
     done = make(ds)
     report = (tmp_path / "out/cohort.md").read_text()
     assert all(line in done.stdout for line in report.splitlines()[2:])
-    assert "| split | subjects | families | scans | sex | age, mean ± SD | sites |" in report
+    assert "| split | subjects | families | scans | sex | age, mean ± SD | site |" in report
     assert f"python experiments/tune.py {tmp_path}/out/data.yaml" in done.stdout
     settings = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
     assert settings["data"]["root"] == str(ds)

@@ -79,19 +79,19 @@ def read_split_file(file: Path) -> dict[str, str]:
 
 
 def known_splits(
-    file: Path, members: Mapping[str, Sequence[str]], splits: Collection[str], redraw: str
+    of_subject: Mapping[str, str], members: Mapping[str, Sequence[str]], splits: Collection[str], file: str, redraw: str
 ) -> dict[str, str]:
-    """Return the split of each group that has a subject in a file of splits.
+    """Return the split of each group that has a subject with a known split.
 
     Args:
+        of_subject: subject key to split.
         members: group to its subjects.
         splits: splits of this run.
-        redraw: what the user can do to draw new splits, for messages.
+        file, redraw: where the splits stand, and what the user can do to draw new ones, for messages.
 
     Raises:
-        UserError: the file has other splits than this run, or one group in two splits.
+        UserError: there are other splits than those of this run, or one group is in two splits.
     """
-    of_subject = read_split_file(file)
     if others := sorted(set(of_subject.values()) - set(splits)):
         raise UserError(f"{file}: has the splits {', '.join(others)}, this run has {', '.join(splits)}; {redraw}")
     known = {}

@@ -2,10 +2,10 @@
 
 import json
 import statistics
-from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,17 +22,15 @@ from umbrella.cohorts.assign_splits import (
     read_split_file,
 )
 from umbrella.cohorts.bids import SERIES, head_note
-from umbrella.cohorts.questions import Questions, QuestionSettings, Subject, load_templates
-from umbrella.cohorts.reading import FAMILY, Cohort, Request, read_cohort
-from umbrella.cohorts.tables import subject_key
+from umbrella.cohorts.questions import Questions, load_templates
+from umbrella.cohorts.reading import FAMILY, Cohort, Request, Subject, read_cohort
+from umbrella.cohorts.tables import Variable, subject_key
 from umbrella.fileio import write_atomic
 from umbrella.modality import DEFAULT_MODALITIES
 
 SPLITS = ("train", "validation", "test")
 LISTED = 10
 """Number of names that the report shows of a long list; left_out.tsv has all."""
-
-Edges = Mapping[str, Sequence[float]]
 
 
 def make_conversations(request: Request, progress: ProgressBar, show: Callable[[str], None]) -> None:
@@ -48,27 +46,16 @@ def make_conversations(request: Request, progress: ProgressBar, show: Callable[[
     cohort = read_cohort(request, progress)
     examples = {t: next(v for s in cohort.subjects if (v := s.first(t)) is not None) for t in request.targets}
     templates = load_templates(request.templates, examples)
-    numeric = [target for target in request.targets if cohort.variables[target].is_number]
-    edges = {target: _quantiles([s.first(target) for s in cohort.subjects], request.bins) for target in numeric}
-    splits = _assign_splits(request, cohort, edges)
+    splits = _assign_splits(request, cohort)
     if note := head_note(cohort.root, [subject.scans[0] for subject in cohort.subjects]):
         cohort.notes.append(f"note: {note}")
-    settings = QuestionSettings(
-        targets=request.targets,
-        tasks=request.tasks,
-        together=request.together,
-        references=request.references,
-        reference_pool=request.reference_pool,
-        edges=edges,
-        seed=request.seed,
-    )
+    questions = Questions(request, templates, cohort)
     anchors = [subject for subject in cohort.subjects if subject.split == ANCHORS]
     counts: dict[str, Counter[str]] = {}
     written = []
     if not request.dry_run:
         request.output.mkdir(parents=True, exist_ok=True)
     for folder, parts in _runs(request, splits).items():
-        questions = Questions(settings, templates)
         for name, sources in parts.items():
             members = [subject for subject in cohort.subjects if subject.split in sources]
             where = f"{folder}/{name}" if folder else name
@@ -97,16 +84,13 @@ def make_conversations(request: Request, progress: ProgressBar, show: Callable[[
     dumped = yaml.safe_dump(templates.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
     write_atomic(request.output / "templates.yaml", dumped)
     write_atomic(request.output / "cohort.md", "# Cohort\n\n" + "\n".join(report) + "\n")
+    if EXTERNAL in splits and "test" in splits:
+        show(f"external test: data.test={request.output / EXTERNAL}.jsonl, in place of the split test")
     show(f"next: python experiments/prepare.py {request.output / 'data.yaml'}")
     show(f"      python experiments/tune.py {request.output / 'data.yaml'} ray_configs/grid_96.yaml")
 
 
-def _quantiles(values: Iterable[Any], bins: int) -> list[float]:
-    present = [value for value in values if value is not None]
-    return sorted(set(statistics.quantiles(present, n=bins))) if len(present) > 1 and bins > 1 else []
-
-
-def _assign_splits(request: Request, cohort: Cohort, edges: Edges) -> list[str]:
+def _assign_splits(request: Request, cohort: Cohort) -> list[str]:
     """Set the split of each subject, and leave out the families of anchors. Returns the names of the splits."""
     if request.folds:
         shares = {f"fold-{i}": 1 / request.folds for i in range(1, request.folds + 1)}
@@ -115,24 +99,23 @@ def _assign_splits(request: Request, cohort: Cohort, edges: Edges) -> list[str]:
     members: dict[str, list[Subject]] = defaultdict(list)
     for subject in cohort.subjects:
         members[subject.group].append(subject)
-    file = request.split_file or request.output / "splits.tsv"
-    redraw = f"remove {file}, or take another --output, to draw new splits"
-    known: dict[str, str] = {}
+    files = [file for file in (request.output / "splits.tsv", request.split_file) if file and file.exists()]
+    in_files = {key: split for file in files for key, split in read_split_file(file).items()}
+    where = " and ".join(map(str, files))
+    redraw = f"remove {where}, or take another --output, to draw new splits" if files else "another --seed"
     names = {group: [subject.id for subject in subjects] for group, subjects in members.items()}
-    if request.split_file or file.exists():
-        known = known_splits(file, names, [*shares, ANCHORS, EXTERNAL], redraw)
-        cohort.notes.append(f"splits of {pluralise(len(known), 'group')} are those of {file}")
+    known = known_splits(in_files, names, [*shares, ANCHORS, EXTERNAL], where, redraw)
+    if files:
+        cohort.notes.append(f"splits of {pluralise(len(known), 'group')} are those of {where}")
     held_out = _held_out(request, cohort)
-    anchors = _choose_anchors(request, cohort, edges, file, held_out)
+    anchors = _choose_anchors(request, cohort, {key for key, split in in_files.items() if split == ANCHORS}, held_out)
     forced = dict.fromkeys(held_out, EXTERNAL) | {s.group: ANCHORS for s in cohort.subjects if s.id in anchors}
     for group, split in forced.items():
         if known.get(group, split) != split:
-            raise UserError(f"{file}: has {names[group][0]} in {known[group]}, and it is now in {split}; {redraw}")
+            raise UserError(f"{where}: has {names[group][0]} in {known[group]}, and it is now in {split}; {redraw}")
+    variables = ("site", *request.targets)
     labels = {
-        group: [
-            {(name, _stratum(subject.first(name), edges.get(name))) for name in ("site", *request.targets)}
-            for subject in subjects
-        ]
+        group: [{(name, cohort.stratum(name, subject.first(name))) for name in variables} for subject in subjects]
         for group, subjects in members.items()
     }
     assigned = assign_groups(labels, shares, known | forced, request.seed)
@@ -144,22 +127,17 @@ def _assign_splits(request: Request, cohort: Cohort, edges: Edges) -> list[str]:
         else:
             kept.append(subject)
     cohort.subjects = kept
-    asked = [subject for subject in kept if subject.split in shares]
+    asked = [(s, target) for s in kept if s.split in shares for target in request.targets]
     check_classes(
         (
-            (subject.split, target, "" if target in edges else str(value), subject.group)
-            for subject in asked
-            for target in request.targets
+            (subject.split, target, "" if target in cohort.edges else str(value), subject.group)
+            for subject, target in asked
             if (value := subject.first(target)) is not None
         ),
         shares,
-        redraw if file.exists() else "take other seeds (--seed)",
+        redraw,
     )
     return [*shares, *[EXTERNAL] * any(subject.split == EXTERNAL for subject in kept)]
-
-
-def _stratum(value: Any, edges: Sequence[float] | None) -> Any:
-    return bisect(edges, value) if edges is not None and value is not None else value
 
 
 def _held_out(request: Request, cohort: Cohort) -> set[str]:
@@ -174,41 +152,36 @@ def _held_out(request: Request, cohort: Cohort) -> set[str]:
     return found
 
 
-def _choose_anchors(request: Request, cohort: Cohort, edges: Edges, file: Path, held_out: set[str]) -> set[str]:
+def _choose_anchors(request: Request, cohort: Cohort, before: set[str], held_out: set[str]) -> set[str]:
     """Return the subjects that are references in all splits: those of the file of splits, the named, or drawn ones.
 
     Drawn anchors have no relatives in the cohort, and each label of the first target in turn.
     """
     ids = {subject_key(subject.id): subject.id for subject in cohort.subjects}
-    in_file = read_split_file(file) if file.exists() else {}
-    before = {ids[key] for key, split in in_file.items() if split == ANCHORS and key in ids}
-    if not request.anchors:
-        return before
-    if not request.anchors.isdigit():
-        named = {ids.get(subject_key(name)) or name for name in request.anchors.split(",")}
+    wanted = request.anchors
+    if wanted and not wanted.isdigit():
+        named = {ids.get(subject_key(name), name) for name in wanted.split(",")}
         if unknown := named - set(ids.values()):
             raise UserError(f"--anchors {', '.join(sorted(unknown))}: no such subject with images and values")
-        chosen = named
-    elif before:
-        chosen = before
-        if len(before) != int(request.anchors):
+        return named
+    if before or not wanted:
+        if wanted and len(before) != int(wanted):
             raise UserError(
-                f"--anchors {request.anchors}: {file} has {len(before)}; give that number, or remove the file"
+                f"--anchors {wanted}: {len(before)} are drawn already; give that number, or draw new splits"
             )
-    else:
-        sizes = Counter(subject.group for subject in cohort.subjects)
-        target = request.targets[0]
-        by_label: dict[Any, list[str]] = defaultdict(list)
-        for subject in sorted(cohort.subjects, key=lambda s: hash_fraction(request.seed, "anchor", s.id)):
-            value = subject.first(target)
-            if value is not None and sizes[subject.group] == 1 and subject.group not in held_out:
-                by_label[_stratum(value, edges.get(target))].append(subject.id)
-        rounds = range(max(map(len, by_label.values()), default=0))
-        in_turn = [by_label[label][i] for i in rounds for label in sorted(by_label) if i < len(by_label[label])]
-        chosen = set(in_turn[: int(request.anchors)])
-        if len(chosen) < int(request.anchors):
-            raise UserError(f"--anchors {request.anchors}: only {len(chosen)} subjects have no relatives in the cohort")
-    return chosen
+        return {ids[key] for key in before if key in ids}
+    sizes, target = Counter(subject.group for subject in cohort.subjects), request.targets[0]
+    by_label: dict[Any, list[str]] = defaultdict(list)
+    for subject in sorted(cohort.subjects, key=lambda s: hash_fraction(request.seed, "anchor", s.id)):
+        value = subject.first(target)
+        if value is not None and sizes[subject.group] == 1 and subject.group not in held_out:
+            by_label[cohort.stratum(target, value)].append(subject.id)
+    in_turn = [
+        name for names in zip_longest(*(by_label[label] for label in sorted(by_label))) for name in names if name
+    ]
+    if len(in_turn) < int(wanted):
+        raise UserError(f"--anchors {wanted}: only {len(in_turn)} subjects have no relatives in the cohort")
+    return set(in_turn[: int(wanted)])
 
 
 def _runs(request: Request, splits: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -268,42 +241,35 @@ def _tsv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _report(cohort: Cohort, counts: Mapping[str, Counter[str]], request: Request) -> list[str]:
     """Return the lines of cohort.md: a table of splits, the numbers of conversations, and what was left out."""
-    classes = [name for name in dict.fromkeys(["sex", *request.targets]) if name in cohort.variables]
-    classes = [name for name in classes if not cohort.variables[name].is_number]
-    numbers = [name for name in dict.fromkeys(["age", *request.targets]) if name in cohort.variables]
-    numbers = [name for name in numbers if cohort.variables[name].is_number]
-    sites = ["sites"] if "site" in cohort.variables else []
-    header = ["split", "subjects", "families", "scans", *classes, *(f"{name}, mean ± SD" for name in numbers), *sites]
+    names = [name for name in dict.fromkeys(("sex", "age", *request.targets, "site")) if name in cohort.variables]
+    shown = [f"{name}, mean ± SD" if cohort.variables[name].is_number else name for name in names]
+    header = ["split", "subjects", "families", "scans", *shown]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for split in dict.fromkeys(sorted((s.split for s in cohort.subjects), key=_split_order)):
+    for split in sorted({subject.split for subject in cohort.subjects}, key=_split_order):
         members = [subject for subject in cohort.subjects if subject.split == split]
-        row = [split, len(members), len({s.group for s in members}), sum(len(s.scans) for s in members)]
-        cells = [*map(str, row)]
-        for name in classes:
-            found = Counter(str(s.first(name)) for s in members if s.first(name) is not None)
-            cells.append(", ".join(f"{number} {label}" for label, number in sorted(found.items())))
-        for name in numbers:
-            values = [s.first(name) for s in members if s.first(name) is not None]
-            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{deviation}" if values else "none")
-        if sites:
-            found = Counter(str(s.first("site")) for s in members if s.first("site") is not None)
-            cells.append(", ".join(f"{number} {site}" for site, number in found.most_common(LISTED)))
+        sizes = [len(members), len({s.group for s in members}), sum(len(s.scans) for s in members)]
+        cells = [split, *map(str, sizes), *(_summary(cohort.variables[name], members) for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for where, by_type in counts.items():
         kinds = ", ".join(f"{kind} {number}" for kind, number in sorted(by_type.items()))
         lines.append(f"- {where}: {pluralise(by_type.total(), 'conversation')} ({kinds or 'none'})")
     lines += [f"- {note}" for note in cohort.notes]
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    reasons: dict[str, list[str]] = defaultdict(list)
     for subject, session, target, reason in cohort.left_out:
-        reasons[target, reason].append(f"{subject} {session}".strip())
-    for (target, reason), who in reasons.items():
-        more = ", ..." if len(who) > LISTED else ""
-        lines.append(
-            f"- left out: {f'{target}, ' * bool(target)}{reason}: {len(who)} ({', '.join(who[:LISTED])}{more})"
-        )
+        reasons[f"{target}, {reason}" if target else reason].append(f"{subject} {session}".strip())
+    for reason, who in reasons.items():
+        examples = ", ".join(who[:LISTED]) + ", ..." * (len(who) > LISTED)
+        lines.append(f"- left out: {reason}: {len(who)} ({examples})")
     return lines
+
+
+def _summary(variable: Variable, subjects: Sequence[Subject]) -> str:
+    """Return mean and standard deviation, or how many subjects have each value."""
+    values = [value for subject in subjects if (value := subject.first(variable.name)) is not None]
+    if variable.is_number and values:
+        return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return ", ".join(f"{number} {value}" for value, number in Counter(map(str, values)).most_common(LISTED))
 
 
 def _split_order(split: str) -> tuple[int, str]:

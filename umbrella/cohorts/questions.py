@@ -1,9 +1,7 @@
 """Conversations about subjects: one scan (T1), several scans of a subject (T2), comparisons (T3)."""
 
-from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,6 +12,7 @@ from pydantic import Field, ValidationError
 from umbrella.base import ProgressBar, Section, UserError
 from umbrella.cohorts.assign_splits import hash_fraction
 from umbrella.cohorts.bids import Scan
+from umbrella.cohorts.reading import Cohort, Request, Subject
 from umbrella.config import Loader
 
 SAME_SUBJECT = {"comparison_type": "same_subject"}
@@ -82,40 +81,6 @@ def load_templates(file: Path | None, examples: Mapping[str, Any]) -> Templates:
     return templates
 
 
-@dataclass(slots=True)
-class Subject:
-    """A subject with its scans and values."""
-
-    id: str
-    group: str
-    """The family, or the subject itself."""
-    scans: list[Scan]
-    values: dict[str, dict[str, Any]]
-    """Session to variable to value. A variable without a value is left out."""
-    split: str = ""
-
-    def first(self, variable: str) -> Any:
-        """Return the value of the first session that has one, or None."""
-        return next((values[variable] for values in self.values.values() if variable in values), None)
-
-
-@dataclass(frozen=True)
-class QuestionSettings:
-    """Which conversations are made."""
-
-    targets: tuple[str, ...]
-    tasks: tuple[str, ...] = ("T1", "T2", "T3")
-    together: bool = False
-    """One conversation of T1 and T2 asks about all targets, in several turns."""
-    references: int = 1
-    """Comparisons of each subject, modality and target."""
-    reference_pool: float = 0.0
-    """Share of the groups of each split that are references and are not compared themselves; 0: all are both."""
-    edges: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Target to the boundaries of the bins in which numbers count as the same."""
-    seed: int = 0
-
-
 Item = str | Scan
 Reference = tuple[Subject, Scan]
 Pool = dict[Any, list[Reference]]
@@ -127,8 +92,8 @@ Pools = dict[tuple[str, str], Pool]
 class Questions:
     """Makes the conversations of splits."""
 
-    def __init__(self, settings: QuestionSettings, templates: Templates) -> None:
-        self.settings, self.templates = settings, templates
+    def __init__(self, request: Request, templates: Templates, cohort: Cohort) -> None:
+        self.request, self.templates, self.cohort = request, templates, cohort
         self.left_out: Counter[str] = Counter()
         """Reason to number of comparisons."""
 
@@ -146,15 +111,15 @@ class Questions:
             anchors: subjects with which every subject is compared instead, and that are not asked about.
             progress: wraps the iteration over subjects; it gets the description.
         """
-        tasks, share = self.settings.tasks, self.settings.reference_pool
+        tasks, share = self.request.tasks, self.request.reference_pool
         pool = [subject for subject in subjects if "T3" in tasks and (share == 0 or self._is_reference(subject))]
         pools: Pools = defaultdict(lambda: defaultdict(list))
         for subject in anchors or pool:
-            for target, scan in self._queries(subject, Random(f"{self.settings.seed}|reference|{subject.id}")):
+            for target, scan in self._queries(subject, Random(f"{self.request.seed}|reference|{subject.id}")):
                 pools[target, scan.suffix][self._label(subject, scan, target)].append((subject, scan))
         ranks: Counter[tuple[str, str, Any]] = Counter()
         for subject in progress(subjects, description):
-            rng = Random(f"{self.settings.seed}|{subject.id}")
+            rng = Random(f"{self.request.seed}|{subject.id}")
             if "T1" in tasks:
                 for scan in subject.scans:
                     yield from self._ask("T1", scan.name, subject, [scan], rng)
@@ -175,16 +140,15 @@ class Questions:
                         yield self._with_reference(subject, scan, target, reference, rng)
 
     def _is_reference(self, subject: Subject) -> bool:
-        return hash_fraction(self.settings.seed, "pool", subject.group) < self.settings.reference_pool
+        return hash_fraction(self.request.seed, "pool", subject.group) < self.request.reference_pool
 
     def _label(self, subject: Subject, scan: Scan, target: str) -> Any:
         """Return the class, or the bin of the number, of a scan."""
-        value = subject.values[scan.session][target]
-        return bisect(self.settings.edges[target], value) if target in self.settings.edges else value
+        return self.cohort.stratum(target, subject.values[scan.session][target])
 
     def _queries(self, subject: Subject, rng: Random) -> Iterator[tuple[str, Scan]]:
         """Yield one scan of each suffix for each target, of the sessions that have a value."""
-        for target in self.settings.targets:
+        for target in self.request.targets:
             found: dict[str, list[Scan]] = {}
             for scan in subject.scans:
                 if target in subject.values[scan.session]:
@@ -206,7 +170,7 @@ class Questions:
             self.left_out[f"comparisons of {target}: the split has no reference of the same, or none of another"] += 1
             return
         used = {subject.id}
-        for _ in range(self.settings.references):
+        for _ in range(self.request.references):
             rank = ranks[target, scan.suffix, label]
             ranks[target, scan.suffix, label] += 1
             wanted = alike if rank % 2 == 0 else pool[others[rank // 2 % len(others)]]
@@ -245,7 +209,7 @@ class Questions:
         two = same[-1] if same else two
         if (one.session, one.suffix) == (two.session, two.suffix):
             return
-        for target in self.settings.targets:
+        for target in self.request.targets:
             if target in subject.values[two.session]:
                 opening: list[Item] = [rng.choice(self.templates.same_subject), one]
                 yield self._comparison(f"{two.name}_vs_{one.name}", subject, two, target, opening, rng)
@@ -296,8 +260,8 @@ class Questions:
     ) -> Iterator[dict[str, Any]]:
         """Ask about the last scan of the opening, which is one user turn: each target for itself, or all in turn."""
         scan = next(item for item in reversed(opening) if isinstance(item, Scan))
-        targets = [target for target in self.settings.targets if target in subject.values[scan.session]]
-        rounds = [targets] if self.settings.together and targets else [[target] for target in targets]
+        targets = [target for target in self.request.targets if target in subject.values[scan.session]]
+        rounds = [targets] if self.request.together and targets else [[target] for target in targets]
         for asked in rounds:
             turns: list[Sequence[Item]] = []
             for target in asked:

@@ -2,15 +2,16 @@
 
 import os
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from umbrella.base import ProgressBar, UserError
 from umbrella.cohorts.bids import DEFAULT_SUFFIXES, EXTENSIONS, MODALITIES, SERIES, Images, Scan, find_images
-from umbrella.cohorts.questions import Subject
 from umbrella.cohorts.tables import Table, Variable, normalise, pick_column, subject_key
 
 METADATA = ("site", "sex", "age")
@@ -43,8 +44,11 @@ class Request:
     templates: Path | None = None
     tasks: tuple[str, ...] = ("T1", "T2", "T3")
     together: bool = False
+    """One conversation of T1 and T2 asks about all targets, in several turns."""
     references: int = 1
+    """Comparisons of each subject, suffix and target."""
     reference_pool: float = 0.0
+    """Share of the groups of each split that are references and are not compared themselves; 0: all are both."""
     anchors: str = ""
     """A number, or names of subjects with commas."""
     bins: int = 4
@@ -57,6 +61,23 @@ class Request:
     split_file: Path | None = None
     seed: int = 0
     dry_run: bool = False
+
+
+@dataclass(slots=True)
+class Subject:
+    """A subject with its scans and values."""
+
+    id: str
+    group: str
+    """The family, or the subject itself."""
+    scans: list[Scan]
+    values: dict[str, dict[str, Any]]
+    """Session to variable to value. A variable without a value is left out."""
+    split: str = ""
+
+    def first(self, variable: str) -> Any:
+        """Return the value of the first session that has one, or None."""
+        return next((values[variable] for values in self.values.values() if variable in values), None)
 
 
 @dataclass
@@ -73,6 +94,12 @@ class Cohort:
     """What was found, guessed and left out."""
     left_out: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(subject, session, target, reason)."""
+    edges: dict[str, list[float]] = field(default_factory=dict)
+    """Target to the boundaries of the bins in which numbers count as the same."""
+
+    def stratum(self, target: str, value: Any) -> Any:
+        """Return the class, or the bin of a number."""
+        return bisect(self.edges[target], value) if target in self.edges and value is not None else value
 
     def drop(self, subject: str, session: str, target: str, reason: str) -> None:
         """Record that something is left out."""
@@ -267,6 +294,9 @@ def _join(request: Request, tables: Sequence[Table], images: Images, cohort: Coh
                 f"{target}: no subject has a value: {counted}; --columns {target}=NAME takes another column, --values"
                 f" {target}=CODE:VALUE,... explains codes"
             )
+        if cohort.variables[target].is_number:
+            numbers = [value for subject in cohort.subjects if (value := subject.first(target)) is not None]
+            cohort.edges[target] = quantiles(numbers, n=request.bins) if request.bins > 1 else []
 
 
 def _first(names: Any) -> str:
