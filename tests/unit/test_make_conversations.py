@@ -446,3 +446,33 @@ def test_prepare_says_what_to_do_with_a_dataset(run: Callable[..., Done], ds: Pa
     done = run("prepare.py", word.format(ds), *(["data.validation=x"] if "=" in word else []))
     assert done.status == 2
     assert f"make_conversations.py {ds} --targets sex,age" in done.stderr
+
+
+def test_tables_of_spreadsheets_are_read(made: Any, ds: Path) -> None:
+    text = "Subject;Sex;Age;Center\r\n" + "".join(
+        f"{i};{SEXES[i % 2]};{20 + i}.0;Zürich\r\n" for i, _ in enumerate(subjects())
+    )
+    for encoding in ("latin-1", "utf-16", "utf-8-sig"):
+        (ds / "participants.tsv").write_bytes(text.encode(encoding))
+        samples = made(ds)  # the subjects have lost their leading zeros
+        assert {s["metadata"]["site"] for s in samples} == {"Zürich"}
+        assert labels(samples, "age")["sub-07"] == 27
+
+
+def test_rows_that_differ_leave_out_the_question(make: Make, ds: Path, tmp_path: Path) -> None:
+    with (ds / "participants.tsv").open("a") as file:
+        file.write("sub-03\tF\t99\n")  # sub-03 is F and 23
+    assert "age, several rows that differ: 1 (sub-03)" in make(ds).stdout
+    assert labels(read(tmp_path / "out"), "sex")["sub-03"] == "female"
+
+
+def test_sessions_and_versions_of_freesurfer_folders_are_told_apart(make: Make, ds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "derivatives/fs"
+    for name in subjects():
+        endings = ("_ses-1", "_ses-1.long.x", ".base")
+        touch(folder, *(f"{name}{end}/mri/brain.mgz" for end in endings))
+    people(tmp_path)
+    done = make(folder)
+    assert "--select long=long  for sub-00_ses-1.long.x/mri/brain.mgz" in done.stderr
+    assert make(folder, "--select", "long=none", "--tasks", "T1").status == 0
+    assert images(read(tmp_path / "out")) == {f"{name}_ses-1/mri/brain.mgz" for name in subjects()}

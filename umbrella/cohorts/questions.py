@@ -11,13 +11,13 @@ from pydantic import Field, ValidationError
 
 from umbrella.base import ProgressBar, Section, UserError
 from umbrella.cohorts.assign_splits import hash_fraction
-from umbrella.cohorts.bids import Scan
+from umbrella.cohorts.bids import SERIES, Scan
 from umbrella.cohorts.reading import Cohort, Request, Subject
 from umbrella.config import Loader
 
 SAME_SUBJECT = {"comparison_type": "same_subject"}
-MAX_SCANS = 4
-"""Largest number of sessions in one conversation."""
+MAX_SCANS, MAX_SERIES = 4, 2
+"""Largest number of sessions in one conversation, of 3D and of 4D images."""
 Wordings = tuple[str, ...]
 
 
@@ -198,7 +198,7 @@ class Questions:
                 yield from self._ask("T2", name, subject, opening, rng)
         for suffix, scans in by_suffix.items():
             if len(scans) > 1:
-                shown = list(scans.values())[-MAX_SCANS:]
+                shown = list(scans.values())[-(MAX_SERIES if suffix in SERIES else MAX_SCANS) :]
                 name = f"{subject.id}_sessions_{suffix}"
                 yield from self._ask("T2", name, subject, [rng.choice(self.templates.sessions), *shown], rng)
 

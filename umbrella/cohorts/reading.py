@@ -3,14 +3,14 @@
 import os
 import re
 from bisect import bisect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from umbrella.base import ProgressBar, UserError
+from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.cohorts.bids import DEFAULT_SUFFIXES, EXTENSIONS, MODALITIES, SERIES, Images, Scan, find_images
 from umbrella.cohorts.tables import Table, Variable, normalise, pick_column, subject_key
 
@@ -173,7 +173,8 @@ def _images_of_table(request: Request, suffixes: Mapping[str, str]) -> Images:
                 columns[column] = named.get(column) or next(iter(words), own[1] if own else "")
             suffix = columns[column]
             if suffix not in suffixes:
-                images.left_out[f"images of the column {column}; --columns T1w={column} says which suffix it has"] += 1
+                reason = f"images of the column {column}; --columns T1w={column} says which suffix it has"
+                images.left_out[reason] += 1
                 continue
             path = os.path.join(file.parent, os.path.expanduser(text))
             if not os.path.exists(path):
@@ -244,13 +245,17 @@ def _join(request: Request, tables: Sequence[Table], images: Images, cohort: Coh
     in_tables = {key for table in tables for key in table.sessions}
     on_disk = {subject_key(subject): subject for subject in images.scans}
     key_of = {subject: key for key, subject in on_disk.items() if key in in_tables}
+    rest = defaultdict(list)
+    for key in in_tables - set(key_of.values()):
+        rest[key.lstrip("0")].append(key)
+    zeros = {s: rest[key.lstrip("0")][0] for key, s in on_disk.items() if len(rest.get(key.lstrip("0"), ())) == 1}
+    zeros = {subject: key for subject, key in zeros.items() if subject not in key_of}
+    if zeros:
+        cohort.notes.append(f"{pluralise(len(zeros), 'subject')} matched without leading zeros, as {_first(zeros)}")
+    key_of |= zeros
     if not key_of:
-        short = {key.lstrip("0"): key for key in in_tables}
-        key_of = {s: short[key.lstrip("0")] for key, s in on_disk.items() if key.lstrip("0") in short}
-        if not key_of:
-            examples = f"{_first(images.scans)} on disk, {_first(in_tables)} in the tables"
-            raise UserError(f"no subject is both on disk and in the tables: {examples}; --columns participant_id=NAME")
-        cohort.notes.append("subjects are matched without their leading zeros")
+        examples = f"{_first(images.scans)} on disk, {_first(in_tables)} in the tables"
+        raise UserError(f"no subject is both on disk and in the tables: {examples}; --columns participant_id=NAME")
     for subject in sorted(images.scans.keys() - key_of.keys()):
         cohort.drop(subject, "", "", "on disk, not in the tables")
     for key in sorted(in_tables - set(key_of.values())):

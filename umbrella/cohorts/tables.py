@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,25 @@ def read_rows(file: Path) -> Iterator[dict[str, str]]:
         UserError: the file cannot be read or holds no table.
     """
     try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            first = stream.readline()
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=next((mark for mark in "\t,;" if mark in first), "\t"))
-            header = [normalise(name) for name in next(reader, [])]
-            if not any(header):
-                raise UserError(f"{file}: is empty; the first line must name the columns")
-            yield dict.fromkeys(header, "")
-            for row in filter(any, reader):
-                yield dict.fromkeys(header, "") | dict(zip(header, map(str.strip, row), strict=False))
+        text = _decode_text(file.read_bytes())
+        first = text.partition("\n")[0]
+        reader = csv.reader(StringIO(text, newline=""), delimiter=next((m for m in "\t,;" if m in first), "\t"))
+        header = [normalise(name) for name in next(reader, [])]
+        if not any(header):
+            raise UserError(f"{file}: is empty; the first line must name the columns")
+        yield dict.fromkeys(header, "")
+        for row in filter(any, reader):
+            yield dict.fromkeys(header, "") | dict(zip(header, map(str.strip, row), strict=False))
     except (OSError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as a table: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _decode_text(data: bytes) -> str:
+    """Decode UTF-8 with or without a mark, and what spreadsheets write besides: UTF-16 with a mark, and Latin-1."""
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 @dataclass
