@@ -12,30 +12,38 @@ from hypothesis import strategies as st
 
 from tests.conftest import Done
 from tests.unit.test_make_conversations import labels, read, subjects, table, touch
-from umbrella.cohorts.assign_splits import assign_groups
+from umbrella.cohorts.assign_splits import assign_groups, known_splits
 
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
-FAMILIES = st.dictionaries(
-    st.text("abcdef", min_size=1, max_size=3),
-    st.lists(
-        st.frozensets(st.sampled_from([("sex", "m"), ("sex", "f"), ("site", "A"), ("site", "B")])),
-        min_size=1,
-        max_size=4,
-    ),
-    max_size=60,
-)
+LABELS = st.frozensets(st.sampled_from([("sex", "m"), ("sex", "f"), ("site", "A"), ("site", "B")]))
+COHORTS = st.dictionaries(st.integers(0, 99).map(str), st.tuples(st.sampled_from("abcdefghij"), LABELS), max_size=60)
 
 
-@given(families=FAMILIES, more=FAMILIES, seed=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_known_families_keep_their_split_when_others_are_added(families: Any, more: Any, seed: int) -> None:
-    first = assign_groups(families, SHARES, {}, seed)
-    assert first == assign_groups(dict(reversed(families.items())), SHARES, {}, seed)
-    assert first.keys() == families.keys()
-    assert set(first.values()) <= SHARES.keys()
-    later = assign_groups(more | families, SHARES, first, seed)
-    assert {group: later[group] for group in families} == first
-    assert later.keys() == families.keys() | more.keys()
+def draw(cohort: dict[str, Any], known: dict[str, str], seed: int) -> dict[str, str]:
+    """Subject to split. ``cohort``: subject to family and labels; ``known``: the splits of an earlier run."""
+    members = defaultdict[str, list[str]](list)
+    for name, (family, _) in cohort.items():
+        members[family].append(name)
+    kept = known_splits(known, members, SHARES, "splits.tsv", "")
+    labels_of = {family: [cohort[name][1] for name in names] for family, names in members.items()}
+    found = assign_groups(labels_of, SHARES, kept, seed)
+    return {name: found[family] for name, (family, _) in cohort.items()}
+
+
+@given(cohort=COHORTS, more=COHORTS, seed=st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_no_family_is_in_two_splits_and_subjects_keep_theirs(cohort: Any, more: Any, seed: int) -> None:
+    first = draw(cohort, {}, seed)
+    assert first == draw(dict(reversed(cohort.items())), {}, seed)
+    both = more | cohort
+    later = draw(both, first, seed)
+    assert {name: later[name] for name in cohort} == first
+    assert later.keys() == both.keys()
+    splits_of = defaultdict[str, set[str]](set)
+    for name, split in later.items():
+        splits_of[both[name][0]].add(split)
+    assert all(len(found) == 1 for found in splits_of.values())
+    assert set(later.values()) <= SHARES.keys()
 
 
 @given(number=st.integers(40, 200), seed=st.integers(0, 5))

@@ -362,6 +362,16 @@ def test_anchors_are_shown_to_all_and_never_asked_about(made: Any, ds: Path, tmp
     assert made(ds, "--anchors", "2") == samples == made(ds)  # they stand in splits.tsv
 
 
+def test_the_family_of_an_anchor_is_not_asked_about(make: Make, ds: Path, tmp_path: Path) -> None:
+    rich(ds)  # sub-00, sub-01 and sub-02 are one family
+    done = make(ds, "--anchors", "sub-00")
+    assert "in the family of an anchor: 2 (sub-01, sub-02)" in done.stdout
+    shown = {name for s in read(tmp_path / "out") for name in s["subject_ids"]}
+    assert "sub-00" in shown
+    assert not {"sub-01", "sub-02"} & shown
+    assert "only 15 subjects have no relatives" in make(ds, "--anchors", "16", "--output", f"{tmp_path}/new").stderr
+
+
 def test_the_reference_pool_is_disjoint_from_the_compared_subjects(made: Any, ds: Path) -> None:
     compared = [s["metadata"] for s in made(ds, "--reference-pool", "0.4", targets="sex") if s["task_type"] == "T3"]
     assert compared
