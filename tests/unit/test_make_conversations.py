@@ -187,6 +187,8 @@ def test_fmriprep_variants_are_listed_with_the_option_that_selects_one(make: Mak
     samples = read(tmp_path / "out")
     assert all("space-MNI152" in path for path in images(samples))
     assert samples[0]["metadata"]["brain_mask"].endswith("space-MNI152NLin2009cAsym_res-2_desc-brain_mask.nii.gz")
+    several = make(ds, "--derivatives", "raw,fmriprep", "--select", "space=none")
+    assert "--select derivative=fmriprep  for derivatives/fmriprep/sub-00/anat" in several.stderr
     wrong = make(ds, "--derivatives", "fmriprep", "--select", "space=MNI6")
     assert "matches no image; there are space=" in wrong.stderr
 
@@ -195,6 +197,7 @@ def test_freesurfer_subjects_give_the_skull_stripped_volume(made: Any, make: Mak
     folder = ds / "derivatives/freesurfer"
     touch(folder, *(f"{name}/mri/{file}.mgz" for name in subjects() for file in ("brain", "T1", "norm", "orig")))
     touch(folder, "fsaverage/mri/brain.mgz", "sub-00/surf/lh.white")
+    assert "left out: 48 variants of T1w beside desc-brain, which --select desc=NAME takes" in make(folder).stdout
     assert images(made(folder)) == {f"{name}/mri/brain.mgz" for name in subjects()}  # with the tables of the raw data
     assert images(made(ds, "--derivatives", "freesurfer", "--select", "desc=norm")) == {
         f"derivatives/freesurfer/{name}/mri/norm.mgz" for name in subjects()
@@ -299,8 +302,8 @@ def test_columns_decide_where_a_guess_is_ambiguous(make: Make, ds: Path, tmp_pat
 def test_any_column_of_any_table_can_be_a_target_and_kept(made: Any, ds: Path) -> None:
     (ds / "phenotype").mkdir()
     rows = [(name, f"{100 + i}.5", "xy"[i % 2]) for i, name in enumerate(subjects())]
-    table(ds / "phenotype/tests.tsv", "participant_id IQ hand", rows)
-    samples = made(ds, "--keep", "hand", targets="iq")
+    table(ds / "phenotype/tests.tsv", "Code IQ hand", rows)
+    samples = made(ds, "--keep", "hand,age", "--columns", "participant_id=code", targets="iq")
     assert samples[0]["metadata"]["subject_label"] == float(samples[0]["metadata"]["iq"])
     assert samples[0]["metadata"]["hand"] in "xy"
     assert "iq" in samples[0]["conversations"][0]["content"][-1]["text"]

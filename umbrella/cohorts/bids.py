@@ -142,10 +142,13 @@ def find_images(
             scans[file.scan].append(file)
         several = []
         for scan, files in scans.items():
-            if len(files) > 1 and "desc" not in select:
-                descs = {file.entities.get("desc", "") for file in files}
-                best = next((desc for desc in PREFERRED if desc in descs), None)
-                files = [file for file in files if best is None or file.entities.get("desc") == best]
+            descs = {file.entities.get("desc") for file in files}
+            best = next((desc for desc in PREFERRED if desc in descs and "desc" not in select), None)
+            if best and len(descs) > 1 and len({file.entities["derivative"] for file in files}) == 1:
+                preferred = [file for file in files if file.entities.get("desc") == best]
+                reason = f"variants of {suffix} beside desc-{best}, which --select desc=NAME takes in its place"
+                images.left_out[reason] += len(files) - len(preferred)
+                files = preferred
             if len(files) > 1:
                 several.append(files)
             mask = relative(_mask_of(files[0].path)) if masks else ""
@@ -154,10 +157,12 @@ def find_images(
         if several:
             files, lines = (
                 several[0],
-                [f"{suffix}: several files match {len(several)} of {pluralise(len(scans), 'scan')}"],
+                [f"{suffix}: several files match {len(several)} of {pluralise(len(scans), 'scan')}; choose by one of"],
             )
             keys = dict.fromkeys(key for file in files for key in file.entities)
             differing = [key for key in keys if len({file.entities.get(key) for file in files}) > 1]
+            if len({file.entities["derivative"] for file in files}) == len(files):
+                differing = ["derivative"]
             for file in files:
                 chosen_by = ",".join(f"{key}={file.entities.get(key) or 'none'}" for key in differing)
                 lines.append(f"  --select {chosen_by}  for {relative(file.path)}")

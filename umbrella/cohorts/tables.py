@@ -159,11 +159,15 @@ def _read_levels(file: Path) -> dict[str, dict[str, str]]:
 def pick_column(table: Table, variable: str, columns: Mapping[str, str]) -> str | None:
     """Return the column of a variable in one table: the one that the user names, its own name, or a guess.
 
+    Columns of subjects and sessions are guessed in tables that lack the named one, too.
+
     Raises:
         UserError: several columns fit equally.
     """
-    if variable in columns:
-        return name if (name := normalise(columns[variable])) in table.header else None
+    if (name := normalise(columns.get(variable, ""))) in table.header:
+        return name
+    if name and variable not in ("participant_id", "session_id"):
+        return None
     for pattern in (re.escape(variable), *COLUMNS.get(variable, ())):
         fitting = [name for name in table.header if re.fullmatch(pattern, name)]
         if len(fitting) > 1:
@@ -202,7 +206,7 @@ class Variable:
         self._sex = SEX if set(map(_code, numbers)) <= {"1", "2"} else {c: s for c, s in SEX.items() if c.isalpha()}
         self._spellings: dict[str, str] = {}
         for text, _ in texts.most_common():  # of spellings that differ by case, the most frequent
-            self._spellings.setdefault(_code(text), text)
+            self._spellings.setdefault(_code(text), " ".join(text.split()))
         self.decoded = {text: self._decode(text) for text in texts}
         """Text to (value or None, reason why there is none)."""
 
