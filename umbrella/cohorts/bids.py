@@ -155,23 +155,24 @@ def find_images(
             chosen = Scan(*scan, suffix, suffixes[suffix], relative(files[0].path), mask)
             images.scans.setdefault(chosen.subject, []).append(chosen)
         if several:
-            files, lines = (
-                several[0],
-                [f"{suffix}: several files match {len(several)} of {pluralise(len(scans), 'scan')}; choose by one of"],
-            )
-            keys = dict.fromkeys(key for file in files for key in file.entities)
-            differing = [key for key in keys if len({file.entities.get(key) for file in files}) > 1]
-            if len({file.entities["derivative"] for file in files}) == len(files):
-                differing = ["derivative"]
-            for file in files:
-                chosen_by = ",".join(f"{key}={file.entities.get(key) or 'none'}" for key in differing)
-                lines.append(f"  --select {chosen_by}  for {relative(file.path)}")
-            problems.append("\n".join(lines))
+            share = f"{len(several)} of {pluralise(len(scans), 'scan')}"
+            problems.append(f"{suffix}: several files match {share}; choose by one of")
+            problems += [f"  --select {choice}  for {relative(path)}" for choice, path in _variants(several[0])]
     if problems:
         raise UserError("\n".join(problems))
     for of_subject in images.scans.values():
         of_subject.sort(key=lambda scan: (list(suffixes).index(scan.suffix), scan.name))
     return images
+
+
+def _variants(files: Sequence[_File]) -> Iterator[tuple[str, str]]:
+    """Yield the selection of each file, by the entities in which they differ, and its path."""
+    keys = dict.fromkeys(key for file in files for key in file.entities)
+    differing = [key for key in keys if len({file.entities.get(key) for file in files}) > 1]
+    if len({file.entities["derivative"] for file in files}) == len(files):
+        differing = ["derivative"]
+    for file in files:
+        yield ",".join(f"{key}={file.entities.get(key) or 'none'}" for key in differing), file.path
 
 
 def _subject_folders(folder: Path) -> list[os.DirEntry[str]]:
