@@ -125,10 +125,12 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
-def join_cluster(resources: ResourceSettings, name: str) -> None:
-    """Connect to a running cluster if there is one, because its nodes decode volumes; do not start a local Ray."""
-    if resources.ray_address != "local":
-        start_ray(resources, log_to_driver=False, name=name)
+def join_cluster(resources: ResourceSettings, name: str, log_to_driver: bool = False) -> str:
+    """Connect to a running cluster if there is one, because its nodes decode volumes; do not start a local Ray.
+
+    For arguments and result see ``start_ray``.
+    """
+    return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
 
 
 @contextmanager

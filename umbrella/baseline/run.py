@@ -16,7 +16,7 @@ from umbrella.baseline.targets import (
     make_samples,
     pair_with_volumes,
 )
-from umbrella.cluster import max_concurrent_trainings, start_ray
+from umbrella.cluster import join_cluster, max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import load_splits
@@ -61,10 +61,11 @@ def make_jobs(settings: Settings, progress: ProgressBar) -> tuple[Splits, list[B
     """
     storage = Path(settings.resources.storage).absolute()
     check_writable(storage, f"resources.storage={settings.resources.storage}")
-    _check_settings(settings)  # before Ray starts
+    _check_settings(settings)
     name = settings.with_name("baseline").name
-    start_ray(settings.resources, log_to_driver=True, name=name)
+    join_cluster(settings.resources, name, log_to_driver=True)
     splits, encodings = load_and_check(settings, progress)
+    start_ray(settings.resources, log_to_driver=True, name=name)
     uri = tracking_uri(storage, settings.tracking.uri)
     experiment = open_experiment(uri, settings.experiment, storage)
     max_concurrent_trainings(settings.resources)

@@ -10,7 +10,7 @@ from typing import NoReturn
 import ray
 
 from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm
-from umbrella.cluster import max_concurrent_trainings, start_ray
+from umbrella.cluster import join_cluster, max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.conversations.schema import questions_of
 from umbrella.data.ingest import load_splits
@@ -151,8 +151,9 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
     name, storage = settings.name, settings.resources.storage
     folder = Path(storage) / TRAININGS / name
     with run_lock(folder), synced(settings.resources, folder, progress):
-        start_ray(settings.resources, log_to_driver=True, name=name)
+        join_cluster(settings.resources, name, log_to_driver=True)
         splits = load_and_check(settings, progress)
+        start_ray(settings.resources, log_to_driver=True, name=name)
         uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
         max_concurrent_trainings(settings.resources)

@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm, pluralise
-from umbrella.cluster import SPARE_CPUS, max_concurrent_trainings, start_ray
+from umbrella.cluster import SPARE_CPUS, join_cluster, max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance_level
@@ -90,9 +90,11 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
 
     parameters, total, storage = read_space(settings, fixed), count_trials(settings, fixed), storage_of(folder)
     possible = variants(settings, parameters, "mask", "modalities", "model")
-    if dashboard := start_ray(settings.resources, log_to_driver=False, name=settings.name):
-        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
+    dashboard = join_cluster(settings.resources, settings.name)
     splits = load_and_check(settings, progress, possible)
+    dashboard = dashboard or start_ray(settings.resources, log_to_driver=False, name=settings.name)
+    if dashboard:
+        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
     check_writable(folder, "the folder of the sweep")
     if resumes:
         check_fingerprint(folder, splits.fingerprint)
