@@ -17,6 +17,7 @@ sweeps/<name>/                  one sweep
   trials/<hash>/                  one trial: a training, with point.json (its settings) and end.json (how it ended)
   report.html ranking.csv best.yaml *.png
 evaluations/<name>/             one evaluation: report.html, metrics.json, predictions.csv, ...
+evaluations/<sweep>-folds/      the evaluation of all folds together
 volumes/                        prepared volumes, see ``volumes.store``
 phantom-<hash>/                 a phantom cohort
 quarantine-<hash>.jsonl         samples that were left out
@@ -31,6 +32,8 @@ from pathlib import Path
 
 TRAININGS, SWEEPS, EVALUATIONS = "trainings", "sweeps", "evaluations"
 """Folders below the storage folder. An evaluation has the name of its training or sweep."""
+FOLDS = "-folds"
+"""Ending of the name of an evaluation of all folds."""
 VOLUMES, COHORT_REPORT, PICTURES, ARTIFACTS = "volumes", "report", "inspect", "artifacts"
 DATABASE, SALT = "mlflow.db", "subjects.salt"
 BEGUN, HISTORY, PREDICTIONS = "begun_with.json", "evaluations.jsonl", "predictions.jsonl"

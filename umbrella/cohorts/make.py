@@ -87,7 +87,8 @@ def make_conversations(request: Request, progress: ProgressBar, show: Callable[[
     if EXTERNAL in splits and "test" in splits:
         show(f"external test: data.test={request.output / EXTERNAL}.jsonl, in place of the split test")
     show(f"next: python experiments/prepare.py {request.output / 'data.yaml'}")
-    show(f"      python experiments/tune.py {request.output / 'data.yaml'} ray_configs/grid_96.yaml")
+    folds = " --folds" * bool(request.folds)
+    show(f"      python experiments/tune.py {request.output / 'data.yaml'} ray_configs/grid_96.yaml{folds}")
 
 
 def _assign_splits(request: Request, cohort: Cohort) -> list[str]:

@@ -56,7 +56,7 @@ class EvaluationResult:
 
     settings: Settings
     model: str
-    """The path of the checkpoint."""
+    """The path of the checkpoint; of several folds, that of the settings of their trainings."""
     split: str
     predictions: Mapping[str, Sequence[Prediction]]
     """Condition to predictions, in the order of the data."""
@@ -157,11 +157,15 @@ def write_evaluation(folder: Path, result: EvaluationResult, cases: Sequence[Cas
     with TemporaryDirectory(dir=folder, prefix=".") as temporary:
         page = write_report(Path(temporary), result, cases)
         for condition, predictions in result.predictions.items():
-            suffix = "" if condition == AS_ASKED else f"_{condition}"
-            write_predictions(Path(temporary) / f"predictions{suffix}.jsonl", predictions)
+            write_predictions(predictions_file(Path(temporary), condition), predictions)
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file == page):  # the page last
             os.replace(file, folder / file.name)
     return folder / page.name
+
+
+def predictions_file(folder: Path, condition: str) -> Path:
+    """Return the file of the predictions under a condition."""
+    return folder / f"predictions{'' if condition == AS_ASKED else f'_{condition}'}.jsonl"
 
 
 def write_report(folder: Path, result: EvaluationResult, cases: Sequence[Case]) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from umbrella.base import ProgressBar, UserError, note
 from umbrella.file_storage import FileStorage
 from umbrella.fileio import link_or_copy
-from umbrella.paths import CHECKPOINT, END, EVALUATIONS, RAY, SIZES, STOP, SWEEPS, WORKERS, marker_of, storage_of
+from umbrella.paths import CHECKPOINT, END, EVALUATIONS, FOLDS, RAY, SIZES, STOP, SWEEPS, WORKERS, marker_of, storage_of
 from umbrella.training.checkpoint_files import find_damage
 from umbrella.training.settings import ResourceSettings
 
@@ -154,7 +154,8 @@ class CheckpointSync:
         return file.relative_to(self.storage).as_posix()
 
     def _files(self) -> Iterator[Path]:
-        for top in (self.folder, self.storage / EVALUATIONS / self.folder.name):
+        evaluation = self.storage / EVALUATIONS / self.folder.name
+        for top in (self.folder, evaluation, evaluation.with_name(f"{evaluation.name}{FOLDS}")):
             for folder, folders, names in os.walk(top):
                 folders[:] = [name for name in folders if not name.startswith(".") and name not in LOCAL]
                 yield from (Path(folder, n) for n in sorted(names) if not n.startswith(".") and n not in LOCAL)
