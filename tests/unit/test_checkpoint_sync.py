@@ -131,21 +131,24 @@ def test_whenever_the_machine_is_lost_another_one_continues_from_a_complete_chec
 
 def test_a_training_is_downloaded_as_it_was_without_what_belongs_to_the_machine(address: str, tmp_path: Path) -> None:
     folder, report = begin(tmp_path / "home" / FIRST), tmp_path / "home/evaluations/first/report.html"
+    of_folds = tmp_path / "home/evaluations/first-folds/report.html"
     assert not is_uploaded(resources(tmp_path / "away", address), tmp_path / "away" / FIRST)
     with synced(resources(tmp_path / "home", address), folder, all_of):
         evaluate(folder, 1)
         for name in ("stop", "workers", "ray/notes", ".step_2.partial/model"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).touch()
-        report.parent.mkdir(parents=True)
-        report.touch()
+        for file in (report, of_folds):
+            file.parent.mkdir(parents=True)
+            file.touch()
     away = tmp_path / "away" / FIRST
     with synced(resources(tmp_path / "away", address), away, all_of):
         assert find_damage(away / "step_0000001") == ""
         assert {path.name for path in away.iterdir()} == {"begun_with.json", "evaluations.jsonl", "step_0000001"}
         evaluate(away, 2)
     uploaded = FileStorage(address).list_files("")
-    assert {"evaluations/first/report.html", f"{FIRST}/step_0000002/files.json"} <= uploaded.keys()
+    reports = {f"evaluations/{name}/report.html" for name in ("first", "first-folds")}
+    assert reports | {f"{FIRST}/step_0000002/files.json"} <= uploaded.keys()
     download(resources(tmp_path / "home", address), folder, all_of)
     assert not (folder / "step_0000002").exists(), "what is here is not replaced"
 

@@ -107,6 +107,8 @@ def test_the_report_has_the_answers_of_all_folds_and_its_metrics_are_those_of_th
     logged = client.get_run(logger.run_id)
     assert logged.data.metrics[f"test/sex/{name}"] == found[""]
     assert logged.data.metrics[f"test/sex/{name}/low"] < found[""] < logged.data.metrics[f"test/sex/{name}/high"]
-    assert [given.dataset.name for given in logged.inputs.dataset_inputs] == ["test"]
+    (given,) = logged.inputs.dataset_inputs
+    assert given.dataset.name == "test"
+    assert all(f"fold-{i}/test.jsonl" in given.dataset.source for i in (1, 2, 3))
     assert "there is no nested selection" in (folder / REPORT).read_text()
     assert "24 conversations" in capsys.readouterr().out
