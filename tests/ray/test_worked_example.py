@@ -58,6 +58,8 @@ def ranking(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_bids_dataset_becomes_a_ranked_sweep(example: Callable[..., Done], tmp_path: Path) -> None:
     done = example((), ())
     assert done.status == 0, done.stderr
