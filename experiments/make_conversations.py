@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--templates", type=Path, metavar="FILE", help="YAML with texts that replace the built-in ones")
     add("--tasks", type=words, default=("T1", "T2", "T3"), metavar="T1,T3", help="default: T1,T2,T3")
     add("--together", action="store_true", help="ask about all targets in one conversation of T1 and T2")
+    add("--compare", type=words, default=(), metavar="sex", help="targets of comparisons (T3), default: all")
     add("--references", type=int, default=1, metavar="N", help="comparisons of each subject (T3)")
     add("--reference-pool", type=float, default=0.0, metavar="0.2", help="share of subjects that are references only")
     add("--anchors", default="", metavar="N|sub-01,sub-02", help="references of all subjects, never asked about")
@@ -99,7 +100,7 @@ def main() -> None:
     from umbrella.cohorts.tables import canonical
 
     given = vars(parser().parse_args(sys.argv[1:]))
-    for name in ("targets", "keep"):
+    for name in ("targets", "keep", "compare"):
         given[name] = tuple(map(canonical, given[name]))
     for name in ("columns", "hold_out"):
         given[name] = {canonical(variable): value for variable, value in given[name].items()}
@@ -108,6 +109,8 @@ def main() -> None:
     given["values"] = {canonical(variable): meanings for variable, meanings in given["values"]}
     if unknown := set(given["tasks"]) - {"T1", "T2", "T3"}:
         raise UserError(f"--tasks {', '.join(sorted(unknown))}: there are T1, T2 and T3")
+    if unknown := set(given["compare"]) - set(given["targets"]):
+        raise UserError(f"--compare {', '.join(sorted(unknown))}: not in --targets")
     if given["folds"] and given["folds"] < 3:
         raise UserError("--folds: must be 3 or more, one each for test and validation, and the rest for training")
     console = make_console()

@@ -335,6 +335,16 @@ def test_comparisons_are_balanced_and_references_come_from_the_split(made: Any, 
     assert all(abs(kind["same"] - kind["different"]) <= 1 for kind in kinds.values())
 
 
+def test_comparisons_can_be_limited_to_some_targets(make: Make, made: Any, ds: Path) -> None:
+    rich(ds)
+    samples = made(ds, "--compare", "Sex")
+    targets = {
+        kind: {s["metadata"]["target"] for s in samples if s["task_type"] == kind} for kind in ("T1", "T2", "T3")
+    }
+    assert targets == {"T1": {"sex", "age"}, "T2": {"sex", "age"}, "T3": {"sex"}}
+    assert "--compare site: not in --targets" in make(ds, "--compare", "site").stderr
+
+
 def test_numbers_are_compared_in_bins(made: Any, ds: Path) -> None:
     samples = [s["metadata"] for s in made(ds, "--bins", "2", targets="age") if s["task_type"] == "T3"]
     assert len(samples) >= 20

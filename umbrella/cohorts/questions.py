@@ -94,6 +94,7 @@ class Questions:
 
     def __init__(self, request: Request, templates: Templates, cohort: Cohort) -> None:
         self.request, self.templates, self.cohort = request, templates, cohort
+        self.compared = request.compare or request.targets
         self.left_out: Counter[str] = Counter()
         """Reason to number of comparisons."""
 
@@ -147,8 +148,8 @@ class Questions:
         return self.cohort.stratum(target, subject.values[scan.session][target])
 
     def _queries(self, subject: Subject, rng: Random) -> Iterator[tuple[str, Scan]]:
-        """Yield one scan of each suffix for each target, of the sessions that have a value."""
-        for target in self.request.targets:
+        """Yield one scan of each suffix for each target of comparisons, of the sessions that have a value."""
+        for target in self.compared:
             found: dict[str, list[Scan]] = {}
             for scan in subject.scans:
                 if target in subject.values[scan.session]:
@@ -209,7 +210,7 @@ class Questions:
         two = same[-1] if same else two
         if (one.session, one.suffix) == (two.session, two.suffix):
             return
-        for target in self.request.targets:
+        for target in self.compared:
             if target in subject.values[two.session]:
                 opening: list[Item] = [rng.choice(self.templates.same_subject), one]
                 yield self._comparison(f"{two.name}_vs_{one.name}", subject, two, target, opening, rng)

@@ -45,6 +45,8 @@ class Request:
     tasks: tuple[str, ...] = ("T1", "T2", "T3")
     together: bool = False
     """One conversation of T1 and T2 asks about all targets, in several turns."""
+    compare: tuple[str, ...] = ()
+    """Targets of comparisons; empty: all."""
     references: int = 1
     """Comparisons of each subject, suffix and target."""
     reference_pool: float = 0.0
