@@ -20,11 +20,11 @@ from umbrella.tracking.store import tracking_uri
 from umbrella.training.run import run_training
 
 LONGER = {
-    "train.epochs": 12, "train.evaluate_every": 5, "optim.lr": 1e-2, "data.log_samples": True,
+    "train.epochs": 8, "train.evaluate_every": 5, "optim.lr": 1e-2, "data.log_samples": True,
     "resources.keep_checkpoints": 2, "experiment": "faults",
 }  # fmt: skip
-"""39 steps of 4 on the small cohort of 13, with a checkpoint after each 5."""
-STEPS, COHORT = 39, 13
+"""38 steps of 4 on the small cohort of 19, with a checkpoint after each 5."""
+STEPS, COHORT = 38, 19
 TWO = {"resources.workers": 2, "resources.cpus_per_worker": 0.25}
 TRAIN = Path(__file__).resolve().parents[2] / "experiments" / "train.py"
 

@@ -131,7 +131,7 @@ def find_faults(settings: Settings) -> list[str]:
 
 
 def sweep_settings(storage: str | Path, trials: int) -> Settings:
-    """Settings of a sweep of learning rates, with 39 steps per trial."""
+    """Settings of a sweep of learning rates, with 38 steps per trial."""
     rates = [1e-3 * (1 + number / 8) for number in range(trials)]
     return load_settings(
         overrides={

@@ -20,8 +20,8 @@ from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 GOOD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 2e-2, 6e-3
-LONG = 12
-"""Epochs of the trial that is stopped: 39 steps, each evaluated. The others have 4."""
+LONG = 8
+"""Epochs of the trial that is stopped: 38 steps, each evaluated. The others have 5."""
 HOUR = 3600.0
 
 

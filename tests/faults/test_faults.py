@@ -167,14 +167,14 @@ def test_ctrl_c_ends_a_training_with_one_line_and_status_130(
 def test_resume_on_another_number_of_workers_sees_each_sample_once_per_epoch(
     small_settings: Callable[..., Any], run: Callable[..., Done]
 ) -> None:
-    fixed = {**LONGER, "train.epochs": 8, "train.batch_size": 2, "name": "counts"}
+    fixed = {**LONGER, "train.epochs": 6, "train.batch_size": 2, "name": "counts"}
     folder = folder_of(small_settings(fixed))
     at_step(folder, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run("train.py", str(write_settings(small_settings(fixed)))).status == 143
     train_to_end(small_settings(fixed | TWO))
     # Each worker logs its start.
     assert [entry["workers"] for entry in sample_log(folder) if "start" in entry] == [1, 2, 2]
-    assert_each_once_per_epoch(folder, 8)
+    assert_each_once_per_epoch(folder, 6)
 
 
 def test_killed_sharded_worker_changes_no_loss_and_not_the_step_at_which_patience_ends(

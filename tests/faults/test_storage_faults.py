@@ -15,8 +15,8 @@ from umbrella.training.checkpoint_files import find_damage, latest_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
-SHORT = {"train.epochs": 6, "train.evaluate_every": 3, "data.log_samples": True, "name": "one"}
-STEPS = 20
+SHORT = {"train.epochs": 4, "train.evaluate_every": 3, "data.log_samples": True, "name": "one"}
+STEPS = 19
 
 
 @pytest.fixture

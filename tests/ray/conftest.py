@@ -13,8 +13,8 @@ from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.launch import run_job
 from umbrella.training.run import make_job, run_training
 
-LONGER = {"train.epochs": 12, "train.evaluate_every": 9, "optim.lr": 1e-2}
-"""Long enough to learn something: 39 steps on the small cohort, evaluated five times."""
+LONGER = {"train.epochs": 8, "train.evaluate_every": 9, "optim.lr": 1e-2}
+"""Long enough to learn something: 38 steps on the small cohort, evaluated five times."""
 TWO_WORKERS = {"resources.workers": 2, "resources.cpus_per_worker": 0.25, "train.batch_size": 2}
 """The same global batch, on two workers."""
 

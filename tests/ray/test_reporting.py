@@ -29,7 +29,7 @@ PATIENT = {
     "data.log_samples": True,
 }
 STOP = 27
-"""The step of the third evaluation; the last step would be 39."""
+"""The step of the third evaluation; the last step would be 38."""
 SHOWN = FORMATS.keys() - {"train/memory_device_mib"}
 """Metrics of a training without a GPU."""
 

@@ -1,4 +1,4 @@
-"""The phantom cohort: same bytes, true affines, effects of the given size, balanced questions."""
+"""The phantom cohort: same bytes, true affines, effects of the given size, balanced splits, a valid BIDS dataset."""
 
 import csv
 import hashlib
@@ -15,14 +15,23 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from umbrella.base import UserError
-from umbrella.cohorts.phantom import SPLITS, draw_subjects, make_cohort
+from umbrella.cohorts import phantom
+from umbrella.cohorts.phantom import Subject, draw_subjects
 from umbrella.cohorts.settings import CohortSettings
+from umbrella.config import load_settings
 from umbrella.conversations.reading import read_conversations
 
+SPLITS = ("train", "validation", "test")
 SMALL = CohortSettings(subjects=12, spacing=8.0, functional_subjects=3, diffusion_subjects=6)
 PLAIN = SMALL.model_copy(
     update={"deformation": 0.0, "noise": 0.0, "bias": 0.0, "functional_subjects": 0, "diffusion_subjects": 0}
 )
+
+
+def make_cohort(
+    folder: Path, settings: CohortSettings, progress: Any = lambda things, _: things, **others: Any
+) -> Path:
+    return phantom.make_cohort(folder, settings, progress, **others)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "data.yaml")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -45,8 +54,17 @@ def participants(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def volume(folder: Path, subject: str, suffix: str = "T1w") -> nib.Nifti1Image:
-    return nib.load(folder / "volumes" / f"{subject}_{suffix}.nii.gz")
+def split_of(folder: Path) -> dict[str, str]:
+    with (folder / "conversations" / "splits.tsv").open(encoding="utf-8") as file:
+        return {row["participant_id"]: row["split"] for row in csv.DictReader(file, delimiter="\t")}
+
+
+def sex_of(row: dict[str, str]) -> str:
+    return {"M": "male", "F": "female"}[row["sex"]]
+
+
+def volume(folder: Path, subject: str) -> nib.Nifti1Image:
+    return nib.load(folder / subject / "anat" / f"{subject}_T1w.nii.gz")
 
 
 def canonical(folder: Path, subject: str) -> np.ndarray:
@@ -55,11 +73,11 @@ def canonical(folder: Path, subject: str) -> np.ndarray:
 
 def test_another_seed_gives_other_volumes_and_more_subjects_the_same_ones(cohort: Path, tmp_path: Path) -> None:
     other = fingerprints(make_cohort(tmp_path / "seed", SMALL.model_copy(update={"seed": 1})))
-    larger = fingerprints(make_cohort(tmp_path / "larger", SMALL.model_copy(update={"subjects": 15})))
+    larger = fingerprints(make_cohort(tmp_path / "larger", SMALL.model_copy(update={"subjects": 16})))
     volumes = {name: digest for name, digest in fingerprints(cohort).items() if name.endswith("_T1w.nii.gz")}
     assert len(volumes) == 12
     assert all(other[name] != digest for name, digest in volumes.items())
-    assert volumes.items() <= larger.items()
+    assert volumes.items() <= larger.items()  # of the same sex and age
 
 
 def test_the_affine_places_the_head_in_every_storage_orientation(cohort: Path) -> None:
@@ -72,7 +90,8 @@ def test_the_affine_places_the_head_in_every_storage_orientation(cohort: Path) -
     orientations = {}
     for subject in draw_subjects(SMALL):
         for modality in ("sMRI", "dMRI") if "dMRI" in subject.modalities else ("sMRI",):
-            image = nib.load(cohort / subject.path(modality))
+            (path,) = subject.paths(modality)
+            image = nib.load(cohort / path)
             orientations[subject.number] = "".join(nib.aff2axcodes(image.affine))
             np.testing.assert_allclose(centre(image), truth, atol=6)
             np.testing.assert_allclose(image.header.get_qform(), image.affine, atol=1e-4)
@@ -83,8 +102,8 @@ def test_axes_are_not_mirrored_by_the_storage_orientation(tmp_path: Path) -> Non
     # Without anything random, subjects of one sex and no age effect are one volume, however it is stored.
     settings = PLAIN.model_copy(update={"age_ventricle": 0.0, "sex_scale": 0.0})
     folder = make_cohort(tmp_path / "c", settings)
-    males = [canonical(folder, row["participant_id"]) for row in participants(folder) if row["sex"] == "male"]
-    females = [canonical(folder, row["participant_id"]) for row in participants(folder) if row["sex"] == "female"]
+    males = [canonical(folder, row["participant_id"]) for row in participants(folder) if row["sex"] == "M"]
+    females = [canonical(folder, row["participant_id"]) for row in participants(folder) if row["sex"] == "F"]
     assert all(np.array_equal(group[0], data) for group in (males, females) for data in group)
     brighter = ndimage.center_of_mass(males[0] - females[0])
     assert apply_affine(nib.as_closest_canonical(volume(folder, "sub-0001")).affine, brighter)[0] > 20
@@ -93,13 +112,13 @@ def test_axes_are_not_mirrored_by_the_storage_orientation(tmp_path: Path) -> Non
 def test_the_sex_effect_has_the_size_of_the_settings(tmp_path: Path) -> None:
     settings = PLAIN.model_copy(update={"age_ventricle": 0.0, "sex_scale": 0.1, "sex_region": 0.0})
     folder = make_cohort(tmp_path / "scale", settings)
-    volumes = {row["sex"]: canonical(folder, row["participant_id"]).sum() for row in participants(folder)}
+    volumes = {sex_of(row): canonical(folder, row["participant_id"]).sum() for row in participants(folder)}
     assert volumes["male"] / volumes["female"] == pytest.approx(1.1**3, rel=0.02)
 
     # At 4 mm a voxel centre falls on the centre of the region.
     settings = PLAIN.model_copy(update={"age_ventricle": 0.0, "sex_scale": 0.0, "sex_region": 0.4, "spacing": 4.0})
     folder = make_cohort(tmp_path / "region", settings)
-    brain = {row["sex"]: canonical(folder, row["participant_id"]) for row in participants(folder)}
+    brain = {sex_of(row): canonical(folder, row["participant_id"]) for row in participants(folder)}
     inside = brain["female"] > 0
     assert (brain["male"][inside] / brain["female"][inside]).max() == pytest.approx(1.4, rel=0.005)
 
@@ -122,18 +141,67 @@ def test_the_age_effect_grows_with_age_and_does_not_change_the_head(tmp_path: Pa
     assert head[ages[-1]] == pytest.approx(head[ages[0]], rel=0.01)
 
 
-def test_splits_have_different_subjects_and_are_balanced(cohort: Path) -> None:
-    seen: dict[str, str] = {}
+@pytest.mark.parametrize(("number", "seed"), [(12, 0), (12, 1), (14, 0), (24, 0), (50, 3), (100, 0), (150, 2)])
+def test_families_are_in_one_split_and_each_split_has_two_subjects_of_each_sex(
+    number: int, seed: int, tmp_path: Path
+) -> None:
+    settings = SMALL.model_copy(update={"subjects": number, "seed": seed})
+    folder = make_cohort(tmp_path / "c", settings, volumes=False)
+    splits, people = split_of(folder), {row["participant_id"]: row for row in participants(folder)}
+    assert splits.keys() == people.keys()
+    family = {name: row["family_id"] for name, row in people.items()}
+    assert len({(family[name], split) for name, split in splits.items()}) == len(set(family.values())) < number
+    sexes = Counter((split, people[name]["sex"]) for name, split in splits.items())
+    assert min(sexes[split, sex] for split in SPLITS for sex in "MF") >= 2
+    sizes = Counter(splits.values())
+    held_out = max(4, 0.2 * number)
+    assert sizes["validation"] == pytest.approx(held_out, abs=2)
+    assert sizes["test"] == pytest.approx(held_out, abs=2)
+    assert min(sizes.values()) >= 4
+
+
+def test_site_does_not_tell_the_sex() -> None:
+    for seed in range(3):
+        subjects = draw_subjects(CohortSettings(seed=seed))
+        for sites in ({s.site for s in subjects}, {"east", "west"}):
+            counts = Counter((s.site, s.sex) for s in subjects if s.site in sites)
+            assert all(counts[site, "male"] == counts[site, "female"] > 0 for site in sites)
+        assert {s.site for s in subjects if len(s.modalities) > 1} == {"east"}
+
+
+def test_the_default_cohort_has_every_modality_in_every_split_sessions_and_missing_values(tmp_path: Path) -> None:
+    settings = load_settings().cohort
+    folder = make_cohort(tmp_path / "c", settings, volumes=False)
     for split in SPLITS:
-        for sample in samples_of(cohort, split):
-            for subject in sample["subject_ids"]:
-                assert seen.setdefault(subject, split) == split
-    assert seen == {row["participant_id"]: row["split"] for row in participants(cohort)}
-    for subjects in (12, 50, 150):
-        drawn = draw_subjects(SMALL.model_copy(update={"subjects": subjects}))
-        counts = Counter((subject.split, subject.sex) for subject in drawn)
-        assert all(counts[split, "male"] == counts[split, "female"] for split in SPLITS)
-    assert [counts[split, "male"] for split in SPLITS] == [45, 15, 15]
+        assert {i["modality"] for s in samples_of(folder, split) for i in s["images"]} == {"sMRI", "dMRI", "fMRI"}
+        assert {s["task_type"] for s in samples_of(folder, split)} == {"T1", "T2", "T3"}
+    sizes = Counter(split_of(folder).values())
+    assert sizes == {"train": 72, "validation": 24, "test": 24}
+    subjects = draw_subjects(settings)
+    two = [s.id for s in subjects if len(s.paths("sMRI")) == 2]
+    sessions = {
+        s["metadata"]["subject_id"] for n in SPLITS for s in samples_of(folder, n) if "session" in s["metadata"]
+    }
+    assert len(two) == 4
+    assert sessions == set(two)
+    missing = {key: {r["participant_id"] for r in participants(folder) if r[key] == "n/a"} for key in ("sex", "age")}
+    for key, names in missing.items():
+        assert 3 <= len(names) <= 4
+        asked = {
+            s["metadata"]["subject_id"] for n in SPLITS for s in samples_of(folder, n) if s["metadata"]["target"] == key
+        }
+        assert asked == {s.id for s in subjects} - names
+
+
+def test_the_settings_of_the_importer_read_the_cohort(cohort: Path) -> None:
+    from umbrella.data.splits import read_splits
+
+    splits = read_splits(load_settings([cohort / "conversations" / "data.yaml"]), lambda things, _: things, SPLITS)
+    assert splits.problems == []
+    assert {name: len(of_split) for name, of_split in splits.splits.items()} == {
+        name: len(samples_of(cohort, name)) for name in SPLITS
+    }
+    assert all(Path(path).is_relative_to(cohort) for path, _ in splits.volumes)
 
 
 def test_samples_show_volumes_that_exist_and_end_with_the_true_label(cohort: Path) -> None:
@@ -143,63 +211,66 @@ def test_samples_show_volumes_that_exist_and_end_with_the_true_label(cohort: Pat
     assert reading.notices == []
     truth = {row["participant_id"]: row for row in participants(cohort)}
     for c in reading.conversations:
-        roles = [turn.role for turn in c.conversations]
-        assert roles == ["user", "assistant"] * (2 if c.task_type == "T3" else 1)
-        expected: Any = int(truth[c.subject_id]["age"]) if c.target == "age" else truth[c.subject_id]["sex"]
+        row = truth[str(c.subject_id)]
+        expected: Any = int(row["age"]) if c.target == "age" else sex_of(row)
         assert (c.label, c.answer) == (expected, f"{expected} years." if c.target == "age" else f"{expected}.")
-        assert c.subject_id in c.volumes[-1].image_path
+        assert f"{c.subject_id}/" in c.volumes[-1].image_path
 
 
-def test_references_are_other_subjects_of_the_split_and_their_label_is_uninformative(tmp_path: Path) -> None:
-    folder = make_cohort(tmp_path / "c", PLAIN.model_copy(update={"subjects": 40, "spacing": 10.0}))
-    split_of = {row["participant_id"]: row["split"] for row in participants(folder)}
+def test_comparisons_are_about_sex_and_their_reference_does_not_tell_it(tmp_path: Path) -> None:
+    folder = make_cohort(tmp_path / "c", PLAIN.model_copy(update={"subjects": 40}), volumes=False)
     for split in SPLITS:
-        compared = [sample["metadata"] for sample in samples_of(folder, split) if sample["task_type"] == "T3"]
-        for metadata in compared:
-            assert metadata["reference_id"] != metadata["subject_id"]
-            assert split_of[metadata["reference_id"]] == split
-            same = metadata["reference_label"] == metadata["subject_label"]
-            assert metadata["comparison_type"] == ("same" if same else "different")
-        kinds = Counter(metadata["comparison_type"] for metadata in compared)
-        assert kinds["same"] == kinds["different"] == len(compared) / 2
+        compared = [s["metadata"] for s in samples_of(folder, split) if "reference_id" in s["metadata"]]
+        assert {metadata["target"] for metadata in compared} == {"sex"}
         pairs = Counter((metadata["subject_label"], metadata["comparison_type"]) for metadata in compared)
-        counts = [pairs[label, kind] for label in ("male", "female") for kind in ("same", "different")]
-        assert max(counts) - min(counts) <= 1
+        for label in ("male", "female"):
+            assert abs(pairs[label, "same"] - pairs[label, "different"]) <= 1
 
 
-def test_every_split_has_all_modalities_with_true_headers(cohort: Path) -> None:
-    for split in SPLITS:
-        used = {image["modality"] for sample in samples_of(cohort, split) for image in sample["images"]}
-        assert used == {"sMRI", "dMRI", "fMRI"}
-    assert len(list(cohort.glob("volumes/*_bold.nii.gz"))) == SMALL.functional_subjects
-    assert len(list(cohort.glob("volumes/*_FA.nii.gz"))) == SMALL.diffusion_subjects
-    for subject in draw_subjects(SMALL):
-        if "dMRI" in subject.modalities:
-            anisotropy = nib.load(cohort / subject.path("dMRI")).get_fdata()
-            assert anisotropy.min() == 0
-            assert 0.5 < anisotropy.max() <= 1
-        if "fMRI" in subject.modalities:
-            series = nib.load(cohort / subject.path("fMRI"))
-            assert series.header.get_zooms() == (16, 16, 16, 2)
-            assert series.header.get_xyzt_units() == ("mm", "sec")
-            assert series.shape[3] == 12
-            assert series.get_fdata().std(axis=3).max() > 0
+def test_headers_of_diffusion_maps_and_series_are_true(cohort: Path) -> None:
+    subjects = draw_subjects(SMALL)
+    assert len(list(cohort.rglob("*_bold.nii.gz"))) == SMALL.functional_subjects
+    assert len(list(cohort.rglob("*_param-FA_dwimap.nii.gz"))) == SMALL.diffusion_subjects
+
+    def images(modality: str) -> list[nib.Nifti1Image]:
+        having: list[Subject] = [s for s in subjects if modality in s.modalities]
+        return [nib.load(cohort / path) for s in having for path in s.paths(modality)]
+
+    for image in images("dMRI"):
+        anisotropy = image.get_fdata()
+        assert anisotropy.min() == 0
+        assert 0.5 < anisotropy.max() <= 1
+    for series in images("fMRI"):
+        assert series.header.get_zooms() == (16, 16, 16, 2)
+        assert series.header.get_xyzt_units() == ("mm", "sec")
+        assert series.shape[3] == 12
+        assert series.get_fdata().std(axis=3).max() > 0
+
+
+def test_two_sessions_of_a_subject_differ_by_noise_only(tmp_path: Path) -> None:
+    folder = make_cohort(tmp_path / "c", PLAIN.model_copy(update={"subjects": 16}))
+    noisy = make_cohort(tmp_path / "noisy", PLAIN.model_copy(update={"subjects": 16, "noise": 0.03}))
+    paths = draw_subjects(PLAIN.model_copy(update={"subjects": 16}))[14].paths("sMRI")
+    assert paths == [f"sub-0015/{ses}/anat/sub-0015_{ses}_T1w.nii.gz" for ses in ("ses-1", "ses-2")]
+    for place, equal in ((folder, True), (noisy, False)):
+        first, second = (nib.load(place / path).get_fdata() for path in paths)
+        assert np.array_equal(first, second) == equal
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path) -> None:
-    def interrupted(subjects: Any) -> Any:
+    def interrupted(subjects: Any, what: str) -> Any:
         yield next(iter(subjects))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make_cohort(tmp_path / "c", SMALL, interrupted)
     assert list(tmp_path.iterdir()) == []
-    assert (make_cohort(tmp_path / "c", SMALL) / "cohort.json").is_file()
+    assert (make_cohort(tmp_path / "c", SMALL) / "conversations" / "cohort.md").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_two_concurrent_builds_give_one_cohort_of_the_same_bytes(cohort: Path, tmp_path: Path) -> None:
-    def overtaken(subjects: Any) -> Any:
+    def overtaken(subjects: Any, what: str) -> Any:
         make_cohort(tmp_path / "c", SMALL)
         return subjects
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from umbrella.cohorts.phantom import draw_subjects, split_conversations
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data import pipeline
 from umbrella.data.pipeline import Plan, evaluation_rows, from_table, sample_order, to_table
 from umbrella.data.rendering import Renderer
+from umbrella.data.splits import read_splits
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -146,9 +146,8 @@ def test_steps_of_a_window_are_shuffled() -> None:
 
 def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort(tokenizer: Any) -> None:
     defaults = load_settings()
-    subjects = [s for s in draw_subjects(defaults.cohort) if s.split == "train"]
+    samples = read_splits(defaults, lambda things, _: things, ("train",), dry_run=True).train
     renderer = Renderer(tokenizer, defaults.modalities)
-    samples = [Conversation.model_validate(s) for s in split_conversations(subjects, defaults.cohort.seed)]
     examples = [renderer.render(sample) for sample in samples]
     tokens = np.array([len(example.input_ids) for example in examples])
     lengths = np.array([example.bucket_length for example in examples])

@@ -1,4 +1,4 @@
-"""The phantom cohort: subjects simulated from the MNI152 T1 template, with effects of sex and age of known size.
+"""The phantom cohort: a BIDS dataset simulated from the MNI152 T1 template, with effects of sex and age of known size.
 
 Nothing is downloaded: nilearn contains the template, which is brain-extracted. Positions are MNI millimetres (RAS+),
 arrays are (X, Y, Z) and (X, Y, Z, T).
@@ -7,7 +7,7 @@ arrays are (X, Y, Z) and (X, Y, Z, T).
 import gzip
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from umbrella.base import UserError
+from umbrella.base import ProgressBar, UserError
+from umbrella.cohorts.make import make_conversations
+from umbrella.cohorts.reading import Request
 from umbrella.cohorts.settings import CohortSettings
+from umbrella.fileio import write_atomic
 
-SPLITS = ("train", "validation", "test")
-SUFFIXES = {"sMRI": "T1w", "dMRI": "FA", "fMRI": "bold"}
-# Tokens are bytes in the tiny model, so the texts are short.
-SEX_QUESTIONS = ("What is the sex of this subject?", "Is this subject male or female?")
-AGE_QUESTIONS = ("How old is this subject, in years?", "What is the age of this subject, in years?")
+FILES = {"sMRI": ("anat", "T1w"), "dMRI": ("dwi", "model-DTI_param-FA_dwimap"), "fMRI": ("func", "task-rest_bold")}
+"""Modality to the folder and the end of the name of its images."""
 
-FORMAT_VERSION = 1
+SIBLINGS = 12
+"""Number of pairs that are families; all later subjects have a family of their own."""
+FORMAT_VERSION = 2
 """Increased when the same settings give other files."""
 REPETITION_TIME = 2.0
 """Seconds between the frames of a functional series."""
@@ -51,7 +53,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Subject:
-    """One subject. Seed and number determine sex and age; all settings determine split and modalities."""
+    """One subject. Seed and number determine all but site and modalities."""
 
     number: int
     """1 for the first subject."""
@@ -59,23 +61,34 @@ class Subject:
     """"male" or "female"."""
     age: int
     """Years, 20 to 80."""
-    split: str
-    """One of ``SPLITS``."""
+    site: str
+    family: str
     modalities: tuple[str, ...]
-    """Modalities with a volume, in the order of ``SUFFIXES``; sMRI is always the first."""
+    """Modalities with a volume, in the order of ``FILES``; sMRI is always the first."""
 
     @property
     def id(self) -> str:
         """The identifier in file names and tables, such as "sub-0001"."""
         return f"sub-{self.number:04d}"
 
-    def path(self, modality: str) -> str:
-        """Path of the volume of a modality, relative to the folder of the cohort."""
-        return f"volumes/{self.id}_{SUFFIXES[modality]}.nii.gz"
+    @property
+    def row(self) -> dict[str, object]:
+        """The subject's row of participants.tsv."""
+        return {
+            "participant_id": self.id,
+            "sex": "n/a" if self.number % 40 == 33 else self.sex[0].upper(),
+            "age": "n/a" if self.number % 30 == 27 else self.age,
+            "site": self.site,
+            "family_id": self.family,
+        }
 
-    def image(self, modality: str) -> dict[str, str]:
-        """The image item of a modality in conversations."""
-        return {"type": "image", "modality": modality, "image_path": self.path(modality)}
+    def paths(self, modality: str) -> list[str]:
+        """Paths of the volumes of a modality, relative to the dataset: one for each session."""
+        folder, name = FILES[modality]
+        if self.number % 32 != 15:
+            return [f"{self.id}/{folder}/{self.id}_{name}.nii.gz"]
+        sessions = ("ses-1", "ses-2") if modality == "sMRI" else ("ses-1",)
+        return [f"{self.id}/{session}/{folder}/{self.id}_{session}_{name}.nii.gz" for session in sessions]
 
 
 def _generator(seed: int, number: int, purpose: str) -> np.random.Generator:
@@ -89,176 +102,115 @@ def _generator(seed: int, number: int, purpose: str) -> np.random.Generator:
 def draw_subjects(settings: CohortSettings) -> list[Subject]:
     """Sample the subjects of a cohort, in the order of their numbers.
 
-    Subjects 1 and 2, 3 and 4, ... are pairs of one male and one female subject. Splits are made of pairs, so each is
-    balanced; where the number is odd, the subject without a partner is in the training split.
+    Subjects 1 and 2, 3 and 4, ... are pairs of one male and one female subject of one site.
     """
-    numbers = range(1, settings.subjects + 1)
-    pairs = settings.subjects // 2
-    # A held-out split needs two pairs: a comparison with the same sex needs two subjects of that sex.
-    held_out = max(2, round(0.2 * pairs))
-    shuffled = _generator(settings.seed, 0, "split").permutation(pairs)
-    split_of_pair = dict.fromkeys(shuffled[:held_out].tolist(), "validation")
-    split_of_pair |= dict.fromkeys(shuffled[held_out : 2 * held_out].tolist(), "test")
-    splits = {number: split_of_pair.get((number - 1) // 2, "train") for number in numbers}
-
-    # Take the first subjects of each split, in proportion to its size: sort by the rank within the split over its size.
-    members = {split: [number for number in numbers if splits[number] == split] for split in SPLITS}
-    early = sorted(numbers, key=lambda number: members[splits[number]].index(number) / len(members[splits[number]]))
-    having = {
-        "sMRI": set(numbers),
-        "dMRI": set(early[: settings.diffusion_subjects]),
-        "fMRI": set(early[: settings.functional_subjects]),
-    }
-
+    multimodal = {"dMRI": settings.diffusion_subjects, "fMRI": settings.functional_subjects}
     subjects = []
-    for number in numbers:
-        male_first = _generator(settings.seed, (number - 1) // 2, "sex").random() < 0.5
-        sex = "male" if male_first == (number % 2 == 1) else "female"
+    for number in range(1, settings.subjects + 1):
+        pair, second = divmod(number - 1, 2)
+        male_first = _generator(settings.seed, pair, "sex").random() < 0.5
+        sex = "female" if male_first == second else "male"
         age = int(_generator(settings.seed, number, "age").integers(20, 81))
-        modalities = tuple(modality for modality in SUFFIXES if number in having[modality])
-        subjects.append(Subject(number, sex, age, splits[number], modalities))
+        # The first subjects of pairs come before the second ones, and all of them at one site: so each split has some.
+        rank = pair + second * settings.subjects // 2
+        modalities = ("sMRI", *(name for name, count in multimodal.items() if rank < count))
+        family = f"fam-{2 * pair + 1 if pair < SIBLINGS else number:04d}"
+        site = "east" if pair < max(multimodal.values()) else "west" if pair % 2 else "north"
+        subjects.append(Subject(number, sex, age, site, family, modalities))
     return subjects
 
 
-def split_conversations(subjects: Sequence[Subject], seed: int) -> list[dict[str, Any]]:
-    """Make all conversations about the subjects of one split, as samples of the v2 conversation format.
-
-    ``subjects`` are all members of the split, in pairs as ``draw_subjects`` makes them. Of each pair, one is compared
-    with a reference of the same sex and the other with one of the other sex, so repeating the reference's label is
-    right half of the time. Image paths are relative to the cohort's folder.
-    """
-    samples = []
-    for position, subject in enumerate(subjects):
-        rng = _generator(seed, subject.number, "conversations")
-        sex_question = SEX_QUESTIONS[rng.integers(2)]
-        age_question = AGE_QUESTIONS[rng.integers(2)]
-        samples += [
-            _sample(subject, "sex_classification", [[subject.image("sMRI"), sex_question]]),
-            _sample(subject, "age_estimation", [[subject.image("sMRI"), age_question]]),
-        ]
-
-        # Alternate between pairs which sex is compared with a reference of the same sex.
-        same = (position // 2 + (subject.sex == "male")) % 2 == 0
-        candidates = [other for other in subjects if other != subject and (other.sex == subject.sex) == same]
-        reference = candidates[rng.integers(len(candidates))]
-        turns: list[list[Any]] = [
-            [f"This is a scan of a {reference.sex} subject, for reference.", reference.image("sMRI")],
-            ["I have looked at the reference scan."],
-            [f"Compare with it. {sex_question}", subject.image("sMRI")],
-        ]
-        samples.append(_sample(subject, "sex_classification_via_comparison", turns, reference))
-
-        if len(subject.modalities) > 1:
-            others = [subject.image(modality) for modality in subject.modalities[1:]]
-            turns = [[subject.image("sMRI"), "More scans of this subject:", *others, sex_question]]
-            samples.append(_sample(subject, "sex_classification_multimodal", turns))
-    return samples
-
-
-def _sample(subject: Subject, task: str, turns: list[list[Any]], reference: Subject | None = None) -> dict[str, Any]:
-    """Make a sample of the given turns (texts and image items), user first, followed by the correct answer."""
-    target = "age" if task == "age_estimation" else "sex"
-    answer = f"{subject.age} years." if target == "age" else f"{subject.sex}."
-    metadata: dict[str, Any] = {
-        "subject_id": subject.id,
-        "subject_label": subject.age if target == "age" else subject.sex,
-        "task": task,
-        "target": target,
-        "age": subject.age,
-        "sex": subject.sex,
-    }
-    task_type = "T2" if task == "sex_classification_multimodal" else "T1"
-    if reference is not None:
-        task_type = "T3"
-        metadata |= {
-            "reference_id": reference.id,
-            "reference_label": reference.sex,
-            "comparison_type": "same" if reference.sex == subject.sex else "different",
-        }
-    contents = [
-        [{"type": "text", "text": item} if isinstance(item, str) else item for item in turn]
-        for turn in (*turns, [answer])
-    ]
-    images = [item for content in contents for item in content if item["type"] == "image"]
-    return {
-        "task_id": f"{subject.id}_{task}",
-        "task_type": task_type,
-        "subject_ids": [subject.id] if reference is None else [reference.id, subject.id],
-        "modalities": [item["modality"] for item in images],
-        "images": [{"path": i["image_path"], "token": "<image>", "modality": i["modality"]} for i in images],
-        "conversations": [
-            {"role": "user" if i % 2 == 0 else "assistant", "content": content} for i, content in enumerate(contents)
-        ],
-        "metadata": metadata,
-    }
-
-
-def make_cohort(
-    folder: Path, settings: CohortSettings, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> Path:
+def make_cohort(folder: Path, settings: CohortSettings, progress: ProgressBar, volumes: bool = True) -> Path:
     """Make the phantom cohort in ``folder``, unless the folder already holds it, and return the folder.
 
-    The folder gets ``volumes/*.nii.gz``, ``participants.tsv``, ``conversations/{train,validation,test}.jsonl`` (the v2
-    format, image paths relative to the folder) and ``cohort.json``. sMRI is (X, Y, Z) int16 at ``settings.spacing``;
-    dMRI (X, Y, Z) with values from 0 to 1; fMRI (X, Y, Z, T) int16 at twice the spacing. The same settings give the
-    same bytes. The folder appears when it is complete. ``progress`` wraps the iteration over subjects, as tqdm does.
+    The folder is a BIDS dataset: sMRI is (X, Y, Z) int16 at ``settings.spacing``; dMRI (X, Y, Z) with values from 0 to
+    1; fMRI (X, Y, Z, T) int16 at twice the spacing. Its folder ``conversations`` is the output of
+    ``make_conversations``. The same settings give the same bytes. The folder appears when it is complete.
+
+    Args:
+        progress: wraps the iteration over subjects.
+        volumes: make the volumes; otherwise their files are empty.
 
     Raises:
         UserError: the folder holds a cohort of other settings, or other files.
     """
-    folder = Path(folder)
-    if _is_made(folder, settings):
+    folder = Path(folder).absolute()
+    if is_made(folder, settings):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         building = Path(temporary) / "cohort"
-        _build(building, settings, progress)
+        subjects = draw_subjects(settings)
+        _write_tables(building, subjects, settings)
+        if volumes:
+            _write_volumes(building, subjects, settings, progress)
+        # Of four subjects, two have the same sex, as comparisons with the same sex need.
+        held_out, output = max(4, round(0.2 * len(subjects))), building / "conversations"
+        shares = (len(subjects) - 2 * held_out, held_out, held_out)
+        request = Request(building, ("sex", "age"), output, compare=("sex",), split=shares, seed=settings.seed)
+        make_conversations(request, lambda items, _: items, lambda line: None)
+        # The settings name the dataset by its absolute path.
+        text = (output / "data.yaml").read_text(encoding="utf-8")
+        write_atomic(output / "data.yaml", text.replace(f"{building.parent.name}/{building.name}", folder.name))
         try:
             building.rename(folder)
         except OSError:
             # Another process may have made the same cohort in the meantime.
-            if not _is_made(folder, settings):
+            if not is_made(folder, settings):
                 raise
     return folder
 
 
 def _description(settings: CohortSettings) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "settings": settings.model_dump()}
+    """Return the content of dataset_description.json, which identifies the cohort."""
+    made_by = {"Name": "umbrella.cohorts.phantom", "Version": str(FORMAT_VERSION), "Settings": settings.model_dump()}
+    return {"Name": "Phantom", "BIDSVersion": "1.10.0", "DatasetType": "derivative", "GeneratedBy": [made_by]}
 
 
-def _is_made(folder: Path, settings: CohortSettings) -> bool:
+def is_made(folder: Path, settings: CohortSettings) -> bool:
     """Whether the folder holds the cohort of these settings. Raises UserError if it holds anything else."""
-    remedy = "Choose another folder for the phantom cohort, or remove this one."
+    remedy = "Choose another folder for the phantom cohort (resources.storage), or remove this one."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a phantom cohort: cohort.json cannot be read ({error}). {remedy}") from error
+        raise UserError(
+            f"{folder}: not a phantom cohort of this version: dataset_description.json cannot be read ({error})."
+            f" {remedy}"
+        ) from error
     if found != _description(settings):
-        raise UserError(f"{folder}: holds a phantom cohort of other settings ({found}). {remedy}")
+        raise UserError(f"{folder}: holds a phantom cohort of other settings or another version. {remedy}")
     return True
 
 
-def _build(folder: Path, settings: CohortSettings, progress: Callable[[Iterable[Any]], Iterable[Any]]) -> None:
-    (folder / "volumes").mkdir(parents=True)
-    (folder / "conversations").mkdir()
-    subjects = draw_subjects(settings)
+def _write_tables(folder: Path, subjects: Sequence[Subject], settings: CohortSettings) -> None:
+    """Write the BIDS dataset, with empty files in place of the volumes."""
+    for path in (path for subject in subjects for modality in subject.modalities for path in subject.paths(modality)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    rows = [subject.row for subject in subjects]
+    table = ["\t".join(map(str, row)) + "\n" for row in (rows[0], *(row.values() for row in rows))]
+    write_atomic(folder / "participants.tsv", "".join(table))
+    descriptions: dict[str, Any] = {
+        "dataset_description": _description(settings),
+        "participants": {"sex": {"Levels": {"M": "male", "F": "female"}}, "age": {"Units": "years"}},
+        "task-rest_bold": {"TaskName": "rest", "RepetitionTime": REPETITION_TIME},
+    }
+    for name, content in descriptions.items():
+        write_atomic(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
+
+
+def _write_volumes(folder: Path, subjects: Sequence[Subject], settings: CohortSettings, progress: ProgressBar) -> None:
     template = _load_template()
     fine, coarse = (_at_spacing(template, spacing) for spacing in (settings.spacing, 2 * settings.spacing))
-    for subject in progress(subjects):
+    for subject in progress(subjects, "making the synthetic cohort"):
         for modality in subject.modalities:
             make = {"sMRI": _structural, "dMRI": _diffusion, "fMRI": _functional}[modality]
-            data = make(coarse if modality == "fMRI" else fine, subject, settings)
-            _write_nifti(folder, subject, modality, data, settings.spacing)
-
-    rows = ["participant_id\tsex\tage\tsplit", *(f"{s.id}\t{s.sex}\t{s.age}\t{s.split}" for s in subjects)]
-    texts = {"participants.tsv": rows, "cohort.json": [json.dumps(_description(settings), indent=2)]}
-    for split in SPLITS:
-        samples = split_conversations([s for s in subjects if s.split == split], settings.seed)
-        texts[f"conversations/{split}.jsonl"] = list(map(json.dumps, samples))
-    for name, lines in texts.items():
-        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+            for session, path in enumerate(subject.paths(modality)):
+                rng = _generator(settings.seed, subject.number, f"{modality}{session or ''}")
+                data = make(coarse if modality == "fMRI" else fine, subject, settings, rng)
+                _write_nifti(folder / path, subject, modality, data, settings.spacing)
 
 
 def _load_template() -> tuple[Array, Array]:
@@ -325,26 +277,31 @@ def _anatomy(
     return np.where(tissue > 0.1, tissue, 0.0), np.exp(settings.bias * fields[3]), positions
 
 
-def _structural(template: tuple[Array, Array], subject: Subject, settings: CohortSettings) -> NDArray[np.int16]:
+def _structural(
+    template: tuple[Array, Array], subject: Subject, settings: CohortSettings, rng: np.random.Generator
+) -> NDArray[np.int16]:
     tissue, bias, positions = _anatomy(template, subject, settings, _axes(settings.spacing))
     if subject.sex == "male":
         tissue = tissue * (1 + settings.sex_region * _bump(positions, FRONTAL_CENTRE, FRONTAL_REACH))
-    return _stored(tissue * bias, tissue > 0, settings.noise, _generator(settings.seed, subject.number, "sMRI"))
+    return _stored(tissue * bias, tissue > 0, settings.noise, rng)
 
 
-def _diffusion(template: tuple[Array, Array], subject: Subject, settings: CohortSettings) -> NDArray[np.int16]:
+def _diffusion(
+    template: tuple[Array, Array], subject: Subject, settings: CohortSettings, rng: np.random.Generator
+) -> NDArray[np.int16]:
     """A map similar to fractional anisotropy: high in white matter, which is the bright tissue of the template."""
     tissue, _, _ = _anatomy(template, subject, settings, _axes(settings.spacing))
     anisotropy = 0.1 + 0.6 / (1 + np.exp((0.77 - tissue) / 0.04))
-    stored = _stored(anisotropy, tissue > 0, settings.noise, _generator(settings.seed, subject.number, "dMRI"))
+    stored = _stored(anisotropy, tissue > 0, settings.noise, rng)
     return np.minimum(stored, round(1 / STORED_UNIT)).astype(np.int16)
 
 
-def _functional(template: tuple[Array, Array], subject: Subject, settings: CohortSettings) -> NDArray[np.int16]:
+def _functional(
+    template: tuple[Array, Array], subject: Subject, settings: CohortSettings, rng: np.random.Generator
+) -> NDArray[np.int16]:
     """A series (X, Y, Z, T): T2*-like contrast, bright in fluid, and six regions with slow time courses."""
     axes = _axes(2 * settings.spacing)
     tissue, bias, _ = _anatomy(template, subject, settings, axes)
-    rng = _generator(settings.seed, subject.number, "fMRI")
     regions = _smooth_fields(rng.standard_normal((6, *(len(knots) for knots in KNOTS))), axes)
     courses = ndimage.gaussian_filter1d(rng.standard_normal((6, FRAMES)), sigma=1.0, axis=1)
     fluctuation = 0.05 * np.einsum("cxyz,ct->xyzt", regions, courses)
@@ -360,7 +317,7 @@ def _stored(data: Array, brain: NDArray[np.bool_], noise: float, rng: np.random.
     return np.rint(np.maximum(noisy, 0) / STORED_UNIT).astype(np.int16)
 
 
-def _write_nifti(folder: Path, subject: Subject, modality: str, data: NDArray[np.int16], spacing: float) -> None:
+def _write_nifti(path: Path, subject: Subject, modality: str, data: NDArray[np.int16], spacing: float) -> None:
     """Write (X, Y, Z[, T]) data in RAS order, stored in the orientation of the subject. Equal data give equal bytes."""
     edge = 2 * spacing if modality == "fMRI" else spacing
     affine = np.diag([edge, edge, edge, 1.0])
@@ -376,6 +333,5 @@ def _write_nifti(folder: Path, subject: Subject, modality: str, data: NDArray[np
     if modality == "dMRI":
         image.header.set_slope_inter(STORED_UNIT, 0)
     # Without name and time, which the gzip header holds by default.
-    path = folder / subject.path(modality)
     with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped:
         zipped.write(image.to_bytes())

@@ -8,8 +8,8 @@ from umbrella.base import Section
 class CohortSettings(Section):
     """The phantom cohort, used when ``data.train`` is not set."""
 
-    subjects: int = Field(120, ge=12)
-    """Number of subjects. They are split 60/20/20 into train, validation and test, at least four in each."""
+    subjects: int = Field(120, ge=12, multiple_of=2)
+    """Number of subjects. Whole families are split 60/20/20 into train, validation and test, at least four in each."""
     seed: int = Field(0, ge=0)
     """Seed of subjects, deformations, noise, splits and wording. The same seed gives the same bytes."""
     spacing: float = Field(4.0, gt=0, le=10)
@@ -26,7 +26,7 @@ class CohortSettings(Section):
     """Standard deviation of the smooth multiplicative bias field, as a fraction."""
     noise: float = Field(0.03, ge=0, le=1)
     """Standard deviation of the noise, as a fraction of the intensity of the brightest tissue."""
-    functional_subjects: int = Field(9, ge=0)
-    """Number of subjects, the first ones of each split, that also have a short 4D functional series."""
-    diffusion_subjects: int = Field(9, ge=0)
-    """Number of subjects, the first ones of each split, that also have a 3D diffusion map."""
+    functional_subjects: int = Field(4, ge=0)
+    """Number of subjects that also have a short 4D functional series."""
+    diffusion_subjects: int = Field(4, ge=0)
+    """Number of subjects that also have a 3D diffusion map."""

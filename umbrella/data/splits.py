@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,16 +184,16 @@ def read_splits(
         raise UserError("data.validation is not set: name the conversations that choose the best trial")
     phantom = phantom_folder_of(settings)
     if not data.train and not all(getattr(data, name) for name in names):
-        if not dry_run:
-            from umbrella.cohorts.phantom import make_cohort
+        from umbrella.cohorts.phantom import is_made, make_cohort
 
-            make_cohort(
-                phantom, settings.cohort, lambda subjects: progress(list(subjects), "making the synthetic cohort")
-            )
-        elif not (phantom / "cohort.json").exists():
-            raw.splits = filter_splits({name: _phantom_conversations(settings, name) for name in names}, settings)
-            raw.locations = {(name, c.task_id): "the phantom" for name, cs in raw.splits.items() for c in cs}
+        if dry_run and not is_made(phantom, settings.cohort):
+            with TemporaryDirectory() as temporary:
+                folder = make_cohort(Path(temporary) / phantom.name, settings.cohort, progress, volumes=False)
+                for name in names:
+                    raw.read(name, [folder / "conversations" / f"{name}.jsonl"], folder, settings)
+            raw.splits = filter_splits(raw.splits, settings)
             return raw
+        make_cohort(phantom, settings.cohort, progress)
     for name in names:
         paths: Sequence[str | Path] = getattr(data, name)
         root: str | Path = data.root
@@ -321,14 +322,6 @@ def filter_splits(splits: Mapping[str, list[Conversation]], settings: "Settings"
                 f" there are {', '.join(known)}"
             )
     return kept
-
-
-def _phantom_conversations(settings: "Settings", name: str) -> list[Conversation]:
-    """Return the conversations of a split of the phantom cohort without making its volumes."""
-    from umbrella.cohorts.phantom import draw_subjects, split_conversations
-
-    subjects = [subject for subject in draw_subjects(settings.cohort) if subject.split == name]
-    return [Conversation.model_validate(sample) for sample in split_conversations(subjects, settings.cohort.seed)]
 
 
 def phantom_folder_of(settings: "Settings") -> Path:
