@@ -20,8 +20,8 @@ from umbrella.tuning.sweep import run_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 GOOD, BEST, NEVER = [3e-3, 4e-3, 5e-3], 2e-2, 6e-3
-LONG = 8
-"""Epochs of the trial that is stopped: 38 steps, each evaluated. The others have 5."""
+LONG, STEPS = 8, 38
+"""Epochs and steps of the trial that is stopped. Each step is evaluated. The other trials have 5."""
 HOUR = 3600.0
 
 
@@ -127,7 +127,7 @@ def test_sweep_resumes_after_its_time_budget_with_stopped_and_unstarted_trials(s
     again = run_sweep(settings.with_values({"tracking.model": False}), frozenset(), lambda *_: _[0], before.folder)
     assert ends(again)[BEST] == ends(again)[NEVER] == ("finished", "")
     told = client.get_metric_history(runs[BEST].info.run_id, "eval/loss")
-    assert [point.step for point in told] == list(range(1, 40))
+    assert [point.step for point in told] == list(range(1, STEPS + 1))
     assert in_mlflow(client.get_run(runs[BEST].info.run_id)) == ("FINISHED", "finished")
     assert again.trials[0].metric < before.trials[0].metric
     assert client.get_run(parent.info.run_id).data.metrics == {"best/eval/loss": again.trials[0].metric}
