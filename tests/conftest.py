@@ -224,6 +224,22 @@ def nll(model: Any, batch: Any) -> Any:
         return model.eval()(**batch.model_inputs()).token_nll
 
 
+def untrained_model(build: Callable[..., Any], store: Any, tokenizer: Any) -> Any:
+    """A model that answers questions, with weights so large that every prompt has another answer."""
+    import torch
+
+    from umbrella.config import load_settings
+    from umbrella.data.batching import Collator
+    from umbrella.data.rendering import Renderer
+    from umbrella.inference.model import Umbrella
+
+    network, renderer = build(seed=3), Renderer(tokenizer, store.modalities)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(std=0.4)
+    return Umbrella(network, renderer, Collator(renderer, store), load_settings())
+
+
 def make_writer(folder: Path, model: Any, tokenizer: Any, settings: Any, code: Any = MappingProxyType({})) -> Any:
     """The writer of a language model's checkpoints."""
     from umbrella.models.partial_checkpoint import saves_full_model, write_weights

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import umbrella
-from tests.conftest import make_conversation
+from tests.conftest import make_conversation, untrained_model
 from umbrella.base import UserError
-from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
@@ -68,11 +67,8 @@ def test_answers_end_at_the_end_of_the_turn_or_are_cut_at_a_limit(
 def test_an_untrained_model_gives_the_same_answers_alone_in_a_batch_and_in_a_chat(
     build: Callable[..., Any], store: Any, tokenizer: Any, said: list[Conversation]
 ) -> None:
-    network, renderer = build(seed=3), Renderer(tokenizer, store.modalities)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.normal_(std=0.4)  # so that every prompt has another answer
-    model = Umbrella(network, renderer, Collator(renderer, store), load_settings())
+    model = untrained_model(build, store, tokenizer)
+    renderer = model.renderer
     lengths = [len(renderer.prompt(c).input_ids) for c in said]
     assert max(lengths) > 2 * min(lengths)
     together = model.predict(said, {}, max_new_tokens=12)

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
+from tests.conftest import untrained_model
 from tests.unit.samples import changed
 from tests.unit.test_conversation import parse, problems
 from tests.unit.test_splits import lines, plain, read, settings_of, write
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
-from umbrella.data.batching import Collator
 from umbrella.data.ingest import load_splits
-from umbrella.data.rendering import Renderer
 from umbrella.data.splits import Splits
 from umbrella.evaluation.group_metrics import Estimate, tabulate
 from umbrella.evaluation.metrics import validation_metrics
@@ -26,7 +24,6 @@ from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, print_evaluation, write_report
 from umbrella.evaluation.scoring import find_candidates
 from umbrella.evaluation.settings import EvaluateSettings
-from umbrella.inference.model import Umbrella
 from umbrella.training.run import check_data
 
 LABELS = [{"turn": 3, "target": "age", "label": 43}, {"turn": 1, "target": "sex", "label": "male"}]
@@ -140,11 +137,7 @@ def test_each_answer_is_compared_with_its_label(tmp_path: Path) -> None:
 def test_earlier_answers_are_true_ones_for_candidates_and_own_ones_for_generation(
     build: Callable[..., Any], store: Any, tokenizer: Any
 ) -> None:
-    network, renderer = build(seed=3), Renderer(tokenizer, store.modalities)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.normal_(std=0.4)  # so that every prompt has another answer
-    model = Umbrella(network, renderer, Collator(renderer, store), load_settings())
+    model = untrained_model(build, store, tokenizer)
     candidates = find_candidates(map(parse, COHORT))
     predictions = model.predict(parse(COHORT[0]).questions(), candidates, {"age"}, max_new_tokens=6)
     chat = model.chat()
