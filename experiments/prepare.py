@@ -17,8 +17,9 @@ def main(args: Arguments) -> None:
 
     from umbrella.cluster import join_cluster
     from umbrella.cohort_report.report import write_report
+    from umbrella.conversations.schema import SPLITS
     from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes
-    from umbrella.data.splits import SPLITS, read_splits
+    from umbrella.data.splits import read_splits
     from umbrella.paths import COHORT_REPORT
     from umbrella.training.run import check_data, check_model
     from umbrella.volumes.store import open_store

@@ -29,7 +29,8 @@ from tests.faults.fault_injection import (
 )  # fmt: skip
 from tests.faults.nodes import Nodes, nodes, wait_for_exit
 from tests.faults.sweep_kills import find_faults, sweep_settings
-from umbrella.data.splits import SPLITS, phantom_folder_of, read_splits
+from umbrella.conversations.schema import SPLITS
+from umbrella.data.splits import phantom_folder_of, read_splits
 from umbrella.training.checkpoint_files import latest_checkpoint, read_training_state
 from umbrella.tuning.sweep_files import load_outcome
 

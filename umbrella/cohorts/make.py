@@ -23,12 +23,12 @@ from umbrella.cohorts.assign_splits import (
 )
 from umbrella.cohorts.bids import SERIES, head_note
 from umbrella.cohorts.questions import Questions, load_templates
-from umbrella.cohorts.reading import FAMILY, Cohort, Request, Subject, read_cohort
+from umbrella.cohorts.reading import Cohort, Request, Subject, read_cohort
 from umbrella.cohorts.tables import Variable, subject_key
+from umbrella.conversations.schema import FAMILY, SPLITS
 from umbrella.fileio import write_atomic
 from umbrella.modality import DEFAULT_MODALITIES
 
-SPLITS = ("train", "validation", "test")
 LISTED = 10
 """Number of names that the report shows of a long list; left_out.tsv has all."""
 
@@ -52,7 +52,6 @@ def make_conversations(request: Request, progress: ProgressBar, show: Callable[[
     questions = Questions(request, templates, cohort)
     anchors = [subject for subject in cohort.subjects if subject.split == ANCHORS]
     counts: dict[str, Counter[str]] = {}
-    written = []
     if not request.dry_run:
         request.output.mkdir(parents=True, exist_ok=True)
     for folder, parts in _runs(request, splits).items():
@@ -68,15 +67,16 @@ def make_conversations(request: Request, progress: ProgressBar, show: Callable[[
                 (request.output / folder).mkdir(exist_ok=True)
                 write_atomic(request.output / folder / f"{name}.jsonl", partial(_write, lines=lines))
         if not request.dry_run:
-            written.append(_settings_text(request, cohort, request.output / folder, list(parts)))
-            write_atomic(request.output / folder / "data.yaml", written[-1])
+            text = _settings_text(request, cohort, request.output / folder, list(parts))
+            write_atomic(request.output / folder / "data.yaml", text)
     cohort.notes += [f"left out: {number} {reason}" for reason, number in questions.left_out.items()]
     report = _report(cohort, counts, request)
     for line in report:
         show(line)
     if request.dry_run:
         return
-    write_atomic(request.output / "data.yaml", written[0])
+    if request.folds:
+        write_atomic(request.output / "data.yaml", (request.output / "fold-1" / "data.yaml").read_bytes())
     rows = [[subject.id, subject.group, subject.split] for subject in cohort.subjects]
     write_atomic(request.output / "splits.tsv", _tsv(["participant_id", "group", "split"], rows))
     header = ["participant_id", "session_id", "target", "reason"]

@@ -13,11 +13,10 @@ from typing import Any
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.cohorts.bids import DEFAULT_SUFFIXES, EXTENSIONS, MODALITIES, SERIES, Images, Scan, find_images
 from umbrella.cohorts.tables import Table, Variable, normalise, pick_column, subject_key
+from umbrella.conversations.schema import FAMILY
 
 METADATA = ("site", "sex", "age")
 """Variables that are in the metadata of conversations where a column is found."""
-FAMILY = "family_id"
-"""The variable of groups unless another one is named."""
 PATH_COLUMNS = {"smri": "T1w", "dmri": "FA", "fmri": "bold", "t1": "T1w", "t2": "T2w"} | {
     suffix.casefold(): suffix for suffix in MODALITIES
 }

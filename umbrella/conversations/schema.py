@@ -12,6 +12,10 @@ IMAGE_TOKEN = "<image>"
 """Placeholder of an image in texts."""
 LOSS_FLAGS = ("loss", "weight", "train")
 """Keys of a turn that exclude it from the training loss if they are false or 0."""
+SPLITS = ("train", "validation", "test")
+"""Splits of a cohort."""
+FAMILY = "family_id"
+"""Key of metadata that groups subjects, unless another one is named: a group must be in one split."""
 QUESTION_OF = "question_of"
 """Key of a conversation that ``Conversation.questions`` made."""
 ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")

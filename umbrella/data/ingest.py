@@ -10,8 +10,9 @@ import numpy as np
 
 from umbrella.base import ProgressBar, UserError, note, pluralise
 from umbrella.cluster import check_nodes
+from umbrella.conversations.schema import SPLITS
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.splits import SPLITS, Splits, read_splits
+from umbrella.data.splits import Splits, read_splits
 from umbrella.file_storage import is_remote, local_path
 from umbrella.fileio import write_atomic
 from umbrella.volumes.store import decode_volumes, open_store

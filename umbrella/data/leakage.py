@@ -8,11 +8,8 @@ from typing import Any
 
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.reading import Problem
-from umbrella.conversations.schema import Conversation, bids_subject
+from umbrella.conversations.schema import FAMILY, Conversation, bids_subject
 from umbrella.volumes.reading import content_hash, image_files, image_size
-
-FAMILY = "family_id"
-"""The key of groups of subjects if ``data.group`` names no other."""
 
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:

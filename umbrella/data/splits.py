@@ -23,7 +23,6 @@ from umbrella.data.leakage import assign_subjects, find_shared
 if TYPE_CHECKING:
     from umbrella.config import Settings
 
-SPLITS = ("train", "validation", "test")
 MAX_NUMERIC_CLASSES = 10
 """A target with at most this many distinct whole-number labels may be a classification, if no answer has a digit."""
 VARYING = re.compile(

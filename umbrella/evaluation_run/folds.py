@@ -14,8 +14,8 @@ from rich.console import Console
 
 from umbrella.base import ProgressBar, Stopped, UserError, note, pluralise
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.schema import Conversation, questions_of
-from umbrella.data.splits import SPLITS, fingerprint, read_splits
+from umbrella.conversations.schema import SPLITS, Conversation, questions_of
+from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
