@@ -10,6 +10,8 @@ from math import fsum, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from umbrella.conversations.schema import Conversation
 from umbrella.fileio import write_atomic
 
@@ -37,6 +39,10 @@ class Prediction:
     """(modality, path) of each volume, in reading order."""
     probabilities: Mapping[str, float] = field(default_factory=dict)
     """Label to probability over the candidates of the target; empty if it has none."""
+    numbers: tuple[float, ...] = ()
+    """The grid of a numeric target, ascending: the numbers whose likelihood was computed; empty: not scored."""
+    number_probabilities: tuple[float, ...] = ()
+    """The probability of each of ``numbers``; the sum is 1."""
     answer_nll: float | None = None
     """Negative log likelihood of the true answer in nats, summed over ``answer_tokens``; None: not measured."""
     answer_tokens: int = 0
@@ -69,6 +75,17 @@ class Prediction:
         )
 
     @property
+    def answer(self) -> str | float | None:
+        """The answer by likelihood, the most likely label or the median of the numbers; otherwise ``predicted``."""
+        if self.numbers:
+            return self.number_quantile(0.5)
+        return most_likely(self.probabilities) if self.probabilities else self.predicted
+
+    def number_quantile(self, share: float) -> float:
+        """The smallest of ``numbers`` below or at which there is at least this share of the probability."""
+        return self.numbers[min(int(np.searchsorted(np.cumsum(self.number_probabilities), share - 1e-9)), len(self.numbers) - 1)]
+
+    @property
     def nll_per_token(self) -> float | None:
         """Nats per token of the true answer; None: not measured."""
         return None if self.answer_nll is None else self.answer_nll / self.answer_tokens
@@ -83,6 +100,7 @@ class Prediction:
         """The inverse of ``to_json``."""
         raw = json.loads(line)
         raw |= {"volumes": tuple(map(tuple, raw["volumes"])), "subjects": tuple(raw.get("subjects", ()))}
+        raw |= {name: tuple(raw.get(name, ())) for name in ("numbers", "number_probabilities")}
         raw["predicted"] = raw.pop("said")
         return cls(**raw)
 
