@@ -12,6 +12,7 @@ from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import byte_tokenizer
+from umbrella.evaluation.controls import blank
 
 NAMES = ("two", "none", "three")
 BatchOf = Callable[..., Batch]
@@ -51,6 +52,21 @@ def test_rng_key_picks_the_window_of_each_series(examples: dict[str, Any], store
     drawn = [window(0, epoch, 7) for epoch in range(20)]
     assert set(drawn) == {0, 1, 2}
     assert drawn == [window(0, epoch, 7) for epoch in range(20)]
+
+
+def test_blank_volumes_are_one_constant_that_does_not_depend_on_the_subject(
+    cohort: dict[str, Conversation], tokenizer: Any, store: Any
+) -> None:
+    renderer = Renderer(tokenizer, store.modalities)
+    conversations = [cohort["three"], *blank([cohort["three"]])]
+    plain, empty = (Collator(renderer, store)([renderer.render(c)], MaskPolicy()) for c in conversations)
+    assert torch.equal(plain.input_ids, empty.input_ids)
+    for name, group in empty.pixel_values.items():
+        assert group.voxels.shape == plain.pixel_values[name].voxels.shape
+        assert not group.voxels.any()
+        assert plain.pixel_values[name].voxels.any()
+    modality = store.modalities["sMRI"]
+    assert modality.model_copy(update={"intensity": "percentiles"}).blank_value == 0.5
 
 
 def test_every_volume_is_at_its_own_run(batch: Batch, store: Any, cohort: dict[str, Conversation]) -> None:

@@ -1,4 +1,4 @@
-"""The controls of an evaluation, volumes of other subjects and no volumes."""
+"""The controls of an evaluation: other subjects' volumes, blank ones or none, and another wording."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import make_conversation, make_prediction
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.controls import shuffled, text_only, volume_owners
+from umbrella.evaluation.controls import SHOWN_LABEL, exchanged, make_controls, shuffled, text_only, volume_owners
 from umbrella.evaluation.metrics import validation_metrics
 
 
@@ -95,6 +95,56 @@ def test_a_modality_of_one_subject_is_left_out_with_a_note() -> None:
     assert [c.task_id for c in others] == [*(c.task_id for c in split(4)), "without"]
     assert "in the place of one whom they are compared with" in notes[0], "of four there is no other way"
     assert notes[1] == "shuffled: 1 conversation is left out, as one subject only has dMRI"
+
+
+def test_exchanged_volumes_have_the_same_or_another_label_and_references_stay() -> None:
+    for other in (False, True):
+        after = exchanged(split(), 0, other)
+        assert [c.task_id for c in after] == [c.task_id for c in split()]
+        for old, new in zip(split(), after, strict=True):
+            *references, own = new.volumes
+            assert references == old.volumes[:-1]
+            assert (by_image(new) == old.label) != other
+            assert own.image_path not in [v.image_path for v in old.volumes]
+            assert new.metadata == old.metadata | {SHOWN_LABEL: by_image(new)}
+        assert len({c.volumes[-1].image_path for c in after}) > 6
+        assert after == exchanged(split(), 0, other) != exchanged(split(), 1, other)
+
+
+def test_exchanged_numbers_are_the_nearest_or_a_standard_deviation_away() -> None:
+    ages = {"a": 20, "b": 22, "c": 50, "d": 61}  # standard deviation 17.7
+    conversations = [
+        make_conversation(
+            ("user", [(modality, f"/{s}_{modality}.nii"), "How old?"]),
+            ("assistant", f"{age}"),
+            task_id=f"{s}_{modality}",
+            metadata={"subject_id": s, "subject_label": age, "target": "age"},
+        )
+        for s, age in ages.items()
+        for modality in (["sMRI", "dMRI"] if s == "d" else ["sMRI"])
+    ]
+    near, far = (
+        {c.task_id: (c.volumes[0].image_path, c.metadata[SHOWN_LABEL]) for c in exchanged(conversations, 0, other)}
+        for other in (False, True)
+    )
+    assert near["b_sMRI"] == ("/a_sMRI.nii", 20)
+    assert near["c_sMRI"] == ("/d_sMRI.nii", 61)
+    assert "d_dMRI" not in near, "no other subject has this modality"
+    assert all(abs(ages[task_id[0]] - age) >= 17.7 for task_id, (_, age) in far.items())
+    assert len(far) == 4
+
+
+def test_another_wording_replaces_the_last_question_only() -> None:
+    question = {"type": "text", "text": "Which sex?", "paraphrase": "Male or female?"}
+    turns = [{"role": "user", "content": [question]}, {"role": "assistant", "content": "male"}]
+    sample = {"task_id": "a", "task_type": "T1", "conversations": turns * 2}
+    conversations = [Conversation.model_validate(sample), *split(4)]
+    made, notes = make_controls(conversations, ["paraphrased", "blank", "paraphrased"], 0)
+    [asked] = made["paraphrased"]
+    assert [turn.content[0].text for turn in asked.conversations] == ["Which sex?", "male", "Male or female?", "male"]
+    assert (list(made), notes) == (["paraphrased", "blank"], [])
+    assert all(c.is_control for of_one in made.values() for c in of_one)
+    assert not any(c.is_control for c in conversations)
 
 
 def test_text_only_keeps_everything_but_the_volumes() -> None:

@@ -156,7 +156,7 @@ def test_metrics_json_and_predictions_csv_have_everything(page: Page, folder: Pa
     assert groups[AS_ASKED][0]["metrics"]["generated/subjects/mae"] == first._asdict()
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 3 * 2 * 24 * 3
+    assert len(table) == len(CONDITIONS) * 2 * 24 * 3
     prediction = result.predictions[AS_ASKED][0]
     assert table[0]["condition"] == AS_ASKED
     assert table[0]["said"] == (prediction.predicted or "")

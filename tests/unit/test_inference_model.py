@@ -16,6 +16,7 @@ from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
+from umbrella.evaluation.controls import make_controls
 from umbrella.evaluation.scoring import score
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
@@ -62,6 +63,16 @@ def test_answers_end_at_the_end_of_the_turn_or_are_cut_at_a_limit(
     assert model.max_new_tokens == 1024
     sampled = {model.ask([], "Who?", do_sample=True, temperature=50.0, max_new_tokens=8) for _ in range(3)}
     assert len(sampled) > 1
+
+
+def test_a_control_is_generated_only_where_nothing_is_scored(model: Umbrella, said: list[Conversation]) -> None:
+    sex = said[0].model_copy(update={"metadata": {"subject_label": "male", "target": "sex"}})
+    controls, _ = make_controls([sex, said[1]], ["blank"], 0)
+    candidates = {"sex": {"male": "male.", "female": "female."}}
+    answers = model.predict([sex, said[1], *controls["blank"]], candidates, max_new_tokens=12)
+    assert [p.text for p in answers] == ["male.", "Hello, you.", None, "Hello, you."]
+    assert set(answers[2].probabilities) == {"male", "female"}
+    assert model.predict(controls["blank"][:1], candidates, max_new_tokens=12)[0].text is None
 
 
 def test_an_untrained_model_gives_the_same_answers_alone_in_a_batch_and_in_a_chat(

@@ -427,6 +427,9 @@ def test_templates_can_be_replaced_and_are_written_with_the_data(
     assert {"Sex?", "It is male.", "20 years."} <= texts
     written = yaml.safe_load((tmp_path / "out/templates.yaml").read_text())
     assert written["targets"]["sex"]["questions"] == ["Sex?"]
+    questions = [turn["content"][-1] for s in samples for turn in s["conversations"] if turn["role"] == "user"]
+    wordings = {frozenset((question["text"], question.get("paraphrase", ""))) for question in questions}
+    assert wordings == {frozenset(written["targets"]["age"]["questions"]), frozenset(("Sex?", ""))}
     assert "site" not in (Path(__file__).parents[2] / "umbrella/cohorts/templates.yaml").read_text()
     file.write_text(yaml.safe_dump({"targets": {"sex": sex | {"answer": "{value:.0f}"}}}))
     assert "cannot be formatted with the value 'male'" in make(ds, "--templates", str(file)).stderr

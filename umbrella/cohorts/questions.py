@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError
@@ -14,6 +14,7 @@ from umbrella.cohorts.assign_splits import hash_fraction
 from umbrella.cohorts.bids import SERIES, Scan
 from umbrella.cohorts.reading import Cohort, Request, Subject
 from umbrella.config import Loader
+from umbrella.conversations.schema import PARAPHRASE
 
 SAME_SUBJECT = {"comparison_type": "same_subject"}
 MAX_SCANS, MAX_SERIES = 4, 2
@@ -81,7 +82,14 @@ def load_templates(file: Path | None, examples: Mapping[str, Any]) -> Templates:
     return templates
 
 
-Item = str | Scan
+class Asked(NamedTuple):
+    """A question, and the same in another wording; both are equal if its template has one."""
+
+    text: str
+    paraphrase: str
+
+
+Item = str | Asked | Scan
 Reference = tuple[Subject, Scan]
 Pool = dict[Any, list[Reference]]
 """Class or bin to one scan of each subject."""
@@ -240,17 +248,21 @@ class Questions:
         rng: Random,
         extra: dict[str, Any] = SAME_SUBJECT,
     ) -> dict[str, Any]:
-        question = self._question(target, rng)
+        question, acknowledgement = self._question(target, rng), rng.choice(self.templates.acknowledgement)
+        comparison = rng.choice(self.templates.comparison)
         turns: list[Sequence[Item]] = [
             opening,
-            [rng.choice(self.templates.acknowledgement)],
-            [rng.choice(self.templates.comparison).format(question=question), scan],
+            [acknowledgement],
+            [Asked(*(comparison.format(question=wording) for wording in question)), scan],
             [self._answer(subject, scan, target)],
         ]
         return self._sample("T3", f"{name}_{target}", subject, scan, [(3, target)], turns, extra)
 
-    def _question(self, target: str, rng: Random) -> str:
-        return rng.choice(self.templates.of(target).questions).format(target=target.replace("_", " "), value="")
+    def _question(self, target: str, rng: Random) -> Asked:
+        questions = self.templates.of(target).questions
+        drawn = rng.randrange(len(questions))
+        both = questions[drawn], questions[(drawn + 1) % len(questions)]
+        return Asked(*(wording.format(target=target.replace("_", " "), value="") for wording in both))
 
     def _answer(self, subject: Subject, scan: Scan, target: str) -> str:
         value = subject.values[scan.session][target]
@@ -307,4 +319,5 @@ class Questions:
 def _item(item: Item) -> dict[str, str]:
     if isinstance(item, Scan):
         return {"type": "image", "modality": item.modality, "image_path": item.path}
-    return {"type": "text", "text": item}
+    text, paraphrase = item if isinstance(item, Asked) else (item, item)
+    return {"type": "text", "text": text} | ({PARAPHRASE: paraphrase} if paraphrase != text else {})

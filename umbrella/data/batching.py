@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from umbrella.conversations.schema import BLANK
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
@@ -158,11 +159,12 @@ class Collator:
                 attention_mask[row, part] = number
                 weights[row, part] = torch.from_numpy(loss_weights(examples[i], policy))
                 start = part.stop
-        volumes: dict[str, list[tuple[int, str, tuple[int, ...] | None]]] = {}
+        volumes: dict[str, list[tuple[int, str | None, tuple[int, ...] | None]]] = {}
         images = [(i, k, item) for i, e in enumerate(examples) for k, item in enumerate(e.conversation.volumes)]
         for run, (i, k, item) in enumerate(images):
             rng_key = (*rng_keys[i], k) if rng_keys else None
-            volumes.setdefault(item.modality, []).append((run, item.image_path, rng_key))
+            path = None if (item.model_extra or {}).get(BLANK) else item.image_path
+            volumes.setdefault(item.modality, []).append((run, path, rng_key))
         conversations = [example.conversation for example in examples]
         batch = Batch(
             input_ids=input_ids,
@@ -179,14 +181,22 @@ class Collator:
         )
         return batch.apply(torch.Tensor.pin_memory) if self.pin else batch
 
-    def _read_volumes(self, volumes: Sequence[tuple[int, str, tuple[int, ...] | None]], name: str) -> VolumeGroup:
-        """Read the volumes of one modality, given as (run, path, rng_key), into one tensor: voxels are copied once."""
+    def _read_volumes(
+        self, volumes: Sequence[tuple[int, str | None, tuple[int, ...] | None]], name: str
+    ) -> VolumeGroup:
+        """Read the volumes of one modality, given as (run, path, rng_key), into one tensor: voxels are copied once.
+
+        Without a path, the volume is blank.
+        """
         modality = self.store.modalities[name]
         # The time axis comes first, as in the store, so that each volume is one contiguous read.
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
         stack = torch.empty((len(volumes), *shape), dtype=torch.float16, pin_memory=self.pin)
         for into, (_, path, rng_key) in zip(stack.numpy(), volumes, strict=True):
-            self.store.read(path, name, into, rng_key)
+            if path is None:
+                into.fill(modality.blank_value)
+            else:
+                self.store.read(path, name, into, rng_key)
         runs = torch.tensor([run for run, _, _ in volumes])
         return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs)
 

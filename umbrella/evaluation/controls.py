@@ -1,32 +1,120 @@
-"""Controls: the same questions with other subjects' volumes, and without volumes.
+"""Controls: the same questions with other subjects' volumes, blank ones or none, and in another wording.
 
-The score of a model that reads the images falls to chance with the volumes of other subjects. A model that relies on
-the text (a question that reveals the answer, a frequent class) keeps its score in both controls.
+The score of a model that reads the images falls to chance without the volumes of the subject. A model that relies on
+the text (a question that reveals the answer, a frequent class) keeps its score.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from umbrella.base import pluralise
-from umbrella.conversations.schema import Conversation, TextItem
+from umbrella.conversations.schema import BLANK, CONTROL, PARAPHRASE, Conversation, ImageItem, TextItem
 
+AS_ASKED, SHUFFLED, WITHOUT, TEXT_ONLY = "as_asked", "shuffled", "blank", "text_only"
+SAME_LABEL, OTHER_LABEL, PARAPHRASED = "same_label", "other_label", "paraphrased"
+CONDITIONS = (AS_ASKED, SHUFFLED, WITHOUT, TEXT_ONLY)
+"""The conditions with metrics. Single answers are compared under the others, too; see ``image_use``."""
+CONDITION_NAMES = {
+    AS_ASKED: "own volumes",
+    SHUFFLED: "other subjects' volumes",
+    WITHOUT: "blank volumes",
+    TEXT_ONLY: "text only",
+    SAME_LABEL: "volumes of another subject with the same label",
+    OTHER_LABEL: "volumes of a subject with another label",
+    PARAPHRASED: "the question in another wording",
+}
+SHOWN_LABEL = "shown_label"
+"""Key of metadata: the label of the subject whose volumes are shown in the place of the subject's own."""
 DRAWS = 200
 """Permutations that are drawn; the best one is used."""
 ROUNDS = 20
 """Attempts, in each permutation, to exchange partners that are not allowed."""
 
 
+def make_controls(
+    conversations: Sequence[Conversation], names: Iterable[str], seed: int
+) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """Make the conversations of controls.
+
+    Returns:
+        Control to its conversations, in order, without those that it cannot be applied to; and notes.
+    """
+    made: dict[str, list[Conversation]] = {}
+    notes: list[str] = []
+    for name in dict.fromkeys(names):
+        if name == SHUFFLED:
+            made[name], notes = shuffled(conversations, seed)
+        elif name in (SAME_LABEL, OTHER_LABEL):
+            made[name] = exchanged(conversations, seed, other=name == OTHER_LABEL)
+        else:
+            made[name] = {WITHOUT: blank, TEXT_ONLY: text_only, PARAPHRASED: paraphrased}[name](conversations)
+    return {name: [c.model_copy(update={CONTROL: name}) for c in of_one] for name, of_one in made.items()}, notes
+
+
+def blank(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations with blank volumes: each voxel is ``Modality.blank_value``."""
+    return [_with_volumes(c, lambda volume: {BLANK: True}) for c in conversations]
+
+
+def paraphrased(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations whose last question has another wording (``PARAPHRASE``), with that wording."""
+    changed = []
+    for c in conversations:
+        turns, i = list(c.conversations), c.last_answer - 1
+        wordings = [(item, (item.model_extra or {}).get(PARAPHRASE)) for item in turns[i].content]
+        if any(text for _, text in wordings):
+            content = tuple(item.model_copy(update={"text": text}) if text else item for item, text in wordings)
+            turns[i] = turns[i].model_copy(update={"content": content})
+            changed.append(c.model_copy(update={"conversations": tuple(turns)}))
+    return changed
+
+
+def exchanged(conversations: Sequence[Conversation], seed: int, other: bool) -> list[Conversation]:
+    """The conversations with the subject's own volumes replaced by those of another subject; references stay.
+
+    The other subject is drawn among those with the same label; for numbers, it is the one with the nearest label. Its
+    label is added to the metadata, see ``SHOWN_LABEL``.
+
+    Args:
+        other: the label is another one; numbers differ by at least the standard deviation of the labels.
+
+    Returns:
+        The conversations, in order, without those for which there is no such subject with the same modalities.
+    """
+    of_target: dict[tuple[str, bool], list[Conversation]] = defaultdict(list)
+    for c in conversations:
+        if c.label is not None and c.volumes:
+            of_target[c.target, isinstance(c.label, str)].append(c)
+    rng, made = np.random.default_rng(seed), {}
+    for (_, classes), members in of_target.items():
+        labels: Any = np.array([c.label for c in members])
+        files = [_files(c.subject_volumes) for c in members]
+        for i, c in enumerate(members):
+            order = rng.permutation(len(members))
+            distance = (labels[order] != labels[i]).astype(float) if classes else abs(labels[order] - labels[i])
+            if other:
+                order = order[(distance > 0) & (distance >= (0 if classes else labels.std()))]
+            else:
+                order = order[distance == 0] if classes else order[np.argsort(distance, kind="stable")]
+            for j in order:
+                if members[j].subject_id not in c.subjects and files[i].keys() <= files[j].keys():
+                    made[c.task_id] = _with_files(c, files[i], files[j], labels[j].item())
+                    break
+    return [made[c.task_id] for c in conversations if c.task_id in made]
+
+
 def text_only(conversations: Sequence[Conversation]) -> list[Conversation]:
     """The conversations without volumes; a turn without text gets an empty one."""
-    blank = (TextItem(type="text", text=""),)
+    empty = (TextItem(type="text", text=""),)
     without = []
     for c in conversations:
         texts = [tuple(item for item in turn.content if isinstance(item, TextItem)) for turn in c.conversations]
         turns = zip(c.conversations, texts, strict=True)
-        changed = tuple(turn.model_copy(update={"content": content or blank}) for turn, content in turns)
+        changed = tuple(turn.model_copy(update={"content": content or empty}) for turn, content in turns)
         without.append(c.model_copy(update={"conversations": changed}))
     return without
 
@@ -101,6 +189,40 @@ def volume_owners(conversations: Iterable[Conversation]) -> dict[str, dict[str, 
     for file, modality in modality_of.items():
         found[modality][known[file]].append(file)
     return found
+
+
+def _with_volumes(conversation: Conversation, change: Callable[[ImageItem], dict[str, Any]]) -> Conversation:
+    """The conversation with ``change``, from a volume to fields, applied to every volume."""
+    turns = [
+        turn.model_copy(
+            update={
+                "content": tuple(
+                    i.model_copy(update=change(i)) if isinstance(i, ImageItem) else i for i in turn.content
+                )
+            }
+        )
+        for turn in conversation.conversations
+    ]
+    return conversation.model_copy(update={"conversations": tuple(turns)})
+
+
+def _files(volumes: Iterable[ImageItem]) -> dict[str, list[str]]:
+    """Modality to files, in order."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for volume in volumes:
+        files[volume.modality].append(volume.image_path)
+    return files
+
+
+def _with_files(
+    conversation: Conversation, own: Mapping[str, list[str]], other: Mapping[str, list[str]], label: str | float
+) -> Conversation:
+    """The conversation with the files ``own``, by modality, replaced by ``other`` ones of that label."""
+    paths = {file: other[name][i % len(other[name])] for name, of in own.items() for i, file in enumerate(of)}
+    changed = _with_volumes(
+        conversation, lambda volume: {"image_path": paths.get(volume.image_path, volume.image_path)}
+    )
+    return changed.model_copy(update={"metadata": conversation.metadata | {SHOWN_LABEL: label}})
 
 
 def _labels(conversations: Iterable[Conversation]) -> dict[str, dict[str, str | float]]:

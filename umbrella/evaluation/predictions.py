@@ -83,7 +83,9 @@ class Prediction:
 
     def number_quantile(self, share: float) -> float:
         """The smallest of ``numbers`` below or at which there is at least this share of the probability."""
-        return self.numbers[min(int(np.searchsorted(np.cumsum(self.number_probabilities), share - 1e-9)), len(self.numbers) - 1)]
+        return self.numbers[
+            min(int(np.searchsorted(np.cumsum(self.number_probabilities), share - 1e-9)), len(self.numbers) - 1)
+        ]
 
     @property
     def nll_per_token(self) -> float | None:

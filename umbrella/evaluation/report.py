@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from umbrella.config import Settings
+from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS
 from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter
 from umbrella.evaluation.group_metrics import Estimate, Group
 from umbrella.evaluation.predictions import Prediction, write_predictions
@@ -23,10 +24,6 @@ from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
 from umbrella.plots import png_data_url, save_png
 
-AS_ASKED = "as_asked"
-CONDITIONS = (AS_ASKED, "shuffled", "text_only")
-"""The unchanged conversations; with other subjects' volumes; without volumes. The last two are controls."""
-CONDITION_NAMES = {AS_ASKED: "own volumes", "shuffled": "other subjects' volumes", "text_only": "text only"}
 MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1", "joint": "subset_accuracy"}
 """The metric that stands for a target: over subjects, and by likelihood where there are candidates."""
 MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": "", "joint": ""}

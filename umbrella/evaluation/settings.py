@@ -1,10 +1,12 @@
 """Settings of evaluations."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from umbrella.base import Section
+
+Control = Literal["shuffled", "blank", "text_only", "same_label", "other_label", "paraphrased"]
 
 
 class EvaluateSettings(Section):
@@ -24,8 +26,8 @@ class EvaluateSettings(Section):
     """Largest number of tokens of a generated answer. null: that of the longest answer in the training data, at most 1024."""  # noqa: E501
     candidates: dict[str, dict[str, str]] = Field({})
     """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: the most frequent text of each label in the training data; for predict.py: none."""  # noqa: E501
-    controls: list[Literal["shuffled", "text_only"]] = Field(["shuffled", "text_only"])
-    """Control conditions, which show how much of a score depends on the images: volumes of other subjects (shuffled), no volumes (text_only)."""  # noqa: E501
+    controls: list[Control] = Field(list(get_args(Control)))
+    """Conditions that show how much of the answers depends on the images: volumes of other subjects (shuffled), blank ones, none (text_only); and for comparisons of single answers, those of one other subject with the same or another label, and a paraphrased question."""  # noqa: E501
     breakdown: list[str] = Field(["site", "sex", "age"])
     """Metadata keys for subgroup scores; numeric values are divided into bands."""
     bands: list[float] = Field([20, 40, 60])

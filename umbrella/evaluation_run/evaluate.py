@@ -22,13 +22,11 @@ from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
-from umbrella.evaluation.controls import shuffled, text_only
+from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import (
-    AS_ASKED,
-    CONDITION_NAMES,
     MAIN_METRIC,
     Case,
     EvaluationResult,
@@ -146,7 +144,11 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         join_cluster(settings.resources, settings.name)
         data, own = read_evaluation_data(settings, progress), settings.evaluate
         predictions, notes = _predict_conditions(settings, data, progress)
-        groups = {c: tabulate(rows, own, settings.seed, data.training_labels) for c, rows in predictions.items()}
+        groups = {
+            condition: tabulate(predictions[condition], own, settings.seed, data.training_labels)
+            for condition in CONDITIONS
+            if condition in predictions
+        }
         cases = _draw_cases(settings, data.conversations, predictions[AS_ASKED]) if own.pictures else []
         device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
         facts = {**data.facts, "processes": f"{own.workers} on {device}", "seconds": round(time.monotonic() - start)}
@@ -237,8 +239,8 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
 def mlflow_metrics(result: EvaluationResult) -> dict[str, float]:
     """The metrics that MLflow gets: ``test/<target>/<way>/<level>/<metric>``.
 
-    Controls are ``test_shuffled/...`` and ``test_text_only/...``. The main metric also has ``.../low`` and
-    ``.../high``. Subgroups and undefined values are left out.
+    Controls are ``test_shuffled/...``, ``test_blank/...`` and ``test_text_only/...``. The main metric also has
+    ``.../low`` and ``.../high``. Subgroups and undefined values are left out.
     """
     metrics: dict[str, float] = {}
     for condition, groups in result.groups.items():
@@ -281,13 +283,8 @@ def _predict_conditions(
 
     All conditions share the workers, because to start them takes longer than to predict a small split.
     """
-    conditions = {AS_ASKED: data.conversations}
-    notes: list[str] = []
-    for control in dict.fromkeys(settings.evaluate.controls):
-        if control == "shuffled":
-            conditions[control], notes = shuffled(data.conversations, settings.seed)
-        else:
-            conditions[control] = text_only(data.conversations)
+    controls, notes = make_controls(data.conversations, settings.evaluate.controls, settings.seed)
+    conditions = {AS_ASKED: data.conversations, **controls}
     conversations = [conversation for of_one in conditions.values() for conversation in of_one]
     numbers = find_numbers(data.conversations)
     parts = predict_on_workers(

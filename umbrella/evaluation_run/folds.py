@@ -16,16 +16,11 @@ from umbrella.base import ProgressBar, Stopped, UserError, note, pluralise
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import SPLITS, Conversation, questions_of
 from umbrella.data.splits import fingerprint, read_splits
+from umbrella.evaluation.controls import AS_ASKED, CONDITIONS
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
-from umbrella.evaluation.report import (
-    AS_ASKED,
-    EvaluationResult,
-    predictions_file,
-    print_evaluation,
-    write_evaluation,
-)
+from umbrella.evaluation.report import EvaluationResult, predictions_file, print_evaluation, write_evaluation
 from umbrella.evaluation_run.evaluate import evaluate_at_end, log_to_mlflow
 from umbrella.fileio import check_writable
 from umbrella.paths import BEST, EVALUATIONS, FOLDS, REPORT
@@ -137,7 +132,7 @@ def evaluate_folds(sweep: Path, trial: str, progress: ProgressBar, console: Cons
     )
     # Without training labels, references such as the mean label are those of all subjects, who are all in training
     # splits of other folds.
-    groups = {name: tabulate(rows, settings.evaluate, settings.seed) for name, rows in predictions.items()}
+    groups = {c: tabulate(predictions[c], settings.evaluate, settings.seed) for c in CONDITIONS if c in predictions}
     facts: dict[str, str | int] = {"folds": len(folds), "data fingerprint": fingerprint({"test": held_out})}
     notes = [
         f"the settings were chosen on {_fold_of(chosen)}: its training and validation subjects are the test subjects of"

@@ -178,7 +178,7 @@ class Umbrella:
             numbers: targets whose labels are numbers, which are extracted from generated answers.
             max_new_tokens: limit of a generated answer; None: ``Umbrella.max_new_tokens``; 0: none are generated.
                 Earlier answers with a label (see ``Conversation.asked_before``) are generated first and take the place
-                of the true ones.
+                of the true ones. For a conversation of a control, none is generated if its answer is scored.
 
         Raises:
             UserError: as ``answer``.
@@ -187,13 +187,16 @@ class Umbrella:
         model, device = self.model, self.model.device
         with self._autocast():
             predictions = score(model, conversations, self.renderer, self.collate, candidates, device, truth=truth)
-        if max_new_tokens == 0:
+        scored = [bool(p.probabilities or p.numbers) for p in predictions]
+        to_generate = [i for i, c in enumerate(conversations) if not (c.is_control and scored[i])]
+        if max_new_tokens == 0 or not to_generate:
             return predictions
-        asked = self._with_own_answers(conversations, max_new_tokens)
-        answers = self._generate(asked, max_new_tokens, batch_size=len(conversations))
-        for i, (prediction, (text, cut)) in enumerate(zip(predictions, answers, strict=True)):
-            answer = extract_answer(text, candidates.get(prediction.target, {}), prediction.target in numbers)
-            predictions[i] = replace(prediction, text=text, cut=cut, predicted=answer)
+        asked = self._with_own_answers([conversations[i] for i in to_generate], max_new_tokens)
+        answers = self._generate(asked, max_new_tokens, batch_size=len(asked))
+        for i, (text, cut) in zip(to_generate, answers, strict=True):
+            target = predictions[i].target
+            answer = extract_answer(text, candidates.get(target, {}), target in numbers)
+            predictions[i] = replace(predictions[i], text=text, cut=cut, predicted=answer)
         return predictions
 
     def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
