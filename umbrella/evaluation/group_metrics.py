@@ -40,6 +40,12 @@ Levels = dict[str, tuple[Sequence[str], MetricFunction]]
 """``<way>/<level>`` to the subjects of its n predictions and their metrics."""
 
 
+MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1", "joint": "subset_accuracy"}
+"""The metric that stands for a target: over subjects, and by likelihood where there are candidates."""
+MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": "", "joint": ""}
+"""The reference, one of ``Group.references``, that the main metric is compared with."""
+
+
 class Estimate(NamedTuple):
     """A metric with its bootstrap interval; NaN where undefined."""
 
@@ -90,6 +96,15 @@ class Group:
     label). ``copies_reference``: the value of that metric for a model that is always right."""
     confusion: dict[str, list[list[int]]] = field(default_factory=dict)
     """``<way>/<level>`` to counts: a row per true class, a column per predicted class and a last one for none."""
+
+
+def main_metrics(group: Group) -> list[str]:
+    """The full name of the main metric for each way of answering, over subjects where it is defined there."""
+    found = []
+    for way in ("likelihood", "generated"):
+        names = [f"{way}/{level}/{MAIN_METRIC[group.kind]}" for level in ("subjects", "votes", "conversations")]
+        found += [name for name in names if name in group.metrics][:1]
+    return found
 
 
 def tabulate(

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -17,17 +17,15 @@ from rich.table import Table
 from umbrella.config import Settings
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS
 from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter
-from umbrella.evaluation.group_metrics import Estimate, Group
+from umbrella.evaluation.group_metrics import MAIN_METRIC, MAIN_REFERENCE, Estimate, Group, main_metrics
+from umbrella.evaluation.image_use import ImageUse
 from umbrella.evaluation.predictions import Prediction, write_predictions
+from umbrella.evaluation.verdict import format_interval, format_value, make_verdict, metric_name
 from umbrella.fileio import write_csv
 from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
 from umbrella.plots import png_data_url, save_png
 
-MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1", "joint": "subset_accuracy"}
-"""The metric that stands for a target: over subjects, and by likelihood where there are candidates."""
-MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": "", "joint": ""}
-"""The reference, one of ``Group.references``, that the main metric is compared with."""
 OTHER_METRICS = {
     "classes": [
         "likelihood/subjects/balanced_accuracy",
@@ -41,8 +39,6 @@ OTHER_METRICS = {
 }
 """Metrics that tables of subgroups show beside the main one."""
 UNDEFINED = Estimate(float("nan"), float("nan"), float("nan"))
-METRIC_NAMES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "auc": "ROC area", "brier": "Brier score", "f1": "F1 (macro)"}
-METRIC_NAMES |= {"token_f1": "token F1", "rouge_l": "ROUGE-L", "exact": "exact match", "pearson": "Pearson r"}
 MAX_ROWS = 60
 """Subgroups that a table of the page shows; metrics.json has all."""
 
@@ -63,6 +59,26 @@ class EvaluationResult:
     """Shown above the metrics: data fingerprint, quarantined samples, seconds, processes."""
     notes: Sequence[str] = ()
     """Warnings, such as subjects that are also in the training split."""
+    image_use: Mapping[str, ImageUse] = field(default_factory=dict)
+    """Target to how its answers depend on the image."""
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Target to a sentence about what its result shows."""
+        wholes = {c: {g.target: g for g in groups if g.by == "all"} for c, groups in self.groups.items()}
+        return {
+            target: make_verdict(
+                group,
+                {c: of[target] for c, of in wholes.items() if c != AS_ASKED and target in of},
+                [p for p in self.predictions[AS_ASKED] if p.target == target],
+                self.image_use.get(target),
+                getattr(self, "confounds", {}).get(target),
+                [one for one in getattr(self, "comparisons", ()) if one.target == target],
+                self.settings.evaluate.confidence,
+            )
+            for target, group in wholes[AS_ASKED].items()
+            if group.kind != "joint"
+        }
 
 
 @dataclass(frozen=True)
@@ -76,15 +92,6 @@ class Case:
     """A PNG of three planes for each volume, in reading order."""
     mapped: bool = False
     """Whether the pictures include occlusion maps."""
-
-
-def main_metrics(group: Group) -> list[str]:
-    """The full name of the main metric for each way of answering, over subjects where it is defined there."""
-    found = []
-    for way in ("likelihood", "generated"):
-        names = [f"{way}/{level}/{MAIN_METRIC[group.kind]}" for level in ("subjects", "votes", "conversations")]
-        found += [name for name in names if name in group.metrics][:1]
-    return found
 
 
 def _make_section(
@@ -178,6 +185,9 @@ def write_report(folder: Path, result: EvaluationResult, cases: Sequence[Case]) 
     folder.mkdir(parents=True, exist_ok=True)
     _write_metrics(folder / METRICS, result)  # first: the metrics are kept if a figure fails
     _write_csv(folder / "predictions.csv", result)
+    if rows := [row for use in result.image_use.values() for row in use.table]:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        write_csv(folder / "image_use.csv", columns, (list(map(row.get, columns)) for row in rows))
     predictions = result.predictions[AS_ASKED]
     wholes = [group for group in result.groups[AS_ASKED] if group.by == "all"]
     sections = [_make_section(result, whole, cases, folder, number) for number, whole in enumerate(wholes, start=1)]
@@ -227,6 +237,8 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
             invalid = f"{group.invalid} of {group.conversations}" if counted else ""
             table.add_row(target, f"{metric_name(metric)}, {way}, {level}", *cells, format_value(reference), invalid)
     console.print(table)
+    for target, words in result.verdicts.items():
+        console.print(f"{target}: {words}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"evaluation:     {page.as_uri()}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -234,29 +246,12 @@ def _count_conversations(predictions: Sequence[Prediction]) -> int:
     return len({p.conversation_id or p.task_id for p in predictions})
 
 
-def format_value(number: float | None) -> str:
-    """Format a metric: three decimals up to 1, else three significant digits; – where it is undefined."""
-    if number is None or not isfinite(number):
-        return "–"
-    return f"{number:.3f}" if abs(number) <= 1 else f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"
-
-
-def format_interval(estimate: Estimate) -> str:
-    """Format an interval: ``0.71 to 0.92``; empty where it is undefined."""
-    known = isfinite(estimate.low) and isfinite(estimate.high)
-    return f"{format_value(estimate.low)} to {format_value(estimate.high)}" if known else ""
-
-
-def metric_name(metric: str) -> str:
-    """The name of a metric for people: ``recall of male``."""
-    name, _, label = metric.partition("/")
-    return METRIC_NAMES.get(name, name.replace("_", " ")) + (f" of {label}" if label else "")
-
-
 def _write_metrics(file: Path, result: EvaluationResult) -> None:
-    """Write the groups of all conditions as JSON; undefined numbers are null."""
-    groups = {condition: [asdict(group) for group in groups] for condition, groups in result.groups.items()}
-    text = json.dumps(_nan_to_none(groups), ensure_ascii=False, indent=1, allow_nan=False)
+    """Write the groups of all conditions and ``image_use`` as JSON; undefined numbers are null."""
+    content: dict[str, Any] = {name: [asdict(group) for group in groups] for name, groups in result.groups.items()}
+    if result.image_use:
+        content["image_use"] = {name: asdict(replace(use, table=())) for name, use in result.image_use.items()}
+    text = json.dumps(_nan_to_none(content), ensure_ascii=False, indent=1, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -265,7 +260,7 @@ def _nan_to_none(content: Any) -> Any:
         content = content._asdict()
     if isinstance(content, dict):
         return {key: _nan_to_none(inner) for key, inner in content.items()}
-    if isinstance(content, list):
+    if isinstance(content, list | tuple):
         return [_nan_to_none(inner) for inner in content]
     return None if isinstance(content, float) and not isfinite(content) else content
 

@@ -23,11 +23,11 @@ from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
-from umbrella.evaluation.group_metrics import tabulate
+from umbrella.evaluation.group_metrics import MAIN_METRIC, Group, tabulate
+from umbrella.evaluation.image_use import measure_image_use
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import (
-    MAIN_METRIC,
     Case,
     EvaluationResult,
     print_evaluation,
@@ -36,6 +36,7 @@ from umbrella.evaluation.report import (
 )
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.subgroups import band_names
+from umbrella.evaluation.verdict import is_better_than_chance
 from umbrella.evaluation_run.prediction_workers import load_model, predict_on_workers
 from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
@@ -149,13 +150,17 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
             for condition in CONDITIONS
             if condition in predictions
         }
-        cases = _draw_cases(settings, data.conversations, predictions[AS_ASKED]) if own.pictures else []
+        image_use = measure_image_use(predictions, own, settings.seed, data.training_labels)
+        shown = with_cases(groups[AS_ASKED], predictions[AS_ASKED]) if own.pictures else []
+        cases = _draw_cases(settings, data.conversations, shown) if shown else []
         device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
         facts = {**data.facts, "processes": f"{own.workers} on {device}", "seconds": round(time.monotonic() - start)}
         notes = [*data.notes, *notes, *prediction_notes(predictions[AS_ASKED])]
         for line in notes:
             note(line)
-        result = EvaluationResult(settings, settings.checkpoint, own.split, predictions, groups, facts, notes)
+        result = EvaluationResult(
+            settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use
+        )
         page = write_evaluation(folder, result, cases)
         log_to_mlflow(result, folder, data.conversations)
     return result, page
@@ -258,7 +263,7 @@ def mlflow_metrics(result: EvaluationResult) -> dict[str, float]:
 
 
 def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -> EvaluationResult:
-    """The result with subject ids hashed in the values of subgroups and in notes."""
+    """The result with subject ids hashed in the values of subgroups and in notes, and without single questions."""
     # Not on the rendered page: there, an id such as 24 could be any count.
     redact = partial(redact_subjects, subjects=subjects, salt=salt)
     bands = band_names(result.settings.evaluate.bands)
@@ -266,7 +271,8 @@ def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -
         condition: [replace(g, value=g.value if g.value in bands else redact(g.value)) for g in groups]
         for condition, groups in result.groups.items()
     }
-    return replace(result, groups=groups, notes=[redact(note) for note in result.notes])
+    image_use = {target: replace(use, examples=(), table=()) for target, use in result.image_use.items()}
+    return replace(result, groups=groups, notes=[redact(note) for note in result.notes], image_use=image_use)
 
 
 def _with_checkpoint(settings: Settings, checkpoint: Path, **changes: Any) -> Settings:
@@ -292,6 +298,12 @@ def _predict_conditions(
     )
     predictions = chain.from_iterable(list(parts))
     return {name: list(islice(predictions, len(of_one))) for name, of_one in conditions.items()}, notes
+
+
+def with_cases(groups: Sequence[Group], predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The predictions of the targets whose best and worst cases are drawn: not of one that is at chance."""
+    shown = {g.target for g in groups if g.by == "all" and is_better_than_chance(g) is not False}
+    return [p for p in predictions if p.target in shown]
 
 
 def _draw_cases(

@@ -18,6 +18,7 @@ from umbrella.conversations.schema import SPLITS, Conversation, questions_of
 from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.controls import AS_ASKED, CONDITIONS
 from umbrella.evaluation.group_metrics import tabulate
+from umbrella.evaluation.image_use import measure_image_use
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import EvaluationResult, predictions_file, print_evaluation, write_evaluation
@@ -143,7 +144,8 @@ def evaluate_folds(sweep: Path, trial: str, progress: ProgressBar, console: Cons
         notes.append(f"{missing} of {len(held_out)} questions have no answer; the reports of the folds say why")
     for line in notes:
         note(line)
-    result = EvaluationResult(settings, str(best), "test", predictions, groups, facts, notes)
+    image_use = measure_image_use(predictions, settings.evaluate, settings.seed)
+    result = EvaluationResult(settings, str(best), "test", predictions, groups, facts, notes, image_use)
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, held_out)
     print_evaluation(result, page, console)

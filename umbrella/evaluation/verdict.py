@@ -1,0 +1,136 @@
+"""The result of a target in words: names and values of metrics, and a sentence about what it shows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from umbrella.evaluation.controls import CONDITION_NAMES
+from umbrella.evaluation.group_metrics import MAIN_REFERENCE, Estimate, Group, main_metrics
+from umbrella.evaluation.image_use import ImageUse
+from umbrella.evaluation.predictions import Prediction
+
+METRIC_NAMES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "auc": "ROC area", "brier": "Brier score", "f1": "F1 (macro)"}
+METRIC_NAMES |= {"token_f1": "token F1", "rouge_l": "ROUGE-L", "exact": "exact match", "pearson": "Pearson r"}
+SMALLER_IS_BETTER = ("mae", "rmse", "brier", "calibration_error")
+CONSTANT = 0.1
+"""Numbers that differ by no more than this share of the standard deviation of the labels are one answer."""
+
+
+def format_value(number: float | None) -> str:
+    """Format a metric: three decimals up to 1, else three significant digits; – where it is undefined."""
+    if number is None or not isfinite(number):
+        return "–"
+    return f"{number:.3f}" if abs(number) <= 1 else f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"
+
+
+def format_interval(estimate: Estimate) -> str:
+    """Format an interval: ``0.71 to 0.92``; empty where it is undefined."""
+    known = isfinite(estimate.low) and isfinite(estimate.high)
+    return f"{format_value(estimate.low)} to {format_value(estimate.high)}" if known else ""
+
+
+def metric_name(metric: str) -> str:
+    """The name of a metric for people: ``recall of male``."""
+    name, _, label = metric.partition("/")
+    return METRIC_NAMES.get(name, name.replace("_", " ")) + (f" of {label}" if label else "")
+
+
+def is_better_than_chance(group: Group, estimate: Estimate | None = None) -> bool | None:
+    """Whether the interval of a main metric excludes chance or, for numbers, the error of always saying the mean.
+
+    Args:
+        estimate: None: that of the group.
+
+    Returns:
+        None if the kind of target has no such reference.
+    """
+    reference, names = group.references.get(MAIN_REFERENCE[group.kind]), main_metrics(group)
+    if reference is None:
+        return None
+    if estimate is None:
+        if not names:
+            return False
+        estimate = group.metrics[names[0]]
+    return bool(estimate.high < reference if group.kind == "numbers" else estimate.low > reference)
+
+
+def constant_answer(predictions: Iterable[Prediction]) -> str | None:
+    """The only answer that is ever given, if there are several labels."""
+    answers, labels = zip(*((p.answer, p.label) for p in predictions), strict=True)
+    if len(set(labels)) > 1 and len(set(answers)) == 1:
+        return None if answers[0] is None else f"{answers[0]:.3g}" if isinstance(answers[0], float) else str(answers[0])
+    numbers = [answer for answer in answers if isinstance(answer, int | float)]
+    if (
+        numbers
+        and all(isinstance(label, int | float) for label in labels)
+        and np.ptp(numbers) <= CONSTANT * np.std(labels)
+    ):
+        return f"about {np.mean(numbers):.3g}"
+    return None
+
+
+def make_verdict(
+    group: Group,
+    controls: Mapping[str, Group],
+    predictions: Sequence[Prediction],
+    image_use: ImageUse | None,
+    confounds: Any,
+    comparisons: Iterable[Any],
+    confidence: float,
+) -> str:
+    """Say in one sentence whether a target is predicted, and from what.
+
+    Args:
+        group: all predictions of the target, under the condition "as_asked".
+        controls: condition to the same group.
+        predictions: those of the group.
+        confounds: its ``ConfoundAnalysis``, or None.
+        comparisons: its ``ModelComparison``s with other runs.
+        confidence: of the intervals; a difference between two runs is one if its adjusted p value is below the rest.
+    """
+    better = is_better_than_chance(group)
+    level = "always saying the mean" if group.kind == "numbers" else "chance"
+    first = "there is no chance level for texts" if better is None else f"{'' if better else 'not '}better than {level}"
+    if (constant := constant_answer(predictions)) is not None:
+        first += f", as the model always answers {constant}"
+    clauses = [first, *_compare(comparisons, 1 - confidence)]
+    if better:
+        clauses += [*_use_of_images(controls, image_use, level), _effect_of_confounds(group, confounds, level)]
+    return "; ".join(clauses) + "."
+
+
+def _compare(comparisons: Iterable[Any], significance: float) -> list[str]:
+    clauses, names = [], []
+    for one in comparisons:
+        gain = one.difference.value * (-1 if one.metric.split("/")[-1] in SMALLER_IS_BETTER else 1)
+        word = "not different from" if one.p_adjusted > significance else f"{'better' if gain > 0 else 'worse'} than"
+        clauses.append(f"{word} {one.other}")
+        names.append(one.other)
+    return clauses + ["not compared with the baseline"] * (not any("baseline" in name for name in names))
+
+
+def _use_of_images(controls: Mapping[str, Group], use: ImageUse | None, level: str) -> list[str]:
+    clauses = []
+    if use and isfinite(use.without_image.value):
+        value, low, high = (f"{100 * share:.0f}%" for share in use.without_image)
+        clauses.append(f"{value} of the right answers do not need the image ({low} to {high})")
+    kept = [CONDITION_NAMES[name] for name, group in controls.items() if is_better_than_chance(group)]
+    if kept:
+        clauses.append(f"it is better than {level} also with {' and with '.join(kept)}")
+    elif controls:
+        clauses.append(f"without the subject's own volumes it is not better than {level}")
+    return clauses or ["no control shows whether it needs the image"]
+
+
+def _effect_of_confounds(group: Group, confounds: Any, level: str) -> str:
+    if confounds is None:
+        return "confounds were not tested"
+    names = ", ".join(confounds.names)
+    if not confounds.partial.low > 0:
+        return f"{names} may explain it: given these, answer and label are not associated"
+    lost = [name for name, (_, found) in confounds.matched.items() if not is_better_than_chance(group, found)]
+    if lost:
+        return f"on subjects matched for {', '.join(lost)} it is not better than {level}"
+    return f"{names} do not explain it"
