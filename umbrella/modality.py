@@ -52,14 +52,6 @@ class Modality(Section):
         return len(self.grid) == 4
 
     @property
-    def blank_value(self) -> float:
-        """Voxel value of a blank volume: the mean of a z-score, or the middle of 0..1 after percentiles.
-
-        It is one value for all volumes. The mean of each foreground would reveal how much of the volume the head fills.
-        """
-        return 0.5 if self.intensity == "percentiles" else 0.0
-
-    @property
     def patch_grid(self) -> tuple[int, ...]:
         """Patches along each axis."""
         return tuple(size // step for size, step in zip(self.grid, self.patch, strict=True))

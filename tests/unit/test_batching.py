@@ -1,6 +1,7 @@
 """A batch: padding, weights and volumes side by side, and slices that keep each sample's own volumes."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,10 @@ def test_blank_volumes_are_one_constant_that_does_not_depend_on_the_subject(
         assert group.voxels.shape == plain.pixel_values[name].voxels.shape
         assert not group.voxels.any()
         assert plain.pixel_values[name].voxels.any()
-    modality = store.modalities["sMRI"]
-    assert modality.model_copy(update={"intensity": "percentiles"}).blank_value == 0.5
+    scaled = {n: m.model_copy(update={"intensity": "percentiles"}) for n, m in store.modalities.items()}
+    other: Any = SimpleNamespace(modalities=scaled)
+    grey = Collator(renderer, other)([renderer.render(conversations[1])], MaskPolicy())
+    assert all((group.voxels == 0.5).all() for group in grey.pixel_values.values())
 
 
 def test_every_volume_is_at_its_own_run(batch: Batch, store: Any, cohort: dict[str, Conversation]) -> None:

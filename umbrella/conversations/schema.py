@@ -20,8 +20,8 @@ QUESTION_OF = "question_of"
 """Key of a conversation that ``Conversation.questions`` made."""
 PARAPHRASE = "paraphrase"
 """Key of a text item: the same question in another wording."""
-BLANK = "blank_volume"
-"""Key of an image item whose voxels are all replaced by ``Modality.blank_value``."""
+BLANK = "blank:"
+"""Prefix of the path of a volume whose voxels are all replaced by one value."""
 CONTROL = "control"
 """Key of a conversation of a control: an answer is generated only where none is scored by likelihood."""
 ENTITY = re.compile(r"(?<![A-Za-z0-9])sub-[A-Za-z0-9+-]+(?=[_./\\]|$)")
@@ -176,11 +176,6 @@ class Conversation(_Part):
             QUESTION_OF: self.task_id,
         }
         return self.model_copy(update=changes)
-
-    @property
-    def is_control(self) -> bool:
-        """Whether the conversation is one of a control, see ``CONTROL``."""
-        return bool((self.model_extra or {}).get(CONTROL))
 
     @property
     def asked_before(self) -> list[int]:

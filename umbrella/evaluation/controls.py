@@ -5,14 +5,14 @@ the text (a question that reveals the answer, a frequent class) keeps its score.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from umbrella.base import pluralise
-from umbrella.conversations.schema import BLANK, CONTROL, PARAPHRASE, Conversation, ImageItem, TextItem
+from umbrella.conversations.schema import BLANK, CONTROL, PARAPHRASE, Conversation, TextItem
 
 AS_ASKED, SHUFFLED, WITHOUT, TEXT_ONLY = "as_asked", "shuffled", "blank", "text_only"
 SAME_LABEL, OTHER_LABEL, PARAPHRASED = "same_label", "other_label", "paraphrased"
@@ -56,8 +56,8 @@ def make_controls(
 
 
 def blank(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """The conversations with blank volumes: each voxel is ``Modality.blank_value``."""
-    return [_with_volumes(c, lambda volume: {BLANK: True}) for c in conversations]
+    """The conversations with blank volumes, in which all voxels of all subjects have one value."""
+    return [c.with_paths(lambda path: f"{BLANK}{path}") for c in conversations]
 
 
 def paraphrased(conversations: Sequence[Conversation]) -> list[Conversation]:
@@ -92,7 +92,8 @@ def exchanged(conversations: Sequence[Conversation], seed: int, other: bool) -> 
     rng, made = np.random.default_rng(seed), {}
     for (_, classes), members in of_target.items():
         labels: Any = np.array([c.label for c in members])
-        files = [_files(c.subject_volumes) for c in members]
+        owned = [c.subject_volumes for c in members]
+        files = [{v.modality: [w.image_path for w in own if w.modality == v.modality] for v in own} for own in owned]
         for i, c in enumerate(members):
             order = rng.permutation(len(members))
             distance = (labels[order] != labels[i]).astype(float) if classes else abs(labels[order] - labels[i])
@@ -102,7 +103,11 @@ def exchanged(conversations: Sequence[Conversation], seed: int, other: bool) -> 
                 order = order[distance == 0] if classes else order[np.argsort(distance, kind="stable")]
             for j in order:
                 if members[j].subject_id not in c.subjects and files[i].keys() <= files[j].keys():
-                    made[c.task_id] = _with_files(c, files[i], files[j], labels[j].item())
+                    theirs, paths = files[j], {v.image_path: v.image_path for v in c.volumes}
+                    for name, own in files[i].items():
+                        paths |= {file: theirs[name][n % len(theirs[name])] for n, file in enumerate(own)}
+                    changes = {"metadata": c.metadata | {SHOWN_LABEL: labels[j].item()}}
+                    made[c.task_id] = c.with_paths(paths.__getitem__).model_copy(update=changes)
                     break
     return [made[c.task_id] for c in conversations if c.task_id in made]
 
@@ -189,40 +194,6 @@ def volume_owners(conversations: Iterable[Conversation]) -> dict[str, dict[str, 
     for file, modality in modality_of.items():
         found[modality][known[file]].append(file)
     return found
-
-
-def _with_volumes(conversation: Conversation, change: Callable[[ImageItem], dict[str, Any]]) -> Conversation:
-    """The conversation with ``change``, from a volume to fields, applied to every volume."""
-    turns = [
-        turn.model_copy(
-            update={
-                "content": tuple(
-                    i.model_copy(update=change(i)) if isinstance(i, ImageItem) else i for i in turn.content
-                )
-            }
-        )
-        for turn in conversation.conversations
-    ]
-    return conversation.model_copy(update={"conversations": tuple(turns)})
-
-
-def _files(volumes: Iterable[ImageItem]) -> dict[str, list[str]]:
-    """Modality to files, in order."""
-    files: dict[str, list[str]] = defaultdict(list)
-    for volume in volumes:
-        files[volume.modality].append(volume.image_path)
-    return files
-
-
-def _with_files(
-    conversation: Conversation, own: Mapping[str, list[str]], other: Mapping[str, list[str]], label: str | float
-) -> Conversation:
-    """The conversation with the files ``own``, by modality, replaced by ``other`` ones of that label."""
-    paths = {file: other[name][i % len(other[name])] for name, of in own.items() for i, file in enumerate(of)}
-    changed = _with_volumes(
-        conversation, lambda volume: {"image_path": paths.get(volume.image_path, volume.image_path)}
-    )
-    return changed.model_copy(update={"metadata": conversation.metadata | {SHOWN_LABEL: label}})
 
 
 def _labels(conversations: Iterable[Conversation]) -> dict[str, dict[str, str | float]]:

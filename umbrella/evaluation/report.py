@@ -221,7 +221,7 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
     title = f"{result.split}: {_count_conversations(result.predictions[AS_ASKED])} conversations"
     table = Table(title=title, title_justify="left")
     for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "constant answer", "invalid"):
-        table.add_column(column)
+        table.add_column(column, min_width=11 if column == "metric" else None)
     wholes = {name: {group.target: group for group in result.groups[name] if group.by == "all"} for name in conditions}
     for target, group in wholes[AS_ASKED].items():
         for name in main_metrics(group):

@@ -11,7 +11,7 @@ import torch
 from umbrella.base import UserError, note
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.formats import modality_by_suffix, volume_file
-from umbrella.conversations.schema import Conversation, ImageItem, TextItem, Turn
+from umbrella.conversations.schema import CONTROL, Conversation, ImageItem, TextItem, Turn
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.predictions import Prediction, cut_note, extract_answer
@@ -188,7 +188,7 @@ class Umbrella:
         with self._autocast():
             predictions = score(model, conversations, self.renderer, self.collate, candidates, device, truth=truth)
         scored = [bool(p.probabilities or p.numbers) for p in predictions]
-        to_generate = [i for i, c in enumerate(conversations) if not (c.is_control and scored[i])]
+        to_generate = [i for i, c in enumerate(conversations) if not (scored[i] and CONTROL in (c.model_extra or {}))]
         if max_new_tokens == 0 or not to_generate:
             return predictions
         asked = self._with_own_answers([conversations[i] for i in to_generate], max_new_tokens)
