@@ -129,7 +129,7 @@ def test_an_answer_that_another_wording_changes_is_listed() -> None:
         return other_of(label) if condition == "paraphrased" and i == 7 else by_image(i, label, shown, condition)
 
     use = measured(answers(answer))
-    assert use.examples == [("another answer to another wording", "sex_7_0")]
+    assert use.examples == [("changed by another wording", "sex_7_0")]
     assert use.paraphrased.value == pytest.approx(1 / 40)
 
 

@@ -4,7 +4,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -101,13 +100,12 @@ def _measure(
     )
     guessed = np.array([1 / len(classes) if classes else _agree(x, known.mean(), tolerance) for x in labels], float)
     strata = np.array([[not classes or label == name for label in labels] for name in classes or [""]])
-    shown = {}  # condition to (which questions have it, for which of these the answer follows what is shown)
+    shown = {}  # condition to (questions that have it, those of them in which the answer follows what is shown)
     for name in (SAME_LABEL, OTHER_LABEL, PARAPHRASED):
-        pairs = [
-            (s[name].answer, s[name].metadata.get(SHOWN_LABEL, s[AS_ASKED].answer)) if name in s else None
-            for s in samples
-        ]
-        shown[name] = np.array([(pair is not None, pair is not None and _agree(*pair, tolerance)) for pair in pairs]).T
+        has = np.array([name in s for s in samples])
+        compared = [s[name].metadata.get(SHOWN_LABEL, s[AS_ASKED].answer) if name in s else None for s in samples]
+        answers = [s[name].answer if name in s else None for s in samples]
+        shown[name] = has, has & [_agree(a, b, tolerance) for a, b in zip(answers, compared, strict=True)]
     subjects = {subject: i for i, subject in enumerate(dict.fromkeys(p.subject_id for p in asked))}
     columns = [subjects[p.subject_id] for p in asked]
 
@@ -132,30 +130,26 @@ def _measure(
         found[SAME_LABEL],
         found[OTHER_LABEL],
         found[PARAPHRASED],
-        _examples(samples, right & without, shown[PARAPHRASED], tolerance),
+        _examples(samples, right & without, shown[PARAPHRASED][0] & ~shown[PARAPHRASED][1], tolerance),
         [_row(sample, quadrant, tolerance) for sample, quadrant in zip(samples, quadrants, strict=True)],
     )
 
 
-def _examples(
-    samples: Sequence[Sample], stay: NDArray, other_wording: NDArray, tolerance: float
-) -> list[tuple[str, str]]:
+def _examples(samples: Sequence[Sample], stay: NDArray, changed: NDArray, tolerance: float) -> list[tuple[str, str]]:
     """Right answers that do not need the image, the most probable first; then answers that another wording changes."""
 
     @cache
     def usual(answer: str | float) -> float:
         return fmean(_probability(sample[WITHOUT], answer, tolerance) or 0.0 for sample in samples)
 
-    likely = sorted(
-        (-share, i)
-        for i in np.flatnonzero(stay).tolist()
-        if (share := _probability(blank := samples[i][WITHOUT], blank.answer, tolerance) or 0.0) >= SURE
-    )
-    sure = (i for share, i in likely if -share - usual(samples[i][WITHOUT].answer) >= UNUSUAL)
-    rows = [("right without the image", i) for i in islice(sure, MAX_EXAMPLES // 2)]
-    rows += [
-        ("another answer to another wording", i) for i in np.flatnonzero(other_wording[0] & ~other_wording[1]).tolist()
-    ]
+    sure = []
+    for i in np.flatnonzero(stay).tolist():
+        answer = samples[i][WITHOUT].answer
+        share = _probability(samples[i][WITHOUT], answer, tolerance) or 0.0
+        if share >= SURE and share - usual(answer) >= UNUSUAL:
+            sure.append((-share, i))
+    rows = [("right without the image", i) for _, i in sorted(sure)[: MAX_EXAMPLES // 2]]
+    rows += [("changed by another wording", i) for i in np.flatnonzero(changed).tolist()]
     return [(reason, samples[i][AS_ASKED].task_id) for reason, i in rows[:MAX_EXAMPLES]]
 
 

@@ -83,12 +83,10 @@ def make_verdict(
     """Say in one sentence whether a target is predicted, and from what.
 
     Args:
-        group: all predictions of the target, under the condition "as_asked".
-        controls: condition to the same group.
+        group: all predictions of the target, under the condition "as_asked"; ``controls``: condition to that group.
         predictions: those of the group.
         confounds: its ``ConfoundAnalysis``, or None.
-        comparisons: its ``ModelComparison``s with other runs.
-        confidence: of the intervals; a difference between two runs is one if its adjusted p value is below the rest.
+        comparisons: its ``ModelComparison``s; one is significant if its adjusted p value is at most 1 - confidence.
     """
     better = is_better_than_chance(group)
     level = "always saying the mean" if group.kind == "numbers" else "chance"
@@ -102,13 +100,13 @@ def make_verdict(
 
 
 def _compare(comparisons: Iterable[Any], significance: float) -> list[str]:
-    clauses, names = [], []
+    clauses, baseline = [], False
     for one in comparisons:
         gain = one.difference.value * (-1 if one.metric.split("/")[-1] in SMALLER_IS_BETTER else 1)
         word = "not different from" if one.p_adjusted > significance else f"{'better' if gain > 0 else 'worse'} than"
         clauses.append(f"{word} {one.other}")
-        names.append(one.other)
-    return clauses + ["not compared with the baseline"] * (not any("baseline" in name for name in names))
+        baseline |= "baseline" in one.other
+    return clauses if baseline else [*clauses, "not compared with the baseline"]
 
 
 def _use_of_images(controls: Mapping[str, Group], use: ImageUse | None, level: str) -> list[str]:
