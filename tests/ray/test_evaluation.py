@@ -109,7 +109,7 @@ def run_in_mlflow(settings: Settings, name: str) -> Any:
 
 def test_controls_remove_what_the_images_contribute(evaluated: Evaluated) -> None:
     assert overall(evaluated.folder, "as_asked")["metrics"][SCORE]["value"] > 0.9
-    for control in ("shuffled", "text_only"):
+    for control in ("shuffled", "blank", "text_only"):
         found = overall(evaluated.folder, control)["metrics"][SCORE]
         assert found["low"] <= 0.5 <= found["high"]
         assert found["value"] < 0.8

@@ -219,9 +219,9 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
     """Print the main metrics with intervals, references and controls, and the address of the page."""
     conditions = [name for name in CONDITIONS if name in result.groups]
     title = f"{result.split}: {_count_conversations(result.predictions[AS_ASKED])} conversations"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", collapse_padding=True)
     for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "constant answer", "invalid"):
-        table.add_column(column, min_width=11 if column == "metric" else None)
+        table.add_column(column)
     wholes = {name: {group.target: group for group in result.groups[name] if group.by == "all"} for name in conditions}
     for target, group in wholes[AS_ASKED].items():
         for name in main_metrics(group):
