@@ -113,20 +113,13 @@ def test_exchanged_volumes_have_the_same_or_another_label_and_references_stay() 
 
 def test_exchanged_numbers_are_the_nearest_or_a_standard_deviation_away() -> None:
     ages = {"a": 20, "b": 22, "c": 50, "d": 61}  # standard deviation 17.7
-    conversations = [
-        make_conversation(
-            ("user", [(modality, f"/{s}_{modality}.nii"), "How old?"]),
-            ("assistant", f"{age}"),
-            task_id=f"{s}_{modality}",
-            metadata={"subject_id": s, "subject_label": age, "target": "age"},
-        )
-        for s, age in ages.items()
-        for modality in (["sMRI", "dMRI"] if s == "d" else ["sMRI"])
-    ]
-    near, far = (
-        {c.task_id: (c.volumes[0].image_path, c.metadata[SHOWN_LABEL]) for c in exchanged(conversations, 0, other)}
-        for other in (False, True)
-    )
+    conversations = []
+    for s, modality in [*((s, "sMRI") for s in ages), ("d", "dMRI")]:
+        turns = ("user", [(modality, f"/{s}_{modality}.nii"), "How old?"]), ("assistant", "?")
+        metadata = {"subject_id": s, "subject_label": ages[s], "target": "age"}
+        conversations.append(make_conversation(*turns, task_id=f"{s}_{modality}", metadata=metadata))
+    both = [exchanged(conversations, 0, other) for other in (False, True)]
+    near, far = ({c.task_id: (c.volumes[0].image_path, c.metadata[SHOWN_LABEL]) for c in of_one} for of_one in both)
     assert near["b_sMRI"] == ("/a_sMRI.nii", 20)
     assert near["c_sMRI"] == ("/d_sMRI.nii", 61)
     assert "d_dMRI" not in near, "no other subject has this modality"

@@ -93,12 +93,7 @@ def test_a_model_that_reads_the_image_needs_it_although_some_guesses_are_right(t
     use = measured(answers(by_image, target))
     guesses = {"sex": 20, "age": sum(abs(age - np.mean(AGES)) <= use.tolerance for age in AGES)}[target]
     assert guesses > 8
-    assert use.quadrants == {
-        "only_with_image": 40 - guesses,
-        "with_and_without": guesses,
-        "neither": 0,
-        "only_without": 0,
-    }
+    assert list(use.quadrants.values()) == [40 - guesses, guesses, 0, 0]
     assert use.without_image.value == pytest.approx(0, abs=1e-9)
     assert (use.same_label.value, use.other_label.value) == (1, 1)
     assert use.examples == [], "the usual guess"
@@ -144,10 +139,8 @@ def test_the_report_has_the_verdict_the_quadrants_and_a_row_for_each_question(tm
     with (tmp_path / "image_use.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["task_id"] for row in rows] == [p.task_id for p in result.predictions[AS_ASKED]]
-    assert {(row["blank"], row["p(blank)"], row["label shown in other_label"]) for row in rows} == {
-        ("male", "0.9", "female"),
-        ("female", "0.9", "male"),
-    }
+    cells = {(row["blank"], row["p(blank)"], row["label shown in other_label"]) for row in rows}
+    assert cells == {("male", "0.9", "female"), ("female", "0.9", "male")}
     hidden = anonymised(result, {"sub-01"}, "salt").image_use["sex"]
     assert (hidden.examples, hidden.table, hidden.quadrants) == ((), (), result.image_use["sex"].quadrants)
 
@@ -181,11 +174,8 @@ def test_the_verdict_names_a_constant_answer_and_a_target_at_chance_has_no_cases
 
 def test_the_verdict_names_confounds_and_the_compared_run() -> None:
     def words(partial: float, matched: float, difference: float, p: float) -> str:
-        confounds = SimpleNamespace(
-            names=["age", "volume"],
-            partial=Estimate(partial + 0.2, partial, 1),
-            matched={"age": (20, Estimate(0.9, 0.8, 1)), "volume": (18, Estimate(0.9, matched, 1))},
-        )
+        pairs = {"age": (20, Estimate(0.9, 0.8, 1)), "volume": (18, Estimate(0.9, matched, 1))}
+        confounds = SimpleNamespace(names=[*pairs], partial=Estimate(partial + 0.2, partial, 1), matched=pairs)
         metric, gain = "likelihood/subjects/balanced_accuracy", Estimate(difference, -1, 1)
         compared = SimpleNamespace(target="sex", metric=metric, other="baseline-sex", difference=gain, p_adjusted=p)
         return result_of(answers(by_image), confounds={"sex": confounds}, comparisons=[compared]).verdicts["sex"]
