@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -149,6 +149,11 @@ class Conversation(_Part):
         return str(self.metadata.get("target") or self.metadata.get("task") or self.task_type)
 
     @property
+    def candidates(self) -> dict[str, str]:
+        """The answers that are possible for this sample, label to text; empty if it has none of its own."""
+        return read_candidates(self.metadata)
+
+    @property
     def conversation_id(self) -> str:
         """The ``task_id`` of the sample that this is one of the ``questions`` of; its own if it is none."""
         return (self.model_extra or {}).get(QUESTION_OF, self.task_id)
@@ -163,16 +168,21 @@ class Conversation(_Part):
         if not entries or self.conversation_id != self.task_id:
             return [self]
         last = {"turn": self.last_answer, "target": self.target, "label": self.label}
-        if self.label is not None and last not in entries:
+        if self.label is not None and all(entry | last != entry for entry in entries):
             entries = [*entries, last]
         return [self._question(entry, entries) for entry in sorted(entries, key=lambda entry: entry["turn"])]
 
     def _question(self, entry: dict[str, Any], entries: list[dict[str, Any]]) -> "Conversation":
         turn, target = entry["turn"], entry["target"]
+        own = entry.get("candidates")
+        if (turn, target) == (self.last_answer, self.target):
+            own = own or self.candidates
+        metadata = {key: value for key, value in self.metadata.items() if key != "candidates"}
+        metadata |= {"candidates": own} if own else {}
         changes = {
             "task_id": f"{self.task_id}:{turn}:{target}",
             "conversations": self.conversations[: turn + 1],
-            "metadata": self.metadata | {"labels": entries, "target": target, "subject_label": entry["label"]},
+            "metadata": metadata | {"labels": entries, "target": target, "subject_label": entry["label"]},
             QUESTION_OF: self.task_id,
         }
         return self.model_copy(update=changes)
@@ -220,6 +230,12 @@ class Conversation(_Part):
 def questions_of(conversations: Iterable[Conversation]) -> list[Conversation]:
     """Return the ``questions`` of all conversations, in order."""
     return [question for conversation in conversations for question in conversation.questions()]
+
+
+def read_candidates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the ``candidates`` of metadata as label to text; in a list, each text is its own label."""
+    found = metadata.get("candidates") or {}
+    return dict(found) if isinstance(found, Mapping) else {text: text for text in found}
 
 
 def normalise_id(value: Any) -> str | None:

@@ -132,6 +132,7 @@ def _check_values(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif CONTROL_CHARACTER.search(str(name)):
             yield field, f"{format_value(name)} holds a line break or another control character; leave it out"
     yield from _check_label("metadata.subject_label", metadata.get("subject_label"))
+    yield from _check_candidates("metadata.", metadata, metadata.get("subject_label"))
     key = "target" if metadata.get("target") is not None else "task"
     if not isinstance(metadata.get(key), str | None):
         yield f"metadata.{key}", f"must be a text, not {format_value(metadata[key])}"
@@ -149,6 +150,27 @@ def _check_label(field: str, label: Any) -> Iterator[tuple[str, str]]:
         yield field, "is empty; write the label, or leave it out"
 
 
+def _check_candidates(place: str, metadata: dict[str, Any], label: Any) -> Iterator[tuple[str, str]]:
+    """Yield the problems of the ``candidates`` of a sample, or of an entry of ``metadata.labels``."""
+    field, found = f"{place}candidates", metadata.get("candidates")
+    if found is None:
+        return
+    texts = list(found.values()) if isinstance(found, dict) else found
+    labels = list(found) if isinstance(found, dict) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in (*texts, *labels)):
+        yield field, f"must be a list of texts, or an object of label and text, not {format_value(found)}"
+    elif len(texts) < 2:
+        yield field, f"has {len(texts)} of the two or more answers to choose from; add the others"
+    elif any(len({" ".join(one.split()).casefold() for one in ones}) < len(ones) for ones in (labels, texts)):
+        yield field, "has two that are equal, or differ by case or blanks only; give each a text of its own"
+    elif label is not None and label not in labels:
+        known = ", ".join(map(format_value, labels))
+        yield (
+            field,
+            f"lacks the label {format_value(label)}, it has {known}; add it, or write one of these as the label",
+        )
+
+
 def _check_labels(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the invalid entries of ``metadata.labels``, and a ``subject_label`` that contradicts them."""
     metadata, turns = sample.get("metadata", {}), sample["conversations"]
@@ -159,11 +181,12 @@ def _check_labels(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
     known: dict[tuple[int, str], Any] = {}
     for i, entry in enumerate(labels):
         field = f"metadata.labels.{i}"
-        if not isinstance(entry, dict) or entry.keys() != {"turn", "target", "label"}:
+        if not isinstance(entry, dict) or entry.keys() - {"candidates"} != {"turn", "target", "label"}:
             yield field, f"must be an object of turn, target and label, not {format_value(entry)}"
             continue
         turn, target = entry["turn"], entry["target"]
-        problems = list(_check_label(f"{field}.label", entry["label"]))
+        problems = [*_check_label(f"{field}.label", entry["label"])]
+        problems += _check_candidates(f"{field}.", entry, entry["label"])
         if not isinstance(turn, int) or isinstance(turn, bool) or not 0 <= turn < len(turns):
             problems.append((f"{field}.turn", f"{format_value(turn)} is no index of a turn, 0 to {len(turns) - 1}"))
         elif turns[turn]["role"] != "assistant":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -238,7 +238,7 @@ def _check_answers(raw: Splits, settings: "Settings", progress: ProgressBar) -> 
     for name, conversations in raw.splits.items():
         for i, c in enumerate(conversations):
             if (name, c.task_id) in blank:
-                texts = usual.get(c.target, {})
+                texts: Mapping[Any, str] = c.candidates or usual.get(c.target, {})
                 if c.label in texts:
                     conversations[i] = c.with_answer(texts[c.label])
                     filled[name] += 1
@@ -249,12 +249,12 @@ def _check_answers(raw: Splits, settings: "Settings", progress: ProgressBar) -> 
                     )
                     reasons[name, c.task_id] = [("conversations", message)]
             for q in conversations[i].questions():
-                texts = usual.get(q.target, {})
+                texts = q.candidates or usual.get(q.target, {})
                 if not isinstance(q.label, str) or texts.get(q.label, q.answer) == q.answer:
                     continue
                 frequency = frequencies[q.target, q.label, q.answer]
-                others = [label for label in texts if texts[label] == q.answer and label != q.label]
-                if any(frequencies[q.target, label, q.answer] > frequency for label in others):
+                others = [label for label, text in texts.items() if text == q.answer and label != q.label]
+                if any(q.candidates or frequencies[q.target, label, q.answer] > frequency for label in others):
                     message = (
                         f"the label is {q.label!r}, but the answer {q.answer!r} is that of the label {others[0]!r};"
                         " correct one of them"

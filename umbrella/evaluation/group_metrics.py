@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from umbrella.evaluation.metrics import (
     class_metrics,
     confusion_matrices,
+    nan_mean,
     number_metrics,
     probability_metrics,
     ratio,
@@ -31,7 +32,7 @@ from umbrella.evaluation.subgroups import split_subgroups
 CHUNK = 100
 """Resamples whose weights are in memory together."""
 
-Kind = Literal["classes", "numbers", "texts", "joint"]
+Kind = Literal["classes", "choices", "numbers", "texts", "joint"]
 ALL_TARGETS = "all_targets"
 """The target of the group of conversations with several class labels."""
 MetricFunction = Callable[[NDArray], Mapping[str, NDArray]]
@@ -41,8 +42,9 @@ Levels = dict[str, tuple[Sequence[str], MetricFunction]]
 
 
 MAIN_METRIC = {"classes": "balanced_accuracy", "numbers": "mae", "texts": "token_f1", "joint": "subset_accuracy"}
+MAIN_METRIC |= {"choices": "accuracy"}
 """The metric that stands for a target: over subjects, and by likelihood where there are candidates."""
-MAIN_REFERENCE = {"classes": "chance", "numbers": "mean/mae", "texts": "", "joint": ""}
+MAIN_REFERENCE = {"classes": "chance", "choices": "chance", "numbers": "mean/mae", "texts": "", "joint": ""}
 """The reference, one of ``Group.references``, that the main metric is compared with."""
 
 
@@ -68,6 +70,8 @@ class Group:
       also sensitivity and specificity, where the class that sorts last is positive; by likelihood (no votes) also auc,
       brier and calibration_error; of conversations with a reference also copies_reference: the share of answers that
       are the label of the reference, right or wrong.
+    - Metrics of choices, whose questions have candidates of their own (no votes): accuracy, of a subject the mean over
+      its questions; of conversations also balanced_accuracy, over the labels that are true.
     - Metrics of numbers (generated only, no votes): mae, rmse, r2, pearson.
     - Metrics of texts (generated only, no votes): token_f1, rouge_l, exact.
     - Metric of the kind joint, whose target is ``ALL_TARGETS`` (conversations only): subset_accuracy, the share of the
@@ -92,8 +96,11 @@ class Group:
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     references: dict[str, float] = field(default_factory=dict)
     """Values that need no images. Classes: ``chance`` (balanced accuracy) and ``majority`` (accuracy, over subjects, of
-    the most frequent training label). Numbers: ``mean/mae`` and ``mean/rmse`` (over subjects, of the mean training
-    label). ``copies_reference``: the value of that metric for a model that is always right."""
+    the most frequent training label). Choices: ``chance`` and ``majority`` (accuracies, over conversations). Numbers:
+    ``mean/mae`` and ``mean/rmse`` (over subjects, of the mean training label). ``copies_reference``: the value of that
+    metric for a model that is always right."""
+    frequencies: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of choices: "true" and each way of answering, to how often each label is the truth, or the answer."""
     confusion: dict[str, list[list[int]]] = field(default_factory=dict)
     """``<way>/<level>`` to counts: a row per true class, a column per predicted class and a last one for none."""
 
@@ -125,12 +132,14 @@ def tabulate(
     """
     predictions = list(predictions)
     targets: dict[tuple[str, Kind], list[Prediction]] = defaultdict(list)
+    choices = {p.target for p in predictions if p.candidates}
     for p in predictions:
         kind: Kind = "texts" if p.label is None else "classes" if isinstance(p.label, str) else "numbers"
+        kind = "choices" if kind == "classes" and p.target in choices else kind
         targets[p.target, kind].append(p)
     groups = []
     for (target, kind), of_target in sorted(targets.items()):
-        given = [label for label in (training or {}).get(target, ()) if isinstance(label, str) == (kind == "classes")]
+        given = [label for label in (training or {}).get(target, ()) if isinstance(label, str) == (kind != "numbers")]
         labels = given or _distinct_labels(of_target)
         classes: set[str] = set()
         if kind == "classes":
@@ -259,6 +268,41 @@ def _class_function(
     return metrics
 
 
+def _choice_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:
+    answers: dict[str, list[tuple[Prediction, str | float | None]]] = {
+        "likelihood": [(p, most_likely(p.probabilities)) for p in predictions if p.probabilities],
+        "generated": [(p, p.predicted) for p in _generated(predictions)],
+    }
+    if answers["generated"]:
+        group.invalid = sum(answer is None for _, answer in answers["generated"])
+    most_frequent = Counter(sorted(map(str, training))).most_common(1)[0][0]
+    group.references = {
+        "chance": fmean(1 / len(p.candidates or p.probabilities or [p.label]) for p in predictions),
+        "majority": fmean(p.label == most_frequent for p in predictions),
+    }
+    group.frequencies["true"] = dict(Counter(str(p.label) for p in predictions).most_common())
+    levels: Levels = {}
+    for way, rows in answers.items():
+        if rows:
+            right = np.array([p.label == answer for p, answer in rows], float)
+            labels = np.array([str(p.label) for p, _ in rows])
+            by_subject: dict[str, list[float]] = defaultdict(list)
+            for (p, _), value in zip(rows, right, strict=True):
+                by_subject[p.subject_id].append(value)
+            of_subjects = {"accuracy": np.array([fmean(values) for values in by_subject.values()])}
+            levels[f"{way}/conversations"] = [p.subject_id for p, _ in rows], partial(_choice_metrics, labels, right)
+            levels[f"{way}/subjects"] = list(by_subject), partial(_weighted_means, of_subjects)
+            group.frequencies[way] = dict(Counter(str(answer) for _, answer in rows if answer is not None))
+    return levels
+
+
+def _choice_metrics(labels: NDArray, right: NDArray, weights: NDArray) -> dict[str, NDArray]:
+    classes = np.eye(len(set(labels)))[np.unique(labels, return_inverse=True)[1]]
+    recalls = ratio(weights @ (classes * right[:, None]), weights @ classes)
+    balanced = nan_mean(recalls) if classes.shape[1] > 1 else np.full(len(weights), np.nan)
+    return {"accuracy": ratio(weights @ right, weights.sum(1)), "balanced_accuracy": balanced}
+
+
 def _number_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:
     generated = _generated(predictions)
     if generated:
@@ -293,6 +337,7 @@ def _text_levels(group: Group, predictions: Sequence[Prediction], training: Sequ
 
 LEVELS: dict[Kind, Callable[[Group, Sequence[Prediction], Sequence[str | float]], Levels]] = {
     "classes": _class_levels,
+    "choices": _choice_levels,
     "numbers": _number_levels,
     "texts": _text_levels,
 }

@@ -9,6 +9,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ def balanced_accuracy(counts: NDArray) -> NDArray:
     Args:
         counts: (resamples, classes, classes + 1), weighted sums of ``confusion_matrices``.
     """
-    return _nan_mean(_recall(counts))
+    return nan_mean(_recall(counts))
 
 
 def class_metrics(counts: NDArray, classes: Sequence[str]) -> dict[str, NDArray]:
@@ -65,7 +66,7 @@ def class_metrics(counts: NDArray, classes: Sequence[str]) -> dict[str, NDArray]
     metrics = {
         "accuracy": ratio(correct.sum(1), true.sum(1)),
         "balanced_accuracy": balanced_accuracy(counts),
-        "f1": _nan_mean(ratio(2 * correct, true + predicted)),
+        "f1": nan_mean(ratio(2 * correct, true + predicted)),
     }
     if len(classes) == 2:
         metrics |= {"sensitivity": recall[:, 1], "specificity": recall[:, 0]}
@@ -75,7 +76,12 @@ def class_metrics(counts: NDArray, classes: Sequence[str]) -> dict[str, NDArray]
 
 
 def probability_metrics(truth: NDArray, probabilities: NDArray, weights: NDArray) -> dict[str, NDArray]:
-    """``auc``, ``brier`` and ``calibration_error``, (resamples,) each.
+    """``auc`` and the metrics of ``calibration_metrics``, (resamples,) each. Arguments as there."""
+    return {"auc": auc(truth, probabilities, weights), **calibration_metrics(truth, probabilities, weights)}
+
+
+def calibration_metrics(truth: NDArray, probabilities: NDArray, weights: NDArray) -> dict[str, NDArray]:
+    """``brier`` and ``calibration_error``, (resamples,) each.
 
     Brier score (1950): the squared distance between probabilities and truth, summed over classes; with two classes half
     of that, which is the score of the positive class. Calibration error (Guo et al. 2017): the mean distance between
@@ -92,7 +98,6 @@ def probability_metrics(truth: NDArray, probabilities: NDArray, weights: NDArray
     correct = (probabilities[np.arange(len(truth)), truth] == best) & ((probabilities == best[:, None]).sum(1) == 1)
     gaps = np.abs(weights @ (np.eye(BINS)[calibration_bins(best)] * (correct - best)[:, None])).sum(1)
     return {
-        "auc": auc(truth, probabilities, weights),
         "brier": ratio(weights @ distance, total) / (2 if probabilities.shape[1] == 2 else 1),
         "calibration_error": ratio(gaps, total),
     }
@@ -107,7 +112,7 @@ def auc(truth: NDArray, probabilities: NDArray, weights: NDArray) -> NDArray:
     """Area under the ROC curve, (resamples,): of the last of two classes, otherwise the mean of one against the rest.
 
     Classes that all or none of the answers have are left out; NaN if no class is left. Arguments as
-    ``probability_metrics``.
+    ``calibration_metrics``.
     """
     areas = []
     for label in [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1]):
@@ -119,7 +124,7 @@ def auc(truth: NDArray, probabilities: NDArray, weights: NDArray) -> NDArray:
         negatives = np.add.reduceat(ordered * ~positive, starts, axis=1)
         below = np.cumsum(negatives, 1) - negatives / 2
         areas.append(ratio((positives * below).sum(1), positives.sum(1) * negatives.sum(1)))
-    return _nan_mean(np.stack(areas, 1))
+    return nan_mean(np.stack(areas, 1))
 
 
 def number_metrics(truth: NDArray, predicted: NDArray, weights: NDArray) -> dict[str, NDArray]:
@@ -212,12 +217,11 @@ def validation_metrics(predictions: Iterable[Prediction], prefix: str = "eval") 
             by_target[p.target].append(p)
     over_subjects = []
     for target, scored in sorted(by_target.items()):
-        true = {str(p.label) for p in scored}
-        if len(true) > 1:
-            matrices = confusion_matrices(
-                mean_over_subjects(scored), sorted(true.union(*(p.probabilities for p in scored)))
-            )
-            over_subjects.append(float(balanced_accuracy(matrices.sum(0, keepdims=True))[0]))
+        hits: dict[Any, list[bool]] = defaultdict(list)
+        for p in mean_over_subjects(scored):
+            hits[p.label].append(p.predicted == p.label)
+        if len(hits) > 1:
+            over_subjects.append(fmean(map(fmean, hits.values())))
             metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
         metrics[f"{prefix}/{target}/accuracy"] = fmean(most_likely(p.probabilities) == p.label for p in scored)
     if over_subjects:
@@ -249,7 +253,7 @@ def _recall(counts: NDArray) -> NDArray:
     return ratio(np.diagonal(counts, axis1=1, axis2=2), counts.sum(2))
 
 
-def _nan_mean(values: NDArray) -> NDArray:
+def nan_mean(values: NDArray) -> NDArray:
     """The mean over the last axis of the values that are not NaN; NaN if there is none."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0).sum(-1), defined.sum(-1))

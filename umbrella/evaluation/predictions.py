@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from umbrella.conversations.schema import Conversation
+from umbrella.conversations.schema import Conversation, read_candidates
 from umbrella.fileio import write_atomic
 
 
@@ -75,6 +75,11 @@ class Prediction:
         )
 
     @property
+    def candidates(self) -> dict[str, str]:
+        """See ``Conversation.candidates``."""
+        return read_candidates(self.metadata)
+
+    @property
     def answer(self) -> str | float | None:
         """The answer by likelihood, the most likely label or the median of the numbers; otherwise ``predicted``."""
         if self.numbers:
@@ -135,6 +140,8 @@ def most_likely(probabilities: Mapping[str, float]) -> str | None:
 def mean_over_subjects(predictions: Iterable[Prediction]) -> list[Prediction]:
     """Aggregate over subjects: one prediction per subject and label, whose other fields are those of its first one.
 
+    A prediction with candidates of its own stays as it is: other questions have other candidates.
+
     ``probabilities`` are means, and ``predicted`` is the mean of the numbers, otherwise the most likely label.
     """
     subjects = []
@@ -175,10 +182,11 @@ def majority_vote(predictions: Iterable[Prediction]) -> tuple[list[Prediction], 
 
 
 def _by_subject(predictions: Iterable[Prediction]) -> Iterable[Sequence[Prediction]]:
-    """The predictions of each subject; a subject with several labels (visits, comparisons) has a group for each."""
+    """The predictions of each subject; one group for each of its labels, and for each question with candidates."""
     groups: dict[Any, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
-        groups[prediction.subject_id, prediction.label].append(prediction)
+        question = prediction.task_id if prediction.candidates else None
+        groups[prediction.subject_id, prediction.label, question].append(prediction)
     return groups.values()
 
 

@@ -33,6 +33,7 @@ OTHER_METRICS = {
         "generated/votes/balanced_accuracy",
         "likelihood/subjects/auc",
     ],
+    "choices": ["likelihood/conversations/accuracy", "generated/conversations/accuracy"],
     "numbers": ["generated/subjects/rmse", "generated/subjects/pearson", "generated/conversations/mae"],
     "texts": ["generated/conversations/rouge_l", "generated/conversations/exact"],
     "joint": [],
@@ -107,8 +108,9 @@ def _make_section(
                 row[i] = group
     metric = (main_metrics(whole) or [f"generated/subjects/{MAIN_METRIC[whole.kind]}"])[0]
     reference = MAIN_REFERENCE[whole.kind]
-    wholes = zip(conditions, breakdowns.pop("all")[whole.value], strict=True)
-    values = [(CONDITION_NAMES[name], group.metrics.get(metric, UNDEFINED)) for name, group in wholes if group]
+    named = zip(conditions, breakdowns.pop("all")[whole.value], strict=True)
+    wholes = [(CONDITION_NAMES[name], group) for name, group in named if group]
+    values = [(name, group.metrics.get(metric, UNDEFINED)) for name, group in wholes]
     names = [name.split("/", 2) for name in whole.metrics]
     largest = {}
     for by, rows in breakdowns.items():
@@ -122,6 +124,7 @@ def _make_section(
         "whole": whole,
         "metric": metric,
         "reference": reference,
+        "wholes": wholes,
         "conditions": values,
         "breakdowns": {by: list(rows.values()) for by, rows in breakdowns.items()},
         "largest": largest,

@@ -25,8 +25,13 @@ Candidates = Mapping[str, Mapping[str, str]]
 
 
 def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
-    """The candidates of each target whose labels are classes: the most frequent answer text of each label."""
-    usual = most_frequent_answers(c for c in questions_of(conversations) if isinstance(c.label, str))
+    """The candidates of each target whose labels are classes: the most frequent answer text of each label.
+
+    Conversations with candidates of their own are left out.
+    """
+    usual = most_frequent_answers(
+        c for c in questions_of(conversations) if isinstance(c.label, str) and not c.candidates
+    )
     return {
         target: {str(label): text for label, text in sorted(by_label.items())}
         for target, by_label in sorted(usual.items())
@@ -46,7 +51,7 @@ def check_candidates(conversations: Iterable[Conversation], candidates: Candidat
         UserError: naming the first conversation whose label has none.
     """
     for conversation in questions_of(conversations):
-        known = candidates.get(conversation.target, {})
+        known = conversation.candidates or candidates.get(conversation.target, {})
         if isinstance(conversation.label, str) and conversation.label not in known:
             raise UserError(
                 f"{conversation.task_id}: its label {conversation.label!r} of {conversation.target!r} does not occur in"
@@ -99,7 +104,7 @@ def score(
     Args:
         model: an ``UmbrellaForConditionalGeneration`` in evaluation mode.
         collate: from Examples and a mask policy to a batch.
-        candidates: targets without an entry have no probabilities.
+        candidates: those of a conversation itself take precedence; a target without either has no probabilities.
         truth: False: the true answer is not scored, and candidates are scored for conversations without a label, too.
 
     Returns:
@@ -110,7 +115,7 @@ def score(
     texts: list[tuple[Conversation, str]] = []
     for c in conversations:
         has_options = isinstance(c.label, str) or (c.label is None and not truth)
-        options.append(candidates.get(c.target, {}) if has_options else {})
+        options.append(c.candidates or candidates.get(c.target, {}) if has_options else {})
         distinct = dict.fromkeys([*([c.answer] if truth else ()), *options[-1].values()])
         rows.append({text: len(texts) + i for i, text in enumerate(distinct)})
         texts += [(c, text) for text in distinct]

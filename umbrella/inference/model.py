@@ -194,8 +194,8 @@ class Umbrella:
         asked = self._with_own_answers([conversations[i] for i in to_generate], max_new_tokens)
         answers = self._generate(asked, max_new_tokens, batch_size=len(asked))
         for i, (text, cut) in zip(to_generate, answers, strict=True):
-            target = predictions[i].target
-            answer = extract_answer(text, candidates.get(target, {}), target in numbers)
+            c = conversations[i]
+            answer = extract_answer(text, c.candidates or candidates.get(c.target, {}), c.target in numbers)
             predictions[i] = replace(predictions[i], text=text, cut=cut, predicted=answer)
         return predictions
 
