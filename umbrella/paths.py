@@ -9,7 +9,7 @@ trainings/<name>/               one training
   stop, workers                   see ``training.stop_signal``
   ray/                            files of Ray Train
   step_0000100/                   a checkpoint: weights and training state
-    settings.yaml code.json progress.json metrics.json state.pt
+    settings.yaml code.json progress.json metrics.json calibration.json state.pt
     files.json                      completion marker: the sizes of all files
 trainings/.<name>.lock          lock of a script that runs it, see ``fileio.run_lock``; sweeps have one, too
 sweeps/<name>/                  one sweep
@@ -40,6 +40,8 @@ BEGUN, HISTORY, PREDICTIONS = "begun_with.json", "evaluations.jsonl", "predictio
 """Files of a training."""
 SETTINGS, CODE, PROGRESS, METRICS, STATE = "settings.yaml", "code.json", "progress.json", "metrics.json", "state.pt"
 """Files of a checkpoint; a sweep and an exported model have settings.yaml, too."""
+CALIBRATION = "calibration.json"
+"""The temperatures of a checkpoint, see ``evaluation.calibration``."""
 SIZES = "files.json"
 """The completion marker of a checkpoint."""
 GIVEN, FINGERPRINT, BEST, RANKING, REPORT = "given.json", "data.json", "best.yaml", "ranking.csv", "report.html"

@@ -21,6 +21,7 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import Splits, fingerprint, target_classes
+from umbrella.evaluation.calibration import calibrate, read_temperatures
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluation
@@ -220,7 +221,9 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
     notes = [NOTE]
     if len(evaluated) < total:
         notes.append(f"{len(evaluated)} of {total} conversations about {job.target} have a volume of {modality}")
-    result = EvaluationResult(settings, str(best), split, {AS_ASKED: predictions}, {AS_ASKED: groups}, facts, notes)
+    calibration = calibrate(predictions, read_temperatures(best), settings.evaluate, settings.seed)
+    answers, tables = {AS_ASKED: predictions}, {AS_ASKED: groups}
+    result = EvaluationResult(settings, str(best), split, answers, tables, facts, notes, calibration)
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, evaluated)
     return result, page

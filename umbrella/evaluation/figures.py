@@ -143,6 +143,17 @@ def _draw_reliability(axes: "Axes", predictions: Sequence[Prediction], colour: s
         axes.annotate(f"{count}", (x, y), (0, offset), textcoords="offset points", ha="center", va=align, fontsize=8)
 
 
+def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float]) -> "Figure":
+    """Draw the accuracy of the most certain answers against their share; see ``calibration.Calibration``."""
+    figure = new_figure(0.56 * WIDTH, 3.0)
+    axes = figure.subplots()
+    axes.axhline(accuracy[-1], color=GREY, linestyle="--", linewidth=1)
+    axes.plot(coverage, accuracy, "-o", color=BLUE, linewidth=1.6, markersize=3.5, clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(min(0.5, *accuracy) - 0.03, 1.03))
+    axes.set(xlabel="coverage: share of subjects that are answered", ylabel="accuracy")
+    return figure
+
+
 def draw_scatter(predictions: Sequence[Prediction], target: str) -> "Figure":
     """Draw predicted against true numbers; pale: conversations, dark: means of subjects. The line shows no error."""
     figure = new_figure(0.56 * WIDTH, 4.4)

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from umbrella.config import Settings
+from umbrella.evaluation.calibration import Calibration
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS
-from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_likelihood, draw_scatter
+from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_coverage, draw_likelihood, draw_scatter
 from umbrella.evaluation.group_metrics import MAIN_METRIC, MAIN_REFERENCE, Estimate, Group, main_metrics
 from umbrella.evaluation.image_use import ImageUse
 from umbrella.evaluation.predictions import Prediction, write_predictions
@@ -62,6 +63,8 @@ class EvaluationResult:
     """Warnings, such as subjects that are also in the training split."""
     image_use: Mapping[str, ImageUse] = field(default_factory=dict)
     """Target to how its answers depend on the image."""
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    """Target to its calibration."""
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -119,7 +122,11 @@ def _make_section(
         largest[by] = max(filter(isfinite, shown), default=1.0) or 1.0
     stem = f"{number}_{re.sub('[^A-Za-z0-9]+', '_', whole.target)[:40].strip('_')}"
     own = [p for p in result.predictions[AS_ASKED] if p.target == whole.target and p.label is not None]
-    figures = {name: (folder / f"{stem}_{name}.png", *drawn) for name, *drawn in _figures(whole, values, own)}
+    drawings = list(_figures(whole, values, own))
+    calibration = result.calibration.get(whole.target) if whole.kind in ("classes", "choices") else None
+    if calibration:
+        drawings.append(("coverage", draw_coverage, calibration.coverage, calibration.accuracy))
+    figures = {name: (folder / f"{stem}_{name}.png", *drawn) for name, *drawn in drawings}
     return {
         "whole": whole,
         "metric": metric,
@@ -132,6 +139,7 @@ def _make_section(
         "metrics": sorted(dict.fromkeys(name for *_, name in names), key=lambda name: "/" in name),
         "other_metrics": [name for name in OTHER_METRICS[whole.kind] if name in whole.metrics and name != metric],
         "pictures": {name: save_png(*arguments) for name, arguments in figures.items()},
+        "calibration": calibration,
         "cases": [case for case in cases if case.prediction.target == whole.target],
     }
 
@@ -250,10 +258,12 @@ def _count_conversations(predictions: Sequence[Prediction]) -> int:
 
 
 def _write_metrics(file: Path, result: EvaluationResult) -> None:
-    """Write the groups of all conditions and ``image_use`` as JSON; undefined numbers are null."""
+    """Write the groups of all conditions and the further analyses as JSON; undefined numbers are null."""
     content: dict[str, Any] = {name: [asdict(group) for group in groups] for name, groups in result.groups.items()}
     if result.image_use:
         content["image_use"] = {name: asdict(replace(use, table=())) for name, use in result.image_use.items()}
+    if result.calibration:
+        content["calibration"] = {target: asdict(of_one) for target, of_one in result.calibration.items()}
     text = json.dumps(_nan_to_none(content), ensure_ascii=False, indent=1, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

@@ -26,6 +26,8 @@ class EvaluateSettings(Section):
     """Largest number of tokens of a generated answer. null: that of the longest answer in the training data, at most 1024."""  # noqa: E501
     candidates: dict[str, dict[str, str]] = Field({})
     """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: the most frequent text of each label in the training data; for predict.py: none."""  # noqa: E501
+    calibrated: bool = False
+    """Apply the temperatures that the training fitted on the validation split to the probabilities of classes."""
     controls: list[Control] = Field(list(get_args(Control)))
     """Conditions that show how much of the answers depends on the images: volumes of other subjects (shuffled), blank ones, none (text_only); and for comparisons of single answers, those of one other subject with the same or another label, and a paraphrased question."""  # noqa: E501
     breakdown: list[str] = Field(["site", "sex", "age"])

@@ -15,13 +15,14 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import apply_bad_sample_policy, check_splits
 from umbrella.data.splits import Splits, fingerprint, read_input
+from umbrella.evaluation.calibration import apply_temperatures, read_temperatures
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.scoring import check_labels, find_numbers
 from umbrella.evaluation_run.prediction_workers import predict_on_workers
 from umbrella.fileio import LocksUnavailable, check_writable, lock, write_atomic
 
-EVALUATE_SETTINGS = ("generate", "max_new_tokens", "candidates")
+EVALUATE_SETTINGS = ("generate", "max_new_tokens", "candidates", "calibrated")
 """Settings of ``evaluate`` that predictions depend on."""
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """Files of a checkpoint that predictions depend on."""
@@ -184,12 +185,13 @@ def predict_cohort(cohort: Cohort, progress: ProgressBar) -> None:
     with on_sigterm(stop):
         join_cluster(settings.resources, settings.name)
         check_splits(cohort.splits, settings, progress)
+        temperatures = read_temperatures(cohort.checkpoint) if settings.evaluate.calibrated else {}
         numbers, candidates = find_numbers(cohort.conversations), settings.evaluate.candidates
         with cohort.file.open() as append:
             for predictions in predict_on_workers(
                 cohort.remaining(), cohort.checkpoint, settings, candidates, numbers, truth=False, progress=progress
             ):
-                append(predictions)
+                append(apply_temperatures(predictions, temperatures))
     for line in prediction_notes(read_predictions(path)):
         note(line)
 

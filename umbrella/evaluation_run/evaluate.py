@@ -22,6 +22,7 @@ from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
+from umbrella.evaluation.calibration import apply_temperatures, calibrate, read_temperatures
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
 from umbrella.evaluation.group_metrics import MAIN_METRIC, Group, tabulate
 from umbrella.evaluation.image_use import measure_image_use
@@ -141,10 +142,16 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
     def stop() -> None:
         raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")
 
+    temperatures = read_temperatures(settings.checkpoint)
+    if settings.evaluate.calibrated and not temperatures:
+        raise UserError(f"evaluate.calibrated: {settings.checkpoint} has no temperatures; leave it out, or train again")
     with on_sigterm(stop):
         join_cluster(settings.resources, settings.name)
         data, own = read_evaluation_data(settings, progress), settings.evaluate
         predictions, notes = _predict_conditions(settings, data, progress)
+        calibration = calibrate(predictions[AS_ASKED], temperatures, own, settings.seed)
+        if own.calibrated:
+            predictions = {c: apply_temperatures(rows, temperatures) for c, rows in predictions.items()}
         groups = {
             condition: tabulate(predictions[condition], own, settings.seed, data.training_labels)
             for condition in CONDITIONS
@@ -159,7 +166,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         for line in notes:
             note(line)
         result = EvaluationResult(
-            settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use
+            settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use, calibration
         )
         page = write_evaluation(folder, result, cases)
         log_to_mlflow(result, folder, data.conversations)

@@ -16,6 +16,7 @@ from umbrella.base import ProgressBar, Stopped, UserError, note, pluralise
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import SPLITS, Conversation, questions_of
 from umbrella.data.splits import fingerprint, read_splits
+from umbrella.evaluation.calibration import calibrate
 from umbrella.evaluation.controls import AS_ASKED, CONDITIONS
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.image_use import measure_image_use
@@ -145,7 +146,10 @@ def evaluate_folds(sweep: Path, trial: str, progress: ProgressBar, console: Cons
     for line in notes:
         note(line)
     image_use = measure_image_use(predictions, settings.evaluate, settings.seed)
-    result = EvaluationResult(settings, str(best), "test", predictions, groups, facts, notes, image_use)
+    calibration = calibrate(predictions[AS_ASKED], {}, settings.evaluate, settings.seed)
+    result = EvaluationResult(
+        settings, str(best), "test", predictions, groups, facts, notes, image_use, calibration
+    )
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, held_out)
     print_evaluation(result, page, console)

@@ -194,7 +194,12 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
 
     def write(
-        self, state: TrainingState, metrics: Mapping[str, float], weights: Mapping[str, Any], tensors: Mapping[str, Any]
+        self,
+        state: TrainingState,
+        metrics: Mapping[str, float],
+        weights: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        temperatures: Mapping[str, float] = {},
     ) -> None:
         """Start to write a checkpoint, after the previous one is written. Raises as ``wait``.
 
@@ -202,9 +207,12 @@ class CheckpointWriter:
             metrics: of the evaluation at this step.
             weights: tensors by their names in the model.
             tensors: see ``distributed.copy_training_state``.
+            temperatures: see ``calibration.fit_temperatures``.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, state, metrics, weights, tensors)
+        values = {paths.METRICS: dict(metrics), paths.PROGRESS: asdict(state), paths.CALIBRATION: dict(temperatures)}
+        files = self.files | {name: json.dumps(content).encode() for name, content in values.items()}
+        self._pending = self._pool.submit(self._write, state.step, files, weights, tensors)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
@@ -224,15 +232,13 @@ class CheckpointWriter:
             note(error)
 
     def _write(
-        self, state: TrainingState, metrics: Mapping[str, float], weights: Mapping[str, Any], tensors: Mapping[str, Any]
+        self, step: int, files: Mapping[str, bytes], weights: Mapping[str, Any], tensors: Mapping[str, Any]
     ) -> None:
         import torch  # takes seconds
 
         training, tune = self.folder, self.settings.tune
-        folder = checkpoint_folder(training, state.step)
+        folder = checkpoint_folder(training, step)
         partial = training / f".{folder.name}.partial"  # in the same folder, so that the rename is atomic
-        json_files = {paths.METRICS: dict(metrics), paths.PROGRESS: asdict(state)}
-        files = self.files | {name: json.dumps(content).encode() for name, content in json_files.items()}
         try:
             partial.mkdir()
             for name, content in files.items():

@@ -22,6 +22,7 @@ from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
 from umbrella.data.pipeline import Rows, batches
+from umbrella.evaluation.calibration import fit_temperatures
 from umbrella.paths import CODE
 from umbrella.tracking.provenance import code_version
 from umbrella.training.checkpoint_files import (
@@ -215,7 +216,8 @@ class Trainer:
         weights = copy_to_host(self.task.weights(), keep)
         tensors = copy_training_state(self.task.optimizer, self.schedule, keep)
         if self.writer:
-            self.writer.write(self.state, metrics, weights, tensors)
+            temperatures = fit_temperatures(self.task.predictions) if evaluated else {}
+            self.writer.write(self.state, metrics, weights, tensors, temperatures)
         if evaluated:
             if self.job.is_trial:  # Ray Tune may end the process of a trial when it reports
                 self._wait_for_checkpoint()
