@@ -10,13 +10,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from umbrella.base import printable
 
 
-def render(template: Path, filters: Mapping[str, Callable] = MappingProxyType({}), **values: Any) -> str:
-    """Render a template, which may extend ``page.html``. All ``values`` are escaped."""
+def render(
+    template: Path, filters: Mapping[str, Callable] = MappingProxyType({}), escape: bool = True, **values: Any
+) -> str:
+    """Render a template, which may extend ``page.html``. All ``values`` are escaped, unless ``escape`` is false."""
     folders = FileSystemLoader([template.parent, Path(__file__).parent])
     # Escape in every file, whatever its extension: values may contain any text.
     jinja = Environment(
         loader=folders,
-        autoescape=True,
+        autoescape=escape,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,

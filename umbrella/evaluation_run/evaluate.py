@@ -1,8 +1,10 @@
 """Evaluate a checkpoint on a split: predictions, controls, metrics, report, and the results in MLflow."""
 
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -38,6 +40,7 @@ from umbrella.evaluation.report import (
 from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.subgroups import band_names
 from umbrella.evaluation.verdict import is_better_than_chance
+from umbrella.evaluation_run.model_card import write_model_card
 from umbrella.evaluation_run.prediction_workers import load_model, predict_on_workers
 from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
@@ -62,6 +65,10 @@ class EvaluationData:
     """Target to the labels of the training split."""
     facts: Mapping[str, str | int]
     notes: list[str]
+    splits: Mapping[str, Sequence[Conversation]]
+    """The questions of the training, validation and evaluated split; without those that cannot be read."""
+    left_out: Mapping[str, int]
+    """Field with a problem to the number of samples that were left out because of it."""
 
 
 def load_evaluation_settings(
@@ -108,6 +115,11 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     if raw.quarantine_note:
         notes.append(raw.quarantine_note)
     conversations = questions_of(raw.splits[split])
+    splits = {"train": training.splits["train"]}
+    with suppress(UserError):  # only described, in the model card
+        splits |= read_splits(settings, progress, ("validation",), check_files=False).splits
+    questions = {name: questions_of(of_one) for name, of_one in (splits | raw.splits).items()}
+    left_out = Counter(re.sub(r"\.\d+", "", field) for _, field in {(p.where, p.field) for p in raw.problems})
     candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
     check_labels(candidates)
     check_candidates(conversations, candidates)
@@ -117,7 +129,7 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
             labels[conversation.target].append(conversation.label)
     facts: dict[str, str | int] = {"data fingerprint": fingerprint(raw.splits)}
     facts["quarantined samples"] = raw.quarantined
-    return EvaluationData(conversations, candidates, labels, facts, notes)
+    return EvaluationData(conversations, candidates, labels, facts, notes, questions, left_out)
 
 
 def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResult, Path]:
@@ -169,6 +181,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
             settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use, calibration
         )
         page = write_evaluation(folder, result, cases)
+        write_model_card(folder, result, data.splits, data.left_out)
         log_to_mlflow(result, folder, data.conversations)
     return result, page
 
