@@ -150,7 +150,7 @@ def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float]) -> "Figu
     axes.axhline(accuracy[-1], color=GREY, linestyle="--", linewidth=1)
     axes.plot(coverage, accuracy, "-o", color=BLUE, linewidth=1.6, markersize=3.5, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(min(0.5, *accuracy) - 0.03, 1.03))
-    axes.set(xlabel="coverage: share of subjects that are answered", ylabel="accuracy")
+    axes.set(xlabel="coverage: share that is answered", ylabel="accuracy")
     return figure
 
 

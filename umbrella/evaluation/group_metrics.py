@@ -280,7 +280,7 @@ def _choice_levels(group: Group, predictions: Sequence[Prediction], training: Se
         "chance": fmean(1 / len(p.candidates or p.probabilities or [p.label]) for p in predictions),
         "majority": fmean(p.label == most_frequent for p in predictions),
     }
-    group.frequencies["true"] = dict(Counter(str(p.label) for p in predictions).most_common())
+    group.frequencies["true"] = dict(sorted(Counter(str(p.label) for p in predictions).items()))
     levels: Levels = {}
     for way, rows in answers.items():
         if rows:

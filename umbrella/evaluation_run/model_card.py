@@ -48,9 +48,9 @@ def write_model_card(
     """
     settings, checkpoint = result.settings, Path(result.model)
     trained = load_settings([checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else [])
-    base, data = _base_name(trained.model.checkpoint), "umbrella-phantom"
-    if settings.data.train:
-        data = Path(settings.data.train[0]).absolute().parent.name
+    found = re.search(r"models--(.+?)--(.+?)/", path := trained.model.checkpoint)  # a name on the hub
+    base = f"{found[1]}/{found[2]}" if found else Path(path).name if Path(path).is_absolute() else path
+    data = Path(settings.data.train[0]).absolute().parent.name if settings.data.train else "umbrella-phantom"
     name = "-".join(checkpoint.parts[-2:])
     wholes = [group for group in result.groups[AS_ASKED] if group.by == "all"]
     code = json.loads((checkpoint / CODE).read_text("utf-8")) if (checkpoint / CODE).is_file() else {}
@@ -67,23 +67,19 @@ def write_model_card(
         },
         escape=False,
         authors=AUTHORS,
+        keys=SUBJECT_KEYS,
+        condition_names=CONDITION_NAMES,
+        references=MAIN_REFERENCE,
         name=name,
         result=result,
-        settings=settings,
-        evaluate=settings.evaluate,
         trained=trained,
         base=base,
         code=code,
-        data=_describe_data(settings),
-        keys=SUBJECT_KEYS,
-        subjects=[_describe_subjects(split, conversations) for split, conversations in splits.items()],
         left_out=left_out,
-        compute=_describe_compute(settings, checkpoint),
-        groups=result.groups[AS_ASKED],
         wholes=wholes,
-        conditions=list(result.groups),
-        condition_names=CONDITION_NAMES,
-        references=MAIN_REFERENCE,
+        data=_describe_data(settings),
+        subjects=[_describe_subjects(split, conversations) for split, conversations in splits.items()],
+        compute=_describe_compute(settings, checkpoint),
     )
     card = re.sub(r"\n+(?=## )", "\n\n", card)
     results = [
@@ -123,13 +119,6 @@ def _fill_checklists(card: str) -> str:
             text = sections[title] if title else AUTHORS
             lines.append(f"| {number} | {about} | {f'model_card.md, “{title}”' if '| ' in text else text} |")
     return "\n".join(lines) + "\n"
-
-
-def _base_name(checkpoint: str) -> str:
-    """The name of a base model on the hub where its path holds it, otherwise the name of its folder."""
-    if found := re.search(r"models--(.+?)--(.+?)/", checkpoint):
-        return f"{found[1]}/{found[2]}"
-    return Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint
 
 
 def _describe_data(settings: Settings) -> str:
