@@ -26,6 +26,7 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import read_splits
+from umbrella.evaluation.calibration import read_temperatures
 from umbrella.evaluation.predictions import read_predictions
 from umbrella.evaluation_run.evaluate import evaluate_at_end
 from umbrella.evaluation_run.prediction_workers import PredictionWorker, map_on_actors, predict_on_workers
@@ -153,6 +154,8 @@ def test_final_evaluation_is_logged_to_the_training_run_without_subject_ids(eval
     assert logged["test/sex/chance"] == 0.5
     assert {given.dataset.name for given in run.inputs.dataset_inputs} == {"training", "validation", "test"}
     assert "sub-0" in (evaluated.folder / "report.html").read_text()
+    assert "sub-0" not in (evaluated.folder / "model_card.md").read_text()
+    assert "sex" in read_temperatures(evaluated.checkpoint)
     for name in ("report.html", "metrics.json"):
         assert "sub-0" not in Path(client.download_artifacts(run.info.run_id, f"evaluation/{name}")).read_text()
 

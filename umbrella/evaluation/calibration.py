@@ -54,7 +54,7 @@ def fit_temperatures(predictions: Iterable[Prediction]) -> dict[str, float]:
     temperatures = {}
     for target, rows in _scored(predictions).items():
         probabilities, truth = _arrays(rows)
-        logits = np.where(probabilities < 0, -np.inf, _log(probabilities))
+        logits = _log(probabilities)
         true = logits[np.arange(len(rows)), truth]
 
         def nll(log_temperature: float, logits: NDArray = logits, true: NDArray = true) -> float:
@@ -95,7 +95,7 @@ def calibrate(
     for target, rows in _scored(predictions).items():
         scaled = apply_temperatures(rows, temperatures)
         before, after = (
-            _bootstrap(of_one, partial(calibration_metrics, truth, np.maximum(probabilities, 0)), settings, seed)
+            _bootstrap(of_one, partial(calibration_metrics, truth, probabilities), settings, seed)
             for of_one in (rows, scaled)
             for probabilities, truth in [_arrays(of_one)]
         )
@@ -123,9 +123,9 @@ def _scored(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
 
 
 def _arrays(predictions: Sequence[Prediction]) -> tuple[NDArray, NDArray]:
-    """(probabilities (n, labels), -1 beyond the labels of a prediction; indices (n,) of the true labels)."""
+    """(probabilities (n, labels), 0 beyond the labels of a prediction; indices (n,) of the true labels)."""
     size = max(len(p.probabilities) for p in predictions)
-    rows = [[*p.probabilities.values()] + [-1.0] * (size - len(p.probabilities)) for p in predictions]
+    rows = [[*p.probabilities.values()] + [0.0] * (size - len(p.probabilities)) for p in predictions]
     return np.array(rows), np.array([[*p.probabilities].index(str(p.label)) for p in predictions])
 
 
