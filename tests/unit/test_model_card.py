@@ -47,7 +47,8 @@ def evaluation(checkpoint: Path, **overrides: Any) -> EvaluationResult:
     groups = {condition: tabulate(of_one, FEW) for condition, of_one in rows.items()}
     facts = {"data fingerprint": "1f0c9a7e", "seconds": 7, "processes": "1 on CPU"}
     calibration = calibrate(rows[AS_ASKED], {"sex": 1.5}, FEW)
-    return EvaluationResult(settings, str(checkpoint), "test", rows, groups, facts, ["sub-0001 is twice"], calibration)
+    notes = ["sub-0001 is twice"]
+    return EvaluationResult(settings, str(checkpoint), "test", rows, groups, facts, notes, calibration=calibration)
 
 
 @pytest.fixture

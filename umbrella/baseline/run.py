@@ -223,7 +223,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
         notes.append(f"{len(evaluated)} of {total} conversations about {job.target} have a volume of {modality}")
     calibration = calibrate(predictions, read_temperatures(best), settings.evaluate, settings.seed)
     answers, tables = {AS_ASKED: predictions}, {AS_ASKED: groups}
-    result = EvaluationResult(settings, str(best), split, answers, tables, facts, notes, calibration)
+    result = EvaluationResult(settings, str(best), split, answers, tables, facts, notes, calibration=calibration)
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, evaluated)
     return result, page

@@ -147,9 +147,7 @@ def evaluate_folds(sweep: Path, trial: str, progress: ProgressBar, console: Cons
         note(line)
     image_use = measure_image_use(predictions, settings.evaluate, settings.seed)
     calibration = calibrate(predictions[AS_ASKED], {}, settings.evaluate, settings.seed)
-    result = EvaluationResult(
-        settings, str(best), "test", predictions, groups, facts, notes, image_use, calibration
-    )
+    result = EvaluationResult(settings, str(best), "test", predictions, groups, facts, notes, image_use, calibration)
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, held_out)
     print_evaluation(result, page, console)
