@@ -72,6 +72,8 @@ class Settings(Section):
     """Checkpoint for evaluate.py and predict.py: a step_... folder of a training."""
     output: PathOrAddress = ""
     """Output of evaluate.py (a folder) and predict.py (a .jsonl file). Empty: in the storage folder."""
+    compare: PathOrAddress = ""
+    """Another run for evaluate.py to compare the checkpoint with: the name of its evaluation, or of several up to a "-"; or a folder with predictions.jsonl."""  # noqa: E501
     seed: int = 0
     """Seed of the initial weights and of the order of samples."""
     cohort: CohortSettings = CohortSettings()

@@ -147,7 +147,8 @@ def test_a_training_continues_only_with_the_settings_and_data_that_it_began_with
         check_unchanged(job)
 
     begin({})
-    begin({"resources.workers": 2, "tune.grace": 5, "evaluate.bands": [30], "checkpoint": "a", "output": "b"})
+    others = {"checkpoint": "a", "output": "b", "compare": "c"}
+    begin({"resources.workers": 2, "tune.grace": 5, "evaluate.bands": [30], **others})
     begin({"data.test": ["more.jsonl"], "data.input": ["x.jsonl"]})
     with pytest.raises(UserError, match=r"^name=mine: was started with other settings: optim\.lr was 0\.001 and is 0"):
         begin({"optim.lr": 0.5})

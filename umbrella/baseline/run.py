@@ -26,7 +26,7 @@ from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluation
 from umbrella.evaluation.scoring import check_labels
-from umbrella.evaluation_run.evaluate import log_to_mlflow
+from umbrella.evaluation_run.evaluate import log_to_mlflow, with_confounds
 from umbrella.fileio import check_writable, run_lock
 from umbrella.paths import EVALUATIONS, PREDICTIONS, TRAININGS
 from umbrella.tracking.provenance import describe_dataset
@@ -207,7 +207,8 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
     # These settings apply to language models only.
     settings = job.settings.with_values({"evaluate.controls": [], "evaluate.generate": False, "evaluate.pictures": 0})
     predictions = read_predictions(Path(job.folder) / PREDICTIONS)
-    labels = [c.label for c in questions_of(splits.train) if c.target == job.target and c.label is not None]
+    training = [c for c in questions_of(splits.train) if c.target == job.target]
+    labels = [c.label for c in training if c.label is not None]
     groups = tabulate(predictions, settings.evaluate, settings.seed, {job.target: labels})
     conversations = getattr(splits, split)
     facts: dict[str, str | int | float] = {
@@ -224,6 +225,7 @@ def evaluate(job: BaselineJob, splits: Splits) -> tuple[EvaluationResult, Path]:
     calibration = calibrate(predictions, read_temperatures(best), settings.evaluate, settings.seed)
     answers, tables = {AS_ASKED: predictions}, {AS_ASKED: groups}
     result = EvaluationResult(settings, str(best), split, answers, tables, facts, notes, calibration=calibration)
+    result = with_confounds(result, training, evaluated)
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, evaluated)
     return result, page

@@ -7,7 +7,7 @@ one resample of the bootstrap.
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -147,6 +147,24 @@ def number_metrics(truth: NDArray, predicted: NDArray, weights: NDArray) -> dict
             "r2": 1 - squared / y_squares,
             "pearson": np.clip(products / np.sqrt(y_squares * p_squares), -1, 1),
         }
+
+
+def main_metric_name(subjects: Sequence[Prediction]) -> str:
+    """The metric that stands for a target with these classes or numbers as labels."""
+    return "balanced_accuracy" if isinstance(subjects[0].label, str) else "mae"
+
+
+def main_metric(subjects: Sequence[Prediction]) -> Callable[[NDArray], NDArray]:
+    """The main metric of the answers about n subjects: a function from weights (resamples, n) to values (resamples,).
+
+    The balanced accuracy is undefined if there is one class only.
+    """
+    if subjects and main_metric_name(subjects) == "mae":
+        truth, predicted = np.array([(p.label, p.predicted) for p in subjects], float).T
+        return lambda weights: number_metrics(truth, predicted, weights)["mae"]
+    classes = sorted({str(p.label) for p in subjects})
+    matrices = confusion_matrices(subjects, classes) * (len(classes) > 1)
+    return lambda weights: balanced_accuracy(np.tensordot(weights, matrices, 1))
 
 
 def text_metrics(truth: str, text: str) -> dict[str, float]:

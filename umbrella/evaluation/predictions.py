@@ -181,6 +181,22 @@ def majority_vote(predictions: Iterable[Prediction]) -> tuple[list[Prediction], 
     return subjects, ties
 
 
+def subject_answers(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Aggregate over subjects: the answers of the main metric, by likelihood if there is any, otherwise generated.
+
+    ``predicted`` is the label (None: no valid answer) or the number (subjects without one are left out). Predictions
+    with candidates of their own are left out, as their labels do not mean the same in all questions.
+    """
+    given = [p for p in predictions if p.probabilities or p.numbers or p.text is not None or p.predicted is not None]
+    given = [p for p in given if not p.candidates]
+    given = [p for p in given if isinstance(p.label, str) == isinstance(given[0].label, str)]  # not classes and numbers
+    scored = [p for p in given if p.probabilities or p.numbers]
+    rows = [replace(p, predicted=p.answer, numbers=(), number_probabilities=()) for p in scored or given]
+    if not scored and any(isinstance(p.label, str) for p in rows):
+        return majority_vote(rows)[0]
+    return [p for p in mean_over_subjects(rows) if isinstance(p.label, str) or p.predicted is not None]
+
+
 def _by_subject(predictions: Iterable[Prediction]) -> Iterable[Sequence[Prediction]]:
     """The predictions of each subject; one group for each of its labels, and for each question with candidates."""
     groups: dict[Any, list[Prediction]] = defaultdict(list)

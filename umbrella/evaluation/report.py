@@ -16,6 +16,8 @@ from rich.table import Table
 
 from umbrella.config import Settings
 from umbrella.evaluation.calibration import Calibration
+from umbrella.evaluation.comparison import ModelComparison
+from umbrella.evaluation.confounds import ConfoundAnalysis, SiteDrop
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS
 from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_coverage, draw_likelihood, draw_scatter
 from umbrella.evaluation.group_metrics import MAIN_METRIC, MAIN_REFERENCE, Estimate, Group, main_metrics
@@ -65,6 +67,10 @@ class EvaluationResult:
     """Target to how its answers depend on the image."""
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
     """Target to its calibration."""
+    confounds: Mapping[str, ConfoundAnalysis] = field(default_factory=dict)
+    """By target; so is ``site_drop``."""
+    site_drop: Mapping[str, SiteDrop] = field(default_factory=dict)
+    comparisons: Sequence[ModelComparison] = ()
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -76,8 +82,8 @@ class EvaluationResult:
                 {c: of[target] for c, of in wholes.items() if c != AS_ASKED and target in of},
                 [p for p in self.predictions[AS_ASKED] if p.target == target],
                 self.image_use.get(target),
-                getattr(self, "confounds", {}).get(target),
-                [one for one in getattr(self, "comparisons", ()) if one.target == target],
+                self.confounds.get(target),
+                [one for one in self.comparisons if one.target == target],
                 self.settings.evaluate.confidence,
             )
             for target, group in wholes[AS_ASKED].items()
@@ -127,6 +133,12 @@ def _make_section(
     if calibration:
         drawings.append(("coverage", draw_coverage, calibration.coverage, calibration.accuracy))
     figures = {name: (folder / f"{stem}_{name}.png", *drawn) for name, *drawn in drawings}
+    if found := result.confounds.get(whole.target):
+        scores = {"model": found.model, "confounds alone": found.confounds_alone}
+        scores |= {f"model, matched for {name} (n = {size})": score for name, (size, score) in found.matched.items()}
+        drawn = [(name, score, format_value(score.value)) for name, score in scores.items()]
+        lines = [(name, value) for name, value in whole.references.items() if name == "chance"]
+        figures["confounds"] = folder / f"{stem}_confounds.png", draw_controls, drawn, metric_name(found.metric), lines
     return {
         "whole": whole,
         "metric": metric,
@@ -250,6 +262,11 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
     console.print(table)
     for target, words in result.verdicts.items():
         console.print(f"{target}: {words}", markup=False, highlight=False, soft_wrap=True)
+    for c in result.comparisons:
+        values = f"{format_value(c.this)}, {c.other} {format_value(c.that)}"
+        words = f"difference {format_value(c.difference.value)} ({format_interval(c.difference)})"
+        line = f"{c.target}: {metric_name(c.metric)} {values}; {words}, p = {format_value(c.p_adjusted)} (Holm)"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"evaluation:     {page.as_uri()}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -264,6 +281,9 @@ def _write_metrics(file: Path, result: EvaluationResult) -> None:
         content["image_use"] = {name: asdict(replace(use, table=())) for name, use in result.image_use.items()}
     if result.calibration:
         content["calibration"] = {target: asdict(of_one) for target, of_one in result.calibration.items()}
+    for name, parts in (("confounds", result.confounds), ("site_drop", result.site_drop)):
+        content |= {name: {target: asdict(part) for target, part in parts.items()}} if parts else {}
+    content |= {"comparisons": [asdict(part) for part in result.comparisons]} if result.comparisons else {}
     text = json.dumps(_nan_to_none(content), ensure_ascii=False, indent=1, allow_nan=False)
     file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

@@ -34,6 +34,8 @@ class EvaluateSettings(Section):
     """Metadata keys for subgroup scores; numeric values are divided into bands."""
     bands: list[float] = Field([20, 40, 60])
     """Boundaries of the bands of numeric values: below 20, 20 to 40, 40 to 60, 60 and above."""
+    confounds: list[str] = Field(["age", "sex", "site", "brain_volume"])
+    """Metadata keys whose effect on the scores is estimated; numbers are not divided into bands. brain_volume is computed from the foreground of a subject's volume if no metadata have it."""  # noqa: E501
     bootstrap: int = Field(1000, ge=100)
     """Bootstrap samples of subjects for confidence intervals."""
     confidence: float = Field(0.95, gt=0.5, lt=1)

@@ -25,6 +25,8 @@ from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.calibration import apply_temperatures, calibrate, read_temperatures
+from umbrella.evaluation.comparison import compare_models, newest_runs, question_of, read_runs
+from umbrella.evaluation.confounds import analyse_confounds, brain_volumes, site_drop
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
 from umbrella.evaluation.group_metrics import MAIN_METRIC, Group, tabulate
 from umbrella.evaluation.image_use import measure_image_use
@@ -69,6 +71,8 @@ class EvaluationData:
     """The questions of the training, validation and evaluated split; without those that cannot be read."""
     left_out: Mapping[str, int]
     """Field with a problem to the number of samples that were left out because of it."""
+    runs: Mapping[str, Sequence[Prediction]]
+    """See ``comparison.read_runs``; empty without ``compare``."""
 
 
 def load_evaluation_settings(
@@ -127,9 +131,12 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     for conversation in questions_of(training.splits["train"]):
         if conversation.label is not None:
             labels[conversation.target].append(conversation.label)
+    runs = read_runs(settings.compare, Path(settings.resources.storage) / EVALUATIONS) if settings.compare else {}
+    if runs:
+        newest_runs(runs, map(question_of, map(Prediction.from_conversation, conversations)))
     facts: dict[str, str | int] = {"data fingerprint": fingerprint(raw.splits)}
     facts["quarantined samples"] = raw.quarantined
-    return EvaluationData(conversations, candidates, labels, facts, notes, questions, left_out)
+    return EvaluationData(conversations, candidates, labels, facts, notes, questions, left_out, runs)
 
 
 def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResult, Path]:
@@ -180,10 +187,40 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         result = EvaluationResult(
             settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use, calibration
         )
+        compared = compare_models(predictions[AS_ASKED], data.runs, own, settings.seed) if data.runs else ()
+        result = replace(with_confounds(result, data.splits["train"], data.conversations), comparisons=compared)
         page = write_evaluation(folder, result, cases)
         write_model_card(folder, result, data.splits, data.left_out)
         log_to_mlflow(result, folder, data.conversations)
     return result, page
+
+
+def with_confounds(
+    result: EvaluationResult, training: Sequence[Conversation], conversations: Sequence[Conversation]
+) -> EvaluationResult:
+    """Add ``confounds`` and ``site_drop`` to a result.
+
+    Args:
+        training: questions of the training split.
+        conversations: of the evaluated split.
+    """
+    settings, seed = result.settings.evaluate, result.settings.seed
+    computed = "brain_volume" in settings.confounds
+    volumes = brain_volumes([*training, *conversations], open_store(result.settings)) if computed else {}
+    known: dict[str, dict[Any, Conversation]] = defaultdict(dict)
+    for c in training:
+        if c.label is not None:
+            known[c.target].setdefault((c.subject_id, c.label), c)
+    confounds, drops = {}, {}
+    for target, of_target in sorted(known.items()):
+        answers = [p for p in result.predictions[AS_ASKED] if p.target == target and p.label is not None]
+        rows = [Prediction.from_conversation(c) for c in of_target.values()]
+        sites = {str(row.metadata["site"]) for row in rows if row.metadata.get("site") is not None}
+        if found := analyse_confounds(answers, rows, volumes, settings, seed):
+            confounds[target] = found
+        if drop := site_drop(answers, sites, settings, seed):
+            drops[target] = drop
+    return replace(result, confounds=confounds, site_drop=drops)
 
 
 def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: ProgressBar, console: Console) -> None:
@@ -201,7 +238,7 @@ def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: P
     if settings.evaluate.at_end and settings.data.train and not getattr(settings.data, split):
         console.print(f"no evaluation: data.{split} is not set", markup=False, highlight=False)
     elif settings.evaluate.at_end:
-        own = _with_checkpoint(settings, checkpoint.absolute(), name=name, output="")
+        own = _with_checkpoint(settings, checkpoint.absolute(), name=name, output="", compare="")
         print_evaluation(*evaluate(own, progress), console)
 
 
@@ -214,6 +251,7 @@ def print_plan(settings: Settings, data: EvaluationData, console: Console) -> No
         f"would evaluate {settings.checkpoint}",
         f"{own.split}: {pluralise(number, 'conversation')} about {pluralise(subjects, 'subject')}; {ways}",
         "controls: " + (", ".join(CONDITION_NAMES[control] for control in own.controls) or "none"),
+        *(f"compared with {run}" for run in data.runs),
     ]
     for target, number in sorted(Counter(c.target for c in conversations).items()):
         candidates = data.candidates.get(target, {})

@@ -208,7 +208,7 @@ def check_unchanged(job: Job) -> None:
     """
     file = Path(job.folder) / BEGUN
     fixed = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
-    free_sections = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", *job.unused)
+    free_sections = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", "compare", *job.unused)
     free = ("data.test", "data.input")
 
     def is_fixed(name: str) -> bool:

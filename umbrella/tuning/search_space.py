@@ -28,6 +28,7 @@ NOT_SWEEPABLE = (
     "name",
     "checkpoint",
     "output",
+    "compare",
     "tune",
     "resources",
     "tracking",
