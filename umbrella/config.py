@@ -22,7 +22,7 @@ from umbrella.fileio import dataset_hint
 from umbrella.modality import DEFAULT_MODALITIES, Modality
 from umbrella.models.settings import ModelSettings
 from umbrella.tracking.settings import TrackingSettings
-from umbrella.training.settings import OptimSettings, ResourceSettings, TrainSettings
+from umbrella.training.settings import LossSettings, OptimSettings, ResourceSettings, TrainSettings
 from umbrella.tuning.settings import TuneSettings
 
 SPACE = "tune.space."
@@ -81,6 +81,7 @@ class Settings(Section):
     """Modalities: name, as in the conversations, to grid, patch and preprocessing."""
     data: DataSettings = DataSettings()
     mask: MaskPolicy = MaskPolicy()
+    loss: LossSettings = LossSettings()
     model: ModelSettings = ModelSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()

@@ -15,11 +15,12 @@ from umbrella.conversations.reading import read_conversations
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
+from umbrella.evaluation.candidates import check_candidates, find_candidates
 from umbrella.evaluation.group_metrics import Group, tabulate
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, main_metrics, write_report
-from umbrella.evaluation.scoring import check_candidates, find_candidates, score
+from umbrella.evaluation.scoring import score
 from umbrella.evaluation.settings import EvaluateSettings
 
 OPTIONS = {"A": "A. atrophy", "B": "B. tumour", "C": "C. stroke"}

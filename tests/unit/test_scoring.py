@@ -12,8 +12,9 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.evaluation.candidates import check_candidates, find_candidates
 from umbrella.evaluation.predictions import Prediction
-from umbrella.evaluation.scoring import check_candidates, find_branchings, find_candidates, score
+from umbrella.evaluation.scoring import find_branchings, score
 
 SEX = {"T2": {"female": "female.", "male": "male."}}
 """The cohort's conversation "two" names no target, so its task type is the target."""

@@ -27,7 +27,7 @@ from umbrella.base import UserError
 from umbrella.config import describe_settings, load_settings
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
-from umbrella.evaluation.scoring import find_candidates
+from umbrella.evaluation.candidates import find_candidates
 from umbrella.modality import Modality
 from umbrella.models.build import component_parameters
 from umbrella.training.language_model import LanguageModelTask

@@ -18,11 +18,11 @@ from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import Splits
+from umbrella.evaluation.candidates import find_candidates
 from umbrella.evaluation.group_metrics import Estimate, tabulate
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, print_evaluation, write_report
-from umbrella.evaluation.scoring import find_candidates
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.training.run import check_data
 

@@ -22,10 +22,10 @@ from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import Splits, fingerprint, target_classes
 from umbrella.evaluation.calibration import calibrate, read_temperatures
+from umbrella.evaluation.candidates import check_labels
 from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import AS_ASKED, EvaluationResult, write_evaluation
-from umbrella.evaluation.scoring import check_labels
 from umbrella.evaluation_run.evaluate import log_to_mlflow, with_confounds
 from umbrella.fileio import check_writable, run_lock
 from umbrella.paths import EVALUATIONS, PREDICTIONS, TRAININGS

@@ -135,4 +135,4 @@ class BaselineJob(Job):
     """The same of the validation split."""
     evaluation: ray.ObjectRef
     """The same of ``evaluate.split``, predicted after the training."""
-    unused: ClassVar[tuple[str, ...]] = ("tune", "mask", "model")
+    unused: ClassVar[tuple[str, ...]] = ("tune", "mask", "loss", "model")

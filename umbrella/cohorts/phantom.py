@@ -29,7 +29,7 @@ FILES = {"sMRI": ("anat", "T1w"), "dMRI": ("dwi", "model-DTI_param-FA_dwimap"), 
 
 SIBLINGS = 12
 """Number of pairs that are families; all later subjects have a family of their own."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Increased when the same settings give other files."""
 REPETITION_TIME = 2.0
 """Seconds between the frames of a functional series."""
@@ -40,7 +40,8 @@ TEMPLATE_SPACING = 2
 FIELD_OF_VIEW = ((-88.0, 88.0), (-124.0, 92.0), (-90.0, 100.0))
 HEAD_CENTRE = np.array([0.0, -21.0, 11.0])
 VENTRICLE_CENTRE, VENTRICLE_REACH = np.array([0.0, -15.0, 14.0]), np.array([30.0, 50.0, 30.0])
-FRONTAL_CENTRE, FRONTAL_REACH = np.array([28.0, 40.0, 14.0]), np.array([15.0, 15.0, 15.0])
+FRONTAL_CENTRE, FRONTAL_REACH = np.array([30.0, 40.0, 20.0]), np.array([30.0, 30.0, 30.0])
+POSTERIOR_CENTRE, POSTERIOR_REACH = np.array([0.0, -60.0, 30.0]), np.array([60.0, 30.0, 40.0])
 KNOT_DISTANCE = 30.0
 KNOTS = [np.arange(low, high + KNOT_DISTANCE, KNOT_DISTANCE) for low, high in FIELD_OF_VIEW]
 # By the last digit of the subject number; the others are RAS. Readers of the cohort have to use the affine.
@@ -262,6 +263,7 @@ def _anatomy(
     # Map from subject to template: the inverse of scaling the head and then enlarging the ventricles.
     ratio = np.sqrt(1 + settings.sex_scale)
     scale = ratio if subject.sex == "male" else 1 / ratio
+    scale *= 1 + settings.size * np.clip(_generator(settings.seed, subject.number, "size").standard_normal(), -2, 2)
     head = HEAD_CENTRE[:, None, None, None]
     positions = (np.stack(np.meshgrid(*axes, indexing="ij")) - head) / scale + head
     positions += settings.deformation * fields[:3]
@@ -283,6 +285,8 @@ def _structural(
     tissue, bias, positions = _anatomy(template, subject, settings, _axes(settings.spacing))
     if subject.sex == "male":
         tissue = tissue * (1 + settings.sex_region * _bump(positions, FRONTAL_CENTRE, FRONTAL_REACH))
+    fading = settings.age_region * (subject.age - 20) / 60
+    tissue = tissue * (1 - fading * _bump(positions, POSTERIOR_CENTRE, POSTERIOR_REACH))
     return _stored(tissue * bias, tissue > 0, settings.noise, rng)
 
 

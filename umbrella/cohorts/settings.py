@@ -14,13 +14,17 @@ class CohortSettings(Section):
     """Seed of subjects, deformations, noise, splits and wording. The same seed gives the same bytes."""
     spacing: float = Field(4.0, gt=0, le=10)
     """Voxel size of the structural and diffusion volumes, in millimetres."""
-    sex_scale: float = Field(0.08, ge=0, le=0.2)
+    sex_scale: float = Field(0.06, ge=0, le=0.2)
     """Simulated effect of sex: heads of male subjects are larger by this fraction along each axis."""
-    sex_region: float = Field(0.3, ge=0, le=0.8)
+    sex_region: float = Field(0.7, ge=0, le=0.8)
     """Simulated effect of sex: the right frontal region of male subjects is brighter by this fraction."""
     age_ventricle: float = Field(0.8, ge=0, le=1)
     """Simulated effect of age: the ventricles widen by this fraction from 20 to 80 years, less towards their ends."""
-    deformation: float = Field(2.0, ge=0, le=5)
+    age_region: float = Field(0.8, ge=0, le=0.8)
+    """Simulated effect of age: the posterior half of the brain darkens by this fraction from 20 to 80 years."""
+    size: float = Field(0.03, ge=0, le=0.05)
+    """Standard deviation of the size of heads along each axis, as a fraction, independent of sex and age."""
+    deformation: float = Field(1.0, ge=0, le=5)
     """Standard deviation of the smooth random deformation along each axis, in millimetres."""
     bias: float = Field(0.05, ge=0, le=0.5)
     """Standard deviation of the smooth multiplicative bias field, as a fraction."""

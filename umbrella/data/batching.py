@@ -197,6 +197,13 @@ class Collator:
         return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs)
 
 
+def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Move the padding of rows (B, L) from the right to the left, so that generation continues the last token."""
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device) + attention_mask.sum(1, keepdim=True)
+    return tokens.gather(1, places % length)
+
+
 def _packed_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
     """Return the samples of each row of at most ``pack`` tokens, in order. A longer sample gets its own row."""
     rows: list[list[int]] = []

@@ -1,18 +1,20 @@
-"""Tokenizers and chat templates of checkpoints, a byte tokenizer, and joint tokenization of consecutive segments."""
+"""Tokenizers and chat templates of checkpoints and the tiny model, and joint tokenization of consecutive segments."""
 
 import copy
 import json
 import logging
 import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
 from pydantic import TypeAdapter
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from umbrella import cohorts
 from umbrella.base import UserError, describe_load_error
 from umbrella.conversations.schema import IMAGE_TOKEN
 
@@ -39,10 +41,10 @@ FIRST_SUBSTITUTE = 0xF0000
 
 
 def load_tokenizer(checkpoint: str, template: str = "") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a LLaVA checkpoint, or the byte tokenizer.
+    """Load the tokenizer of a LLaVA checkpoint, or that of the tiny model.
 
     Args:
-        checkpoint: folder or Hugging Face name; empty for the byte tokenizer.
+        checkpoint: folder or Hugging Face name; empty for that of the tiny model.
         template: chat template: a key of ``TEMPLATES`` or a Jinja file. Empty: the template of the tokenizer, else of
             the processor of the checkpoint, else ChatML. It is saved with the tokenizer.
 
@@ -50,7 +52,7 @@ def load_tokenizer(checkpoint: str, template: str = "") -> PreTrainedTokenizerBa
         UserError: the tokenizer cannot be loaded, has no ``<image>`` token or is not a fast tokenizer, or the template
             cannot be read.
     """
-    tokenizer = _checkpoint_tokenizer(checkpoint) if checkpoint else byte_tokenizer()
+    tokenizer = _checkpoint_tokenizer(checkpoint) if checkpoint else tiny_tokenizer()
     if template:
         tokenizer.chat_template = TEMPLATES.get(template) or _template_file(template)
     elif not tokenizer.chat_template:
@@ -66,20 +68,45 @@ def load_tokenizer(checkpoint: str, template: str = "") -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of 260 tokens: the bytes of UTF-8 and the special tokens of ChatML."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+@cache
+def _trained_tokenizer() -> Tokenizer:
+    """Train byte-pair encoding on the words of the built-in templates, with a token for each number up to 99."""
+    texts = (Path(cohorts.__file__).parent / "templates.yaml").read_text("utf-8")
+    words = f"{texts} user assistant system\nmale\nfemale\na male or a female\n"
+    numbers = "".join(f"{number}\n{number:02d}\n" for number in range(100))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[0-9]{1,2}| ?[A-Za-z]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([words, numbers], trainer)
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of the tiny model: the bytes of UTF-8, the words of the built-in templates, and ChatML.
+
+    Numbers are split into tokens of up to two digits. A text with other words is a longer sequence.
+    """
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=copy.deepcopy(_trained_tokenizer()),
         pad_token="<|pad|>",
         eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>", IMAGE_TOKEN],
     )
     fast.chat_template = CHATML
     return fast
+
+
+def number_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens that consist of digits: id to digits."""
+    texts = {id: tokenizer.decode([id]) for id in tokenizer.get_vocab().values()}
+    return {id: text for id, text in texts.items() if text.isascii() and text.isdecimal()}
 
 
 def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:

@@ -72,7 +72,8 @@ class Group:
       are the label of the reference, right or wrong.
     - Metrics of choices, whose questions have candidates of their own (no votes): accuracy, of a subject the mean over
       its questions; of conversations also balanced_accuracy, over the labels that are true.
-    - Metrics of numbers (generated only, no votes): mae, rmse, r2, pearson.
+    - Metrics of numbers (no votes): mae, rmse, r2, pearson; by likelihood, where the answer is the median of the
+      distribution, also mae_of_mean, nll, and the coverage and width of the 90% interval.
     - Metrics of texts (generated only, no votes): token_f1, rouge_l, exact.
     - Metric of the kind joint, whose target is ``ALL_TARGETS`` (conversations only): subset_accuracy, the share of the
       conversations with several class labels in which the answers to all of these are right.
@@ -308,14 +309,40 @@ def _number_levels(group: Group, predictions: Sequence[Prediction], training: Se
     if generated:
         group.invalid = sum(p.predicted is None for p in generated)
     levels: Levels = {}
-    for level, members in (("conversations", generated), ("subjects", mean_over_subjects(generated))):
-        valid = [p for p in members if p.predicted is not None]
-        if valid:
-            truth, predicted = np.array([(p.label, p.predicted) for p in valid], float).T
-            levels[f"generated/{level}"] = [p.subject_id for p in valid], partial(number_metrics, truth, predicted)
+    likely = [p for p in predictions if p.numbers]
+    for way, conversations in (("likelihood", likely), ("generated", generated)):
+        for level, members in (("conversations", conversations), ("subjects", mean_over_subjects(conversations))):
+            answers = [(p, p.answer if way == "likelihood" else p.predicted) for p in members]
+            valid = [(p, answer) for p, answer in answers if answer is not None]
+            if valid:
+                truth, predicted = np.array([(p.label, answer) for p, answer in valid], float).T
+                spread = [p for p, _ in valid] if way == "likelihood" else []
+                metrics = partial(_number_metrics, truth, predicted, _spread_metrics(spread))
+                levels[f"{way}/{level}"] = [p.subject_id for p, _ in valid], metrics
     error = np.array(_distinct_labels(predictions), float) - fmean(map(float, training))
     group.references = {"mean/mae": float(np.abs(error).mean()), "mean/rmse": float(np.sqrt((error**2).mean()))}
     return levels
+
+
+def _spread_metrics(predictions: Sequence[Prediction]) -> dict[str, NDArray]:
+    """The metrics of the distributions of numbers, (n,) each."""
+    if not predictions:
+        return {}
+    low, high = np.array([p.number_interval for p in predictions]).T
+    truth = np.array([p.label for p in predictions], float)
+    mean = np.array([p.number_mean for p in predictions])
+    return {
+        "mae_of_mean": np.abs(mean - truth),
+        "nll": np.array([p.number_nll for p in predictions]),
+        "interval_coverage": ((low <= truth) & (truth <= high)).astype(float),
+        "interval_width": high - low,
+    }
+
+
+def _number_metrics(
+    truth: NDArray, predicted: NDArray, spread: Mapping[str, NDArray], weights: NDArray
+) -> dict[str, NDArray]:
+    return number_metrics(truth, predicted, weights) | _weighted_means(spread, weights)
 
 
 def _text_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:

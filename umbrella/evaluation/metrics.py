@@ -24,6 +24,8 @@ from umbrella.evaluation.predictions import (
 
 BINS = 10
 """Bins of equal width for calibration."""
+NUMBER_METRICS = {"mae": "mae", "rmse": "rmse", "r": "pearson"}
+"""Metrics of numbers in trainings: name to that of ``number_metrics``."""
 MAX_DISAGREEMENT = 0.1
 """Share of the conversations of a target in which scored and generated answers may differ without a note."""
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -188,18 +190,19 @@ def ratio(part: NDArray, whole: NDArray) -> NDArray:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
 
-def metric_names(classes: Mapping[str, int], several: bool = False) -> list[str]:
+def metric_names(classes: Mapping[str, int], several: bool = False, numbers: Iterable[str] = ()) -> list[str]:
     """Names of the metrics of ``validation_metrics`` in a training.
 
     Args:
         classes: target to the number of classes among the labels that are scored.
         several: whether a conversation has several class labels.
+        numbers: targets whose numbers are scored.
     """
     names = ["eval/loss"] + ["eval/balanced_accuracy"] * any(number > 1 for number in classes.values())
     names += ["eval/subset_accuracy"] * several
     for target, number in sorted(classes.items()):
         names += [f"eval/{target}/balanced_accuracy"] * (number > 1) + [f"eval/{target}/accuracy"]
-    return names
+    return names + [f"eval/{target}/{name}" for target in sorted(numbers) for name in NUMBER_METRICS]
 
 
 def chance_level(metric: str, classes: Mapping[str, int]) -> float | None:
@@ -223,6 +226,7 @@ def validation_metrics(predictions: Iterable[Prediction], prefix: str = "eval") 
       if all labels are of one class.
     - ``<prefix>/<target>/accuracy``: over conversations.
     - ``<prefix>/balanced_accuracy``: the mean over targets; absent if there is none.
+    - ``<prefix>/<target>/mae``, ``rmse`` and ``r`` (Pearson): of the medians of numbers, over subjects.
     - ``<prefix>/subset_accuracy``: the share of the conversations with several class labels in which all answers are
       right; absent if there is none.
     """
@@ -242,6 +246,14 @@ def validation_metrics(predictions: Iterable[Prediction], prefix: str = "eval") 
             over_subjects.append(fmean(map(fmean, hits.values())))
             metrics[f"{prefix}/{target}/balanced_accuracy"] = over_subjects[-1]
         metrics[f"{prefix}/{target}/accuracy"] = fmean(most_likely(p.probabilities) == p.label for p in scored)
+    numeric: dict[str, list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        if p.numbers:
+            numeric[p.target].append(p)
+    for target, scored in sorted(numeric.items()):
+        pairs = np.array([(p.label, p.answer) for p in mean_over_subjects(scored)], float)
+        values = number_metrics(pairs[:, 0], pairs[:, 1], np.ones((1, len(pairs))))
+        metrics |= {f"{prefix}/{target}/{name}": float(values[of][0]) for name, of in NUMBER_METRICS.items()}
     if over_subjects:
         metrics[f"{prefix}/balanced_accuracy"] = sum(over_subjects) / len(over_subjects)
     if several := conversations_with_labels(p for p in predictions if p.probabilities):

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from math import fsum, isfinite
+from math import fsum, isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import numpy as np
 
 from umbrella.conversations.schema import Conversation, read_candidates
 from umbrella.fileio import write_atomic
+
+SMALLEST = 1e-300
+"""Probability that stands for 0 in a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,24 @@ class Prediction:
 
     def number_quantile(self, share: float) -> float:
         """The smallest of ``numbers`` below or at which there is at least this share of the probability."""
-        return self.numbers[
-            min(int(np.searchsorted(np.cumsum(self.number_probabilities), share - 1e-9)), len(self.numbers) - 1)
-        ]
+        at = int(np.searchsorted(np.cumsum(self.number_probabilities), share - 1e-9))  # sums have rounding errors
+        return self.numbers[min(at, len(self.numbers) - 1)]
+
+    @property
+    def number_interval(self) -> tuple[float, float]:
+        """The 5% and 95% quantiles of the distribution of the number."""
+        return self.number_quantile(0.05), self.number_quantile(0.95)
+
+    @property
+    def number_mean(self) -> float:
+        """The expected value of the distribution of the number."""
+        return float(np.dot(self.numbers, self.number_probabilities))
+
+    @property
+    def number_nll(self) -> float:
+        """The negative log likelihood, in nats, of the number of the grid that is nearest to the label."""
+        nearest = int(np.argmin(np.abs(np.array(self.numbers) - float(self.label or 0))))
+        return -log(max(self.number_probabilities[nearest], SMALLEST))
 
     @property
     def nll_per_token(self) -> float | None:
@@ -142,7 +160,8 @@ def mean_over_subjects(predictions: Iterable[Prediction]) -> list[Prediction]:
 
     A prediction with candidates of its own stays as it is: other questions have other candidates.
 
-    ``probabilities`` are means, and ``predicted`` is the mean of the numbers, otherwise the most likely label.
+    ``probabilities`` and ``number_probabilities`` are means, and ``predicted`` is the mean of the generated numbers,
+    otherwise the most likely label.
     """
     subjects = []
     for group in _by_subject(predictions):
@@ -152,7 +171,9 @@ def mean_over_subjects(predictions: Iterable[Prediction]) -> list[Prediction]:
         mean = {label: round(total / len(scored), 12) for label, total in sums.items()}
         numbers = [p.predicted for p in group if isinstance(p.predicted, int | float)]
         predicted = fsum(numbers) / len(numbers) if numbers else most_likely(mean)
-        subjects.append(replace(group[0], probabilities=mean, predicted=predicted))
+        grids = [p.number_probabilities for p in group if p.numbers]
+        mixture = tuple(float(x) for x in np.mean(grids, axis=0)) if grids else ()
+        subjects.append(replace(group[0], probabilities=mean, number_probabilities=mixture, predicted=predicted))
     return subjects
 
 
@@ -222,7 +243,7 @@ NUMBER = re.compile(
 )
 
 
-def extract_answer(text: str, candidates: Mapping[str, str], number: bool) -> str | float | None:
+def extract_answer(text: str, candidates: Mapping[Any, str], number: bool) -> str | float | None:
     """Extract the only answer of a text; None if there is none, or several different ones.
 
     Numbers: the only number, with any unit; it may be repeated. Thousands may have commas (1,234.5). A range (43-45),

@@ -1,86 +1,44 @@
 """Score answers by their likelihood: the probability of each candidate answer under the model."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from umbrella.base import UserError
-from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
-from umbrella.data.batching import Batch
-from umbrella.data.rendering import Example, Renderer
+from umbrella.conversations.schema import Conversation
+from umbrella.data.batching import Batch, left_padded
+from umbrella.data.masking import loss_weights
+from umbrella.data.rendering import Example, Renderer, Span
 from umbrella.data.settings import MaskPolicy
+from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction
 
 ANSWER_ONLY = MaskPolicy(supervise="last_assistant", end_of_turn=True, turn_header=False)
 """The mask policy of scoring. It does not depend on the policy of the training, so that scores can be compared."""
 
-Branchings = list[tuple[int, list[list[int]]]]
-"""Positions at which sequences branch, each with the sequences there in groups of equal tokens: two or more groups."""
-Candidates = Mapping[str, Mapping[str, str]]
-"""Target to label to answer text: {"sex": {"female": "female.", "male": "male."}}."""
+Tokens = tuple[int, ...]
+Tree = dict[Tokens, dict[int, list[int]]]
+"""Tokens before a branching of a tree of sequences, to next token, to the indices of the sequences that continue so."""
 
 
-def find_candidates(conversations: Iterable[Conversation]) -> dict[str, dict[str, str]]:
-    """The candidates of each target whose labels are classes: the most frequent answer text of each label.
+@dataclass
+class _Question:
+    """The texts whose likelihood is asked for in one conversation, as tokens after a common start."""
 
-    Conversations with candidates of their own are left out.
-    """
-    usual = most_frequent_answers(
-        c for c in questions_of(conversations) if isinstance(c.label, str) and not c.candidates
-    )
-    return {
-        target: {str(label): text for label, text in sorted(by_label.items())}
-        for target, by_label in sorted(usual.items())
-        if len(by_label) > 1
-    }
-
-
-def find_numbers(conversations: Iterable[Conversation]) -> set[str]:
-    """The targets whose labels are numbers."""
-    return {c.target for c in questions_of(conversations) if isinstance(c.label, int | float)}
-
-
-def check_candidates(conversations: Iterable[Conversation], candidates: Candidates) -> None:
-    """Check that every class label has a candidate answer.
-
-    Raises:
-        UserError: naming the first conversation whose label has none.
-    """
-    for conversation in questions_of(conversations):
-        known = conversation.candidates or candidates.get(conversation.target, {})
-        if isinstance(conversation.label, str) and conversation.label not in known:
-            raise UserError(
-                f"{conversation.task_id}: its label {conversation.label!r} of {conversation.target!r} does not occur in"
-                f" the training data ({', '.join(known) or 'no classes'}), so it has no candidate answer"
-            )
-
-
-def check_labels(candidates: Candidates) -> None:
-    """Check that the labels of each target differ in their spelling and in their answers.
-
-    Raises:
-        UserError: with a line for each target that has equal labels.
-    """
-    errors = []
-    for target, answers in candidates.items():
-        spelling, texts = defaultdict(list), defaultdict(list)
-        for label, text in answers.items():
-            spelling[" ".join(label.split()).casefold()].append(label)
-            texts[text.strip()].append(label)
-        for groups, problem in (
-            (spelling, "differ by case or blanks only; write them alike"),
-            (texts, "have the same answer; give each label an answer of its own"),
-        ):
-            equal = [", ".join(map(repr, labels)) for labels in groups.values() if len(labels) > 1]
-            if equal:
-                errors.append(f"labels of {target!r}: {' and '.join(equal)} {problem}")
-                break
-    if errors:
-        raise UserError("\n".join(errors))
+    example: Example
+    """The common start without its last token: the prompt."""
+    true: Tokens = ()
+    """The true answer, after the common start."""
+    first_answer_token: int = 0
+    """Index in ``true`` of the first token of the answer."""
+    tree: Tree = field(default_factory=dict)
+    last: int = 0
+    """The last token of the common start, the first of each continuation."""
 
 
 @torch.no_grad()
@@ -94,12 +52,16 @@ def score(
     *,
     truth: bool = True,
 ) -> list[Prediction]:
-    """Score the last answer of each conversation: the true text and, for classes, every candidate text in its place.
+    """Score the last answer of each conversation: the true text, and every candidate text in its place.
 
     The token sequences of the candidates, with the end of turn, form a tree. At each branching, the next-token
     distribution of the model is renormalised over the tokens that continue a candidate. The probability of a candidate
     is the product along its path. Tokens after the last branching of a path do not count, so that long answers have no
-    disadvantage. Each text is one row of a single forward pass.
+    disadvantage. The candidates of a number form a grid, whose probabilities are the distribution of the number.
+
+    The tokens before the answer are computed once for each conversation, in a first forward pass. A second one
+    continues its cache with one row for each path to a last branching, so that 61 ages need 7 short rows if each digit
+    is a token, and one if each number is.
 
     Args:
         model: an ``UmbrellaForConditionalGeneration`` in evaluation mode.
@@ -111,63 +73,168 @@ def score(
         One prediction per conversation, in order.
     """
     predictions = [Prediction.from_conversation(c, truth) for c in conversations]
-    options, rows = [], []
-    texts: list[tuple[Conversation, str]] = []
-    for c in conversations:
-        has_options = isinstance(c.label, str) or (c.label is None and not truth)
-        options.append(c.candidates or candidates.get(c.target, {}) if has_options else {})
-        distinct = dict.fromkeys([*([c.answer] if truth else ()), *options[-1].values()])
-        rows.append({text: len(texts) + i for i, text in enumerate(distinct)})
-        texts += [(c, text) for text in distinct]
-    if not texts:
+    tails: dict[tuple[str, ...], list[Tokens]] = {}
+    options = [_options(c, candidates, truth) for c in conversations]
+    asked = [i for i, of_one in enumerate(options) if of_one or truth]
+    if not asked:
         return predictions
-    examples = [renderer.render(*text) for text in texts]
-    batch = collate(examples, ANSWER_ONLY)
-    answer_tokens = batch.loss_weights != 0
-    candidate_rows = [[row[text] for text in of.values()] for row, of in zip(rows, options, strict=True)]
-    branchings = [find_branchings({i: examples[i].input_ids.tolist() for i in of_one}) for of_one in candidate_rows]
-    for position, branches in chain(*branchings):
-        # A tokenizer may merge the end of the turn header with the first letter of one candidate only.
-        batch.loss_weights[[branch[0] for branch in branches], position] = 1
-    token_nll = model(**batch.to(device).model_inputs()).token_nll.cpu()
-    nll = torch.where(answer_tokens, token_nll, 0).sum(1).tolist()
-    tokens = answer_tokens[:, 1:].count_nonzero(1).tolist()
-    for i, conversation in enumerate(conversations):
-        probabilities = _probabilities(candidate_rows[i], branchings[i], token_nll)
-        predictions[i] = replace(predictions[i], probabilities=dict(zip(options[i], probabilities, strict=True)))
+    questions = [_make_question(conversations[i], list(options[i].values()), renderer, truth, tails) for i in asked]
+    nll = _Continuations(questions).nll(model, collate([q.example for q in questions], ANSWER_ONLY).to(device))
+    for number, (i, question) in enumerate(zip(asked, questions, strict=True)):
         if truth:
-            row = rows[i][conversation.answer]
-            predictions[i] = replace(predictions[i], answer_nll=nll[row], answer_tokens=tokens[row])
+            answer = range(question.first_answer_token, len(question.true))
+            nats = [nll[number, question.true[:k], question.true[k]] for k in answer]
+            predictions[i] = replace(predictions[i], answer_nll=float(np.sum(nats)), answer_tokens=len(nats))
+        if options[i]:
+            log_probability = np.zeros(len(options[i]))
+            for before, branches in question.tree.items():
+                logits = torch.tensor([-nll[number, before, token] for token in branches], dtype=torch.float64)
+                for members, value in zip(branches.values(), logits.log_softmax(0).tolist(), strict=True):
+                    log_probability[members] += value
+            # The sum is 1 already, unless two candidates have the same tokens.
+            probabilities = torch.tensor(log_probability).softmax(0).tolist()
+            predictions[i] = _with_probabilities(predictions[i], options[i], probabilities)
     return predictions
 
 
-def find_branchings(sequences: Mapping[int, Sequence[int]]) -> Branchings:
-    """Find where the tree of token sequences branches; a sequence that ends where others continue is in no group.
+def _options(
+    conversation: Conversation, candidates: Candidates, truth: bool
+) -> Mapping[str, str] | Mapping[float, str]:
+    """The candidates of the kind of the label; of any kind for a conversation without a label, unless ``truth``."""
+    options = conversation.candidates or candidates.get(conversation.target, {})
+    label = conversation.label
+    if label is None:
+        return {} if truth else options
+    return options if all(isinstance(option, str) == isinstance(label, str) for option in options) else {}
 
-    Args:
-        sequences: number of each sequence to its tokens.
+
+def _with_probabilities(
+    prediction: Prediction, options: Mapping[str, str] | Mapping[float, str], probabilities: list[float]
+) -> Prediction:
+    if all(isinstance(label, str) for label in options):
+        by_label = {str(label): p for label, p in zip(options, probabilities, strict=True)}
+        return replace(prediction, probabilities=by_label)
+    numbers = tuple(float(number) for number in options)
+    return replace(prediction, numbers=numbers, number_probabilities=tuple(probabilities))
+
+
+def _make_question(
+    conversation: Conversation,
+    options: list[str],
+    renderer: Renderer,
+    truth: bool,
+    tails: dict[tuple[str, ...], list[Tokens]],
+) -> _Question:
+    """Render the texts of a conversation. ``tails``: a cache of answers that many conversations share."""
+    turns = conversation.conversations[: conversation.last_answer + 1]
+    conversation = conversation.model_copy(update={"conversations": turns})
+    example = renderer.render(conversation, conversation.answer if truth else options[0])
+    whole = tuple(example.input_ids.tolist())
+    sequences = [whole, *_render_options(conversation, options, renderer, whole, tails)]
+    answer = int(np.flatnonzero(loss_weights(example, ANSWER_ONLY))[0])
+    shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))))
+    start = min(shared, answer) if truth else min(shared, *(len(tokens) - 1 for tokens in sequences))
+    prompt = np.array(whole[: start - 1])
+    question = _Question(Example(conversation, prompt, (Span(0, start - 1, 0, "user", "text"),)), last=whole[start - 1])
+    if truth:
+        question.true, question.first_answer_token = whole[start:], answer - start
+    question.tree = find_branchings([tokens[start:] for tokens in sequences[1:]])
+    return question
+
+
+def _render_options(
+    conversation: Conversation,
+    options: list[str],
+    renderer: Renderer,
+    whole: Tokens,
+    tails: dict[tuple[str, ...], list[Tokens]],
+) -> list[Tokens]:
+    """The tokens of the conversation with each option as its answer.
+
+    Many options of many conversations differ in their last turn only, so that is tokenized once, if the tokenizer
+    makes the same tokens of the last turn alone.
     """
-    found = []
-    open_groups = [(0, list(sequences))]
+    if len(options) < 3:
+        return [tuple(renderer.render(conversation, text).input_ids.tolist()) for text in options]
+    key = (renderer.last_header(conversation), *options)
+    if key not in tails:
+        tails[key] = [tuple(renderer.last_turn(conversation, text)) for text in options]
+    first = tuple(renderer.render(conversation, options[0]).input_ids.tolist())
+    own = tails[key][0]
+    if first[-len(own) :] != own:
+        return [tuple(renderer.render(conversation, text).input_ids.tolist()) for text in options]
+    return [(*first[: -len(own)], *tail) for tail in tails[key]]
+
+
+def find_branchings(sequences: Sequence[Tokens]) -> Tree:
+    """Find where the tree of token sequences branches; a sequence that ends where others continue is in no branch."""
+    found: Tree = {}
+    open_groups: list[tuple[Tokens, list[int]]] = [((), list(range(len(sequences))))]
     while open_groups:
-        position, members = open_groups.pop()
+        before, members = open_groups.pop()
         branches: dict[int, list[int]] = defaultdict(list)
         for i in members:
-            if position < len(sequences[i]):
-                branches[sequences[i][position]].append(i)
+            if len(before) < len(sequences[i]):
+                branches[sequences[i][len(before)]].append(i)
         if len(branches) > 1:
-            found.append((position, list(branches.values())))
-        open_groups += [(position + 1, branch) for branch in branches.values() if len(branch) > 1]
+            found[before] = dict(branches)
+        open_groups += [((*before, token), branch) for token, branch in branches.items() if len(branch) > 1]
     return found
 
 
-def _probabilities(rows: Sequence[int], branchings: Branchings, token_nll: torch.Tensor) -> list[float]:
-    """The probability of each candidate row; ``token_nll``: (B, L), in nats."""
-    log_probability = dict.fromkeys(rows, 0.0)
-    for position, branches in branchings:
-        nats = token_nll[[branch[0] for branch in branches], position].double()
-        for branch, value in zip(branches, (-nats).log_softmax(0).tolist(), strict=True):
-            for i in branch:
-                log_probability[i] += value
-    # The sum is 1 already, unless two candidates have the same tokens.
-    return torch.tensor([log_probability[i] for i in rows], dtype=torch.float64).softmax(0).tolist()
+class _Continuations:
+    """The rows of the second forward pass, and the tokens after each of their positions whose likelihood is asked for.
+
+    A row is the last token of a common start and a path, and it serves every path that it begins with.
+    """
+
+    def __init__(self, questions: Sequence[_Question]) -> None:
+        self.rows: list[list[int]] = []
+        self.source: list[int] = []
+        """The question of each row."""
+        self.keys: list[tuple[int, Tokens, int]] = []
+        """Question, tokens after the common start, next token."""
+        self.row: list[int] = []
+        self.column: list[int] = []
+        for number, question in enumerate(questions):
+            asked = {question.true[:k]: [question.true[k]] for k in range(len(question.true))}
+            for before, branches in question.tree.items():
+                asked[before] = list(dict.fromkeys([*asked.get(before, ()), *branches]))
+            serving: dict[Tokens, int] = {}
+            for path in sorted(asked, key=len, reverse=True):
+                if path not in serving:
+                    serving |= {path[:k]: len(self.rows) for k in range(len(path) + 1) if path[:k] not in serving}
+                    self.rows.append([question.last, *path])
+                    self.source.append(number)
+                for token in asked[path]:
+                    self.keys.append((number, path, token))
+                    self.row.append(serving[path])
+                    self.column.append(len(path))
+
+    def nll(self, model: nn.Module, batch: Batch) -> dict[tuple[int, Tokens, int], float]:
+        """The negative log likelihood of each key, in nats. ``batch``: the prompts, one per row."""
+        device = batch.input_ids.device
+        prompt_mask = left_padded(batch.attention_mask, batch.attention_mask)
+        cache = model(
+            input_ids=left_padded(batch.input_ids, batch.attention_mask),
+            attention_mask=prompt_mask,
+            position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0),
+            pixel_values=batch.pixel_values,
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        source = torch.tensor(self.source, device=device)
+        cache.batch_select_indices(source)
+        rows = pad_sequence([torch.tensor(row) for row in self.rows], batch_first=True).to(device)
+        positions = prompt_mask.sum(1)[source, None] + torch.arange(rows.shape[1], device=device)
+        row, column = (torch.tensor(values, device=device) for values in (self.row, self.column))
+        token = torch.tensor([token for *_, token in self.keys], device=device)
+        nll = model(
+            input_ids=rows,
+            # Causal attention never reads the padding, which is on the right.
+            attention_mask=torch.cat([prompt_mask[source], torch.ones_like(rows)], 1),
+            position_ids=positions,
+            past_key_values=cache,
+            targets=(row, column, token),
+        ).token_nll
+        return dict(zip(self.keys, nll.tolist(), strict=True))

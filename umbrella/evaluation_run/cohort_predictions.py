@@ -16,9 +16,9 @@ from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.data.ingest import apply_bad_sample_policy, check_splits
 from umbrella.data.splits import Splits, fingerprint, read_input
 from umbrella.evaluation.calibration import apply_temperatures, read_temperatures
+from umbrella.evaluation.candidates import check_labels, find_numbers
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, read_predictions
-from umbrella.evaluation.scoring import check_labels, find_numbers
 from umbrella.evaluation_run.prediction_workers import predict_on_workers
 from umbrella.fileio import LocksUnavailable, check_writable, lock, write_atomic
 

@@ -25,6 +25,7 @@ from umbrella.data.ingest import check_splits
 from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.calibration import apply_temperatures, calibrate, read_temperatures
+from umbrella.evaluation.candidates import Candidates, check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.comparison import compare_models, newest_runs, question_of, read_runs
 from umbrella.evaluation.confounds import analyse_confounds, brain_volumes, site_drop
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
@@ -39,7 +40,6 @@ from umbrella.evaluation.report import (
     write_evaluation,
     write_report,
 )
-from umbrella.evaluation.scoring import Candidates, check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.subgroups import band_names
 from umbrella.evaluation.verdict import is_better_than_chance
 from umbrella.evaluation_run.model_card import write_model_card
@@ -124,7 +124,7 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
         splits |= read_splits(settings, progress, ("validation",), check_files=False).splits
     questions = {name: questions_of(of_one) for name, of_one in (splits | raw.splits).items()}
     left_out = Counter(re.sub(r"\.\d+", "", field) for _, field in {(p.where, p.field) for p in raw.problems})
-    candidates = {**find_candidates(training.splits["train"]), **evaluate.candidates}
+    candidates = {**find_candidates(training.splits["train"], evaluate.number_grids), **evaluate.candidates}
     check_labels(candidates)
     check_candidates(conversations, candidates)
     labels: dict[str, list[str | float]] = defaultdict(list)

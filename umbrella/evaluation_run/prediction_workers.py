@@ -14,8 +14,8 @@ from umbrella.base import ProgressBar, UserError
 from umbrella.cluster import check_resources, start_ray
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, TextItem
+from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction
-from umbrella.evaluation.scoring import Candidates
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
 from umbrella.training.launch import describe_failure

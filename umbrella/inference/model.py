@@ -12,10 +12,11 @@ from umbrella.base import UserError, note
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.formats import modality_by_suffix, volume_file
 from umbrella.conversations.schema import CONTROL, Conversation, ImageItem, TextItem, Turn
-from umbrella.data.batching import Batch, Collator
+from umbrella.data.batching import Batch, Collator, left_padded
 from umbrella.data.rendering import Renderer, load_renderer
+from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction, cut_note, extract_answer
-from umbrella.evaluation.scoring import ANSWER_ONLY, Candidates, score
+from umbrella.evaluation.scoring import ANSWER_ONLY, score
 from umbrella.modality import Modality
 from umbrella.models.build import build_model
 from umbrella.models.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
@@ -260,8 +261,8 @@ class Umbrella:
             batch = self.collate(prompts[start : start + batch_size], ANSWER_ONLY).to(self.model.device)
             with self._autocast():
                 generated = self.model.generate(
-                    input_ids=_left_padded(batch.input_ids, batch.attention_mask),
-                    attention_mask=_left_padded(batch.attention_mask, batch.attention_mask),
+                    input_ids=left_padded(batch.input_ids, batch.attention_mask),
+                    attention_mask=left_padded(batch.attention_mask, batch.attention_mask),
                     pixel_values=batch.pixel_values,
                     max_new_tokens=max_new_tokens or self.max_new_tokens,
                     eos_token_id=stops or None,
@@ -363,10 +364,3 @@ def load_checkpoint_settings(folder: Path, dtype: str | None) -> Settings:
     changes = {"model": trained.model.model_copy(update=model | ({"dtype": dtype} if dtype else {}))}
     config = UmbrellaConfig.from_pretrained(folder, trust_remote_code=False)
     return trained.model_copy(update=changes | {"modalities": config.known_modalities})
-
-
-def _left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Move the padding of rows (B, L) from the right to the left, so that generation continues the last token."""
-    length = tokens.shape[1]
-    places = torch.arange(length, device=tokens.device) + attention_mask.sum(1, keepdim=True)
-    return tokens.gather(1, places % length)

@@ -39,9 +39,27 @@ def token_nll(
         (B, L), float32, in nats; 0 at tokens that are not supervised.
     """
     row, column = positions or supervised_positions(loss_weights)
-    states, targets = hidden[row, column], input_ids[row, column + 1]
-    nll = _ChunkedNll.apply(states, output_embedding, targets, max(1, max_logits // len(output_embedding)))
+    nll = target_nll(hidden, output_embedding, row, column, input_ids[row, column + 1], max_logits)
     return nll.new_zeros(loss_weights.shape).index_put((row, column + 1), nll)
+
+
+def target_nll(
+    hidden: torch.Tensor,
+    output_embedding: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    target: torch.Tensor,
+    max_logits: int = MAX_LOGITS,
+) -> torch.Tensor:
+    """Compute the negative log likelihood, (Q,), float32, in nats, of tokens as the next one after positions.
+
+    Args:
+        hidden, output_embedding, max_logits: see ``token_nll``.
+        row, column: (Q,), the positions in ``hidden``. One may occur several times.
+        target: (Q,), token ids.
+    """
+    chunk = max(1, max_logits // len(output_embedding))
+    return _ChunkedNll.apply(hidden[row, column], output_embedding, target, chunk)
 
 
 class _ChunkedNll(torch.autograd.Function):

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality, class_tokens
-from umbrella.models.token_nll import supervised_positions, token_nll
+from umbrella.models.number_loss import NumberLoss
+from umbrella.models.token_nll import supervised_positions, target_nll, token_nll
 from umbrella.models.volume_embedder import VolumeEmbedder
 from umbrella.version import check_version, write_version
 
@@ -58,7 +59,7 @@ class UmbrellaConfig(LlavaConfig):
 
 @dataclass
 class UmbrellaOutput(ModelOutput):
-    """Output with loss weights: the negative log likelihood in nats, (B, L), float32; 0 at unsupervised tokens."""
+    """The negative log likelihood in nats, float32: (B, L), 0 at unsupervised tokens; or (Q,) of the targets."""
 
     token_nll: torch.Tensor | None = None
 
@@ -76,6 +77,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     """
 
     config_class = UmbrellaConfig
+    number_loss: NumberLoss | None = None
+    """The loss of numbers in training; None: cross entropy."""
 
     def __init__(self, config: UmbrellaConfig) -> None:
         super().__init__(config)
@@ -102,6 +105,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         pixel_values: dict[str, Any] | None = None,
         loss_weights: torch.Tensor | None = None,
+        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         **generation: Any,
     ) -> Any:
         """Run the model; ``generation`` are further arguments of LLaVA's ``forward``.
@@ -112,9 +116,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
                 are 1, of the second 2, and so on. Each sample attends only to itself, and its positions start at 0.
             pixel_values: ``VolumeGroup`` by modality name.
             loss_weights: (B, L), nonzero at supervised tokens.
+            targets: rows, columns and token ids, (Q,) each: asks for the likelihood of each token after a position.
 
         Returns:
-            ``UmbrellaOutput`` with loss weights, otherwise the output of LLaVA.
+            ``UmbrellaOutput`` with loss weights, or with targets, where ``token_nll`` is (Q,); otherwise the output of
+            LLaVA.
 
         Raises:
             ValueError: if the number of placeholder tokens of a run differs from the number of tokens of its volume.
@@ -127,11 +133,17 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 inputs |= _attention_arguments(attention_mask, is_complete=loss_weights is not None)
             inputs |= {"input_ids": None, "inputs_embeds": self.embed_inputs(input_ids, pixel_values or {})}
+        if targets is not None:
+            hidden = self.model(**generation | inputs)[0]
+            return UmbrellaOutput(token_nll=target_nll(hidden, self.lm_head.weight, *targets))
         if loss_weights is None:
             return super().forward(**generation | inputs)
         assert input_ids is not None
+        assert positions is not None
         hidden = self.model(**inputs | {"use_cache": False})[0]
         nll = token_nll(hidden, self.lm_head.weight, input_ids, loss_weights, positions=positions)
+        if self.training and self.number_loss:
+            nll = self.number_loss(nll, hidden, self.lm_head.weight, input_ids, positions)
         return UmbrellaOutput(token_nll=nll)
 
     def embed_inputs(self, input_ids: torch.Tensor, pixel_values: dict[str, Any]) -> torch.Tensor:

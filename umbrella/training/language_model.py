@@ -18,10 +18,12 @@ from umbrella.data.batching import Batch, Collator
 from umbrella.data.masking import Redact, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
 from umbrella.data.rendering import load_renderer
+from umbrella.data.tokenizer import number_tokens
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
 from umbrella.models.build import build_model, component_parameters
+from umbrella.models.number_loss import NumberLoss
 from umbrella.models.partial_checkpoint import (
     base_description,
     check_base,
@@ -63,6 +65,11 @@ class LanguageModelTask(Task):
         config.trained_modalities = sorted({*(config.trained_modalities or ()), *job.modalities})
         config.longest_answer = job.longest_answer
         apply_options(self.model, self.settings.train)
+        if self.settings.loss.numbers == "regression_aware":
+            tokenizer = self.renderer.tokenizer
+            points = {tokenizer.convert_tokens_to_ids(".")} - {tokenizer.unk_token_id, None}
+            rows = self.model.get_output_embeddings().weight.shape[0]
+            self.model.number_loss = NumberLoss(number_tokens(tokenizer), points, rows, device)
         self.parallel = parallelise(self.model, device, world_size, self.settings.train.shard).train()
         self.parts = component_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.settings.optim)

@@ -18,8 +18,8 @@ from umbrella.data.masking import audit
 from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import Splits, target_classes
+from umbrella.evaluation.candidates import check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.metrics import metric_names
-from umbrella.evaluation.scoring import check_candidates, check_labels, find_candidates
 from umbrella.fileio import run_lock
 from umbrella.paths import BEGUN, STOP, TRAININGS, WORKERS
 from umbrella.tracking.mlflow_logger import close_run, run_key
@@ -81,7 +81,7 @@ def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = 
                 f" {', '.join(task_types)}; name one of those, or leave it out"
             )
         audit(examples, policy)
-    candidates = find_candidates(splits.train)
+    candidates = find_candidates(splits.train, settings.evaluate.number_grids)
     check_labels(candidates)
     check_labels(settings.evaluate.candidates)
     check_candidates(splits.validation, candidates)
@@ -89,7 +89,8 @@ def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = 
     classes = {target: len(labels) for target, labels in target_classes(splits.validation).items()}
     check_target_names(sorted(classes))
     several = any(sum(isinstance(q.label, str) for q in c.questions()) > 1 for c in splits.validation)
-    known = metric_names(classes, several)
+    labelled = find_numbers(splits.validation)
+    known = metric_names(classes, several, {t for t in labelled if t in candidates and t not in classes})
     scored = [target for target, number in sorted(classes.items()) if number > 1]
     if sweep and metric == "eval/balanced_accuracy" and len(scored) > 1:
         known.remove(metric)
@@ -123,7 +124,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         validation=ray.put(to_table(questions_of(splits.validation))),
         train_lengths=splits.lengths["train"],
         validation_lengths=splits.lengths["validation"],
-        candidates=find_candidates(splits.train),
+        candidates=find_candidates(splits.train, settings.evaluate.number_grids),
         modalities=sorted({volume.modality for c in splits.train for volume in c.volumes}),
         longest_answer=splits.longest_answer,
         data={"data.fingerprint": fingerprint, "data.quarantined": splits.quarantined},

@@ -26,6 +26,13 @@ class OptimSettings(Section):
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
 
 
+class LossSettings(Section):
+    """The loss of supervised tokens."""
+
+    numbers: Literal["cross_entropy", "regression_aware"] = "regression_aware"
+    """Loss of the tokens of numbers: cross_entropy, as of all others; regression_aware also counts how far the predicted numbers are from the true one."""  # noqa: E501
+
+
 class AugmentSettings(Section):
     """Random augmentation of the volumes in training. 0 disables a transform. Evaluation uses the original volumes."""
 
@@ -51,11 +58,11 @@ class TrainSettings(Section):
     """Training of one model."""
 
     augment: AugmentSettings = AugmentSettings()
-    epochs: int = Field(8, ge=1)
+    epochs: int = Field(20, ge=1)
     """Passes over the training conversations."""
     batch_size: int = Field(4, ge=1)
     """Conversations per worker and forward pass (micro-batch)."""
-    accumulate: int = Field(2, ge=1)
+    accumulate: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     checkpoint_activations: bool = False
     """Activation checkpointing: recompute activations in the backward pass. Less memory, more time."""

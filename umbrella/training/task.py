@@ -13,6 +13,7 @@ import torch
 from umbrella.config import Settings
 from umbrella.data.masking import Redact
 from umbrella.data.pipeline import Plan, Rows
+from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction
 
 
@@ -64,8 +65,8 @@ class LanguageModelJob(Job):
     train_lengths: np.ndarray
     """See ``data.splits.Splits.lengths``."""
     validation_lengths: np.ndarray
-    candidates: Mapping[str, Mapping[str, str]]
-    """See ``evaluation.scoring.Candidates``."""
+    candidates: Candidates
+    """The candidate answers of the validation split."""
     modalities: Sequence[str]
     """Names of the modalities that occur in the training split."""
     longest_answer: int
