@@ -133,10 +133,26 @@ def stored(tmp_path: Path, brain: np.ndarray) -> dict[str, Path]:
     return paths
 
 
+def byte_tokenizer() -> Any:
+    """A tokenizer of 260 tokens: the bytes of UTF-8 and the special tokens of ChatML. Each letter is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from umbrella.data.tokenizer import CHATML, IMAGE_TOKEN
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<|pad|>", "eos_token": "<|im_end|>"}
+    extra = ["<|im_start|>", IMAGE_TOKEN]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=extra, **special)
+    fast.chat_template = CHATML
+    return fast
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from umbrella.data.tokenizer import byte_tokenizer
-
     return byte_tokenizer()
 
 

@@ -245,7 +245,7 @@ def test_quarantine_lists_every_bad_sample_with_its_reasons_and_keeps_the_good_o
         "train.jsonl:5": ["image_path: nowhere.nii does not exist"],
         "train.jsonl:6": ["sample: is the same as the one at train.jsonl:1"],
         "train.jsonl:7": ["metadata.target: must be a text, not 3", "image_path: nowhere.nii does not exist"],
-        "train.jsonl:8": ["conversations: becomes 429 tokens, more than data.max_tokens=200"],
+        "train.jsonl:8": ["conversations: becomes 418 tokens, more than data.max_tokens=200"],
         "validation.jsonl:2": [
             "image_path: d.nii.gz: has 5 frames, and a window of 6 frames at frame_stride 1 needs 6",
         ],

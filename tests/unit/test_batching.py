@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import byte_tokenizer
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.evaluation.controls import blank
 
 NAMES = ("two", "none", "three")

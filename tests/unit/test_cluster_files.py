@@ -124,7 +124,7 @@ def test_resource_files_keep_the_default_search_space(file: str) -> None:
     from umbrella.tuning.search import list_points
 
     settings = parse([str(CONFIGS / f"{file}.yaml")], "", str(CONFIGS / "tune.yaml")).settings
-    assert len(list_points(settings)) == 6
+    assert len(list_points(settings)) == 4
     assert settings.resources.gpus_per_worker == (file == "gpu_host")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import byte_tokenizer
 from tests.unit.samples import sample, write_lines
 from umbrella.base import UserError
 from umbrella.conversations.reading import Problem, Reading, conversation_files, read_conversations
@@ -18,7 +19,6 @@ from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import Splits
-from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.modality import Modality
 
 TALK = [{"role": "user", "content": "<image>Sex?"}, {"role": "assistant", "content": "male."}]

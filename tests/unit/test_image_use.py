@@ -180,9 +180,9 @@ def test_the_verdict_names_confounds_and_the_compared_run() -> None:
         compared = SimpleNamespace(target="sex", metric=metric, other="baseline-sex", difference=gain, p_adjusted=p)
         return result_of(answers(by_image), confounds={"sex": confounds}, comparisons=[compared]).verdicts["sex"]
 
-    assert "age, volume do not explain it." in words(0.1, 0.6, 0.1, 0.04)
+    assert "age, volume do not explain all of it." in words(0.1, 0.6, 0.1, 0.04)
     assert "; better than baseline-sex; " in words(0.1, 0.6, 0.1, 0.04)
     assert "; worse than baseline-sex; " in words(0.1, 0.6, -0.1, 0.04)
     assert "; not different from baseline-sex; " in words(0.1, 0.6, 0.1, 0.06)
-    assert "on subjects matched for volume it is not better than chance" in words(0.1, 0.4, 0.1, 0.04)
+    assert "subjects matched for volume it is not better than chance (" in words(0.1, 0.4, 0.1, 0.04)
     assert "age, volume may explain it" in words(-0.1, 0.6, 0.1, 0.04)

@@ -24,7 +24,8 @@ from umbrella.conversations.reading import read_conversations
 SPLITS = ("train", "validation", "test")
 SMALL = CohortSettings(subjects=12, spacing=8.0, functional_subjects=3, diffusion_subjects=6)
 PLAIN = SMALL.model_copy(
-    update={"deformation": 0.0, "noise": 0.0, "bias": 0.0, "functional_subjects": 0, "diffusion_subjects": 0}
+    update={"deformation": 0.0, "noise": 0.0, "bias": 0.0, "size": 0.0, "age_region": 0.0}
+    | {"functional_subjects": 0, "diffusion_subjects": 0}
 )
 
 
@@ -93,7 +94,7 @@ def test_the_affine_places_the_head_in_every_storage_orientation(cohort: Path) -
             (path,) = subject.paths(modality)
             image = nib.load(cohort / path)
             orientations[subject.number] = "".join(nib.aff2axcodes(image.affine))
-            np.testing.assert_allclose(centre(image), truth, atol=6)
+            np.testing.assert_allclose(centre(image), truth, atol=12)  # the back of old brains is darker
             np.testing.assert_allclose(image.header.get_qform(), image.affine, atol=1e-4)
     assert orientations == {**dict.fromkeys(range(1, 13), "RAS"), 5: "LAS", 10: "PIR"}
 
@@ -106,7 +107,7 @@ def test_axes_are_not_mirrored_by_the_storage_orientation(tmp_path: Path) -> Non
     females = [canonical(folder, row["participant_id"]) for row in participants(folder) if row["sex"] == "F"]
     assert all(np.array_equal(group[0], data) for group in (males, females) for data in group)
     brighter = ndimage.center_of_mass(males[0] - females[0])
-    assert apply_affine(nib.as_closest_canonical(volume(folder, "sub-0001")).affine, brighter)[0] > 20
+    assert apply_affine(nib.as_closest_canonical(volume(folder, "sub-0001")).affine, brighter)[0] > 15
 
 
 def test_the_sex_effect_has_the_size_of_the_settings(tmp_path: Path) -> None:
@@ -139,6 +140,24 @@ def test_the_age_effect_grows_with_age_and_does_not_change_the_head(tmp_path: Pa
     assert all(fluid[younger] < fluid[older] for younger, older in pairwise(ages))
     assert fluid[ages[-1]] > 1.3 * fluid[ages[0]]
     assert head[ages[-1]] == pytest.approx(head[ages[0]], rel=0.01)
+
+
+def test_the_posterior_brain_darkens_with_age_and_heads_differ_in_size(tmp_path: Path) -> None:
+    settings = PLAIN.model_copy(update={"sex_scale": 0.0, "sex_region": 0.0, "age_ventricle": 0.0})
+    folder = make_cohort(tmp_path / "region", settings.model_copy(update={"age_region": 0.6}))
+    posterior, frontal = {}, {}
+    for row in participants(folder):
+        data = canonical(folder, row["participant_id"])
+        half = data.shape[1] // 2
+        posterior[int(row["age"])], frontal[int(row["age"])] = data[:, :half].sum(), data[:, half:].sum()
+    ages = sorted(posterior)
+    assert all(posterior[younger] > posterior[older] for younger, older in pairwise(ages))
+    lost = {part: 1 - of[ages[-1]] / of[ages[0]] for part, of in (("back", posterior), ("front", frontal))}
+    assert lost["back"] > 3 * lost["front"]
+
+    folder = make_cohort(tmp_path / "size", settings.model_copy(update={"size": 0.03}))
+    sizes = [np.cbrt((canonical(folder, row["participant_id"]) > 0).sum()) for row in participants(folder)]
+    assert np.std(sizes) / np.mean(sizes) == pytest.approx(0.03, rel=0.5)  # of 12 subjects
 
 
 @pytest.mark.parametrize(("number", "seed"), [(12, 0), (12, 1), (14, 0), (24, 0), (50, 3), (100, 0), (150, 2)])

@@ -322,8 +322,10 @@ def test_candidates_that_differ_in_the_token_before_the_answer_are_compared_ther
     asked = talk(("user", "Sex or age?"), ("assistant", "male"), metadata=label)
 
     class ByToken(torch.nn.Module):
-        def forward(self, input_ids: Any, loss_weights: Any, **others: Any) -> Any:
-            return SimpleNamespace(token_nll=torch.where(loss_weights != 0, nats[input_ids], 0))
+        def forward(self, targets: Any = None, **others: Any) -> Any:
+            if targets:
+                return SimpleNamespace(token_nll=nats[targets[2]])
+            return SimpleNamespace(past_key_values=SimpleNamespace(batch_select_indices=lambda indices: None))
 
     nats = torch.full((len(renderer.tokenizer),), 9.0)
     nats[renderer.tokenizer.convert_tokens_to_ids(["▁male", "▁"])] = torch.tensor([0.1, 2.0])

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig, Qwen2Config
 
+from tests.conftest import byte_tokenizer
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.rendering import Example, Renderer, load_renderer
-from umbrella.data.tokenizer import MARK, byte_tokenizer
+from umbrella.data.tokenizer import MARK
 from umbrella.modality import Modality
 
 Talk = Callable[..., Conversation]
@@ -193,7 +194,7 @@ def test_settings_give_template_modalities_and_class_tokens(
 
     def rendered(**others: Any) -> str:
         renderer = load_renderer(load_settings(overrides=small | others))
-        return tokenizer.decode(renderer.render(conversation).input_ids)
+        return renderer.tokenizer.decode(renderer.render(conversation).input_ids)
 
     assert rendered() == "USER: <image><image>\n ASSISTANT: b<|im_end|>"
     for tower, strategy, count in [("clip", "full", 3), ("clip", "default", 2), ("siglip", "full", 2)]:

@@ -56,6 +56,20 @@ def test_candidates_are_the_most_frequent_answer_of_each_label() -> None:
         check_candidates([labelled("CN.", "CN", "diagnosis")], candidates)
 
 
+def test_numbers_have_a_grid_of_the_range_and_decimals_of_the_training_labels() -> None:
+    ages = [labelled(f"About {age} years.", age, "age") for age in (20, 23, 21)]
+    scores = [labelled(f"{score:.1f}", score, "score") for score in (0.5, 2.0)]
+    words = [labelled("sixty", 60, "spelt")]
+    found = find_candidates([*ages, *scores, *words])
+    assert found["age"] == {float(age): f"About {age} years." for age in range(20, 24)}
+    assert list(found["score"].items())[:2] == [(0.5, "0.5"), (0.6, "0.6")]
+    assert (len(found["score"]), "spelt" in found) == (16, False)
+    given = find_candidates(ages, {"age": (0, 100, 25)})
+    assert list(given["age"]) == [0, 25, 50, 75, 100]
+    wide = find_candidates([labelled(str(volume), volume, "volume") for volume in (1000, 2000)])["volume"]
+    assert (len(wide), list(wide)[1]) == (201, 1005), "at most 200 steps"
+
+
 def test_probabilities_are_renormalised_where_the_tokens_of_the_candidates_branch(
     build: Callable[..., Any],
     cohort: dict[str, Conversation],
@@ -81,7 +95,7 @@ def test_probabilities_are_renormalised_where_the_tokens_of_the_candidates_branc
     without, _, _ = scores(model, [two, cohort["none"], cohort["three"]], SEX, truth=False)
     assert without.probabilities == pytest.approx(scored.probabilities)
     assert (without.truth, without.answer_nll, without.answer_tokens) == ("", None, 0), "the last answer is not read"
-    # A number has no candidates, but the likelihood of its text: "63.5" and the end.
+    # A number without a grid has the likelihood of its text: "63.5" and the end.
     assert (number.probabilities, number.answer_tokens) == ({}, 6)
 
     # "m" ends where "ma" continues: "f" or "m", and then the end of the turn or "a".
@@ -96,18 +110,64 @@ def test_probabilities_are_renormalised_where_the_tokens_of_the_candidates_branc
 @pytest.mark.parametrize(
     ("sequences", "branchings"),
     [
-        ({}, []),
-        ({0: [1, 2, 9], 1: [1, 3, 9]}, [(1, [[0], [1]])]),
-        ({0: [1, 2], 1: [1, 2]}, []),
-        ({0: [1], 1: [1, 2]}, []),
+        ([], {}),
+        ([(1, 2, 9), (1, 3, 9)], {(1,): {2: [0], 3: [1]}}),
+        ([(1, 2), (1, 2)], {}),
+        ([(1,), (1, 2)], {}),
         (
-            {7: [1, 2, 9], 8: [1, 2, 3, 9], 9: [4], 6: [1, 5]},
-            [(0, [[7, 8, 6], [9]]), (1, [[7, 8], [6]]), (2, [[7], [8]])],
+            [(1, 2, 9), (1, 2, 3, 9), (4,), (1, 5)],
+            {(): {1: [0, 1, 3], 4: [2]}, (1,): {2: [0, 1], 5: [3]}, (1, 2): {9: [0], 3: [1]}},
         ),
     ],
 )
 def test_branchings_are_where_tokens_differ_after_equal_ones(sequences: Any, branchings: Any) -> None:
     assert find_branchings(sequences) == branchings
+
+
+def test_the_distribution_of_a_number_is_the_product_of_its_digits(
+    build: Callable[..., Any],
+    cohort: dict[str, Conversation],
+    collate: Collator,
+    scores: Callable[..., list[Prediction]],
+) -> None:
+    model, three = build().eval(), cohort["three"]  # its label is 63.5
+    grid = {float(number): f"{number}." for number in (8, 9, 40, 41, 49, 63, 64, 120)}
+    [scored] = scores(model, [three], {three.target: grid})
+    texts = list(grid.values())
+    batch = collate([collate.renderer.render(three, text) for text in texts], MaskPolicy(supervise="all"))
+    with torch.no_grad():
+        logits = model(batch.input_ids, batch.attention_mask, batch.pixel_values).logits.double()
+    start = len(collate.renderer.prompt(three).input_ids)
+    log_probability = [0.0] * len(texts)
+    for i, text in enumerate(texts):
+        for k, letter in enumerate(text):
+            following = sorted({other[k] for other in texts if other[:k] == text[:k]})
+            ids = collate.renderer.tokenizer.convert_tokens_to_ids(following)
+            at = logits[i, start - 1 + k, ids].log_softmax(0)
+            log_probability[i] += float(at[following.index(letter)])
+    assert scored.numbers == tuple(grid)
+    assert scored.number_probabilities == pytest.approx(torch.tensor(log_probability).exp().tolist(), abs=1e-5)
+    assert sum(scored.number_probabilities) == pytest.approx(1)
+    assert scored.probabilities == {}
+    cumulative = dict(zip(grid, torch.tensor(scored.number_probabilities).cumsum(0).tolist(), strict=True))
+    assert scored.answer == next(number for number, share in cumulative.items() if share >= 0.5)
+    assert scored.number_interval == tuple(
+        next(number for number, share in cumulative.items() if share >= least) for least in (0.05, 0.95)
+    )
+    assert scored.number_nll == pytest.approx(-log_probability[5], abs=1e-5), "63 is nearest to 63.5"
+
+
+def test_a_conversation_is_scored_alike_in_any_batch(
+    build: Callable[..., Any], cohort: dict[str, Conversation], scores: Callable[..., list[Prediction]]
+) -> None:
+    model, candidates = build().eval(), {"T2": SEX["T2"], cohort["three"].target: {60.0: "60", 70.0: "70"}}
+    conversations = [cohort["three"], cohort["none"], cohort["two"]]
+    together = scores(model, conversations, candidates)
+    for conversation, in_batch in zip(conversations, together, strict=True):
+        [alone] = scores(model, [conversation], candidates)
+        assert alone.answer_nll == pytest.approx(in_batch.answer_nll, rel=1e-5)
+        assert alone.probabilities == pytest.approx(in_batch.probabilities, abs=1e-6)
+        assert alone.number_probabilities == pytest.approx(in_batch.number_probabilities, abs=1e-6)
 
 
 @pytest.mark.parametrize("taught", ["yes", "no"])

@@ -233,5 +233,5 @@ def test_every_settings_file_is_valid_and_its_head_has_the_command(file: Path) -
     assert any(line.startswith("#     python experiments/tune.py") for line in comments)
     assert any(file.name in line for line in comments)
     checkpoint = {"model.checkpoint": "llava"} if file.stem == "embedder" else {}
-    counts = {"tune": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}
+    counts = {"tune": 4, "numbers": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}
     assert count_trials(load_settings([file], checkpoint)) == counts.get(file.stem, 1)

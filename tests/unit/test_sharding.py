@@ -11,11 +11,10 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from tests.conftest import make_writer
+from tests.conftest import byte_tokenizer, make_writer
 from tests.unit.steps import CPU, Make, Training, join_group, run_workers
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
-from umbrella.data.tokenizer import byte_tokenizer
 from umbrella.models.build import component_parameters
 from umbrella.paths import SIZES
 from umbrella.training.checkpoint_files import TrainingState

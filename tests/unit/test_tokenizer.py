@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import ByT5Tokenizer
 
+from tests.conftest import byte_tokenizer
 from umbrella.base import UserError
-from umbrella.data.tokenizer import CHATML, VICUNA, byte_tokenizer, load_tokenizer
+from umbrella.data.tokenizer import CHATML, VICUNA, load_tokenizer
 
 OWN = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 

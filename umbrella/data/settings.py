@@ -49,7 +49,7 @@ class DataSettings(Section):
     """Largest number of voxels of a volume according to its header. A larger one is rejected before decoding."""
     processes: int = Field(0, ge=0)
     """Processes that decode volumes that are not in the volume store. 0: one per CPU."""
-    bucket_batches: int = Field(3, ge=1)
+    bucket_batches: int = Field(4, ge=1)
     """Number of steps whose conversations are sorted by length together. More: less padding, but less random batches."""  # noqa: E501
     pack: int = Field(0, ge=0)
     """Tokens per row when several conversations are packed into a row; each attends only to itself. 0: one conversation per row."""  # noqa: E501

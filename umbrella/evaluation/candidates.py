@@ -51,7 +51,7 @@ def _number_texts(conversations: Sequence[Conversation], grid: Sequence[float] |
             start, stop = places[0].span()
             formats[c.answer[:start], len(places[0][1] or ""), c.answer[stop:]] += 1
     labels = [float(c.label or 0) for c in conversations]
-    if not formats:
+    if not formats or min(labels) == max(labels):
         return {}
     (before, _, after), _ = formats.most_common(1)[0]
     decimals = max(number for _, number, _ in formats)

@@ -128,7 +128,11 @@ def _effect_of_confounds(group: Group, confounds: Any, level: str) -> str:
     names = ", ".join(confounds.names)
     if not confounds.partial.low > 0:
         return f"{names} may explain it: given these, answer and label are not associated"
-    lost = [name for name, (_, found) in confounds.matched.items() if not is_better_than_chance(group, found)]
-    if lost:
-        return f"on subjects matched for {', '.join(lost)} it is not better than {level}"
-    return f"{names} do not explain it"
+    clauses = []
+    for name, (subjects, found) in confounds.matched.items():
+        if not subjects:
+            clauses.append(f"no subjects of different classes have an equal {name}")
+        elif not is_better_than_chance(group, found):
+            values = f"{format_value(found.value)}, {format_interval(found)}"
+            clauses.append(f"on the {subjects} subjects matched for {name} it is not better than {level} ({values})")
+    return "; ".join([f"{names} do not explain all of it", *clauses])

@@ -132,7 +132,9 @@ class LanguageModelTask(Task):
         return [from_table(self.validation, int(i)) for i in rows["sample"]]
 
     def _score(self, conversations: Sequence[Conversation]) -> list[Prediction]:
-        with autocast(self.model, self.device, self.dtype):
+        # A cache would be compiled anew for each layer. Uncompiled, an evaluation takes little time.
+        eager = torch.compiler.set_stance("force_eager" if self.settings.train.compile else "default")
+        with autocast(self.model, self.device, self.dtype), eager:
             return score(self.model, conversations, self.renderer, self.collate, self.job.candidates, self.device)
 
     def weights(self) -> dict[str, torch.Tensor]:

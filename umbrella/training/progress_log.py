@@ -126,7 +126,8 @@ def format_duration(seconds: float | None) -> str:
 def progress_line(report: Mapping[str, Any]) -> str:
     """Format the report of an evaluation as one line."""
     wanted = ("train/loss", "train/lr", "train/samples_per_second", "train/waiting_for_data")
-    shown = [name for name in report if name in wanted or name.startswith("eval/")]
+    secondary = ("/accuracy", "/rmse", "/r")  # left out, so that the line is short
+    shown = [n for n in report if n in wanted or (n.startswith("eval/") and not n.endswith(secondary))]
     values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
     return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"
 
