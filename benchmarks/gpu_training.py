@@ -121,11 +121,11 @@ def make_checkpoint(folder: Path, shape: str) -> str:
     """Save a LLaVA of this shape with random weights as a Hugging Face checkpoint."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-    from umbrella.data.tokenizer import byte_tokenizer
+    from umbrella.data.tokenizer import tiny_tokenizer
 
     path = folder / shape
     if not (path / "config.json").exists():
-        tokenizer = byte_tokenizer()
+        tokenizer = tiny_tokenizer()
         config = LlavaConfig(
             vision_config=SiglipVisionConfig(**LAYER, image_size=384, patch_size=14, vision_use_head=False),
             text_config=Qwen2Config(**SHAPES[shape], vocab_size=152_000),

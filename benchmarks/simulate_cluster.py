@@ -32,7 +32,7 @@ from umbrella.data.batching import Collator
 from umbrella.data.pipeline import Plan, Rows, batches, from_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.tokenizer import byte_tokenizer
+from umbrella.data.tokenizer import tiny_tokenizer
 from umbrella.modality import Modality
 from umbrella.training.settings import ResourceSettings
 from umbrella.volumes.store import VolumeStore
@@ -59,7 +59,7 @@ class Worker:
     def __init__(self, rank: int, table: pa.Table, folder: str, stretch: int) -> None:
         pipeline.ROWS_PER_CHUNK = stretch
         self.rank, self.table = rank, table
-        self.collate = Collator(Renderer(byte_tokenizer(), MODALITIES), VolumeStore(folder, MODALITIES, 10_000))
+        self.collate = Collator(Renderer(tiny_tokenizer(), MODALITIES), VolumeStore(folder, MODALITIES, 10_000))
         lengths = np.random.default_rng(0).integers(16, 512, table.num_rows).astype(np.int32)
         self.plan = Plan(table.num_rows, 0, EPOCHS, WORKERS, BATCH_SIZE, 1, lengths=lengths, window=3)
         self.before = own_memory()

@@ -27,7 +27,7 @@ from umbrella.data.batching import Batch, Collator
 from umbrella.data.pipeline import Plan, batches, from_table, to_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
-from umbrella.data.tokenizer import byte_tokenizer
+from umbrella.data.tokenizer import tiny_tokenizer
 from umbrella.modality import Modality
 from umbrella.training.settings import ResourceSettings
 from umbrella.volumes.store import VolumeStore
@@ -122,7 +122,7 @@ def main(size: int = 400, batch_size: int = 4) -> None:
             store.get(path, "sMRI")
         plan = Plan(size, 0, ROUNDS, 1, batch_size, 1)
         order = plan.samples(plan.positions(0)).tolist()
-        maker = Maker(store, to_table(conversations), paths, Renderer(byte_tokenizer(), MODALITIES))
+        maker = Maker(store, to_table(conversations), paths, Renderer(tiny_tokenizer(), MODALITIES))
         workers: dict[str, Any] = {"batch_size": batch_size, "num_workers": 2, "multiprocessing_context": "forkserver"}
         per_round = size // batch_size
         found = {}

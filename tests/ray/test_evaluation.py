@@ -26,6 +26,7 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import read_splits
+from umbrella.data.tokenizer import tiny_tokenizer
 from umbrella.evaluation.calibration import read_temperatures
 from umbrella.evaluation.predictions import read_predictions
 from umbrella.evaluation_run.evaluate import evaluate_at_end
@@ -126,18 +127,31 @@ def test_training_and_evaluation_print_only_known_lines(evaluated: Evaluated) ->
 def test_checkpoint_stores_its_modalities_and_longest_answer(evaluated: Evaluated, run: Callable[..., Any]) -> None:
     config = json.loads((evaluated.checkpoint / "config.json").read_text())
     assert sorted(config["umbrella_modalities"]) == ["dMRI", "fMRI", "sMRI"]
-    assert (config["trained_modalities"], config["longest_answer"]) == (["sMRI"], len("female.") + 2)
+    assert (config["trained_modalities"], config["longest_answer"]) == (
+        ["sMRI"],
+        len(tiny_tokenizer()("female.").input_ids) + 2,
+    )
     scan = next((evaluated.checkpoint.parent.parent.parent).glob("phantom-*/**/*.nii.gz"))
     done = run("predict.py", str(scan), f"checkpoint={evaluated.checkpoint}", "--ask", "Sex?", "--modality", "dMRI")
     assert (done.status, done.stderr) == (2, "error: modality='dMRI': this model was trained on sMRI\n")
 
 
 @pytest.mark.slow
-def test_default_cohort_scores_at_chance_with_other_subjects_volumes(tmp_path: Path) -> None:
-    best_settings = {"optim.lr": 3e-3, "mask.supervise": "last_assistant", "evaluate.pictures": 0}
+def test_the_default_model_learns_its_tasks_and_scores_at_chance_with_other_subjects_volumes(tmp_path: Path) -> None:
+    best_settings = {"mask.supervise": "last_assistant", "evaluate.pictures": 0}
     others = {"tracking.model": False, "resources.storage": str(tmp_path)}
     folder = train_and_evaluate(tmp_path, load_settings(overrides=best_settings | others)).folder
-    assert overall(folder, "as_asked")["metrics"][SCORE]["value"] > 0.85
+    assert overall(folder, "as_asked")["metrics"][SCORE]["value"] >= 0.9
+    groups = json.loads((folder / "metrics.json").read_text())["as_asked"]
+    for kind in ("same", "different"):
+        (compared,) = (g for g in groups if (g["target"], g["by"], g["value"]) == ("sex", "comparison_type", kind))
+        likely, generated = (
+            compared["metrics"][f"{way}/conversations/accuracy"]["value"] for way in ("likelihood", "generated")
+        )
+        assert likely >= 0.85
+        assert abs(likely - generated) <= 0.05
+    (age,) = (g for g in groups if (g["target"], g["by"]) == ("age", "all"))
+    assert age["metrics"]["likelihood/subjects/mae"]["value"] <= 0.6 * age["references"]["mean/mae"]
     shuffled = overall(folder, "shuffled")["metrics"][SCORE]
     assert shuffled["low"] <= 0.5 <= shuffled["high"]
     assert shuffled["value"] < 0.7
