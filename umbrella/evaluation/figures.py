@@ -155,17 +155,24 @@ def draw_coverage(coverage: Sequence[float], accuracy: Sequence[float]) -> "Figu
 
 
 def draw_scatter(predictions: Sequence[Prediction], target: str) -> "Figure":
-    """Draw predicted against true numbers; pale: conversations, dark: means of subjects. The line shows no error."""
+    """Draw predicted against true numbers; pale: conversations, dark: subjects. The dashed line shows no error.
+
+    The prediction is the median of the distribution, with its 90% interval, or else the generated number.
+    """
     figure = new_figure(0.56 * WIDTH, 4.4)
     axes = figure.subplots()
-    conversations = [p for p in predictions if p.predicted is not None]
+    conversations = [p for p in predictions if p.answer is not None]
     for rows, colour, alpha, size, level in (
         (conversations, SKY, 0.6, 14, "conversations"),
         (mean_over_subjects(conversations), BLUE, 0.9, 26, "subjects"),
     ):
-        true, predicted = np.array([(p.label, p.predicted) for p in rows], float).T
+        true, predicted = np.array([(p.label, p.answer) for p in rows], float).T
         axes.scatter(true, predicted, s=size, color=colour, alpha=alpha, label=level)
-    values = np.array([(p.label, p.predicted) for p in conversations], float)
+        for p in rows if level == "subjects" else ():
+            if p.numbers:
+                axes.plot([p.label, p.label], p.number_interval, color=colour, alpha=0.25, linewidth=1)
+    ends = [p.number_interval if p.numbers else (p.answer, p.answer) for p in conversations]
+    values = np.array([(p.label, *of_one) for p, of_one in zip(conversations, ends, strict=True)], float)
     low, high = float(values.min()), float(values.max())
     space = 0.05 * (high - low) or 1
     axes.plot([low - space, high + space], [low - space, high + space], "--", color=GREY, linewidth=1)

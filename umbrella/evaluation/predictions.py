@@ -212,10 +212,10 @@ def subject_answers(predictions: Iterable[Prediction]) -> list[Prediction]:
     given = [p for p in given if not p.candidates]
     given = [p for p in given if isinstance(p.label, str) == isinstance(given[0].label, str)]  # not classes and numbers
     scored = [p for p in given if p.probabilities or p.numbers]
-    rows = [replace(p, predicted=p.answer, numbers=(), number_probabilities=()) for p in scored or given]
-    if not scored and any(isinstance(p.label, str) for p in rows):
-        return majority_vote(rows)[0]
-    return [p for p in mean_over_subjects(rows) if isinstance(p.label, str) or p.predicted is not None]
+    if not scored and any(isinstance(p.label, str) for p in given):
+        return majority_vote(given)[0]
+    answers = [replace(p, predicted=p.answer) for p in mean_over_subjects(scored or given)]
+    return [p for p in answers if isinstance(p.label, str) or p.predicted is not None]
 
 
 def _by_subject(predictions: Iterable[Prediction]) -> Iterable[Sequence[Prediction]]:

@@ -175,7 +175,7 @@ def _figures(
         yield "confusion", draw_confusion, matrices, whole.classes
     if whole.kind == "classes" and any(p.probabilities for p in predictions):
         yield "likelihood", draw_likelihood, predictions, whole.classes
-    if whole.kind == "numbers" and any(p.predicted is not None for p in predictions):
+    if whole.kind == "numbers" and any(p.answer is not None for p in predictions):
         yield "scatter", draw_scatter, predictions, whole.target
 
 
@@ -303,13 +303,15 @@ def _write_csv(file: Path, result: EvaluationResult) -> None:
     rows = [(condition, p) for condition, predictions in result.predictions.items() for p in predictions]
     labels = sorted({label for _, p in rows for label in p.probabilities})
     fields = ("task_id", "task_type", "subject_id", "target", "label", "truth", "text")
-    answers = ("said", "answer_nll", "answer_tokens")
+    answers = ("answer", "5%", "95%", "said", "answer_nll", "answer_tokens")
 
     def row(condition: str, p: Prediction) -> list[Any]:
         volumes = "; ".join(f"{modality}:{path}" for modality, path in p.volumes)
         metadata = json.dumps(dict(p.metadata), ensure_ascii=False, default=str)
-        values = [*(getattr(p, name) for name in fields), p.predicted, p.answer_nll, p.answer_tokens]
-        return [condition, *values, *map(p.probabilities.get, labels), volumes, metadata]
+        interval = p.number_interval if p.numbers else (None, None)
+        values = [p.answer, *interval, p.predicted, p.answer_nll, p.answer_tokens]
+        given = [getattr(p, name) for name in fields]
+        return [condition, *given, *values, *map(p.probabilities.get, labels), volumes, metadata]
 
     header = ["condition", *fields, *answers, *(f"p({label})" for label in labels), "volumes", "metadata"]
     write_csv(file, header, (row(condition, p) for condition, p in rows))

@@ -12,6 +12,8 @@ from umbrella.evaluation.image_use import ImageUse
 from umbrella.evaluation.predictions import Prediction
 
 METRIC_NAMES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "auc": "ROC area", "brier": "Brier score", "f1": "F1 (macro)"}
+METRIC_NAMES |= {"mae_of_mean": "MAE of the mean", "nll": "negative log likelihood"}
+METRIC_NAMES |= {"interval_coverage": "coverage of 90% intervals", "interval_width": "width of 90% intervals"}
 METRIC_NAMES |= {"token_f1": "token F1", "rouge_l": "ROUGE-L", "exact": "exact match", "pearson": "Pearson r"}
 SMALLER_IS_BETTER = ("mae", "rmse", "brier", "calibration_error")
 CONSTANT = 0.1

@@ -204,11 +204,11 @@ def effects_on_plane(effects: np.ndarray, plane: Plane, modality: Modality) -> n
 
 
 def _quality(prediction: Prediction) -> float | None:
-    label, predicted = prediction.label, prediction.predicted
+    label, answer = prediction.label, prediction.answer
     if isinstance(label, str):
-        return prediction.probabilities.get(label, 0.0) if prediction.probabilities else float(predicted == label)
+        return prediction.probabilities.get(label, 0.0) if prediction.probabilities else float(answer == label)
     if label is not None:
-        return -abs(float(predicted) - label) if predicted is not None else None
+        return -abs(float(answer) - label) if answer is not None else None
     return None if prediction.nll_per_token is None else -prediction.nll_per_token
 
 
