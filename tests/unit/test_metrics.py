@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from tests.conftest import make_prediction
+from umbrella.evaluation.group_metrics import tabulate
 from umbrella.evaluation.metrics import (
     chance_level,
     class_metrics,
@@ -21,6 +22,7 @@ from umbrella.evaluation.metrics import (
     validation_metrics,
 )
 from umbrella.evaluation.predictions import Prediction, majority_vote, mean_over_subjects
+from umbrella.evaluation.settings import EvaluateSettings
 
 CLASSES = ["a", "b", "c"]
 
@@ -225,3 +227,52 @@ def test_text_metrics_are_those_of_squad_and_rouge(
     expected = {"token_f1": token_f1, "rouge_l": rouge_l, "exact": exact}
     assert text_metrics(truth, text) == pytest.approx(expected)
     assert text_metrics(text, truth) == pytest.approx(expected)
+
+
+GRID = tuple(float(age) for age in range(20, 81))
+
+
+def scored_number(subject: str, label: float, centre: float, spread: float, shift: float = 0) -> Prediction:
+    shares = stats.norm.pdf(GRID, centre + shift, spread)
+    shares /= shares.sum()
+    return make_prediction(
+        subject, label, target="age", numbers=GRID, number_probabilities=tuple(shares), text="x", predicted=50.0
+    )
+
+
+def test_numbers_are_scored_by_the_median_of_the_mean_distribution_of_a_subject() -> None:
+    rng = np.random.default_rng(0)
+    centres, labels = rng.uniform(30, 70, 40), rng.uniform(25, 75, 40).round()
+    rows = [
+        scored_number(f"sub-{i}", float(labels[i]), float(centres[i]) + shift, 4.0)
+        for i in range(40)
+        for shift in (-3, 3)
+    ]
+    values = validation_metrics(rows)
+    mixtures = np.array([[p.number_probabilities for p in rows[2 * i : 2 * i + 2]] for i in range(40)]).mean(1)
+    medians = [GRID[int(np.flatnonzero(np.cumsum(of_one) >= 0.5)[0])] for of_one in mixtures]
+    assert values["eval/age/mae"] == pytest.approx(sk.mean_absolute_error(labels, medians))
+    assert values["eval/age/rmse"] == pytest.approx(sk.root_mean_squared_error(labels, medians))
+    assert values["eval/age/r"] == pytest.approx(stats.pearsonr(labels, medians).statistic)
+    assert {f"eval/age/{name}" for name in ("mae", "rmse", "r")} < {*metric_names({}, numbers=["age"])}
+
+    (group, *_) = tabulate(rows, EvaluateSettings(bootstrap=100, breakdown=[]), 0, {"age": [40, 60]})
+    found = {name: estimate.value for name, estimate in group.metrics.items()}
+    assert found["likelihood/subjects/mae"] == pytest.approx(values["eval/age/mae"])
+    assert found["generated/subjects/mae"] == pytest.approx(sk.mean_absolute_error(labels, np.full(40, 50.0)))
+    nearest = [GRID.index(label) for label in labels]
+    assert found["likelihood/subjects/nll"] == pytest.approx(np.mean(-np.log(mixtures[range(40), nearest])))
+    assert found["likelihood/subjects/mae_of_mean"] == pytest.approx(np.abs(mixtures @ GRID - labels).mean())
+
+
+def test_the_intervals_of_calibrated_distributions_contain_nine_of_ten_labels() -> None:
+    rng = np.random.default_rng(1)
+    centres = rng.uniform(40, 60, 2000)
+    labels = rng.normal(centres, 5).round()
+    rows = [
+        scored_number(f"s{i}", float(label), float(centre), 5.0)
+        for i, (label, centre) in enumerate(zip(labels, centres, strict=True))
+    ]
+    (group, *_) = tabulate(rows, EvaluateSettings(bootstrap=100, breakdown=[]))
+    assert group.metrics["likelihood/subjects/interval_coverage"].value == pytest.approx(0.9, abs=0.03)
+    assert group.metrics["likelihood/subjects/interval_width"].value == pytest.approx(2 * 1.645 * 5, abs=1)

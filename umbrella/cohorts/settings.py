@@ -14,7 +14,7 @@ class CohortSettings(Section):
     """Seed of subjects, deformations, noise, splits and wording. The same seed gives the same bytes."""
     spacing: float = Field(4.0, gt=0, le=10)
     """Voxel size of the structural and diffusion volumes, in millimetres."""
-    sex_scale: float = Field(0.06, ge=0, le=0.2)
+    sex_scale: float = Field(0.08, ge=0, le=0.2)
     """Simulated effect of sex: heads of male subjects are larger by this fraction along each axis."""
     sex_region: float = Field(0.7, ge=0, le=0.8)
     """Simulated effect of sex: the right frontal region of male subjects is brighter by this fraction."""

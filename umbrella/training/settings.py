@@ -12,7 +12,7 @@ from umbrella.base import PathOrAddress, Section, mask_secrets, reject_secrets
 class OptimSettings(Section):
     """The AdamW optimizer with warm-up."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(7e-4, gt=0)
     """Peak learning rate."""
     embedder_lr: float | None = Field(None, gt=0)
     """Peak learning rate of the volume embedder. null: the same as lr."""
