@@ -13,7 +13,7 @@ def test_a_dry_run_of_the_default_sweep_prints_the_plan_and_writes_nothing(
 ) -> None:
     done = run("tune.py", "--dry-run", f"resources.storage={tmp_path}/runs")
     assert done.status == 0, done.stderr
-    trial = "lr=0.001 supervise=last_assistant"
+    trial = "lr=7e-4 supervise=last_assistant"
     for text in ("optim:", "trials: 4", trial, "CPUs and 0 GPUs per trial", "samples: train 2"):
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
