@@ -1,6 +1,6 @@
 """Overhead of a sweep: K sequential trials, compared with the same trainings without Ray Tune.
 
-    python benchmarks/sweep_overhead.py [trials=6] [rounds=3] [any setting=...]
+    python benchmarks/sweep_overhead.py [trials=4] [rounds=3] [any setting=...]
 
 The trainings are those of the default question on the phantom cohort, as many as it has trials. Bare means: in this
 process, which has imported everything, each from an empty folder to its last checkpoint, with MLflow, its reports and
@@ -46,9 +46,9 @@ def main(words: list[str]) -> None:
     from umbrella.tuning.results import read_trials
 
     given = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
-    trials, rounds = int(given.pop("trials", 6)), int(given.pop("rounds", 3))
+    trials, rounds = int(given.pop("trials", 4)), int(given.pop("rounds", 3))
     storage = Path(tempfile.mkdtemp(prefix="sweep_overhead_"))
-    rates = [3e-3 * (1 + number / 100) for number in range(trials)]
+    rates = [7e-4 * (1 + number / 100) for number in range(trials)]
     fixed = {"resources.storage": str(storage), "tracking.model": False, "evaluate.at_end": False} | given
     settings = load_settings(overrides=fixed)
     splits = load_splits(settings, lambda things, what: things)

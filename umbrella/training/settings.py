@@ -58,7 +58,7 @@ class TrainSettings(Section):
     """Training of one model."""
 
     augment: AugmentSettings = AugmentSettings()
-    epochs: int = Field(18, ge=1)
+    epochs: int = Field(20, ge=1)
     """Passes over the training conversations."""
     batch_size: int = Field(4, ge=1)
     """Conversations per worker and forward pass (micro-batch)."""
