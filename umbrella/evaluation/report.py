@@ -37,7 +37,7 @@ OTHER_METRICS = {
         "likelihood/subjects/auc",
     ],
     "choices": ["likelihood/conversations/accuracy", "generated/conversations/accuracy"],
-    "numbers": ["generated/subjects/rmse", "generated/subjects/pearson", "generated/conversations/mae"],
+    "numbers": ["likelihood/subjects/rmse", "likelihood/subjects/pearson", "generated/subjects/mae"],
     "texts": ["generated/conversations/rouge_l", "generated/conversations/exact"],
     "joint": [],
 }
