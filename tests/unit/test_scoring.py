@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import make_conversation
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
@@ -191,3 +192,32 @@ def test_a_long_answer_is_not_penalised(
     assert scored.probabilities == pytest.approx({"yes": yes / (yes + there), "no": there / (yes + there)}, abs=1e-5)
     assert scored.probabilities[taught] > 0.5
     assert model(**batch.model_inputs()).token_nll.sum() > 10, "it is hardly learnt"
+
+
+def test_a_single_option_has_the_probability_one(
+    build: Callable[..., Any], cohort: dict[str, Conversation], scores: Callable[..., list[Prediction]]
+) -> None:
+    [scored] = scores(build().eval(), [cohort["two"]], {"T2": {"female": "female."}}, truth=False)
+    assert scored.probabilities == {"female": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("grid", "labels", "expected"),
+    [
+        ((20, 30, 7), (20, 30), {20: "20", 27: "27"}),
+        ((0, 1, 0.25), (0, 1), {0: "0.00", 0.25: "0.25", 0.5: "0.50", 0.75: "0.75", 1: "1.00"}),
+        (None, (-1, 1), {-1: "-1", 0: "0", 1: "1"}),
+        (None, (0.5, 0.7), {0.5: "0.5", 0.6: "0.6", 0.7: "0.7"}),
+    ],
+)
+def test_the_numbers_of_a_grid_differ_in_their_texts(grid: Any, labels: Any, expected: dict[float, str]) -> None:
+    conversations = [labelled(str(label), label, "x") for label in labels]
+    assert find_candidates(conversations, {"x": grid} if grid else {})["x"] == expected
+
+
+def test_a_grid_that_cannot_be_used_is_an_error() -> None:
+    for grid in ([80, 20, 1], [20, 80, 0], [20, 80, -1], [0, 1e6, 1]):
+        with pytest.raises(UserError, match=r"age: .* is not lowest, highest and step of 2 to 1000 numbers"):
+            load_settings(overrides={"evaluate.number_grids": {"age": grid}})
+    with pytest.raises(UserError, match=r"number_grids: agee: data.train has no numbers of it; .* of age"):
+        find_candidates([labelled("6", 6, "age"), labelled("7", 7, "age")], {"agee": (0, 9, 1)})

@@ -193,22 +193,6 @@ class Renderer:
         stop, example = min(zip(starts, rendered, strict=True), key=lambda pair: pair[0])
         return Example(prompted, example.input_ids[:stop], tuple(s for s in example.spans if s.stop <= stop))
 
-    def last_header(self, conversation: Conversation) -> str:
-        """Return the text that the template writes before the content of the last turn."""
-        return self._last_frame(conversation).header
-
-    def last_turn(self, conversation: Conversation, answer: str) -> list[int]:
-        """Return the tokens of the last turn alone, with ``answer`` as its text, its header and its end."""
-        frame = self._last_frame(conversation)
-        content = self._content(len(conversation.conversations) - 1, (TextItem(type="text", text=answer),), frame)
-        texts = [frame.header, *(segment.text for segment in content), frame.end]
-        return [id for ids in self._segment_tokenizer.encode(texts) for id in ids]
-
-    def _last_frame(self, conversation: Conversation) -> Frame:
-        turns = conversation.conversations
-        shapes = [TurnShape(turn.role, tuple(item.type for item in turn.content)) for turn in turns]
-        return self._frame((*shapes[:-1], TurnShape(turns[-1].role, ("text",))))[-1]
-
     def _end_tokens(self) -> set[int]:
         end = self._frame((TurnShape("user", ("text",)), TurnShape("assistant", ("text",))))[-1].end
         _, ids = self._segment_tokenizer.encode(["", end])  # bos, if any, is in the first segment

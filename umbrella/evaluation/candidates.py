@@ -3,7 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from math import floor, log10
+from math import ceil, floor, log10
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
@@ -26,8 +26,16 @@ def find_candidates(
         conversations: those of the training split.
         grids: numeric target to (lowest number, highest number, step). Without it, the grid has the range and the
             decimals of the labels, and a larger step if it has more than ``MAX_GRID`` steps.
+
+    Raises:
+        UserError: a grid is of a target without numbers.
     """
     questions = [c for c in questions_of(conversations) if c.label is not None and not c.candidates]
+    if unknown := sorted(grids.keys() - find_numbers(questions)):
+        raise UserError(
+            f"evaluate.number_grids: {', '.join(unknown)}: data.train has no numbers of it; it has numbers of"
+            f" {', '.join(sorted(find_numbers(questions))) or 'nothing'}"
+        )
     usual = most_frequent_answers(c for c in questions if isinstance(c.label, str))
     found: dict[str, Mapping[str, str] | Mapping[float, str]] = {
         target: {str(label): text for label, text in sorted(by_label.items())}
@@ -55,13 +63,19 @@ def _number_texts(conversations: Sequence[Conversation], grid: Sequence[float] |
         return {}
     (before, _, after), _ = formats.most_common(1)[0]
     decimals = max(number for _, number, _ in formats)
-    low, high, step = grid or (min(labels), max(labels), 10.0**-decimals)
-    if not grid and (high - low) / step > MAX_GRID:
-        exact = (high - low) / MAX_GRID
-        power = 10.0 ** floor(log10(exact))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= exact)
-    count = round((high - low) / step) + 1
-    numbers = [round(low + i * step, 10) for i in range(count)]
+    if grid:
+        low, high, step = grid
+        decimals = max(decimals, *(len(f"{value:.6f}".rstrip("0").partition(".")[2]) for value in (low, step)))
+        count = floor((high - low) / step + 1e-9) + 1
+    else:
+        step = 10.0**-decimals
+        low, high = floor(min(labels) / step + 1e-9) * step, max(labels)
+        if (high - low) / step > MAX_GRID:
+            exact = (high - low) / MAX_GRID
+            power = 10.0 ** floor(log10(exact))
+            step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= exact)
+        count = ceil((high - low) / step - 1e-9) + 1
+    numbers = [round(low + i * step, 10) + 0.0 for i in range(count)]  # no -0.0
     return {number: f"{before}{number:.{decimals}f}{after}" for number in numbers}
 
 

@@ -170,7 +170,7 @@ def draw_scatter(predictions: Sequence[Prediction], target: str) -> "Figure":
         axes.scatter(true, predicted, s=size, color=colour, alpha=alpha, label=level)
         for p in rows if level == "subjects" else ():
             if p.numbers:
-                axes.plot([p.label, p.label], p.number_interval, color=colour, alpha=0.25, linewidth=1)
+                axes.plot([float(p.label or 0)] * 2, p.number_interval, color=colour, alpha=0.25, linewidth=1)
     ends = [p.number_interval if p.numbers else (p.answer, p.answer) for p in conversations]
     values = np.array([(p.label, *of_one) for p, of_one in zip(conversations, ends, strict=True)], float)
     low, high = float(values.min()), float(values.max())

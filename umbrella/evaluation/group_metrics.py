@@ -240,7 +240,8 @@ def _class_levels(group: Group, predictions: Sequence[Prediction], training: Seq
 
     labels = _distinct_labels(predictions)
     most_frequent = Counter(sorted(map(str, training))).most_common(1)[0][0]
-    group.references = {"chance": 1 / len(classes), "majority": labels.count(most_frequent) / len(labels)}
+    # One answer to all questions has a recall of 1 for one of the classes that occur.
+    group.references = {"chance": 1 / len(set(labels)), "majority": labels.count(most_frequent) / len(labels)}
     compared = [p for p in predictions if _reference_label(p) in classes]
     if compared:
         group.references["copies_reference"] = fmean(p.label == _reference_label(p) for p in compared)

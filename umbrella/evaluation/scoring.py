@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class _Question:
     """Index in ``true`` of the first token of the answer."""
     tree: Tree = field(default_factory=dict)
     last: int = 0
-    """The last token of the common start, the first of each continuation."""
+    """The last token of the common start, with which each path begins."""
 
 
 @torch.no_grad()
@@ -60,8 +59,8 @@ def score(
     disadvantage. The candidates of a number form a grid, whose probabilities are the distribution of the number.
 
     The tokens before the answer are computed once for each conversation, in a first forward pass. A second one
-    continues its cache with one row for each path to a last branching, so that 61 ages need 7 short rows if each digit
-    is a token, and one if each number is.
+    continues its cache with the paths to the last branchings side by side: each of their tokens attends to the prompt
+    and to its own path.
 
     Args:
         model: an ``UmbrellaForConditionalGeneration`` in evaluation mode.
@@ -78,7 +77,7 @@ def score(
     asked = [i for i, of_one in enumerate(options) if of_one or truth]
     if not asked:
         return predictions
-    questions = [_make_question(conversations[i], list(options[i].values()), renderer, truth, tails) for i in asked]
+    questions = [_make_question(conversations[i], tuple(options[i].values()), renderer, truth, tails) for i in asked]
     nll = _Continuations(questions).nll(model, collate([q.example for q in questions], ANSWER_ONLY).to(device))
     for number, (i, question) in enumerate(zip(asked, questions, strict=True)):
         if truth:
@@ -120,50 +119,48 @@ def _with_probabilities(
 
 def _make_question(
     conversation: Conversation,
-    options: list[str],
+    options: Sequence[str],
     renderer: Renderer,
     truth: bool,
     tails: dict[tuple[str, ...], list[Tokens]],
 ) -> _Question:
-    """Render the texts of a conversation. ``tails``: a cache of answers that many conversations share."""
+    """Render the texts of a conversation. ``tails``: a cache of last turns that many conversations share."""
     turns = conversation.conversations[: conversation.last_answer + 1]
     conversation = conversation.model_copy(update={"conversations": turns})
+    sequences = _render_options(conversation, options, renderer, tails)
     example = renderer.render(conversation, conversation.answer if truth else options[0])
     whole = tuple(example.input_ids.tolist())
-    sequences = [whole, *_render_options(conversation, options, renderer, whole, tails)]
     answer = int(np.flatnonzero(loss_weights(example, ANSWER_ONLY))[0])
-    shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))))
-    start = min(shared, answer) if truth else min(shared, *(len(tokens) - 1 for tokens in sequences))
+    texts = [whole, *sequences]
+    low, high = min(texts), max(texts)  # what these share, all share
+    shared = next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    start = min(shared, answer if truth else min(map(len, sequences)) - 1)
     prompt = np.array(whole[: start - 1])
     question = _Question(Example(conversation, prompt, (Span(0, start - 1, 0, "user", "text"),)), last=whole[start - 1])
     if truth:
         question.true, question.first_answer_token = whole[start:], answer - start
-    question.tree = find_branchings([tokens[start:] for tokens in sequences[1:]])
+    question.tree = find_branchings([tokens[start:] for tokens in sequences])
     return question
 
 
 def _render_options(
-    conversation: Conversation,
-    options: list[str],
-    renderer: Renderer,
-    whole: Tokens,
-    tails: dict[tuple[str, ...], list[Tokens]],
+    conversation: Conversation, options: Sequence[str], renderer: Renderer, tails: dict[tuple[str, ...], list[Tokens]]
 ) -> list[Tokens]:
     """The tokens of the conversation with each option as its answer.
 
-    Many options of many conversations differ in their last turn only, so that is tokenized once, if the tokenizer
-    makes the same tokens of the last turn alone.
+    Conversations with the same options have the same last turns, unless a tokenizer joins them with what is before.
+    Then their first options do not end alike.
     """
-    if len(options) < 3:
-        return [tuple(renderer.render(conversation, text).input_ids.tolist()) for text in options]
-    key = (renderer.last_header(conversation), *options)
-    if key not in tails:
-        tails[key] = [tuple(renderer.last_turn(conversation, text)) for text in options]
-    first = tuple(renderer.render(conversation, options[0]).input_ids.tolist())
-    own = tails[key][0]
-    if first[-len(own) :] != own:
-        return [tuple(renderer.render(conversation, text).input_ids.tolist()) for text in options]
-    return [(*first[: -len(own)], *tail) for tail in tails[key]]
+    if not options:
+        return []
+    example = renderer.render(conversation, options[0])
+    first, known = tuple(example.input_ids.tolist()), tails.get(tuple(options))
+    if known and first[-len(known[0]) :] == known[0]:
+        return [(*first[: -len(known[0])], *tail) for tail in known]
+    sequences = [first, *(tuple(renderer.render(conversation, text).input_ids.tolist()) for text in options[1:])]
+    start = next(span.start for span in example.spans if span.turn == conversation.last_answer)
+    tails[tuple(options)] = [tokens[start:] for tokens in sequences]
+    return sequences
 
 
 def find_branchings(sequences: Sequence[Tokens]) -> Tree:
@@ -183,36 +180,41 @@ def find_branchings(sequences: Sequence[Tokens]) -> Tree:
 
 
 class _Continuations:
-    """The rows of the second forward pass, and the tokens after each of their positions whose likelihood is asked for.
+    """The rows of the second forward pass, and the tokens after their positions whose likelihood is asked for.
 
-    A row is the last token of a common start and a path, and it serves every path that it begins with.
+    The row of a question has its paths one after the other, each after the last token of the common start. A path
+    serves all paths that it begins with.
     """
 
     def __init__(self, questions: Sequence[_Question]) -> None:
-        self.rows: list[list[int]] = []
-        self.source: list[int] = []
-        """The question of each row."""
+        self.tokens: list[list[int]] = [[] for _ in questions]
+        self.depths: list[list[int]] = [[] for _ in questions]
+        """Position of each token in its path."""
+        self.paths: list[list[int]] = [[] for _ in questions]
+        """Number of the path of each token."""
         self.keys: list[tuple[int, Tokens, int]] = []
         """Question, tokens after the common start, next token."""
-        self.row: list[int] = []
-        self.column: list[int] = []
+        self.columns: list[int] = []
+        """The column after which the token of each key comes."""
         for number, question in enumerate(questions):
             asked = {question.true[:k]: [question.true[k]] for k in range(len(question.true))}
             for before, branches in question.tree.items():
                 asked[before] = list(dict.fromkeys([*asked.get(before, ()), *branches]))
-            serving: dict[Tokens, int] = {}
+            start_of: dict[Tokens, int] = {}
+            row = self.tokens[number]
             for path in sorted(asked, key=len, reverse=True):
-                if path not in serving:
-                    serving |= {path[:k]: len(self.rows) for k in range(len(path) + 1) if path[:k] not in serving}
-                    self.rows.append([question.last, *path])
-                    self.source.append(number)
-                for token in asked[path]:
-                    self.keys.append((number, path, token))
-                    self.row.append(serving[path])
-                    self.column.append(len(path))
+                if path not in start_of:
+                    start_of |= {path[:k]: len(row) for k in range(len(path) + 1) if path[:k] not in start_of}
+                    self.paths[number] += [len(row)] * (len(path) + 1)
+                    self.depths[number] += range(len(path) + 1)
+                    row += [question.last, *path]
+                self.keys += [(number, path, token) for token in asked[path]]
+                self.columns += [start_of[path] + len(path)] * len(asked[path])
 
     def nll(self, model: nn.Module, batch: Batch) -> dict[tuple[int, Tokens, int], float]:
         """The negative log likelihood of each key, in nats. ``batch``: the prompts, one per row."""
+        if not self.keys:
+            return {}
         device = batch.input_ids.device
         prompt_mask = left_padded(batch.attention_mask, batch.attention_mask)
         cache = model(
@@ -223,18 +225,24 @@ class _Continuations:
             use_cache=True,
             logits_to_keep=1,
         ).past_key_values
-        source = torch.tensor(self.source, device=device)
-        cache.batch_select_indices(source)
-        rows = pad_sequence([torch.tensor(row) for row in self.rows], batch_first=True).to(device)
-        positions = prompt_mask.sum(1)[source, None] + torch.arange(rows.shape[1], device=device)
-        row, column = (torch.tensor(values, device=device) for values in (self.row, self.column))
-        token = torch.tensor([token for *_, token in self.keys], device=device)
+
+        def padded(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
+            tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+            return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+        tokens, paths = padded(self.tokens), padded(self.paths, -1)
+        # Each token attends to the prompt and to the earlier tokens of its path.
+        own = (paths[:, :, None] == paths[:, None]).tril()
+        visible = torch.cat([prompt_mask[:, None].bool().expand(-1, tokens.shape[1], -1), own], 2)
         nll = model(
-            input_ids=rows,
-            # Causal attention never reads the padding, which is on the right.
-            attention_mask=torch.cat([prompt_mask[source], torch.ones_like(rows)], 1),
-            position_ids=positions,
+            input_ids=tokens,
+            attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None],
+            position_ids=prompt_mask.sum(1, keepdim=True) + padded(self.depths),
             past_key_values=cache,
-            targets=(row, column, token),
+            targets=(
+                torch.tensor([number for number, *_ in self.keys], device=device),
+                torch.tensor(self.columns, device=device),
+                torch.tensor([token for *_, token in self.keys], device=device),
+            ),
         ).token_nll
         return dict(zip(self.keys, nll.tolist(), strict=True))

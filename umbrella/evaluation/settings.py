@@ -2,11 +2,15 @@
 
 from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from umbrella.base import Section
 
 Control = Literal["shuffled", "blank", "text_only", "same_label", "other_label", "paraphrased"]
+
+
+MAX_NUMBERS = 1000
+"""Largest number of steps of a given grid of numbers."""
 
 
 class EvaluateSettings(Section):
@@ -48,3 +52,14 @@ class EvaluateSettings(Section):
     """Number of best answers, and of worst answers, that the report shows with their volumes. 0: none."""
     attention_maps: bool = True
     """Show in these pictures how much the answer depends on each patch, by masking one patch at a time."""
+
+    @field_validator("number_grids")
+    @classmethod
+    def _check_grids(cls, grids: dict[str, tuple[float, float, float]]) -> dict[str, tuple[float, float, float]]:
+        for target, (low, high, step) in grids.items():
+            if not (low < high and step > 0 and (high - low) / step <= MAX_NUMBERS):
+                raise ValueError(
+                    f"{target}: [{low:g}, {high:g}, {step:g}] is not lowest, highest and step of 2 to {MAX_NUMBERS}"
+                    " numbers, as in [20, 80, 1]"
+                )
+        return grids

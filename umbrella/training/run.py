@@ -87,9 +87,9 @@ def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = 
     check_candidates(splits.validation, candidates)
     check_candidates(splits.test, {**candidates, **settings.evaluate.candidates})
     classes = {target: len(labels) for target, labels in target_classes(splits.validation).items()}
-    check_target_names(sorted(classes))
     several = any(sum(isinstance(q.label, str) for q in c.questions()) > 1 for c in splits.validation)
     labelled = find_numbers(splits.validation)
+    check_target_names(sorted(labelled.union(classes)))
     known = metric_names(classes, several, {t for t in labelled if t in candidates and t not in classes})
     scored = [target for target, number in sorted(classes.items()) if number > 1]
     if sweep and metric == "eval/balanced_accuracy" and len(scored) > 1:
@@ -98,10 +98,14 @@ def check_data(settings: Settings, splits: Splits, trials: Sequence[Settings] = 
             f"tune.metric={metric}: is the mean over {', '.join(scored)}; name the one that ranks the trials:"
             f" {', '.join(known)}"
         )
+    if metric.endswith(("/mae", "/rmse")) and settings.tune.mode == "max":
+        raise UserError(f"tune.metric={metric}: is an error, so smaller is better; add tune.mode=min")
     if metric not in known:
         one = sorted(target for target, number in classes.items() if number == 1)
         why = f"; data.validation has one class only of {', '.join(one)}" if one else ""
-        raise UserError(f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for the loss){why}")
+        raise UserError(
+            f"tune.metric={metric}: these data give {', '.join(known)} (tune.mode=min for losses and errors){why}"
+        )
 
 
 def check_target_names(targets: Iterable[str]) -> None:
@@ -209,11 +213,12 @@ def check_unchanged(job: Job) -> None:
     """
     file = Path(job.folder) / BEGUN
     fixed = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
+    grids = "evaluate.number_grids"  # metrics depend on it
     free_sections = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", "compare", *job.unused)
     free = ("data.test", "data.input")
 
     def is_fixed(name: str) -> bool:
-        return name in fixed or (name.split(".")[0] not in free_sections and name not in free)
+        return name in fixed or name.startswith(grids) or (name.split(".")[0] not in free_sections and name not in free)
 
     now = {k: v for k, v in job.settings.flat().items() if is_fixed(k)}
     now |= {"data.fingerprint": job.data["data.fingerprint"], "name": file.parent.name}
