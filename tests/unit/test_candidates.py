@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
@@ -126,8 +127,16 @@ def test_classes_may_differ_per_sample_however_many_there_are() -> None:
     many = [answered(i, f"x{i}", f"x{i if i % 4 else i + 1}", (f"x{i}", f"x{i + 1}")) for i in range(2000)]
     (group,) = tabulate(many, FEW)
     assert group.metrics["likelihood/conversations/accuracy"].value == pytest.approx(0.75)
+    assert np.isnan(group.metrics["likelihood/conversations/balanced_accuracy"].value)
     assert group.references["chance"] == 0.5
     assert validation_metrics(many)["eval/finding/balanced_accuracy"] == pytest.approx(0.75)
+
+
+def test_references_of_choices_are_means_over_subjects_as_the_accuracy_is() -> None:
+    rows = [answered(i, "A", "A", "AB", subject="s") for i in range(3)] + [answered(3, "B", "A", subject="t")]
+    (group,) = tabulate(rows, FEW)
+    assert group.metrics["likelihood/subjects/accuracy"].value == group.references["majority"] == 0.5
+    assert group.references["chance"] == (1 / 2 + 1 / 4) / 2
 
 
 def test_questions_of_one_subject_are_not_averaged_in_the_validation() -> None:

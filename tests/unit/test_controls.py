@@ -111,6 +111,13 @@ def test_exchanged_volumes_have_the_same_or_another_label_and_references_stay() 
         assert after == exchanged(split(), 0, other) != exchanged(split(), 1, other)
 
 
+def test_questions_with_candidates_of_their_own_are_not_exchanged() -> None:
+    options = {"candidates": ["female", "male"]}
+    mixed = [c.model_copy(update={"metadata": c.metadata | options}) if c.task_type == "T3" else c for c in split()]
+    for other in (False, True):
+        assert [c.task_id for c in exchanged(mixed, 0, other)] == [f"{i}" for i in range(12)]
+
+
 def test_exchanged_numbers_are_the_nearest_or_a_standard_deviation_away() -> None:
     ages = {"a": 20, "b": 22, "c": 50, "d": 61}  # standard deviation 17.7
     conversations = []

@@ -165,6 +165,19 @@ def test_metrics_json_and_predictions_csv_have_everything(page: Page, folder: Pa
     assert json.loads(table[0]["metadata"]) == prediction.metadata
 
 
+def test_candidates_of_a_question_have_no_columns_of_their_own(tmp_path: Path) -> None:
+    shares = {"left": 0.9, "right, mostly": 0.1}
+    own = make_prediction("a", "left", target="side", probabilities=shares, metadata={"candidates": [*shares]})
+    result = evaluation(["sex"])
+    answers = {AS_ASKED: [*result.predictions[AS_ASKED], own]}
+    write(tmp_path, replace(result, predictions=answers, groups={AS_ASKED: result.groups[AS_ASKED]}))
+    with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        *others, last = csv.DictReader(file)
+    assert [name for name in last if name.startswith("p(")] == ["p(female)", "p(male)"]
+    assert (json.loads(last["probabilities"]), last["p(male)"]) == (shares, "")
+    assert {row["probabilities"] for row in others} == {""}
+
+
 def test_undefined_metrics_are_null_and_a_report_without_controls_says_so(tmp_path: Path) -> None:
     answers = [make_prediction("ab"[i % 2], None, target="finding", text=f"{i}.", truth="1.") for i in range(4)]
     (whole, *_) = tabulate(answers, EvaluateSettings(bootstrap=100))

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from umbrella.evaluation_run.evaluate import anonymised, with_cases
 
 SETTINGS = EvaluateSettings(bootstrap=200)
 ALL = (*CONDITIONS, "same_label", "other_label", "paraphrased")
+VOLUMES = (("sMRI", "/a.nii"),)
 AGES = np.linspace(20, 79, 40).round().tolist()
 Answer = Callable[[int, Any, Any, str], Any]
 """(number of the subject, its label, the label of the volumes that are shown or None, condition) to an answer."""
@@ -43,7 +45,7 @@ def answers(answer: Answer, target: str = "sex", questions: int = 1, share: floa
             shown = {AS_ASKED: label, "paraphrased": label, "same_label": label, "other_label": other_of(label)}
             shown["shuffled"] = ("female", "male")[i // 2 % 2] if target == "sex" else AGES[-i]
             said = answer(i, label, shown.get(condition), condition)
-            fields: dict[str, Any] = {"predicted": said, "text": f"{said}", "metadata": {}}
+            fields: dict[str, Any] = {"predicted": said, "text": f"{said}", "metadata": {}, "volumes": VOLUMES}
             if target == "sex":
                 fields["probabilities"] = {said: share, other_of(said): 1 - share}
             if condition in ("same_label", "other_label"):
@@ -115,8 +117,41 @@ def test_a_number_is_right_within_half_the_mean_deviation_of_the_training_labels
         use = measured(answers(lambda i, label, *_, e=error: label + e, "age"), training=training)
         assert (use.tolerance, use.quadrants["with_and_without"]) == (5, right)
     grid, shares = (40.0, 44.0, 60.0), (0.3, 0.6, 0.1)
-    rows = {c: [make_prediction("a", 44.0, numbers=grid, number_probabilities=shares)] for c in (AS_ASKED, "blank")}
+    row = make_prediction("a", 44.0, numbers=grid, number_probabilities=shares, volumes=VOLUMES)
+    rows = {c: [row] for c in (AS_ASKED, "blank")}
     assert measured(rows, training={"sex": [40.0, 60.0]}).table[0]["p(blank)"] == pytest.approx(0.9)
+
+
+def choices(sizes: list[int], kept: Callable[[int], bool]) -> dict[str, list[Prediction]]:
+    """Questions with as many texts of their own as candidates; only those of two or three are answered correctly.
+
+    ``kept``: whether the answer to question i is the same with blank volumes.
+    """
+    made: dict[str, list[Prediction]] = {AS_ASKED: [], "blank": []}
+    for (condition, rows), (i, size) in product(made.items(), enumerate(sizes)):
+        texts = [f"{i}, option {k}" for k in range(size)]
+        answer = texts[size > 3 or (condition == "blank" and not kept(i))]
+        shares = {text: 0.9 if text == answer else 0.1 / (size - 1) for text in texts}
+        fields: dict[str, Any] = {"metadata": {"candidates": texts}, "probabilities": shares, "volumes": VOLUMES}
+        rows.append(make_prediction(f"sub-{i:02d}", texts[0], task_id=f"{i}", **fields))
+    return made
+
+
+@pytest.mark.parametrize("sizes", [[2] * 12, [3] * 12, [2] * 12 + [9] * 12])
+def test_guesses_among_the_candidates_of_each_question_need_the_image_and_a_text_that_tells_does_not(
+    sizes: list[int],
+) -> None:
+    guessing = measured(choices(sizes, lambda i: i % sizes[0] == 0))
+    assert guessing.without_image.value == pytest.approx(0, abs=1e-9)
+    telling = measured(choices(sizes, lambda i: True))
+    assert telling.without_image == Estimate(1, 1, 1)
+    assert [task_id for _, task_id in telling.examples] == ["0", "1", "2", "3", "4"]
+
+
+def test_questions_without_volumes_are_left_out() -> None:
+    rows = answers(by_text)
+    mixed = {c: [replace(p, volumes=() if i % 4 else p.volumes) for i, p in enumerate(r)] for c, r in rows.items()}
+    assert sum(measured(mixed).quadrants.values()) == 10
 
 
 def test_an_answer_that_another_wording_changes_is_listed() -> None:

@@ -83,11 +83,12 @@ def exchanged(conversations: Sequence[Conversation], seed: int, other: bool) -> 
         other: the label is another one; numbers differ by at least the standard deviation of the labels.
 
     Returns:
-        The conversations, in order, without those for which there is no such subject with the same modalities.
+        The conversations, in order, without those for which there is no such subject with the same modalities, and
+        without those with candidates of their own, whose labels do not mean the same in all questions.
     """
     of_target: dict[tuple[str, bool], list[Conversation]] = defaultdict(list)
     for c in conversations:
-        if c.label is not None and c.volumes:
+        if c.label is not None and c.volumes and not c.candidates:
             of_target[c.target, isinstance(c.label, str)].append(c)
     rng, made = np.random.default_rng(seed), {}
     for (_, classes), members in of_target.items():

@@ -31,6 +31,8 @@ from umbrella.evaluation.subgroups import split_subgroups
 
 CHUNK = 100
 """Resamples whose weights are in memory together."""
+MAX_CHOICES = 50
+"""With more labels, the balanced accuracy of choices is undefined: they are the texts of single questions."""
 
 Kind = Literal["classes", "choices", "numbers", "texts", "joint"]
 ALL_TARGETS = "all_targets"
@@ -71,7 +73,7 @@ class Group:
       brier and calibration_error; of conversations with a reference also copies_reference: the share of answers that
       are the label of the reference, right or wrong.
     - Metrics of choices, whose questions have candidates of their own (no votes): accuracy, of a subject the mean over
-      its questions; of conversations also balanced_accuracy, over the labels that are true.
+      its questions; of conversations also balanced_accuracy, over the labels that are true, at most ``MAX_CHOICES``.
     - Metrics of numbers (no votes): mae, rmse, r2, pearson; by likelihood, where the answer is the median of the
       distribution, also mae_of_mean, nll, and the coverage and width of the 90% interval.
     - Metrics of texts (generated only, no votes): token_f1, rouge_l, exact.
@@ -97,9 +99,9 @@ class Group:
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     references: dict[str, float] = field(default_factory=dict)
     """Values that need no images. Classes: ``chance`` (balanced accuracy) and ``majority`` (accuracy, over subjects, of
-    the most frequent training label). Choices: ``chance`` and ``majority`` (accuracies, over conversations). Numbers:
-    ``mean/mae`` and ``mean/rmse`` (over subjects, of the mean training label). ``copies_reference``: the value of that
-    metric for a model that is always right."""
+    the most frequent training label). Choices: ``chance`` and ``majority`` (accuracies, over subjects, of a subject the
+    mean over its questions). Numbers: ``mean/mae`` and ``mean/rmse`` (over subjects, of the mean training label).
+    ``copies_reference``: the value of that metric for a model that is always right."""
     frequencies: dict[str, dict[str, int]] = field(default_factory=dict)
     """Of choices: "true" and each way of answering, to how often each label is the truth, or the answer."""
     confusion: dict[str, list[list[int]]] = field(default_factory=dict)
@@ -278,31 +280,38 @@ def _choice_levels(group: Group, predictions: Sequence[Prediction], training: Se
     if answers["generated"]:
         group.invalid = sum(answer is None for _, answer in answers["generated"])
     most_frequent = Counter(sorted(map(str, training))).most_common(1)[0][0]
-    group.references = {
-        "chance": fmean(1 / len(p.candidates or p.probabilities or [p.label]) for p in predictions),
-        "majority": fmean(p.label == most_frequent for p in predictions),
+    references: dict[str, list[float]] = {
+        "chance": [1 / len(p.candidates or p.probabilities or [p.label]) for p in predictions],
+        "majority": [p.label == most_frequent for p in predictions],
     }
+    for name, values in references.items():
+        group.references[name] = fmean(_means_by_subject(predictions, values).values())
     group.frequencies["true"] = dict(sorted(Counter(str(p.label) for p in predictions).items()))
     levels: Levels = {}
     for way, rows in answers.items():
         if rows:
             right = np.array([p.label == answer for p, answer in rows], float)
-            labels = np.array([str(p.label) for p, _ in rows])
-            by_subject: dict[str, list[float]] = defaultdict(list)
-            for (p, _), value in zip(rows, right, strict=True):
-                by_subject[p.subject_id].append(value)
-            of_subjects = {"accuracy": np.array([fmean(values) for values in by_subject.values()])}
-            levels[f"{way}/conversations"] = [p.subject_id for p, _ in rows], partial(_choice_metrics, labels, right)
+            names, index = np.unique([str(p.label) for p, _ in rows], return_inverse=True)
+            classes = np.eye(len(names))[index] if 1 < len(names) <= MAX_CHOICES else np.empty((len(rows), 0))
+            by_subject = _means_by_subject([p for p, _ in rows], right.tolist())
+            of_subjects = {"accuracy": np.array([*by_subject.values()])}
+            levels[f"{way}/conversations"] = [p.subject_id for p, _ in rows], partial(_choice_metrics, classes, right)
             levels[f"{way}/subjects"] = list(by_subject), partial(_weighted_means, of_subjects)
             group.frequencies[way] = dict(Counter(str(answer) for _, answer in rows if answer is not None))
     return levels
 
 
-def _choice_metrics(labels: NDArray, right: NDArray, weights: NDArray) -> dict[str, NDArray]:
-    classes = np.eye(len(set(labels)))[np.unique(labels, return_inverse=True)[1]]
+def _means_by_subject(predictions: Sequence[Prediction], values: Sequence[float]) -> dict[str, float]:
+    by_subject: dict[str, list[float]] = defaultdict(list)
+    for p, value in zip(predictions, values, strict=True):
+        by_subject[p.subject_id].append(value)
+    return {subject: fmean(of_one) for subject, of_one in by_subject.items()}
+
+
+def _choice_metrics(classes: NDArray, right: NDArray, weights: NDArray) -> dict[str, NDArray]:
+    """``classes``: (n, labels), 1 at the true label; without labels, the balanced accuracy is undefined."""
     recalls = ratio(weights @ (classes * right[:, None]), weights @ classes)
-    balanced = nan_mean(recalls) if classes.shape[1] > 1 else np.full(len(weights), np.nan)
-    return {"accuracy": ratio(weights @ right, weights.sum(1)), "balanced_accuracy": balanced}
+    return {"accuracy": ratio(weights @ right, weights.sum(1)), "balanced_accuracy": nan_mean(recalls)}
 
 
 def _number_levels(group: Group, predictions: Sequence[Prediction], training: Sequence[str | float]) -> Levels:

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -66,10 +67,13 @@ def measure_image_use(
 ) -> dict[str, ImageUse]:
     """Measure how answers depend on the image, for each target with labels and answers to blank volumes.
 
+    Questions without volumes are left out.
+
     With blank volumes, a model can guess. Of the right answers, s stay right, and (s - g) / (1 - g), at least 0, do not
     need the image, if g of the guesses are right (correction for guessing; Diamond and Evans, Review of Educational
     Research 43, 1973). For classes, s is the mean over the true classes and g is 1 / classes, so that one answer to all
-    blank volumes gives 0. For numbers, g is the share of right answers of a model that always says the mean.
+    blank volumes gives 0. For questions with candidates of their own, s and g are means over the right answers, g of
+    1 / candidates. For numbers, g is the share of right answers of a model that always says the mean.
 
     Args:
         predictions: condition to predictions.
@@ -78,7 +82,7 @@ def measure_image_use(
     by_task = {condition: {p.task_id: p for p in rows} for condition, rows in predictions.items()}
     targets: dict[str, list[Sample]] = defaultdict(list)
     for p in predictions[AS_ASKED]:
-        if p.label is not None and p.task_id in by_task.get(WITHOUT, {}):
+        if p.label is not None and p.volumes and p.task_id in by_task.get(WITHOUT, {}):
             targets[p.target].append({name: of[p.task_id] for name, of in by_task.items() if p.task_id in of})
     return {
         target: _measure(samples, (training or {}).get(target, ()), settings, seed)
@@ -92,14 +96,19 @@ def _measure(
     asked = [sample[AS_ASKED] for sample in samples]
     labels = [p.label for p in asked]
     classes = sorted({name for p in asked for name in (p.label, *p.probabilities) if isinstance(name, str)})
+    own = any(p.candidates for p in asked)
+    strata_of = [] if own else classes  # own candidates: the labels of different questions are not the same classes
     known = np.array([0.0] if classes else training or labels, float)
-    tolerance = float(np.abs(known - known.mean()).mean() / 2)
+    mean = float(known.mean())
+    tolerance = float(np.abs(known - mean).mean() / 2)
     right, without = (
         np.array([_agree(sample[name].answer, sample[AS_ASKED].label, tolerance) for sample in samples])
         for name in (AS_ASKED, WITHOUT)
     )
-    guessed = np.array([1 / len(classes) if classes else _agree(x, known.mean(), tolerance) for x in labels], float)
-    strata = np.array([[not classes or label == name for label in labels] for name in classes or [""]])
+    sizes = [len((own and (p.candidates or p.probabilities)) or classes) for p in asked]
+    guessed = np.array([1 / n if n else _agree(x, mean, tolerance) for x, n in zip(labels, sizes, strict=True)], float)
+    counted = right if own else np.full(len(asked), True)
+    strata = np.array([[not strata_of or label == name for label in labels] for name in strata_of or [""]])
     shown = {}  # condition to (questions that have it, those of them in which the answer follows what is shown)
     for name in (SAME_LABEL, OTHER_LABEL, PARAPHRASED):
         has = np.array([name in s for s in samples])
@@ -114,7 +123,7 @@ def _measure(
         stay = np.stack([ratio(weights @ (right & without & of), weights @ (right & of)) for of in strata])
         defined = ~np.isnan(stay)
         share = ratio(np.where(defined, stay, 0).sum(0), defined.sum(0))
-        guess = ratio(weights @ guessed, weights.sum(1))
+        guess = ratio(weights @ (guessed * counted), weights @ counted)
         values = {name: ratio(weights @ follows, weights @ has) for name, (has, follows) in shown.items()}
         values[PARAPHRASED] = 1 - values[PARAPHRASED]
         return {WITHOUT: np.clip(ratio(share - guess, 1 - guess), 0, 1), **values}
@@ -142,13 +151,11 @@ def _examples(samples: Sequence[Sample], stay: NDArray, changed: NDArray, tolera
     def usual(answer: str | float) -> float:
         return fmean(_probability(sample[WITHOUT], answer, tolerance) or 0.0 for sample in samples)
 
-    sure = []
-    for i in np.flatnonzero(stay).tolist():
-        answer = samples[i][WITHOUT].answer
-        share = _probability(samples[i][WITHOUT], answer, tolerance) or 0.0
-        if share >= SURE and share - usual(answer) >= UNUSUAL:
-            sure.append((-share, i))
-    rows = [("right without the image", i) for _, i in sorted(sure)[: MAX_EXAMPLES // 2]]
+    answers = [(i, samples[i][WITHOUT].answer) for i in np.flatnonzero(stay).tolist()]
+    shares = [(_probability(samples[i][WITHOUT], answer, tolerance) or 0.0, i, answer) for i, answer in answers]
+    sure = sorted((row for row in shares if row[0] >= SURE), key=lambda row: (-row[0], row[1]))
+    unusual = (i for share, i, answer in sure if share - usual(answer) >= UNUSUAL)
+    rows = [("right without the image", i) for i in islice(unusual, MAX_EXAMPLES // 2)]
     rows += [("changed by another wording", i) for i in np.flatnonzero(changed).tolist()]
     return [(reason, samples[i][AS_ASKED].task_id) for reason, i in rows[:MAX_EXAMPLES]]
 

@@ -299,9 +299,12 @@ def _nan_to_none(content: Any) -> Any:
 
 
 def _write_csv(file: Path, result: EvaluationResult) -> None:
-    """Write a row for each prediction under each condition, with a column for the probability of each label."""
+    """Write a row for each prediction under each condition, with a column for the probability of each label.
+
+    The probabilities of candidates of a question's own are one column of JSON.
+    """
     rows = [(condition, p) for condition, predictions in result.predictions.items() for p in predictions]
-    labels = sorted({label for _, p in rows for label in p.probabilities})
+    labels = sorted({label for _, p in rows if not p.candidates for label in p.probabilities})
     fields = ("task_id", "task_type", "subject_id", "target", "label", "truth", "text")
     answers = ("answer", "5%", "95%", "said", "answer_nll", "answer_tokens")
 
@@ -311,7 +314,10 @@ def _write_csv(file: Path, result: EvaluationResult) -> None:
         interval = p.number_interval if p.numbers else (None, None)
         values = [p.answer, *interval, p.predicted, p.answer_nll, p.answer_tokens]
         given = [getattr(p, name) for name in fields]
-        return [condition, *given, *values, *map(p.probabilities.get, labels), volumes, metadata]
+        own = json.dumps(dict(p.probabilities), ensure_ascii=False) if p.candidates else None
+        shares = [None] * len(labels) if p.candidates else map(p.probabilities.get, labels)
+        return [condition, *given, *values, *shares, own, volumes, metadata]
 
-    header = ["condition", *fields, *answers, *(f"p({label})" for label in labels), "volumes", "metadata"]
+    columns = [*(f"p({label})" for label in labels), "probabilities"]
+    header = ["condition", *fields, *answers, *columns, "volumes", "metadata"]
     write_csv(file, header, (row(condition, p) for condition, p in rows))
