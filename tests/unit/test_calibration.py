@@ -122,6 +122,7 @@ def test_the_report_shows_the_calibration_before_and_after(tmp_path: Path) -> No
     result.calibration.update(calibrate(predictions, {"sex": 4.0}, FEW))  # type: ignore[attr-defined]
     text = write_report(tmp_path, result, ()).read_text(encoding="utf-8")
     assert "The temperature, 4.00, was fitted on the validation split" in text
+    assert "with the highest probabilities, to which the temperature is applied, are answered" in text
     assert "1_sex_coverage" in {file.stem for file in tmp_path.glob("*.png")}
     written = json.loads((tmp_path / "metrics.json").read_text())["calibration"]["sex"]
     before, after = (written[key]["calibration_error"]["value"] for key in ("before", "after"))

@@ -79,6 +79,7 @@ def test_user_errors_are_one_line_and_status_2(
         "--candidates: does not go with --chat": ("--chat", "--candidates", "a,b"),
         "checkpoint=nowhere: there is no such folder; name a": ("--ask", "?", "checkpoint=nowhere"),
         f"{none}: no such file or folder": (f"data.input={none}",),
+        "evaluate.calibrated: ": (f"data.input={none}", "evaluate.calibrated=true"),
     }
     for message, words in cases.items():
         done = ask(*words)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
+from umbrella.base import UserError
 from umbrella.evaluation.group_metrics import Estimate, MetricFunction, estimate
 from umbrella.evaluation.metrics import calibration_metrics, ratio
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects
@@ -65,10 +66,17 @@ def fit_temperatures(predictions: Iterable[Prediction]) -> dict[str, float]:
     return temperatures
 
 
-def read_temperatures(checkpoint: str | Path) -> dict[str, float]:
-    """Read the temperatures of a checkpoint by target; empty if it has none."""
+def read_temperatures(checkpoint: str | Path, required: bool = False) -> dict[str, float]:
+    """Read the temperatures of a checkpoint by target; empty if it has none.
+
+    Raises:
+        UserError: ``required``, and it has none.
+    """
     file = Path(checkpoint) / CALIBRATION
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    temperatures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if required and not temperatures:
+        raise UserError(f"evaluate.calibrated: {checkpoint} has no temperatures; leave it out, or train again")
+    return temperatures
 
 
 def apply_temperatures(predictions: Iterable[Prediction], temperatures: Mapping[str, float]) -> list[Prediction]:

@@ -146,12 +146,13 @@ def read_cohort(checkpoint: Path, settings: Settings, own: Settings) -> Cohort:
 
     Raises:
         UserError: a conversation that cannot be used, according to ``data.on_bad``; an existing file of predictions
-            that was made with other settings.
+            that was made with other settings; ``evaluate.calibrated`` with a checkpoint without temperatures.
     """
     evaluate = settings.evaluate
     if not evaluate.generate and not evaluate.candidates:
         raise UserError("evaluate.generate=false leaves nothing to ask; set evaluate.candidates")
     check_labels(evaluate.candidates)
+    read_temperatures(checkpoint, required=evaluate.calibrated)
     limits = {name: getattr(own.data, name) for name in ("max_tokens", "max_voxels")}
     changes = {"modalities": own.modalities, "model": own.model, "data": settings.data.model_copy(update=limits)}
     settings = settings.model_copy(update=changes)

@@ -161,9 +161,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
     def stop() -> None:
         raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")
 
-    temperatures = read_temperatures(settings.checkpoint)
-    if settings.evaluate.calibrated and not temperatures:
-        raise UserError(f"evaluate.calibrated: {settings.checkpoint} has no temperatures; leave it out, or train again")
+    temperatures = read_temperatures(settings.checkpoint, required=settings.evaluate.calibrated)
     with on_sigterm(stop):
         join_cluster(settings.resources, settings.name)
         data, own = read_evaluation_data(settings, progress), settings.evaluate
