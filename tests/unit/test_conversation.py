@@ -266,6 +266,7 @@ INVALID = {
     "conversations: the number of <x> in the texts is 2, that of images in the turns is 1; there must be one for"
     " each": {f"{TEXT}.text": "<x> <x>", "images.0.token": "<x>"},
     "conversations.1.weight: must be true or false, or 1 or 0, not 0.5": {"conversations.1.weight": 0.5},
+    "conversations.0.content.1.paraphrase: must be a text, not ['Which?']": {f"{TEXT}.paraphrase": ["Which?"]},
     "loss_mask: has 1 entries for 2 turns; write one for each turn": {"loss_mask": [1]},
     "loss_mask: must be a list of true or false, or 1 or 0, one for each turn, not '01'": {"loss_mask": "01"},
     "system: must be a text, not 3": {"system": 3},

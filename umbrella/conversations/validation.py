@@ -21,7 +21,7 @@ from umbrella.conversations.formats import (
     original_field,
     rename_keys,
 )
-from umbrella.conversations.schema import LOSS_FLAGS, Conversation, Turn
+from umbrella.conversations.schema import LOSS_FLAGS, PARAPHRASE, Conversation, Turn
 
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Control characters, which names must not contain."""
@@ -112,7 +112,7 @@ def _describe_errors(error: ValidationError) -> Problems:
 
 
 def _check_values(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the invalid identifiers, labels and loss flags of a well-formed sample."""
+    """Yield the invalid identifiers, labels, loss flags and paraphrases of a well-formed sample."""
     metadata = sample.get("metadata", {})
     names = {key: sample[key] for key in ("task_id", "task_type")}
     for prefix, place in (("", sample), ("metadata.", metadata)):
@@ -141,6 +141,10 @@ def _check_values(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if turn.get(key) is not None and not is_flag(turn[key]):
                 message = f"must be true or false, or 1 or 0, not {format_value(turn[key])}"
                 yield f"conversations.{i}.{key}", message
+        for j, item in enumerate(turn["content"]):
+            if isinstance(item, dict) and not isinstance(item.get(PARAPHRASE), str | None):
+                message = f"must be a text, not {format_value(item[PARAPHRASE])}"
+                yield f"conversations.{i}.content.{j}.{PARAPHRASE}", message
 
 
 def _check_label(field: str, label: Any) -> Iterator[tuple[str, str]]:
