@@ -45,7 +45,7 @@ def evaluation(checkpoint: Path, **overrides: Any) -> EvaluationResult:
         for condition, wrong in ((AS_ASKED, 1), ("text_only", 0))
     }
     groups = {condition: tabulate(of_one, FEW) for condition, of_one in rows.items()}
-    facts = {"data fingerprint": "1f0c9a7e", "seconds": 7, "processes": "1 on CPU"}
+    facts = {"data fingerprint": "1f0c9a7e", "seconds": 7, "processes": "1 on CPU", "quarantined samples": 2}
     calibration = calibrate(rows[AS_ASKED], {"sex": 1.5}, FEW)
     notes = ["sub-0001 is twice"]
     return EvaluationResult(settings, str(checkpoint), "test", rows, groups, facts, notes, calibration=calibration)
@@ -90,7 +90,8 @@ def test_the_metadata_block_parses_and_has_the_results(written: tuple[str, str])
 def test_the_card_has_what_the_run_knows(written: tuple[str, str]) -> None:
     card = written[0]
     assert "| train | 6 | 6 | female 3, male\\|x 3 | mean 45.0, SD 17.1, 20 to 70 | Oslo 6 |" in card
-    assert "3, because of: image_path (2), conversations.role (1)" in card
+    assert "2, because of (a sample may have several): image_path (2), conversations.role (1)" in card
+    assert "is in both the training and the test split; this was checked. The evaluation did not compare other" in card
     assert "50 steps: 61 s on 1 x (0.5 CPUs, 0 GPUs); the 2 trials of the sweep 100 s; evaluation: 7 s" in card
     assert "energy: not measured" in card
     assert "| sex | balanced accuracy, likelihood, subjects | 0.800 (" in card
@@ -145,6 +146,7 @@ def test_a_checkpoint_without_records_gives_a_card_too(tmp_path: Path) -> None:
     card = (tmp_path / "model_card.md").read_text("utf-8")
     assert "The synthetic phantom cohort, which has no patients" in card
     assert "unknown time" in card
+    assert "Some subjects may be in the training and in the test split" in card
     assert f"## Software\n{AUTHORS}" in card
     assert "base_model" not in card
     assert card.count("\n\n## ") == card.count("## ") == 21
