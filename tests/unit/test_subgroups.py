@@ -146,7 +146,7 @@ def test_references_are_the_metrics_of_the_training_labels_over_subjects() -> No
     rows += [generated("a", 40, 40.0, "age"), generated("b", 50, 50.0, "age")]
     groups = tabulate(rows, SETTINGS, training={"sex": ["male", "male", "female", "other"], "age": [30, 50]})
     assert only(groups).classes == ("female", "male", "other")
-    assert only(groups).references == {"chance": 1 / 3, "majority": 1 / 3}
+    assert only(groups).references == {"chance": 1 / 2, "majority": 1 / 3}
     assert only(groups, target="age").references == pytest.approx({"mean/mae": 5, "mean/rmse": 50**0.5})
     # Without training labels: of these subjects, each once.
     assert only(tabulate(rows, SETTINGS)).references == {"chance": 0.5, "majority": 2 / 3}
