@@ -11,7 +11,14 @@ from sklearn.metrics import balanced_accuracy_score, mean_absolute_error
 
 from tests.conftest import make_prediction
 from umbrella.base import UserError
-from umbrella.evaluation.comparison import ModelComparison, compare_models, newest_runs, question_of, read_runs
+from umbrella.evaluation.comparison import (
+    ModelComparison,
+    compare_models,
+    comparison_notes,
+    newest_runs,
+    question_of,
+    read_runs,
+)
 from umbrella.evaluation.predictions import Prediction, write_predictions
 from umbrella.evaluation.settings import EvaluateSettings
 
@@ -76,6 +83,28 @@ def test_values_equal_scikit_learn_and_p_equals_scipy() -> None:
     assert sex.that == pytest.approx(balanced_accuracy_score(labels, [p.answer for p in that[12:-3]]))
     low, high = sorted((age.p, sex.p))
     assert sorted((age.p_adjusted, sex.p_adjusted)) == [2 * low, max(2 * low, high)]
+
+
+def test_an_undefined_p_is_no_test_of_the_correction() -> None:
+    draw = np.random.default_rng(4)
+    this, that = ([*ages(draw, 12, error), *sexes(draw, 1, 1)] for error in (5, 8))
+    age, sex = compare(this, that)
+    assert np.isnan([sex.p, sex.p_adjusted]).all()
+    assert age.p_adjusted == age.p
+
+
+def test_targets_that_are_not_compared_are_named() -> None:
+    draw = np.random.default_rng(5)
+    own = {"metadata": {"candidates": {"a": "a.", "b": "b."}}, "probabilities": {"a": 0.9, "b": 0.1}}
+    texts = [make_prediction("s0", None, target="finding", text="normal")]
+    choices = [make_prediction("s0", "a", target="choice", **own)]
+    both = [*ages(draw, 9, 1), *texts, *choices]
+    this = [*both, *sexes(draw, 9, 1)]
+    (note,) = comparison_notes(this, compare(this, both))
+    assert note.startswith("not compared with another run: choice, finding, sex; ")
+    assert comparison_notes(both[:9], compare(both, both)) == []
+    with pytest.raises(UserError, match="none of these questions"):
+        newest_runs({"other": texts}, map(question_of, texts))
 
 
 def test_the_newest_run_of_a_name_is_compared_for_each_target(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def ages(number: int, seed: int) -> list[Prediction]:
 
 
 def analyse(predictions: list[Prediction], training: list[Prediction], **others: Any) -> Any:
-    return analyse_confounds(predictions, training, {}, SETTINGS.model_copy(update=others))
+    return analyse_confounds(predictions, training, {}, SETTINGS.model_copy(update=others))[0]
 
 
 def test_a_label_that_is_head_size_is_explained_by_the_confounds() -> None:
@@ -127,6 +127,42 @@ def test_only_confounds_that_most_subjects_have_are_used_and_others_are_left_out
     assert analyse([], training) is None
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (str, "it has more than one category per ten subjects"),
+        (lambda i: i if i < 20 else None, "at least half of the subjects do not have it"),
+        (lambda _: "a", "it is constant in the training split"),
+        (lambda i: "abcd"[i % 4], None),
+        (lambda i: 0.5 * i, None),
+    ],
+)
+def test_a_confound_that_is_not_used_has_a_reason(values: Callable[[int], Any], reason: str | None) -> None:
+    predictions, training = people(40, 1, of_each_sex), people(40, 2, of_each_sex)
+    for rows in (predictions, training):
+        for i, p in enumerate(rows):
+            p.metadata.update(scanner=values(i), age=None)  # type: ignore[attr-defined]
+    settings = SETTINGS.model_copy(update={"confounds": ["sex", "age", "brain_volume", "scanner"]})
+    found, reasons = analyse_confounds(predictions, training, {}, settings)
+    assert found is not None
+    assert found.names == ("brain_volume", "scanner")[: 1 + (reason is None)]
+    assert reasons == ({"scanner": reason} if reason else {})
+
+
+def test_confounds_have_no_score_where_a_class_has_one_training_subject() -> None:
+    training = people(40, 2, of_each_sex)
+    found = analyse(people(40, 1, of_each_sex), [p for p in training if p.label == "male"] + training[:1])
+    assert found.model.value > 0.5
+    assert np.isnan([*found.confounds_alone, *found.difference]).all()
+
+
+@pytest.mark.parametrize(("number", "defined"), [(7, False), (8, True)])
+def test_a_partial_correlation_needs_two_subjects_per_coefficient(number: int, defined: bool) -> None:
+    found = analyse(ages(number, 1), ages(40, 2), confounds=["site", "brain_volume"])
+    assert found.coefficients == 4
+    assert np.isfinite(found.partial.value) == defined
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_matched_subjects_are_alike_and_each_is_used_once(classes: int) -> None:
     draw = np.random.default_rng(0)
@@ -184,7 +220,8 @@ def test_brain_volume_is_that_of_the_foreground_in_the_store(tmp_path: Path) -> 
 
 
 def test_an_evaluation_has_the_confounds_of_each_target(tmp_path: Path) -> None:
-    settings = Settings().with_values({"resources.storage": str(tmp_path), "evaluate.bootstrap": 100})
+    values = {"resources.storage": str(tmp_path), "evaluate.bootstrap": 100}
+    settings = Settings().with_values({**values, "evaluate.confounds": ["age", "site", "brain_volume", "motion"]})
     answers = people(30, 1, of_each_sex)
     training = [
         make_conversation(("assistant", "x"), task_id=p.subject_id, metadata={**p.metadata, "site": "a"} | labelled)
@@ -195,6 +232,7 @@ def test_an_evaluation_has_the_confounds_of_each_target(tmp_path: Path) -> None:
     result = EvaluationResult(settings, "m", "test", {AS_ASKED: answers}, groups, {})
     result = with_confounds(result, training, [])
     assert result.confounds["sex"].names == ("age", "brain_volume")
+    assert result.notes == ["confound motion is not used for sex: at least half of the subjects do not have it"]
     assert result.site_drop["sex"].subjects == (10, 20)
     page = write_report(tmp_path, result, ()).read_text(encoding="utf-8")
     assert "Confounds: age, brain_volume." in page

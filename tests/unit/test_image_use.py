@@ -5,12 +5,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.conftest import make_prediction
 from tests.unit.test_evaluation_report import Page
@@ -19,7 +21,7 @@ from umbrella.evaluation.controls import SHOWN_LABEL
 from umbrella.evaluation.group_metrics import Estimate, tabulate
 from umbrella.evaluation.image_use import ImageUse, measure_image_use
 from umbrella.evaluation.predictions import Prediction
-from umbrella.evaluation.report import AS_ASKED, CONDITIONS, EvaluationResult, write_report
+from umbrella.evaluation.report import AS_ASKED, CONDITIONS, EvaluationResult, print_evaluation, write_report
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.evaluation.verdict import is_better_than_chance
 from umbrella.evaluation_run.evaluate import anonymised, with_cases
@@ -207,10 +209,25 @@ def test_the_verdict_names_a_constant_answer_and_a_target_at_chance_has_no_cases
     assert with_cases([group], texts) == texts
 
 
+@pytest.mark.parametrize("target", ["sex", "age"])
+def test_the_result_of_a_target_with_labels_is_not_replaced_by_that_of_a_text(target: str, tmp_path: Path) -> None:
+    of_target = answers(by_image, target)
+    text = make_prediction("sub-40", None, target=target, text="a b", truth="a")
+    result = result_of({condition: [*rows, text] for condition, rows in of_target.items()})
+    assert result.verdicts == result_of(of_target).verdicts
+    console = Console(record=True, width=300)
+    print_evaluation(result, write_report(tmp_path, result, ()), console)
+    assert (tmp_path / f"1_{target}_controls.png").is_file()
+    assert f"{'balanced accuracy' if target == 'sex' else 'MAE'}, " in console.export_text()
+
+
 def test_the_verdict_names_confounds_and_the_compared_run() -> None:
-    def words(partial: float, matched: float, difference: float, p: float) -> str:
-        pairs = {"age": (20, Estimate(0.9, 0.8, 1)), "volume": (18, Estimate(0.9, matched, 1))}
-        confounds = SimpleNamespace(names=[*pairs], partial=Estimate(partial + 0.2, partial, 1), matched=pairs)
+    def words(partial: float, matched: float, difference: float, p: float, pairs: int = 9, subjects: int = 40) -> str:
+        of_pairs = {"age": (20, Estimate(0.9, 0.8, 1)), "volume": (2 * pairs, Estimate(0.9, matched, 1))}
+        association = Estimate(partial + 0.2, partial, 1)
+        confounds = SimpleNamespace(
+            names=[*of_pairs], partial=association, matched=of_pairs, subjects=subjects, coefficients=4
+        )
         metric, gain = "likelihood/subjects/balanced_accuracy", Estimate(difference, -1, 1)
         compared = SimpleNamespace(target="sex", metric=metric, other="baseline-sex", difference=gain, p_adjusted=p)
         return result_of(answers(by_image), confounds={"sex": confounds}, comparisons=[compared]).verdicts["sex"]
@@ -219,5 +236,11 @@ def test_the_verdict_names_confounds_and_the_compared_run() -> None:
     assert "; better than baseline-sex; " in words(0.1, 0.6, 0.1, 0.04)
     assert "; worse than baseline-sex; " in words(0.1, 0.6, -0.1, 0.04)
     assert "; not different from baseline-sex; " in words(0.1, 0.6, 0.1, 0.06)
+    assert "; cannot be compared with baseline-sex; " in words(0.1, 0.6, nan, nan)
     assert "subjects matched for volume it is not better than chance (" in words(0.1, 0.4, 0.1, 0.04)
+    assert "; no subjects of different classes have an equal volume." in words(0.1, nan, 0.1, 0.04, pairs=0)
+    assert "; too few subjects of different classes have an equal volume." in words(0.1, nan, 0.1, 0.04, pairs=1)
     assert "age, volume may explain it" in words(-0.1, 0.6, 0.1, 0.04)
+    assert "; too few subjects to test whether age, volume explain it." in words(nan, 0.6, 0.1, 0.04, subjects=7)
+    # With enough subjects it is undefined because the confounds determine the label or the answer.
+    assert "age, volume may explain it" in words(nan, 0.6, 0.1, 0.04)

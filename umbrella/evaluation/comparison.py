@@ -38,7 +38,7 @@ class ModelComparison:
     p: float
     """Two-sided, of a permutation test that exchanges all answers of both models for random subjects."""
     p_adjusted: float
-    """Corrected for all comparisons of the evaluation (Holm, Scandinavian Journal of Statistics 6:65, 1979)."""
+    """Corrected for all defined p of the evaluation (Holm, Scandinavian Journal of Statistics 6:65, 1979)."""
 
 
 def read_runs(name: str, evaluations: Path) -> dict[str, list[Prediction]]:
@@ -70,12 +70,12 @@ def question_of(prediction: Prediction) -> Question:
 
 
 def newest_runs(runs: Mapping[str, Sequence[Prediction]], questions: Iterable[Question]) -> dict[str, str]:
-    """Return the newest run with any of the questions of each target.
+    """Return the newest run with any of the questions of each target that have a label.
 
     Raises:
-        UserError: no run has any of the questions.
+        UserError: no run has any of these questions.
     """
-    asked = set(questions)
+    asked = {question for question in questions if question[-1] is not None}
     found = {p.target: name for name, of_run in reversed([*runs.items()]) for p in of_run if question_of(p) in asked}
     if not found:
         raise UserError(f"compare: {', '.join(runs)} has none of these questions; evaluate both on the same split")
@@ -108,9 +108,17 @@ def compare_models(
             rows = [[of_model[subject] for subject in common] for of_model in (this, that)]
             found.append(_compare(name, len(mine ^ other.keys()), rows, settings, seed))
     found.sort(key=lambda comparison: (isnan(comparison.p), comparison.p))
-    corrected = np.maximum.accumulate([(len(found) - i) * comparison.p for i, comparison in enumerate(found)])
+    tests = sum(not isnan(comparison.p) for comparison in found)
+    corrected = np.maximum.accumulate([(tests - i) * comparison.p for i, comparison in enumerate(found)])
     found = [replace(c, p_adjusted=float(np.minimum(p, 1))) for c, p in zip(found, corrected, strict=True)]
     return sorted(found, key=lambda comparison: comparison.target)
+
+
+def comparison_notes(predictions: Iterable[Prediction], comparisons: Iterable[ModelComparison]) -> list[str]:
+    """A note that names the targets that ``compare_models`` left out; empty if there are none."""
+    left_out = sorted({p.target for p in predictions} - {comparison.target for comparison in comparisons})
+    reason = "only classes and numbers that both runs answer are, without questions that have candidates of their own"
+    return [f"not compared with another run: {', '.join(left_out)}; {reason}"] if left_out else []
 
 
 def _compare(

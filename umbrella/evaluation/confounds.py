@@ -22,6 +22,7 @@ from umbrella.volumes.store import VolumeStore
 CALIPER = 0.2
 """Largest difference of matched numbers, in standard deviations (Austin, Pharmaceutical Statistics 10:150, 2011)."""
 FOLDS = 5
+MANY = "it has more than one category per ten subjects"
 Value = str | float
 """The value of a confound: a category or a number."""
 
@@ -34,7 +35,7 @@ class ConfoundAnalysis:
     metric: str
     """Name of the main metric."""
     names: tuple[str, ...]
-    """The confounds that are used: most subjects have one, and it is not constant."""
+    """The confounds that are used, see ``analyse_confounds``."""
     subjects: int
     left_out: int
     """Subjects without a value of a confound."""
@@ -45,6 +46,8 @@ class ConfoundAnalysis:
     """``model`` minus ``confounds_alone``."""
     partial: Estimate
     """Partial correlation of answer and label given the confounds."""
+    coefficients: int
+    """Of the regression of the partial correlation; it is undefined with less than two subjects for each."""
     matched: Mapping[str, tuple[int, Estimate]]
     """Confound to the number of matched subjects and the metric of the model over these; empty for numbers."""
 
@@ -84,11 +87,15 @@ def analyse_confounds(
     volumes: Mapping[str, float],
     settings: EvaluateSettings,
     seed: int = 0,
-) -> ConfoundAnalysis | None:
-    """Compare a model with its confounds; None if no confound can be used.
+) -> tuple[ConfoundAnalysis | None, dict[str, str]]:
+    """Compare a model with its confounds.
+
+    A confound is used if most subjects have it, it is not constant, and it has at most two categories or one per
+    ten subjects.
 
     - A logistic regression (classes, of equal weight) or ridge regression (numbers) on the confounds is fitted to the
-      training split. Cross-validation in this split chooses the regularisation.
+      training split. Cross-validation in this split chooses the regularisation. It is undefined if a class has one
+      subject there.
     - Matching: ``match``. Matched sets are resampled as a whole.
     - Partial correlation: of label and answer, after a linear regression of both on the confounds and, for classes,
       the probabilities of the logistic regression. Classes are 0 or 1, their answers are probabilities; covariances
@@ -99,26 +106,36 @@ def analyse_confounds(
         training: of the same target, without answers, one of each subject and label.
         volumes: subject to brain volume, for both splits.
         seed: of matching, cross-validation and bootstrap.
+
+    Returns:
+        (analysis, or None if no confound can be used; confound to the reason why it is not used. Confounds of the
+        default settings that are missing or constant are left out of the reasons).
     """
     answers = subject_answers(predictions)
     known = [p for p in training if answers and isinstance(p.label, str) == isinstance(answers[0].label, str)]
-    columns = {}
+    if not known:
+        return None, {}
+    columns, reasons = {}, {}
     for name in dict.fromkeys(settings.confounds):
         both = [[_value(p, name, volumes) for p in rows] for rows in (answers, known)]
-        most = all(2 * column.count(None) < len(column) for column in both)
-        if most and name != answers[0].target and len({*both[1]} - {None}) > 1:
+        reason = _why_unused(*both)
+        if not reason and name != answers[0].target:
             columns[name] = both
+        elif name != answers[0].target and (reason == MANY or name not in EvaluateSettings().confounds):
+            reasons[name] = reason
     tables = [list(zip(*of_split, strict=True)) for of_split in zip(*columns.values(), strict=True)]
     complete = [[i for i, row in enumerate(table) if None not in row] for table in tables]
     if not all(complete) or not complete:
-        return None
+        return None, reasons
     values, known_values = ([table[i] for i in used] for table, used in zip(tables, complete, strict=True))
     everyone, answers = {p.subject_id for p in answers}, [answers[i] for i in complete[0]]
     labels = [known[i].label for i in complete[1]]
     fitted, likely = _fit(_encode(known_values, known_values), labels, _encode(values, known_values), seed)
     alone = main_metric([replace(p, predicted=answer) for p, answer in zip(answers, fitted, strict=True)])
+    alone = _undefined if None in fitted else alone
     model = main_metric(answers)
-    correlation = _partial_correlation(answers, np.hstack([_encode(values, values), likely]))
+    design = np.hstack([np.ones((len(values), 1)), _encode(values, values), likely])
+    correlation = _partial_correlation(answers, design)
     subjects, rows = np.unique([p.subject_id for p in answers], return_inverse=True)
 
     def metrics(weights: NDArray) -> dict[str, NDArray]:
@@ -136,9 +153,9 @@ def analyse_confounds(
     matched = {name: on_matched(column) for name, column in by_name if isinstance(answers[0].label, str)}
     estimates = estimate(metrics, len(subjects), settings, seed)
     left_out, metric = len(everyone) - len(subjects), main_metric_name(answers)
-    return ConfoundAnalysis(
-        answers[0].target, metric, tuple(columns), len(subjects), left_out, **estimates, matched=matched
-    )
+    fields: dict[str, Any] = {**estimates, "coefficients": design.shape[1], "matched": matched}
+    found = ConfoundAnalysis(answers[0].target, metric, tuple(columns), len(subjects), left_out, **fields)
+    return found, reasons
 
 
 def site_drop(
@@ -196,6 +213,17 @@ def _value(prediction: Prediction, name: str, volumes: Mapping[str, float]) -> V
     return None if value is None else str(value).strip() or None
 
 
+def _why_unused(evaluated: Sequence[Value | None], training: Sequence[Value | None]) -> str:
+    """The reason why a confound with these values cannot be used; empty if it can be."""
+    both = [[value for value in column if value is not None] for column in (evaluated, training)]
+    if 2 * len(both[0]) <= len(evaluated) or 2 * len(both[1]) <= len(training):
+        return "at least half of the subjects do not have it"
+    if len({*both[1]}) < 2:
+        return "it is constant in the training split"
+    texts = any(isinstance(value, str) for values in both for value in values)
+    return MANY if texts and any(len({*values}) > max(2, len(values) / 10) for values in both) else ""
+
+
 def _encode(rows: Sequence[tuple[Value, ...]], reference: Sequence[tuple[Value, ...]]) -> NDArray:
     """Columns of a regression: numbers standardised by the reference rows; 0 or 1 for each of their categories."""
     columns = []
@@ -223,8 +251,18 @@ def _fit(known: NDArray, labels: Sequence[Any], new: NDArray, seed: int) -> tupl
     return search.predict(new).tolist(), search.predict_proba(new)[:, 1:]
 
 
-def _partial_correlation(rows: Sequence[Prediction], confounds: NDArray) -> Callable[[NDArray], NDArray]:
-    """A function from weights (resamples, n) to partial correlations (resamples,), see ``analyse_confounds``."""
+def _undefined(weights: NDArray) -> NDArray:
+    return np.full(len(weights), np.nan)
+
+
+def _partial_correlation(rows: Sequence[Prediction], design: NDArray) -> Callable[[NDArray], NDArray]:
+    """A function from weights (resamples, n) to partial correlations (resamples,), see ``analyse_confounds``.
+
+    Args:
+        design: (n, coefficients), ones and the confounds.
+    """
+    if len(rows) < 2 * design.shape[1]:
+        return _undefined
     both = [np.array([[p.label for p in rows]]).T, np.array([[p.predicted for p in rows]]).T]
     if isinstance(rows[0].label, str):
         classes = sorted({str(p.label) for p in rows})
@@ -232,17 +270,15 @@ def _partial_correlation(rows: Sequence[Prediction], confounds: NDArray) -> Call
         both = [np.equal(both[0], classes), np.array(likely)]
     both = [values - values.mean(0) for values in (values.astype(float) for values in both)]
     both = [values / (np.sqrt((values**2).mean(0).sum()) or 1) for values in both]
-    whole = np.hstack([np.ones((len(rows), 1)), confounds, *both])
-    products = (whole[:, :, None] * whole[:, None, :]).reshape(len(rows), -1)
-    first = 1 + confounds.shape[1]
+    whole, first = np.hstack([design, *both]), design.shape[1]
     truth, answer = slice(both[0].shape[1]), slice(both[0].shape[1], None)
 
     def correlation(weights: NDArray) -> NDArray:
-        sums = (weights @ products).reshape(-1, *2 * whole.shape[1:])
+        sums = np.array([(of_one[:, None] * whole).T @ whole for of_one in weights])
         inverse = np.linalg.pinv(sums[:, :first, :first], rcond=1e-10, hermitian=True)
         left = sums[:, first:, first:] - sums[:, first:, :first] @ inverse @ sums[:, :first, first:]
         pairs = (truth, truth), (answer, answer), (truth, answer)
         a, b, across = (np.trace(left[:, rows, columns], axis1=1, axis2=2) for rows, columns in pairs)
         return np.clip(ratio(across, np.sqrt(np.where(np.minimum(a, b) > 1e-9 * len(rows), a * b, 0))), -1, 1)
 
-    return correlation if len(rows) >= 2 * first else lambda weights: np.full(len(weights), np.nan)
+    return correlation

@@ -75,12 +75,18 @@ class EvaluationResult:
     @property
     def verdicts(self) -> dict[str, str]:
         """Target to a sentence about what its result shows."""
-        wholes = {c: {g.target: g for g in groups if g.by == "all"} for c, groups in self.groups.items()}
+        # A target with and without labels has two groups; the one with labels replaces that of texts.
+        ordered = {c: sorted(of, key=lambda g: (g.target, g.kind != "texts")) for c, of in self.groups.items()}
+        wholes = {c: {g.target: g for g in groups if g.by == "all"} for c, groups in ordered.items()}
         return {
             target: make_verdict(
                 group,
                 {c: of[target] for c, of in wholes.items() if c != AS_ASKED and target in of},
-                [p for p in self.predictions[AS_ASKED] if p.target == target],
+                [
+                    p
+                    for p in self.predictions[AS_ASKED]
+                    if p.target == target and (p.label is None) == (group.kind == "texts")
+                ],
                 self.image_use.get(target),
                 self.confounds.get(target),
                 [one for one in self.comparisons if one.target == target],
@@ -112,7 +118,7 @@ def _make_section(
     breakdowns: dict[str, dict[str, list[Group | None]]] = {}  # by to value to a group for each condition that has one
     for i, condition in enumerate(conditions):
         for group in result.groups[condition]:
-            if group.target == whole.target:
+            if (group.target, group.kind) == (whole.target, whole.kind):
                 row = breakdowns.setdefault(group.by, {}).setdefault(group.value, [None] * len(conditions))
                 row[i] = group
     metric = (main_metrics(whole) or [f"generated/subjects/{MAIN_METRIC[whole.kind]}"])[0]
@@ -245,12 +251,12 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
     table = Table(title=title, title_justify="left", collapse_padding=True)
     for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "constant answer", "invalid"):
         table.add_column(column)
-    wholes = {name: {group.target: group for group in result.groups[name] if group.by == "all"} for name in conditions}
-    for target, group in wholes[AS_ASKED].items():
+    wholes = {name: {(g.target, g.kind): g for g in result.groups[name] if g.by == "all"} for name in conditions}
+    for (target, kind), group in wholes[AS_ASKED].items():
         for name in main_metrics(group):
             cells = []
             for condition in conditions:
-                whole = wholes[condition].get(target)
+                whole = wholes[condition].get((target, kind))
                 estimate = whole.metrics.get(name, UNDEFINED) if whole else UNDEFINED
                 interval = format_interval(estimate)
                 cells.append(format_value(estimate.value) + (f" ({interval})" if interval else ""))

@@ -1,7 +1,7 @@
 """The result of a target in words: names and values of metrics, and a sentence about what it shows."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def _compare(comparisons: Iterable[Any], significance: float) -> list[str]:
     for one in comparisons:
         gain = one.difference.value * (-1 if one.metric.split("/")[-1] in SMALLER_IS_BETTER else 1)
         word = "not different from" if one.p_adjusted > significance else f"{'better' if gain > 0 else 'worse'} than"
-        clauses.append(f"{word} {one.other}")
+        clauses.append(f"{'cannot be compared with' if isnan(one.p_adjusted) else word} {one.other}")
         baseline |= "baseline" in one.other
     return clauses if baseline else [*clauses, "not compared with the baseline"]
 
@@ -128,12 +128,15 @@ def _effect_of_confounds(group: Group, confounds: Any, level: str) -> str:
     if confounds is None:
         return "confounds were not tested"
     names = ", ".join(confounds.names)
+    if isnan(confounds.partial.value) and confounds.subjects < 2 * confounds.coefficients:
+        return f"too few subjects to test whether {names} explain it"
     if not confounds.partial.low > 0:
         return f"{names} may explain it: given these, answer and label are not associated"
     clauses = []
     for name, (subjects, found) in confounds.matched.items():
-        if not subjects:
-            clauses.append(f"no subjects of different classes have an equal {name}")
+        if isnan(found.low):
+            number = "too few" if subjects else "no"
+            clauses.append(f"{number} subjects of different classes have an equal {name}")
         elif not is_better_than_chance(group, found):
             values = f"{format_value(found.value)}, {format_interval(found)}"
             clauses.append(f"on the {subjects} subjects matched for {name} it is not better than {level} ({values})")

@@ -26,16 +26,17 @@ from umbrella.data.leakage import find_shared
 from umbrella.data.splits import fingerprint, read_splits
 from umbrella.evaluation.calibration import apply_temperatures, calibrate, read_temperatures
 from umbrella.evaluation.candidates import Candidates, check_candidates, check_labels, find_candidates, find_numbers
-from umbrella.evaluation.comparison import compare_models, newest_runs, question_of, read_runs
+from umbrella.evaluation.comparison import compare_models, comparison_notes, newest_runs, question_of, read_runs
 from umbrella.evaluation.confounds import analyse_confounds, brain_volumes, site_drop
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
 from umbrella.evaluation.group_metrics import MAIN_METRIC, Group, tabulate
 from umbrella.evaluation.image_use import measure_image_use
 from umbrella.evaluation.metrics import prediction_notes
-from umbrella.evaluation.predictions import Prediction
+from umbrella.evaluation.predictions import Prediction, write_predictions
 from umbrella.evaluation.report import (
     Case,
     EvaluationResult,
+    predictions_file,
     print_evaluation,
     write_evaluation,
     write_report,
@@ -159,16 +160,19 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
     check_writable(folder, f"output={folder}")
 
     def stop() -> None:
-        raise Stopped("SIGTERM: the evaluation stopped, and wrote nothing")
+        raise Stopped("SIGTERM: the evaluation stopped, and wrote no report")
 
     temperatures = read_temperatures(settings.checkpoint, required=settings.evaluate.calibrated)
     with on_sigterm(stop):
         join_cluster(settings.resources, settings.name)
         data, own = read_evaluation_data(settings, progress), settings.evaluate
         predictions, notes = _predict_conditions(settings, data, progress)
-        calibration = calibrate(predictions[AS_ASKED], temperatures, own, settings.seed)
+        uncalibrated = predictions[AS_ASKED]
         if own.calibrated:
             predictions = {c: apply_temperatures(rows, temperatures) for c, rows in predictions.items()}
+        for condition, rows in predictions.items():  # they take longest, so they are kept if an analysis fails
+            write_predictions(predictions_file(folder, condition), rows)
+        calibration = calibrate(uncalibrated, temperatures, own, settings.seed)
         groups = {
             condition: tabulate(predictions[condition], own, settings.seed, data.training_labels)
             for condition in CONDITIONS
@@ -180,12 +184,13 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
         device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
         facts = {**data.facts, "processes": f"{own.workers} on {device}", "seconds": round(time.monotonic() - start)}
         notes = [*data.notes, *notes, *prediction_notes(predictions[AS_ASKED])]
+        compared = compare_models(predictions[AS_ASKED], data.runs, own, settings.seed) if data.runs else []
+        notes += comparison_notes(predictions[AS_ASKED], compared) if data.runs else []
         for line in notes:
             note(line)
         result = EvaluationResult(
             settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use, calibration
         )
-        compared = compare_models(predictions[AS_ASKED], data.runs, own, settings.seed) if data.runs else ()
         result = replace(with_confounds(result, data.splits["train"], data.conversations), comparisons=compared)
         page = write_evaluation(folder, result, cases)
         write_model_card(folder, result, data.splits, data.left_out)
@@ -196,7 +201,7 @@ def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResul
 def with_confounds(
     result: EvaluationResult, training: Sequence[Conversation], conversations: Sequence[Conversation]
 ) -> EvaluationResult:
-    """Add ``confounds`` and ``site_drop`` to a result.
+    """Add ``confounds``, ``site_drop`` and notes on confounds that are not used to a result.
 
     Args:
         training: questions of the training split.
@@ -210,15 +215,22 @@ def with_confounds(
         if c.label is not None:
             known[c.target].setdefault((c.subject_id, c.label), c)
     confounds, drops = {}, {}
+    unused: dict[tuple[str, str], list[str]] = defaultdict(list)
     for target, of_target in sorted(known.items()):
         answers = [p for p in result.predictions[AS_ASKED] if p.target == target and p.label is not None]
         rows = [Prediction.from_conversation(c) for c in of_target.values()]
         sites = {str(row.metadata["site"]) for row in rows if row.metadata.get("site") is not None}
-        if found := analyse_confounds(answers, rows, volumes, settings, seed):
+        found, reasons = analyse_confounds(answers, rows, volumes, settings, seed)
+        if found:
             confounds[target] = found
+        for reason in reasons.items():
+            unused[reason].append(target)
         if drop := site_drop(answers, sites, settings, seed):
             drops[target] = drop
-    return replace(result, confounds=confounds, site_drop=drops)
+    notes = [f"confound {name} is not used for {', '.join(of)}: {why}" for (name, why), of in unused.items()]
+    for line in notes:
+        note(line)
+    return replace(result, confounds=confounds, site_drop=drops, notes=[*result.notes, *notes])
 
 
 def evaluate_at_end(settings: Settings, checkpoint: Path, name: str, progress: ProgressBar, console: Console) -> None:
