@@ -150,8 +150,10 @@ def test_a_training_continues_only_with_the_settings_and_data_that_it_began_with
     others = {"checkpoint": "a", "output": "b", "compare": "c"}
     begin({"resources.workers": 2, "tune.grace": 5, "evaluate.bands": [30], **others})
     begin({"data.test": ["more.jsonl"], "data.input": ["x.jsonl"]})
-    with pytest.raises(UserError, match=r"^name=mine: was started with other settings: optim\.lr was 0\.001 and is 0"):
+    with pytest.raises(UserError, match=r"^name=mine: was started with other settings: optim\.lr was 0\.0007 and is 0"):
         begin({"optim.lr": 0.5})
+    with pytest.raises(UserError, match=r"evaluate\.number_grids\.age was None and is \[20.0, 80.0, 1.0\]"):
+        begin({"evaluate.number_grids": {"age": [20, 80, 1]}})
     with pytest.raises(UserError, match=r"data\.fingerprint was abc and is xyz"):
         begin({}, "xyz")
     with pytest.raises(UserError, match=r"modalities\.PET\.patch was None and is \[2, 2, 2\]"):

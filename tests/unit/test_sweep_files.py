@@ -70,7 +70,7 @@ LEAVE_OUT = "--resume uses the settings of the sweep; leave out "
         ),
         ("tune: {space: {optim.lr: null}}", [], f"{LEAVE_OUT}tune.space.optim.lr.grid (was [0.001, 1e-4], is unset)"),
         (f"{SAME}name: other", ["--config", "{}"], f'{LEAVE_OUT}name (was "", is other)'),
-        (SAME, ["optim.lr=0.001"], f"{LEAVE_OUT}optim.lr (is swept)"),
+        (SAME, ["optim.lr=7e-4"], f"{LEAVE_OUT}optim.lr (is swept)"),
         ("optim: {clip: 2.0}\nseed: 1", [], f"{LEAVE_OUT}optim.clip (was 1, is 2), seed (was 0, is 1)"),
         (SAME, ["--resume", "another"], "another; existing sweeps: first"),
     ],
