@@ -266,6 +266,9 @@ def print_plan(settings: Settings, data: EvaluationData, console: Console) -> No
     for target, number in sorted(Counter(c.target for c in conversations).items()):
         candidates = data.candidates.get(target, {})
         choices = " | ".join(f"{label}: {text}" for label, text in candidates.items())
+        if any(isinstance(label, float) for label in candidates):
+            first, *_, last = candidates.values()
+            choices = f"{len(candidates)} numbers, {first} to {last}"
         lines.append(f"  {target}: {pluralise(number, 'conversation')}" + (f", of {choices}" if choices else ""))
     for line in [*lines, *(f"note: {line}" for line in data.notes)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
