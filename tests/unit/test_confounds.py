@@ -130,7 +130,7 @@ def test_only_confounds_that_most_subjects_have_are_used_and_others_are_left_out
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        (str, "it has more than one category per ten subjects"),
+        (str, "it has more than one category per five subjects"),
         (lambda i: i if i < 20 else None, "at least half of the subjects do not have it"),
         (lambda _: "a", "it is constant in the training split"),
         (lambda i: "abcd"[i % 4], None),

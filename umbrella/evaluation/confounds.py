@@ -22,7 +22,7 @@ from umbrella.volumes.store import VolumeStore
 CALIPER = 0.2
 """Largest difference of matched numbers, in standard deviations (Austin, Pharmaceutical Statistics 10:150, 2011)."""
 FOLDS = 5
-MANY = "it has more than one category per ten subjects"
+MANY = "it has more than one category per five subjects"
 Value = str | float
 """The value of a confound: a category or a number."""
 
@@ -91,7 +91,7 @@ def analyse_confounds(
     """Compare a model with its confounds.
 
     A confound is used if most subjects have it, it is not constant, and it has at most two categories or one per
-    ten subjects.
+    five subjects.
 
     - A logistic regression (classes, of equal weight) or ridge regression (numbers) on the confounds is fitted to the
       training split. Cross-validation in this split chooses the regularisation. It is undefined if a class has one
@@ -221,7 +221,7 @@ def _why_unused(evaluated: Sequence[Value | None], training: Sequence[Value | No
     if len({*both[1]}) < 2:
         return "it is constant in the training split"
     texts = any(isinstance(value, str) for values in both for value in values)
-    return MANY if texts and any(len({*values}) > max(2, len(values) / 10) for values in both) else ""
+    return MANY if texts and any(len({*values}) > max(2, len(values) / 5) for values in both) else ""
 
 
 def _encode(rows: Sequence[tuple[Value, ...]], reference: Sequence[tuple[Value, ...]]) -> NDArray:
