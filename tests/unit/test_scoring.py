@@ -132,6 +132,9 @@ def test_the_distribution_of_a_number_is_the_product_of_its_digits(
     scores: Callable[..., list[Prediction]],
 ) -> None:
     model, three = build().eval(), cohort["three"]  # its label is 63.5
+    for layer in model.model.language_model.layers:  # new weights hardly attend to positions
+        layer.self_attn.q_proj.weight.data *= 30
+        layer.self_attn.k_proj.weight.data *= 30
     grid = {float(number): f"{number}." for number in (8, 9, 40, 41, 49, 63, 64, 120)}
     [scored] = scores(model, [three], {three.target: grid})
     texts = list(grid.values())
