@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from umbrella.evaluation.controls import AS_ASKED, OTHER_LABEL, PARAPHRASED, SAME_LABEL, SHOWN_LABEL, WITHOUT
 from umbrella.evaluation.group_metrics import Estimate, estimate
-from umbrella.evaluation.metrics import ratio
+from umbrella.evaluation.metrics import nan_mean, ratio
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.settings import EvaluateSettings
 
@@ -121,8 +121,7 @@ def _measure(
     def metrics(weights: NDArray) -> dict[str, NDArray]:
         weights = weights[:, columns]
         stay = np.stack([ratio(weights @ (right & without & of), weights @ (right & of)) for of in strata])
-        defined = ~np.isnan(stay)
-        share = ratio(np.where(defined, stay, 0).sum(0), defined.sum(0))
+        share = nan_mean(stay.T)
         guess = ratio(weights @ (guessed * counted), weights @ counted)
         values = {name: ratio(weights @ follows, weights @ has) for name, (has, follows) in shown.items()}
         values[PARAPHRASED] = 1 - values[PARAPHRASED]

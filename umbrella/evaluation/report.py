@@ -23,7 +23,7 @@ from umbrella.evaluation.figures import draw_confusion, draw_controls, draw_cove
 from umbrella.evaluation.group_metrics import MAIN_METRIC, MAIN_REFERENCE, Estimate, Group, main_metrics
 from umbrella.evaluation.image_use import ImageUse
 from umbrella.evaluation.predictions import Prediction, write_predictions
-from umbrella.evaluation.verdict import format_interval, format_value, make_verdict, metric_name
+from umbrella.evaluation.verdict import format_estimate, format_interval, format_value, make_verdict, metric_name
 from umbrella.fileio import write_csv
 from umbrella.html import render
 from umbrella.paths import METRICS, REPORT
@@ -258,8 +258,7 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
             for condition in conditions:
                 whole = wholes[condition].get((target, kind))
                 estimate = whole.metrics.get(name, UNDEFINED) if whole else UNDEFINED
-                interval = format_interval(estimate)
-                cells.append(format_value(estimate.value) + (f" ({interval})" if interval else ""))
+                cells.append(format_estimate(estimate))
             way, level, metric = name.split("/", 2)
             reference = group.references.get(MAIN_REFERENCE[group.kind])
             counted = way == "generated" and group.invalid is not None

@@ -33,6 +33,12 @@ def format_interval(estimate: Estimate) -> str:
     return f"{format_value(estimate.low)} to {format_value(estimate.high)}" if known else ""
 
 
+def format_estimate(estimate: Estimate) -> str:
+    """Format a metric with its interval: ``0.812 (0.71 to 0.92)``; without it where that is undefined."""
+    interval = format_interval(estimate)
+    return format_value(estimate.value) + (f" ({interval})" if interval else "")
+
+
 def metric_name(metric: str) -> str:
     """The name of a metric for people: ``recall of male``."""
     name, _, label = metric.partition("/")

@@ -13,18 +13,10 @@ import yaml
 
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.evaluation.group_metrics import Estimate
-from umbrella.evaluation.report import (
-    AS_ASKED,
-    CONDITION_NAMES,
-    MAIN_METRIC,
-    MAIN_REFERENCE,
-    EvaluationResult,
-    format_interval,
-    format_value,
-    main_metrics,
-    metric_name,
-)
+from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES
+from umbrella.evaluation.group_metrics import MAIN_METRIC, MAIN_REFERENCE, main_metrics
+from umbrella.evaluation.report import EvaluationResult
+from umbrella.evaluation.verdict import format_estimate, format_value, metric_name
 from umbrella.fileio import write_atomic
 from umbrella.html import render
 from umbrella.paths import CODE, HISTORY, PROGRESS, SETTINGS, TRIALS
@@ -59,7 +51,7 @@ def write_model_card(
         {
             "cell": lambda text: " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split()),
             "shown": lambda of_one: ", ".join(f"{key} {value}" for key, value in of_one.items() if value != 0),
-            "estimate": _format_estimate,
+            "estimate": format_estimate,
             "value": format_value,
             "named": metric_name,
             "main_metrics": main_metrics,
@@ -160,8 +152,3 @@ def _describe_compute(settings: Settings, checkpoint: Path) -> str:
     sweep = f"; the {len(seconds)} trials of the sweep {sum(seconds.values()):.0f} s" if len(seconds) > 1 else ""
     time = f"{seconds[training]:.0f} s" if training in seconds else "unknown time"
     return f"{step}: {time} on {resources.workers} x ({devices}){sweep}"
-
-
-def _format_estimate(estimate: Estimate) -> str:
-    interval = format_interval(estimate)
-    return format_value(estimate.value) + (f" ({interval})" if interval else "")
