@@ -1,26 +1,6 @@
-"""Evaluate a checkpoint on a split, with controls that show how much of the score comes from the images.
+"""The command ``umbrella evaluate``, for a checkout."""
 
-  evaluate.py checkpoint=STEP
-  evaluate.py checkpoint=STEP data.test=other/test.jsonl evaluate.controls=[]
-
-STEP is a step_... folder of a training. Settings are those of the training unless they are given. --dry-run prints what
-would be evaluated.
-"""
-
-from umbrella.cli import Arguments, make_console, named_checkpoint, progress_bar, run_script
-
-
-def main(args: Arguments) -> None:
-    """Evaluate, or print what would be evaluated."""
-    from umbrella.evaluation.report import print_evaluation
-    from umbrella.evaluation_run.evaluate import evaluate, load_evaluation_settings, print_plan, read_evaluation_data
-
-    settings = load_evaluation_settings(named_checkpoint(args.settings), args.files, args.overrides)
-    if args.dry_run:
-        print_plan(settings, read_evaluation_data(settings, progress_bar, volumes=False), make_console())
-    else:
-        print_evaluation(*evaluate(settings, progress_bar), make_console())
-
+from umbrella.commands import run
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run("evaluate")

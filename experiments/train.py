@@ -1,39 +1,6 @@
-"""Train one model, with the same settings as a sweep: MLflow run, checkpoints, an evaluation after each epoch.
+"""The command ``umbrella train``, for a checkout."""
 
-Without arguments: the default settings on a phantom cohort, which is created if it does not exist.
-"""
-
-from math import nan
-from pathlib import Path
-
-from umbrella.cli import Arguments, make_console, progress_bar, run_script
-
-
-def main(args: Arguments) -> None:
-    """Run the training; with --dry-run, print what would run."""
-    settings = args.settings
-    settings = settings.with_values({f"tune.space.{name}": None for name in settings.tune.space})  # a single training
-    if args.dry_run:
-        from umbrella.tuning.sweep import dry_run
-
-        dry_run(settings, args.given, progress_bar, make_console())
-        return
-    from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
-    from umbrella.training.run import run_training
-
-    def finish(folder: Path) -> None:
-        metric = settings.tune.metric
-        best = best_checkpoint(folder, metric, settings.tune.mode)
-        if best:
-            print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
-        print(f"checkpoints: {folder}\nruns in MLflow: make ui")
-        if best and settings.evaluate.at_end:
-            from umbrella.evaluation_run.evaluate import evaluate_at_end
-
-            evaluate_at_end(settings, best, folder.name, progress_bar, make_console())
-
-    run_training(settings, progress_bar, finish)
-
+from umbrella.commands import run
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run("train")

@@ -1,14 +1,15 @@
-"""Command line of the scripts in experiments/: settings, options, exit status and console output.
+"""Command line of the commands: settings, options, exit status and console output.
 
-script.py [file.yaml ...] [name=value ...] [--dry-run] [--help]
+umbrella NAME [file.yaml ...] [name=value ...] [--name value ...] [--dry-run] [--help [SECTION]]
 """
 
 import argparse
 import errno
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from umbrella.base import Stopped, UserError, on_sigterm, printable
 from umbrella.cluster import prepare_environment
-from umbrella.config import Settings, describe_settings, has_search_space, load_settings, parse_value
+from umbrella.config import Settings, find_settings_file, has_search_space, is_setting, load_settings, parse_value
 from umbrella.fileio import describe_storage_error
 from umbrella.paths import SWEEPS, TRAININGS, TRIALS, checkpoints_in
+from umbrella.settings_help import describe_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +42,7 @@ PROGRESS_INTERVAL = 30.0
 
 
 Options = Mapping[str, Mapping[str, Any]]
-"""Command line options of one script: flag, such as "--task-id", to the arguments of ``add_argument``."""
+"""Command line options of one command: flag, such as "--task-id", to the arguments of ``add_argument``."""
 
 
 @dataclass(frozen=True)
@@ -51,82 +53,115 @@ class Arguments:
     given: frozenset[str]
     dry_run: bool
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the script's own options: "task_id" for "--task-id"."""
+    """Values of the command's own options: "task_id" for "--task-id"."""
     files: Sequence[str] = ()
-    """Settings files on the command line, in order; without the script's default file."""
+    """Settings files on the command line, in order; without the command's default file."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Settings on the command line, by their dotted names."""
     paths: tuple[str, ...] = ()
-    """Other files, of scripts that accept them."""
+    """Other files, of commands that accept them."""
 
 
 def parse(
     argv: Sequence[str],
     doc: str,
-    default_file: str | None = None,
+    default_file: str = "",
     options: Options = MappingProxyType({}),
     paths: str = "",
+    name: str = "",
 ) -> Arguments:
     """Parse a command line.
 
     Args:
-        argv: arguments without the script's name.
+        argv: arguments without the command's name.
         doc: description in ``--help``.
         default_file: settings file that is read first if no other file has a ``tune.space``.
-        options: options of the script. An option with the name of a shared flag replaces it.
+        options: options of the command. An option with the name of a shared flag replaces it.
         paths: name of files other than settings files in ``--help``, such as "volume.nii.gz". An argument is such a
             file unless it ends with .yaml or .yml, or has an "=" without a "/" before it. Empty: not accepted.
+        name: of the command.
+
+    Raises:
+        UserError: an option has no value, a settings file cannot be read, or a setting is unknown or not valid.
     """
-    lines = [f"  {name} = {default!r}\n      {line}" for name, default, line in describe_settings()]
-    epilog = "\n".join(["settings, with their defaults:", *lines]).replace("%", "%%")
     parser = argparse.ArgumentParser(
-        description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"umbrella {name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
     )
     metavar = " | ".join(["file.yaml", "name=value", *([paths] if paths else [])])
-    positional = "settings files and overrides" + (f", and each {paths}" if paths else "")
+    positional = "settings files, settings (also as --name value), " + (f"and each {paths}" if paths else "in order")
     parser.add_argument("words", nargs="*", metavar=metavar, help=positional)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a settings file, as above")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    text = "print this text and all settings, or those of one section, as in --help optim"
+    parser.add_argument("--help", "-h", nargs="?", const="", metavar="SECTION", help=text)
     own = {parser.add_argument(flag, **keywords).dest for flag, keywords in options.items()}
-    flags = {flag: name for flag, name in FLAGS.items() if flag not in options}
-    for flag, name in flags.items():
-        parser.add_argument(flag, dest=name, metavar="VALUE", help=f"the same as {name}=VALUE")
-    values = vars(parser.parse_intermixed_args(argv))
+    values = vars(parser.parse_intermixed_args(list(_join_settings(argv, options))))
+    if values["help"] is not None:
+        defaults = load_settings([default_file] if default_file else [])
+        described = describe_settings(defaults, values["help"])
+        aliases = textwrap.fill(", ".join(f"{flag} = {name}" for flag, name in FLAGS.items()), 110)
+        print(described if values["help"] else f"{parser.format_help()}\nflags: {aliases}\n\n{described}")
+        sys.exit(0)
 
     files, others = list(values["config"]), []
     overrides: dict[str, Any] = {}
-    for word in values["words"]:
-        name, equals, text = word.partition("=")
-        if equals and not (paths and "/" in name):
-            overrides[name] = parse_value(name, text)
+    for i, word in enumerate(values["words"]):
+        setting, equals, text = word.partition("=")
+        if equals and not (paths and "/" in setting):
+            overrides[setting] = parse_value(setting, text)
+        elif is_setting(word):
+            value = values["words"][i + 1] if i + 1 < len(values["words"]) else "VALUE"
+            raise UserError(f"{word}: is a setting, not a file; write {word}={value}")
         elif paths and not word.lower().endswith((".yaml", ".yml")):
             others.append(word)
         else:
             files.append(word)
-    overrides |= {name: parse_value(name, values[name]) for name in flags.values() if values[name] is not None}
+    files = [str(find_settings_file(file)) for file in files]
     default = [default_file] if default_file and not any(map(has_search_space, files)) else []
     return Arguments(
         settings=load_settings([*default, *files], overrides),
         given=frozenset(overrides),
         dry_run=values["dry_run"],
-        options={name: values[name] for name in own},
+        options={option: values[option] for option in own},
         files=files,
         overrides=overrides,
         paths=tuple(others),
     )
 
 
-def run_script(
+def _join_settings(argv: Sequence[str], options: Options) -> Iterator[str]:
+    """Yield the words of a command line, with ``--optim.lr 3e-4`` and ``--optim.lr=3e-4`` as ``optim.lr=3e-4``."""
+    words = iter(argv)
+    for word in words:
+        flag, equals, text = word.partition("=")
+        name = "" if flag in options or not flag.startswith("--") else FLAGS.get(flag, flag[2:])
+        if "." not in name and not is_setting(name):
+            yield word
+            continue
+        if not equals:
+            text = next(words, "")
+            if not text:
+                raise UserError(f"{flag}: needs a value, as in {flag} VALUE")
+        yield f"{name}={text}"
+
+
+def run_command(
+    name: str,
+    argv: Sequence[str],
     main: Callable[[Arguments], Any],
     doc: str,
-    default_file: str | None = None,
+    default_file: str = "",
     options: Options = MappingProxyType({}),
     paths: str = "",
 ) -> None:
-    """Parse ``sys.argv`` as ``parse`` does, call ``main``, and exit as ``exit_with_status`` says."""
+    """Parse a command line as ``parse`` does, call ``main``, and exit as ``exit_with_status`` says."""
 
     def parse_and_call() -> None:
-        args = parse(sys.argv[1:], doc, default_file, options, paths)
+        args = parse(argv, doc, default_file, options, paths, name)
         prepare_environment(args.settings.resources.ray_address)
         main(args)
 
@@ -162,7 +197,7 @@ def exit_with_status(main: Callable[[], Any]) -> None:
 
 
 def make_console() -> "Console":
-    """Create the console of a script. Without a terminal it is wide enough for tables."""
+    """Create the console of a command. Without a terminal it is wide enough for tables."""
     from rich.console import Console
 
     class PlainConsole(Console):

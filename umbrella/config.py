@@ -25,6 +25,12 @@ from umbrella.tracking.settings import TrackingSettings
 from umbrella.training.settings import LossSettings, OptimSettings, ResourceSettings, TrainSettings
 from umbrella.tuning.settings import TuneSettings
 
+READY = next(
+    folder
+    for folder in (Path(__file__).parent / "ray_configs", Path(__file__).parent.parent / "ray_configs")
+    if folder.is_dir()
+)
+"""The settings files that come with the package: in an installed package, or in a checkout."""
 SPACE = "tune.space."
 LONGEST_NAME = 200
 """Bytes of the longest name of a training. File systems allow 255 bytes, and file names add to the name."""
@@ -69,11 +75,11 @@ class Settings(Section):
     name: str = Field("", pattern=r"^[\w.-]*$")
     """Name of a training. An existing training of this name is resumed. Empty: a new name from the current time."""
     checkpoint: PathOrAddress = ""
-    """Checkpoint for evaluate.py and predict.py: a step_... folder of a training."""
+    """Checkpoint for umbrella evaluate and umbrella predict: a step_... folder of a training."""
     output: PathOrAddress = ""
-    """Output of evaluate.py (a folder) and predict.py (a .jsonl file). Empty: in the storage folder."""
+    """Output of umbrella evaluate (a folder) and umbrella predict (a .jsonl file). Empty: in the storage folder."""
     compare: PathOrAddress = ""
-    """Another run for evaluate.py to compare the checkpoint with: the name of its evaluation, or of several up to a "-"; or a folder with predictions.jsonl."""  # noqa: E501
+    """Another run for umbrella evaluate to compare the checkpoint with: the name of its evaluation, or of several up to a "-"; or a folder with predictions.jsonl."""  # noqa: E501
     seed: int = 0
     """Seed of the initial weights and of the order of samples."""
     cohort: CohortSettings = CohortSettings()
@@ -159,16 +165,14 @@ def parse_value(name: str, text: str) -> Any:
     return text if is_text and not isinstance(value, str) else value
 
 
-def describe_settings(section: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted name, default, description) of every setting."""
-    for name, field in section.model_fields.items():
-        kind, default = field.annotation, field.default
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from describe_settings(kind, f"{prefix}{name}.")
-            continue
-        if isinstance(default, dict):
-            default = {k: v.model_dump() if isinstance(v, Section) else v for k, v in default.items()}
-        yield prefix + name, default, " ".join((field.description or "").split())
+def find_settings_file(name: str) -> Path:
+    """Return the path of a settings file: a path, or the name of a file in ``ray_configs``, such as "grid_96.yaml"."""
+    return next((file for file in (Path(name), READY / name, READY.parent / name) if file.is_file()), Path(name))
+
+
+def is_setting(name: str) -> bool:
+    """Whether this is the dotted name of a setting."""
+    return name in Settings().flat() or name in Settings.model_fields or name.startswith(SPACE)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

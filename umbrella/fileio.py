@@ -142,7 +142,7 @@ def dataset_hint(path: str | Path) -> str:
     )
     if not is_dataset and not (place.is_file() and place.suffix.lower() in (".tsv", ".csv")):
         return ""
-    command = f"python experiments/make_conversations.py {folder} --targets sex,age --output conversations/"
+    command = f"umbrella make-conversations {folder} --targets sex,age --output conversations/"
     return (
         f"{path}: is a {'BIDS dataset' if is_dataset else 'table'}; first {command}, and give conversations/data.yaml"
     )

@@ -21,9 +21,9 @@ evaluations/<sweep>-folds/      the evaluation of all folds together
 volumes/                        prepared volumes, see ``volumes.store``
 phantom-<hash>/                 a phantom cohort
 quarantine-<hash>.jsonl         samples that were left out
-predictions-<hash>.jsonl        answers of predict.py
-report/                         the report of prepare.py
-inspect/                        pictures of inspect_data.py
+predictions-<hash>.jsonl        answers of umbrella predict
+report/                         the report of umbrella prepare
+inspect/                        pictures of umbrella inspect
 mlflow.db, artifacts/           MLflow's database and artifacts
 subjects.salt                   salt of tracking.hash_subjects
 """

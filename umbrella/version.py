@@ -8,7 +8,7 @@ from typing import Any
 from umbrella.base import UserError
 from umbrella.paths import CODE
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 OLDEST = "0.2.0"
 """Oldest version whose checkpoints, trainings and sweeps can be read."""
 

@@ -155,7 +155,7 @@ def test_failed_model_logging_keeps_the_results_and_a_resume_logs_the_model_once
     answer = resume()
     said = capsys.readouterr().err
     assert f"note: {answer.trials[0].checkpoint} was not logged as a model in MLflow: " in said
-    assert f"; python experiments/tune.py --resume {before.folder.name} logs it\n" in said
+    assert f"; umbrella tune --resume {before.folder.name} logs it\n" in said
     assert versions() == 1
     models.unlink()
     models.with_name("kept").rename(models)

@@ -8,9 +8,7 @@ import gzip
 import json
 import logging
 import re
-import runpy
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.conftest import EXPERIMENTS, Done
+from tests.conftest import Done
 from tests.unit.samples import BRAIN, SERIES, changed, nii, sample, write_data, write_lines
-from umbrella.cli import run_script
+from umbrella.commands import prepare
 
-PREPARE = runpy.run_path(str(EXPERIMENTS / "prepare.py"))
 SMALL = [
     "modalities.sMRI={grid: [4, 4, 4], patch: [2, 4, 4]}",
     "modalities.fMRI={grid: [4, 4, 4, 6], patch: [4, 4, 4, 2]}",
@@ -49,11 +46,10 @@ def run(
         change(folder)
         data = [f"data.{split}=DATA/{split}.jsonl" for split in ("train", "validation")]
         given = [word.replace("DATA", str(folder)) for word in (*SMALL, *data, *words)]
-        monkeypatch.setattr(sys, "argv", ["prepare.py", f"resources.storage={tmp_path}/runs", *given])
         recwarn.clear()
         status = 0
         try:
-            run_script(PREPARE["main"], PREPARE["__doc__"])
+            prepare.run([f"resources.storage={tmp_path}/runs", *given])
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capsys.readouterr()

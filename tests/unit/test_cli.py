@@ -10,8 +10,9 @@ import pytest
 from rich.table import Table
 
 from umbrella.base import UserError, note
-from umbrella.cli import FLAGS, Arguments, Options, make_console, parse, progress_bar, run_script
-from umbrella.config import describe_settings
+from umbrella.cli import FLAGS, Arguments, Options, make_console, parse, progress_bar, run_command
+from umbrella.config import Settings
+from umbrella.settings_help import list_settings
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,9 @@ def test_help_has_every_setting_and_option(capsys: pytest.CaptureFixture[str]) -
         parse(["--help"], "What this script does.", options=OPTIONS)
     printed = capsys.readouterr().out
     assert left.value.code == 0
-    assert [name for name, _, line in describe_settings() if f"  {name} = " not in printed or line not in printed] == []
+    words = " ".join(printed.split())
+    settings = list_settings(Settings())
+    assert [e.name for e in settings if f" {e.name} {e.kind} " not in words or e.description not in words] == []
     assert [text for text in ("What this script does.", *FLAGS, *OPTIONS, "--dry-run") if text not in printed] == []
 
 
@@ -133,24 +136,19 @@ def test_a_user_error_or_sigterm_ends_a_script_in_one_line(
     word: str,
     status: int,
     line: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["script.py", word])
     with pytest.raises(SystemExit) as left:
-        run_script(main, "")
+        run_command("name", [word], main, "")
     assert (left.value.code, *capsys.readouterr()) == (status, "", line)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["script.py"])
+def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        run_script(lambda args: 1 / 0, "")
+        run_command("name", [], lambda args: 1 / 0, "")
 
 
-def test_escape_sequences_in_texts_do_not_reach_the_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_escape_sequences_in_texts_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     def main(args: Arguments) -> None:
         table = Table("a\x1b[2J", title="b\x1b[2J")
         table.add_row("c\x1b[2J")
@@ -158,9 +156,8 @@ def test_escape_sequences_in_texts_do_not_reach_the_terminal(
         note("e\x1b[2J")
         raise UserError("f\x1b[2J\x9b2J")
 
-    monkeypatch.setattr("sys.argv", ["script.py"])
     with pytest.raises(SystemExit):
-        run_script(main, "")
+        run_command("name", [], main, "")
     printed = "".join(capsys.readouterr())
     assert not {"\x1b", "\x9b"} & set(printed)
     assert all(rf"{letter}\x1b[2J" in printed for letter in "abcdef")

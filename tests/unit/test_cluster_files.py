@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from umbrella.cli import parse
-from umbrella.config import load_settings
+from umbrella.commands import COMMANDS
+from umbrella.config import find_settings_file, load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "ray_configs"
@@ -110,10 +111,10 @@ def test_commands_in_the_files_use_scripts_files_and_settings_that_exist() -> No
     known, found = set(load_settings().flat()), 0
     for file in [*FILES, *CONFIGS.glob("*.yaml")]:
         text = re.sub(r"\\?\n#? +(?=[\w./]+=|ray_configs)", " ", file.read_text(encoding="utf-8"))
-        for command in re.findall(r"experiments/\w+\.py\b.*", text):
-            script, *words = re.findall(r"\S+\.py|\S+\.yaml|[a-z_.]+=\S+", command)
-            assert (REPOSITORY / script).exists()
-            assert all((REPOSITORY / word).exists() for word in words if word.endswith(".yaml")), words
+        for script, command in re.findall(r"(experiments/\w+\.py|umbrella [a-z-]+)\b(.*\b(?:=|yaml).*)", text):
+            words = re.findall(r"\S+\.yaml|[a-z_.]+=\S+", command)
+            assert (REPOSITORY / script).exists() or script.removeprefix("umbrella ") in COMMANDS
+            assert all(find_settings_file(word).is_file() for word in words if word.endswith(".yaml")), words
             assert {word.split("=")[0] for word in words if "=" in word} <= known
             found += 1
     assert found >= 10

@@ -10,7 +10,8 @@ import yaml
 
 from umbrella.base import UserError
 from umbrella.cli import parse
-from umbrella.config import Loader, Settings, describe_settings, load_settings
+from umbrella.config import Loader, Settings, load_settings
+from umbrella.settings_help import list_settings
 
 
 def write(path: Path, text: str) -> Path:
@@ -204,8 +205,9 @@ def test_saved_settings_are_restored(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    assert [name for name, _, line in describe_settings() if not line.endswith(".")] == []
-    assert {"optim.lr", "modalities", "tune.space", "resources.storage"} <= {name for name, _, _ in describe_settings()}
+    settings = list_settings(Settings())
+    assert [entry.name for entry in settings if not entry.description.endswith(".")] == []
+    assert {"optim.lr", "modalities.NAME.grid", "tune.space", "resources.storage"} <= {entry.name for entry in settings}
 
 
 def test_importing_the_settings_loads_neither_torch_nor_ray() -> None:

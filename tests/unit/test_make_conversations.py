@@ -444,7 +444,7 @@ def test_the_output_is_described_and_the_next_commands_are_printed(make: Make, d
     report = (tmp_path / "out/cohort.md").read_text()
     assert all(line in done.stdout for line in report.splitlines()[2:])
     assert "| split | subjects | families | scans | sex | age, mean ± SD | site |" in report
-    assert f"python experiments/tune.py {tmp_path}/out/data.yaml" in done.stdout
+    assert f"umbrella tune {tmp_path}/out/data.yaml" in done.stdout
     settings = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
     assert settings["data"]["root"] == str(ds)
     assert set(settings["modalities"]) == {"sMRI", "fMRI"}
@@ -471,7 +471,7 @@ def test_a_sweep_accepts_the_output_unchanged(run: Callable[..., Done], make: Ma
 def test_prepare_says_what_to_do_with_a_dataset(run: Callable[..., Done], ds: Path, word: str) -> None:
     done = run("prepare.py", word.format(ds), *(["data.validation=x"] if "=" in word else []))
     assert done.status == 2
-    assert f"make_conversations.py {ds} --targets sex,age" in done.stderr
+    assert f"umbrella make-conversations {ds} --targets sex,age" in done.stderr
 
 
 def test_tables_of_spreadsheets_are_read(made: Any, ds: Path) -> None:

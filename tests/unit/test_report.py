@@ -87,7 +87,7 @@ def test_the_best_settings_are_written_and_printed_with_the_command_that_uses_th
     page = report(folder, TRIALS)
     best = load_settings([folder / "best.yaml"])
     assert (best.optim.lr, best.seed, best.tune.space) == (0.001, 1, {})
-    assert f"python experiments/train.py '{folder}/best.yaml'" in page
+    assert f"umbrella train '{folder}/best.yaml'" in page
     configurations = rank_configurations(TRIALS, "max")
     trials = ranked_trials(configurations)
     result = SweepResult(configurations, trials, best, folder, "sqlite:///runs/mlflow.db", "No trial learnt.")
@@ -95,7 +95,7 @@ def test_the_best_settings_are_written_and_printed_with_the_command_that_uses_th
     print_result(result, console)
     printed = console.export_text()
     assert f"lr=0.001 seed=1: {METRIC} 0.875 at step 10, over seeds 0.8125 ± 0.16 (n = 3)" in printed
-    assert "python experiments/train.py 'my sweep/best.yaml'" in printed
+    assert "umbrella train 'my sweep/best.yaml'" in printed
     assert f"file://{tmp_path}/my%20sweep/report.html" in printed
     assert "1 finished, 1 stopped by the scheduler, 1 failed" in printed
     assert printed.endswith("\nNo trial learnt.\n")

@@ -230,7 +230,7 @@ def test_the_scheduler_is_rays(name: str, kind: str) -> None:
 @pytest.mark.parametrize("file", SETTINGS_FILES, ids=lambda file: file.stem)
 def test_every_settings_file_is_valid_and_its_head_has_the_command(file: Path) -> None:
     comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert any(line.startswith("#     python experiments/tune.py") for line in comments)
+    assert any(line.startswith("#     umbrella tune") for line in comments)
     assert any(file.name in line for line in comments)
     checkpoint = {"model.checkpoint": "llava"} if file.stem == "embedder" else {}
     counts = {"tune": 4, "numbers": 6, "embedder": 9, "patch_and_grid": 4, "fmri_window": 4, "augmentation": 12}

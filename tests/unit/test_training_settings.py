@@ -57,7 +57,7 @@ def test_the_command_gives_the_training_from_any_folder(
 ) -> None:
     (tmp_path / "best.yaml").write_text(best_settings.to_yaml(), encoding="utf-8")
     python, script, *arguments = shlex.split(training_command(tmp_path / "best.yaml"))
-    assert (python, script) == ("python", "experiments/train.py")
+    assert (python, script) == ("umbrella", "train")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert parse(arguments, "").settings == best_settings

@@ -278,7 +278,7 @@ def head_note(dataset: Path, scans: Sequence[Scan]) -> str:
             data = np.asanyarray(image.dataobj)
             voxel = abs(np.linalg.det(image.affine[:3, :3]))
         except (OSError, ValueError, EOFError, ImageFileError):
-            continue  # prepare.py reports files that cannot be read
+            continue  # umbrella prepare reports files that cannot be read
         litres.append(np.count_nonzero(data > 0.1 * np.percentile(data, 99)) * voxel / 1e6)
     if not litres or np.median(litres) < BRAIN_LITRES:
         return ""

@@ -1,4 +1,4 @@
-"""From a dataset to conversations, splits, settings and a report: the work of ``make_conversations.py``."""
+"""From a dataset to conversations, splits, settings and a report: the work of ``umbrella make-conversations``."""
 
 import json
 import statistics
@@ -86,9 +86,9 @@ def make_conversations(request: Request, progress: ProgressBar, show: Callable[[
     write_atomic(request.output / "cohort.md", "# Cohort\n\n" + "\n".join(report) + "\n")
     if EXTERNAL in splits and "test" in splits:
         show(f"external test: data.test={request.output / EXTERNAL}.jsonl, in place of the split test")
-    show(f"next: python experiments/prepare.py {request.output / 'data.yaml'}")
+    show(f"next: umbrella prepare {request.output / 'data.yaml'}")
     folds = " --folds" * bool(request.folds)
-    show(f"      python experiments/tune.py {request.output / 'data.yaml'} ray_configs/grid_96.yaml{folds}")
+    show(f"      umbrella tune {request.output / 'data.yaml'} grid_96.yaml{folds}")
 
 
 def _assign_splits(request: Request, cohort: Cohort) -> list[str]:
@@ -231,8 +231,9 @@ def _settings_text(request: Request, cohort: Cohort, folder: Path, names: Sequen
     metric = f"eval/{classes[0]}/balanced_accuracy" if classes else "eval/loss"
     tune = {"metric": metric, "mode": "max" if classes else "min"}
     content = {"data": data, "modalities": modalities, "tune": tune}
-    return "# Written by make_conversations.py. Settings files and overrides after this one win.\n" + yaml.safe_dump(
-        content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+    return (
+        "# Written by umbrella make-conversations. Settings files and overrides after this one win.\n"
+        + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     )
 
 

@@ -25,7 +25,7 @@ PATH_COLUMNS = {"smri": "T1w", "dmri": "FA", "fmri": "bold", "t1": "T1w", "t2": 
 
 @dataclass(frozen=True)
 class Request:
-    """What to make. The fields are the options of ``make_conversations.py``."""
+    """What to make. The fields are the options of ``umbrella make-conversations``."""
 
     dataset: Path
     targets: tuple[str, ...]

@@ -26,7 +26,7 @@ class DataSettings(Section):
     test: Paths = ()
     """Test conversations, for the evaluation of the best checkpoint."""
     input: Paths = ()
-    """Conversations for predict.py to answer. The text of their last assistant turn is ignored."""
+    """Conversations for umbrella predict to answer. The text of their last assistant turn is ignored."""
     format: Literal["auto", "v2", "v1", "llava", "chat"] = "auto"
     """Format of the conversations. auto: detected from the keys of each sample."""
     root: PathOrAddress = ""

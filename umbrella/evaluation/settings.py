@@ -29,7 +29,7 @@ class EvaluateSettings(Section):
     max_new_tokens: int | None = Field(None, ge=1)
     """Largest number of tokens of a generated answer. null: that of the longest answer in the training data, at most 1024."""  # noqa: E501
     candidates: dict[str, dict[str, str]] = Field({})
-    """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: the most frequent text of each label in the training data; for predict.py: none."""  # noqa: E501
+    """Candidate answers of a target, label to text, as in {sex: {female: female., male: male.}}. Empty: the most frequent text of each label in the training data; for umbrella predict: none."""  # noqa: E501
     number_grids: dict[str, tuple[float, float, float]] = Field({})
     """Numbers whose likelihood is computed, by target: lowest, highest and step, as in {age: [20, 80, 1]}. Empty: the range and decimals of the training labels."""  # noqa: E501
     calibrated: bool = False

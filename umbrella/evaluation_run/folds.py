@@ -1,6 +1,6 @@
 """Cross-validation: the best settings of a sweep are trained on each fold, and one report covers all held-out subjects.
 
-Folds are the folders ``fold-1`` to ``fold-K`` that ``make_conversations.py --folds K`` writes.
+Folds are the folders ``fold-1`` to ``fold-K`` that ``umbrella make-conversations --folds K`` writes.
 """
 
 import re
@@ -54,7 +54,7 @@ def fold_settings(settings: Settings, trial: str = "") -> list[Settings]:
     if len(folders) != 1 or not folders <= numbers.keys() or not all(names.values()):
         raise UserError(
             "--folds: data.train, data.validation and data.test are not in one folder fold-1, fold-2, ...; let"
-            " python experiments/make_conversations.py --folds 5 write the data, and give its data.yaml"
+            " umbrella make-conversations --folds 5 write the data, and give its data.yaml"
         )
     return [
         settings.with_values(
@@ -89,7 +89,7 @@ def read_held_out(folds: Sequence[Settings], progress: ProgressBar) -> list[Conv
     if wrong := sorted(subject for subject, number in times.items() if number != 1):
         raise UserError(
             f"--folds: {len(wrong)} of {pluralise(len(times), 'subject')} are not in the test split of exactly one"
-            f" fold, first {wrong[0]} (in {times[wrong[0]]}); write all folds again with make_conversations.py"
+            f" fold, first {wrong[0]} (in {times[wrong[0]]}); write all folds again with umbrella make-conversations"
         )
     return held_out
 
@@ -168,6 +168,4 @@ def _train_and_evaluate(fold: Settings, sweep: str, progress: ProgressBar, conso
     try:
         run_training(fold, progress, evaluate)
     except Stopped:
-        raise Stopped(
-            f"SIGTERM: stopped in {fold.name}; python experiments/tune.py --resume {sweep} --folds continues"
-        ) from None
+        raise Stopped(f"SIGTERM: stopped in {fold.name}; umbrella tune --resume {sweep} --folds continues") from None

@@ -169,7 +169,7 @@ def _absolute(value: Any) -> Any:
 
 def training_command(file: str | Path) -> str:
     """Shell command that starts a training with a file of settings."""
-    return shlex.join(["python", "experiments/train.py", str(file)])
+    return shlex.join(["umbrella", "train", str(file)])
 
 
 def print_result(result: SweepResult, console: Console) -> None:

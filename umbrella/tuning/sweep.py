@@ -78,7 +78,7 @@ def run_sweep(
             if settings.tracking.model and (best := result.trials[0].checkpoint):
                 from umbrella.tracking.model_registry import log_best_model  # seconds, which only the end needs
 
-                again = f"python experiments/tune.py --resume {folder.name}"
+                again = f"umbrella tune --resume {folder.name}"
                 log_best_model(settings.tracking, result.tracking_uri, folder, best, again)
             before_upload(result)
     return result
@@ -86,7 +86,7 @@ def run_sweep(
 
 def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folder: Path, resumes: bool) -> SweepResult:
     def stop() -> None:
-        raise Stopped(f"SIGTERM: the sweep stopped; python experiments/tune.py --resume {folder.name} resumes it")
+        raise Stopped(f"SIGTERM: the sweep stopped; umbrella tune --resume {folder.name} resumes it")
 
     parameters, total, storage = read_space(settings, fixed), count_trials(settings, fixed), storage_of(folder)
     possible = variants(settings, parameters, "mask", "modalities", "model")
