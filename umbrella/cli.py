@@ -5,6 +5,7 @@ umbrella NAME [file.yaml ...] [name=value ...] [--name value ...] [--dry-run] [-
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from umbrella.base import Stopped, UserError, on_sigterm, printable
 from umbrella.cluster import prepare_environment
 from umbrella.config import Settings, find_settings_file, has_search_space, is_setting, load_settings, parse_value
 from umbrella.fileio import describe_storage_error
-from umbrella.paths import SWEEPS, TRAININGS, TRIALS, checkpoints_in
+from umbrella.paths import SETTINGS, SWEEPS, TRAININGS, TRIALS, checkpoints_in
 from umbrella.settings_help import describe_settings
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def _join_settings(argv: Sequence[str], options: Options) -> Iterator[str]:
             yield word
             continue
         if not equals:
-            text = next(words, "")
-            if not text:
+            text = next(words, "--")
+            if text.startswith("--"):
                 raise UserError(f"{flag}: needs a value, as in {flag} VALUE")
         yield f"{name}={text}"
 
@@ -186,6 +187,9 @@ def exit_with_status(main: Callable[[], Any]) -> None:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    except BrokenPipeError:  # the reader of the output has ended, as with "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -231,20 +235,38 @@ def progress_bar(items: Sequence[Any], description: str) -> Iterable[Any]:
 
 
 def named_checkpoint(settings: Settings) -> Path:
-    """Return the folder of the setting ``checkpoint``.
+    """Return the folder of the checkpoint that the setting ``checkpoint`` names.
+
+    The setting is a checkpoint's folder, or the name or folder of a training or sweep, whose best checkpoint is taken.
 
     Raises:
-        UserError: the setting is empty or the folder does not exist; the message suggests the newest checkpoint.
+        UserError: the setting is empty, nothing has this name, or two things have; or the run has no checkpoint yet.
     """
-    name = settings.checkpoint
-    folder = Path(name)
-    if name and folder.is_dir():
-        return folder.absolute()
-    wrong = f"checkpoint={name}: there is no such folder" if name else "checkpoint is not set"
-    storage = Path(settings.resources.storage)
-    trainings = [*storage.glob(f"{TRAININGS}/*/"), *storage.glob(f"{SWEEPS}/*/{TRIALS}/*/")]
-    checkpoints = [checkpoint for training in trainings for checkpoint in checkpoints_in(training)]
-    if not checkpoints:
-        raise UserError(f"{wrong}; name a training's step_... folder, of which {storage} has none yet")
-    newest = max(checkpoints, key=lambda step: step.stat().st_mtime)
-    raise UserError(f"{wrong}; name a training's step_... folder, as in checkpoint={newest}, the newest in {storage}")
+    from umbrella.training.checkpoint_files import best_checkpoint
+    from umbrella.tuning.results import best_trial, rank_configurations, read_trials
+
+    name, storage = settings.checkpoint, Path(settings.resources.storage)
+    places = dict.fromkeys(
+        path.absolute() for path in (Path(name), storage / TRAININGS / name, storage / SWEEPS / name)
+    )
+    found = [path for path in places if name and path.is_dir()]
+    if not found:
+        started = [file for kind in (TRAININGS, SWEEPS) for file in storage.glob(f"{kind}/*/{SETTINGS}")]
+        newest = max(started, key=lambda file: file.stat().st_mtime).parent.name if started else ""
+        example = f", as in checkpoint={newest}, the newest" if newest else f"; {storage} has none yet"
+        wrong = f"checkpoint={name}: there is no such folder or run" if name else "checkpoint is not set"
+        raise UserError(f"{wrong}; name a training, a sweep or a step_... folder{example}")
+    if len(found) > 1:
+        raise UserError(f"checkpoint={name}: is {' and '.join(map(str, found))}; write the path of one")
+    best: Path | str | None
+    best = folder = found[0]
+    if (folder / TRIALS).is_dir():
+        tune = load_settings([folder / SETTINGS]).tune
+        trial = best_trial(rank_configurations(read_trials(folder, tune), tune.mode))
+        best = trial.checkpoint if trial else None
+    elif checkpoints := checkpoints_in(folder):
+        tune = load_settings([checkpoints[-1] / SETTINGS]).tune
+        best = best_checkpoint(folder, tune.metric, tune.mode)
+    if not best:
+        raise UserError(f"checkpoint={name}: {folder} has no evaluated checkpoint yet")
+    return Path(best)

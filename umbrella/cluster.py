@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from umbrella.base import UserError, mask_secrets
+from umbrella.base import UserError, mask_secrets, note, pluralise
 from umbrella.fileio import LocksUnavailable, check_writable, lock
 from umbrella.training.settings import ResourceSettings
 
@@ -209,6 +209,9 @@ def max_concurrent_trainings(resources: ResourceSettings, nodes: Sequence[Mappin
     Raises UserError if not even one fits; for ``nodes`` see ``check_resources``.
     """
     have = check_resources(resources, resources.least_workers, "resources.workers", nodes)
+    if have["GPU"] and not resources.gpus_per_worker:
+        gpus = pluralise(int(have["GPU"]), "GPU")
+        note(f"these settings use none of {gpus}; add gpu_host.yaml to the command, or resources.gpus_per_worker=1")
     # Concurrent trainings have their largest number of workers each.
     workers = resources.workers
     most = min((have["CPU"] - SPARE_CPUS) / (workers * resources.cpus_per_worker), have["CPU"] / workers)

@@ -110,6 +110,11 @@ class Settings(Section):
         """Return the settings as YAML, from which ``load_settings`` restores the same settings."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
+    def changes_to_yaml(self) -> str:
+        """Return the settings that differ from the defaults as YAML."""
+        changed = _difference(self.model_dump(mode="json"), Settings().model_dump(mode="json"))
+        return yaml.safe_dump(changed, sort_keys=False, default_flow_style=None, width=120) if changed else "none\n"
+
     def with_values(self, values: Mapping[str, Any]) -> "Settings":
         """Return a copy with changed values, by dotted names. Raises UserError for an invalid name or value."""
         raw = self.model_dump(mode="json")
@@ -181,7 +186,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        ready = ", ".join(sorted(path.name for path in READY.glob("*.yaml")))
+        hint = "" if file.exists() else f"; ready settings files: {ready}"
+        raise UserError(f"{file}: cannot be read: {error.strerror}{hint}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -200,6 +207,18 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], prefix: str = "") -> No
             _merge(into[key], value, f"{prefix}{key}.")
         else:
             into[key] = value
+
+
+def _difference(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of nested mappings that differ from the defaults."""
+    changed = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict) and default:
+            value, default = _difference(value, default), {}
+        if value != default:
+            changed[name] = value
+    return changed
 
 
 def _put(raw: dict[str, Any], name: str, value: Any) -> None:
@@ -229,8 +248,11 @@ def _validate(raw: dict[str, Any]) -> Settings:
                 problems.append(f"{name}: is missing; give it with the rest of its section")
             else:
                 given = "" if isinstance(issue["input"], dict) else mask_secrets(f"={issue['input']!r}")
-                format_hint = FORMAT_HINTS.get(issue["type"], "") if re.match(r"[-+]?\d", str(issue["input"])) else ""
-                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{format_hint}")
+                hint = FORMAT_HINTS.get(issue["type"], "") if re.match(r"[-+]?\d", str(issue["input"])) else ""
+                if name.startswith(SPACE) and isinstance(issue["input"], list):
+                    values = f"[{', '.join(map(str, issue['input']))}]"
+                    given, hint = f"={values}", f"; write '{name}={{grid: {values}}}' to try each value"
+                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{hint}")
         raise UserError("\n".join(problems)) from None
     if problems := list(_ambiguous_numbers(raw, settings.model_dump(mode="json"), "")):
         raise UserError("\n".join(problems))

@@ -1,7 +1,7 @@
 """Layout of the storage folder, ``resources.storage``.
 
 trainings/<name>/               one training
-  begun_with.json code.json       settings, data and version at its start
+  settings.yaml begun_with.json code.json    settings; those that may not change, with the data; version at its start
   evaluations.jsonl               one line per evaluation
   samples_<rank>.jsonl            order of samples, with data.log_samples
   mlflow/                         events of its run, see ``tracking.mlflow_logger``

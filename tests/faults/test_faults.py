@@ -133,7 +133,7 @@ def test_resume_after_killed_driver_damaged_checkpoint_and_sigterm_is_exact(
     done = run("train.py", str(file))
     asker.join(1)
     step = read_step(latest_checkpoint(folder))
-    line = f"stopped after step {step} with a checkpoint; the same command with name=again continues"
+    line = f"stopped after step {step} with a checkpoint; umbrella train --resume again continues"
     assert (done.status, done.stderr.splitlines()[-1]) == (143, line)
     _, ended = find_run(settings, "again")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "asked to stop")

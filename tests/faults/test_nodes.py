@@ -223,7 +223,7 @@ def test_training_that_lost_its_node_stops_at_the_first_sigterm(small_settings: 
         cluster.kill(cluster.node_of_worker())
         script.terminate()
         errors = wait_for_exit(script, status=143)
-    line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=alone continues"
+    line = "SIGTERM: the training stopped without a new checkpoint; umbrella train --resume alone continues"
     said = [said for said in errors.splitlines() if "pid=" not in said]  # without what came from the nodes
     assert said[-1] == line
     _, stopped = find_run(settings, "alone")

@@ -124,5 +124,5 @@ def test_a_training_that_waits_for_resources_stops_at_the_first_sigterm(small_se
         done = run("train.py", str(file))
     finally:
         remove_placement_group(taken)
-    line = "SIGTERM: the training stopped without a new checkpoint; the same command with name=no-resources continues"
+    line = "SIGTERM: the training stopped without a new checkpoint; umbrella train --resume no-resources continues"
     assert (done.status, done.stderr.splitlines()[-1]) == (143, line)

@@ -1,18 +1,24 @@
 """The command line: flags, files and overrides become settings, and a user's error is one line and status 2."""
 
+import json
 import re
+import shlex
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
 from rich.table import Table
 
 from umbrella.base import UserError, note
 from umbrella.cli import FLAGS, Arguments, Options, make_console, parse, progress_bar, run_command
-from umbrella.config import Settings
-from umbrella.settings_help import list_settings
+from umbrella.commands import completion
+from umbrella.config import READY, Loader, Settings, find_settings_file
+from umbrella.settings_help import json_schema, list_settings
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,77 @@ from umbrella.settings_help import list_settings
 def test_each_flag_sets_its_setting(flag: str, text: str, name: str, value: Any) -> None:
     args = parse([flag, text], "")
     assert (args.settings.flat()[name], args.given) == (value, {name})
+
+
+def test_a_setting_may_be_written_as_an_option() -> None:
+    args = parse(["--optim.lr", "3e-4", "--seed=2", "--tune.space.optim.clip", "{grid: [1, 2]}", "--dry-run"], "")
+    assert (args.settings.optim.lr, args.settings.seed, args.dry_run) == (3e-4, 2, True)
+    assert args.settings.tune.space == {"optim.clip": {"grid": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optim.lr", "--dry-run"], "--optim.lr: needs a value, as in --optim.lr VALUE"),
+        (["--optim.lrr", "1"], "optim.lrr: there is no such setting; did you mean optim.lr?"),
+        (["optim.lr", "3e-4"], "optim.lr: is a setting, not a file; write optim.lr=3e-4"),
+        (["grid_97.yaml"], "grid_97.yaml: cannot be read: No such file or directory; ready settings files: "),
+        (
+            ["tune.space.optim.lr=[1e-3, 1e-4]"],
+            "tune.space.optim.lr=[1e-3, 1e-4]: Input should be a valid dictionary;"
+            " write 'tune.space.optim.lr={grid: [1e-3, 1e-4]}' to try each value",
+        ),
+        (["--help", "optimizer"], "--help optimizer: there is no such section or setting; the sections are general, "),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_an_error_with_its_correction(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse(argv, "")
+    assert str(raised.value).startswith(message)
+
+
+def test_help_shows_one_section_with_types_and_the_values_of_the_commands_own_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help", "tune"], "", default_file=str(READY / "tune.yaml"))
+    printed = capsys.readouterr().out
+    assert "  tune.grace  integer >= 1  (default: 6)\n" in printed
+    assert "  tune.mode  max | min  (default: max)\n" in printed
+    assert "optim" not in printed.split("tune.space")[0]
+
+
+def test_ready_settings_files_are_found_by_name_and_match_the_schema() -> None:
+    schema = json.loads((READY / "settings.schema.json").read_text(encoding="utf-8"))
+    assert schema == json_schema(), "write it again: umbrella schema > ray_configs/settings.schema.json"
+    checker = Draft202012Validator(schema)
+    files = [file for file in READY.glob("*.yaml") if "$schema=settings.schema.json" in file.read_text("utf-8")]
+    assert len(files) == 9
+    for file in files:
+        assert find_settings_file(file.name) == find_settings_file(f"ray_configs/{file.name}").resolve() == file
+        checker.validate(yaml.load(file.read_text(encoding="utf-8"), Loader))
+    with pytest.raises(ValidationError):
+        checker.validate({"optim": {"lr": "fast"}})
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("umbrella tu", ["tune"]),
+        ("umbrella tune optim.l", ["optim.lr="]),
+        ("umbrella tune mask.supervise=la", ["mask.supervise=last_assistant"]),
+        ("umbrella tune --res", ["--resume"]),
+        ("umbrella tune grid_9", ["grid_96.yaml"]),
+    ],
+)
+def test_the_shell_completes_commands_options_settings_values_and_files(
+    line: str, found: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    completion.run([])
+    script = capsys.readouterr().out
+    words = f"COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)} COMP_CWORD={line.count(' ')} COMP_WORDBREAKS=' '"
+    command = f'compopt() {{ :; }}\n{script}\n{words}; _umbrella; echo "${{COMPREPLY[@]}}"'
+    assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout.split() == found
 
 
 def test_words_with_an_equals_sign_are_overrides_and_others_are_files(tmp_path: Path) -> None:

@@ -39,6 +39,15 @@ def test_concurrent_trainings_leave_a_cpu_for_ray(asked: dict, node: dict, at_on
     assert max_concurrent_trainings(ResourceSettings(**asked), [node]) == at_once
 
 
+def test_gpus_that_no_setting_uses_get_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    max_concurrent_trainings(ResourceSettings(), [{"CPU": 8, "GPU": 2}])
+    line = "note: these settings use none of 2 GPUs; add gpu_host.yaml to the command, or resources.gpus_per_worker=1\n"
+    assert capsys.readouterr().err == line
+    max_concurrent_trainings(ResourceSettings(gpus_per_worker=1), [{"CPU": 8, "GPU": 2}])
+    max_concurrent_trainings(ResourceSettings(), [{"CPU": 8}])
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("asked", "nodes", "message"),
     [

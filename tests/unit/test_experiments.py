@@ -14,8 +14,9 @@ def test_a_dry_run_of_the_default_sweep_prints_the_plan_and_writes_nothing(
     done = run("tune.py", "--dry-run", f"resources.storage={tmp_path}/runs")
     assert done.status == 0, done.stderr
     trial = "lr=7e-4 supervise=last_assistant"
-    for text in ("optim:", "trials: 4", trial, "CPUs and 0 GPUs per trial", "samples: train 2"):
+    for text in ("trials: 4", trial, "CPUs and 0 GPUs per training", "samples: train 2", "1190 steps of "):
         assert text in done.stdout
+    assert "optim: " not in done.stdout, "no value differs from the default"
     assert not (tmp_path / "runs").exists()
 
 
@@ -23,7 +24,7 @@ def test_a_setting_given_on_the_command_line_is_not_swept(run: Callable[..., Don
     done = run("tune.py", "--dry-run", "--learning-rate", "3e-4", f"resources.storage={tmp_path}/runs")
     assert "trials: 2\n  supervise=last_assistant\n  supervise=all\n" in done.stdout
     assert "set on the command line, so not swept: optim.lr" in done.stdout
-    assert "lr: 0.0003" in done.stdout
+    assert "optim: {lr: 0.0003}" in done.stdout
 
 
 @pytest.mark.parametrize(

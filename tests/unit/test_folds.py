@@ -57,7 +57,7 @@ def test_data_without_folds_are_refused_with_the_command_that_makes_them(
     for words in ([], [f"{tmp_path}/out/data.yaml", f"data.test={tmp_path}/out/fold-2/test.jsonl"]):
         done = run("tune.py", *words, "--folds", "--dry-run", f"resources.storage={tmp_path}/runs")
         assert (done.status, done.stderr.count("\n")) == (2, 1)
-        assert "make_conversations.py --folds 5" in done.stderr
+        assert "umbrella make-conversations --folds 5" in done.stderr
     done = run("tune.py", f"{tmp_path}/out/data.yaml", "--folds", "--dry-run", f"resources.storage={tmp_path}/runs")
     assert done.stdout.endswith("folds: 3, on each of which the best settings are trained once\n"), done.stderr
 

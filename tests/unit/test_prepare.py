@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import Done
@@ -51,6 +52,16 @@ def test_prepare_fills_the_store_and_writes_the_report(run: Run, tmp_path: Path)
     assert len(list((tmp_path / "runs/report/thumbnails").iterdir())) == 5
     assert "None: all conversations and volumes can be used." in (tmp_path / "runs/report/index.html").read_text()
     assert not list((tmp_path / "runs").glob("quarantine*"))
+
+
+def test_a_grid_that_is_much_coarser_than_the_volumes_gets_a_note(run: Run, data: Path) -> None:
+    line = (
+        "note: sMRI: volumes of 40×40×40 voxels are resized to 8×8×8; for a finer modalities.sMRI.grid add grid_96.yaml"
+    )
+    assert line not in run("prepare.py", "--dry-run").stderr
+    (data / "a.nii").write_bytes(nii(np.random.default_rng(0).random((40, 40, 40), np.float32)))
+    assert line in run("prepare.py", "--dry-run").stderr
+    assert line not in run("prepare.py", "--dry-run", "modalities.sMRI.grid=[12, 12, 12]").stderr
 
 
 def test_problems_are_in_the_report_and_give_status_2(run: Run, data: Path, tmp_path: Path) -> None:

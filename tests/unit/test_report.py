@@ -9,8 +9,8 @@ from rich.console import Console
 
 from umbrella.config import Settings, load_settings
 from umbrella.training.progress_log import FINISHED
-from umbrella.tuning.report import SweepResult, best_trial, print_result, write_report
-from umbrella.tuning.results import Trial, rank_configurations, ranked_trials
+from umbrella.tuning.report import SweepResult, print_result, write_report
+from umbrella.tuning.results import Trial, best_trial, rank_configurations, ranked_trials
 from umbrella.tuning.sweep_files import FAILED, STOPPED
 
 METRIC = "eval/balanced_accuracy"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from umbrella.paths import HISTORY, METRICS, POINT
+from umbrella.base import UserError
+from umbrella.cli import named_checkpoint
+from umbrella.config import load_settings
+from umbrella.paths import HISTORY, METRICS, POINT, SETTINGS
 from umbrella.training.checkpoint_files import mark_complete
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import (
@@ -265,3 +269,25 @@ def test_the_importance_is_unavailable_without_effects_or_with_too_few_trials() 
         found = compute_importance(trials)
         assert (found.shares, found.significant) == ({}, [])
         assert why in found.unavailable
+
+
+def test_the_name_of_a_training_or_sweep_is_its_best_checkpoint(tmp_path: Path) -> None:
+    settings = load_settings(overrides={"resources.storage": str(tmp_path)})
+    evaluations = [(step, metric, 1.0, True) for step, metric in ((10, 0.6), (20, 0.9), (30, 0.7))]
+    best = write_trial(tmp_path / "sweeps/second", 1, evaluations, "finished")
+    training = tmp_path / "trainings/first"
+    shutil.copytree(best, training)
+    for folder in (tmp_path / "sweeps/second", training, *best.glob("step_*"), *training.glob("step_*")):
+        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+
+    def named(name: str) -> Path:
+        return named_checkpoint(settings.with_values({"checkpoint": name}))
+
+    assert named("second") == best / "step_0000020"
+    step = training / "step_0000020"
+    assert named("first") == named(str(training)) == named(str(step)) == step
+    with pytest.raises(UserError, match=r"^checkpoint=third: there is no such .*, as in checkpoint=\w+, the newest"):
+        named("third")
+    (tmp_path / "sweeps/first").mkdir()
+    with pytest.raises(UserError, match=r"^checkpoint=first: is \S+trainings/first and \S+sweeps/first; write"):
+        named("first")

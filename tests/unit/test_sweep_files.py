@@ -9,8 +9,10 @@ import pytest
 
 from umbrella.base import UserError
 from umbrella.config import load_settings
+from umbrella.paths import SWEEPS, TRAININGS
+from umbrella.training.checkpoint_sync import find_run
 from umbrella.tuning.sweep import run_sweep
-from umbrella.tuning.sweep_files import SweepSpec, check_fingerprint, find_sweep, load_spec, save_spec
+from umbrella.tuning.sweep_files import SweepSpec, check_fingerprint, load_spec, save_spec
 
 SPACE = {"optim.lr": {"grid": [1e-3, 1e-4]}}
 
@@ -31,7 +33,7 @@ def test_the_specification_of_a_sweep_is_read_from_its_present_place(sweep: Path
     sweep.parent.rename(moved / "sweeps")
     settings, fixed = load_spec(moved / "sweeps/first")
     assert (settings.tune.space, fixed, settings.resources.storage) == (SPACE, {"optim.warmup"}, str(moved))
-    assert find_sweep(settings, "last") == moved / "sweeps/first"
+    assert find_run(settings.resources, SWEEPS, "last", list) == moved / "sweeps/first"
 
 
 def test_a_moved_sweep_is_uploaded_from_its_present_place(sweep: Path, tmp_path: Path) -> None:
@@ -43,11 +45,12 @@ def test_a_moved_sweep_is_uploaded_from_its_present_place(sweep: Path, tmp_path:
     assert not (tmp_path / "before").exists()
 
 
-def test_a_sweep_without_folder_is_named_with_the_existing_ones(sweep: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no sweep .*second; existing sweeps: first$"):
-        load_spec(sweep.parent / "second")
-    with pytest.raises(UserError, match="holds no sweep"):
-        find_sweep(load_settings(overrides={"resources.storage": str(tmp_path / "empty")}), "last")
+def test_a_run_that_does_not_exist_is_named_with_the_existing_ones(sweep: Path, tmp_path: Path) -> None:
+    resources = load_settings(overrides={"resources.storage": str(tmp_path)}).resources
+    with pytest.raises(UserError, match=r"^--resume second: .*sweeps has no such run; existing: first$"):
+        find_run(resources, SWEEPS, "second", list)
+    with pytest.raises(UserError, match=r"^--resume last: .*trainings has no such run; existing: none$"):
+        find_run(resources, TRAININGS, "last", list)
 
 
 def test_a_sweep_is_not_resumed_with_other_data(sweep: Path) -> None:
@@ -72,7 +75,7 @@ LEAVE_OUT = "--resume uses the settings of the sweep; leave out "
         (f"{SAME}name: other", ["--config", "{}"], f'{LEAVE_OUT}name (was "", is other)'),
         (SAME, ["optim.lr=7e-4"], f"{LEAVE_OUT}optim.lr (is swept)"),
         ("optim: {clip: 2.0}\nseed: 1", [], f"{LEAVE_OUT}optim.clip (was 1, is 2), seed (was 0, is 1)"),
-        (SAME, ["--resume", "another"], "another; existing sweeps: first"),
+        (SAME, ["--resume", "another"], "sweeps has no such run; existing: first"),
     ],
 )
 def test_other_settings_beside_resume_are_refused_by_name(

@@ -17,6 +17,7 @@ COMMANDS = {
     "store": "list or delete preprocessed volumes",
     "ui": "open MLflow on localhost",
     "schema": "print the JSON schema of settings files",
+    "completion": "print a script that completes words in bash and zsh",
 }
 """The commands and what they do."""
 

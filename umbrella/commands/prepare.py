@@ -19,7 +19,7 @@ def main(args: Arguments) -> None:
     from umbrella.cluster import join_cluster
     from umbrella.cohort_report.report import write_report
     from umbrella.conversations.schema import SPLITS
-    from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes
+    from umbrella.data.ingest import apply_bad_sample_policy, check_rendering, check_volumes, coarse_grids
     from umbrella.data.splits import read_splits
     from umbrella.paths import COHORT_REPORT
     from umbrella.training.run import check_data, check_model
@@ -47,7 +47,7 @@ def main(args: Arguments) -> None:
         print_row("volumes", str(len(splits.volumes)))
         print_row("volume store", f"{decimal(sum(r.size for r in recipes))} in {sum(r.arrays for r in recipes)} arrays")
         print_row("report", str(page))
-    for line in splits.notices:
+    for line in (*splits.notices, *coarse_grids(splits, settings)):
         note(line)
     apply_bad_sample_policy(splits, settings, write=not args.dry_run)
     if splits.quarantined:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from umbrella.cli import Arguments, make_console, progress_bar, run_command
 from umbrella.config import READY
+from umbrella.paths import SWEEPS
 
 OPTIONS = {
     "--resume": {"help": "resume a sweep: its name, or last", "metavar": "NAME"},
@@ -21,20 +22,12 @@ OPTIONS = {
 
 def main(args: Arguments) -> None:
     """Run or resume a sweep; with --dry-run, print what would run."""
-    from umbrella.tuning.sweep_files import find_sweep, load_spec
+    from umbrella.training.checkpoint_sync import find_run
+    from umbrella.tuning.sweep_files import load_spec
 
     console, settings, fixed, folder = make_console(), args.settings, args.given, None
     if name := args.options["resume"]:
-        folder = find_sweep(settings, name)
-        if not folder.exists() and settings.resources.upload:
-            from umbrella.fileio import run_lock
-            from umbrella.training.checkpoint_sync import download
-
-            if args.dry_run:
-                print(f"would download {folder} from resources.upload and resume it")
-                return
-            with run_lock(folder):
-                download(settings.resources, folder, progress_bar)
+        folder = find_run(settings.resources, SWEEPS, name, progress_bar)
         settings, fixed = load_spec(folder, args.files, args.overrides)
     if args.options["folds"]:
         from umbrella.evaluation_run.folds import evaluate_folds, fold_settings, read_held_out

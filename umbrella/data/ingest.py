@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,15 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import Splits, read_splits
 from umbrella.file_storage import is_remote, local_path
 from umbrella.fileio import write_atomic
+from umbrella.volumes.reading import image_shape
 from umbrella.volumes.store import decode_volumes, open_store
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
+
+
+COARSE = 4.0
+"""Voxels of a volume per voxel of the grid along an axis, above which a note suggests a finer grid."""
 
 
 def load_splits(
@@ -39,9 +46,23 @@ def load_splits(
     names = [name for name in SPLITS if name in {"train", "validation"} | final]
     splits = read_splits(settings, progress, names, dry_run=dry_run)
     check_splits(splits, settings, progress, trials, dry_run)
-    for line in filter(None, [*splits.notices, splits.quarantine_note]):
+    for line in filter(None, [*splits.notices, splits.quarantine_note, *coarse_grids(splits, settings)]):
         note(line)
     return splits
+
+
+def coarse_grids(splits: Splits, settings: "Settings") -> Iterator[str]:
+    """Describe modalities whose grid is much coarser than their first volume."""
+    first = {v.modality: v.image_path for c in reversed(splits.train) for v in c.volumes}
+    for name, path in sorted(first.items()):
+        with suppress(UserError):  # files that cannot be read are reported elsewhere
+            shape, grid = image_shape(path)[:3], settings.modalities[name].grid[:3]
+            if settings.modalities[name].fit == "resize" and max(map(truediv, shape, grid)) > COARSE:
+                was, becomes = ("×".join(map(str, size)) for size in (shape, grid))
+                yield (
+                    f"{name}: volumes of {was} voxels are resized to {becomes}; for a finer modalities.{name}.grid add"
+                    " grid_96.yaml to the command, which has 96×96×96 voxels"
+                )
 
 
 def check_splits(

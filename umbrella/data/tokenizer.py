@@ -117,7 +117,11 @@ def _checkpoint_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: its tokenizer cannot be loaded: {describe_load_error(error)}") from None
+        exists = Path(checkpoint).is_dir()
+        if not exists and (checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1):  # no name of the Hub
+            raise UserError(f"{where}: there is no such folder") from None
+        place = "" if exists else "is no folder here, and as a name of the Hugging Face Hub: "
+        raise UserError(f"{where}: {place}its tokenizer cannot be loaded: {describe_load_error(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"{where}: its {type(tokenizer).__name__} is written in Python and does not say which characters a token"

@@ -13,8 +13,21 @@ from pathlib import Path
 
 from umbrella.base import ProgressBar, UserError, note
 from umbrella.file_storage import FileStorage
-from umbrella.fileio import link_or_copy
-from umbrella.paths import CHECKPOINT, END, EVALUATIONS, FOLDS, RAY, SIZES, STOP, SWEEPS, WORKERS, marker_of, storage_of
+from umbrella.fileio import link_or_copy, run_lock
+from umbrella.paths import (
+    CHECKPOINT,
+    END,
+    EVALUATIONS,
+    FOLDS,
+    RAY,
+    SETTINGS,
+    SIZES,
+    STOP,
+    SWEEPS,
+    WORKERS,
+    marker_of,
+    storage_of,
+)
 from umbrella.training.checkpoint_files import find_damage
 from umbrella.training.settings import ResourceSettings
 
@@ -82,6 +95,27 @@ def download(resources: ResourceSettings, folder: Path, progress: ProgressBar) -
     with suppress(OSError):
         folder.rmdir()
     target.rename(folder)
+
+
+def find_run(resources: ResourceSettings, kind: str, name: str, progress: ProgressBar) -> Path:
+    """Return the folder of a training or sweep that is resumed, and download it if this machine does not have it.
+
+    Args:
+        kind: TRAININGS or SWEEPS.
+        name: of the run, or "last" for the one of this storage that was started last.
+
+    Raises:
+        UserError: there is no such run, or the object store cannot be read.
+    """
+    runs = Path(resources.storage) / kind
+    started = {file.parent.name: file.stat().st_mtime for file in runs.glob(f"*/{SETTINGS}")}
+    folder = runs / (max(started, key=started.__getitem__, default="") if name == "last" else name)
+    if not folder.exists() and resources.upload:
+        with run_lock(folder):
+            download(resources, folder, progress)
+    if folder == runs or not (folder / SETTINGS).is_file():
+        raise UserError(f"--resume {name}: {runs} has no such run; existing: {', '.join(sorted(started)) or 'none'}")
+    return folder
 
 
 def _list_run(store: FileStorage, folder: Path) -> set[str]:

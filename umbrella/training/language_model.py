@@ -17,7 +17,7 @@ from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Batch, Collator
 from umbrella.data.masking import Redact, audit
 from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
-from umbrella.data.rendering import load_renderer
+from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.tokenizer import number_tokens
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
@@ -58,18 +58,10 @@ class LanguageModelTask(Task):
         self.rows = evaluation_rows(job.validation_lengths, rank, world_size, size)  # the same in each evaluation
         self.evaluation_name = f"{job.name}, evaluation, worker {rank}"
 
-        self.model = build_model(
-            self.settings.model, self.settings.modalities, len(self.renderer.tokenizer), self.renderer.image_id
-        )
+        self.model = make_model(self.settings, self.renderer, device)
         config = self.model.config
         config.trained_modalities = sorted({*(config.trained_modalities or ()), *job.modalities})
         config.longest_answer = job.longest_answer
-        apply_options(self.model, self.settings.train)
-        if self.settings.loss.numbers == "regression_aware":
-            tokenizer = self.renderer.tokenizer
-            points = {tokenizer.convert_tokens_to_ids(".")} - {tokenizer.unk_token_id, None}
-            rows = self.model.get_output_embeddings().weight.shape[0]
-            self.model.number_loss = NumberLoss(number_tokens(tokenizer), points, rows, device)
         self.parallel = parallelise(self.model, device, world_size, self.settings.train.shard).train()
         self.parts = component_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.settings.optim)
@@ -165,6 +157,18 @@ class LanguageModelTask(Task):
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
         page = mask_audit_page(rows, examples, self.renderer, policy, read, redact)
         return Summary(text, tags, {"mask_audit.html": page})
+
+
+def make_model(settings: Settings, renderer: Renderer, device: torch.device) -> UmbrellaForConditionalGeneration:
+    """Make the model of the settings with its options and loss, on the CPU; ``device``: where it will be trained."""
+    tokenizer = renderer.tokenizer
+    model = build_model(settings.model, settings.modalities, len(tokenizer), renderer.image_id)
+    apply_options(model, settings.train)
+    if settings.loss.numbers == "regression_aware":
+        points = {tokenizer.convert_tokens_to_ids(".")} - {tokenizer.unk_token_id, None}
+        rows = model.get_output_embeddings().weight.shape[0]
+        model.number_loss = NumberLoss(number_tokens(tokenizer), points, rows, device)
+    return model
 
 
 def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettings) -> None:

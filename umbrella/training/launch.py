@@ -25,7 +25,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from umbrella.base import Stopped, UserError
 from umbrella.fileio import check_writable
-from umbrella.paths import RAY, STOP, WORKERS
+from umbrella.paths import RAY, SETTINGS, STOP, WORKERS
 from umbrella.training.checkpoint_files import latest_checkpoint
 from umbrella.training.progress_log import format_duration
 from umbrella.training.task import Job
@@ -99,15 +99,19 @@ def run_job(job: Job, in_process: bool = False) -> None:
             f"the training stopped: {outcome}; {f'the last good checkpoint is {latest}' if latest else none}"
         )
     if outcome is not None:
-        raise Stopped(
-            f"stopped after step {outcome} with a checkpoint; the same command with name={folder.name} continues"
-        )
+        raise Stopped(f"stopped after step {outcome} with a checkpoint; {resume_command(folder)} continues")
 
 
 def stopped_without_checkpoint(folder: str | Path) -> Stopped:
     """Make the exception for a training that wrote no checkpoint after it was asked to stop."""
-    remedy = f"the same command with name={Path(folder).name} continues"
-    return Stopped(f"SIGTERM: the training stopped without a new checkpoint; {remedy}")
+    return Stopped(f"SIGTERM: the training stopped without a new checkpoint; {resume_command(folder)} continues")
+
+
+def resume_command(folder: str | Path) -> str:
+    """Return the command that resumes a training. That of a baseline is the one that started it."""
+    name = Path(folder).name
+    own = (Path(folder) / SETTINGS).exists()
+    return f"umbrella train --resume {name}" if own else f"the same command with name={name}"
 
 
 class WorkerFailureCallback(UserCallback):

@@ -20,14 +20,14 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import Splits, target_classes
 from umbrella.evaluation.candidates import check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.metrics import metric_names
-from umbrella.fileio import run_lock
-from umbrella.paths import BEGUN, STOP, TRAININGS, WORKERS
+from umbrella.fileio import run_lock, write_atomic
+from umbrella.paths import BEGUN, SETTINGS, STOP, TRAININGS, WORKERS
 from umbrella.tracking.mlflow_logger import close_run, run_key
 from umbrella.tracking.provenance import describe_dataset
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint, complete_checkpoints
 from umbrella.training.checkpoint_sync import synced
-from umbrella.training.launch import LANGUAGE_MODEL, run_job, stopped_without_checkpoint
+from umbrella.training.launch import LANGUAGE_MODEL, resume_command, run_job, stopped_without_checkpoint
 from umbrella.training.run_summary import audit_sample
 from umbrella.training.task import Job, LanguageModelJob
 from umbrella.version import check_version, write_version
@@ -162,13 +162,15 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
         max_concurrent_trainings(settings.resources)
+        if not (folder / SETTINGS).exists():
+            write_atomic(folder / SETTINGS, settings.to_yaml())
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
         run_tracked_job(make_job(settings, splits, tracking, str(folder)))
         best = best_checkpoint(folder, settings.tune.metric, settings.tune.mode)
         if best and settings.tracking.model:
             from umbrella.tracking.model_registry import log_best_model  # slow to import, and only needed here
 
-            log_best_model(settings.tracking, uri, folder, best, f"the same command, with name={name},")
+            log_best_model(settings.tracking, uri, folder, best, resume_command(folder))
         then(folder)
     return folder
 

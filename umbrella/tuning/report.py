@@ -22,6 +22,7 @@ from umbrella.tuning import figures
 from umbrella.tuning.results import (
     Configuration,
     Trial,
+    best_trial,
     compute_importance,
     format_interval,
     ranked_trials,
@@ -60,12 +61,6 @@ class SweepResult:
     tracking_uri: str
     warning: str = ""
     """See ``chance_warning``."""
-
-
-def best_trial(configurations: Sequence[Configuration]) -> Trial | None:
-    """The best trial of the best configuration; None if it has no metric or failed."""
-    best = configurations[0].trials[0] if configurations else None
-    return best if best and best.metric is not None and not best.failed else None
 
 
 def write_report(

@@ -171,6 +171,12 @@ def rank_configurations(trials: Iterable[Trial], mode: str) -> list[Configuratio
     return sorted(found, key=key, reverse=True)
 
 
+def best_trial(configurations: Sequence[Configuration]) -> Trial | None:
+    """The best trial of the best configuration; None if it has no metric or failed."""
+    best = configurations[0].trials[0] if configurations else None
+    return best if best and best.metric is not None and not best.failed else None
+
+
 def ranked_trials(configurations: Iterable[Configuration]) -> list[Trial]:
     """All trials in the order of the ranking. The first is the best trial of the best configuration."""
     return [trial for configuration in configurations for trial in configuration.trials]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.run import load_and_check, make_job
 from umbrella.training.task import Job
 from umbrella.tuning.monitor import Monitor, OutOfTime
-from umbrella.tuning.report import SweepResult, best_trial, write_report
-from umbrella.tuning.results import chance_warning, rank_configurations, ranked_trials, read_trials
+from umbrella.tuning.report import SweepResult, write_report
+from umbrella.tuning.results import best_trial, chance_warning, rank_configurations, ranked_trials, read_trials
 from umbrella.tuning.search import count_trials, list_points, make_optuna_search, make_scheduler
 from umbrella.tuning.search_space import Parameter, contains, format_point, is_fixed, read_space, variants
 from umbrella.tuning.sweep_files import SweepSpec, allow_retry, check_fingerprint, save_spec
@@ -194,10 +195,10 @@ MAX_TRIALS = 20
 
 
 def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, console: Console) -> None:
-    """Print the resolved settings, the trials, the resources and the number of samples.
+    """Make all checks that precede a run, and print settings, trials, resources, samples and an estimate of the time.
 
     Args:
-        settings: of the sweep or the training.
+        settings: of the sweep; or of a training, which have no search space.
         fixed: names set on the command line; they are not swept.
         progress: wraps slow preparations in a progress bar.
         console: where to print.
@@ -206,40 +207,44 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
         UserError: as ``load_and_check``.
     """
     parameters, tune, resources = read_space(settings, fixed), settings.tune, settings.resources
+    is_sweep = bool(tune.space)
+    points = [] if tune.search == "optuna" else list_points(settings, fixed)
+    count = len(points) or count_trials(settings, fixed)
+    possible = variants(settings, parameters, "mask", "modalities", "model") if is_sweep else []
+    splits = load_and_check(settings, progress, possible, dry_run=True)
 
     def show(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    show(settings.to_yaml())
-    if tune.search == "optuna":
-        show(f"trials: {count_trials(settings, fixed)} at most; Optuna chooses values from")
-        for parameter in parameters:
-            show(f"  {parameter.name}: {parameter.description}")
-    else:
-        points = list_points(settings, fixed)
-        show(f"trials: {len(points)}")
-        for point in points[:MAX_TRIALS]:
-            show(f"  {format_point(point)}")
-        if len(points) > MAX_TRIALS:
-            show(f"  ... and {len(points) - MAX_TRIALS} more")
-    not_swept = [name for name in tune.space if is_fixed(name, fixed)]
-    if not_swept:
-        show(f"set on the command line, so not swept: {', '.join(not_swept)}")
-    never = set(tune.space) - set(not_swept) - {parameter.name for parameter in parameters}
-    if never:
-        show(f"not swept, because the conditions are never met: {', '.join(sorted(never))}")
-    for line in _describe_search(settings, parameters):
-        show(line)
+    show(f"settings that differ from the defaults:\n{textwrap.indent(settings.changes_to_yaml(), '  ')}")
+    if is_sweep:
+        show(f"trials: {count} at most; Optuna chooses values from" if not points else f"trials: {count}")
+        lines = [format_point(point) for point in points] or [f"{p.name}: {p.description}" for p in parameters]
+        for line in lines[:MAX_TRIALS]:
+            show(f"  {line}")
+        if len(lines) > MAX_TRIALS:
+            show(f"  ... and {len(lines) - MAX_TRIALS} more")
+        not_swept = [name for name in tune.space if is_fixed(name, fixed)]
+        if not_swept:
+            show(f"set on the command line, so not swept: {', '.join(not_swept)}")
+        never = set(tune.space) - set(not_swept) - {parameter.name for parameter in parameters}
+        if never:
+            show(f"not swept, because the conditions are never met: {', '.join(sorted(never))}")
+        for line in _describe_search(settings, parameters):
+            show(line)
+    show(f"samples: train {len(splits.train)}, validation {len(splits.validation)}, test {len(splits.test)}")
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
-    show(f"resources: {per_trial} per trial, and {SPARE_CPUS:g} CPUs for other processes of Ray")
-    if resources.ray_address == "local":
-        machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
-        concurrent = max_concurrent_trainings(resources, [machine])
-        show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} concurrent trials")
-    trials = variants(settings, parameters, "mask", "modalities", "model")
-    splits = load_and_check(settings, progress, trials, dry_run=True)
-    show(f"samples: train {len(splits.train)}, validation {len(splits.validation)}")
+    show(f"resources: {per_trial} per training, and {SPARE_CPUS:g} CPUs for other processes of Ray")
+    if resources.ray_address != "local":
+        show("time: is estimated only for a run on this machine")
+        return
+    machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
+    concurrent = min(max_concurrent_trainings(resources, [machine]), tune.concurrent or count)
+    show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} trainings at a time")
+    from umbrella.training.estimate import estimate_time  # seconds, of which a run has no need
+
+    show(f"time: {estimate_time([settings.with_values(p) for p in points] or [settings] * count, splits, concurrent)}")
 
 
 def _describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
-from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, SWEEPS, TRIALS, storage_of
+from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tuning.search_space import format_value, is_fixed
 from umbrella.version import check_version, write_version
@@ -49,12 +49,9 @@ def load_spec(folder: Path, files: Sequence[str] = (), overrides: Mapping[str, A
         overrides: other settings on the command line, by dotted name.
 
     Raises:
-        UserError: there is no such sweep, or an incompatible version of UMBRELLA wrote it; or files or overrides change
-            settings other than ``resources``.
+        UserError: an incompatible version of UMBRELLA wrote it; or files or overrides change settings other than
+            ``resources``.
     """
-    if not (folder / SETTINGS).is_file():
-        existing = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{SETTINGS}")))
-        raise UserError(f"--resume: there is no sweep {folder}; existing sweeps: {existing or 'none'}")
     check_version(folder)
     fixed = frozenset(json.loads((folder / GIVEN).read_text(encoding="utf-8")))
     given, storage = overrides or {}, {"resources.storage": str(storage_of(folder))}
@@ -84,24 +81,6 @@ def check_fingerprint(folder: Path, fingerprint: str) -> None:
         raise UserError(
             f"--resume: {folder.name} was started with other data ({old[:12]}, now {fingerprint[:12]}); start another"
         )
-
-
-def find_sweep(settings: Settings, name: str) -> Path:
-    """The folder of a sweep.
-
-    Args:
-        name: of the sweep, or "last" for the sweep of this storage that was started last.
-
-    Raises:
-        UserError: the name is "last", and there is no sweep.
-    """
-    folder = Path(settings.resources.storage) / SWEEPS / name
-    if name != "last":
-        return folder
-    files = list(folder.parent.glob(f"*/{SETTINGS}"))
-    if not files:
-        raise UserError(f"--resume: {folder.parent} holds no sweep")
-    return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
 def make_trial_folder(sweep: str | Path, point: Mapping[str, Any]) -> Path:

@@ -113,8 +113,13 @@ def read_volume(path: str | Path, axes: int, max_voxels: int, fill: float | None
 
 def count_axes(path: str | Path) -> int:
     """Return the number of axes of an image from its header: 3 for a volume, 4 for a series."""
+    return len(image_shape(path))
+
+
+def image_shape(path: str | Path) -> tuple[int, ...]:
+    """Return the shape of an image from its header: three axes, or four of a series."""
     with _open_image(path) as image:
-        return len(_drop_trailing_ones(image.shape, 3))
+        return _drop_trailing_ones(image.shape, 3)
 
 
 def header_notes(path: str | Path) -> tuple[str, ...]:
