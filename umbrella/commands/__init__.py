@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint, with intervals and controls",
     "baseline": "train a small 3D CNN on the same data",
     "predict": "answer the questions of a file, or questions about scans",
+    "demo": "ask a checkpoint about scans on a page on localhost",
     "prepare": "check and preprocess all data, and write a report",
     "make-conversations": "make conversations and splits from a BIDS dataset",
     "inspect": "show one conversation as the model receives it",

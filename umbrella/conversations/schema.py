@@ -59,6 +59,11 @@ class Turn(_Part):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
+    def text(self) -> str:
+        """The texts of the turn, without its volumes."""
+        return "\n".join(item.text for item in self.content if isinstance(item, TextItem))
+
+    @property
     def in_loss(self) -> bool:
         """Whether the training loss may include the turn: no ``loss: false``, ``weight: 0`` or ``train: false``."""
         extra = self.model_extra or {}
@@ -202,8 +207,7 @@ class Conversation(_Part):
     @property
     def answer(self) -> str:
         """The text of the last assistant turn."""
-        last = self.conversations[self.last_answer]
-        return "\n".join(item.text for item in last.content if isinstance(item, TextItem))
+        return self.conversations[self.last_answer].text
 
     @property
     def is_answered(self) -> bool:

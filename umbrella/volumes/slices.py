@@ -58,23 +58,32 @@ def orthogonal_slices(
         info: gives the voxel spacing. None: isotropic voxels.
         centre: the voxel along X, Y, Z. None: the centre of the voxels that are brighter than the mean.
     """
-    if modality.is_series:
-        array = array[modality.pick_window(len(array), None)].mean(axis=0, dtype=np.float32)
-    volume = np.asarray(array, np.float32)
+    volume = mean_frame(array, modality)
     if centre is None:
         # The store does not keep the foreground mask. Voxels brighter than the mean lie in the head.
         centre = np.rint(np.argwhere(volume > volume.mean()).mean(axis=0)).astype(int).tolist()
-    dark, light = np.percentile(volume, (1, 99.5))
-    if dark == light:
-        dark, light = volume.min(), volume.max()
-    grey = (255 * np.clip((volume - dark) / (light - dark), 0, 1)).astype(np.uint8)
-    spacing = voxel_spacing(modality, info)
+    grey, spacing = grey_levels(volume), voxel_spacing(modality, info)
     planes = []
     for name, (right, up) in PLANES.items():
         normal = 3 - right - up
         index = centre[normal]
         planes.append(Plane(name, (right, up), index, grey.take(index, normal).T[::-1], (spacing[right], spacing[up])))
     return planes
+
+
+def mean_frame(array: np.ndarray, modality: Modality) -> np.ndarray:
+    """Return a prepared volume, or the mean of the middle window of a series, as (X, Y, Z) in float32."""
+    if modality.is_series:
+        array = array[modality.pick_window(len(array), None)].mean(axis=0, dtype=np.float32)
+    return np.asarray(array, np.float32)
+
+
+def grey_levels(volume: np.ndarray) -> np.ndarray:
+    """Return a volume (X, Y, Z) as uint8, from its 1st percentile (0) to its 99.5th (255)."""
+    dark, light = np.percentile(volume, (1, 99.5))
+    if dark == light:
+        dark, light = volume.min(), volume.max()
+    return (255 * np.clip((volume - dark) / (light - dark), 0, 1)).astype(np.uint8)
 
 
 def voxel_spacing(modality: Modality, info: VolumeInfo | None) -> tuple[float, float, float]:
