@@ -1,47 +1,75 @@
-"""Start MLflow's web interface on localhost, and print its address and that of the Ray dashboard."""
+"""Start MLflow's web interface on localhost, and print the address of the runs of the newest sweep."""
 
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from urllib.request import urlopen
 
-from umbrella.base import mask_secrets
+from umbrella.base import UserError, mask_secrets
 from umbrella.cli import Arguments, run_command
 
 OPTIONS = {
     "--port": {"help": "port of MLflow's web interface on localhost", "default": 5000, "type": int, "metavar": "PORT"},
 }
-DASHBOARD = "http://127.0.0.1:8265"
+LOG = "mlflow_server.log"
+"""File in the storage folder."""
 
 
 def main(args: Arguments) -> None:
     """Serve the MLflow database of the storage folder until Ctrl-C, or print the address of the MLflow server."""
-    from umbrella.tracking.store import open_experiment, page_urls, tracking_uri
+    from umbrella.tracking.store import open_experiment, runs_page, tracking_uri
 
     settings, port = args.settings, args.options["port"]
-    storage = settings.resources.storage
+    storage = Path(settings.resources.storage)
     uri = tracking_uri(storage, settings.tracking.uri)
     served = uri.startswith(("http:", "https:"))
-    page = mask_secrets(uri) if served else f"http://127.0.0.1:{port}"
-    print(f"MLflow: {page}", flush=True)
-    print(f"Ray dashboard: {_dashboard()}", flush=True)
+    server = mask_secrets(uri) if served else f"http://127.0.0.1:{port}"
     if args.dry_run:
+        print(f"would open {server}")
         return
-    experiment = open_experiment(uri, settings.experiment, storage)
-    for what, address in page_urls(uri, experiment, page, settings.tune.metric, settings.tune.mode).items():
-        print(f"{what}: {address}", flush=True)
-    if not served:
-        server = f"-m mlflow server --workers 1 --host 127.0.0.1 --port {port} --backend-store-uri".split()
-        os.execv(sys.executable, [sys.executable, *server, uri])
+    page = runs_page(uri, open_experiment(uri, settings.experiment, storage), server)
+    if served:
+        print(page)
+    else:
+        _serve(uri, port, storage / LOG, page)
 
 
-def _dashboard() -> str:
-    """Address of the Ray dashboard, or a note that there is none."""
+def _serve(uri: str, port: int, log: Path, page: str) -> None:
+    """Run MLflow's server until it ends or is interrupted; print ``page`` when it answers."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"port {port} is in use, maybe by another MLflow; choose another one: --port {port + 1}")
+    print(f"log of MLflow's server: {log}", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as file:
+        # In a session of its own, which is ended as a whole: the server starts further processes.
+        server = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
-        with urlopen(DASHBOARD, timeout=1):
-            return DASHBOARD
+        while not _answers(port):
+            if server.poll() is not None:
+                end = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
+                raise UserError(f"MLflow's server does not start; {log} ends with: {end}")
+            time.sleep(0.2)
+        print(page, flush=True)
+        server.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
     except OSError:
-        return f"none runs; a training or sweep on this machine opens it at {DASHBOARD} and prints its address"
+        return False
 
 
 def run(argv: Sequence[str]) -> None:

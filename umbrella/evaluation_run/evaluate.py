@@ -29,7 +29,7 @@ from umbrella.evaluation.candidates import Candidates, check_candidates, check_l
 from umbrella.evaluation.comparison import compare_models, comparison_notes, newest_runs, question_of, read_runs
 from umbrella.evaluation.confounds import analyse_confounds, brain_volumes, site_drop
 from umbrella.evaluation.controls import AS_ASKED, CONDITION_NAMES, CONDITIONS, make_controls
-from umbrella.evaluation.group_metrics import MAIN_METRIC, Group, tabulate
+from umbrella.evaluation.group_metrics import Estimate, Group, main_metrics, tabulate
 from umbrella.evaluation.image_use import measure_image_use
 from umbrella.evaluation.metrics import prediction_notes
 from umbrella.evaluation.predictions import Prediction, write_predictions
@@ -49,8 +49,8 @@ from umbrella.fileio import check_writable
 from umbrella.inference.cases import draw_cases
 from umbrella.inference.model import load_checkpoint_settings
 from umbrella.paths import EVALUATIONS, METRICS, PROGRESS, REPORT, SETTINGS
-from umbrella.tracking.mlflow_logger import MlflowLogger, find_run
-from umbrella.tracking.provenance import describe_dataset, read_salt, redact_subjects
+from umbrella.tracking.mlflow_logger import DESCRIPTION, MlflowLogger, find_run
+from umbrella.tracking.provenance import describe_dataset, headline_settings, read_salt, redact_subjects
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model
@@ -290,8 +290,10 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
     training = find_run(uri, checkpoint.parent)
     logger = training or MlflowLogger.start(uri, experiment, f"evaluation of {checkpoint.parent.name}", folder=folder)
     if not training:
-        sections = ("evaluate", "checkpoint", "data")
-        logger.params({name: value for name, value in settings.flat().items() if name.split(".")[0] in sections})
+        own = {"checkpoint": settings.checkpoint, "evaluate.split": result.split}
+        logger.params(headline_settings(settings, ("tune", "baseline")) | own)
+        verdicts = " ".join(f"{target}: {words}" for target, words in result.verdicts.items())
+        logger.tags({DESCRIPTION: verdicts})
         logger.artifact(settings.to_yaml(), SETTINGS)
     metrics = mlflow_metrics(result)
     refused = sorted(name for name in metrics if not is_valid_metric(name))
@@ -313,24 +315,23 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
 
 
 def mlflow_metrics(result: EvaluationResult) -> dict[str, float]:
-    """The metrics that MLflow gets: ``test/<target>/<way>/<level>/<metric>``.
+    """The metrics that MLflow gets, in the order of their importance; metrics.json has all.
 
-    Controls are ``test_shuffled/...``, ``test_blank/...`` and ``test_text_only/...``. The main metric also has
-    ``.../low`` and ``.../high``. Subgroups and undefined values are left out.
+    They are the main metric of each target, ``test/<target>/<way>/<level>/<metric>``, its ``.../low`` and ``.../high``,
+    and its values under the controls, ``test_shuffled/...``, ``test_blank/...`` and ``test_text_only/...``. Undefined
+    values are left out.
     """
-    metrics: dict[str, float] = {}
+    main: dict[str, dict[str, Estimate]] = {}
     for condition, groups in result.groups.items():
-        prefix = result.split if condition == AS_ASKED else f"{result.split}_{condition}"
-        for group in (group for group in groups if group.by == "all"):
-            values = dict(group.references)
-            if group.invalid is not None:
-                values["invalid"] = group.invalid
-            for name, (value, low, high) in group.metrics.items():
-                values[name] = value
-                if name.split("/")[-1] == MAIN_METRIC[group.kind]:
-                    values |= {f"{name}/low": low, f"{name}/high": high}
-            metrics |= {f"{prefix}/{group.target}/{name}": value for name, value in values.items() if isfinite(value)}
-    return metrics
+        wholes = [(group, name) for group in groups if group.by == "all" for name in main_metrics(group)[:1]]
+        main[condition] = {f"{group.target}/{name}": group.metrics[name] for group, name in wholes}
+    own, prefix = main.pop(AS_ASKED), result.split
+    metrics = {f"{prefix}/{name}": estimate.value for name, estimate in own.items()}
+    for name, estimate in own.items():
+        metrics |= {f"{prefix}/{name}/low": estimate.low, f"{prefix}/{name}/high": estimate.high}
+    for control, estimates in main.items():
+        metrics |= {f"{prefix}_{control}/{name}": estimate.value for name, estimate in estimates.items()}
+    return {name: value for name, value in metrics.items() if isfinite(value)}
 
 
 def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -> EvaluationResult:

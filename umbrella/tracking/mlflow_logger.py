@@ -24,12 +24,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from umbrella.base import UserError, mask_secrets, note
 from umbrella.fileio import describe_storage_error, write_atomic
 from umbrella.tracking.provenance import code_version, to_dataset_input
-from umbrella.tracking.store import describe_error, is_sqlite, is_temporary, store_id
+from umbrella.tracking.store import SWEEP, describe_error, is_active, is_sqlite, is_temporary, store_id
 
 logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # logs each start and stop
 
 KEY, OUTCOME, TRIAL, PARENT = "umbrella.run", "umbrella.outcome", "ray.trial_id", "mlflow.parentRunId"
 """Tags of a run: its ``run_key``, how it ended, the unique name of a training, and the run of its sweep."""
+WINNER, DESCRIPTION = "umbrella.winner", "mlflow.note.content"
+"""Tags of a run: whether it is the best trial of its sweep, and the text that MLflow shows with it."""
+MAX_METRICS = 40
+"""Metrics of a run at most, without MLflow's system metrics."""
 FOLDER = "mlflow"
 """Subfolder of a training, sweep or evaluation."""
 RETRY = 30.0
@@ -62,7 +66,7 @@ class MlflowLogger:
             self._state |= json.loads(self._state_file.read_text(encoding="utf-8"))
         self._may_create = bool(experiment)
         self._name, self._begun, self._last_step, self.ended = Path(folder).name, _now(), -1, False
-        self._results: dict[str, tuple[int, float]] = {}
+        self._newest: dict[str, tuple[int, float]] = {}
         for event, _ in self._events():
             self._update(event)
         self._logged_until = self._last_step
@@ -81,18 +85,20 @@ class MlflowLogger:
         folder: str | Path,
         parent: str | None = None,
         trial: str | None = None,
+        sweep: str | None = None,
     ) -> "MlflowLogger":
         """Start or resume the run of a folder; its status becomes RUNNING.
 
         Args:
             parent: id of the sweep's run, for a trial.
             trial: unique name of the training.
+            sweep: name of the sweep, for it and its trials. MLflow's table shows it in the column "Source".
         """
         key = run_key(folder, parent)
         logger = cls(uri, folder, experiment)
         logger._save_state(experiment=experiment)
-        tags = {KEY: key, "mlflow.source.name": "umbrella", PARENT: parent, TRIAL: trial, **code_version()}
-        tags = {name: value for name, value in tags.items() if value}
+        tags = {KEY: key, PARENT: parent, TRIAL: trial, SWEEP: sweep, "mlflow.source.name": sweep or "umbrella"}
+        tags = {name: value for name, value in {**tags, **code_version()}.items() if value}
         logger._log({"do": "start", "name": name, "tags": tags, "time": _now()})
         return logger
 
@@ -135,7 +141,7 @@ class MlflowLogger:
         """Buffer metrics until ``flush``. Steps that an interrupted training has logged before are skipped."""
         now = _now()
         if step > self._logged_until:
-            self._pending += [(name, float(value), now, step) for name, value in values.items()]
+            self._pending += [(name, value, now, step) for name, value in self._first_metrics(values).items()]
 
     def flush(self) -> None:
         """Log the buffered metrics."""
@@ -150,10 +156,17 @@ class MlflowLogger:
 
         Values that have not changed are skipped. The run may have ended.
         """
-        now, new = _now(), {name: value for name, value in values.items() if self._results.get(name) != (step, value)}
-        if new:
-            self._append({"do": "results", "values": [(name, float(value), now, step) for name, value in new.items()]})
+        now, kept = _now(), self._first_metrics(values)
+        if new := [(name, value, now, step) for name, value in kept.items() if self._newest[name] != (step, value)]:
+            self._append({"do": "results", "values": new})
         self._send()
+
+    def _first_metrics(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Leave out the metrics that are not among the first ``MAX_METRICS`` of the run."""
+        for name in values:
+            if len(self._newest) < MAX_METRICS:
+                self._newest.setdefault(name, (-1, 0.0))
+        return {name: float(value) for name, value in values.items() if name in self._newest}
 
     def artifact(self, content: str | bytes, file: str) -> None:
         """Log an artifact by its relative path. A copy stays in the folder until the next one of this name."""
@@ -234,10 +247,10 @@ class MlflowLogger:
             self._name, self._begun, self.ended = event["name"], min(self._begun, event["time"]), False
         elif event["do"] == "end":
             self.ended = True
-        elif event["do"] == "metrics":
-            self._last_step = max([self._last_step, *(step for *_, step in event["values"])])
-        elif event["do"] == "results":
-            self._results |= {name: (step, value) for name, value, _, step in event["values"]}
+        elif event["do"] in ("metrics", "results"):
+            self._newest |= {name: (step, value) for name, value, _, step in event["values"]}
+            if event["do"] == "metrics":
+                self._last_step = max([self._last_step, *(step for *_, step in event["values"])])
 
     def _save_state(self, **values: Any) -> None:
         self._state |= values
@@ -267,7 +280,7 @@ class MlflowLogger:
     def _find_or_create(self) -> None:
         """Find the run by its id or key, or create it. All events are sent to a run whose id was not known."""
         run_id, key = self._state["run_id"], run_key(self.folder.parent)
-        if not run_id or not _is_active(self.client, run_id):
+        if not run_id or not is_active(self.client, run_id):
             found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
             run = found[0] if found else self.client.create_run(self.experiment, self._begun, {KEY: key}, self._name)
             # Another machine may have sent events that this folder lacks; their steps are repeated here.
@@ -337,18 +350,13 @@ def find_run(uri: str, folder: Path) -> MlflowLogger | None:
         return None
     run_id = logger._state["run_id"]
     try:
-        return logger if not run_id or _is_active(logger.client, run_id) else None
+        return logger if not run_id or is_active(logger.client, run_id) else None
     except MlflowException as error:
         return logger if is_temporary(error, uri) else None
 
 
 def close_run(
-    uri: str,
-    folder: str | Path,
-    status: str,
-    outcome: str,
-    experiment: str = "",
-    tags: Mapping[str, str] | None = None,
+    uri: str, folder: str | Path, status: str, outcome: str, experiment: str = "", tags: Mapping[str, str] | None = None
 ) -> None:
     """Set the final status of a run whose process has ended without doing so, and send its pending events.
 
@@ -384,16 +392,6 @@ def run_key(folder: str | Path, parent: str | None = None) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, (uuid5(UUID(parent), Path(folder).name) if parent else uuid4()).hex)
     return file.read_text(encoding="utf-8")
-
-
-def _is_active(client: MlflowClient, run_id: str) -> bool:
-    """Whether the store has a run that was not deleted."""
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
 
 
 def _now() -> int:

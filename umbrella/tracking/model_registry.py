@@ -1,5 +1,7 @@
 """Log checkpoints as MLflow models, which answer questions about volumes, and register them."""
 
+import base64
+import gzip
 import logging
 import shutil
 import tempfile
@@ -8,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pandas as pd
 from mlflow import MlflowClient, pyfunc
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
@@ -17,6 +21,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from umbrella.base import UserError, mask_secrets, note
+from umbrella.conversations.schema import Conversation
 from umbrella.fileio import link_or_copy
 from umbrella.paths import SIZES, STATE
 from umbrella.tracking.mlflow_logger import MlflowLogger
@@ -32,26 +37,37 @@ TRAINING_FILES = (STATE, SIZES)
 """Files that only resuming needs; they are not logged. The optimizer state is twice as large as the trained weights."""
 LIBRARIES = ("torch", "transformers", "peft", "nibabel", "mlflow")
 TOKENS = "max_new_tokens"
+GZIP = b"\x1f\x8b"
+"""First bytes of a gzip file."""
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
-            ColSpec(AnyType(), "volumes"),  # a path, or a list of paths
             ColSpec(DataType.string, "question"),
+            ColSpec(AnyType(), "volumes", required=False),  # a path, or a list of paths
+            # Bytes of a file, or a list of them. Not of type binary: MLflow then requires them in every record.
+            ColSpec(AnyType(), "nifti", required=False),
             ColSpec(AnyType(), "modality", required=False),  # a name, or a list of names
         ]
     ),
     outputs=Schema([ColSpec(DataType.string, "answer")]),
     params=ParamSchema([ParamSpec(TOKENS, DataType.long, 0)]),
 )
-EXAMPLE = [{"volumes": ["scan.nii.gz"], "question": "What does this scan show?"}]
+EXAMPLE = [
+    {"question": "What does this scan show?", "volumes": ["scan.nii.gz"]},
+    {
+        "question": "What does this scan show?",
+        "nifti": [gzip.compress(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).to_bytes(), mtime=0)],
+    },
+]
 """Example of the input format; the file does not exist."""
 
 
 class PyfuncModel(PythonModel):
     """The model that ``mlflow.pyfunc.load_model`` returns. ``predict`` takes records and returns a list of answers.
 
-    A record has ``volumes`` (a path or a list of paths on the serving machine), ``question`` and, unless the axes of
-    the volumes determine it, ``modality``. ``model_config`` may contain ``device`` and ``dtype``, see
+    A record has ``question``; ``volumes``, a path or a list of paths on the serving machine; ``nifti``, the bytes of a
+    NIfTI file (plain or gzip) or a list of them, which come after ``volumes``, as Base64 in JSON; and, unless the axes
+    of the volumes determine it, ``modality``. ``model_config`` may contain ``device`` and ``dtype``, see
     ``Umbrella.from_checkpoint``.
     """
 
@@ -70,13 +86,32 @@ class PyfuncModel(PythonModel):
         Args:
             model_input: one row per record. MLflow converts a DataFrame, records or JSON to it.
             params: ``max_new_tokens``, see ``Umbrella.answer``; 0 is its default.
+
+        Raises:
+            MlflowException: a volume cannot be used. MLflow's server answers with status 400.
         """
-        questions = []
-        for record in model_input.to_dict("records"):
-            modality = record.get("modality")
-            modality = None if isinstance(modality, float) else modality  # NaN if missing
-            questions.append(self.model.question(record["volumes"], record["question"], modality))
-        return self.model.answer(questions, **(params or {}))
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                records = enumerate(model_input.to_dict("records"))
+                questions = [self._question(record, Path(folder), f"record_{i}") for i, record in records]
+                return self.model.answer(questions, **(params or {}))
+            except UserError as error:
+                raise MlflowException.invalid_parameter_value(str(error).replace(f"{folder}/", "")) from None
+
+    def _question(self, record: Mapping[str, Any], folder: Path, name: str) -> Conversation:
+        """Make the conversation of a record. Volumes that it contains become files ``<name>_nifti_<number>``."""
+        given = {key: value for key, value in record.items() if not isinstance(value, float)}  # NaN if missing
+        volumes, contents = (
+            value if isinstance(value, list) else [value]
+            for value in (given.get("volumes") or [], given.get("nifti") or [])
+        )
+        files = []
+        for number, content in enumerate(contents):
+            content = content if isinstance(content, bytes) else base64.b64decode(content)
+            ending = ".nii.gz" if content.startswith(GZIP) else ".nii"
+            files.append(folder / f"{name}_nifti_{number}{ending}")
+            files[-1].write_bytes(content)
+        return self.model.question([*volumes, *files], given["question"], given.get("modality"))
 
 
 def log_best_model(settings: TrackingSettings, uri: str, training: Path, checkpoint: str | Path, again: str) -> None:

@@ -1,4 +1,4 @@
-"""Describe the datasets, environment and code version of a run; replace subject ids by hashes.
+"""Describe the settings, datasets, environment and code version of a run; replace subject ids by hashes.
 
 A subject has one hash in a storage folder, and another one in another folder.
 """
@@ -13,7 +13,7 @@ import secrets
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -24,8 +24,45 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
+from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.paths import SALT
+
+HEADLINES = (
+    "seed",
+    "data.modality",
+    "data.task_filter",
+    "mask.supervise",
+    "mask.end_of_turn",
+    "mask.normalize",
+    "model.checkpoint",
+    "model.train",
+    "model.embedder_init",
+    "model.dtype",
+    "loss.numbers",
+    "optim.lr",
+    "optim.embedder_lr",
+    "optim.weight_decay",
+    "optim.warmup",
+    "optim.schedule",
+    "train.epochs",
+    "train.batch_size",
+    "train.accumulate",
+    "tune.metric",
+    "tune.mode",
+    "baseline.modality",
+)
+"""Settings that are parameters of a run in MLflow, beside the swept ones. settings.yaml of the run has all settings."""
+
+
+def headline_settings(settings: Settings, unused: Collection[str] = ()) -> dict[str, Any]:
+    """Return ``HEADLINES`` and the settings of ``tune.space`` by dotted name, without ``unused`` sections."""
+    swept = tuple(f"{name}." for name in settings.tune.space)
+    return {
+        name: value
+        for name, value in settings.flat().items()
+        if (name in HEADLINES or f"{name}.".startswith(swept)) and name.split(".")[0] not in unused
+    }
 
 
 def describe_dataset(

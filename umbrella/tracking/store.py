@@ -1,7 +1,6 @@
 """MLflow's store: its address, its errors, valid names, experiments, and links to its web interface."""
 
 import hashlib
-import json
 import logging
 import os
 import posixpath
@@ -13,7 +12,6 @@ from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from umbrella.base import UserError, mask_secrets, note
@@ -21,6 +19,11 @@ from umbrella.paths import ARTIFACTS, DATABASE
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the errors that it raises
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # logs each retry
+
+SWEEP = "umbrella.sweep"
+"""Tag with the name of a sweep, of its run and those of its trials."""
+METRIC, MODE = "tune.metric", "tune.mode"
+"""Parameters of the run of a sweep."""
 
 
 def tracking_uri(storage: str | Path, uri: str = "") -> str:
@@ -67,6 +70,16 @@ def is_valid_metric(name: str) -> bool:
     return re.fullmatch(r"[\w\-. :/]{1,250}", name) is not None and posixpath.normpath(name) == name
 
 
+def is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether the store has a run that was not deleted."""
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 def open_experiment(uri: str, name: str, storage: str | Path) -> str:
     """Return the id of an experiment; create it if it does not exist.
 
@@ -102,27 +115,18 @@ def _is_same_folder(address: str, other: str) -> bool:
     return not address.startswith("file:") or first.resolve() == second.resolve()
 
 
-def page_urls(uri: str, experiment: str, server: str, metric: str, mode: str) -> dict[str, str]:
-    """URLs of two pages of MLflow: all runs, best first, and a comparison of the trials of the newest sweep.
+def runs_page(uri: str, experiment: str, server: str) -> str:
+    """Return the URL of MLflow's page of the newest sweep and its trials, best first; of all runs without a sweep.
 
     Args:
         experiment: id of the experiment.
         server: URL of MLflow's server.
-        metric, mode: ``tune.metric`` and ``tune.mode``.
-
-    Returns:
-        Description of a page to its URL. The comparison is left out if there are fewer than two trials.
     """
-    table = "workflowType=machine_learning"  # otherwise MLflow opens its view for chats and prompts
-    order = {"orderByKey": f"metrics.`best/{metric}`", "orderByAsc": str(mode == "min").lower()}
-    runs = f"{server}/#/experiments/{experiment}/runs?{table}&{urlencode(order, quote_via=quote)}"
-    urls, client, tag = {"runs, best first": runs}, MlflowClient(uri), f"tags.`{MLFLOW_PARENT_RUN_ID}`"
-    if newest := client.search_runs([experiment], f"{tag} LIKE '%'", max_results=1):
-        of_sweep = f"{tag} = '{newest[0].data.tags[MLFLOW_PARENT_RUN_ID]}'"
-        trials = client.search_runs([experiment], of_sweep, order_by=["attributes.start_time ASC"])
-        ids = [[run.info.run_id for run in trials], [experiment]]
-        compared, experiments = (quote(json.dumps(some, separators=(",", ":"))) for some in ids)
-        if len(trials) > 1:
-            page = f"{server}/#/compare-runs?runs={compared}&experiments={experiments}&{table}"
-            urls["trials of the newest sweep, side by side"] = page
-    return urls
+    page = f"{server}/#/experiments/{experiment}/runs"
+    query = {"workflowType": "machine_learning"}  # otherwise MLflow opens its view for chats and prompts
+    sweeps = f"tags.`{SWEEP}` LIKE '%' AND params.`{METRIC}` LIKE '%'"  # trials do not have this parameter
+    if newest := MlflowClient(uri).search_runs([experiment], sweeps, max_results=1):
+        params, name = newest[0].data.params, newest[0].data.tags[SWEEP]
+        query["searchFilter"] = f"tags.`{SWEEP}` = '{name}'"
+        query |= {"orderByKey": f"metrics.`best/{params[METRIC]}`", "orderByAsc": str(params[MODE] == "min").lower()}
+    return f"{page}?{urlencode(query, quote_via=quote)}"

@@ -24,6 +24,8 @@ UPDATE_INTERVAL = 0.5
 """Seconds between two updates of the gauges."""
 LINE_INTERVAL = 30.0
 """Seconds between two lines of metrics."""
+SECONDARY = ("/accuracy", "/rmse", "/r")
+"""Endings of the metrics of the validation split that are neither printed nor logged to MLflow."""
 FORMATS = {
     "train/loss": "loss {:.4g}",
     "train/lr": "rate {:.3g}",
@@ -126,8 +128,7 @@ def format_duration(seconds: float | None) -> str:
 def progress_line(report: Mapping[str, Any]) -> str:
     """Format the report of an evaluation as one line."""
     wanted = ("train/loss", "train/lr", "train/samples_per_second", "train/waiting_for_data")
-    secondary = ("/accuracy", "/rmse", "/r")  # left out, so that the line is short
-    shown = [n for n in report if n in wanted or (n.startswith("eval/") and not n.endswith(secondary))]
+    shown = [n for n in report if n in wanted or (n.startswith("eval/") and not n.endswith(SECONDARY))]
     values = "  ".join(f"{name.removeprefix('train/')} {report[name]:.4g}" for name in shown)
     return f"step {report['step']}/{report['steps']}  epoch {report['epoch']:.2f}  {values}"
 

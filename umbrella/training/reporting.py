@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,10 +13,10 @@ import torch
 
 from umbrella.data.masking import Redact
 from umbrella.evaluation.predictions import Prediction, most_likely
-from umbrella.paths import SETTINGS, checkpoint_folder
+from umbrella.paths import HISTORY, SETTINGS, checkpoint_folder
 from umbrella.plots import curves
-from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.provenance import environment_json, read_salt, redact_subjects
+from umbrella.tracking.mlflow_logger import DESCRIPTION, MlflowLogger
+from umbrella.tracking.provenance import environment_json, headline_settings, read_salt, redact_subjects
 from umbrella.training.checkpoint_files import (
     LOSS,
     NOT_EVALUATED,
@@ -28,6 +29,7 @@ from umbrella.training.progress_log import (
     BUILDING,
     FINISHED,
     FIRST,
+    SECONDARY,
     STOPPED_EARLY,
     ProgressLog,
     Throughput,
@@ -58,8 +60,7 @@ class Reporter:
         job, device, summary = self.job, self.device, task.summary(self._redact)
         text = f"{plan}\n{summary.text}"
         self.tracker = MlflowLogger.start(**job.tracking, folder=job.folder)  # type: ignore[arg-type]
-        flat = {name: value for name, value in job.settings.flat().items() if name.split(".")[0] not in job.unused}
-        self.tracker.params(flat | dict(job.data))
+        self.tracker.params(headline_settings(job.settings, job.unused) | dict(job.data))
         name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
         machine = {"device": name, "host": socket.gethostname(), "ray.job": ray.get_runtime_context().get_job_id()}
         self.tracker.tags({**machine, **summary.tags})
@@ -87,11 +88,14 @@ class Reporter:
         """Log an evaluation, and send all steps before it to MLflow.
 
         Metrics ``best/...`` are those of the best evaluation, because MLflow's tables show the last value of a metric.
+        ``SECONDARY`` metrics are only in evaluations.jsonl, which is logged at the end.
         """
         tracking, key = self.job.settings.tracking, self._ranking_key(metrics)
         is_best = key > self._best_key
-        best = {f"best/{name}": metrics[name] for name in (self.tune.metric, LOSS) if is_best and name in metrics}
-        self.tracker.metrics({**metrics, **best}, step)
+        first = {name: metrics[name] for name in (self.tune.metric, LOSS) if name in metrics}
+        best = {f"best/{name}": value for name, value in first.items() if is_best}
+        others = {name: value for name, value in metrics.items() if not name.endswith(SECONDARY)}
+        self.tracker.metrics({**best, **first, **others}, step)
         self.tracker.flush()
         self.log.update_evaluation({name: value for name, value in metrics.items() if name.startswith("eval/")})
         if is_best:
@@ -120,9 +124,14 @@ class Reporter:
         drawn = {panel: {name: lines[name] for name in names if name in lines} for panel, names in panels.items()}
         if drawn := {panel: of_panel for panel, of_panel in drawn.items() if of_panel}:
             self.tracker.artifact(curves(drawn, str(self.job.tracking["name"])), "curves.png")
+        self.tracker.artifact((Path(self.job.folder) / HISTORY).read_bytes(), HISTORY)
         best = best_checkpoint(self.job.folder, self.tune.metric, self.tune.mode)
         if best and self.job.settings.tracking.checkpoint == "best":
             self.tracker.folder_artifact(best, "checkpoint")
+        score = "" if state.best is None else f", with a best {metric} of {state.best:.4g}"
+        self.tracker.tags(
+            {DESCRIPTION: f"{outcome} at step {position['step']} of {position['steps']}{score}".capitalize()}
+        )
         self.tracker.end(outcome=outcome)
         self.log.print_state(outcome, note)
 

@@ -56,7 +56,7 @@ def train_step(
 
     Returns:
         train/loss, in nats; train/supervised_tokens, the targets in the global batch; train/grad_norm before clipping,
-        also by part; train/lr, the learning rate that ``optim.lr`` sets, also by parameter group.
+        also by part; train/lr, the learning rate that ``optim.lr`` sets.
 
     Raises:
         FloatingPointError: the loss or its gradient is not finite, or the loss is over the limit. It is raised on every
@@ -92,7 +92,6 @@ def train_step(
         )
     metrics = {"train/loss": loss, "train/lr": main_lr(optimizer), "train/grad_norm": norm}
     metrics |= {f"train/grad_norm/{part}": norm for part, norm in zip(trained_parts, norms, strict=True)}
-    metrics |= {f"train/lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from umbrella.base import mask_secrets
+from umbrella.base import mask_secrets, pluralise
 from umbrella.config import Settings
 from umbrella.html import render
 from umbrella.paths import BEST, RANKING, REPORT
 from umbrella.plots import png_data_url, save_png
+from umbrella.tracking.mlflow_logger import DESCRIPTION, WINNER
 from umbrella.training.progress_log import FINISHED, format_duration
 from umbrella.tuning import figures
 from umbrella.tuning.results import (
@@ -61,6 +62,41 @@ class SweepResult:
     tracking_uri: str
     warning: str = ""
     """See ``chance_warning``."""
+
+
+def describe_sweep(configurations: Sequence[Configuration], tune: TuneSettings, warning: str) -> str:
+    """Describe a sweep in three sentences: what was asked, what won, and by how much. The warning follows.
+
+    Args:
+        configurations: sorted by ``rank_configurations``; the first one has a metric.
+        warning: see ``chance_warning``.
+    """
+
+    def score(c: Configuration) -> str:
+        return format_interval(c) if len(c.metrics) > 1 else f"{c.mean:.4g}"
+
+    trials, first = ranked_trials(configurations), configurations[0]
+    names = " and ".join(swept_names(trials)) or "the settings as they are"
+    size = "largest" if tune.mode == "max" else "smallest"
+    lead = "No other settings have a value."
+    if len(configurations) > 1 and (second := configurations[1]).mean is not None:
+        distance = abs((first.mean or 0.0) - second.mean)
+        lead = f"The next best, {second.name}, has {score(second)}, which differs by {distance:.4g}."
+    asked = f"{pluralise(len(trials), 'trial')} of {names}, to find the {size} {tune.metric}."
+    return " ".join(filter(None, [asked, f"The winner is {first.name} with {score(first)}.", lead, warning]))
+
+
+def trial_tags(configurations: Sequence[Configuration], metric: str) -> dict[str, dict[str, str]]:
+    """Return the tags of the run of each trial by its id: whether it won, and its settings, place and end in words."""
+    tags = {}
+    for place, configuration in enumerate(configurations, 1):
+        for t in configuration.trials:
+            values = ", ".join(f"{name}={format_value(value)}" for name, value in t.point.items()) or "as set"
+            score = f"no {metric}" if t.metric is None else f"{metric} {t.metric:.4g} at step {t.step}"
+            end = t.state if t.failed or not t.reason else f"{t.state}, {t.reason}"  # a failure may name subjects
+            text = f"Settings: {values}. Place {place} of {len(configurations)}: {score}. State: {end}."
+            tags[t.trial_id] = {WINNER: "yes" if t is best_trial(configurations) else "no", DESCRIPTION: text}
+    return tags
 
 
 def write_report(

@@ -20,14 +20,14 @@ from umbrella.data.splits import target_classes
 from umbrella.evaluation.metrics import chance_level
 from umbrella.fileio import check_writable, run_lock
 from umbrella.paths import REPORT, SETTINGS, SWEEPS, TRIALS, storage_of
-from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.provenance import read_salt, redact_subjects
+from umbrella.tracking.mlflow_logger import DESCRIPTION, MlflowLogger, close_run
+from umbrella.tracking.provenance import headline_settings, read_salt, redact_subjects
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_sync import is_uploaded, synced
 from umbrella.training.run import load_and_check, make_job
 from umbrella.training.task import Job
 from umbrella.tuning.monitor import Monitor, OutOfTime
-from umbrella.tuning.report import SweepResult, write_report
+from umbrella.tuning.report import SweepResult, describe_sweep, trial_tags, write_report
 from umbrella.tuning.results import best_trial, chance_warning, rank_configurations, ranked_trials, read_trials
 from umbrella.tuning.search import count_trials, list_points, make_optuna_search, make_scheduler
 from umbrella.tuning.search_space import Parameter, contains, format_point, is_fixed, read_space, variants
@@ -105,11 +105,12 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
     experiment = open_experiment(uri, settings.experiment, storage)
     concurrent = max_concurrent_trainings(settings.resources)
 
-    parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, folder=folder)
-    swept = [parameter.name for parameter in parameters]
-    parent.params({k: v for k, v in settings.flat().items() if not any(contains(name, k) for name in swept)})
+    parent = MlflowLogger.start(uri, experiment, folder.name, trial=folder.name, sweep=folder.name, folder=folder)
+    swept, shared = [parameter.name for parameter in parameters], headline_settings(settings, ("baseline",))
+    parent.params({k: v for k, v in shared.items() if not any(contains(name, k) for name in swept)})
     parent.artifact(settings.to_yaml(), SETTINGS)
-    job = make_job(settings, splits, {"uri": uri, "experiment": experiment, "parent": parent.run_id}, str(folder))
+    tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "parent": parent.run_id}
+    job = make_job(settings, splits, tracking | {"sweep": folder.name}, str(folder))
     parent.params(job.data)
     parent.inputs(job.datasets)
     for trial in folder.glob(f"{TRIALS}/*/"):
@@ -140,7 +141,10 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
             )
         best_settings = settings.with_values(best.point)
         parent.results({f"best/{settings.tune.metric}": best.metric or 0.0}, 0)
-        parent.tags({"best.trial": best.name, "best.checkpoint": best.checkpoint})
+        for name, tags in trial_tags(configurations, settings.tune.metric).items():
+            close_run(uri, folder / TRIALS / name.rpartition("-")[2], "KILLED", "killed", tags=tags)
+        description = describe_sweep(configurations, settings.tune, warning)
+        parent.tags({"best.trial": best.name, "best.checkpoint": best.checkpoint, DESCRIPTION: description})
         parent.end()
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Stopped)
