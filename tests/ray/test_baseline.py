@@ -74,7 +74,7 @@ def test_baseline_learns_a_planted_cue_and_resumes_from_an_older_checkpoint_with
     (experiment,) = client.search_experiments(filter_string="name = 'umbrella'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("mine-sex", "FINISHED")
-    assert run.data.params["optim.lr"] == run.data.params["baseline.lr"] == "0.03"
+    assert (run.data.params["optim.lr"], run.data.params["baseline.modality"]) == ("0.03", "sMRI")
     assert run.data.metrics["test/sex/likelihood/subjects/balanced_accuracy"] > 0.9
     assert {"eval/sex/balanced_accuracy", "train/loss", "train/lr"} <= set(run.data.metrics)
 

@@ -31,6 +31,7 @@ from umbrella.evaluation.calibration import read_temperatures
 from umbrella.evaluation.predictions import read_predictions
 from umbrella.evaluation_run.evaluate import evaluate_at_end
 from umbrella.evaluation_run.prediction_workers import PredictionWorker, map_on_actors, predict_on_workers
+from umbrella.tracking.mlflow_logger import DESCRIPTION, MAX_METRICS
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.launch import run_job
@@ -163,9 +164,9 @@ def test_final_evaluation_is_logged_to_the_training_run_without_subject_ids(eval
     assert run.info.status == "FINISHED"
     assert logged[f"test/sex/{SCORE}"] == found[SCORE]["value"]
     assert logged[f"test/sex/{SCORE}/low"] == found[SCORE]["low"]
-    assert f"test_shuffled/sex/{SCORE}" in logged
-    assert f"test_text_only/sex/{SCORE}/high" in logged
-    assert logged["test/sex/chance"] == 0.5
+    controls = {name for name in logged if name.startswith("test_")}
+    assert controls == {f"test_{name}/sex/{SCORE}" for name in ("shuffled", "blank", "text_only")}
+    assert sum(not name.startswith("system/") for name in logged) <= MAX_METRICS
     assert {given.dataset.name for given in run.inputs.dataset_inputs} == {"training", "validation", "test"}
     assert "sub-0" in (evaluated.folder / "report.html").read_text()
     assert "sub-0" not in (evaluated.folder / "model_card.md").read_text()
@@ -187,7 +188,11 @@ def test_two_prediction_workers_equal_one_bit_for_bit(
     assert overall(tmp_path / "again", "as_asked") == overall(evaluated.folder, "as_asked")
     _, own = run_in_mlflow(evaluated.settings, "evaluation of moved")
     assert own.info.status == "FINISHED"
-    assert f"test/sex/{SCORE}" in own.data.metrics
+    assert set(own.data.metrics) == {f"test/sex/{SCORE}{end}" for end in ("", "/low", "/high")} | {
+        f"test_shuffled/sex/{SCORE}"
+    }
+    assert own.data.params["checkpoint"] == str(moved)
+    assert own.data.tags[DESCRIPTION].startswith("sex: better than chance")
 
 
 def test_dry_run_counts_samples_and_shared_subjects_are_an_error(evaluated: Evaluated, run: Callable[..., Any]) -> None:

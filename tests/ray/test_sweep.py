@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 
 from tests.printed import printed_to, unknown_lines
 from tests.ray.conftest import no_progress
-from umbrella.tracking.mlflow_logger import PARENT, TRIAL, MlflowLogger
-from umbrella.tracking.store import tracking_uri
+from umbrella.tracking.mlflow_logger import DESCRIPTION, MAX_METRICS, PARENT, TRIAL, WINNER, MlflowLogger
+from umbrella.tracking.store import SWEEP, tracking_uri
 from umbrella.tuning.sweep import run_sweep
 from umbrella.tuning.sweep_files import load_outcome
 
@@ -101,7 +101,8 @@ def test_run_of_a_trial_has_settings_code_version_data_and_metrics(swept: Any) -
     good = children[best.trial_id]
     files = {file.path for file in client.list_artifacts(good.info.run_id)}
     assert files == {
-        "settings.yaml", "environment.json", "statement.txt", "mask_audit.html", "predictions.json", "curves.png"
+        "settings.yaml", "environment.json", "statement.txt", "mask_audit.html", "predictions.json", "curves.png",
+        "evaluations.jsonl"
     }  # fmt: skip
     for run in (good, parent):
         told = {given.dataset.name: json.loads(given.dataset.profile) for given in run.inputs.dataset_inputs}
@@ -113,11 +114,40 @@ def test_run_of_a_trial_has_settings_code_version_data_and_metrics(swept: Any) -
     table = json.loads(Path(client.download_artifacts(good.info.run_id, "predictions.json")).read_text())
     assert len(table["data"]) > 2
     rights = [row[table["columns"].index("right")] for row in table["data"]]
-    step = [m.step for m in client.get_metric_history(good.info.run_id, "eval/sex/accuracy")].index(best.step)
-    accuracy = client.get_metric_history(good.info.run_id, "eval/sex/accuracy")[step].value
+    lines = Path(client.download_artifacts(good.info.run_id, "evaluations.jsonl")).read_text().splitlines()
+    (accuracy,) = [row["eval/sex/accuracy"] for row in map(json.loads, lines) if row["step"] == best.step]
     assert sum(filter(None, rights)) / sum(right is not None for right in rights) == pytest.approx(accuracy)
     places = [answer.folder, *answer.folder.glob("trials/*/")]
     assert not [place for place in places if MlflowLogger(answer.tracking_uri, place).has_pending]
+
+
+def test_runs_of_a_sweep_name_it_and_say_what_was_asked_and_what_won(swept: Any) -> None:
+    answer, _, parent, children = swept
+    best, stopped, failed = (children[trial.trial_id].data.tags for trial in answer.trials)
+    for tags in (parent.data.tags, best, stopped, failed):
+        assert tags[SWEEP] == tags["mlflow.source.name"] == parent.info.run_name
+    assert [tags[WINNER] for tags in (best, stopped, failed)] == ["yes", "no", "no"]
+    asked, won, lead = parent.data.tags[DESCRIPTION].split(". ", 2)
+    assert asked.startswith("3 trials of optim.lr, mask.supervise, modalities.sMRI.intensity and train.augment")
+    assert asked.endswith("to find the smallest eval/loss")
+    first, second = answer.trials[:2]
+    assert won == f"The winner is {first.name} with {first.metric:.4g}"
+    difference = f"{second.metric - first.metric:.4g}"
+    assert lead == f"The next best, {second.name}, has {second.metric:.4g}, which differs by {difference}."
+    assert f"Place 1 of 3: eval/loss {first.metric:.4g} at step {first.step}. State: finished." in best[DESCRIPTION]
+    assert "State: stopped by the scheduler, by ASHA at evaluation 1" in stopped[DESCRIPTION]
+    assert failed[DESCRIPTION].endswith("State: failed.")
+
+
+def test_runs_of_a_sweep_have_at_most_40_metrics_and_headline_parameters(swept: Any) -> None:
+    answer, _, parent, children = swept
+    for run in (parent, *children.values()):
+        metrics = {name for name in run.data.metrics if not name.startswith("system/")}
+        assert len(metrics) <= MAX_METRICS == 40
+        assert len(run.data.params) <= 30
+    assert {"best/eval/loss", "train/loss", "train/lr", "train/samples_per_second"} <= set(
+        children[answer.trials[0].trial_id].data.metrics
+    )
 
 
 def test_runs_of_a_sweep_that_hashes_subjects_contain_no_subject_id(swept: Any) -> None:

@@ -75,6 +75,25 @@ def test_everything_that_is_logged_can_be_read_from_mlflow(
     assert [file.path for file in client.list_artifacts(logger.run_id, "checkpoint")] == ["checkpoint/model"]
 
 
+def test_a_run_has_the_first_40_metrics_on_every_machine_that_continues_it(
+    start: Callable[..., MlflowLogger], client: MlflowClient, tmp_path: Path
+) -> None:
+    logger = start()
+    for step in (1, 2):
+        logger.metrics({f"train/{i}": float(step) for i in range(30)}, step)
+        logger.flush()
+    logger.end()
+    upload(tmp_path / "one", tmp_path / "elsewhere")
+    for place in ("one", "elsewhere"):
+        later = MlflowLogger(logger.uri, tmp_path / place, logger.experiment)
+        later.results({f"test/{i}": 1.0 for i in range(20)}, 2)
+        found = client.get_run(logger.run_id).data.metrics
+        assert set(found) == {f"train/{i}" for i in range(30)} | {f"test/{i}" for i in range(10)}
+    assert values(logger, "train/29") == [(1, 1.0), (2, 2.0)]
+    later.results({"train/29": 3.0}, 3)
+    assert values(logger, "train/29")[-1] == (3, 3.0), "a known metric is not left out"
+
+
 def test_a_run_belongs_to_a_folder_and_not_to_a_name(
     start: Callable[..., MlflowLogger], client: MlflowClient, tmp_path: Path
 ) -> None:

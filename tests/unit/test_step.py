@@ -60,7 +60,7 @@ def test_a_step_reports_its_learning_rate_and_the_gradient_before_clipping(build
     assert result["train/grad_norm"] > 0.1
     by_part = [norm for name, norm in result.items() if name.startswith("train/grad_norm/")]
     assert sum(norm**2 for norm in by_part) == pytest.approx(result["train/grad_norm"] ** 2, rel=1e-4)
-    assert (result["train/lr"], result["train/lr/0"], optimizer.param_groups[0]["lr"]) == (0.5, 0.5, 0.25)
+    assert (result["train/lr"], optimizer.param_groups[0]["lr"]) == (0.5, 0.25)
     assert result["train/supervised_tokens"] == 7 + 13 + 7 + 6  # the four answers, each with two tokens of an end
 
 

@@ -6,16 +6,24 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from mlflow import MlflowClient, environment_variables
 from mlflow.exceptions import MlflowException
 
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.tracking import provenance
 from umbrella.tracking.mlflow_logger import MlflowLogger
-from umbrella.tracking.provenance import code_version, describe_dataset, environment_json
-from umbrella.tracking.store import is_valid_metric, open_experiment, page_urls, tracking_uri
+from umbrella.tracking.provenance import (
+    HEADLINES,
+    code_version,
+    describe_dataset,
+    environment_json,
+    headline_settings,
+)
+from umbrella.tracking.store import is_valid_metric, open_experiment, runs_page, tracking_uri
 
 
 def test_the_store_is_in_the_storage_folder_unless_a_setting_or_variable_names_another(
@@ -163,20 +171,38 @@ def test_mlflow_sends_no_telemetry_and_gives_up_early() -> None:
     assert environment_variables.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get() == 1
 
 
-def test_links_show_runs_best_first_and_compare_the_trials_of_the_newest_sweep(
-    uri: str, experiment: str, tmp_path: Path
+def test_the_page_shows_the_newest_sweep_best_first_by_its_own_metric(
+    uri: str, experiment: str, client: MlflowClient, tmp_path: Path
 ) -> None:
-    assert list(page_urls(uri, experiment, "http://here", "eval/loss", "min")) == ["runs, best first"]
-    trials = []
-    for sweep in ("old", "new"):
-        parent = MlflowLogger.start(uri, experiment, sweep, folder=tmp_path / sweep).run_id
-        for name in ("a", "b"):
-            folder = tmp_path / sweep / "trials" / name
-            trials.append(MlflowLogger.start(uri, experiment, name, folder=folder, parent=parent).run_id)
-    assert page_urls(uri, experiment, "http://here", "eval/age group/mae", "min") == {
-        "runs, best first": f"http://here/#/experiments/{experiment}/runs?workflowType=machine_learning"
-        "&orderByKey=metrics.%60best%2Feval%2Fage%20group%2Fmae%60&orderByAsc=true",
-        "trials of the newest sweep, side by side": "http://here/#/compare-runs?"
-        f"runs=%5B%22{trials[2]}%22%2C%22{trials[3]}%22%5D&experiments=%5B%22{experiment}%22%5D"
-        "&workflowType=machine_learning",
+    page = f"http://here/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    assert runs_page(uri, experiment, "http://here") == page, "no sweep yet"
+    values = {"old": [0.1], "new": [3.0, 1.0, 2.0]}
+    for sweep, of_sweep in values.items():
+        parent = MlflowLogger.start(uri, experiment, sweep, sweep=sweep, folder=tmp_path / sweep)
+        parent.params({"tune.metric": "eval/age group/mae", "tune.mode": "min"})
+        for value in of_sweep:
+            folder, name = tmp_path / sweep / "trials" / str(value), f"lr={value}"
+            trial = MlflowLogger.start(uri, experiment, name, sweep=sweep, parent=parent.run_id, folder=folder)
+            trial.results({"best/eval/age group/mae": value}, 0)
+    MlflowLogger.start(uri, experiment, "a training", folder=tmp_path / "training")
+    found = runs_page(uri, experiment, "http://here")
+    assert found == (
+        f"{page}&searchFilter=tags.%60umbrella.sweep%60%20%3D%20%27new%27"
+        "&orderByKey=metrics.%60best%2Feval%2Fage%20group%2Fmae%60&orderByAsc=true"
+    )
+    query = {name: value for name, (value,) in parse_qs(urlsplit(found.replace("#/", "")).query).items()}
+    runs = client.search_runs([experiment], query["searchFilter"], order_by=[f"{query['orderByKey']} ASC"])
+    assert [run.info.run_name for run in runs] == ["lr=1.0", "lr=2.0", "lr=3.0", "new"]
+    assert {run.data.tags["mlflow.source.name"] for run in runs} == {"new"}, "MLflow's column Source"
+
+
+def test_parameters_are_the_swept_and_some_twenty_headline_settings() -> None:
+    space = {"optim.clip": {"grid": [0.5, 1.0]}, "modalities.sMRI": {"grid": [{}]}}
+    settings = load_settings(overrides={"tune.space": space})
+    found = headline_settings(settings, unused=("baseline",))
+    assert {"optim.lr": 7e-4, "optim.clip": 1.0}.items() <= found.items()
+    assert {name for name in found if name.startswith("modalities.")} == {
+        name for name in settings.flat() if name.startswith("modalities.sMRI.")
     }
+    assert set(HEADLINES) - set(found) == {"baseline.modality"}, "a name of no setting, or of a section that is unused"
+    assert 15 <= len(HEADLINES) <= 25
