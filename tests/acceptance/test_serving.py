@@ -114,8 +114,9 @@ def test_records_with_paths_bytes_and_no_volume_are_answered_together(
         model.question(of_one, str(record["question"]), "sMRI") for of_one, record in zip(volumes, records, strict=True)
     ]
     expected = model.answer(questions, max_new_tokens=6)
-    answer = served.post({"dataframe_records": records, "params": {"max_new_tokens": 6}})
-    assert answer == (200, {"predictions": expected})
+    for form in ("dataframe_records", "inputs"):  # MLflow writes the logged example as "inputs"
+        answer = served.post({form: records, "params": {"max_new_tokens": 6}})
+        assert answer == (200, {"predictions": expected})
 
 
 @pytest.mark.parametrize(

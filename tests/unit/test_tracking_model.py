@@ -1,10 +1,12 @@
 """Checkpoints as models in MLflow: logged, registered, and loaded by MLflow in another process."""
 
+import gzip
 import json
 import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
+from nibabel import Nifti1Image
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
@@ -82,7 +85,8 @@ def test_a_registered_model_answers_in_a_fresh_process_as_the_checkpoint_does(
     step = save(tmp_path / "run")
     model = Umbrella.from_checkpoint(step, device="cpu")
     questions = [model.question(r["volumes"], r["question"], r.get("modality")) for r in records]
-    expected = model.answer(questions, max_new_tokens=6)
+    records.append({"question": "Sex?", "modality": "sMRI", "nifti": b64encode(Path(s).read_bytes()).decode()})
+    expected = model.answer([*questions, questions[0]], max_new_tokens=6)
     assert len(set(expected)) > 2
 
     before = mlflow.get_tracking_uri()
@@ -106,6 +110,9 @@ def test_a_registered_model_answers_in_a_fresh_process_as_the_checkpoint_does(
     assert {file.name for file in (folder / "artifacts/checkpoint").iterdir()} >= {"model.safetensors", "config.json"}
     assert not list(folder.rglob("state.pt")), "the optimizer state"
     assert "umbrella-mri==" in (folder / "requirements.txt").read_text()
+    first, second = json.loads((folder / "serving_input_example.json").read_text())["inputs"]
+    assert first["volumes"] == ["scan.nii.gz"]
+    assert Nifti1Image.from_bytes(gzip.decompress(b64decode(second["nifti"][0]))).shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize("whole", [True, False])
