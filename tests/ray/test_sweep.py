@@ -128,12 +128,12 @@ def test_runs_of_a_sweep_name_it_and_say_what_was_asked_and_what_won(swept: Any)
         assert tags[SWEEP] == tags["mlflow.source.name"] == parent.info.run_name
     assert [tags[WINNER] for tags in (best, stopped, failed)] == ["yes", "no", "no"]
     asked, won, lead = parent.data.tags[DESCRIPTION].split(". ", 2)
-    assert asked.startswith("3 trials of optim.lr, mask.supervise, modalities.sMRI.intensity and train.augment")
-    assert asked.endswith("to find the smallest eval/loss")
+    assert asked.startswith("3 trials compared optim.lr, mask.supervise, modalities.sMRI.intensity and train.augment")
+    assert asked.endswith(" for the smallest eval/loss")
     first, second = answer.trials[:2]
     assert won == f"The winner is {first.name} with {first.metric:.4g}"
     difference = f"{second.metric - first.metric:.4g}"
-    assert lead == f"The next best, {second.name}, has {second.metric:.4g}, which differs by {difference}."
+    assert lead == f"The next best, {second.name}, has {second.metric:.4g}, which is {difference} more."
     assert f"Place 1 of 3: eval/loss {first.metric:.4g} at step {first.step}. State: finished." in best[DESCRIPTION]
     assert "State: stopped by the scheduler, by ASHA at evaluation 1" in stopped[DESCRIPTION]
     assert failed[DESCRIPTION].endswith("State: failed.")

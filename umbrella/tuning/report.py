@@ -77,13 +77,13 @@ def describe_sweep(configurations: Sequence[Configuration], tune: TuneSettings, 
 
     trials, first = ranked_trials(configurations), configurations[0]
     *some, last = swept_names(trials) or ["the settings as they are"]
-    size = "largest" if tune.mode == "max" else "smallest"
+    size, change = ("largest", "less") if tune.mode == "max" else ("smallest", "more")
     lead = "No other settings have a value."
     if len(configurations) > 1 and (second := configurations[1]).mean is not None:
         distance = abs((first.mean or 0.0) - second.mean)
-        lead = f"The next best, {second.name}, has {score(second)}, which differs by {distance:.4g}."
-    asked = f"{pluralise(len(trials), 'trial')} of {' and '.join(filter(None, [', '.join(some), last]))}"
-    asked += f", to find the {size} {tune.metric}."
+        lead = f"The next best, {second.name}, has {score(second)}, which is {distance:.4g} {change}."
+    asked = f"{pluralise(len(trials), 'trial')} compared {' and '.join(filter(None, [', '.join(some), last]))}"
+    asked += f" for the {size} {tune.metric}."
     return " ".join(filter(None, [asked, f"The winner is {first.name} with {score(first)}.", lead, warning]))
 
 
