@@ -125,6 +125,8 @@ def test_records_with_paths_bytes_and_no_volume_are_answered_together(
         ({"volumes": "/nowhere/scan.nii.gz"}, "/nowhere/scan.nii.gz"),
         ({"nifti": base64.b64encode(b"not a scan").decode()}, "record_0_nifti_0.nii: "),
         ({"nifti": "?"}, "record_0_nifti_0.nii: "),
+        ({"nifti": ["abc"]}, "record_0: nifti: give the Base64 text of a file"),
+        ({"volumes": [5]}, "record_0: volumes=[5]: give a path"),
         ({"volumes": [], "modality": ["sMRI"]}, "1 names for 0 volumes"),
     ],
 )

@@ -105,9 +105,14 @@ class PyfuncModel(PythonModel):
             value if isinstance(value, list) else [value]
             for value in (given.get("volumes") or [], given.get("nifti") or [])
         )
+        if not all(isinstance(path, str | Path) for path in volumes):
+            raise UserError(f"{name}: volumes={volumes!r}: give a path, or a list of paths")
         files = []
         for number, content in enumerate(contents):
-            content = content if isinstance(content, bytes) else base64.b64decode(content)
+            try:
+                content = content if isinstance(content, bytes) else base64.b64decode(content)
+            except (TypeError, ValueError):
+                raise UserError(f"{name}: nifti: give the Base64 text of a file, or a list of such texts") from None
             ending = ".nii.gz" if content.startswith(GZIP) else ".nii"
             files.append(folder / f"{name}_nifti_{number}{ending}")
             files[-1].write_bytes(content)
