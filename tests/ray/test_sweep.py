@@ -128,7 +128,7 @@ def test_runs_of_a_sweep_name_it_and_say_what_was_asked_and_what_won(swept: Any)
         assert tags[SWEEP] == tags["mlflow.source.name"] == parent.info.run_name
     assert [tags[WINNER] for tags in (best, stopped, failed)] == ["yes", "no", "no"]
     asked, won, lead = parent.data.tags[DESCRIPTION].split(". ", 2)
-    assert asked.startswith("3 trials compared optim.lr, mask.supervise, modalities.sMRI.intensity and train.augment")
+    assert asked.startswith("3 trials compared optim.lr, mask.supervise, modalities.sMRI.intensity, train.augment")
     assert asked.endswith(" for the smallest eval/loss")
     first, second = answer.trials[:2]
     assert won == f"The winner is {first.name} with {first.metric:.4g}"

@@ -17,8 +17,6 @@ from umbrella.cli import Arguments, run_command
 OPTIONS = {
     "--port": {"help": "port of MLflow's web interface on localhost", "default": 5000, "type": int, "metavar": "PORT"},
 }
-LOG = "mlflow_server.log"
-"""File in the storage folder."""
 
 
 def main(args: Arguments) -> None:
@@ -37,7 +35,7 @@ def main(args: Arguments) -> None:
     if served:
         print(page)
     else:
-        _serve(uri, port, storage / LOG, page)
+        _serve(uri, port, storage / "mlflow_server.log", page)
 
 
 def _serve(uri: str, port: int, log: Path, page: str) -> None:
@@ -52,24 +50,18 @@ def _serve(uri: str, port: int, log: Path, page: str) -> None:
         # In a session of its own, which is ended as a whole: the server starts further processes.
         server = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
-        while not _answers(port):
-            if server.poll() is not None:
-                end = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
-                raise UserError(f"MLflow's server does not start; {log} ends with: {end}")
+        while server.poll() is None:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
             time.sleep(0.2)
+        else:
+            end = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
+            raise UserError(f"MLflow's server does not start; {log} ends with: {end}")
         print(page, flush=True)
         server.wait()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def run(argv: Sequence[str]) -> None:

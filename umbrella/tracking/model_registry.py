@@ -1,7 +1,6 @@
 """Log checkpoints as MLflow models, which answer questions about volumes, and register them."""
 
 import base64
-import gzip
 import logging
 import shutil
 import tempfile
@@ -37,8 +36,6 @@ TRAINING_FILES = (STATE, SIZES)
 """Files that only resuming needs; they are not logged. The optimizer state is twice as large as the trained weights."""
 LIBRARIES = ("torch", "transformers", "peft", "nibabel", "mlflow")
 TOKENS = "max_new_tokens"
-GZIP = b"\x1f\x8b"
-"""First bytes of a gzip file."""
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
@@ -52,14 +49,12 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec(DataType.string, "answer")]),
     params=ParamSchema([ParamSpec(TOKENS, DataType.long, 0)]),
 )
+SCAN = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
 EXAMPLE = [
     {"question": "What does this scan show?", "volumes": ["scan.nii.gz"]},
-    {
-        "question": "What does this scan show?",
-        "nifti": [gzip.compress(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).to_bytes(), mtime=0)],
-    },
+    {"question": "What does this scan show?", "nifti": [SCAN.to_bytes()]},
 ]
-"""Example of the input format; the file does not exist."""
+"""Example of the input format; scan.nii.gz does not exist."""
 
 
 class PyfuncModel(PythonModel):
@@ -113,8 +108,8 @@ class PyfuncModel(PythonModel):
                 content = content if isinstance(content, bytes) else base64.b64decode(content)
             except (TypeError, ValueError):
                 raise UserError(f"{name}: nifti: give the Base64 text of a file, or a list of such texts") from None
-            ending = ".nii.gz" if content.startswith(GZIP) else ".nii"
-            files.append(folder / f"{name}_nifti_{number}{ending}")
+            is_gzip = content.startswith(b"\x1f\x8b")
+            files.append(folder / f"{name}_nifti_{number}.nii{'.gz' if is_gzip else ''}")
             files[-1].write_bytes(content)
         return self.model.question([*volumes, *files], given["question"], given.get("modality"))
 

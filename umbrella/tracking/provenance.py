@@ -28,41 +28,28 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, questions_of
 from umbrella.paths import SALT
 
-HEADLINES = (
-    "seed",
-    "data.modality",
-    "data.task_filter",
-    "mask.supervise",
-    "mask.end_of_turn",
-    "mask.normalize",
-    "model.checkpoint",
-    "model.train",
-    "model.embedder_init",
-    "model.dtype",
-    "loss.numbers",
-    "optim.lr",
-    "optim.embedder_lr",
-    "optim.weight_decay",
-    "optim.warmup",
-    "optim.schedule",
-    "train.epochs",
-    "train.batch_size",
-    "train.accumulate",
-    "tune.metric",
-    "tune.mode",
-    "baseline.modality",
-)
-"""Settings that are parameters of a run in MLflow, beside the swept ones. settings.yaml of the run has all settings."""
+HEADLINES = {
+    "": ("seed",),
+    "data": ("modality", "task_filter"),
+    "mask": ("supervise", "end_of_turn", "normalize"),
+    "model": ("checkpoint", "train", "embedder_init", "dtype"),
+    "loss": ("numbers",),
+    "optim": ("lr", "embedder_lr", "weight_decay", "warmup", "schedule"),
+    "train": ("epochs", "batch_size", "accumulate"),
+    "tune": ("metric", "mode"),
+    "baseline": ("modality",),
+}
+"""Settings by section that are parameters of a run in MLflow, beside the swept ones. Its settings.yaml has all."""
 
 
 def headline_settings(settings: Settings, unused: Collection[str] = ()) -> dict[str, Any]:
     """Return ``HEADLINES`` and the settings of ``tune.space`` by dotted name, without ``unused`` sections."""
-    swept = tuple(f"{name}." for name in settings.tune.space)
-    return {
-        name: value
-        for name, value in settings.flat().items()
-        if (name in HEADLINES or f"{name}.".startswith(swept)) and name.split(".")[0] not in unused
-    }
+    swept, found = tuple(f"{name}." for name in settings.tune.space), {}
+    for name, value in settings.flat().items():
+        section, _, last = name.rpartition(".")
+        if (last in HEADLINES.get(section, ()) or f"{name}.".startswith(swept)) and name.split(".")[0] not in unused:
+            found[name] = value
+    return found
 
 
 def describe_dataset(

@@ -15,7 +15,7 @@ from umbrella.data.masking import Redact
 from umbrella.evaluation.predictions import Prediction, most_likely
 from umbrella.paths import HISTORY, SETTINGS, checkpoint_folder
 from umbrella.plots import curves
-from umbrella.tracking.mlflow_logger import DESCRIPTION, MlflowLogger
+from umbrella.tracking.mlflow_logger import MlflowLogger
 from umbrella.tracking.provenance import environment_json, headline_settings, read_salt, redact_subjects
 from umbrella.training.checkpoint_files import (
     LOSS,
@@ -128,10 +128,6 @@ class Reporter:
         best = best_checkpoint(self.job.folder, self.tune.metric, self.tune.mode)
         if best and self.job.settings.tracking.checkpoint == "best":
             self.tracker.folder_artifact(best, "checkpoint")
-        score = "" if state.best is None else f", with a best {metric} of {state.best:.4g}"
-        self.tracker.tags(
-            {DESCRIPTION: f"{outcome} at step {position['step']} of {position['steps']}{score}".capitalize()}
-        )
         self.tracker.end(outcome=outcome)
         self.log.print_state(outcome, note)
 

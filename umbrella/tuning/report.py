@@ -76,14 +76,13 @@ def describe_sweep(configurations: Sequence[Configuration], tune: TuneSettings, 
         return format_interval(c) if len(c.metrics) > 1 else f"{c.mean:.4g}"
 
     trials, first = ranked_trials(configurations), configurations[0]
-    *some, last = swept_names(trials) or ["the settings as they are"]
+    names = ", ".join(swept_names(trials)) or "the settings as they are"
     size, change = ("largest", "less") if tune.mode == "max" else ("smallest", "more")
     lead = "No other settings have a value."
     if len(configurations) > 1 and (second := configurations[1]).mean is not None:
         distance = abs((first.mean or 0.0) - second.mean)
         lead = f"The next best, {second.name}, has {score(second)}, which is {distance:.4g} {change}."
-    asked = f"{pluralise(len(trials), 'trial')} compared {' and '.join(filter(None, [', '.join(some), last]))}"
-    asked += f" for the {size} {tune.metric}."
+    asked = f"{pluralise(len(trials), 'trial')} compared {names} for the {size} {tune.metric}."
     return " ".join(filter(None, [asked, f"The winner is {first.name} with {score(first)}.", lead, warning]))
 
 
@@ -92,10 +91,9 @@ def trial_tags(configurations: Sequence[Configuration], metric: str) -> dict[str
     tags = {}
     for place, configuration in enumerate(configurations, 1):
         for t in configuration.trials:
-            values = ", ".join(f"{name}={format_value(value)}" for name, value in t.point.items()) or "as set"
             score = f"no {metric}" if t.metric is None else f"{metric} {t.metric:.4g} at step {t.step}"
             end = t.state if t.failed or not t.reason else f"{t.state}, {t.reason}"  # a failure may name subjects
-            text = f"Settings: {values}. Place {place} of {len(configurations)}: {score}. State: {end}."
+            text = f"Settings: {t.name}. Place {place} of {len(configurations)}: {score}. State: {end}."
             tags[t.trial_id] = {WINNER: "yes" if t is best_trial(configurations) else "no", DESCRIPTION: text}
     return tags
 
