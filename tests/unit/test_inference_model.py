@@ -13,13 +13,15 @@ import torch
 import umbrella
 from tests.conftest import make_conversation, untrained_model
 from umbrella.base import UserError
+from umbrella.cohorts.bids import find_images
 from umbrella.conversations.schema import Conversation
 from umbrella.data.batching import Collator
 from umbrella.data.rendering import Renderer
 from umbrella.evaluation.controls import make_controls
-from umbrella.evaluation.scoring import score
+from umbrella.evaluation.scoring import ANSWER_ONLY, score
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
+from umbrella.volumes.reading import read_volume
 from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
 
@@ -186,6 +188,22 @@ def test_the_modality_of_a_volume_follows_from_its_suffix_or_axes_or_is_named(
     assert [item.modality for item in model.items([s2, d], ["sMRI", "dMRI"])] == ["sMRI", "dMRI"]
 
 
+def test_the_modality_of_a_file_is_that_which_the_reader_of_cohorts_gives_it(model: Umbrella, tmp_path: Path) -> None:
+    names = ["sub-1_T1w", "sub-1_PDw", "sub-1_model-DTI_param-fa_dwimap", "sub-1_desc-MD_dwimap", "sub-1_task-x_bold"]
+    files = [tmp_path / "sub-1" / f"{name}.nii.gz" for name in names] + [tmp_path / "fs" / "mri" / "brain.mgz"]
+    files += [tmp_path / "sub-1" / "sub-1_pet.nii"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    suffixes = {"T1w": "sMRI", "PDw": "sMRI", "FA": "dMRI", "MD": "dMRI", "bold": "fMRI", "pet": "dMRI"}
+    images = find_images(tmp_path, [tmp_path], suffixes, {}, False, lambda things, what: things)
+    read = {str(tmp_path / scan.path): scan.modality for scans in images.scans.values() for scan in scans}
+    assert set(read) == {str(file) for file in files}
+    settings = model.settings.with_values({"data.suffixes": {"pet": "dMRI"}})
+    asked = Umbrella(model.model, model.renderer, model.collate, settings).items(list(read))
+    assert [item.modality for item in asked] == list(read.values())
+
+
 def test_a_model_accepts_the_modalities_that_it_was_trained_on(
     build: Callable[..., Any], save_model: Callable[..., Path], said: list[Conversation], tmp_path: Path
 ) -> None:
@@ -235,3 +253,53 @@ def test_user_errors_are_one_clear_line(
     with pytest.raises(UserError):
         chat.ask("?", tmp_path / "none.nii")
     assert [turn.role for turn in chat.turns] == ["system"], "a question that fails is not added"
+
+
+def test_images_and_arrays_in_memory_give_the_numbers_of_their_files(
+    model: Umbrella, stored: dict[str, Path], said: list[Conversation], tmp_path: Path
+) -> None:
+    def prepared(volume: Any, modality: str) -> np.ndarray:
+        return (
+            model.collate([model.renderer.prompt(model.question(volume, "?", modality))], ANSWER_ONLY)
+            .pixel_values[modality]
+            .voxels.numpy()
+        )
+
+    for path in stored.values():
+        image, expected = nib.load(path), prepared(path, "sMRI")
+        data = np.ascontiguousarray(image.get_fdata())
+        for volume in (nib.load(path), (data, image.affine), nib.Nifti1Image(data, image.affine)):
+            np.testing.assert_array_equal(prepared(volume, "sMRI"), expected)
+    series = paths(said[2])[2]
+    loaded = nib.load(series)
+    np.testing.assert_array_equal(prepared((loaded.get_fdata(), loaded.affine), "fMRI"), prepared(series, "fMRI"))
+    in_microns = nib.load(stored["plain"])
+    in_microns.header.set_xyzt_units("micron")
+    nib.save(in_microns, tmp_path / "microns.nii")
+    expected = read_volume(tmp_path / "microns.nii", 3, 10_000)
+    found = read_volume(nib.load(tmp_path / "microns.nii"), 3, 10_000)
+    assert found.spacing == expected.spacing == (0.001, 0.002, 0.0035)
+
+
+def test_all_questions_accept_images_in_memory(model: Umbrella, said: list[Conversation], tmp_path: Path) -> None:
+    s2, d, f2 = paths(said[2])
+    images = [nib.load(s2), (nib.load(d).get_fdata(), nib.load(d).affine)]
+    names, chat = ["sMRI", "dMRI"], model.chat()
+    assert model.ask(images, "", modality=names) == chat.ask("", images, names) == "Seen."
+    assert chat.ask("And?") == model.answer([chat_of_paths(model, [s2, d], names, "And?")])[0]
+    score = [model.score(volumes, "Sex?", ["male.", "female."], names) for volumes in ([s2, d], images)]
+    assert score[0] == score[1]
+    nib.save(nib.load(s2), tmp_path / "sub-1_FA.nii")
+    found = model.items([nib.load(tmp_path / "sub-1_FA.nii"), nib.Nifti1Image(nib.load(f2).get_fdata(), np.eye(4))])
+    assert [item.modality for item in found] == ["dMRI", "fMRI"]
+    with pytest.raises(UserError, match=r"^image in memory: every voxel is 1; there is nothing to see, leave it out$"):
+        model.ask((np.ones((4, 4, 4)), np.eye(4)), "?", "sMRI")
+    with pytest.raises(UserError, match=r"array and affine \(4, 4\); this is an affine of shape \(3, 3\)$"):
+        model.ask((np.ones((4, 4, 4)), np.eye(3)), "?", "sMRI")
+    with pytest.raises(UserError, match=r"this is list$"):
+        model.ask([[1, 2]], "?", "sMRI")  # type: ignore[list-item]
+
+
+def chat_of_paths(model: Umbrella, files: list[str], modalities: list[str], text: str) -> Conversation:
+    first = model.question(files, "", modalities).with_answer("Seen.")
+    return model.question([], text, turns=first.conversations)

@@ -220,6 +220,9 @@ def test_diffusion_maps_are_found_in_any_naming_and_raw_series_are_explained(
     modalities = yaml.safe_load((tmp_path / "out/data.yaml").read_text())["modalities"]
     assert len(modalities["dMRI"]["grid"]) == 4
     assert "3D and 4D images of dMRI" in make(ds, "--suffixes", "FA,dwi").stderr
+    assert make(ds, "--suffixes", "T1w,FA,dwi=DWI").status == 0
+    settings = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
+    assert settings["data"]["suffixes"] == {"dwi": "DWI"}  # for the files that predict.py is asked about
 
 
 def test_a_table_with_paths_needs_no_bids(made: Any, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes.preprocessing import resample_to_grid
-from umbrella.volumes.reading import MAX_EXTRA_BYTES, RawVolume, content_hash, header_notes, read_volume
+from umbrella.volumes.reading import MAX_EXTRA_BYTES, RawVolume, header_notes, read_volume
 from umbrella.volumes.store import decode
+from umbrella.volumes.store_files import content_hash
 
 LIMIT = 2**31
 

@@ -17,16 +17,12 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
 from umbrella.base import ProgressBar, UserError, pluralise
-from umbrella.conversations.formats import SUFFIXES
+from umbrella.conversations.formats import FREESURFER, SUFFIXES, split_name
 
-MODALITIES = {**SUFFIXES, **dict.fromkeys(("PDw", "T2starw", "UNIT1"), "sMRI"), "asl": "ASL", "cbf": "ASL"}
-"""BIDS suffix to the modality that it has by default."""
 SERIES = ("bold", "asl", "dwi")
 """Suffixes of 4D images."""
 DEFAULT_SUFFIXES = ("T1w", "FA", "bold")
 EXTENSIONS = (".nii.gz", ".nii", ".mgz")
-FREESURFER = ("brain", "norm", "T1")
-"""Names of FreeSurfer volumes, the preferred one first."""
 PREFERRED = ("preproc", *FREESURFER)
 """Values of ``desc``, the preferred one first."""
 SUBJECT_FOLDER = re.compile(r"(.+?)(?:_ses-([A-Za-z0-9+]+))?(\.long\..*|\.base)?")
@@ -113,7 +109,7 @@ def find_images(
                 if suffix == "sessions":
                     images.session_files.append(Path(file.path))
                 elif suffix not in suffixes:
-                    others[suffix] += suffix in MODALITIES
+                    others[suffix] += suffix in SUFFIXES
                 elif os.path.islink(file.path) and not os.path.exists(file.path):
                     images.left_out["files that are links to nothing (with DataLad: datalad get)"] += 1
                 else:
@@ -198,7 +194,8 @@ def _subject_files(entry: os.DirEntry[str]) -> Iterator[tuple[_File, str]]:
         own |= {"long": version.split(".")[1], "extension": ".mgz"} if version else {"extension": ".mgz"}
         for name in FREESURFER:
             if os.path.lexists(path := f"{entry.path}/mri/{name}.mgz"):
-                yield _File(path, subject, own | {"desc": name}), "T1w"
+                entities, suffix = split_name(path)
+                yield _File(path, subject, own | entities), suffix
         return
     stack = [(entry.path, own)]
     while stack:
@@ -209,18 +206,9 @@ def _subject_files(entry: os.DirEntry[str]) -> Iterator[tuple[_File, str]]:
             elif item.name.endswith("_sessions.tsv"):
                 yield _File(item.path, subject, {}), "sessions"
             elif item.name.endswith(EXTENSIONS) and not item.name.startswith("."):
-                entities, suffix = _parse(item.name)
-                yield _File(item.path, subject, entities | inherited), suffix
-
-
-def _parse(name: str) -> tuple[dict[str, str], str]:
-    """Split a file name into entities and suffix. Diffusion maps have the suffix FA or MD in every naming."""
-    extension = next(extension for extension in EXTENSIONS if name.endswith(extension))
-    *parts, suffix = name[: -len(extension)].split("_")
-    entities = dict(part.split("-", 1) for part in parts if "-" in part and not part.startswith("sub-"))
-    if suffix == "dwimap":
-        suffix = entities.pop("param", "") or entities.pop("desc", "")
-    return entities | {"extension": extension}, suffix.upper() if suffix.upper() in ("FA", "MD") else suffix
+                extension = next(extension for extension in EXTENSIONS if item.name.endswith(extension))
+                entities, suffix = split_name(item.name)
+                yield _File(item.path, subject, entities | {"extension": extension} | inherited), suffix
 
 
 def _mask_of(path: str) -> str:

@@ -25,6 +25,7 @@ from umbrella.cohorts.bids import SERIES, head_note
 from umbrella.cohorts.questions import Questions, load_templates
 from umbrella.cohorts.reading import Cohort, Request, Subject, read_cohort
 from umbrella.cohorts.tables import Variable, subject_key
+from umbrella.conversations.formats import SUFFIXES
 from umbrella.conversations.schema import FAMILY, SPLITS
 from umbrella.fileio import write_atomic
 from umbrella.modality import DEFAULT_MODALITIES
@@ -215,11 +216,13 @@ def _lines(samples: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[
 def _settings_text(request: Request, cohort: Cohort, folder: Path, names: Sequence[str]) -> str:
     """Return the settings file: the data, the modalities that occur, and the metric of the first target."""
     files = {name: str((folder / f"{name}.jsonl").absolute()) for name in names}
-    data = {"root": str(cohort.root)} | {name: files[name] for name in SPLITS if name in files}
+    data: dict[str, Any] = {"root": str(cohort.root)} | {name: files[name] for name in SPLITS if name in files}
     if "test" not in data and EXTERNAL in files:
         data["test"] = files[EXTERNAL]
     if request.group not in ("", FAMILY):
         data["group"] = request.group
+    if other := {suffix: name for suffix, name in cohort.suffixes.items() if SUFFIXES.get(suffix) != name}:
+        data["suffixes"] = other
     modalities = {}
     for suffix in {scan.suffix: None for subject in cohort.subjects for scan in subject.scans}:
         name = cohort.suffixes[suffix]

@@ -1,7 +1,6 @@
 """Reading of a dataset: its images and tables, joined to subjects with values."""
 
 import os
-import re
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,15 @@ from statistics import quantiles
 from typing import Any
 
 from umbrella.base import ProgressBar, UserError, pluralise
-from umbrella.cohorts.bids import DEFAULT_SUFFIXES, EXTENSIONS, MODALITIES, SERIES, Images, Scan, find_images
+from umbrella.cohorts.bids import DEFAULT_SUFFIXES, EXTENSIONS, SERIES, Images, Scan, find_images
 from umbrella.cohorts.tables import Table, Variable, normalise, pick_column, subject_key
+from umbrella.conversations.formats import SUFFIXES, split_name
 from umbrella.conversations.schema import FAMILY
 
 METADATA = ("site", "sex", "age")
 """Variables that are in the metadata of conversations where a column is found."""
 PATH_COLUMNS = {"smri": "T1w", "dmri": "FA", "fmri": "bold", "t1": "T1w", "t2": "T2w"} | {
-    suffix.casefold(): suffix for suffix in MODALITIES
+    suffix.casefold(): suffix for suffix in SUFFIXES
 }
 """Word in the name of a column of paths to the suffix of its images."""
 
@@ -132,7 +132,7 @@ def _suffixes(given: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in given or DEFAULT_SUFFIXES:
         suffix, _, modality = text.partition("=")
-        found[suffix] = modality or MODALITIES.get(suffix, "")
+        found[suffix] = modality or SUFFIXES.get(suffix, "")
         if not found[suffix]:
             raise UserError(f"--suffixes {suffix}: of which modality? Write {suffix}=sMRI, or another modality")
     for modality in found.values():
@@ -170,8 +170,7 @@ def _images_of_table(request: Request, suffixes: Mapping[str, str]) -> Images:
                 continue
             if column not in columns:
                 words = [PATH_COLUMNS[word] for word in column.split("_") if word in PATH_COLUMNS]
-                own = re.search(r"_([A-Za-z0-9]+)\.[a-z.]+$", text)
-                columns[column] = named.get(column) or next(iter(words), own[1] if own else "")
+                columns[column] = named.get(column) or next(iter(words), split_name(text)[1])
             suffix = columns[column]
             if suffix not in suffixes:
                 reason = f"images of the column {column}; --columns T1w={column} says which suffix it has"

@@ -20,10 +20,14 @@ KEYS = {"llava": {"role": "from", "content": "value"}, "chat": {"conversations":
 ROLES = {"human": "user", "gpt": "assistant"}
 PATH_KEYS = ("image_path", "path", "image", "image_url", "url")
 SUFFIXES = {
-    **dict.fromkeys(("T1w", "T2w", "FLAIR"), "sMRI"),
+    **dict.fromkeys(("T1w", "T2w", "FLAIR", "PDw", "T2starw", "UNIT1"), "sMRI"),
     **dict.fromkeys(("FA", "MD", "dwi", "ADC"), "dMRI"),
     "bold": "fMRI",
+    **dict.fromkeys(("asl", "cbf"), "ASL"),
 }
+"""BIDS suffix to the modality that it has by default."""
+FREESURFER = ("brain", "norm", "T1")
+"""Names of FreeSurfer volumes, the preferred one first. Their suffix is T1w."""
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 """Beginning of an absolute Windows path: ``D:\\scans``, ``D:/scans`` or ``\\\\server\\scans``."""
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
@@ -250,10 +254,21 @@ def file_path(source: Any) -> Any:
     return source
 
 
-def modality_by_suffix(file: str) -> str:
-    """Return the modality of a BIDS suffix, such as "sMRI" for ``sub-01_T1w.nii.gz``; "" if it is unknown."""
-    suffix = re.search(r"_([A-Za-z0-9]+)(\.[A-Za-z0-9]+)*$", os.path.basename(file))
-    return SUFFIXES.get(suffix[1], "") if suffix else ""
+def split_name(file: str) -> tuple[dict[str, str], str]:
+    """Split the name of an image into BIDS entities and suffix. Diffusion maps have FA or MD in every naming."""
+    folder, name = os.path.split(file)
+    *parts, suffix = re.sub(r"(\.[A-Za-z0-9]+)+$", "", name).split("_")
+    if suffix in FREESURFER and os.path.basename(folder) == "mri":
+        return {"desc": suffix}, "T1w"
+    entities = dict(part.split("-", 1) for part in parts if "-" in part and not part.startswith("sub-"))
+    if suffix == "dwimap":
+        suffix = entities.pop("param", "") or entities.pop("desc", "")
+    return entities, suffix.upper() if suffix.upper() in ("FA", "MD") else suffix
+
+
+def modality_by_suffix(file: str, suffixes: Mapping[str, str] = SUFFIXES) -> str:
+    """Return the modality of the BIDS suffix of a file, such as "sMRI" for ``sub-01_T1w.nii.gz``; "" if unknown."""
+    return suffixes.get(split_name(file)[1], "")
 
 
 def absolute_path(path: str, base: Path, path_map: Mapping[str, str]) -> str:

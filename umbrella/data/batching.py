@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from umbrella.conversations.schema import BLANK
+from umbrella.conversations.schema import BLANK, ImageItem
 from umbrella.data.masking import loss_weights
 from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
+from umbrella.volumes.in_memory import ImageInMemory
 from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
 IGNORED = -100
@@ -159,11 +160,11 @@ class Collator:
                 attention_mask[row, part] = number
                 weights[row, part] = torch.from_numpy(loss_weights(examples[i], policy))
                 start = part.stop
-        volumes: dict[str, list[tuple[int, str, tuple[int, ...] | None]]] = {}
+        volumes: dict[str, list[tuple[int, ImageItem, tuple[int, ...] | None]]] = {}
         images = [(i, k, item) for i, e in enumerate(examples) for k, item in enumerate(e.conversation.volumes)]
         for run, (i, k, item) in enumerate(images):
             rng_key = (*rng_keys[i], k) if rng_keys else None
-            volumes.setdefault(item.modality, []).append((run, item.image_path, rng_key))
+            volumes.setdefault(item.modality, []).append((run, item, rng_key))
         conversations = [example.conversation for example in examples]
         batch = Batch(
             input_ids=input_ids,
@@ -180,19 +181,21 @@ class Collator:
         )
         return batch.apply(torch.Tensor.pin_memory) if self.pin else batch
 
-    def _read_volumes(self, volumes: Sequence[tuple[int, str, tuple[int, ...] | None]], name: str) -> VolumeGroup:
-        """Read the volumes of one modality, given as (run, path, rng_key), into one tensor: voxels are copied once."""
+    def _read_volumes(self, volumes: Sequence[tuple[int, ImageItem, tuple[int, ...] | None]], name: str) -> VolumeGroup:
+        """Read the volumes of one modality, given as (run, item, rng_key), into one tensor: voxels are copied once."""
         modality = self.store.modalities[name]
         # The time axis comes first, as in the store, so that each volume is one contiguous read.
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
         stack = torch.empty((len(volumes), *shape), dtype=torch.float16, pin_memory=self.pin)
-        for into, (_, path, rng_key) in zip(stack.numpy(), volumes, strict=True):
-            if path.startswith(BLANK):
+        for into, (_, item, rng_key) in zip(stack.numpy(), volumes, strict=True):
+            if item.image_path.startswith(BLANK):
                 # The mean of a z-score, or the middle of 0..1: one value for all subjects. After a z-score over all
                 # voxels, the mean of the foreground would reveal how much of the volume the head fills.
                 into.fill(0.5 if modality.intensity == "percentiles" else 0.0)
+            elif isinstance(item, ImageInMemory):
+                into[...] = item.voxels
             else:
-                self.store.read(path, name, into, rng_key)
+                self.store.read(item.image_path, name, into, rng_key)
         runs = torch.tensor([run for run, _, _ in volumes])
         return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs)
 

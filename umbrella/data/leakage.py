@@ -9,7 +9,8 @@ from typing import Any
 from umbrella.base import ProgressBar, UserError, pluralise
 from umbrella.conversations.reading import Problem
 from umbrella.conversations.schema import FAMILY, Conversation, bids_subject
-from umbrella.volumes.reading import content_hash, image_files, image_size
+from umbrella.volumes.reading import image_files, image_size
+from umbrella.volumes.store_files import content_hash
 
 
 def assign_subjects(splits: dict[str, list[Conversation]], progress: ProgressBar) -> list[str]:

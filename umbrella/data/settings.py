@@ -33,6 +33,8 @@ class DataSettings(Section):
     """Base folder of relative volume paths. Empty: the folder of each conversation file."""
     path_map: dict[str, PathOrAddress] = Field({})
     """Path prefixes of volumes and their replacements on this machine, as in {/old/scans: /scans}."""
+    suffixes: dict[str, str] = Field({})
+    """Modalities of BIDS suffixes that are not known or mean another modality here, as in {pet: PET}; for files without a stated modality."""  # noqa: E501
     modality: str = ""
     """Use only conversations in which all volumes have this modality. Empty: all conversations."""
     task_filter: str = ""

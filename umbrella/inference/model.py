@@ -10,7 +10,7 @@ import torch
 
 from umbrella.base import UserError, note
 from umbrella.config import Settings, load_settings
-from umbrella.conversations.formats import modality_by_suffix, volume_file
+from umbrella.conversations.formats import SUFFIXES, modality_by_suffix
 from umbrella.conversations.schema import CONTROL, Conversation, ImageItem, TextItem, Turn
 from umbrella.data.batching import Batch, Collator, left_padded
 from umbrella.data.rendering import Renderer, load_renderer
@@ -22,7 +22,8 @@ from umbrella.models.build import build_model
 from umbrella.models.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
 from umbrella.paths import SETTINGS, checkpoints_in
 from umbrella.version import check_version
-from umbrella.volumes.reading import count_axes
+from umbrella.volumes.in_memory import Volumes, as_images, make_item
+from umbrella.volumes.reading import Image, image_name, image_shape
 from umbrella.volumes.store import DecodedVolumes, VolumeStore
 
 DTYPES = ("float32", "bfloat16")
@@ -30,8 +31,6 @@ DEFAULT_NEW_TOKENS = 64
 """Limit of a generated answer, if the longest answer of the training data is not known."""
 MAX_NEW_TOKENS = 1024
 """Limit of a generated answer, unless one is given."""
-Paths = str | Path | Sequence[str | Path]
-"""One file, or several in reading order."""
 Modalities = str | Sequence[str] | None
 """The modality of all volumes, or one name for each; None: found from the names or axes of the files."""
 
@@ -102,7 +101,7 @@ class Umbrella:
 
     def ask(
         self,
-        volumes: Paths,
+        volumes: Volumes,
         question: str,
         modality: Modalities = None,
         max_new_tokens: int | None = None,
@@ -112,7 +111,7 @@ class Umbrella:
         return self.chat().ask(question, volumes, modality, max_new_tokens, **options)
 
     def question(
-        self, volumes: Paths, question: str, modality: Modalities = None, turns: Sequence[Turn] = ()
+        self, volumes: Volumes, question: str, modality: Modalities = None, turns: Sequence[Turn] = ()
     ) -> Conversation:
         """Make the conversation of a question about volumes after other turns, for ``answer``. Raises as ``items``."""
         content = (*self.items(volumes, modality), TextItem(type="text", text=question))
@@ -149,7 +148,7 @@ class Umbrella:
         return [text for text, _ in answers]
 
     def score(
-        self, volumes: Paths, question: str, answers: Sequence[str], modality: Modalities = None
+        self, volumes: Volumes, question: str, answers: Sequence[str], modality: Modalities = None
     ) -> dict[str, float]:
         """The probability of each answer among the given ones; the sum is 1. See ``scoring.score``.
 
@@ -200,21 +199,23 @@ class Umbrella:
             predictions[i] = replace(predictions[i], text=text, cut=cut, predicted=answer)
         return predictions
 
-    def items(self, volumes: Paths, modality: Modalities = None) -> list[ImageItem]:
+    def items(self, volumes: Volumes, modality: Modalities = None) -> list[ImageItem]:
         """Make the items of a turn from volumes and their modalities.
 
         Raises:
-            UserError: a file does not exist; a modality is unknown, or does not follow from the name or axes of a file.
+            UserError: a file does not exist; an image in memory cannot be used; a modality is unknown, or does not
+                follow from the name or axes of a volume.
         """
-        paths = [volumes] if isinstance(volumes, str | Path) else list(volumes)
-        names = [modality] * len(paths) if modality is None or isinstance(modality, str) else list(modality)
-        if len(names) != len(paths):
-            raise UserError(f"modality={modality!r}: {len(names)} names for {len(paths)} volumes; give one, or as many")
+        images = as_images(volumes)
+        names = [modality] * len(images) if modality is None or isinstance(modality, str) else list(modality)
+        if len(names) != len(images):
+            raise UserError(
+                f"modality={modality!r}: {len(names)} names for {len(images)} volumes; give one, or as many"
+            )
         items = []
-        for path, name in zip(paths, names, strict=True):
-            file = volume_file(path)
-            name = self._find_modality(file) if name is None else self._check_modality(name)
-            items.append(ImageItem(type="image", modality=name, image_path=file))
+        for image, name in zip(images, names, strict=True):
+            name = self._find_modality(image) if name is None else self._check_modality(name)
+            items.append(make_item(image, name, self.modalities[name], self.settings.data.max_voxels))
         return items
 
     @torch.no_grad()
@@ -275,18 +276,18 @@ class Umbrella:
                 answers.append((text.strip(), end == len(new)))
         return answers
 
-    def _find_modality(self, path: str) -> str:
-        if name := modality_by_suffix(path):
+    def _find_modality(self, image: Image) -> str:
+        if name := modality_by_suffix(image_name(image), {**SUFFIXES, **self.settings.data.suffixes}):
             return self._check_modality(name)
         if len(self.modalities) == 1:
             return next(iter(self.modalities))
-        axes = count_axes(path)
+        axes = len(image_shape(image))
         fitting = [name for name, modality in self.modalities.items() if len(modality.grid) == axes]
         if len(fitting) == 1:
             return fitting[0]
         known = ", ".join(f"{name} ({len(modality.grid)} axes)" for name, modality in self.modalities.items())
         what = f"may be {' or '.join(fitting)}" if fitting else "is of no modality that this model knows"
-        raise UserError(f"{path}: has {axes} axes and {what}; name its modality: {known}")
+        raise UserError(f"{image_name(image)}: has {axes} axes and {what}; name its modality: {known}")
 
     def _check_modality(self, name: str) -> str:
         if name not in self.modalities:
@@ -315,7 +316,7 @@ class Chat:
     def ask(
         self,
         question: str,
-        volumes: Paths = (),
+        volumes: Volumes = (),
         modality: Modalities = None,
         max_new_tokens: int | None = None,
         **options: Any,

@@ -3,7 +3,6 @@
 The header is checked first: the size that it states is compared with the size of the file before memory is allocated.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import nibabel as nib
 import numpy as np
@@ -29,13 +28,15 @@ from umbrella.base import UserError
 imageglobals.logger.setLevel(logging.CRITICAL)  # this module reports damaged headers itself, with the file name
 PAIRED_SUFFIXES = {".hdr", ".img", ".head", ".brik"}
 """Suffixes of images that consist of two files."""
+CONTIGUOUS = (nib.AnalyzeImage, nib.MGHImage)
+"""Classes of images whose voxels are one block of a file. Those of NIfTI derive from Analyze."""
 COMPRESSED_SUFFIXES = {".gz", ".mgz", ".bz2", ".zst"}
 MAX_EXTRA_BYTES = 2**24
 """Maximum number of bytes before the voxels (header, extensions), and maximum number of bytes after them."""
 MAX_COMPRESSION_RATIO = 1032
 """The maximum compression ratio of deflate, which gzip and HDF5 files use."""
 BLOCK_SIZE = 2**20
-"""Bytes to decompress or hash at a time."""
+"""Bytes to decompress at a time."""
 MAX_AXIS_LENGTH = 2**15
 """Largest number of voxels along a spatial axis. NIfTI-1 allows 32,767."""
 MAX_QUATERNION_NORM = 1.01
@@ -68,6 +69,10 @@ class RawVolume:
         return "".join(code or "?" for code in nib.aff2axcodes(self.affine))
 
 
+Image: TypeAlias = "str | Path | SpatialImage"
+"""The file of an image, or an image of nibabel in memory."""
+
+
 @dataclass(frozen=True)
 class OpenImage:
     """The checked header of an image, and a function that reads its voxels."""
@@ -82,11 +87,11 @@ class OpenImage:
     """Return voxels, slope and intercept."""
 
 
-def read_volume(path: str | Path, axes: int, max_voxels: int, fill: float | None = None) -> RawVolume:
+def read_volume(source: Image, axes: int, max_voxels: int, fill: float | None = None) -> RawVolume:
     """Read a volume.
 
     Args:
-        path: any image file that nibabel reads; for an image in two files, either of them.
+        source: an image, or any image file that nibabel reads; for an image in two files, either of them.
         axes: expected number of axes: 3 for a volume, 4 for a series. Trailing axes of length 1 are dropped.
         max_voxels: maximum number of voxels. The header is checked before the data are decoded.
         fill: value that replaces NaN and infinite voxels. None: such voxels are an error.
@@ -95,7 +100,7 @@ def read_volume(path: str | Path, axes: int, max_voxels: int, fill: float | None
         UserError: if the file is unreadable, truncated or too large, has another number of axes, or contains
             non-finite or constant values. Names the file and the remedy.
     """
-    with _open_image(path) as image:
+    with _open_image(source) as image:
         claims = f"the header claims {image.shape} voxels"
         if not image.shape or min(image.shape) < 1:
             raise UserError(f"{claims}, which is none; the file is damaged")
@@ -105,20 +110,15 @@ def read_volume(path: str | Path, axes: int, max_voxels: int, fill: float | None
             raise UserError(f"{claims}, which no volume has; the file is damaged, or is a surface")
         shape = _drop_trailing_ones(image.shape, axes)
         if len(shape) != axes:
-            raise UserError(f"has {len(shape)} axes {shape}, {_describe_axes(str(path), len(shape))}")
+            raise UserError(f"has {len(shape)} axes {shape}, {_describe_axes(image_name(source), len(shape))}")
         voxels, slope, inter = image.read()
         voxels = _check_voxels(voxels.reshape(shape, order="A"), slope, inter, fill)
         return RawVolume(voxels, slope, inter, image.affine)
 
 
-def count_axes(path: str | Path) -> int:
-    """Return the number of axes of an image from its header: 3 for a volume, 4 for a series."""
-    return len(image_shape(path))
-
-
-def image_shape(path: str | Path) -> tuple[int, ...]:
+def image_shape(source: Image) -> tuple[int, ...]:
     """Return the shape of an image from its header: three axes, or four of a series."""
-    with _open_image(path) as image:
+    with _open_image(source) as image:
         return _drop_trailing_ones(image.shape, 3)
 
 
@@ -126,19 +126,6 @@ def header_notes(path: str | Path) -> tuple[str, ...]:
     """Describe unusual header fields that change how the image is read, such as missing orientation codes."""
     with _open_image(path) as image:
         return image.notes
-
-
-def content_hash(path: str | Path) -> str:
-    """Return a hash of the bytes of an image's file, or of both files of a pair. Raises UserError."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for file in image_files(path):
-            with file.open("rb") as stream:
-                while block := stream.read(BLOCK_SIZE):
-                    digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    return digest.hexdigest()
 
 
 def image_files(path: str | Path) -> list[Path]:
@@ -159,24 +146,30 @@ def image_size(path: str | Path) -> int:
     return sum(file.stat().st_size for file in image_files(path))
 
 
+def image_name(source: Image) -> str:
+    """Return the path of an image, which an image in memory has if it was loaded from a file."""
+    return (source.get_filename() or "image in memory") if isinstance(source, SpatialImage) else str(source)
+
+
 @contextmanager
-def _open_image(path: str | Path) -> Iterator[OpenImage]:
+def _open_image(source: Image) -> Iterator[OpenImage]:
     """Read and check the header of an image. Every exception becomes a UserError that names the file."""
+    name = image_name(source)
     try:
-        yield _check_header(Path(path))
+        yield _check_header(source if isinstance(source, SpatialImage) else Path(source))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     except Exception as error:  # nibabel, gzip and zlib raise many types for a damaged file
-        raise UserError(f"{path}: cannot be read as an image: {_describe_error(Path(path), error)}") from None
+        raise UserError(f"{name}: cannot be read as an image: {_describe_error(Path(name), error)}") from None
 
 
-def _check_header(path: Path) -> OpenImage:
-    image_class = _image_class(path)
+def _check_header(source: Path | SpatialImage) -> OpenImage:
+    image_class = type(source) if isinstance(source, SpatialImage) else _image_class(source)
     if not issubclass(image_class, SpatialImage):
         raise UserError("is a surface or a matrix (GIFTI, CIFTI) and not a volume; leave it out")
     with np.errstate(all="ignore"):  # the checks below find overflows
-        is_contiguous = issubclass(image_class, (nib.AnalyzeImage, nib.MGHImage))  # NIfTI classes derive from Analyze
-        image = (_open_contiguous if is_contiguous else _open_with_nibabel)(image_class, path)
+        opener = _open_contiguous if issubclass(image_class, CONTIGUOUS) else _open_with_nibabel
+        image = _open_in_memory(source) if isinstance(source, SpatialImage) else opener(image_class, source)
         edges = voxel_sizes(image.affine)
         # The determinant is the volume of a voxel: the product of its edges, or less if axes are oblique.
         if image.affine.shape != (4, 4) or not abs(np.linalg.det(image.affine[:3, :3])) > 1e-6 * prod(edges):
@@ -297,6 +290,22 @@ def _decompress(file: Path, claimed: int) -> bytes | bytearray:
         while block := stream.read(min(BLOCK_SIZE, limit - len(content))):
             content += block
     return content
+
+
+def _open_in_memory(image: SpatialImage) -> OpenImage:
+    """Open an image of nibabel. An image that was loaded from a file has the voxels and the scaling of the file."""
+    if isinstance(image, nib.Minc1Image) and len(image.shape) > 3:
+        raise UserError("is a series in MINC, whose axes only the file names; give its path")
+    data, affine, notes = image.dataobj, image.affine, list[str]()
+    if isinstance(image, nib.Nifti1Pair):  # a new image has a header that agrees with its affine
+        affine = _nifti_affine(type(image)(data, affine, image.header).header, notes)
+
+    def read() -> tuple[np.ndarray, float, float]:
+        if isinstance(image, CONTIGUOUS) and nib.is_proxy(data):
+            return data.get_unscaled(), float(data.slope), float(data.inter)
+        return np.asfortranarray(data), 1.0, 0.0  # as in a file: the memory order decides about the rounding
+
+    return OpenImage(tuple(map(int, image.shape)), data.dtype, np.asarray(affine, np.float64), tuple(notes), read)
 
 
 def _open_with_nibabel(image_class: Any, path: Path) -> OpenImage:

@@ -32,8 +32,8 @@ from umbrella.fileio import write_atomic
 from umbrella.modality import Modality
 from umbrella.paths import VOLUMES
 from umbrella.volumes.preprocessing import recipe, resample_to_grid, scale_intensity
-from umbrella.volumes.reading import RawVolume, content_hash, header_notes, image_size, read_volume
-from umbrella.volumes.store_files import file_stamp, is_array, read_header, read_json
+from umbrella.volumes.reading import Image, RawVolume, header_notes, image_name, image_size, read_volume
+from umbrella.volumes.store_files import content_hash, file_stamp, is_array, read_header, read_json
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -265,9 +265,7 @@ def open_store(settings: "Settings") -> VolumeStore:
     return VolumeStore(folder, settings.modalities, settings.data.max_voxels, shared)
 
 
-def decode(
-    source: str | Path, target: Modality, max_voxels: int
-) -> tuple[RawVolume, np.ndarray, np.ndarray, np.ndarray]:
+def decode(source: Image, target: Modality, max_voxels: int) -> tuple[RawVolume, np.ndarray, np.ndarray, np.ndarray]:
     """Read and prepare a volume.
 
     Returns:
@@ -285,7 +283,13 @@ def decode(
         values, foreground = resample_to_grid(raw, target)
         return raw, values, foreground, scale_intensity(values, foreground, target)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{image_name(source)}: {error}") from None
+
+
+def prepare(source: Image, target: Modality, max_voxels: int, rng_key: tuple[int, ...] | None = None) -> np.ndarray:
+    """Read and prepare a volume, or one window of a series, as ``VolumeStore.read`` does."""
+    *_, array = decode(source, target, max_voxels)
+    return array[target.pick_window(len(array), rng_key)].copy() if target.is_series else array
 
 
 CACHE_SIZE = 16
@@ -306,9 +310,7 @@ class DecodedVolumes:
     def _decode(
         self, source: str, modality: str, rng_key: tuple[int, ...] | None, stamp: tuple[int, int]
     ) -> np.ndarray:
-        target = self.modalities[modality]
-        *_, array = decode(source, target, self.max_voxels)
-        return array[target.pick_window(len(array), rng_key)].copy() if target.is_series else array
+        return prepare(source, self.modalities[modality], self.max_voxels, rng_key)
 
 
 MIN_PARALLEL_BYTES = 2**26
