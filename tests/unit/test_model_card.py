@@ -78,7 +78,7 @@ def test_the_metadata_block_parses_and_has_the_results(written: tuple[str, str])
     metadata = yaml.safe_load(block)
     assert "license" not in metadata
     assert metadata["base_model"] == "llava-hf/llava-interleave-qwen-0.5b-hf"
-    assert (metadata["library_name"], metadata["datasets"]) == ("transformers", ["cohort"])
+    assert (metadata["library_name"], metadata["datasets"]) == ("umbrella-mri", ["cohort"])
     (model,) = metadata["model-index"]
     (result,) = model["results"]
     assert result["dataset"] == {"name": "cohort", "type": "cohort", "split": "test"}

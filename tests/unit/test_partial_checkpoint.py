@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import nll
 from umbrella.base import UserError
 from umbrella.data.batching import Batch
-from umbrella.models.build import component_parameters
+from umbrella.models.build import component_parameters, merge_adapters
 from umbrella.models.umbrella_llava import UmbrellaForConditionalGeneration as Umbrella
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings
@@ -76,37 +76,48 @@ def test_new_adapters_are_on_every_matrix_of_the_language_model_and_change_nothi
     assert {len(weight) for weight in adapters.values()} == {2}
 
 
-def test_saved_model_with_adapters_is_loaded_by_us_and_by_peft(
-    build: Build, adapted: Any, batch: Batch, tmp_path: Path
-) -> None:
-    adapted.save_pretrained(tmp_path)
-    assert set(load_file(tmp_path / "model.safetensors")) == set(build().state_dict()) - {"lm_head.weight"}  # tied
-    again = Umbrella.from_pretrained(tmp_path)
+def test_saved_model_with_adapters_is_loaded_by_us_and_by_peft(build: Build, train: Train, batch: Batch) -> None:
+    adapted, step = train("run", **LORA)
+    assert set(load_file(step / "model.safetensors")) == set(build().state_dict()) - {"lm_head.weight"}  # tied
+    again = Umbrella.from_pretrained(step)
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in adapted.state_dict().items())
     same(nll(again, batch), nll(adapted, batch))
-    continued = build(**LORA, checkpoint=str(tmp_path))
+    continued = build(**LORA, checkpoint=str(step))
     same(nll(continued, batch), nll(adapted, batch))
     assert all(w.requires_grad for w in component_parameters(continued)["lora"])
     assert not any(w.requires_grad for w in component_parameters(continued)["language_model"])
     with pytest.raises(UserError, match="has adapters already, made with r=2, lora_alpha=32, lora_dropout=0; set"):
-        build(checkpoint=str(tmp_path), train="lora", lora_rank=8)
+        build(checkpoint=str(step), train="lora", lora_rank=8)
 
-    (tmp_path / "adapter").rename(tmp_path / "moved")
-    plain = Umbrella.from_pretrained(tmp_path)
+    (step / "adapter").rename(step / "moved")
+    plain = Umbrella.from_pretrained(step)
     assert not torch.allclose(nll(plain, batch), nll(adapted, batch), atol=1e-4)
-    same(nll(PeftModel.from_pretrained(plain, str(tmp_path / "moved")), batch), nll(adapted, batch))
+    same(nll(PeftModel.from_pretrained(plain, str(step / "moved")), batch), nll(adapted, batch))
 
 
 def test_adapters_in_a_folder_are_required_if_configured_and_deleted_by_a_model_without(
+    build: Build, train: Train, batch: Batch
+) -> None:
+    _, step = train("run", **LORA)
+    (step / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
+        Umbrella.from_pretrained(step)
+    plain = build()
+    plain.save_pretrained(step)
+    assert torch.equal(nll(Umbrella.from_pretrained(step), batch), nll(plain, batch))
+
+
+def test_merged_adapters_change_nothing_and_can_be_saved(
     build: Build, adapted: Any, batch: Batch, tmp_path: Path
 ) -> None:
+    expected = nll(adapted, batch)
+    with pytest.raises(ValueError, match=r"the model has adapters; merge them with "):
+        adapted.save_pretrained(tmp_path)
+    merge_adapters(adapted)
+    same(nll(adapted, batch), expected)
     adapted.save_pretrained(tmp_path)
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
-        Umbrella.from_pretrained(tmp_path)
-    plain = build()
-    plain.save_pretrained(tmp_path)
-    assert torch.equal(nll(Umbrella.from_pretrained(tmp_path), batch), nll(plain, batch))
+    assert set(load_file(tmp_path / "model.safetensors")) == set(build().state_dict()) - {"lm_head.weight"}
+    same(nll(Umbrella.from_pretrained(tmp_path), batch), expected)
 
 
 @pytest.mark.parametrize("options", [{"train": "embedder+tower"}, LORA], ids=str)
@@ -121,6 +132,7 @@ def test_partial_checkpoint_with_its_base_is_the_full_model(
     ] == []
     with pytest.raises(ValueError, match=r"run/step_0000001 is a partial checkpoint.*from_checkpoint loads"):
         Umbrella.from_pretrained(step)
+    merge_adapters(again)
     again.save_pretrained(tmp_path / "alone")
     same(nll(Umbrella.from_pretrained(tmp_path / "alone"), batch), nll(model, batch))
     if options == LORA:

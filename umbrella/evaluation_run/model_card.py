@@ -19,6 +19,7 @@ from umbrella.evaluation.report import EvaluationResult
 from umbrella.evaluation.verdict import format_estimate, format_value, metric_name
 from umbrella.fileio import write_atomic
 from umbrella.html import render
+from umbrella.inference.export import LICENSE, card_metadata, hub_name
 from umbrella.paths import CODE, HISTORY, PROGRESS, SETTINGS, TRIALS
 from umbrella.training.checkpoint_files import read_history, read_training_state
 
@@ -40,8 +41,7 @@ def write_model_card(
     """
     settings, checkpoint = result.settings, Path(result.model)
     trained = load_settings([checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else [])
-    found = re.search(r"models--(.+?)--(.+?)/", path := trained.model.checkpoint)  # a name on the hub
-    base = f"{found[1]}/{found[2]}" if found else Path(path).name if Path(path).is_absolute() else path
+    base = hub_name(trained.model.checkpoint) or Path(trained.model.checkpoint).name
     data = Path(settings.data.train[0]).absolute().parent.name if settings.data.train else "umbrella-phantom"
     name = "-".join(checkpoint.parts[-2:])
     wholes = [group for group in result.groups[AS_ASKED] if group.by == "all"]
@@ -87,16 +87,13 @@ def write_model_card(
         for group in wholes
     ]
     metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["umbrella-mri", "brain-mri", "medical", "llava", "research-only"],
-        **({"base_model": base} if base else {}),
+        **card_metadata(base),
         "datasets": [data],
         "metrics": sorted({MAIN_METRIC[group.kind] for group in wholes}),
         "model-index": [{"name": name, "results": results}],
     }
     block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    write_atomic(folder / "model_card.md", f"---\n# license: {AUTHORS}\n{block}---\n\n{card}\n")
+    write_atomic(folder / "model_card.md", f"---\n{LICENSE}\n{block}---\n\n{card}\n")
     write_atomic(folder / "checklists.md", _fill_checklists(card))
 
 

@@ -17,6 +17,7 @@ from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction, cut_note, extract_answer
 from umbrella.evaluation.scoring import ANSWER_ONLY, score
+from umbrella.inference.export import download, write_model
 from umbrella.modality import Modality
 from umbrella.models.build import build_model
 from umbrella.models.umbrella_llava import UmbrellaConfig, UmbrellaForConditionalGeneration
@@ -41,7 +42,7 @@ class Umbrella:
         model = Umbrella.from_checkpoint("runs/<training>/step_0000100")
         model.ask("scan.nii.gz", "Is this subject male or female?", modality="sMRI")
 
-    Created by ``from_checkpoint``. Threads may share one.
+    Created by ``from_checkpoint`` or ``from_pretrained``. Threads may share one.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class Umbrella:
         dtype: str | None = None,
         store: str | Path | VolumeStore | None = None,
     ) -> "Umbrella":
-        """Load the model of a checkpoint, or of a folder written by ``save_pretrained``.
+        """Load the model of a checkpoint.
 
         Args:
-            folder: may have been moved. A checkpoint of the trained weights only needs its base model at the old path.
+            folder: a step_... folder of a training; may have been moved. A checkpoint of the trained weights only needs
+                its base model at the old path.
             device: None: the first GPU if there is one, otherwise the CPU.
             dtype: of the arithmetic, float32 or bfloat16; None: that of the training. Trained weights stay float32.
             store: folder or store that keeps preprocessed volumes; None: they are kept in memory.
@@ -88,6 +90,19 @@ class Umbrella:
             store = VolumeStore(store, modalities, voxels)
         volumes = store or DecodedVolumes(modalities, voxels)
         return cls(model, renderer, Collator(renderer, volumes, pin=where.type == "cuda"), settings)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "Umbrella":
+        """Load a model that ``save_pretrained`` or ``umbrella export`` wrote. No code from the folder is run.
+
+        Args:
+            name: the folder, or a name on the Hugging Face Hub.
+            options: ``device``, ``dtype`` and ``store`` of ``from_checkpoint``.
+
+        Raises:
+            UserError: as ``from_checkpoint``; there is no such folder and no such model on the Hub.
+        """
+        return cls.from_checkpoint(download(name), **options)
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
@@ -225,14 +240,21 @@ class Umbrella:
             nll = self.model(**batch.to(self.model.device).model_inputs()).token_nll
         return (-nll.double().sum(1)).tolist()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the complete model with tokenizer and settings, which ``from_checkpoint`` loads without a base model.
+    def save_pretrained(self, folder: str | Path, *, merge: bool = True, card: str = "") -> None:
+        """Write model, tokenizer, settings and model card to a folder that ``from_pretrained`` loads on any machine.
 
-        Weights keep their dtype.
+        It has no subject ids and no paths. Weights keep their dtype.
+
+        Args:
+            folder: new or empty.
+            merge: write all weights, after adapters were merged into them, in this model too. False: write the trained
+                weights only; their base keeps its name on the Hub.
+            card: content of README.md; empty: a short one.
+
+        Raises:
+            UserError: the folder is not empty; with ``merge=False``, the base is not on the Hub.
         """
-        self.model.save_pretrained(folder)
-        self.renderer.tokenizer.save_pretrained(folder)
-        (Path(folder) / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
+        write_model(Path(folder), self.model, self.renderer.tokenizer, self.settings, merge, card)
 
     def _with_own_answers(
         self, conversations: Sequence[Conversation], max_new_tokens: int | None

@@ -293,6 +293,19 @@ def add_lora(model: UmbrellaForConditionalGeneration, settings: ModelSettings) -
         )
 
 
+def merge_adapters(model: UmbrellaForConditionalGeneration) -> None:
+    """Add the LoRA adapters of a model to the weights that they adapt, and remove them. In place; dtypes stay."""
+    if not model.has_adapters:
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [pair for pair in model.named_modules() if isinstance(pair[1], LoraLayer)]:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    for name in list(model.peft_config):
+        model.delete_adapter(name)
+
+
 def select_trainable(model: UmbrellaForConditionalGeneration, train: str) -> None:
     """Set ``requires_grad`` of all parameters. In place.
 

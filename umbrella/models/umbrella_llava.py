@@ -1,13 +1,11 @@
 """The model: LLaVA from transformers, with 3D and 4D patch embeddings in the vision tower."""
 
-import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -240,31 +238,22 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         return super().generate(*args, **options)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Save weights as safetensors, and the configuration. Adapters go to ``adapter/``, in the format of PEFT.
+        """Save weights as safetensors, and the configuration. ``code.json`` gets the version of UMBRELLA.
 
-        ``code.json`` gets the version of UMBRELLA. With adapters, ``options`` are ignored.
+        Raises:
+            ValueError: the model has adapters.
         """
+        if self.has_adapters:
+            raise ValueError("the model has adapters; merge them with umbrella.models.build.merge_adapters first")
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_version(save_directory)
-        adapter = Path(save_directory) / ADAPTER
-        shutil.rmtree(adapter, ignore_errors=True)  # may belong to a model saved here before
-        if not self.has_adapters:
-            # Current parameter names, not LLaVA's older ones.
-            return super().save_pretrained(save_directory, **{"save_original_format": False} | options)
-        super().save_pretrained(adapter, save_original_format=False)  # only the adapters
-        named = ((name.replace(".base_layer.", "."), weight) for name, weight in self.named_parameters())
-        weights = {name: weight.detach() for name, weight in named if ".lora_" not in name}
-        save_file(weights, Path(save_directory) / "model.safetensors", {"format": "pt"})
-        config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
-        config.save_pretrained(save_directory)
-        if self.generation_config:
-            self.generation_config.save_pretrained(save_directory)
-        return None
+        shutil.rmtree(Path(save_directory) / ADAPTER, ignore_errors=True)  # may belong to a model saved here before
+        # Current parameter names, not LLaVA's older ones.
+        super().save_pretrained(save_directory, **{"save_original_format": False} | options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
-        """Load a model that ``save_pretrained`` wrote, with its adapters. With adapters, all weights are frozen.
+        """Load a full checkpoint, or a model that ``save_pretrained`` wrote. With adapters, all weights are frozen.
 
         Only safetensors files are read, no pickles.
 
@@ -283,7 +272,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if (Path(name) / BASE).is_file():
             raise ValueError(
                 f"{name} is a partial checkpoint: it has only the trained weights. umbrella.inference.model.Umbrella"
-                ".from_checkpoint loads the full model; its save_pretrained writes a folder that from_pretrained reads"
+                ".from_checkpoint loads the full model; its save_pretrained writes a folder with all weights"
             )
         loaded = super().from_pretrained(name, *args, **options | {"use_safetensors": True, "trust_remote_code": False})
         try:

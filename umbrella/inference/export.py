@@ -1,0 +1,140 @@
+"""Exported models: folders that ``Umbrella.from_pretrained`` loads on any machine, and the Hugging Face Hub."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, snapshot_download
+from transformers import PreTrainedTokenizerBase
+
+from umbrella.base import UserError, mask_secrets
+from umbrella.config import Settings, load_settings
+from umbrella.html import render
+from umbrella.models.build import merge_adapters
+from umbrella.models.partial_checkpoint import ADAPTER_WEIGHTS, TRAINED_WEIGHTS, is_partial, read_base
+from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
+from umbrella.paths import SETTINGS
+from umbrella.version import __version__, write_version
+
+CARD = "README.md"
+LICENSE = "# license: to be written by the authors"
+"""Line of a model card that a license replaces."""
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.yaml", "*.model", "*.txt")
+"""Files of a model on the Hub that are read: no pickles and no code."""
+DATA_SETTINGS = {"max_tokens", "max_voxels", "suffixes"}
+"""Settings of ``data`` that answering needs. The others have paths of the cohort."""
+
+
+def write_model(
+    folder: Path,
+    model: UmbrellaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    merge: bool,
+    card: str,
+) -> None:
+    """Write an exported model, see ``Umbrella.save_pretrained``."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty; name a new folder")
+    checkpoint, base = Path(settings.model.checkpoint), base_name(settings.model.checkpoint)
+    if not merge and not (is_partial(checkpoint) and base):
+        raise UserError(f"{checkpoint}: has no base on the Hub that could stand for weights; export all weights")
+    parts = [part for part in settings.model.train.split("+") if part != "lora" or not merge]
+    own = settings.model.model_copy(update={"checkpoint": base, "train": "+".join(parts) or "embedder"})
+    folder.mkdir(parents=True, exist_ok=True)
+    if merge:
+        merge_adapters(model)
+        model.save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+        _copy_partial(checkpoint, folder, base)
+    tokenizer.save_pretrained(folder)
+    kept = {
+        "model": own.model_dump(mode="json"),
+        "modalities": {name: modality.model_dump(mode="json") for name, modality in settings.modalities.items()},
+        "data": settings.data.model_dump(mode="json", include=DATA_SETTINGS),
+    }
+    (folder / SETTINGS).write_text(yaml.safe_dump(kept, sort_keys=False, default_flow_style=None), encoding="utf-8")
+    if not card:
+        metadata = yaml.safe_dump(card_metadata(base), sort_keys=False)
+        template = Path(__file__).with_name("exported_card.md")
+        card = f"---\n{LICENSE}\n{metadata}---\n\n{render(template, {}, escape=False, base=base, settings=settings)}"
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _copy_partial(checkpoint: Path, folder: Path, base: str) -> None:
+    """Copy trained weights and adapters, whose base becomes the one of this name."""
+    write_version(folder)
+    (folder / BASE).write_text(json.dumps(read_base(checkpoint) | {"checkpoint": base}, indent=1), encoding="utf-8")
+    shutil.copy(checkpoint / TRAINED_WEIGHTS, folder)
+    if (checkpoint / ADAPTER).is_dir():
+        (folder / ADAPTER).mkdir()
+        shutil.copy(checkpoint / ADAPTER_WEIGHTS, folder / ADAPTER)
+        config = json.loads((checkpoint / ADAPTER / "adapter_config.json").read_text("utf-8"))
+        text = json.dumps(config | {"base_model_name_or_path": base}, indent=1)
+        (folder / ADAPTER / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def base_name(checkpoint: str | Path) -> str:
+    """Return the name on the Hub of the model that a checkpoint was trained from; empty if it has none."""
+    file = Path(checkpoint) / SETTINGS
+    if is_partial(checkpoint):
+        return hub_name(read_base(checkpoint)["checkpoint"])
+    return hub_name(load_settings([file]).model.checkpoint) if file.is_file() else ""
+
+
+def hub_name(checkpoint: str) -> str:
+    """Return the name on the Hub of a model, also of a folder of the Hub's cache; empty for another folder."""
+    if found := re.search(r"models--(.+?)--(.+?)/", checkpoint):
+        return f"{found[1]}/{found[2]}"
+    return "" if Path(checkpoint).is_absolute() or Path(checkpoint).is_dir() else checkpoint
+
+
+def card_metadata(base: str) -> dict[str, object]:
+    """Return the metadata of a model card on the Hub."""
+    return {
+        "library_name": "umbrella-mri",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["umbrella-mri", "brain-mri", "medical", "llava", "research-only"],
+        **({"base_model": base} if base else {}),
+    }
+
+
+def download(name: str | Path) -> Path:
+    """Return the folder of a model. One on the Hub is downloaded, unless it is in the cache.
+
+    Raises:
+        UserError: there is no such folder, and no such model on the Hub, or the Hub cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(DOWNLOADED)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: is no folder, and cannot be had from the Hub: {_describe(error)}") from None
+
+
+def push_to_hub(folder: Path, name: str, private: bool = True) -> str:
+    """Upload an exported model to the Hub, with the token in ``HF_TOKEN``, and return its address.
+
+    Args:
+        name: "organisation/model"; created if it does not exist. Its files are replaced.
+        private: whether a new model is private.
+
+    Raises:
+        UserError: the Hub refuses it or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        message = f"Export of umbrella {__version__}"
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns="*")
+    except Exception as error:  # errors of the network are of many types
+        raise UserError(f"push={name}: {_describe(error)}; is HF_TOKEN set, and may it write there?") from None
+    return str(address)
+
+
+def _describe(error: Exception) -> str:
+    return mask_secrets(" ".join(str(error).split()))[:300]
