@@ -12,6 +12,8 @@ COMMANDS = {
     "baseline": "train a small 3D CNN on the same data",
     "predict": "answer the questions of a file, or questions about scans",
     "demo": "ask a checkpoint about scans on a page on localhost",
+    "ask": "ask a model one question about scans",
+    "export": "write a model to a folder that others can use, or to the Hugging Face Hub",
     "prepare": "check and preprocess all data, and write a report",
     "make-conversations": "make conversations and splits from a BIDS dataset",
     "inspect": "show one conversation as the model receives it",

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
+from os.path import getmtime
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -20,9 +21,10 @@ from umbrella.evaluation.verdict import format_estimate, format_value, metric_na
 from umbrella.fileio import write_atomic
 from umbrella.html import render
 from umbrella.inference.export import LICENSE, card_metadata, hub_name
-from umbrella.paths import CODE, HISTORY, PROGRESS, SETTINGS, TRIALS
+from umbrella.paths import CODE, EVALUATIONS, HISTORY, PROGRESS, SETTINGS, TRIALS, storage_of
 from umbrella.training.checkpoint_files import read_history, read_training_state
 
+MODEL_CARD = "model_card.md"
 AUTHORS = "to be written by the authors"
 SUBJECT_KEYS = ("sex", "age", "site")
 
@@ -43,11 +45,11 @@ def write_model_card(
     trained = load_settings([checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else [])
     base = hub_name(trained.model.checkpoint) or Path(trained.model.checkpoint).name
     data = Path(settings.data.train[0]).absolute().parent.name if settings.data.train else "umbrella-phantom"
-    name = "-".join(checkpoint.parts[-2:])
+    name = _name(checkpoint)
     wholes = [group for group in result.groups[AS_ASKED] if group.by == "all"]
     code = json.loads((checkpoint / CODE).read_text("utf-8")) if (checkpoint / CODE).is_file() else {}
     card = render(
-        Path(__file__).with_name("model_card.md"),
+        Path(__file__).with_name(MODEL_CARD),
         {
             "cell": lambda text: " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split()),
             "shown": lambda of_one: ", ".join(f"{key} {value}" for key, value in of_one.items() if value != 0),
@@ -93,8 +95,20 @@ def write_model_card(
         "model-index": [{"name": name, "results": results}],
     }
     block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    write_atomic(folder / "model_card.md", f"---\n{LICENSE}\n{block}---\n\n{card}\n")
+    write_atomic(folder / MODEL_CARD, f"---\n{LICENSE}\n{block}---\n\n{card}\n")
     write_atomic(folder / "checklists.md", _fill_checklists(card))
+
+
+def find_model_card(checkpoint: Path) -> Path | None:
+    """Return the model card of the newest evaluation of a checkpoint in its storage folder, or None."""
+    run = checkpoint.parent.parent.parent if checkpoint.parent.parent.name == TRIALS else checkpoint.parent
+    cards = (storage_of(run) / EVALUATIONS).glob(f"*/{MODEL_CARD}")
+    title = f"\n# Model card of {_name(checkpoint)}\n"
+    return max((card for card in cards if title in card.read_text("utf-8")), key=getmtime, default=None)
+
+
+def _name(checkpoint: Path) -> str:
+    return "-".join(checkpoint.parts[-2:])
 
 
 def _fill_checklists(card: str) -> str:

@@ -1,0 +1,54 @@
+"""Export a trained model to a folder that `umbrella ask` and `Umbrella.from_pretrained` read on any machine.
+
+  umbrella export checkpoint=STEP folder
+  umbrella export checkpoint=STEP folder --push organisation/name
+
+The folder holds weights, tokenizer, settings of the preprocessing, and a model card: that of the newest evaluation of
+the checkpoint, or a short one. No file has a path or a subject id. --push needs a token in HF_TOKEN.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from umbrella.base import UserError
+from umbrella.cli import Arguments, named_checkpoint, run_command
+
+OPTIONS = {
+    "--push": {"help": "upload the folder to this model of the Hugging Face Hub", "metavar": "ORGANISATION/NAME"},
+    "--public": {"help": "make a new model on the Hub public (default: private)", "action": "store_true"},
+    "--reference-base": {
+        "help": "write the trained weights only; their base keeps its name on the Hub",
+        "action": "store_true",
+    },
+    "--license": {"help": "license in the model card", "metavar": "apache-2.0"},
+}
+
+
+def main(args: Arguments) -> None:
+    """Write the folder, and upload it."""
+    checkpoint = named_checkpoint(args.settings)
+    if len(args.paths) != 1:
+        raise UserError("name one folder to write, as in: umbrella export checkpoint=STEP folder")
+    from umbrella.evaluation_run.model_card import find_model_card
+    from umbrella.inference.export import CARD, LICENSE, push_to_hub
+    from umbrella.inference.model import Umbrella
+
+    folder, found = Path(args.paths[0]), find_model_card(checkpoint)
+    results = f"the model card is {found}" if found else "no evaluation of it was found, so the model card is short"
+    if args.dry_run:
+        print(f"would export {checkpoint} to {folder}; {results}")
+        return
+    card = found.read_text("utf-8") if found else ""
+    model = Umbrella.from_checkpoint(checkpoint, device="cpu")
+    model.save_pretrained(folder, merge=not args.options["reference_base"], card=card)
+    if name := args.options["license"]:
+        text = (folder / CARD).read_text("utf-8").replace(LICENSE, f"license: {name}")
+        (folder / CARD).write_text(text, encoding="utf-8")
+    print(f"exported {checkpoint} to {folder}; {results}", flush=True)
+    if name := args.options["push"]:
+        print(f"uploaded to {push_to_hub(folder, name, private=not args.options['public'])}")
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command with the words of its command line."""
+    run_command("export", argv, main, __doc__, options=OPTIONS, paths="folder")
