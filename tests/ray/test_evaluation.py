@@ -23,6 +23,7 @@ from tests.faults.fault_injection import command_line, kill
 from tests.printed import printed_to, unknown_lines
 from tests.ray.conftest import no_progress
 from umbrella.base import UserError
+from umbrella.commands import export
 from umbrella.config import Settings, load_settings
 from umbrella.data.ingest import load_splits
 from umbrella.data.splits import read_splits
@@ -31,6 +32,7 @@ from umbrella.evaluation.calibration import read_temperatures
 from umbrella.evaluation.predictions import read_predictions
 from umbrella.evaluation_run.evaluate import evaluate_at_end
 from umbrella.evaluation_run.prediction_workers import PredictionWorker, map_on_actors, predict_on_workers
+from umbrella.inference.export import USE
 from umbrella.tracking.mlflow_logger import DESCRIPTION, MAX_METRICS
 from umbrella.tracking.store import open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import best_checkpoint
@@ -135,6 +137,20 @@ def test_checkpoint_stores_its_modalities_and_longest_answer(evaluated: Evaluate
     scan = next((evaluated.checkpoint.parent.parent.parent).glob("phantom-*/**/*.nii.gz"))
     done = run("predict.py", str(scan), f"checkpoint={evaluated.checkpoint}", "--ask", "Sex?", "--modality", "dMRI")
     assert (done.status, done.stderr) == (2, "error: modality='dMRI': this model was trained on sMRI\n")
+
+
+def test_an_exported_model_has_the_model_card_and_no_subject_ids_or_paths(evaluated: Evaluated, tmp_path: Path) -> None:
+    storage, card = evaluated.folder.parent.parent, (evaluated.folder / "model_card.md").read_text()
+    export.run([f"checkpoint={evaluated.checkpoint}", str(tmp_path / "exported")])
+    assert (tmp_path / "exported" / "README.md").read_text() == card + USE
+    subjects = {folder.name for folder in storage.glob("phantom-*/sub-*")}
+    secrets = [*subjects, str(storage), str(tmp_path), str(Path.home())]
+    assert len(subjects) > 10
+    files = [file for file in (tmp_path / "exported").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".jinja", ".md", ".safetensors", ".yaml"}
+    for file in files:
+        content = file.read_bytes()
+        assert [secret for secret in secrets if secret.encode() in content] == [], file
 
 
 @pytest.mark.slow

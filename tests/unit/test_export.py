@@ -19,7 +19,7 @@ from tests.hub import TOKEN, running_hub
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation_run.model_card import find_model_card
-from umbrella.inference.export import LICENSE
+from umbrella.inference.export import LICENSE, USE
 from umbrella.inference.model import Umbrella
 
 LORA = {"train": "embedder+lora", "lora_rank": 2}
@@ -164,7 +164,7 @@ def test_export_takes_the_card_of_the_newest_evaluation_and_a_license(
     done = command("export", where, f"{tmp_path}/new", "--license", "apache-2.0")
     assert done.status == 0
     readme = (tmp_path / "new" / "README.md").read_text("utf-8")
-    assert readme == "---\nlicense: apache-2.0\n---\n\n# Model card of run-step_0000001\nb\n"
+    assert readme == "---\nlicense: apache-2.0\n---\n\n# Model card of run-step_0000001\nb\n" + USE
     assert command("export", where, f"{tmp_path}/new").stderr.endswith(
         f"{tmp_path}/new: is not empty; name a new folder\n"
     )

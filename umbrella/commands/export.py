@@ -7,6 +7,7 @@ The folder holds weights, tokenizer, settings of the preprocessing, and a model 
 the checkpoint, or a short one. No file has a path or a subject id. --push needs a token in HF_TOKEN.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main(args: Arguments) -> None:
     checkpoint = named_checkpoint(args.settings)
     if len(args.paths) != 1:
         raise UserError("name one folder to write, as in: umbrella export checkpoint=STEP folder")
+    from transformers.utils import logging
+
     from umbrella.evaluation_run.model_card import find_model_card
     from umbrella.inference.export import CARD, LICENSE, push_to_hub
     from umbrella.inference.model import Umbrella
@@ -38,6 +41,8 @@ def main(args: Arguments) -> None:
     if args.dry_run:
         print(f"would export {checkpoint} to {folder}; {results}")
         return
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     card = found.read_text("utf-8") if found else ""
     model = Umbrella.from_checkpoint(checkpoint, device="cpu")
     model.save_pretrained(folder, merge=not args.options["reference_base"], card=card)

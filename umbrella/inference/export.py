@@ -21,6 +21,12 @@ from umbrella.version import __version__, write_version
 CARD = "README.md"
 LICENSE = "# license: to be written by the authors"
 """Line of a model card that a license replaces."""
+USE = """
+## Use
+`pip install umbrella-mri`, then `umbrella ask MODEL scan.nii.gz "Is this subject male or female?"`, or in Python
+`umbrella.Umbrella.from_pretrained("MODEL")`. MODEL is this folder or its name on the Hugging Face Hub.
+"""
+"""Last section of each model card."""
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.yaml", "*.model", "*.txt")
 """Files of a model on the Hub that are read: no pickles and no code."""
 DATA_SETTINGS = {"max_tokens", "max_voxels", "suffixes"}
@@ -61,7 +67,7 @@ def write_model(
         metadata = yaml.safe_dump(card_metadata(base), sort_keys=False)
         template = Path(__file__).with_name("exported_card.md")
         card = f"---\n{LICENSE}\n{metadata}---\n\n{render(template, {}, escape=False, base=base, settings=settings)}"
-    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card + USE, encoding="utf-8")
 
 
 def _copy_partial(checkpoint: Path, folder: Path, base: str) -> None:

@@ -249,7 +249,7 @@ class Umbrella:
             folder: new or empty.
             merge: write all weights, after adapters were merged into them, in this model too. False: write the trained
                 weights only; their base keeps its name on the Hub.
-            card: content of README.md; empty: a short one.
+            card: content of README.md before ``export.USE``; empty: a short one.
 
         Raises:
             UserError: the folder is not empty; with ``merge=False``, the base is not on the Hub.
