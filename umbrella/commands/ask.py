@@ -1,9 +1,8 @@
-"""Ask a trained model one question about volumes.
+"""Ask a trained model one question about volumes; umbrella predict takes several questions.
 
   umbrella ask MODEL volume.nii.gz "Is this subject male or female?" --candidates "male.,female."
 
 MODEL is an exported folder, a step_... folder of a training, or the name of an exported model on the Hugging Face Hub.
-`umbrella predict` takes several questions.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,5 @@
-"""Export a trained model to a folder that `umbrella ask` and `Umbrella.from_pretrained` read on any machine.
+"""Export a trained model to a folder that umbrella ask and Umbrella.from_pretrained read on any machine.
 
-  umbrella export checkpoint=STEP folder
   umbrella export checkpoint=STEP folder --push organisation/name
 
 The folder holds weights, tokenizer, settings of the preprocessing, and a model card: that of the newest evaluation of
@@ -15,13 +14,9 @@ from umbrella.base import UserError
 from umbrella.cli import Arguments, named_checkpoint, run_command
 
 OPTIONS = {
-    "--push": {"help": "upload the folder to this model of the Hugging Face Hub", "metavar": "ORGANISATION/NAME"},
-    "--public": {"help": "make a new model on the Hub public (default: private)", "action": "store_true"},
-    "--reference-base": {
-        "help": "write the trained weights only; their base keeps its name on the Hub",
-        "action": "store_true",
-    },
-    "--license": {"help": "license in the model card", "metavar": "apache-2.0"},
+    "--push": {"help": "upload the folder to a model of the Hub; a new one is private", "metavar": "ORGANISATION/NAME"},
+    "--reference-base": {"help": "write trained weights only, and the name of their base", "action": "store_true"},
+    "--license": {"help": "license in the model card, such as apache-2.0", "metavar": "NAME"},
 }
 
 
@@ -43,15 +38,14 @@ def main(args: Arguments) -> None:
         return
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    card = found.read_text("utf-8") if found else ""
-    model = Umbrella.from_checkpoint(checkpoint, device="cpu")
+    model, card = Umbrella.from_checkpoint(checkpoint, device="cpu"), found.read_text("utf-8") if found else ""
     model.save_pretrained(folder, merge=not args.options["reference_base"], card=card)
     if name := args.options["license"]:
         text = (folder / CARD).read_text("utf-8").replace(LICENSE, f"license: {name}")
         (folder / CARD).write_text(text, encoding="utf-8")
     print(f"exported {checkpoint} to {folder}; {results}", flush=True)
     if name := args.options["push"]:
-        print(f"uploaded to {push_to_hub(folder, name, private=not args.options['public'])}")
+        print(f"uploaded to {push_to_hub(folder, name)}")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -9,9 +9,8 @@ import yaml
 from huggingface_hub import HfApi, snapshot_download
 from transformers import PreTrainedTokenizerBase
 
-from umbrella.base import UserError, mask_secrets
+from umbrella.base import UserError, describe_load_error
 from umbrella.config import Settings, load_settings
-from umbrella.html import render
 from umbrella.models.build import merge_adapters
 from umbrella.models.partial_checkpoint import ADAPTER_WEIGHTS, TRAINED_WEIGHTS, is_partial, read_base
 from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
@@ -21,13 +20,18 @@ from umbrella.version import __version__, write_version
 CARD = "README.md"
 LICENSE = "# license: to be written by the authors"
 """Line of a model card that a license replaces."""
+SHORT_CARD = """# Model card
+## Intended use
+Research only: no medical device, not for diagnosis or treatment. Data and evaluation: to be written by the authors
+"""
 USE = """
 ## Use
 `pip install umbrella-mri`, then `umbrella ask MODEL scan.nii.gz "Is this subject male or female?"`, or in Python
-`umbrella.Umbrella.from_pretrained("MODEL")`. MODEL is this folder or its name on the Hugging Face Hub.
+`umbrella.Umbrella.from_pretrained("MODEL")`. MODEL is this folder or its name on the Hugging Face Hub. The modalities
+and their preprocessing are in settings.yaml.
 """
 """Last section of each model card."""
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.yaml", "*.model", "*.txt")
+DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.yaml", "*.model", "*.txt"]
 """Files of a model on the Hub that are read: no pickles and no code."""
 DATA_SETTINGS = {"max_tokens", "max_voxels", "suffixes"}
 """Settings of ``data`` that answering needs. The others have paths of the cohort."""
@@ -44,7 +48,8 @@ def write_model(
     """Write an exported model, see ``Umbrella.save_pretrained``."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; name a new folder")
-    checkpoint, base = Path(settings.model.checkpoint), base_name(settings.model.checkpoint)
+    checkpoint = Path(settings.model.checkpoint)
+    base = base_name(checkpoint)
     if not merge and not (is_partial(checkpoint) and base):
         raise UserError(f"{checkpoint}: has no base on the Hub that could stand for weights; export all weights")
     parts = [part for part in settings.model.train.split("+") if part != "lora" or not merge]
@@ -57,16 +62,11 @@ def write_model(
         model.config.save_pretrained(folder)
         _copy_partial(checkpoint, folder, base)
     tokenizer.save_pretrained(folder)
-    kept = {
-        "model": own.model_dump(mode="json"),
-        "modalities": {name: modality.model_dump(mode="json") for name, modality in settings.modalities.items()},
-        "data": settings.data.model_dump(mode="json", include=DATA_SETTINGS),
-    }
-    (folder / SETTINGS).write_text(yaml.safe_dump(kept, sort_keys=False, default_flow_style=None), encoding="utf-8")
+    kept = settings.model_dump(mode="json", include={"modalities": True, "data": DATA_SETTINGS})
+    text = yaml.safe_dump({"model": own.model_dump(mode="json"), **kept}, sort_keys=False, default_flow_style=None)
+    (folder / SETTINGS).write_text(text, encoding="utf-8")
     if not card:
-        metadata = yaml.safe_dump(card_metadata(base), sort_keys=False)
-        template = Path(__file__).with_name("exported_card.md")
-        card = f"---\n{LICENSE}\n{metadata}---\n\n{render(template, {}, escape=False, base=base, settings=settings)}"
+        card = f"---\n{LICENSE}\n{yaml.safe_dump(card_metadata(base), sort_keys=False)}---\n\n{SHORT_CARD}"
     (folder / CARD).write_text(card + USE, encoding="utf-8")
 
 
@@ -83,12 +83,11 @@ def _copy_partial(checkpoint: Path, folder: Path, base: str) -> None:
         (folder / ADAPTER / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-def base_name(checkpoint: str | Path) -> str:
+def base_name(checkpoint: Path) -> str:
     """Return the name on the Hub of the model that a checkpoint was trained from; empty if it has none."""
-    file = Path(checkpoint) / SETTINGS
     if is_partial(checkpoint):
         return hub_name(read_base(checkpoint)["checkpoint"])
-    return hub_name(load_settings([file]).model.checkpoint) if file.is_file() else ""
+    return hub_name(load_settings([checkpoint / SETTINGS]).model.checkpoint)
 
 
 def hub_name(checkpoint: str) -> str:
@@ -109,38 +108,29 @@ def card_metadata(base: str) -> dict[str, object]:
 
 
 def download(name: str | Path) -> Path:
-    """Return the folder of a model. One on the Hub is downloaded, unless it is in the cache.
-
-    Raises:
-        UserError: there is no such folder, and no such model on the Hub, or the Hub cannot be reached.
-    """
+    """Return the folder of a model. One on the Hub is downloaded first; UserError if there is none."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: is no folder, and cannot be had from the Hub: {_describe(error)}") from None
+        raise UserError(f"{name}: is no folder, and cannot be had from the Hub: {describe_load_error(error)}") from None
 
 
-def push_to_hub(folder: Path, name: str, private: bool = True) -> str:
+def push_to_hub(folder: Path, name: str) -> str:
     """Upload an exported model to the Hub, with the token in ``HF_TOKEN``, and return its address.
 
     Args:
-        name: "organisation/model"; created if it does not exist. Its files are replaced.
-        private: whether a new model is private.
+        name: "organisation/model". A new one is private. The files of an existing one are replaced.
 
     Raises:
         UserError: the Hub refuses it or cannot be reached.
     """
-    api = HfApi()
     try:
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = HfApi().create_repo(name, private=True, exist_ok=True)
         message = f"Export of umbrella {__version__}"
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns="*")
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns="*")
     except Exception as error:  # errors of the network are of many types
-        raise UserError(f"push={name}: {_describe(error)}; is HF_TOKEN set, and may it write there?") from None
+        reason = describe_load_error(error)
+        raise UserError(f"--push {name}: {reason}; is HF_TOKEN set, and may it write there?") from None
     return str(address)
-
-
-def _describe(error: Exception) -> str:
-    return mask_secrets(" ".join(str(error).split()))[:300]
