@@ -29,6 +29,11 @@ ProgressBar = Callable[[Sequence, str], Iterable]
 """A function of (items, description) that returns the items and shows how many were read."""
 
 
+def no_progress(items: Sequence, description: str) -> Iterable:
+    """Return the items; show nothing."""
+    return items
+
+
 class Section(BaseModel):
     """A frozen group of settings. The docstring under a field is its line in ``--help``."""
 

@@ -140,7 +140,7 @@ def load_settings(files: Sequence[str | Path] = (), overrides: Mapping[str, Any]
     """
     raw = Settings().model_dump(mode="json")
     for file in files:
-        _merge(raw, _read_yaml(Path(file)))
+        _merge(raw, _read_yaml(find_settings_file(str(file))))
     for name, value in (overrides or {}).items():
         _put(raw, name, value)
     return _validate(raw)

@@ -18,7 +18,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from umbrella.base import ProgressBar, UserError
+from umbrella.base import ProgressBar, UserError, no_progress
 from umbrella.cohorts.make import make_conversations
 from umbrella.cohorts.reading import Request
 from umbrella.cohorts.settings import CohortSettings
@@ -149,7 +149,7 @@ def make_cohort(folder: Path, settings: CohortSettings, progress: ProgressBar, v
         held_out, output = max(4, round(0.2 * len(subjects))), building / "conversations"
         shares = (len(subjects) - 2 * held_out, held_out, held_out)
         request = Request(building, ("sex", "age"), output, compare=("sex",), split=shares, seed=settings.seed)
-        make_conversations(request, lambda items, _: items, lambda line: None)
+        make_conversations(request, no_progress, lambda line: None)
         # The settings name the dataset by its absolute path.
         text = (output / "data.yaml").read_text(encoding="utf-8")
         write_atomic(output / "data.yaml", text.replace(f"{building.parent.name}/{building.name}", folder.name))

@@ -62,6 +62,13 @@ class Batch:
     metadata: tuple[dict[str, Any], ...]
     rng_keys: tuple[tuple[int, ...], ...] = ()
 
+    def __repr__(self) -> str:
+        """Names, shapes and types of the tensors."""
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        tensors |= {f"pixel_values[{name!r}].voxels": group.voxels for name, group in self.pixel_values.items()}
+        lines = [f"  {name}: {tuple(tensor.shape)}, {tensor.dtype}" for name, tensor in tensors.items()]
+        return "\n".join([f"Batch of {len(self)}", *lines])
+
     @property
     def labels(self) -> torch.Tensor:
         """(B, L), int64: the token id at targets, -100 elsewhere."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from umbrella.base import ProgressBar, UserError, note, pluralise
+from umbrella.base import ProgressBar, UserError, no_progress, note, pluralise
 from umbrella.cluster import check_nodes
 from umbrella.conversations.schema import SPLITS
 from umbrella.data.settings import MaskPolicy
@@ -29,7 +29,10 @@ COARSE = 4.0
 
 
 def load_splits(
-    settings: "Settings", progress: ProgressBar, trials: Sequence["Settings"] = (), dry_run: bool = False
+    settings: "Settings",
+    progress: ProgressBar = no_progress,
+    trials: Sequence["Settings"] = (),
+    dry_run: bool = False,
 ) -> Splits:
     """Load and check the data of a run: read conversations, decode every volume into the store, render every sample.
 

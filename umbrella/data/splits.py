@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.base import ProgressBar, UserError, pluralise
+from umbrella.base import ProgressBar, UserError, no_progress, pluralise
 from umbrella.conversations.formats import FILE_MISSING
 from umbrella.conversations.reading import Problem, read_conversations
 from umbrella.conversations.schema import Conversation, most_frequent_answers, questions_of
@@ -294,7 +294,7 @@ def read_input(settings: "Settings") -> Splits:
     raw = Splits()
     raw.read("input", settings.data.input, settings.data.root, settings, allow_unanswered=True)
     raw.splits = filter_splits(raw.splits, settings)
-    raw.notices += assign_subjects(raw.splits, lambda things, what: things)
+    raw.notices += assign_subjects(raw.splits, no_progress)
     return raw
 
 

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
-from umbrella.base import ProgressBar, Stopped, UserError, note, on_sigterm, pluralise
+from umbrella.base import ProgressBar, Stopped, UserError, no_progress, note, on_sigterm, pluralise
 from umbrella.cluster import join_cluster
 from umbrella.config import Settings, load_settings
 from umbrella.conversations.schema import Conversation, questions_of
@@ -77,7 +77,7 @@ class EvaluationData:
 
 
 def load_evaluation_settings(
-    checkpoint: Path, files: Sequence[str] = (), overrides: Mapping[str, Any] = {}
+    checkpoint: str | Path, files: Sequence[str] = (), overrides: Mapping[str, Any] = {}
 ) -> Settings:
     """Load the settings that a checkpoint was trained with, updated by settings files and overrides.
 
@@ -86,6 +86,7 @@ def load_evaluation_settings(
     Raises:
         UserError: the folder is no checkpoint of UMBRELLA; settings are invalid.
     """
+    checkpoint = Path(checkpoint)
     load_checkpoint_settings(checkpoint, None)  # first: the settings of an earlier version may be invalid now
     own_file = [checkpoint / SETTINGS] if (checkpoint / SETTINGS).is_file() else []
     settings = load_settings([*own_file, *files], overrides)
@@ -140,7 +141,7 @@ def read_evaluation_data(settings: Settings, progress: ProgressBar, volumes: boo
     return EvaluationData(conversations, candidates, labels, facts, notes, questions, left_out, runs)
 
 
-def evaluate(settings: Settings, progress: ProgressBar) -> tuple[EvaluationResult, Path]:
+def evaluate(settings: Settings, progress: ProgressBar = no_progress) -> tuple[EvaluationResult, Path]:
     """Evaluate a checkpoint, write the report, and log the results to MLflow.
 
     Args:

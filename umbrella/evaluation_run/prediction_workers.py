@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from umbrella.base import ProgressBar, UserError
+from umbrella.base import ProgressBar, UserError, no_progress
 from umbrella.cluster import check_resources, start_ray
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation, TextItem
@@ -33,7 +33,7 @@ def predict_on_workers(
     numbers: Collection[str] = (),
     *,
     truth: bool = True,
-    progress: ProgressBar = lambda things, what: things,
+    progress: ProgressBar = no_progress,
 ) -> Iterator[list[Prediction]]:
     """Predict conversations with ``evaluate.workers`` processes; yields predictions in the order of the conversations.
 

@@ -87,7 +87,8 @@ def base_name(checkpoint: Path) -> str:
     """Return the name on the Hub of the model that a checkpoint was trained from; empty if it has none."""
     if is_partial(checkpoint):
         return hub_name(read_base(checkpoint)["checkpoint"])
-    return hub_name(load_settings([checkpoint / SETTINGS]).model.checkpoint)
+    file = checkpoint / SETTINGS
+    return hub_name(load_settings([file]).model.checkpoint) if file.is_file() else ""
 
 
 def hub_name(checkpoint: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from math import inf, isfinite
 from statistics import median
+from types import MappingProxyType
 
 import torch
 from torch import distributed, nn
@@ -37,8 +38,8 @@ def train_step(
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    clip: float,
-    parts: Mapping[str, Sequence[nn.Parameter]],
+    clip: float = 1.0,
+    parts: Mapping[str, Sequence[nn.Parameter]] = MappingProxyType({}),
     dtype: torch.dtype = torch.float32,
     limit: float = inf,
 ) -> dict[str, float]:

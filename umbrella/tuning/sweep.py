@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from umbrella.base import ProgressBar, Stopped, UserError, on_sigterm, pluralise
+from umbrella.base import ProgressBar, Stopped, UserError, no_progress, on_sigterm, pluralise
 from umbrella.cluster import SPARE_CPUS, join_cluster, max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.splits import target_classes
@@ -46,8 +46,8 @@ RAY_TUNE_ENVIRONMENT = {
 
 def run_sweep(
     settings: Settings,
-    fixed: frozenset[str],
-    progress: ProgressBar,
+    fixed: frozenset[str] = frozenset(),
+    progress: ProgressBar = no_progress,
     folder: Path | None = None,
     on_result: Callable[[SweepResult], None] = lambda result: None,
     before_upload: Callable[[SweepResult], None] = lambda result: None,
