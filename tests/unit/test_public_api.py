@@ -59,7 +59,7 @@ def test_the_training_step_of_the_page_runs_and_learns(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)[0]
-    exec(code.replace('"cohort.subjects": 24', '"cohort.subjects": 12'), {})
+    exec(code.replace('"cohort.subjects": 24', '"cohort.subjects": 12, "cohort.spacing": 8.0'), {})
     lines = capsys.readouterr().out.splitlines()
     assert "Batch of 4" in lines
     assert any(re.fullmatch(r"assistant text '.+' 1\.0", line) for line in lines)

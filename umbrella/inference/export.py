@@ -14,7 +14,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.models.build import merge_adapters
 from umbrella.models.partial_checkpoint import ADAPTER_WEIGHTS, TRAINED_WEIGHTS, is_partial, read_base
 from umbrella.models.umbrella_llava import ADAPTER, BASE, UmbrellaForConditionalGeneration
-from umbrella.paths import SETTINGS
+from umbrella.paths import CALIBRATION, SETTINGS
 from umbrella.version import __version__, write_version
 
 CARD = "README.md"
@@ -65,6 +65,8 @@ def write_model(
     kept = settings.model_dump(mode="json", include={"modalities": True, "data": DATA_SETTINGS})
     text = yaml.safe_dump({"model": own.model_dump(mode="json"), **kept}, sort_keys=False, default_flow_style=None)
     (folder / SETTINGS).write_text(text, encoding="utf-8")
+    if (checkpoint / CALIBRATION).is_file():
+        shutil.copy(checkpoint / CALIBRATION, folder)
     if not card:
         card = f"---\n{LICENSE}\n{yaml.safe_dump(card_metadata(base), sort_keys=False)}---\n\n{SHORT_CARD}"
     (folder / CARD).write_text(card + USE, encoding="utf-8")
