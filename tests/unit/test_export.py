@@ -70,7 +70,10 @@ def adapted(
     data = {"data.train": [f"{tmp_path}/secret/sub-17.jsonl"], "resources.storage": str(tmp_path)}
     settings = data | {f"model.{name}": value for name, value in options.items()}
     (tmp_path / "trainings").mkdir()
-    return save_model(tmp_path / "trainings" / "run", model, **settings)
+    checkpoint = save_model(tmp_path / "trainings" / "run", model, **settings)
+    adapter = checkpoint / "adapter" / "adapter_config.json"  # as PEFT writes it for a model from a folder
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": str(base)}))
+    return checkpoint
 
 
 def texts(folder: Path) -> dict[str, bytes]:

@@ -21,8 +21,9 @@ from umbrella.evaluation.controls import make_controls
 from umbrella.evaluation.scoring import ANSWER_ONLY, score
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
+from umbrella.volumes.in_memory import as_images
 from umbrella.volumes.reading import read_volume
-from umbrella.volumes.store import DecodedVolumes, VolumeStore
+from umbrella.volumes.store import DecodedVolumes, VolumeStore, prepare
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,16 @@ def test_images_and_arrays_in_memory_give_the_numbers_of_their_files(
         data = np.ascontiguousarray(image.get_fdata())
         for volume in (nib.load(path), (data, image.affine), nib.Nifti1Image(data, image.affine)):
             np.testing.assert_array_equal(prepared(volume, "sMRI"), expected)
+    # Where the memory order and the place of the scaling decide about the last bits.
+    voxels, wide = np.random.default_rng(0).normal(100, 30, (40, 37, 33)), Modality(grid=(24,) * 3, patch=(8,) * 3)
+    scaled = nib.Nifti1Image((10 * voxels).astype(np.int16), np.eye(4))
+    scaled.header.set_slope_inter(0.0123, 7)
+    for image in (scaled, nib.Nifti1Image(voxels.astype(np.float32), np.eye(4))):
+        nib.save(image, tmp_path / "wide.nii")
+        expected = prepare(tmp_path / "wide.nii", wide, 10**6)
+        np.testing.assert_array_equal(prepare(nib.load(tmp_path / "wide.nii"), wide, 10**6), expected)
+    (array,) = as_images((np.ascontiguousarray(voxels.astype(np.float32)), np.eye(4)))
+    np.testing.assert_array_equal(prepare(array, wide, 10**6), expected)
     series = paths(said[2])[2]
     loaded = nib.load(series)
     np.testing.assert_array_equal(prepared((loaded.get_fdata(), loaded.affine), "fMRI"), prepared(series, "fMRI"))
