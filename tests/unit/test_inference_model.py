@@ -148,7 +148,7 @@ def test_scores_equal_those_of_evaluations(model: Umbrella, said: list[Conversat
 
 
 @pytest.mark.parametrize(
-    "options", [{"train": "projector"}, {"train": "embedder+lora", "lora_rank": 2, "dtype": "bfloat16"}]
+    "options", [{"train": "projector", "dtype": "bfloat16"}, {"train": "embedder+lora", "lora_rank": 2}]
 )
 def test_a_partial_checkpoint_answers_with_its_base_and_saved_without_it(
     build: Callable[..., Any], save_model: Any, save_llava: Any, tokenizer: Any, said: Any, tmp_path: Path, options: Any
@@ -173,7 +173,7 @@ def test_a_partial_checkpoint_answers_with_its_base_and_saved_without_it(
     shutil.move(tmp_path / "base", tmp_path / "gone")
     alone = Umbrella.from_checkpoint(tmp_path / "elsewhere")
     assert alone.answer(said, max_new_tokens=6) == answers
-    assert alone.score([], "Sex?", ["male.", "female."]) == scores
+    assert alone.score([], "Sex?", ["male.", "female."]) == pytest.approx(scores, abs=1e-5)
     with pytest.raises(UserError, match=r"model\.safetensors there is gone; put it back"):
         Umbrella.from_checkpoint(step)
 

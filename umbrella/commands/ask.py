@@ -2,7 +2,7 @@
 
   umbrella ask MODEL volume.nii.gz "Is this subject male or female?" --candidates "male.,female."
 
-MODEL is an exported folder, a step_... folder of a training, or the name of an exported model on the Hugging Face Hub.
+MODEL is an exported folder, a training, sweep or step_... folder as in checkpoint=, or a name on the Hugging Face Hub.
 """
 
 from collections.abc import Sequence

@@ -34,8 +34,7 @@ def as_images(volumes: Volumes) -> list[Image]:
     Raises:
         UserError: a file does not exist, an affine is not (4, 4), or a volume is something else.
     """
-    is_one = isinstance(volumes, str | Path | SpatialImage) or _is_array(volumes)
-    several: Any = [volumes] if is_one else volumes
+    several: Any = [volumes] if isinstance(volumes, str | Path | SpatialImage) or _is_array(volumes) else volumes
     return [_as_image(volume) for volume in several]
 
 

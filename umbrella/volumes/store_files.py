@@ -47,18 +47,13 @@ def is_array(path: Path) -> bool:
         return False
 
 
-HASH_BLOCK = 2**20
-"""Bytes to hash at a time."""
-
-
 def content_hash(path: str | Path) -> str:
     """Return a hash of the bytes of an image's file, or of both files of a pair. Raises UserError."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in image_files(path):
             with file.open("rb") as stream:
-                while block := stream.read(HASH_BLOCK):
-                    digest.update(block)
+                hashlib.file_digest(stream, lambda: digest)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     return digest.hexdigest()
