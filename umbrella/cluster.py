@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints each line of a worker twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the training prints its own progress
     "RAY_DATA_LOG_LEVEL": "WARNING",  # INFO prints several lines at each evaluation
+    "RAY_DATA_USE_LEGACY_DATASET_IDS": "1",  # a counter after the name of a dataset on the dashboard, not a hash
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # for readable progress lines of a training
     "RAY_DEDUP_LOGS": "0",  # it adds a hint to lines that several workers print
@@ -66,16 +67,13 @@ def prepare_environment(ray_address: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> str:
-    """Connect to the cluster that the settings name, or start a local Ray.
+def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") -> None:
+    """Connect to the cluster that the settings name, or start a local Ray; print the address of its dashboard.
 
     A local Ray listens on localhost only if ``prepare_environment`` ran before Ray was imported, as in the scripts.
 
     Args:
         name: of the job on Ray's dashboard; a name given to ``ray job submit`` takes precedence.
-
-    Returns:
-        The address of the dashboard; empty if there is none, or if Ray was started before.
 
     Raises:
         UserError: the cluster does not answer or refuses this process; Ray cannot write its files here.
@@ -86,7 +84,7 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
     from ray.job_config import JobConfig
 
     if ray.is_initialized():
-        return ""
+        return
     address = resources.ray_address
     named = mask_secrets(f"{'resources.address' if resources.address else 'RAY_ADDRESS'}={address}")
     handler = signal.getsignal(signal.SIGTERM)
@@ -122,15 +120,18 @@ def start_ray(resources: ResourceSettings, log_to_driver: bool, name: str = "") 
         # Instead of the handler of ``ray.init``, which prints a stack trace and exits with 15.
         by_default = handler in (signal.SIG_DFL, None)
         signal.signal(signal.SIGTERM, (lambda *_: sys.exit(128 + signal.SIGTERM)) if by_default else handler)
-    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+    if context.dashboard_url:
+        token = " (token: ray get-auth-token)" if os.environ.get("RAY_AUTH_MODE") == "token" else ""  # set by Ray
+        print(f"Ray dashboard, while this runs: http://{context.dashboard_url}{token}", flush=True)
 
 
-def join_cluster(resources: ResourceSettings, name: str, log_to_driver: bool = False) -> str:
+def join_cluster(resources: ResourceSettings, name: str, log_to_driver: bool = False) -> None:
     """Connect to a running cluster if there is one, because its nodes decode volumes; do not start a local Ray.
 
-    For arguments and result see ``start_ray``.
+    For the arguments see ``start_ray``.
     """
-    return "" if resources.ray_address == "local" else start_ray(resources, log_to_driver, name)
+    if resources.ray_address != "local":
+        start_ray(resources, log_to_driver, name)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class BaselineTask(Task):
 
     def evaluate(self) -> dict[str, float]:
         """See ``Task.evaluate``. Adds ``eval/<target>/mae`` over subjects for a numeric target."""
-        self.predictions = self._predict(self.validation)
+        self.predictions = self._predict(self.validation, "validation")
         metrics = validation_metrics(self.predictions)
         if not self.job.encoding.classes:
             subjects = mean_over_subjects(self.predictions)
@@ -122,7 +122,7 @@ class BaselineTask(Task):
         return metrics
 
     @torch.no_grad()
-    def _predict(self, samples: Sequence[Sample]) -> list[Prediction]:
+    def _predict(self, samples: Sequence[Sample], split: str) -> list[Prediction]:
         """Predict all samples. Collective: each rank computes a share of the distinct volumes; all ranks return all."""
         if self.world_size > 1:  # batch-norm statistics differ between ranks
             for buffer in self.net.buffers():
@@ -137,7 +137,7 @@ class BaselineTask(Task):
             return batch_paths, self._read_volumes(batch_paths, None)
 
         local: dict[str, np.ndarray] = {}
-        for batch_paths, voxels in batches(rows, size, 1, make):
+        for batch_paths, voxels in batches(rows, size, 1, make, split):
             log_probabilities = self._forward(self.net, voxels.to(self.device).float())
             local |= dict(zip(batch_paths, log_probabilities.double().exp().cpu().numpy(), strict=True))
         outputs = {path: output for of_rank in all_gather_object(local) for path, output in of_rank.items()}
@@ -182,7 +182,7 @@ class BaselineTask(Task):
         """Predict ``evaluate.split`` with the best checkpoint and write the predictions."""
         if best:
             self.load_weights(best)
-        predictions = self._predict(self.evaluation)
+        predictions = self._predict(self.evaluation, self.settings.evaluate.split)
         with raise_on_all_ranks():
             if self.rank == 0:
                 write_predictions(Path(self.job.folder) / PREDICTIONS, predictions)

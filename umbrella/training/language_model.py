@@ -56,7 +56,6 @@ class LanguageModelTask(Task):
         self.collate = Collator(self.renderer, open_store(self.settings), pin=device.type == "cuda")
         size = self.settings.train.evaluation_batch_size
         self.rows = evaluation_rows(job.validation_lengths, rank, world_size, size)  # the same in each evaluation
-        self.evaluation_name = f"{job.name}, evaluation, worker {rank}"
 
         self.model = make_model(self.settings, self.renderer, device)
         config = self.model.config
@@ -109,7 +108,7 @@ class LanguageModelTask(Task):
         self.model.set_attn_implementation({"text_config": "sdpa"})  # flex_attention takes no mask of a tree
         scored: list[Prediction] = []
         passes = 0
-        for conversations in batches(self.rows, size, 1, self._conversations, self.evaluation_name):
+        for conversations in batches(self.rows, size, 1, self._conversations, "validation"):
             scored += self._score(conversations)
             passes += 1
         # With sharded weights a forward pass is collective, and the first ranks may have one more batch than others.

@@ -168,8 +168,7 @@ class Trainer:
         def make(rows: Rows) -> Any:
             return self.task.batch(rows, plan.rng_keys(rows))
 
-        planned, name = plan.rows(self.rank, self.state.position), f"{self.job.name}, training, worker {self.rank}"
-        stream = batches(planned, size, self.settings.data.prefetch, make, name)
+        stream = batches(plan.rows(self.rank, self.state.position), size, self.settings.data.prefetch, make)
         for rows in plan.rows(self.rank, self.state.position):
             for start in range(0, len(rows["position"]), size):
                 batch, position = next(stream), int(rows["position"][start])

@@ -91,11 +91,9 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
 
     parameters, total, storage = read_space(settings, fixed), count_trials(settings, fixed), storage_of(folder)
     possible = variants(settings, parameters, "mask", "modalities", "model")
-    dashboard = join_cluster(settings.resources, settings.name)
+    join_cluster(settings.resources, settings.name)
     splits = load_and_check(settings, progress, possible)
-    dashboard = dashboard or start_ray(settings.resources, log_to_driver=False, name=settings.name)
-    if dashboard:
-        print(f"Ray dashboard, while this runs: {dashboard}", flush=True)
+    start_ray(settings.resources, log_to_driver=False, name=settings.name)
     check_writable(folder, "the folder of the sweep")
     if resumes:
         check_fingerprint(folder, splits.fingerprint)
