@@ -54,8 +54,17 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def truncate(text: str, length: int) -> str:
-    """Shorten a text to at most ``length`` characters."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    """Shorten a text in the middle to at most ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
+
+
+def shorten(texts: Sequence[str], length: int) -> list[str]:
+    """Truncate texts to ``length`` characters, or to the next length at which different texts stay different."""
+    for size in range(length, max(map(len, texts), default=0)):
+        short = [truncate(text, size) for text in texts]
+        if len(set(short)) == len(set(texts)):
+            return short
+    return list(texts)
 
 
 def png_data_url(png: bytes) -> tuple[str, int]:

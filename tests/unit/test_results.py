@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from umbrella.tuning.results import (
     format_interval,
     rank_configurations,
     ranked_trials,
-    ranking_table,
     read_trials,
     write_ranking,
 )
@@ -37,6 +37,7 @@ from umbrella.tuning.sweep_files import (
     make_trial_folder,
     save_outcome,
 )
+from umbrella.tuning.trial_table import ranking_table
 
 METRIC = "eval/balanced_accuracy"
 Evaluation = tuple[int, float, float, bool]
@@ -207,15 +208,15 @@ def test_the_ranking_has_a_row_per_trial_and_empty_cells_for_inactive_settings(t
 def test_the_table_shows_configurations_if_there_are_seeds_else_trials(tmp_path: Path, several: bool) -> None:
     trials = [*seeds(0.1, 0.8), *seeds(0.2, 0.7)] if not several else [*seeds(0.1, 0.8, 0.9), *seeds(0.2, 0.7, None)]
     console = Console(width=150, record=True, file=(tmp_path / "log").open("w", encoding="utf-8"))
-    console.print(ranking_table(rank_configurations(trials, "max"), METRIC))
-    lines = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines() if "lr=" in line]
-    assert [line[1:-1] for line in lines] == (
+    console.print(ranking_table(rank_configurations(trials, "max"), METRIC, 150))
+    lines = [re.split("  +", line.strip()) for line in console.export_text().splitlines() if line.startswith("0.")]
+    assert lines == (
         [
-            ["lr=0.1", "2 finished", "0.5", "0.85 ± 0.64 (n = 2)"],
-            ["lr=0.2", "1 finished, 1 failed", "0.5", "0.7 (n = 1)"],
+            ["0.1", "2 finished", "0.5", "0.85 ± 0.64 (n = 2)"],
+            ["0.2", "1 finished, 1 failed", "0.5", "0.7 (n = 1)"],
         ]
         if several
-        else [["lr=0.1 seed=0", "finished", "30", "0.5", "0.8"], ["lr=0.2 seed=0", "finished", "30", "0.5", "0.7"]]
+        else [["0.1", "finished", "30", "0.5", "0.8"], ["0.2", "finished", "30", "0.5", "0.7"]]
     )
 
 

@@ -1,8 +1,10 @@
 """Progress of a sweep: a live table in a terminal, otherwise a line per event; correct final states in MLflow."""
 
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from ray.tune import Callback
@@ -13,9 +15,10 @@ from rich.table import Table
 from umbrella.base import printable
 from umbrella.paths import TRIALS
 from umbrella.tracking.mlflow_logger import PARENT, MlflowLogger, close_run
+from umbrella.training.checkpoint_files import LOSS, ranking_key
 from umbrella.training.launch import describe_failure
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY, format_duration, progress_line
-from umbrella.tuning.results import read_trials
+from umbrella.tuning.results import count_states, read_trials
 from umbrella.tuning.search_space import format_point
 from umbrella.tuning.settings import TuneSettings
 from umbrella.tuning.sweep_files import (
@@ -28,6 +31,7 @@ from umbrella.tuning.sweep_files import (
     save_outcome,
     trial_id_of,
 )
+from umbrella.tuning.trial_table import short_state, trial_table
 
 STATUS = {FAILED: "FAILED", STOPPED: "KILLED", OUT_OF_TIME: "KILLED"}
 """MLflow's run status for states other than a normal end."""
@@ -35,6 +39,8 @@ GIVE_UP = 10**6
 """Number of failures above every ``resources.max_failures``."""
 RUNNING = "running"
 """The state of a trial that has not ended."""
+TABLE_LINES = 7
+"""Lines of the table beside its rows: title (two in a narrow terminal), header (two), rule, last line, and cursor."""
 
 
 class OutOfTime(Exception):
@@ -65,6 +71,7 @@ class Monitor(Callback):
         self.started = time.monotonic()
         self.trials: dict[str, dict[str, Any]] = {}
         self.live: Live | None = None
+        self.concurrent = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (Monitor, "current")
@@ -76,12 +83,12 @@ class Monitor(Callback):
                 status, outcome = "KILLED", "its script was killed"
             else:
                 result = trial.curve[-1] if trial.curve else {}
-                self.trials[trial.trial_id] = {"name": trial.name, "state": trial.state, "result": result}
+                self.trials[trial.trial_id] = {"point": trial.point, "state": trial.state, "result": result}
             parent = {PARENT: self.parent.run_id}  # another one, if the run of the sweep was deleted
             close_run(self.parent.uri, self._folder(trial.trial_id), status, outcome, self.parent.experiment, parent)
         Monitor.current = self
         if (console := Console()).is_terminal:
-            self.live = Live(console=console, get_renderable=self._table, refresh_per_second=2)
+            self.live = Live(console=console, get_renderable=lambda: self.table(*console.size), refresh_per_second=2)
             self.live.start()
         return self
 
@@ -112,6 +119,7 @@ class Monitor(Callback):
         """Record that a trial starts or resumes."""
         name, known = self._add(trial)
         self.trials[name]["state"] = RUNNING
+        self.concurrent = max(self.concurrent, sum(trial["state"] == RUNNING for trial in self.trials.values()))
         if not load_outcome(self._folder(name)):
             self._print(name, "resumed" if known else "started")
 
@@ -154,7 +162,7 @@ class Monitor(Callback):
         """The name of a trial of Ray Tune, and whether it was known. A trial whose process cannot start is new."""
         name = trial_id_of(make_trial_folder(self.folder, trial.config))
         known = name in self.trials
-        self.trials.setdefault(name, {"name": format_point(trial.config), "result": {}, "state": RUNNING})
+        self.trials.setdefault(name, {"point": trial.config, "result": {}, "state": RUNNING})
         return name, known
 
     def _end(self, name: str, state: str, reason: str) -> None:
@@ -163,29 +171,66 @@ class Monitor(Callback):
         if outcome:
             state, reason = outcome
             self.trials[name]["state"] = state
-            self._print(name, f"{state}: {reason}" if reason else state)
+            self._print(name, f"{state}: {reason}" if reason else state, f"  ({self._counts()})")
             close_run(self.parent.uri, self._folder(name), STATUS.get(state, "FINISHED"), state)
 
     def _folder(self, name: str) -> Path:
         return self.folder / TRIALS / name.rpartition("-")[2]
 
-    def _print(self, name: str, message: str) -> None:
+    def _print(self, name: str, message: str, counts: str = "") -> None:
         if not self.live:
-            elapsed = format_duration(time.monotonic() - self.started)
-            print(f"{elapsed}  {self.trials[name]['name']}: {printable(message)}", flush=True)
+            elapsed, trial = format_duration(time.monotonic() - self.started), format_point(self.trials[name]["point"])
+            print(f"{elapsed}  {trial}: {printable(message)}{counts}", flush=True)
 
-    def _table(self) -> Table:
-        ended, elapsed = sum(t["state"] != RUNNING for t in self.trials.values()), time.monotonic() - self.started
-        title = f"{ended} of {self.total} trials ended, {format_duration(elapsed)}"
-        table = Table("trial", "state", title=title, title_justify="left")
-        metrics = ("epoch", "train/loss", "eval/loss", self.tune.metric)
-        for name in ("step", *metrics):
-            table.add_column(name, justify="right")
+    def _counts(self) -> str:
+        """Numbers of trials that ended, run and wait, and the estimated time left, in one line."""
+        states = Counter(trial["state"] for trial in self.trials.values())
+        ended, left = len(self.trials) - states[RUNNING], self._seconds_left(states[RUNNING])
+        about = "" if left is None else f", about {format_duration(left)} left"
+        pending = max(0, self.total - len(self.trials))
+        return f"{ended} of {self.total} trials ended, {states[RUNNING]} running, {pending} pending{about}"
+
+    def _seconds_left(self, running: int) -> float | None:
+        """Estimate the time to the end: a trial that waits takes as long as the mean of those that ended.
+
+        It is an upper bound where the scheduler stops trials that run. None before the first evaluation.
+        """
+        took, whole, left = [], [], []
         for trial in self.trials.values():
+            if result := trial["result"]:
+                seconds = result["time"] - result["begun"]
+                if trial["state"] != RUNNING:
+                    took.append(seconds)
+                else:
+                    whole.append(seconds * result["steps"] / result["step"])
+                    left.append(max(0.0, result["begun"] + whole[-1] - time.time()))
+        if not (took or whole):
+            return None
+        waiting = max(0, self.total - len(self.trials)) + running - len(left)
+        return max(*left, (sum(left) + waiting * fmean(took or whole)) / self.concurrent, 0.0)
+
+    def table(self, width: int, height: int) -> Table:
+        """The table of a terminal of this size, in characters: running trials, then those that ended, best first.
+
+        Trials that do not fit are counted below.
+        """
+
+        def order(trial: dict[str, Any]) -> tuple[bool, tuple[float, float]]:
             result = trial["result"]
-            step = f"{result['step']}/{result['steps']}" if result else ""
-            values = [f"{result[name]:.4g}" if name in result else "" for name in metrics]
-            table.add_row(trial["name"], trial["state"], step, *values)
+            return trial["state"] == RUNNING, ranking_key(result.get(metric), result.get(LOSS), self.tune.mode)
+
+        metric, lines = self.tune.metric, max(1, height - TABLE_LINES)
+        trials = sorted(self.trials.values(), key=order, reverse=True)
+        results = [trial["result"] for trial in trials[:lines]]
+        columns = {
+            "state": [short_state(trial["state"]) for trial in trials[:lines]],
+            "step": [f"{result['step']}/{result['steps']}" if result else "" for result in results],
+        }
+        columns |= {name: [f"{r[name]:.4g}" if name in r else "" for r in results] for name in (LOSS, metric)}
+        table = trial_table([trial["point"] for trial in trials[:lines]], columns, width)
+        table.title = f"{format_duration(time.monotonic() - self.started)}  {self._counts()}"
+        hidden = [trial["state"] for trial in trials[lines:]]
+        table.caption = f"and {len(hidden)} more: {count_states(hidden)}" if hidden else None
         return table
 
 

@@ -27,13 +27,13 @@ from umbrella.tuning.results import (
     compute_importance,
     format_interval,
     ranked_trials,
-    ranking_table,
     swept_names,
     with_seeds,
     write_ranking,
 )
 from umbrella.tuning.search_space import format_value
 from umbrella.tuning.settings import TuneSettings
+from umbrella.tuning.trial_table import ranking_table
 
 MAX_ROWS = 100
 """Maximum number of rows of a table on the page; ranking.csv holds all rows."""
@@ -205,7 +205,7 @@ def training_command(file: str | Path) -> str:
 def print_result(result: SweepResult, console: Console) -> None:
     """Print the ranking, the best trial, the command that repeats it, and the files of the report."""
     best, metric, first = result.trials[0], result.best_settings.tune.metric, result.configurations[0]
-    console.print(ranking_table(result.configurations, metric))
+    console.print(ranking_table(result.configurations, metric, console.width))
     seeds = f", over seeds {format_interval(first)}" if len(first.trials) > 1 else ""
     lines = {
         "best trial": f"{best.name}: {metric} {best.metric:.4g} at step {best.step}{seeds}",

@@ -10,7 +10,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from umbrella.fileio import write_csv
 from umbrella.paths import POINT, TRIALS, checkpoint_folder
@@ -143,8 +142,13 @@ class Configuration:
 
     @property
     def state_counts(self) -> str:
-        """Number of trials in each state: ``4 finished, 1 failed``."""
-        return ", ".join(f"{n} {state}" for state, n in Counter(t.state for t in self.trials).most_common())
+        """See ``count_states``."""
+        return count_states(t.state for t in self.trials)
+
+
+def count_states(states: Iterable[str]) -> str:
+    """Number of trials in each state: ``4 finished, 1 failed``."""
+    return ", ".join(f"{n} {state}" for state, n in Counter(states).most_common())
 
 
 def rank_configurations(trials: Iterable[Trial], mode: str) -> list[Configuration]:
@@ -198,29 +202,6 @@ def format_interval(configuration: Configuration) -> str:
         return ""
     half = "" if configuration.ci95 is None else f" ± {configuration.ci95:.2g}"
     return f"{configuration.mean:.4g}{half} (n = {len(configuration.metrics)})"
-
-
-def ranking_table(configurations: Sequence[Configuration], metric: str) -> Table:
-    """The ranking as a table for the terminal: of configurations if there are several seeds, otherwise of trials."""
-
-    def four(value: float | None) -> str:
-        return "" if value is None else f"{value:.4g}"
-
-    rows: list[tuple[str, ...]]
-    if with_seeds(configurations):
-        table = Table("settings", "trials", title="settings, best first", title_justify="left")
-        names = ["eval/loss", f"{metric}: mean ± 95%"]
-        rows = [(c.name, c.state_counts, four(c.loss), format_interval(c)) for c in configurations]
-    else:
-        table = Table("trial", "state", title="trials, best first", title_justify="left")
-        names = ["step", "eval/loss", metric]
-        best = ranked_trials(configurations)
-        rows = [(t.name, t.state, *map(four, (t.step, t.loss, t.metric))) for t in best]
-    for name in names:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def write_ranking(configurations: Sequence[Configuration], metric: str, file: Path) -> None:

@@ -213,7 +213,7 @@ def section_of(name: str) -> str:
 
 def format_point(point: Mapping[str, Any]) -> str:
     """Format a point for people: ``lr=3e-4 supervise=all``. Names are shortened as far as they stay unique."""
-    return " ".join(f"{_short_name(name, point)}={format_value(value)}" for name, value in point.items()) or "as set"
+    return " ".join(f"{short_name(name, point)}={format_value(value)}" for name, value in point.items()) or "as set"
 
 
 def format_value(value: Any) -> str:
@@ -232,7 +232,8 @@ def format_value(value: Any) -> str:
     return {None: "null", "": '""'}.get(value, str(value))
 
 
-def _short_name(name: str, point: Iterable[str]) -> str:
+def short_name(name: str, point: Iterable[str]) -> str:
+    """The last parts of a name, as few as are unique among ``point`` and the settings that can be swept."""
     others = {f".{other}" for other in (*_sweepable_names(), *point) if other != name}
     parts = name.split(".")
     endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
