@@ -112,6 +112,33 @@ def test_volumes_that_differ_from_the_others_are_flagged() -> None:
     assert "+" in flags[9][0]
 
 
+def clean_cohort(seed: int, sizes: dict[str, int]) -> list[VolumeRow]:
+    """Volumes of sites that differ in geometry and by factors in intensity; of each site, a fifth is stored as LAS."""
+    draws, rows = np.random.default_rng(seed), []
+    for number_of_site, (site, size) in enumerate(sizes.items()):
+        for i, (mean, deviation) in enumerate(np.exp(draws.normal(size=(size, 2)) * 0.5) * 10 ** (number_of_site + 1)):
+            orientation, foreground = "LAS" if i % 5 == 0 else "RAS", draws.normal(0.3, 0.02)
+            shape = (10 + number_of_site, 20, 30)
+            facts = VolumeInfo(shape, (1.0, 1.0, 1.0), orientation, "int16", 0, 100, mean, deviation, foreground)
+            rows.append(VolumeRow(f"/d/{site}{i}", "", "sMRI", "", 1, ("train",), ("a",), facts, (), site))
+    return rows
+
+
+@pytest.mark.parametrize("sizes", [{"": 120}, {"a": 60, "b": 40, "c": 20}, {"": 4}, {"a": 12}])
+def test_volumes_of_clean_cohorts_are_not_flagged(sizes: dict[str, int]) -> None:
+    flagged = [row for seed in range(20) for row in flag_outliers(clean_cohort(seed, sizes)) if row.flags]
+    assert len(flagged) <= 1 + 0.003 * 20 * sum(sizes.values())
+
+
+@pytest.mark.parametrize("site", ["", "b"])
+@pytest.mark.parametrize("odd", [{"mean": 0.0}, {"deviation": 9000.0}, {"foreground": 0.9}, {"shape": (9, 9, 9)}])
+def test_a_bad_volume_is_flagged_at_its_site_and_in_the_whole_cohort(site: str, odd: dict[str, Any]) -> None:
+    rows = clean_cohort(0, {site: 30, "c": 60} if site else {"": 90})
+    assert rows[7].info
+    rows[7] = replace(rows[7], info=replace(rows[7].info, **odd))
+    assert [(row.path, row.flags[0].split()[0]) for row in flag_outliers(rows) if row.flags] == [(rows[7].path, *odd)]
+
+
 def test_the_robust_z_score_does_not_depend_on_the_outlier() -> None:
     z = robust_z_scores([1.0, 2, 3, 4, 1000])
     assert z[2] == 0
@@ -318,6 +345,7 @@ def test_the_page_shows_flagged_volumes_first_and_says_how_many_more_there_are(
     talk: Talk, volumes: dict[str, Path], report: Callable[..., Page], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("umbrella.cohort_report.report.MAX_ROWS", 1)
+    monkeypatch.setattr("umbrella.cohort_report.cohort_statistics.SMALL", 3)
     odd = save(tmp_path / "data" / "z.nii", np.random.default_rng(1).normal(size=(9, 5, 4)).astype(np.float32))
     page = report(train=[ask(talk, "a", volumes["one"], volumes["two"], odd)])
     assert page.pictures == [f"thumbnails/{table(tmp_path / 'report/volumes.csv')[0]['content']}.png"]

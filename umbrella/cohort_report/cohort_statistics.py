@@ -16,14 +16,18 @@ from umbrella.volumes.store import VolumeInfo, VolumeStore
 
 BINS = 20
 OUTLIER_Z = 5.0
-"""Absolute robust z-score, within a modality, above which a volume is an outlier."""
+"""Smallest absolute robust z-score of an outlier."""
+RARE = 0.08
+"""Largest share of a group that is unusual, beside single volumes: what more volumes have in common is usual."""
+SMALL = 10
+"""Least size of a group with a usual geometry, and of a site that is a group of its own."""
 MEASURED = ("mean", "deviation", "foreground")
 GEOMETRY: dict[str, Callable[[VolumeInfo], Any]] = {
     "shape": lambda info: info.shape,
     "spacing": lambda info: tuple(round(edge, 2) for edge in info.spacing),
     "orientation": lambda info: info.orientation,
 }
-"""Properties that are usually equal in all volumes of a modality."""
+"""Properties that are usually equal in all volumes of a group."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class VolumeRow:
     info: VolumeInfo | None
     """None if the store does not hold the volume."""
     flags: tuple[str, ...] = ()
-    """Unusual properties of its header, and properties that differ from other volumes of the modality."""
+    """Unusual properties of its header, and properties that differ from other volumes of its group."""
+    site: str = ""
+    """``metadata.site`` of the conversations about its subject alone; empty if unknown."""
 
 
 def count_splits(splits: Mapping[str, Sequence[Conversation]]) -> list[dict[str, Any]]:
@@ -116,10 +122,13 @@ def _summarise(values: list[float], low: float, high: float) -> dict[str, Any]:
 def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> list[VolumeRow]:
     """Collect the volumes that conversations use, sorted: volumes with flags first, then by file."""
     uses: dict[tuple[str, str], list[tuple[str, set[str]]]] = defaultdict(list)
+    sites: dict[tuple[str, str], str] = {}
     for split, conversations in raw.splits.items():
         for c in conversations:
             for volume in {(v.image_path, v.modality) for v in c.volumes}:
                 uses[volume].append((split, c.subjects))
+                if len(c.subjects) == 1:
+                    sites[volume] = str(c.metadata.get("site", ""))
     top = os.path.commonpath([os.path.dirname(path) for path, _ in uses]) if uses else ""
     rows: dict[str, list[VolumeRow]] = defaultdict(list)
     for path, modality in progress(sorted(uses), "checking volumes"):
@@ -140,6 +149,7 @@ def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> l
             subjects=tuple(sorted(set.intersection(*used_by) or set.union(*used_by))),
             info=info,
             flags=flags,
+            site=sites.get((path, modality), ""),
         )
         rows[modality].append(row)
     flagged = [row for of_modality in rows.values() for row in flag_outliers(of_modality)]
@@ -147,22 +157,52 @@ def collect_volumes(raw: Splits, store: VolumeStore, progress: ProgressBar) -> l
 
 
 def flag_outliers(rows: Sequence[VolumeRow]) -> list[VolumeRow]:
-    """Add flags to volumes of one modality: unusual geometry and outliers of the intensity statistics."""
-    info = [row.info for row in rows if row.info]
-    flags: list[list[str]] = [[] for _ in info]
-    for name, of in GEOMETRY.items():
-        usual = Counter(map(of, info)).most_common(1)
-        for own, seen in zip(flags, info, strict=True):
-            own += [name] if of(seen) != usual[0][0] else []
-    for name in MEASURED if info else ():
-        scores = robust_z_scores([getattr(seen, name) for seen in info])
-        for own, score in zip(flags, scores, strict=True):
-            own += [f"{name} {score:+.1f} σ"] if abs(score) > OUTLIER_Z else []
-    found = iter(flags)
-    return [replace(row, flags=(*row.flags, *next(found))) if row.info else row for row in rows]
+    """Add flags to volumes of one modality: unusual geometry and outliers of the intensity statistics.
+
+    A volume is compared with those of its site, or with all of them if the site is unknown or small.
+    """
+    known, sites = [row for row in rows if row.info], defaultdict[str, list[VolumeRow]](list)
+    for row in known:
+        sites[row.site].append(row)
+    flags = _compare(known)
+    for site, of_site in sites.items():
+        if site and len(of_site) >= SMALL:
+            flags |= _compare(of_site)
+    return [replace(row, flags=(*row.flags, *flags.get(row.path, ()))) for row in rows]
 
 
-def robust_z_scores(values: Sequence[float]) -> np.ndarray:
+def _compare(rows: Sequence[VolumeRow]) -> dict[str, list[str]]:
+    """Path to what is unusual about a volume among these rows."""
+    info, flags = [row.info for row in rows if row.info], {row.path: list[str]() for row in rows}
+    most = max(1, RARE * len(rows))
+    for name, of in GEOMETRY.items() if len(rows) >= SMALL else ():
+        counts = Counter(map(of, info))
+        for own, seen in zip(flags.values(), info, strict=True):
+            own += [name] if counts[of(seen)] <= most else []
+    for name in MEASURED if rows else ():
+        values = np.array([getattr(seen, name) for seen in info], np.float64)
+        if (middle := np.median(values)) > 0:  # intensities of scanners differ by factors
+            values = np.log(np.maximum(values, middle / 1000))
+        scores = robust_z_scores(values)
+        odd = np.abs(scores) > outlier_threshold(len(rows))
+        for own, score, is_odd in zip(flags.values(), scores, odd, strict=True):
+            own += [f"{name} {score:+.1f} σ"] if is_odd and odd.sum() <= most else []
+    return flags
+
+
+def outlier_threshold(size: int) -> float:
+    """The robust z-score above which a volume is an outlier in a group of ``size`` volumes.
+
+    In a group of normal values, any volume exceeds it by chance with a probability of at most 5% (Bonferroni over
+    volumes and ``MEASURED``). A median absolute deviation has about half the degrees of freedom of a standard
+    deviation.
+    """
+    from scipy.special import stdtrit
+
+    return max(OUTLIER_Z, float(stdtrit(max(1.0, (size - 1) / 2), 1 - 0.025 / (len(MEASURED) * max(size, 1)))))
+
+
+def robust_z_scores(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Distance of each value from the median, in standard deviations estimated from the median absolute deviation.
 
     The mean absolute deviation is used if the median absolute deviation is 0 (more than half of the values are equal).

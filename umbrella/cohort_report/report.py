@@ -12,6 +12,9 @@ from uuid import uuid4
 from umbrella.base import ProgressBar, UserError
 from umbrella.cohort_report.cohort_statistics import (
     BINS,
+    OUTLIER_Z,
+    RARE,
+    SMALL,
     VolumeRow,
     collect_volumes,
     count_labels,
@@ -94,6 +97,9 @@ def _page(raw: Splits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         max_names=MAX_NAMES,
         tile=THUMBNAIL_SIZE,
         bins=BINS,
+        small=SMALL,
+        threshold=OUTLIER_Z,
+        rare=RARE,
     )
 
 
