@@ -1,9 +1,11 @@
 """Render self-contained HTML pages. Each has a template, and all share the style of ``page.html``."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -26,6 +28,11 @@ def render(
     )
     jinja.filters |= {"number": number, **filters}
     return jinja.get_template(template.name).render(**values)
+
+
+def relative_link(target: Path, folder: Path) -> str:
+    """Return the address of a file or folder for a page in ``folder``."""
+    return quote(os.path.relpath(target, folder))
 
 
 def number(value: float) -> str:

@@ -1,6 +1,8 @@
 """Style of figures, and functions to save them.
 
-The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish. On all pages, blue is a measured
+value, green the best or right, vermilion failed, wrong or unusual, and grey a reference; page.html has the legend. The
+other colours distinguish the lines of one figure, which names them.
 """
 
 import base64
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY, SOFT, INK = "#98A2B3", "#667085", "#1D2430"
-LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+LINES = (BLUE, ORANGE, PURPLE, SKY, INK)
 STYLE = {
     "text.parse_math": False,  # labels may contain dollar signs
     "font.size": 9,
@@ -25,6 +27,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
+    "axes.prop_cycle": f"cycler('color', {list(LINES)})",
     "grid.color": "#E3E6EB",
     "text.color": INK,
     "axes.labelcolor": INK,

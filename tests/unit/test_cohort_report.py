@@ -212,7 +212,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
-        self.pictures += [value for name, value in attrs if name in ("src", "href")]
+        self.pictures += [value for name, value in attrs if name == "src"]
 
     def handle_data(self, data: str) -> None:
         self.text += data

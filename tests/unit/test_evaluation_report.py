@@ -77,13 +77,15 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
+        self.links: list[str] = []
         self.words: list[str] = []
         self.feed(html)
         self.text = " ".join(self.words)
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
-        self.addresses += [text for name, text in attrs if name in ("src", "href", "srcset", "data")]
+        self.addresses += [text for name, text in attrs if name in ("src", "srcset", "data")]
+        self.links += [text for name, text in attrs if name == "href"]
 
     def handle_endtag(self, tag: str) -> None:
         self.tags.append(f"/{tag}")
@@ -140,6 +142,8 @@ def test_the_page_is_self_contained(page: Page, folder: Path) -> None:
     figures = {"1_age_controls", "1_age_scatter", "2_sex_confusion", "2_sex_controls", "2_sex_likelihood"}
     assert {file.stem for file in folder.glob("*.png")} == figures
     assert len(page.addresses) == len(figures) + 4, "a best and a worst case of each target"
+    assert page.links
+    assert all((folder / link).exists() for link in page.links)
 
 
 def test_names_from_the_data_are_never_html(page: Page, tmp_path: Path) -> None:

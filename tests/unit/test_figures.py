@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from umbrella.plots import DPI, VERMILION, WIDTH, save_png
+from umbrella.plots import DPI, GREEN, WIDTH, save_png
 from umbrella.training.progress_log import FINISHED
 from umbrella.tuning.figures import draw_curves, draw_metric, draw_ranking, draw_times
 from umbrella.tuning.results import Configuration, Trial, rank_configurations
@@ -79,7 +79,7 @@ def test_curves_of_many_trials_name_the_best_five_and_one_is_thick() -> None:
         curves = [line for line in axes.lines if len(line.get_xdata()) == 3]
         assert len(curves) == 100
         [thick] = [line for line in curves if line.get_linewidth() > 2]
-        assert (to_hex(thick.get_color()).upper(), thick.get_ydata()[-1]) == (VERMILION, last)
+        assert (to_hex(thick.get_color()).upper(), thick.get_ydata()[-1]) == (GREEN, last)
 
 
 def test_the_ranking_shows_means_with_their_intervals() -> None:

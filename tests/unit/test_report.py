@@ -45,7 +45,8 @@ def test_the_page_is_self_contained(tmp_path: Path) -> None:
     figures = [f"{name}.png" for name in ("metric", "ranking", "curves", "times")]
     assert {file.name for file in files} == {"report.html", "ranking.csv", "best.yaml", *figures}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert re.findall(r"(?:src|href|srcset|data|action)=.(.{5})", page) == ["data:"] * 4
+    assert re.findall(r"(?:src|srcset|data|action)=.(.{5})", page) == ["data:"] * 4
+    assert not re.search(r"href=.(\w+:|/)", page), "relative links only"
     assert not re.search(r"url\(|<(script|link|iframe|object)", page)
 
 
@@ -56,7 +57,7 @@ def test_the_page_has_every_configuration_and_trial_with_its_cost(tmp_path: Path
     assert "1 finished, 1 stopped by the scheduler, 1 failed" in page
     assert BAD in page, "as words, not as a script"
     assert "at evaluation 1, step 10 of 30" in page
-    assert {t.trial_id for t in TRIALS} <= set(page.split())
+    assert not re.search(r"t0\.01-\d", page), "labels, not the ids of trials"
     assert "At least 8 trials with a metric are needed; there are 5." in page
     assert "No trial learnt." in page
     assert "all 5:00:00 5 60 10" in page  # 5 h, 5 evaluations, 60 CPU-hours, 10 GPU-hours

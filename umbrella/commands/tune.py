@@ -41,7 +41,7 @@ def main(args: Arguments) -> None:
         if args.options["folds"]:
             print(f"folds: {len(folds)}, on each of which the best settings are trained once")
         return
-    from umbrella.tuning.report import SweepResult, print_result
+    from umbrella.tuning.report import SweepResult, link_evaluations, print_result
     from umbrella.tuning.sweep import run_sweep
 
     def evaluate(result: SweepResult) -> None:
@@ -52,6 +52,7 @@ def main(args: Arguments) -> None:
             from umbrella.evaluation_run.evaluate import evaluate_at_end
 
             evaluate_at_end(result.best_settings, Path(best), result.folder.name, progress_bar, console)
+        link_evaluations(result.folder)
 
     run_sweep(settings, fixed, progress_bar, folder, lambda result: print_result(result, console), evaluate)
 

@@ -9,7 +9,7 @@ import numpy as np
 from umbrella.evaluation.group_metrics import Estimate
 from umbrella.evaluation.metrics import BINS, calibration_bins
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects, most_likely
-from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, VERMILION, WIDTH, new_figure, truncate
+from umbrella.plots import BLUE, GREY, INK, LINES, SKY, SOFT, WIDTH, new_figure, truncate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,18 +21,21 @@ MAX_CURVES = len(LINES)
 """Largest number of ROC curves."""
 
 
-def draw_controls(rows: Sequence[tuple[str, Estimate, str]], name: str, lines: Sequence[tuple[str, float]]) -> "Figure":
+def draw_controls(
+    rows: Sequence[tuple[str, Estimate, str]], name: str, lines: Sequence[tuple[str, float]], own: int = 1
+) -> "Figure":
     """Draw a metric under all conditions, with intervals, and its references as lines.
 
     Args:
-        rows: (condition, estimate, formatted value); the condition without control first.
+        rows: (condition, estimate, formatted value).
         name: of the metric.
         lines: (name, value) of references.
+        own: number of the first rows that are no controls.
     """
     figure = new_figure(0.56 * WIDTH, 0.75 + 0.34 * len(rows) + 0.2 * bool(lines))
     axes = figure.subplots()
     for row, (_, (value, low, high), text) in enumerate(rows):
-        colour = VERMILION if row == 0 else BLUE
+        colour = BLUE if row < own else SOFT
         if isfinite(low) and isfinite(high):
             axes.plot([low, high], [row, row], "-|", color=colour, linewidth=1.6, markersize=7)
         axes.plot([value], [row], "o", color=colour, markersize=7)

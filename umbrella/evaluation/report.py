@@ -71,6 +71,10 @@ class EvaluationResult:
     """By target; so is ``site_drop``."""
     site_drop: Mapping[str, SiteDrop] = field(default_factory=dict)
     comparisons: Sequence[ModelComparison] = ()
+    name: str = ""
+    """What people call the model; its path if empty."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Words to relative addresses, at the head of the page."""
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -140,11 +144,12 @@ def _make_section(
         drawings.append(("coverage", draw_coverage, calibration.coverage, calibration.accuracy))
     figures = {name: (folder / f"{stem}_{name}.png", *drawn) for name, *drawn in drawings}
     if found := result.confounds.get(whole.target):
-        scores = {"model": found.model, "confounds alone": found.confounds_alone}
-        scores |= {f"model, matched for {name} (n = {size})": score for name, (size, score) in found.matched.items()}
+        scores = {f"model, matched for {name} (n = {size})": score for name, (size, score) in found.matched.items()}
+        scores = {"model": found.model, **scores, "confounds alone": found.confounds_alone}
         drawn = [(name, score, format_value(score.value)) for name, score in scores.items()]
         lines = [(name, value) for name, value in whole.references.items() if name == "chance"]
-        figures["confounds"] = folder / f"{stem}_confounds.png", draw_controls, drawn, metric_name(found.metric), lines
+        drawing = (draw_controls, drawn, metric_name(found.metric), lines, len(drawn) - 1)
+        figures["confounds"] = folder / f"{stem}_confounds.png", *drawing
     return {
         "whole": whole,
         "metric": metric,

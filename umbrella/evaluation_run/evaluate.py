@@ -54,6 +54,7 @@ from umbrella.tracking.provenance import describe_dataset, headline_settings, re
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model
+from umbrella.tuning.sweep_files import describe_checkpoint
 from umbrella.volumes.store import open_store
 
 
@@ -192,7 +193,8 @@ def evaluate(settings: Settings, progress: ProgressBar = no_progress) -> tuple[E
         result = EvaluationResult(
             settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use, calibration
         )
-        result = replace(with_confounds(result, data.splits["train"], data.conversations), comparisons=compared)
+        result = with_confounds(result, data.splits["train"], data.conversations)
+        result = replace(result, comparisons=compared, **describe_checkpoint(Path(settings.checkpoint), folder))
         page = write_evaluation(folder, result, cases)
         write_model_card(folder, result, data.splits, data.left_out)
         log_to_mlflow(result, folder, data.conversations)

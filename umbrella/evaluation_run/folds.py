@@ -25,6 +25,7 @@ from umbrella.evaluation.predictions import Prediction, read_predictions
 from umbrella.evaluation.report import EvaluationResult, predictions_file, print_evaluation, write_evaluation
 from umbrella.evaluation_run.evaluate import evaluate_at_end, log_to_mlflow
 from umbrella.fileio import check_writable
+from umbrella.html import relative_link
 from umbrella.paths import BEST, EVALUATIONS, FOLDS, REPORT
 from umbrella.training.checkpoint_files import best_checkpoint
 from umbrella.training.run import run_training
@@ -148,6 +149,7 @@ def evaluate_folds(sweep: Path, trial: str, progress: ProgressBar, console: Cons
     image_use = measure_image_use(predictions, settings.evaluate, settings.seed)
     calibration = calibrate(predictions[AS_ASKED], {}, settings.evaluate, settings.seed)
     result = EvaluationResult(settings, str(best), "test", predictions, groups, facts, notes, image_use, calibration)
+    result = replace(result, name=sweep.name, links={"report of the sweep": relative_link(sweep / REPORT, folder)})
     page = write_evaluation(folder, result, ())
     log_to_mlflow(result, folder, held_out)
     print_evaluation(result, page, console)

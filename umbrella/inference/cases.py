@@ -20,7 +20,7 @@ from umbrella.evaluation.scoring import ANSWER_ONLY
 from umbrella.evaluation.settings import EvaluateSettings
 from umbrella.inference.model import Umbrella
 from umbrella.modality import Modality
-from umbrella.plots import BLUE, SOFT, VERMILION, WIDTH, new_figure, save_png, truncate
+from umbrella.plots import ORANGE, SKY, SOFT, WIDTH, new_figure, save_png, truncate
 from umbrella.volumes.slices import Plane, draw_plane, orthogonal_slices
 from umbrella.volumes.store import VolumeStore
 
@@ -170,7 +170,7 @@ def draw_volumes(
 def draw_planes(
     planes: Sequence[Plane], title: str, modality: Modality, effects: np.ndarray | None, limit: float
 ) -> "Figure":
-    """Draw planes side by side on one scale, and over them the effects (px, py, pz) in nats: red up to ``limit``."""
+    """Draw planes side by side on one scale, and over them the effects (px, py, pz) in nats: orange up to ``limit``."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -180,7 +180,7 @@ def draw_planes(
     figure.suptitle(title, fontsize=9, ha="left", x=0.01)
     panels = figure.subplots(1, len(planes), width_ratios=sizes[:, 0].tolist())
     limit = max(limit, MIN_EFFECT)
-    colour_map = LinearSegmentedColormap.from_list("effect", [BLUE, "white", VERMILION])
+    colour_map = LinearSegmentedColormap.from_list("effect", [SKY, "white", ORANGE])
     for axes, plane in zip(panels, planes, strict=True):
         draw_plane(axes, plane)
         if effects is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbrella.plots import BLUE, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, truncate
+from umbrella.plots import BLUE, GREEN, GREY, INK, LINES, ORANGE, SKY, VERMILION, WIDTH, new_figure, shorten
 from umbrella.training.progress_log import FINISHED, STOPPED_EARLY
 from umbrella.tuning.results import SEED, Configuration, Importance, Trial, is_numeric, ranked_trials, swept_names
 from umbrella.tuning.search_space import format_point, format_value
@@ -56,6 +56,7 @@ def _draw_panel(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequen
     groups: dict[str, list[Trial]] = {}
     for t in trials:
         groups.setdefault(format_point({n: t.point[n] for n in others if n in t.point}), []).append(t)
+    short = dict(zip(groups, shorten(list(groups), 40), strict=True))
     few = numeric and len(groups) <= len(LINES)
     few = few and any(len({place[t.trial_id] for t in group}) > 1 for group in groups.values())
     looks = zip(LINES, "os^Dv", sorted(groups.items()), strict=False) if few else [(BLUE, "o", ("", trials))]
@@ -66,7 +67,7 @@ def _draw_panel(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequen
         means = [np.mean([t.metric for t in group if place[t.trial_id] == x]) for x in xs]
         if few:
             axes.plot(xs, means, "-", color=colour, alpha=0.6)
-            axes.plot([], [], f"-{marker}", color=colour, label=truncate(words, 40))
+            axes.plot([], [], f"-{marker}", color=colour, label=short[words])
         elif not numeric:
             axes.plot(xs, means, "_", color=INK, markersize=30)
         for t in group:
@@ -77,7 +78,7 @@ def _draw_panel(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequen
             filled = colour if t.state in (FINISHED, STOPPED_EARLY) else "white"
             look: dict[str, Any] = {"marker": marker, "color": colour, "mfc": filled, "ms": 5.5, "alpha": 0.85}
             if t is best:
-                look = {"marker": "*", "color": VERMILION, "mec": "white", "ms": 14, "zorder": 5}
+                look = {"marker": "*", "color": GREEN, "mec": "white", "ms": 14, "zorder": 5}
             axes.plot([x * 10**step if log else x + step], [t.metric or 0.0], **look)
     axes.margins(0.07)
     if few and len(groups) > 1:
@@ -89,7 +90,7 @@ def _draw_panel(axes: "Axes", trials: Sequence[Trial], name: str, others: Sequen
         axes.set_xticks([], minor=True)
     elif not numeric:
         long, many = sum(map(len, labels)) > 36, len(labels) > 20  # such as the trials of a sweep without settings
-        ticks = [] if many else [truncate(label, 24) for label in labels]
+        ticks = [] if many else shorten(labels, 24)
         axes.set_xticks(range(len(ticks)), ticks, rotation=25 if long else 0, ha="right" if long else "center")
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.grid(axis="x", visible=False)
@@ -101,10 +102,11 @@ def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figur
     figure = new_figure(WIDTH, 0.9 + 0.27 * max(len(shown), 2))
     axes = figure.subplots()
     for place, c in enumerate(shown):
-        look: dict[str, Any] = {"fmt": "D" if c.ci95 else "o", "color": BLUE if place else VERMILION}
+        look: dict[str, Any] = {"fmt": "D" if c.ci95 else "o", "color": BLUE if place else GREEN}
         axes.plot(c.metrics, [place] * len(c.metrics), "o", color=look["color"], markersize=3.5, alpha=0.4)
         axes.errorbar(c.mean or 0, place, xerr=c.ci95, markersize=5, capsize=3, **look)
-    axes.set_yticks(range(len(shown)), [f"{truncate(c.name, 46)}  {place}" for place, c in enumerate(shown, 1)])
+    names = enumerate(shorten([c.name for c in shown], 46), start=1)
+    axes.set_yticks(range(len(shown)), [f"{name}  {place}" for place, name in names])
     axes.set_ylim(max(len(shown), 2) - 0.4, -0.6)
     axes.set_xlabel(metric)
     return figure
@@ -113,7 +115,7 @@ def draw_ranking(configurations: Sequence[Configuration], metric: str) -> "Figur
 def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure":
     """Plot metric and validation loss by step. The best configurations have colours, the best trial a thick line."""
     measured = [c for c in configurations if c.mean is not None]
-    coloured = dict(zip([c.name for c in measured], (VERMILION, *LINES[: MAX_COLOURED - 1]), strict=False))
+    coloured = dict(zip([c.name for c in measured], (GREEN, *LINES[: MAX_COLOURED - 1]), strict=False))
     best = measured[0].trials[0] if measured else None
     figure = new_figure(WIDTH, 3.4 + 0.16 * len(coloured))
     names = list(dict.fromkeys([metric, "eval/loss"]))
@@ -130,8 +132,8 @@ def draw_curves(configurations: Sequence[Configuration], metric: str) -> "Figure
                     xs, ys = zip(*points, strict=True)
                     axes.plot(xs, ys, color=colour, lw=width, alpha=alpha, marker=marker, markersize=3)
         axes.set(xlabel="step", ylabel=name)
-    for name, colour in coloured.items():
-        panels[0].plot([], [], color=colour, lw=2.4 if colour == VERMILION else 1.2, label=truncate(name, 110))
+    for name, colour in zip(shorten(list(coloured), 110), coloured.values(), strict=True):
+        panels[0].plot([], [], color=colour, lw=2.4 if colour == GREEN else 1.2, label=name)
     if others := len(configurations) - len(coloured):
         panels[0].plot([], [], color=GREY, lw=0.7, label=f"{others} others")
     figure.legend(loc="outside lower left")
@@ -144,7 +146,7 @@ def draw_importance(found: Importance) -> "Figure":
     axes = figure.subplots()
     colours = [BLUE if name in found.significant else GREY for name in found.shares]
     axes.barh(list(found.shares), list(found.shares.values()), color=colours, height=0.6)
-    axes.axvline(found.threshold, color=VERMILION, linestyle="--", linewidth=1.2, label="threshold of chance")
+    axes.axvline(found.threshold, color=GREY, linestyle="--", linewidth=1.2, label="threshold of chance")
     axes.set(xlabel="share of the importance", xlim=(0, max(1.0, found.threshold * 1.05)))
     axes.set_ylim(max(len(found.shares), 2) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -169,7 +171,7 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
     for state in dict.fromkeys(t.state for t in timed):
         axes.barh(0, 0, color=colours.get(state, ORANGE), label=state)
     named = timed if len(timed) <= MAX_NAMED else []
-    axes.set_yticks(range(len(named)), [t.trial_id for t in named], fontsize=6.5)
+    axes.set_yticks(range(len(named)), shorten([t.name for t in named], 40), fontsize=6.5)
     axes.set_ylim(len(timed) - 0.4, -0.6)
     axes.set_xlabel(f"{name} since the first trial began")
     axes.grid(axis="y", visible=False)
@@ -178,4 +180,4 @@ def draw_times(trials: Sequence[Trial]) -> "Figure":
 
 
 def _text(trial: Trial, name: str) -> str:
-    return trial.trial_id if name == TRIAL else format_value(trial.point.get(name))
+    return trial.name if name == TRIAL else format_value(trial.point.get(name))

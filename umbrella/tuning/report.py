@@ -14,8 +14,8 @@ from rich.console import Console
 
 from umbrella.base import mask_secrets, pluralise
 from umbrella.config import Settings
-from umbrella.html import render
-from umbrella.paths import BEST, RANKING, REPORT
+from umbrella.html import relative_link, render
+from umbrella.paths import BEST, EVALUATIONS, FOLDS, RANKING, REPORT, storage_of
 from umbrella.plots import png_data_url, save_png
 from umbrella.tracking.mlflow_logger import DESCRIPTION, WINNER
 from umbrella.training.progress_log import FINISHED, format_duration
@@ -37,6 +37,8 @@ from umbrella.tuning.trial_table import ranking_table
 
 MAX_ROWS = 100
 """Maximum number of rows of a table on the page; ranking.csv holds all rows."""
+EVALUATION_LINKS = "<!-- evaluations -->"
+"""The place on the page of what ``link_evaluations`` writes."""
 PATHS = ("data.train", "data.validation", "data.test", "data.root", "resources.storage")
 """Settings that are paths."""
 OPTIONAL_PATHS = (
@@ -99,7 +101,12 @@ def trial_tags(configurations: Sequence[Configuration], metric: str) -> dict[str
 
 
 def write_report(
-    configurations: Sequence[Configuration], settings: Settings, folder: Path, subjects: int = 0, warning: str = ""
+    configurations: Sequence[Configuration],
+    settings: Settings,
+    folder: Path,
+    subjects: int = 0,
+    warning: str = "",
+    mlflow: str = "",
 ) -> list[Path]:
     """Write ``ranking.csv``, ``best.yaml``, the PNGs and ``report.html`` into the sweep's folder.
 
@@ -108,6 +115,7 @@ def write_report(
         settings: of the sweep.
         subjects: number of subjects in the validation split; 0 if unknown.
         warning: see ``chance_warning``.
+        mlflow: address of the sweep's run; empty without a server.
 
     Returns:
         The files. Without a trial that has a metric and did not fail, there is no ``best.yaml``; figures without
@@ -144,6 +152,7 @@ def write_report(
             "value": format_value,
             "duration": format_duration,
             "interval": format_interval,
+            "link": lambda path: relative_link(path, folder),
             "cpu_hours": lambda seconds: f"{(seconds or 0) * worker_hours * resources.cpus_per_worker:.3g}",
             "gpu_hours": lambda seconds: f"{(seconds or 0) * worker_hours * resources.gpus_per_worker:.3g}",
         },
@@ -164,6 +173,7 @@ def write_report(
         importance=importance,
         subjects=subjects,
         warning=warning,
+        mlflow=mlflow,
         margin=margin,
         wall=max(end for _, end in spans) - min(start for start, _ in spans) if spans else None,
         total=sum(t.seconds or 0 for t in trials),
@@ -171,6 +181,16 @@ def write_report(
     )
     (folder / REPORT).write_text(page, encoding="utf-8", errors="backslashreplace")
     return [*files, *drawn.values()]
+
+
+def link_evaluations(folder: Path) -> None:
+    """Add links to the evaluations of a sweep to its report, which is written before them."""
+    evaluations = storage_of(folder) / EVALUATIONS
+    pages = {"evaluation": evaluations / folder.name, "evaluation of all folds": evaluations / f"{folder.name}{FOLDS}"}
+    found = {words: page / REPORT for words, page in pages.items() if (page / REPORT).exists()}
+    links = [f'<a href="{relative_link(page, folder)}">{words}</a>,' for words, page in found.items()]
+    text = (folder / REPORT).read_text(encoding="utf-8").replace(EVALUATION_LINKS, " ".join(links))
+    (folder / REPORT).write_text(text, encoding="utf-8")
 
 
 def training_settings(settings: Settings, point: dict[str, Any]) -> Settings:

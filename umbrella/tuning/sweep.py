@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from umbrella.base import ProgressBar, Stopped, UserError, no_progress, on_sigterm, pluralise
+from umbrella.base import ProgressBar, Stopped, UserError, mask_secrets, no_progress, on_sigterm, pluralise
 from umbrella.cluster import SPARE_CPUS, join_cluster, max_concurrent_trainings, start_ray
 from umbrella.config import Settings
 from umbrella.data.splits import target_classes
@@ -130,7 +130,8 @@ def _run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, folde
         held_out, num_subjects = target_classes(splits.validation), len({c.subject_id for c in splits.validation})
         classes = {target: len(labels) for target, labels in job.candidates.items() if len(held_out[target]) > 1}
         warning = chance_warning(trials, settings.tune, chance_level(settings.tune.metric, classes), num_subjects)
-        for file in write_report(configurations, settings, folder, num_subjects, warning):
+        page = f"{mask_secrets(uri)}/#/experiments/{experiment}/runs/{parent.run_id}" if uri.startswith("http") else ""
+        for file in write_report(configurations, settings, folder, num_subjects, warning, page):
             parent.artifact(file.read_bytes(), file.name)
         best = best_trial(configurations)
         if not best:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
-from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, SETTINGS, TRIALS, storage_of
+from umbrella.html import relative_link
+from umbrella.paths import CHECKPOINT, END, FINGERPRINT, GIVEN, POINT, REPORT, SETTINGS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import run_key
-from umbrella.tuning.search_space import format_value, is_fixed
+from umbrella.tuning.search_space import format_point, format_value, is_fixed
 from umbrella.version import check_version, write_version
 
 STOPPED, FAILED, OUT_OF_TIME = "stopped by the scheduler", "failed", "out of time"
@@ -99,6 +100,22 @@ def trial_id_of(folder: str | Path) -> str:
     """The id of a trial, unique among all sweeps. A tag of its MLflow run holds it."""
     folder = Path(folder)
     return f"{folder.parent.parent.name}-{folder.name}"
+
+
+def describe_checkpoint(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Return the fields ``name`` and ``links`` of an ``EvaluationResult``.
+
+    Args:
+        folder: of the evaluation.
+    """
+    training, targets = checkpoint.parent, {"checkpoint": checkpoint}
+    name, step = training.name, checkpoint.name.removeprefix(CHECKPOINT)
+    if (training / POINT).exists():
+        sweep = training.parent.parent
+        name = f"{sweep.name}, {format_point(json.loads((training / POINT).read_text(encoding='utf-8')))}"
+        targets["report of the sweep"] = sweep / REPORT
+    links = {words: relative_link(target, folder) for words, target in targets.items() if target.exists()}
+    return {"name": f"{name}, step {int(step)}" if step.isdecimal() else "", "links": links}
 
 
 class TrialOutcome(NamedTuple):
