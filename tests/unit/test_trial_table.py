@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from umbrella.plots import shorten
 from umbrella.tracking.mlflow_logger import MlflowLogger
@@ -44,7 +43,7 @@ def add(monitor: Monitor, state: str, step: int, seconds: float, metric: float =
     monitor.trials[str(number)] = {"point": point(number), "state": state, "result": result if step else {}}
 
 
-def printed(table: Table, width: int) -> list[str]:
+def printed(table: RenderableType, width: int) -> list[str]:
     console = Console(width=width, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
     console.print(table)
     return [line.rstrip() for line in console.export_text().splitlines() if line.strip()]

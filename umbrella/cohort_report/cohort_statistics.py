@@ -17,8 +17,8 @@ from umbrella.volumes.store import VolumeInfo, VolumeStore
 BINS = 20
 OUTLIER_Z = 5.0
 """Smallest absolute robust z-score of an outlier."""
-RARE = 0.08
-"""Largest share of a group that is unusual, beside single volumes: what more volumes have in common is usual."""
+RARE, MANY = 0.05, 0.1
+"""Largest share of a group with an unusual geometry or intensity, beside single volumes: more volumes are a kind."""
 SMALL = 10
 """Least size of a group with a usual geometry, and of a site that is a group of its own."""
 MEASURED = ("mean", "deviation", "foreground")
@@ -174,11 +174,10 @@ def flag_outliers(rows: Sequence[VolumeRow]) -> list[VolumeRow]:
 def _compare(rows: Sequence[VolumeRow]) -> dict[str, list[str]]:
     """Path to what is unusual about a volume among these rows."""
     info, flags = [row.info for row in rows if row.info], {row.path: list[str]() for row in rows}
-    most = max(1, RARE * len(rows))
     for name, of in GEOMETRY.items() if len(rows) >= SMALL else ():
         counts = Counter(map(of, info))
         for own, seen in zip(flags.values(), info, strict=True):
-            own += [name] if counts[of(seen)] <= most else []
+            own += [name] if counts[of(seen)] <= max(1, RARE * len(rows)) else []
     for name in MEASURED if rows else ():
         values = np.array([getattr(seen, name) for seen in info], np.float64)
         if (middle := np.median(values)) > 0:  # intensities of scanners differ by factors
@@ -186,7 +185,7 @@ def _compare(rows: Sequence[VolumeRow]) -> dict[str, list[str]]:
         scores = robust_z_scores(values)
         odd = np.abs(scores) > outlier_threshold(len(rows))
         for own, score, is_odd in zip(flags.values(), scores, odd, strict=True):
-            own += [f"{name} {score:+.1f} σ"] if is_odd and odd.sum() <= most else []
+            own += [f"{name} {score:+.1f} σ"] if is_odd and odd.sum() <= max(1, MANY * len(rows)) else []
     return flags
 
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 from umbrella.base import ProgressBar, UserError
 from umbrella.cohort_report.cohort_statistics import (
     BINS,
+    MANY,
     OUTLIER_Z,
     RARE,
     SMALL,
@@ -100,6 +101,7 @@ def _page(raw: Splits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         small=SMALL,
         threshold=OUTLIER_Z,
         rare=RARE,
+        many=MANY,
     )
 
 

@@ -255,7 +255,7 @@ def print_evaluation(result: EvaluationResult, page: Path, console: Console) -> 
     title = f"{result.split}: {_count_conversations(result.predictions[AS_ASKED])} conversations"
     table = Table(title=title, title_justify="left", collapse_padding=True)
     for column in ("target", "metric", *(CONDITION_NAMES[name] for name in conditions), "constant answer", "invalid"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     wholes = {name: {(g.target, g.kind): g for g in result.groups[name] if g.by == "all"} for name in conditions}
     for (target, kind), group in wholes[AS_ASKED].items():
         for name in main_metrics(group):

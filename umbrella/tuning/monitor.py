@@ -8,9 +8,8 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from ray.tune import Callback
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 
 from umbrella.base import printable
 from umbrella.paths import TRIALS
@@ -40,7 +39,7 @@ GIVE_UP = 10**6
 RUNNING = "running"
 """The state of a trial that has not ended."""
 TABLE_LINES = 7
-"""Lines of the table beside its rows: title (two in a narrow terminal), header (two), rule, last line, and cursor."""
+"""Lines beside the rows: title (two in a narrow terminal), header (two), rule, last line, and cursor."""
 
 
 class OutOfTime(Exception):
@@ -209,8 +208,8 @@ class Monitor(Callback):
         waiting = max(0, self.total - len(self.trials)) + running - len(left)
         return max(*left, (sum(left) + waiting * fmean(took or whole)) / self.concurrent, 0.0)
 
-    def table(self, width: int, height: int) -> Table:
-        """The table of a terminal of this size, in characters: running trials, then those that ended, best first.
+    def table(self, width: int, height: int) -> Group:
+        """The table for a terminal of this size, in characters: running trials, then those that ended, best first.
 
         Trials that do not fit are counted below.
         """
@@ -227,11 +226,10 @@ class Monitor(Callback):
             "step": [f"{result['step']}/{result['steps']}" if result else "" for result in results],
         }
         columns |= {name: [f"{r[name]:.4g}" if name in r else "" for r in results] for name in (LOSS, metric)}
-        table = trial_table([trial["point"] for trial in trials[:lines]], columns, width)
-        table.title = f"{format_duration(time.monotonic() - self.started)}  {self._counts()}"
+        title = f"{format_duration(time.monotonic() - self.started)}  {self._counts()}"
         hidden = [trial["state"] for trial in trials[lines:]]
-        table.caption = f"and {len(hidden)} more: {count_states(hidden)}" if hidden else None
-        return table
+        rest = [f"and {len(hidden)} more: {count_states(hidden)}"] if hidden else []
+        return Group(title, trial_table([trial["point"] for trial in trials[:lines]], columns, width), *rest)
 
 
 def _position(result: dict[str, Any]) -> str:
