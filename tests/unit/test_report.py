@@ -60,7 +60,7 @@ def test_the_page_has_every_configuration_and_trial_with_its_cost(tmp_path: Path
     assert not re.search(r"t0\.01-\d", page), "labels, not the ids of trials"
     assert "At least 8 trials with a metric are needed; there are 5." in page
     assert "No trial learnt." in page
-    assert "all 5:00:00 5 60 10" in page  # 5 h, 5 evaluations, 60 CPU-hours, 10 GPU-hours
+    assert "All trials: 5:00:00 (h:mm:ss) with 5 evaluations, 60 CPU-hours and 10 GPU-hours." in page
 
 
 def test_the_page_of_one_seed_has_no_interval_but_the_resolution_of_the_metric(tmp_path: Path) -> None:

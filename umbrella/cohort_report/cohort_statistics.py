@@ -190,11 +190,9 @@ def _compare(rows: Sequence[VolumeRow]) -> dict[str, list[str]]:
 
 
 def outlier_threshold(size: int) -> float:
-    """The robust z-score above which a volume is an outlier in a group of ``size`` volumes.
+    """The robust z-score that any of ``size`` normal values exceeds with a probability of at most 5% (Bonferroni).
 
-    In a group of normal values, any volume exceeds it by chance with a probability of at most 5% (Bonferroni over
-    volumes and ``MEASURED``). A median absolute deviation has about half the degrees of freedom of a standard
-    deviation.
+    A median absolute deviation has about half the degrees of freedom of a standard deviation.
     """
     from scipy.special import stdtrit
 

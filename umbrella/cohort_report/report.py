@@ -12,10 +12,6 @@ from uuid import uuid4
 from umbrella.base import ProgressBar, UserError
 from umbrella.cohort_report.cohort_statistics import (
     BINS,
-    MANY,
-    OUTLIER_Z,
-    RARE,
-    SMALL,
     VolumeRow,
     collect_volumes,
     count_labels,
@@ -98,10 +94,6 @@ def _page(raw: Splits, rows: Sequence[VolumeRow], drawn: set[str]) -> str:
         max_names=MAX_NAMES,
         tile=THUMBNAIL_SIZE,
         bins=BINS,
-        small=SMALL,
-        threshold=OUTLIER_Z,
-        rare=RARE,
-        many=MANY,
     )
 
 

@@ -18,7 +18,7 @@ from umbrella.html import relative_link, render
 from umbrella.paths import BEST, EVALUATIONS, FOLDS, RANKING, REPORT, storage_of
 from umbrella.plots import png_data_url, save_png
 from umbrella.tracking.mlflow_logger import DESCRIPTION, WINNER
-from umbrella.training.progress_log import FINISHED, format_duration
+from umbrella.training.progress_log import format_duration
 from umbrella.tuning import figures
 from umbrella.tuning.results import (
     Configuration,
@@ -166,7 +166,6 @@ def write_report(
         names=swept_names(trials),
         lacking=any(len(t.point) < len(swept_names(trials)) for t in trials),
         state_counts=Counter(t.state for t in trials),
-        not_finished=sorted((t for t in trials if t.state != FINISHED), key=lambda t: not t.failed),
         best=best,
         command=command,
         images={name: png_data_url(file.read_bytes()) for name, file in drawn.items()},

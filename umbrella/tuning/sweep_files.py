@@ -10,7 +10,7 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
 from umbrella.html import relative_link
-from umbrella.paths import CHECKPOINT, END, FINGERPRINT, GIVEN, POINT, REPORT, SETTINGS, TRIALS, storage_of
+from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, REPORT, SETTINGS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tuning.search_space import format_point, format_value, is_fixed
 from umbrella.version import check_version, write_version
@@ -103,19 +103,18 @@ def trial_id_of(folder: str | Path) -> str:
 
 
 def describe_checkpoint(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Return the fields ``name`` and ``links`` of an ``EvaluationResult``.
+    """Return the fields ``name`` and ``links`` of the ``EvaluationResult`` of a trial; nothing for other checkpoints.
 
     Args:
         folder: of the evaluation.
     """
-    training, targets = checkpoint.parent, {"checkpoint": checkpoint}
-    name, step = training.name, checkpoint.name.removeprefix(CHECKPOINT)
-    if (training / POINT).exists():
-        sweep = training.parent.parent
-        name = f"{sweep.name}, {format_point(json.loads((training / POINT).read_text(encoding='utf-8')))}"
-        targets["report of the sweep"] = sweep / REPORT
+    trial, sweep = checkpoint.parent, checkpoint.parent.parent.parent
+    if not (trial / POINT).exists():
+        return {}
+    point = json.loads((trial / POINT).read_text(encoding="utf-8"))
+    targets = {"checkpoint": checkpoint, "report of the sweep": sweep / REPORT}
     links = {words: relative_link(target, folder) for words, target in targets.items() if target.exists()}
-    return {"name": f"{name}, step {int(step)}" if step.isdecimal() else "", "links": links}
+    return {"name": f"{sweep.name}, {format_point(point)}, {checkpoint.name}", "links": links}
 
 
 class TrialOutcome(NamedTuple):
