@@ -20,7 +20,7 @@ from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import Splits, target_classes
 from umbrella.evaluation.candidates import check_candidates, check_labels, find_candidates, find_numbers
 from umbrella.evaluation.metrics import metric_names
-from umbrella.fileio import run_lock, write_atomic
+from umbrella.fileio import check_writable, run_lock, write_atomic
 from umbrella.paths import BEGUN, SETTINGS, STOP, TRAININGS, WORKERS
 from umbrella.tracking.mlflow_logger import close_run, run_key
 from umbrella.tracking.provenance import describe_dataset
@@ -162,6 +162,7 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         uri = tracking_uri(storage, settings.tracking.uri)
         experiment = open_experiment(uri, settings.experiment, storage)
         max_concurrent_trainings(settings.resources)
+        check_writable(folder, "the folder of the training")
         if not (folder / SETTINGS).exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / SETTINGS, settings.to_yaml())
