@@ -15,6 +15,7 @@ KNOWN = [
     r"\w+: a volume of [\dx]+ in patches of [\dx]+ is \d+ tokens",
     r"(making the synthetic cohort|decoding volumes|rendering conversations|answering conversations) ━+ \d+/\d+ [\d:]+",
     r"stopped by the keyboard",
+    r"Ray dashboard, while this runs: http://[\w.:]+( \(token: ray get-auth-token\))?",
 ]
 
 

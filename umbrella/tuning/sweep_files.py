@@ -10,7 +10,7 @@ from umbrella.base import UserError
 from umbrella.config import Settings, load_settings
 from umbrella.fileio import write_atomic
 from umbrella.html import relative_link
-from umbrella.paths import END, FINGERPRINT, GIVEN, POINT, REPORT, SETTINGS, TRIALS, storage_of
+from umbrella.paths import CHECKPOINT, END, FINGERPRINT, GIVEN, POINT, REPORT, SETTINGS, TRIALS, storage_of
 from umbrella.tracking.mlflow_logger import run_key
 from umbrella.tuning.search_space import format_point, format_value, is_fixed
 from umbrella.version import check_version, write_version
@@ -114,7 +114,8 @@ def describe_checkpoint(checkpoint: Path, folder: Path) -> dict[str, Any]:
     point = json.loads((trial / POINT).read_text(encoding="utf-8"))
     targets = {"checkpoint": checkpoint, "report of the sweep": sweep / REPORT}
     links = {words: relative_link(target, folder) for words, target in targets.items() if target.exists()}
-    return {"name": f"{sweep.name}, {format_point(point)}, {checkpoint.name}", "links": links}
+    step = int(checkpoint.name.removeprefix(CHECKPOINT))
+    return {"name": f"{sweep.name}, {format_point(point)}, step {step}", "links": links}
 
 
 class TrialOutcome(NamedTuple):
