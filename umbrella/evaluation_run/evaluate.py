@@ -54,7 +54,7 @@ from umbrella.tracking.provenance import describe_dataset, headline_settings, re
 from umbrella.tracking.store import is_valid_metric, open_experiment, tracking_uri
 from umbrella.training.checkpoint_files import read_training_state
 from umbrella.training.run import check_model
-from umbrella.tuning.sweep_files import describe_checkpoint
+from umbrella.tuning.sweep_files import describe_trial
 from umbrella.volumes.store import open_store
 
 
@@ -180,7 +180,7 @@ def evaluate(settings: Settings, progress: ProgressBar = no_progress) -> tuple[E
             for condition in CONDITIONS
             if condition in predictions
         }
-        image_use = measure_image_use(predictions, own, settings.seed, data.training_labels)
+        usage = measure_image_use(predictions, own, settings.seed, data.training_labels)
         shown = with_cases(groups[AS_ASKED], predictions[AS_ASKED]) if own.pictures else []
         cases = _draw_cases(settings, data.conversations, shown) if shown else []
         device = f"{settings.resources.gpus_per_worker:g} GPUs" if settings.resources.gpus_per_worker else "CPU"
@@ -190,11 +190,9 @@ def evaluate(settings: Settings, progress: ProgressBar = no_progress) -> tuple[E
         notes += comparison_notes(predictions[AS_ASKED], compared) if data.runs else []
         for line in notes:
             note(line)
-        result = EvaluationResult(
-            settings, settings.checkpoint, own.split, predictions, groups, facts, notes, image_use, calibration
-        )
+        result = EvaluationResult(settings, settings.checkpoint, own.split, predictions, groups, facts, notes, usage)
         result = with_confounds(result, data.splits["train"], data.conversations)
-        result = replace(result, comparisons=compared, **describe_checkpoint(Path(settings.checkpoint), folder))
+        result = replace(result, calibration=calibration, comparisons=compared, **describe_trial(result.model, folder))
         page = write_evaluation(folder, result, cases)
         write_model_card(folder, result, data.splits, data.left_out)
         log_to_mlflow(result, folder, data.conversations)

@@ -102,12 +102,14 @@ def trial_id_of(folder: str | Path) -> str:
     return f"{folder.parent.parent.name}-{folder.name}"
 
 
-def describe_checkpoint(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Return the fields ``name`` and ``links`` of the ``EvaluationResult`` of a trial; nothing for other checkpoints.
+def describe_trial(model: str, folder: Path) -> dict[str, Any]:
+    """Return the fields ``name`` and ``links`` of the ``EvaluationResult`` of a trial; nothing for other models.
 
     Args:
+        model: path of a checkpoint.
         folder: of the evaluation.
     """
+    checkpoint = Path(model)
     trial, sweep = checkpoint.parent, checkpoint.parent.parent.parent
     if not (trial / POINT).exists():
         return {}
