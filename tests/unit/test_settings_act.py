@@ -337,7 +337,7 @@ def start(
     """Makes the trainer of a training with these settings, as a process of Ray Train does."""
     prefetched: list[int] = []
 
-    def batches(chunks: Any, size: int, prefetch: int, make: Callable[[Any], Any], name: str) -> Iterator[Any]:
+    def batches(chunks: Any, size: int, prefetch: int, make: Callable[[Any], Any], name: str = "") -> Iterator[Any]:
         prefetched.append(prefetch)
         for rows in chunks:
             for start in range(0, len(rows["sample"]), size):
