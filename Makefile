@@ -1,10 +1,10 @@
-# make tune | test | faults | check | ui | setup.   Other arguments: make tune ARGS="optim.lr=3e-4"
+# make tune | test | faults | acceptance | check | docs | ui | setup.   Other arguments: make tune ARGS="optim.lr=3e-4"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup tune test faults check ui
+.PHONY: setup tune test faults acceptance check docs ui
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/ready
@@ -26,11 +26,19 @@ test: setup
 faults: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+acceptance: setup
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[acceptance,docs]'
+	$(BIN)/python -m pytest -m acceptance $(ARGS)
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 ui: setup
 	$(BIN)/python experiments/ui.py $(ARGS)
