@@ -139,6 +139,9 @@ def _join_settings(argv: Sequence[str], options: Options) -> Iterator[str]:
     words = iter(argv)
     for word in words:
         flag, equals, text = word.partition("=")
+        if equals and f"--{flag}" in options:  # push=name is --push=name
+            yield f"--{word}"
+            continue
         name = "" if flag in options or not flag.startswith("--") else FLAGS.get(flag, flag[2:])
         if "." not in name and not is_setting(name):
             yield word

@@ -75,7 +75,7 @@ class Settings(Section):
     name: str = Field("", pattern=r"^[\w.-]*$")
     """Name of a training. An existing training of this name is resumed. Empty: a new name from the current time."""
     checkpoint: PathOrAddress = ""
-    """Checkpoint for umbrella evaluate and umbrella predict: a step_... folder of a training."""
+    """Trained model of umbrella evaluate, predict, demo, export and ask: name of a training or sweep, whose best checkpoint is taken, or a step_... folder."""  # noqa: E501
     output: PathOrAddress = ""
     """Output of umbrella evaluate (a folder) and umbrella predict (a .jsonl file). Empty: in the storage folder."""
     compare: PathOrAddress = ""

@@ -152,6 +152,7 @@ def test_a_script_has_options_of_its_own() -> None:
     args = parse(["--sample", "3", "seed=1", "--prune", "--task-id", "a=b"], "", options=OPTIONS)
     assert args.options == {"task_id": "a=b", "sample": 3, "prune": True}
     assert (args.given, args.settings.seed) == ({"seed"}, 1)
+    assert parse(["task-id=7", "seed=1"], "", options=OPTIONS).options["task_id"] == "7"
     with pytest.raises(SystemExit) as left:
         parse(["--sample", "x"], "", options=OPTIONS)
     assert left.value.code == 2

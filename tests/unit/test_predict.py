@@ -1,7 +1,9 @@
 """predict.py: one question, a chat, a file of conversations, and its errors."""
 
 import io
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import pytest
 
 from tests.conftest import Done, make_conversation, make_prediction
 from umbrella.base import UserError
+from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.evaluation_run.cohort_predictions import PredictionFile
+from umbrella.evaluation_run.evaluate import load_evaluation_settings
 from umbrella.evaluation_run.prediction_workers import WINDOW, make_batches
 from umbrella.modality import Modality
 
@@ -87,6 +91,20 @@ def test_user_errors_are_one_line_and_status_2(
         assert done.stderr.startswith(f"error: {message}")
     done = run("predict.py", "--ask", "?", f"resources.storage={tmp_path}")
     assert done.stderr.startswith("error: checkpoint is not set; name a training, a sweep or a step_... folder; ")
+
+
+def test_a_filter_by_modality_leaves_out_modalities_that_the_model_does_not_know(learnt: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step_0000001"
+    shutil.copytree(learnt, folder)
+    (folder / "settings.yaml").write_text(load_settings().to_yaml(), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"trained_modalities": ["sMRI"]}), encoding="utf-8")
+
+    def known(modality: str) -> set[str]:
+        return set(load_evaluation_settings(folder, overrides={"data.modality": modality}).modalities)
+
+    assert known("") == known("dMRI") == {"sMRI"}, "others are refused"
+    assert known("sMRI") == {"sMRI", "dMRI", "fMRI"}, "others are read, and left out"
 
 
 ABOUT = {"checkpoint": {"name": "runs/a", "content": "1"}, "length": 3}

@@ -1,9 +1,10 @@
 """Ask a checkpoint about volumes on a page in the browser, on localhost.
 
-  umbrella demo checkpoint=STEP
+  umbrella demo checkpoint=NAME
 
-STEP is a step_... folder of a training. The page offers the test subjects of its data, and candidate answers from its
-training data; data.train and data.test name other files. Ctrl-C ends the page and deletes the files dropped on it.
+NAME is a training or sweep, whose best checkpoint is taken, or a step_... folder. The page offers the test
+subjects of its data, and candidate answers from its training data; data.train and data.test name other files. Ctrl-C
+ends the page and deletes the files dropped on it.
 """
 
 import threading

@@ -1,10 +1,10 @@
 """Evaluate a checkpoint on a split, with controls that show how much of the score comes from the images.
 
-  umbrella evaluate checkpoint=STEP
-  umbrella evaluate checkpoint=STEP data.test=other/test.jsonl evaluate.controls=[]
+  umbrella evaluate checkpoint=NAME
+  umbrella evaluate checkpoint=NAME data.test=other/test.jsonl evaluate.controls=[]
 
-STEP is a step_... folder of a training. Settings are those of the training unless they are given. --dry-run prints what
-would be evaluated.
+NAME is a training or sweep, whose best checkpoint is taken, or a step_... folder. Settings are those of the
+training unless they are given. --dry-run prints what would be evaluated.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """Export a trained model to a folder that umbrella ask and Umbrella.from_pretrained read on any machine.
 
-  umbrella export checkpoint=STEP folder --push organisation/name
+  umbrella export checkpoint=NAME folder --push organisation/name
 
-The folder holds weights, tokenizer, settings of the preprocessing, and a model card: that of the newest evaluation of
-the checkpoint, or a short one. No file has a path or a subject id. --push needs a token in HF_TOKEN.
+NAME is a training or sweep, whose best checkpoint is taken, or a step_... folder. The folder holds weights, tokenizer,
+settings of the preprocessing, and a model card: that of the newest evaluation of the checkpoint, or a short one. No
+file has a path or a subject id. --push needs a token in HF_TOKEN.
 """
 
 import sys
@@ -24,7 +25,7 @@ def main(args: Arguments) -> None:
     """Write the folder, and upload it."""
     checkpoint = named_checkpoint(args.settings)
     if len(args.paths) != 1:
-        raise UserError("name one folder to write, as in: umbrella export checkpoint=STEP folder")
+        raise UserError("name one folder to write, as in: umbrella export checkpoint=NAME folder")
     from transformers.utils import logging
 
     from umbrella.evaluation_run.model_card import find_model_card

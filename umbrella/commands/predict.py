@@ -1,12 +1,13 @@
 """Generate answers with a trained model: to one question about volumes, in a chat, or for the conversations of a file.
 
-  umbrella predict checkpoint=STEP volume.nii.gz --ask "Is this subject male or female?" --candidates "male.,female."
-  umbrella predict checkpoint=STEP a.nii.gz b.nii.gz --modality sMRI,dMRI --ask "Is there a lesion?"
-  umbrella predict checkpoint=STEP volume.nii.gz --chat
-  umbrella predict checkpoint=STEP data.input=questions.jsonl output=predictions.jsonl
+  umbrella predict checkpoint=NAME volume.nii.gz --ask "Is this subject male or female?" --candidates "male.,female."
+  umbrella predict checkpoint=NAME a.nii.gz b.nii.gz --modality sMRI,dMRI --ask "Is there a lesion?"
+  umbrella predict checkpoint=NAME volume.nii.gz --chat
+  umbrella predict checkpoint=NAME data.input=questions.jsonl output=predictions.jsonl
 
-STEP is a step_... folder of a training. The same command continues a data.input that was interrupted: conversations
-with a prediction in the output are left out. --dry-run prints what would be predicted.
+NAME is a training or sweep, whose best checkpoint is taken, or a step_... folder. The same command continues a
+data.input that was interrupted: conversations with a prediction in the output are left out. --dry-run prints what would
+be predicted.
 """
 
 import shlex

@@ -293,8 +293,7 @@ def log_to_mlflow(result: EvaluationResult, folder: Path, conversations: Sequenc
     if not training:
         own = {"checkpoint": settings.checkpoint, "evaluate.split": result.split}
         logger.params(headline_settings(settings, ("tune", "baseline")) | own)
-        verdicts = " ".join(f"{target}: {words}" for target, words in result.verdicts.items())
-        logger.tags({DESCRIPTION: verdicts})
+        logger.tags({DESCRIPTION: " ".join(f"{name}: {words}" for name, words in result.verdicts.items())})
         logger.artifact(settings.to_yaml(), SETTINGS)
     metrics = mlflow_metrics(result)
     refused = sorted(name for name in metrics if not is_valid_metric(name))
@@ -328,8 +327,7 @@ def mlflow_metrics(result: EvaluationResult) -> dict[str, float]:
         main[condition] = {f"{group.target}/{name}": group.metrics[name] for group, name in wholes}
     own, prefix = main.pop(AS_ASKED), result.split
     metrics = {f"{prefix}/{name}": estimate.value for name, estimate in own.items()}
-    for name, estimate in own.items():
-        metrics |= {f"{prefix}/{name}/low": estimate.low, f"{prefix}/{name}/high": estimate.high}
+    metrics |= {f"{prefix}/{name}/{end}": getattr(own[name], end) for name in own for end in ("low", "high")}
     for control, estimates in main.items():
         metrics |= {f"{prefix}_{control}/{name}": estimate.value for name, estimate in estimates.items()}
     return {name: value for name, value in metrics.items() if isfinite(value)}
@@ -351,7 +349,9 @@ def anonymised(result: EvaluationResult, subjects: Collection[str], salt: str) -
 def _with_checkpoint(settings: Settings, checkpoint: Path, **changes: Any) -> Settings:
     """``settings`` with the model and modalities of the settings that the checkpoint was trained with."""
     own = load_checkpoint_settings(checkpoint, settings.model.dtype)
-    changes |= {"checkpoint": str(checkpoint), "model": own.model, "modalities": own.modalities}
+    # A filter by modality leaves out samples that are read, so the other modalities must be known.
+    known = {**(settings.modalities if settings.data.modality in own.modalities else {}), **own.modalities}
+    changes |= {"checkpoint": str(checkpoint), "model": own.model, "modalities": known}
     return settings.model_copy(update=changes)
 
 
