@@ -103,6 +103,27 @@ def test_features_are_at_the_placeholders_of_their_run_in_any_order_of_the_group
             close(model.embed_inputs(batch.input_ids, volumes)[batch.image_mask], torch.cat(alone))
 
 
+def test_a_volume_that_occurs_several_times_is_computed_once_with_equal_loss_and_gradients(
+    model: Umbrella, batch_of: BatchOf
+) -> None:
+    batch = batch_of("two", "three", "two")
+    assert [group.index is None for group in batch.pixel_values.values()] == [False, False, True]
+    separate = replace(batch, pixel_values={name: group.separate() for name, group in batch.pixel_values.items()})
+    assert len(separate.pixel_values["sMRI"].voxels) == len(batch.pixel_values["sMRI"].voxels) + 1
+    model.train()
+    results = []
+    for one in (batch, separate):
+        model.zero_grad()
+        loss = (model(**one.model_inputs()).token_nll * one.loss_weights).sum()
+        loss.backward()
+        results.append([loss, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    for shared, own in zip(*results, strict=True):
+        close(shared, own, rtol=1e-5, atol=1e-5)
+    for i in range(len(batch)):
+        for name, group in batch[i].pixel_values.items():
+            close(group.separate().voxels, separate[i].pixel_values[name].voxels, rtol=0, atol=0)
+
+
 def test_volumes_that_do_not_fit_the_placeholders_are_an_error_with_both_counts(
     model: Umbrella, batch_of: BatchOf
 ) -> None:

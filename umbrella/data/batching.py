@@ -24,12 +24,22 @@ class VolumeGroup:
     """The volumes of one modality in a batch.
 
     Attributes:
-        voxels: (n, X, Y, Z) or (n, X, Y, Z, T), float16.
-        run: (n,), int64. Volume i fills run ``run[i]`` of consecutive placeholders, counted row by row over the batch.
+        voxels: (v, X, Y, Z) or (v, X, Y, Z, T), float16.
+        run: (n,), int64: the runs of consecutive placeholders that the volumes fill, counted row by row over the batch.
+        index: (n,), int64: run ``run[i]`` shows volume ``index[i]``. None: volume i, and v is n.
     """
 
     voxels: torch.Tensor
     run: torch.Tensor
+    index: torch.Tensor | None = None
+
+    def separate(self) -> "VolumeGroup":
+        """Return the group with a volume of its own for each run."""
+        return self if self.index is None else VolumeGroup(self.voxels[self.index], self.run)
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "VolumeGroup":
+        """Return the group with ``fn`` applied to every tensor."""
+        return VolumeGroup(fn(self.voxels), fn(self.run), None if self.index is None else fn(self.index))
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Batch:
         """Return the batch with ``fn`` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {name: fn(value) for name, value in values.items() if torch.is_tensor(value)}
-        groups = {n: VolumeGroup(fn(g.voxels), fn(g.run)) for n, g in self.pixel_values.items()}
+        groups = {name: group.apply(fn) for name, group in self.pixel_values.items()}
         return replace(self, pixel_values=groups, **tensors)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -110,7 +120,11 @@ class Batch:
             kept = [i for i, run in enumerate(group.run.tolist()) if run in runs]
             if kept:
                 new = torch.tensor([runs.index(run) for run in group.run[kept].tolist()], device=group.run.device)
-                groups[name] = VolumeGroup(group.voxels[kept], new)
+                if group.index is None:
+                    groups[name] = VolumeGroup(group.voxels[kept], new)
+                else:
+                    shown, index = group.index[kept].unique(return_inverse=True)
+                    groups[name] = VolumeGroup(group.voxels[shown], new, index)
         return Batch(
             input_ids=take(self.input_ids),
             attention_mask=take(torch.ones_like(self.attention_mask)),
@@ -189,12 +203,22 @@ class Collator:
         return batch.apply(torch.Tensor.pin_memory) if self.pin else batch
 
     def _read_volumes(self, volumes: Sequence[tuple[int, ImageItem, tuple[int, ...] | None]], name: str) -> VolumeGroup:
-        """Read the volumes of one modality, given as (run, item, rng_key), into one tensor: voxels are copied once."""
+        """Read the volumes of one modality, given as (run, item, rng_key), into one tensor: voxels are copied once.
+
+        A volume that occurs several times is read once; a series only if it has the same window.
+        """
         modality = self.store.modalities[name]
         # The time axis comes first, as in the store, so that each volume is one contiguous read.
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
-        stack = torch.empty((len(volumes), *shape), dtype=torch.float16, pin_memory=self.pin)
-        for into, (_, item, rng_key) in zip(stack.numpy(), volumes, strict=True):
+        distinct: dict[Any, int] = {}
+        index = []
+        for number, (_, item, rng_key) in enumerate(volumes):
+            source = id(item.voxels) if isinstance(item, ImageInMemory) else item.image_path
+            index.append(distinct.setdefault((source, rng_key if modality.is_series else None), number))
+        read = list(distinct.values())
+        stack = torch.empty((len(read), *shape), dtype=torch.float16, pin_memory=self.pin)
+        for number, into in zip(read, stack.numpy(), strict=True):
+            _, item, rng_key = volumes[number]
             if item.image_path.startswith(BLANK):
                 # The mean of a z-score, or the middle of 0..1: one value for all subjects. After a z-score over all
                 # voxels, the mean of the foreground would reveal how much of the volume the head fills.
@@ -204,7 +228,8 @@ class Collator:
             else:
                 self.store.read(item.image_path, name, into, rng_key)
         runs = torch.tensor([run for run, _, _ in volumes])
-        return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs)
+        shared = None if len(read) == len(volumes) else torch.tensor([read.index(number) for number in index])
+        return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs, shared)
 
 
 def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,8 @@ def occlusion(umbrella: Umbrella, conversation: Conversation, answer: str, batch
         for start in range(0, len(blocks), batch_size):
             part = blocks[start : start + batch_size]
             batch = umbrella.collate([example] * len(part), ANSWER_ONLY)
-            group = batch.pixel_values[shown.modality]
+            group = batch.pixel_values[shown.modality].separate()
+            batch.pixel_values[shown.modality] = group
             runs = group.run.tolist()
             for row, block in enumerate(part):
                 volume = group.voxels[runs.index(number + row * len(conversation.volumes))]

@@ -160,6 +160,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         features, indices = [], []
         for name, group in pixel_values.items():
             of_group = self.volume_features(name, group.voxels)
+            if group.index is not None:
+                of_group = of_group[group.index]
             features.append(of_group.flatten(0, 1))
             offsets = torch.arange(of_group.shape[1], device=run.device)
             indices.append((starts[group.run][:, None] + offsets).flatten())

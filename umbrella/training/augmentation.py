@@ -49,6 +49,7 @@ def augment(batch: Batch, settings: AugmentSettings) -> Batch:
     volumes = [(key, i) for key, count in zip(batch.rng_keys, counts, strict=True) for i in range(count)]
     groups = {}
     for name, group in batch.pixel_values.items():
+        group = group.separate()  # each sample has its own augmentation
         changes = [draw_change(key, index, settings) for key, index in map(volumes.__getitem__, group.run.tolist())]
         series, dtype = group.voxels.ndim == 5, group.voxels.dtype
         frames = group.voxels.to(torch.float32, copy=True)
