@@ -1,11 +1,12 @@
 """Training on GPUs from end to end, from .nii.gz files to Ray Train, with the shape of a published model.
 
-    python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [steps=300] [folder=...] [any setting=...]
+    python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [references=0] [steps=300] [folder=...] [setting=...]
 
 Weights are random. A sample is two 96^3 volumes and about 90 tokens of text; the volume embedder is trained (with 7b,
 adapters too), in bfloat16. Printed are samples a second between evaluations, once layers are compiled, the share of the
 time that a step waited for its batch, the operations that a sample takes, as a share of the GPU's dense bfloat16 peak,
-peak memory, and the seconds from ``fit()`` to the first step.
+peak memory, and the seconds from ``fit()`` to the first step. With references, each subject is compared with five of
+them; without, with any other subject.
 """
 
 import json
@@ -78,11 +79,12 @@ def make_scan(path: Path) -> None:
     nib.save(nib.Nifti1Image(np.clip(scan, 0, 255).astype(np.uint8), np.eye(4)), path)
 
 
-def conversation(number: int, subjects: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A conversation that compares the scans of two subjects."""
-    other = int(rng.integers(subjects))
+def conversation(number: int, subjects: int, rng: np.random.Generator, references: int = 0) -> dict[str, Any]:
+    """A conversation that compares the scans of two subjects; the first ``references`` subjects are references."""
+    other = int(rng.integers(references or subjects))
     label = ("female", "male")[number % 2]
-    paths = [f"scans/{i % subjects}.nii.gz" for i in (other, number)]
+    own = references + number // 5 % (subjects - references) if references else number % subjects
+    paths = [f"scans/{i}.nii.gz" for i in (other, own)]
     images = [{"type": "image", "modality": "sMRI", "image_path": path} for path in paths]
     turns = [
         ("user", [images[0], {"type": "text", "text": "A reference."}]),
@@ -95,18 +97,18 @@ def conversation(number: int, subjects: int, rng: np.random.Generator) -> dict[s
         "task_type": "T3",
         "images": [{"path": path, "modality": "sMRI"} for path in paths],
         "conversations": [{"role": role, "content": content} for role, content in turns],
-        "metadata": {"subject_id": f"s{number % subjects}", "subject_label": label},
+        "metadata": {"subject_id": f"s{own}", "subject_label": label},
     }
 
 
-def make_cohort(folder: Path, subjects: int, samples: int) -> dict[str, Any]:
+def make_cohort(folder: Path, subjects: int, samples: int, references: int = 0) -> dict[str, Any]:
     """Write scans and conversations of both splits. Returns their settings."""
     (folder / "scans").mkdir(parents=True, exist_ok=True)
     held_out = max(2, subjects // 16)
     with ProcessPoolExecutor() as pool:
         list(pool.map(make_scan, [folder / "scans" / f"{i}.nii.gz" for i in range(subjects + held_out)]))
     rng = np.random.default_rng(0)
-    rows = {"train": [conversation(i, subjects, rng) for i in range(samples)]}
+    rows = {"train": [conversation(i, subjects, rng, references) for i in range(samples)]}
     rows["validation"] = [conversation(subjects + i, subjects + held_out, rng) for i in range(held_out)]
     for row in rows["validation"]:  # of held-out subjects alone
         path = row["images"][1]["path"]
@@ -143,7 +145,9 @@ def make_checkpoint(folder: Path, shape: str) -> str:
     return str(path)
 
 
-def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    shape: str, subjects: int, references: int, steps: int, folder: Path, overrides: dict[str, Any]
+) -> dict[str, Any]:
     """Run one training and return its measurements."""
     from mlflow import MlflowClient
 
@@ -169,7 +173,7 @@ def measure(shape: str, subjects: int, steps: int, folder: Path, overrides: dict
     if "model.checkpoint" not in settings:
         settings["model.checkpoint"] = make_checkpoint(folder, shape)
     per_step = settings["train.batch_size"] * settings["train.accumulate"] * settings.get("resources.workers", 1)
-    settings |= make_cohort(folder, subjects, per_step * steps)
+    settings |= make_cohort(folder, subjects, per_step * steps, references)
     chosen = load_settings(overrides=settings)
     began: list[float] = []
     run_job = run.run_job
@@ -233,8 +237,10 @@ def main(words: list[str]) -> None:
     given = {key: yaml.safe_load(value) if value else "" for key, _, value in (word.partition("=") for word in words)}
     shape = str(given.pop("shape", "0.5b"))
     folder = Path(given.pop("folder", Path(tempfile.gettempdir(), "gpu_training")))
-    subjects, steps = int(given.pop("subjects", 128)), int(given.pop("steps", 300))
-    print(json.dumps(measure(shape, subjects, steps, folder, given), indent=1), flush=True)
+    subjects, references, steps = (
+        int(given.pop(n, d)) for n, d in (("subjects", 128), ("references", 0), ("steps", 300))
+    )
+    print(json.dumps(measure(shape, subjects, references, steps, folder, given), indent=1), flush=True)
 
 
 if __name__ == "__main__":

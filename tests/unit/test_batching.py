@@ -29,7 +29,7 @@ def volumes(batch: Batch) -> dict[int, tuple[str, list]]:
     placed = [
         (int(run), name, voxels.tolist())
         for name, group in batch.pixel_values.items()
-        for run, voxels in zip(group.run, group.voxels, strict=True)
+        for run, voxels in zip(group.run, group.separate().voxels, strict=True)
     ]
     return {run: (name, voxels) for run, name, voxels in sorted(placed)}
 

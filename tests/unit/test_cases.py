@@ -40,7 +40,8 @@ class OneVoxelModel:
     def log_likelihoods(self, batch: Batch) -> list[float]:
         assert len(batch) <= 7
         group, per_row = batch.pixel_values[self.name], int(batch.num_images_per_sample[0])
-        found = {int(run): volume[self.voxel] for run, volume in zip(group.run, group.voxels, strict=True)}
+        volumes = zip(group.run, group.separate().voxels, strict=True)
+        found = {int(run): volume[self.voxel] for run, volume in volumes}
         return [float(found[self.number + row * per_row]) for row in range(len(batch))]
 
 

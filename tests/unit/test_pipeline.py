@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data import pipeline
-from umbrella.data.pipeline import Plan, evaluation_rows, from_table, sample_order, to_table
+from umbrella.data.pipeline import Plan, evaluation_rows, from_table, group_samples, sample_order, to_table
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.splits import read_splits
 
@@ -142,6 +142,27 @@ def test_steps_of_a_window_are_shuffled() -> None:
     plan = Plan(size=64, seed=0, epochs=1, workers=1, batch_size=2, accumulate=1, lengths=np.arange(64), window=32)
     first = plan.order(0).reshape(-1, 2)[:, 0].tolist()
     assert first != sorted(first) == list(range(0, 64, 2))
+
+
+def test_groups_share_steps_and_each_sample_comes_once_per_epoch() -> None:
+    groups = np.repeat(np.arange(20), 5)
+    plan = Plan(size=100, seed=3, epochs=2, workers=1, batch_size=10, accumulate=1, groups=groups)
+    for epoch in range(2):
+        order = plan.order(epoch)
+        assert sorted(order.tolist()) == list(range(100))
+        assert [len(set(groups[step].tolist())) for step in order.reshape(-1, 10)] == [2] * 10
+    assert plan.order(0).tolist() == plan.order(0).tolist() != plan.order(1).tolist()
+    alone = replace(plan, groups=None).order(0).reshape(-1, 10)
+    assert np.mean([len(set(groups[step].tolist())) for step in alone]) > 3
+
+
+def test_groups_are_references_or_subjects(talk: Callable[..., Conversation]) -> None:
+    cohort = []
+    for reference, subject in ("ra", "qa", "rb"):
+        volumes = [("sMRI", f"{reference}.nii"), ("sMRI", f"{subject}.nii"), "?"]
+        cohort.append(talk(("user", volumes), ("assistant", "!"), metadata={"subject_id": subject}))
+    found = {by: group_samples(cohort, by) for by in ("reference", "subject", "none")}
+    assert (found["reference"].tolist(), found["subject"].tolist(), found["none"]) == ([1, 0, 1], [0, 0, 1], None)
 
 
 def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort() -> None:

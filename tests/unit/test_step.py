@@ -67,7 +67,7 @@ def test_a_step_reports_its_learning_rate_and_the_gradient_before_clipping(build
 def broken(batch: Batch) -> Batch:
     """The batch with infinite dMRI volumes, which only "three" has: its likelihood is NaN."""
     group = batch.pixel_values["dMRI"]
-    infinite = VolumeGroup(torch.full_like(group.voxels, torch.inf), group.run)
+    infinite = replace(group, voxels=torch.full_like(group.voxels, torch.inf))
     return replace(batch, pixel_values=batch.pixel_values | {"dMRI": infinite})
 
 

@@ -45,6 +45,8 @@ class Plan:
     accumulate: int
     lengths: np.ndarray | None = field(default=None, compare=False)
     """(size,): length of each sample. Samples of similar length are grouped into a step; None disables grouping."""
+    groups: np.ndarray | None = field(default=None, compare=False)
+    """(size,): number of the group of each sample, see ``group_samples``. Groups are kept together; None: no groups."""
     window: int = 16
     """Number of steps whose samples are sorted by length together."""
     sorted_by: int = 0
@@ -108,18 +110,22 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """Return the order of samples in an epoch: ``sample_order``, with each window sorted by length if it is known.
 
+        With groups, the window is the epoch, and the samples of a group are together, in a random order of the groups.
         The steps of a window are shuffled. A step that contains two epochs is not sorted.
         """
         order = sample_order(self.seed, epoch, self.size)
-        if self.lengths is None:
-            return order
         rng = np.random.default_rng((self.seed, epoch, 1))
+        keys, window = self.lengths, self.window
+        if self.groups is not None:
+            keys, window = rng.permutation(self.groups.max() + 1)[self.groups], self.size
+        if keys is None:
+            return order
         step = self.sorted_by or self.per_step
         first = -epoch * self.size % step  # samples that complete the last step of the previous epoch
         last = self.size - (self.size - first) % step
-        for start in range(first, last, self.window * step):
-            part = order[start : min(start + self.window * step, last)]
-            steps = part[np.argsort(self.lengths[part], kind="stable")].reshape(-1, step)
+        for start in range(first, last, window * step):
+            part = order[start : min(start + window * step, last)]
+            steps = part[np.argsort(keys[part], kind="stable")].reshape(-1, step)
             part[:] = rng.permutation(steps).reshape(-1)
         return order
 
@@ -131,6 +137,21 @@ class Plan:
             mask = epochs == epoch
             samples[mask] = order(int(epoch))[positions[mask] % self.size]
         return samples
+
+
+def group_samples(conversations: Sequence[Conversation], by: str) -> np.ndarray | None:
+    """Return the number of the group of each conversation, (n,), int64; None for ``by="none"``.
+
+    Args:
+        by: "reference": the first volume, or the conversation itself without volumes; "subject"; or "none".
+    """
+    if by == "none":
+        return None
+    if by == "subject":
+        keys = [c.subject_id or c.task_id for c in conversations]
+    else:
+        keys = [c.volumes[0].image_path if c.volumes else c.task_id for c in conversations]
+    return np.unique(keys, return_inverse=True)[1]
 
 
 def to_table(conversations: Sequence[Conversation]) -> pa.Table:

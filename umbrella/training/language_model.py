@@ -4,8 +4,10 @@ import copy
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 
 import ray
 import torch
@@ -42,6 +44,9 @@ from umbrella.training.settings import TrainSettings
 from umbrella.training.step import LOSS_WINDOW, max_loss, train_step
 from umbrella.training.task import LanguageModelJob, Summary, Task
 from umbrella.volumes.store import open_store
+
+AUDITED_BATCHES = 20
+"""Micro-batches whose volumes are counted."""
 
 
 class LanguageModelTask(Task):
@@ -80,6 +85,7 @@ class LanguageModelTask(Task):
             batch_size=train.batch_size,
             accumulate=train.accumulate,
             lengths=self.job.train_lengths,
+            groups=self.job.train_groups,
             window=self.settings.data.bucket_batches,
         )
 
@@ -152,10 +158,22 @@ class LanguageModelTask(Task):
         rows, read = audit(examples, policy), f"{len(examples)} of {size} conversations"
         trained = {name: sum(w.numel() for w in ws if w.requires_grad) for name, ws in self.parts.items()}
         text = summarise_run(rows, policy, trained, self.settings.modalities, self.renderer.has_stop_token, read)
+        text += f"\n{self._describe_volumes()}"
         supervised, tokens = (sum(int(row[name]) for row in rows) for name in ("supervised", "tokens"))
         tags = {"mask.supervised": f"{supervised} of {tokens} tokens audited"}
         page = mask_audit_page(rows, examples, self.renderer, policy, read, redact)
         return Summary(text, tags, {"mask_audit.html": page})
+
+    def _describe_volumes(self) -> str:
+        """How many volumes the first micro-batches of this rank have, and how many distinct ones they compute."""
+        plan, shares = self.plan(self.world_size, 0), not any(dict(self.settings.train.augment).values())
+        rows = next(iter(plan.rows(0, 0)))["sample"][: AUDITED_BATCHES * plan.batch_size]
+        paths = [[v.image_path for v in from_table(self.train, int(i)).volumes] for i in rows]
+        starts = range(0, len(paths), plan.batch_size)
+        batches = [list(chain.from_iterable(paths[start : start + plan.batch_size])) for start in starts]
+        volumes = fmean(map(len, batches))
+        distinct = fmean(len(set(batch)) for batch in batches) if shares else volumes
+        return f"volumes: {volumes:.4g} in a micro-batch, of which {distinct:.4g} are computed (mean of {len(batches)})"
 
 
 def make_model(settings: Settings, renderer: Renderer, device: torch.device) -> UmbrellaForConditionalGeneration:

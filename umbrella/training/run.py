@@ -15,7 +15,7 @@ from umbrella.config import Settings
 from umbrella.conversations.schema import questions_of
 from umbrella.data.ingest import load_splits
 from umbrella.data.masking import audit
-from umbrella.data.pipeline import to_table
+from umbrella.data.pipeline import group_samples, to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import Splits, target_classes
 from umbrella.evaluation.candidates import check_candidates, check_labels, find_candidates, find_numbers
@@ -127,6 +127,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         train=ray.put(to_table(splits.train)),
         validation=ray.put(to_table(questions_of(splits.validation))),
         train_lengths=splits.lengths["train"],
+        train_groups=group_samples(splits.train, settings.data.group_batches_by),
         validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train, settings.evaluate.number_grids),
         modalities=sorted({volume.modality for c in splits.train for volume in c.volumes}),

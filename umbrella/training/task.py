@@ -64,6 +64,8 @@ class LanguageModelJob(Job):
     """Table of the questions of the validation conversations."""
     train_lengths: np.ndarray
     """See ``data.splits.Splits.lengths``."""
+    train_groups: np.ndarray | None = None
+    """See ``data.pipeline.group_samples``."""
     validation_lengths: np.ndarray
     candidates: Candidates
     """The candidate answers of the validation split."""
