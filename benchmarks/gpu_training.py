@@ -1,6 +1,6 @@
 """Training on GPUs from end to end, from .nii.gz files to Ray Train, with the shape of a published model.
 
-    python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [references=0] [steps=300] [folder=...] [setting=...]
+    python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [references=0] [steps=300] [folder=..] [name=value]
 
 Weights are random. A sample is two 96^3 volumes and about 90 tokens of text; the volume embedder is trained (with 7b,
 adapters too), in bfloat16. Printed are samples a second between evaluations, once layers are compiled, the share of the
