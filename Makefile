@@ -28,7 +28,7 @@ faults: setup
 
 acceptance: setup
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[acceptance,docs]'
-	$(BIN)/python -m pytest -m acceptance $(ARGS)
+	$(BIN)/python -m pytest tests/acceptance -m acceptance $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
