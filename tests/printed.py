@@ -10,7 +10,7 @@ from pathlib import Path
 KNOWN = [
     r"\d\d:\d\d(:\d\d)?  \S.*",  # state of a training or trial
     r"step \d+/\d+  epoch .*",
-    r"(samples|loss|mask|supervised|trained weights|best checkpoint|checkpoints|runs in MLflow): .*",
+    r"(samples|volumes|loss|mask|supervised|trained weights|best checkpoint|checkpoints|runs in MLflow): .*",
     r" +(system|user|assistant) (header|text|image|end) +\d+ of \d+",
     r"\w+: a volume of [\dx]+ in patches of [\dx]+ is \d+ tokens",
     r"(making the synthetic cohort|decoding volumes|rendering conversations|answering conversations) ━+ \d+/\d+ [\d:]+",
