@@ -23,7 +23,7 @@ from umbrella.tracking.provenance import (
     environment_json,
     headline_settings,
 )
-from umbrella.tracking.store import is_valid_metric, open_experiment, runs_page, tracking_uri
+from umbrella.tracking.store import is_valid_metric, open_experiment, runs_page, tracking_uri, ui_command
 
 
 def test_the_store_is_in_the_storage_folder_unless_a_setting_or_variable_names_another(
@@ -163,6 +163,15 @@ def test_the_code_version_is_the_commit_of_its_own_checkout_else_umbrella_commit
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "False"}
     (package / "provenance.py").write_text("changed", encoding="utf-8")
     assert code_version() == {"mlflow.source.git.commit": commit, "git.dirty": "True"}
+
+
+def test_the_command_that_opens_mlflow_names_a_storage_other_than_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ui_command("sqlite:///x", tmp_path / "runs") == "umbrella ui"
+    assert ui_command("sqlite:///x", tmp_path / "my runs") == f"umbrella ui 'resources.storage={tmp_path}/my runs'"
+    assert ui_command("http://name:word@host", tmp_path) == "http://***@host"
 
 
 def test_mlflow_sends_no_telemetry_and_gives_up_early() -> None:

@@ -31,6 +31,7 @@ def main(args: Arguments) -> None:
 
         dry_run(settings, args.given, progress_bar, make_console())
         return
+    from umbrella.tracking.store import tracking_uri, ui_command
     from umbrella.training.checkpoint_files import best_checkpoint, read_metrics
     from umbrella.training.run import run_training
 
@@ -39,7 +40,8 @@ def main(args: Arguments) -> None:
         best = best_checkpoint(folder, metric, settings.tune.mode)
         if best:
             print(f"best checkpoint: {best}  ({metric} {read_metrics(best).get(metric, nan):.4g})")
-        print(f"checkpoints: {folder}\nruns in MLflow: umbrella ui")
+        uri = tracking_uri(settings.resources.storage, settings.tracking.uri)
+        print(f"checkpoints: {folder}\nruns in MLflow: {ui_command(uri, storage_of(folder))}")
         if best and settings.evaluate.at_end:
             from umbrella.evaluation_run.evaluate import evaluate_at_end
 

@@ -5,6 +5,7 @@ import logging
 import os
 import posixpath
 import re
+import shlex
 import sqlite3
 from pathlib import Path
 from urllib.parse import quote, unquote, urlencode, urlsplit
@@ -113,6 +114,14 @@ def _is_same_folder(address: str, other: str) -> bool:
     """Whether two addresses are the same folder, also through symbolic links."""
     first, second = (Path(url2pathname(urlsplit(one).path)) for one in (address, other))
     return not address.startswith("file:") or first.resolve() == second.resolve()
+
+
+def ui_command(uri: str, storage: Path) -> str:
+    """Return the command that opens MLflow's pages of a storage folder, or the address of MLflow's server."""
+    if not is_sqlite(uri):
+        return mask_secrets(uri)
+    default = storage.absolute() == Path("runs").absolute()
+    return "umbrella ui" + ("" if default else f" {shlex.quote(f'resources.storage={storage}')}")
 
 
 def runs_page(uri: str, experiment: str, server: str) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from umbrella.base import mask_secrets, pluralise
+from umbrella.base import pluralise
 from umbrella.config import Settings
 from umbrella.html import relative_link, render
 from umbrella.paths import BEST, EVALUATIONS, FOLDS, RANKING, REPORT, storage_of
 from umbrella.plots import png_data_url, save_png
 from umbrella.tracking.mlflow_logger import DESCRIPTION, WINNER
+from umbrella.tracking.store import ui_command
 from umbrella.training.progress_log import format_duration
 from umbrella.tuning import figures
 from umbrella.tuning.results import (
@@ -233,7 +234,7 @@ def print_result(result: SweepResult, console: Console) -> None:
         "its checkpoint": _short_path(best.checkpoint or ""),
         "ranking": _short_path(result.folder / RANKING),
         "report": (result.folder / REPORT).absolute().as_uri(),
-        "runs in MLflow": f"make ui   (or: mlflow ui --backend-store-uri {mask_secrets(result.tracking_uri)})",
+        "runs in MLflow": ui_command(result.tracking_uri, storage_of(result.folder)),
     }
     for name, value in lines.items():
         console.print(f"{name + ':':<16}{value}", markup=False, highlight=False, soft_wrap=True)
