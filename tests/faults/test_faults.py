@@ -158,7 +158,7 @@ def test_ctrl_c_ends_a_training_with_one_line_and_status_130(
     script.send_signal(signal.SIGINT)
     assert script.wait(60) == 130
     lines = output.read_text(encoding="utf-8")
-    assert lines.endswith("stopped by the keyboard\n")
+    assert lines.count("stopped by the keyboard\n") == 1  # Ray may print a last line of a worker after it
     assert unknown_lines(lines) == []
     _, ended = find_run(settings, "keyboard")
     assert (ended.info.status, ended.data.tags["umbrella.outcome"]) == ("KILLED", "killed")
