@@ -112,9 +112,9 @@ def parse(
     overrides: dict[str, Any] = {}
     for i, word in enumerate(values["words"]):
         setting, equals, text = word.partition("=")
-        if equals and not (paths and "/" in setting):
+        if equals and not (paths and ("/" in setting or " " in setting)):  # a file, or a question
             overrides[setting] = parse_value(setting, text)
-        elif is_setting(word):
+        elif "." in word and is_setting(word):
             value = values["words"][i + 1] if i + 1 < len(values["words"]) else "VALUE"
             raise UserError(f"{word}: is a setting, not a file; write {word}={value}")
         elif paths and not word.lower().endswith((".yaml", ".yml")):

@@ -72,11 +72,13 @@ def read_cohort(settings: Settings) -> Cohort:
             text = c.conversations[c.last_answer - 1].text
             candidates.setdefault(text, list(answers.values()))
             questions.setdefault(c.target, text)
-    subjects = {
-        f"{' and '.join(sorted(c.subjects))}: {', '.join(v.modality for v in c.volumes)}": c.volumes
-        for c in sorted(splits.test, key=lambda c: (len(c.volumes), sorted(c.subjects)))
-        if c.volumes and all(Path(v.image_path).is_file() for v in c.volumes)
-    }
+    subjects: dict[str, Sequence[ImageItem]] = {}
+    for c in sorted(splits.test, key=lambda c: (len(c.volumes), sorted(c.subjects))):
+        if c.volumes and all(Path(v.image_path).is_file() for v in c.volumes):
+            name = f"{' and '.join(sorted(c.subjects))}: {', '.join(v.modality for v in c.volumes)}"
+            if subjects.get(name, c.volumes) != c.volumes:  # another session or run
+                name += f" ({', '.join(Path(v.image_path).name for v in c.volumes)})"
+            subjects[name] = c.volumes
     return Cohort(subjects, candidates, list(questions.values()))
 
 
@@ -224,7 +226,8 @@ def serve(settings: Settings, port: int | None = None, browser: bool = False) ->
         os.environ["GRADIO_TEMP_DIR"] = f"{temporary}/uploads"
         umbrella = Umbrella.from_checkpoint(folder, dtype=settings.model.dtype, store=f"{temporary}/volumes")
         page = make_page(umbrella, read_cohort(settings), f"{folder.parent.name}, {folder.name}")
-        os.environ["no_proxy"] = "127.0.0.1"  # Gradio asks for its own page once
+        direct = filter(None, [os.environ.get("no_proxy"), "127.0.0.1"])
+        os.environ["no_proxy"] = ",".join(direct)  # Gradio asks for its own page once
         try:
             _, address, _ = page.launch(
                 server_name="127.0.0.1",
@@ -239,7 +242,8 @@ def serve(settings: Settings, port: int | None = None, browser: bool = False) ->
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             )
         except OSError:
-            raise UserError(f"--port {port}: is in use; give another one, or leave it out") from None
+            which = f"--port {port}: is" if port else "the ports from 7860 on: are"
+            raise UserError(f"{which} in use; give another one, as in --port 9000") from None
         try:
             yield address
         finally:

@@ -180,6 +180,7 @@ def test_a_script_that_accepts_files_tells_them_from_settings(tmp_path: Path) ->
     assert args.paths == ("b.nii.gz", "/s/sub=1/e.mgz")
     assert (args.settings.seed, args.settings.experiment) == (1, "c.nii")
     assert (args.options, args.settings.data.modality) == ({"modality": "sMRI"}, ""), "replaces the shared flag"
+    assert parse(["model", "a.nii", "Is x=3 true?"], "", paths="volume").paths == ("model", "a.nii", "Is x=3 true?")
 
 
 def test_a_progress_bar_yields_the_items_and_prints_the_rate_without_a_terminal(

@@ -55,9 +55,7 @@ def test_prepare_fills_the_store_and_writes_the_report(run: Run, tmp_path: Path)
 
 
 def test_a_grid_that_is_much_coarser_than_the_volumes_gets_a_note(run: Run, data: Path) -> None:
-    line = (
-        "note: sMRI: volumes of 40×40×40 voxels are resized to 8×8×8; for a finer modalities.sMRI.grid add grid_96.yaml"
-    )
+    line = "note: sMRI: volumes of 40×40×40 voxels are resized to 8×8×8; add grid_96.yaml to the command"
     assert line not in run("prepare.py", "--dry-run").stderr
     (data / "a.nii").write_bytes(nii(np.random.default_rng(0).random((40, 40, 40), np.float32)))
     assert line in run("prepare.py", "--dry-run").stderr

@@ -169,8 +169,12 @@ def test_the_command_that_opens_mlflow_names_a_storage_other_than_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ui_command("sqlite:///x", tmp_path / "runs") == "umbrella ui"
-    assert ui_command("sqlite:///x", tmp_path / "my runs") == f"umbrella ui 'resources.storage={tmp_path}/my runs'"
+    for folder, command in (
+        ("runs", "umbrella ui"),
+        ("my runs", f"umbrella ui 'resources.storage={tmp_path}/my runs'"),
+    ):
+        assert ui_command(tracking_uri(tmp_path / folder), tmp_path / folder) == command
+    assert ui_command("sqlite:///other.db", tmp_path / "runs") == "umbrella ui tracking.uri=sqlite:///other.db"
     assert ui_command("http://name:word@host", tmp_path) == "http://***@host"
 
 

@@ -17,6 +17,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.splits import Splits, read_splits
 from umbrella.file_storage import is_remote, local_path
 from umbrella.fileio import write_atomic
+from umbrella.modality import DEFAULT_MODALITIES
 from umbrella.volumes.reading import image_shape
 from umbrella.volumes.store import decode_volumes, open_store
 
@@ -62,10 +63,8 @@ def coarse_grids(splits: Splits, settings: "Settings") -> Iterator[str]:
             shape, grid = image_shape(path)[:3], settings.modalities[name].grid[:3]
             if settings.modalities[name].fit == "resize" and max(map(truediv, shape, grid)) > COARSE:
                 was, becomes = ("×".join(map(str, size)) for size in (shape, grid))
-                yield (
-                    f"{name}: volumes of {was} voxels are resized to {becomes}; for a finer modalities.{name}.grid add"
-                    " grid_96.yaml to the command, which has 96×96×96 voxels"
-                )
+                known = " add grid_96.yaml to the command, which has 96×96×96 voxels, or" * (name in DEFAULT_MODALITIES)
+                yield f"{name}: volumes of {was} voxels are resized to {becomes};{known} set modalities.{name}.grid"
 
 
 def check_splits(

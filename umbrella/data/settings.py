@@ -54,7 +54,7 @@ class DataSettings(Section):
     bucket_batches: int = Field(4, ge=1)
     """Number of steps whose conversations are sorted by length together. More: less padding, but less random batches."""  # noqa: E501
     group_batches_by: Literal["none", "reference", "subject"] = "none"
-    """Bring conversations with the same reference (their first volume) or subject into the same batch, which computes each volume once. It replaces bucket_batches. With train.augment, volumes are not shared."""  # noqa: E501
+    """Bring conversations with the same reference (their first volume) or subject into the same batch, which computes each volume once. It replaces bucket_batches. Series, whose windows differ, and volumes with train.augment are not shared."""  # noqa: E501
     pack: int = Field(0, ge=0)
     """Tokens per row when several conversations are packed into a row; each attends only to itself. 0: one conversation per row."""  # noqa: E501
     prefetch: int = Field(2, ge=0)

@@ -120,8 +120,10 @@ def ui_command(uri: str, storage: Path) -> str:
     """Return the command that opens MLflow's pages of a storage folder, or the address of MLflow's server."""
     if not is_sqlite(uri):
         return mask_secrets(uri)
-    default = storage.absolute() == Path("runs").absolute()
-    return "umbrella ui" + ("" if default else f" {shlex.quote(f'resources.storage={storage}')}")
+    setting = "" if storage.absolute() == Path("runs").absolute() else f"resources.storage={storage}"
+    if uri != tracking_uri(storage):
+        setting = f"tracking.uri={uri}"
+    return f"umbrella ui {shlex.quote(setting)}" if setting else "umbrella ui"
 
 
 def runs_page(uri: str, experiment: str, server: str) -> str:

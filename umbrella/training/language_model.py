@@ -168,7 +168,14 @@ class LanguageModelTask(Task):
         """How many volumes the first micro-batches of this rank have, and how many distinct ones they compute."""
         plan, shares = self.plan(self.world_size, 0), not any(dict(self.settings.train.augment).values())
         rows = next(iter(plan.rows(0, 0)))["sample"][: AUDITED_BATCHES * plan.batch_size]
-        paths = [[v.image_path for v in from_table(self.train, int(i)).volumes] for i in rows]
+        series = {name for name, modality in self.settings.modalities.items() if modality.is_series}
+        paths = [  # a series has another window in each sample
+            [
+                (v.modality, v.image_path, n if v.modality in series else 0)
+                for v in from_table(self.train, int(i)).volumes
+            ]
+            for n, i in enumerate(rows)
+        ]
         starts = range(0, len(paths), plan.batch_size)
         batches = [list(chain.from_iterable(paths[start : start + plan.batch_size])) for start in starts]
         volumes = fmean(map(len, batches))

@@ -235,7 +235,8 @@ def check_unchanged(job: Job) -> None:
         return
     for place in (*complete_checkpoints(file.parent), file.parent):
         check_version(place)
-    then = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if is_fixed(k)}
+    began = Settings().flat() | json.loads(file.read_text(encoding="utf-8"))  # an older version lacks newer settings
+    then = json.loads(json.dumps({k: v for k, v in began.items() if is_fixed(k) and k in now}))
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         raise UserError(

@@ -211,8 +211,8 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
     """
     parameters, tune, resources = read_space(settings, fixed), settings.tune, settings.resources
     is_sweep = bool(tune.space)
-    points = [] if tune.search == "optuna" else list_points(settings, fixed)
-    count = len(points) or count_trials(settings, fixed)
+    points = [] if tune.search == "optuna" or not is_sweep else list_points(settings, fixed)
+    count = (len(points) or count_trials(settings, fixed)) if is_sweep else 1
     possible = variants(settings, parameters, "mask", "modalities", "model") if is_sweep else []
     splits = load_and_check(settings, progress, possible, dry_run=True)
 
