@@ -1,5 +1,6 @@
 """Checks of data and settings before a training starts, and descriptions of its failures."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.splits import Splits
 from umbrella.evaluation_run.cohort_predictions import read_cohort
+from umbrella.paths import BEGUN
 from umbrella.training.launch import LANGUAGE_MODEL, WorkerFailureCallback, describe_failure
 from umbrella.training.run import check_data, check_unchanged
 from umbrella.training.task import Job
@@ -150,6 +152,10 @@ def test_a_training_continues_only_with_the_settings_and_data_that_it_began_with
     others = {"checkpoint": "a", "output": "b", "compare": "c"}
     begin({"resources.workers": 2, "tune.grace": 5, "evaluate.bands": [30], **others})
     begin({"data.test": ["more.jsonl"], "data.input": ["x.jsonl"]})
+    file = tmp_path / "mine" / BEGUN
+    older = {k: v for k, v in json.loads(file.read_text()).items() if k != "data.group_batches_by"}
+    file.write_text(json.dumps(older))
+    begin({})  # an older version did not have the setting
     with pytest.raises(UserError, match=r"^name=mine: was started with other settings: optim\.lr was 0\.0007 and is 0"):
         begin({"optim.lr": 0.5})
     with pytest.raises(UserError, match=r"evaluate\.number_grids\.age was None and is \[20.0, 80.0, 1.0\]"):

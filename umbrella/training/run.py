@@ -236,7 +236,7 @@ def check_unchanged(job: Job) -> None:
     for place in (*complete_checkpoints(file.parent), file.parent):
         check_version(place)
     began = Settings().flat() | json.loads(file.read_text(encoding="utf-8"))  # an older version lacks newer settings
-    then = json.loads(json.dumps({k: v for k, v in began.items() if is_fixed(k) and k in now}))
+    then = json.loads(json.dumps({k: v for k, v in began.items() if is_fixed(k)}))
     differs = [f"{k} was {then.get(k)} and is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         raise UserError(
