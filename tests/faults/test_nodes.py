@@ -270,4 +270,4 @@ def test_fewer_workers_after_a_lost_node_see_each_sample_once_per_epoch(
         at_step(folder, 8, lambda: cluster.kill(cluster.node_of_worker()))
         wait_for_exit(cluster.run(TRAIN, str(write_settings(settings))))
     assert [entry["workers"] for entry in sample_log(folder) if "start" in entry] == [2, 2, 1]
-    assert_each_once_per_epoch(folder, 12)
+    assert_each_once_per_epoch(folder, LONGER["train.epochs"])
