@@ -96,6 +96,20 @@ def write_questions(file: Path, conversations: Iterable[Conversation]) -> Path:
     return file
 
 
+def log_sweep(uri: str, experiment: str, folder: Path, metric: str, mode: str, values: list[float]) -> None:
+    """Log a sweep and a trial for each value of its metric, which ended, to MLflow."""
+    from umbrella.tracking.mlflow_logger import MlflowLogger
+
+    parent = MlflowLogger.start(uri, experiment, folder.name, sweep=folder.name, folder=folder)
+    parent.params({"tune.metric": metric, "tune.mode": mode})
+    for value in values:
+        names = {"sweep": folder.name, "parent": parent.run_id, "folder": folder / "trials" / str(value)}
+        trial = MlflowLogger.start(uri, experiment, f"lr={value}", **names)
+        trial.results({f"best/{metric}": value}, 0)
+        trial.end()
+    parent.end()
+
+
 @pytest.fixture(scope="session")
 def talk() -> Callable[..., Conversation]:
     return make_conversation

@@ -21,7 +21,7 @@ from umbrella.cluster import prepare_environment
 from umbrella.config import Settings, find_settings_file, has_search_space, is_setting, load_settings, parse_value
 from umbrella.fileio import describe_storage_error
 from umbrella.paths import SETTINGS, SWEEPS, TRAININGS, TRIALS, checkpoints_in
-from umbrella.settings_help import describe_settings
+from umbrella.settings_help import WIDTH, describe_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ def parse(
     if values["help"] is not None:
         defaults = load_settings([default_file] if default_file else [])
         described = describe_settings(defaults, values["help"])
-        aliases = textwrap.fill(", ".join(f"{flag} = {name}" for flag, name in FLAGS.items()), 110)
+        aliases = textwrap.fill(", ".join(f"{flag} = {setting}" for flag, setting in FLAGS.items()), WIDTH)
         print(described if values["help"] else f"{parser.format_help()}\nflags: {aliases}\n\n{described}")
         sys.exit(0)
 
@@ -142,8 +142,8 @@ def _join_settings(argv: Sequence[str], options: Options) -> Iterator[str]:
         if equals and f"--{flag}" in options:  # push=name is --push=name
             yield f"--{word}"
             continue
-        name = "" if flag in options or not flag.startswith("--") else FLAGS.get(flag, flag[2:])
-        if "." not in name and not is_setting(name):
+        name = FLAGS.get(flag, flag.removeprefix("--"))
+        if flag in options or not flag.startswith("--") or not ("." in name or is_setting(name)):
             yield word
             continue
         if not equals:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.conftest import EXPERIMENTS
-from umbrella.tracking.mlflow_logger import MlflowLogger
+from tests.conftest import EXPERIMENTS, log_sweep
 from umbrella.tracking.store import open_experiment
 
 pytestmark = pytest.mark.acceptance
@@ -44,15 +43,8 @@ def test_the_last_line_opens_the_newest_sweep_best_first(
 ) -> None:
     uri = mlflow_store(tmp_path)
     experiment = open_experiment(uri, "umbrella", tmp_path)
-    for sweep, values in {"old": [0.9], "new": [0.5, 1.0, 0.75]}.items():
-        parent = MlflowLogger.start(uri, experiment, sweep, sweep=sweep, folder=tmp_path / sweep)
-        parent.params({"tune.metric": "eval/balanced_accuracy", "tune.mode": "max"})
-        for value in values:
-            folder, name = tmp_path / sweep / "trials" / str(value), f"lr={value}"
-            trial = MlflowLogger.start(uri, experiment, name, sweep=sweep, parent=parent.run_id, folder=folder)
-            trial.results({"best/eval/balanced_accuracy": value}, 0)
-            trial.end()
-        parent.end()
+    log_sweep(uri, experiment, tmp_path / "old", "eval/balanced_accuracy", "max", [0.9])
+    log_sweep(uri, experiment, tmp_path / "new", "eval/balanced_accuracy", "max", [0.5, 1.0, 0.75])
     with umbrella_ui(tmp_path, port) as process, sync_playwright() as playwright:
         assert process.stdout
         assert process.stdout.readline() == f"log of MLflow's server: {tmp_path / 'mlflow_server.log'}\n"

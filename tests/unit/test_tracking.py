@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient, environment_variables
 from mlflow.exceptions import MlflowException
 
+from tests.conftest import log_sweep
 from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.tracking import provenance
@@ -189,14 +190,8 @@ def test_the_page_shows_the_newest_sweep_best_first_by_its_own_metric(
 ) -> None:
     page = f"http://here/#/experiments/{experiment}/runs?workflowType=machine_learning"
     assert runs_page(uri, experiment, "http://here") == page, "no sweep yet"
-    values = {"old": [0.1], "new": [3.0, 1.0, 2.0]}
-    for sweep, of_sweep in values.items():
-        parent = MlflowLogger.start(uri, experiment, sweep, sweep=sweep, folder=tmp_path / sweep)
-        parent.params({"tune.metric": "eval/age group/mae", "tune.mode": "min"})
-        for value in of_sweep:
-            folder, name = tmp_path / sweep / "trials" / str(value), f"lr={value}"
-            trial = MlflowLogger.start(uri, experiment, name, sweep=sweep, parent=parent.run_id, folder=folder)
-            trial.results({"best/eval/age group/mae": value}, 0)
+    log_sweep(uri, experiment, tmp_path / "old", "eval/age group/mae", "min", [0.1])
+    log_sweep(uri, experiment, tmp_path / "new", "eval/age group/mae", "min", [3.0, 1.0, 2.0])
     MlflowLogger.start(uri, experiment, "a training", folder=tmp_path / "training")
     found = runs_page(uri, experiment, "http://here")
     assert found == (

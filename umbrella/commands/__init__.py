@@ -39,18 +39,8 @@ def main() -> None:
     elif name in ("--version", "-V"):
         print(f"umbrella {__version__}")
     else:
-        lines = [f"  {command:<20}{text}" for command, text in COMMANDS.items()]
-        print(
-            "\n".join(
-                [
-                    "usage: umbrella COMMAND ...",
-                    "",
-                    *lines,
-                    "",
-                    "umbrella COMMAND --help lists its options and settings.",
-                ]
-            )
-        )
+        lines = "\n".join(f"  {command:<20}{text}" for command, text in COMMANDS.items())
+        print(f"usage: umbrella COMMAND ...\n\n{lines}\n\numbrella COMMAND --help lists its options and settings.")
         if name not in ("--help", "-h"):
             print(f"error: umbrella {name}: there is no such command", file=sys.stderr)
             sys.exit(2)

@@ -210,15 +210,14 @@ class Collator:
         modality = self.store.modalities[name]
         # The time axis comes first, as in the store, so that each volume is one contiguous read.
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
-        distinct: dict[Any, int] = {}
+        distinct: dict[Any, tuple[int, ImageItem, tuple[int, ...] | None]] = {}
         index = []
-        for number, (_, item, rng_key) in enumerate(volumes):
+        for _, item, rng_key in volumes:
             source = id(item.voxels) if isinstance(item, ImageInMemory) else item.image_path
-            index.append(distinct.setdefault((source, rng_key if modality.is_series else None), number))
-        read = list(distinct.values())
-        stack = torch.empty((len(read), *shape), dtype=torch.float16, pin_memory=self.pin)
-        for number, into in zip(read, stack.numpy(), strict=True):
-            _, item, rng_key = volumes[number]
+            key = source, rng_key if modality.is_series else None
+            index.append(distinct.setdefault(key, (len(distinct), item, rng_key))[0])
+        stack = torch.empty((len(distinct), *shape), dtype=torch.float16, pin_memory=self.pin)
+        for into, (_, item, rng_key) in zip(stack.numpy(), distinct.values(), strict=True):
             if item.image_path.startswith(BLANK):
                 # The mean of a z-score, or the middle of 0..1: one value for all subjects. After a z-score over all
                 # voxels, the mean of the foreground would reveal how much of the volume the head fills.
@@ -228,7 +227,7 @@ class Collator:
             else:
                 self.store.read(item.image_path, name, into, rng_key)
         runs = torch.tensor([run for run, _, _ in volumes])
-        shared = None if len(read) == len(volumes) else torch.tensor([read.index(number) for number in index])
+        shared = None if len(distinct) == len(volumes) else torch.tensor(index)
         return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs, shared)
 
 

@@ -10,6 +10,7 @@ import torch
 from umbrella.config import Settings
 from umbrella.conversations.schema import questions_of
 from umbrella.data.batching import Batch, Collator
+from umbrella.data.pipeline import Plan
 from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import Splits
 from umbrella.evaluation.candidates import find_candidates
@@ -77,9 +78,9 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
 
 def count_steps(settings: Settings, splits: Splits) -> tuple[int, int]:
     """Count the steps and the evaluations of a training."""
-    train = settings.train
-    steps = ceil(train.epochs * len(splits.train) / (train.batch_size * train.accumulate * settings.resources.workers))
-    return steps, ceil(steps / train.evaluate_every) if train.evaluate_every else train.epochs
+    train, workers = settings.train, settings.resources.workers
+    plan = Plan(len(splits.train), settings.seed, train.epochs, workers, train.batch_size, train.accumulate)
+    return plan.steps, ceil(plan.steps / (train.evaluate_every or plan.steps_per_epoch))
 
 
 def estimate_time(trainings: Sequence[Settings], splits: Splits, concurrent: int) -> str:

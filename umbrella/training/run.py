@@ -165,7 +165,6 @@ def run_training(settings: Settings, progress: ProgressBar, then: Callable[[Path
         max_concurrent_trainings(settings.resources)
         check_writable(folder, "the folder of the training")
         if not (folder / SETTINGS).exists():
-            folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / SETTINGS, settings.to_yaml())
         tracking: dict[str, str | None] = {"uri": uri, "experiment": experiment, "name": name, "trial": name}
         run_tracked_job(make_job(settings, splits, tracking, str(folder)))

@@ -18,7 +18,7 @@ from umbrella.html import relative_link, render
 from umbrella.paths import BEST, EVALUATIONS, FOLDS, RANKING, REPORT, storage_of
 from umbrella.plots import png_data_url, save_png
 from umbrella.tracking.mlflow_logger import DESCRIPTION, WINNER
-from umbrella.tracking.store import ui_command
+from umbrella.tracking.store import tracking_uri, ui_command
 from umbrella.training.progress_log import format_duration
 from umbrella.tuning import figures
 from umbrella.tuning.results import (
@@ -174,6 +174,7 @@ def write_report(
         subjects=subjects,
         warning=warning,
         mlflow=mlflow,
+        ui=ui_command(tracking_uri(storage_of(folder), settings.tracking.uri), storage_of(folder)),
         margin=margin,
         wall=max(end for _, end in spans) - min(start for start, _ in spans) if spans else None,
         total=sum(t.seconds or 0 for t in trials),
