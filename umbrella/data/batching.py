@@ -43,6 +43,19 @@ class VolumeGroup:
 
 
 @dataclass(frozen=True)
+class VolumeFiles:
+    """The volumes of one modality in a batch, before they are read; see ``VolumeGroup`` for ``run`` and ``index``.
+
+    Attributes:
+        sources: path or prepared voxels of each volume, and the seed of its window (``Modality.pick_window``).
+    """
+
+    sources: tuple[tuple[str | np.ndarray, tuple[int, ...] | None], ...]
+    run: torch.Tensor
+    index: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """The input of a training step: B rows of up to L tokens, with N samples, one in each row or several (packed).
 
@@ -140,95 +153,117 @@ class Batch:
         )
 
 
+def collate(
+    renderer: Renderer,
+    examples: Sequence[Example],
+    policy: MaskPolicy,
+    indices: Sequence[int] | np.ndarray | None = None,
+    rng_keys: Sequence[tuple[int, ...]] = (),
+    pack: int = 0,
+) -> Batch:
+    """Make a batch of examples, whose volumes are not read.
+
+    Args:
+        renderer: gives the ids of the placeholder and of padding, which is never attended to and never a target.
+        examples: rendered conversations.
+        policy: gives the loss weights.
+        indices: index of each example in its data set; 0, 1, ... if None.
+        rng_keys: seed of each example's random choices: windows of its series (``Modality.pick_window``) and its
+            augmentation. If empty, the middle windows are used and nothing is augmented.
+        pack: maximum number of tokens in a row that examples share, in order; 0 gives each example its own row.
+
+    Returns:
+        A batch whose ``pixel_values`` are ``VolumeFiles``.
+    """
+    rows = _packed_rows([len(example.input_ids) for example in examples], pack)
+    length = max(sum(len(examples[i].input_ids) for i in row) for row in rows)
+    input_ids = torch.full((len(rows), length), renderer.tokenizer.pad_token_id or 0, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    weights = torch.zeros(len(rows), length)
+    for row, members in enumerate(rows):
+        start = 0
+        for number, i in enumerate(members, 1):
+            part = slice(start, start + len(examples[i].input_ids))
+            input_ids[row, part] = torch.from_numpy(examples[i].input_ids)
+            attention_mask[row, part] = number
+            weights[row, part] = torch.from_numpy(loss_weights(examples[i], policy))
+            start = part.stop
+    volumes: dict[str, list[tuple[int, ImageItem, tuple[int, ...] | None]]] = {}
+    images = [(i, k, item) for i, e in enumerate(examples) for k, item in enumerate(e.conversation.volumes)]
+    for run, (i, k, item) in enumerate(images):
+        rng_key = (*rng_keys[i], k) if rng_keys else None
+        volumes.setdefault(item.modality, []).append((run, item, rng_key))
+    series = {name for name in volumes if renderer.modalities[name].is_series}
+    files: dict[str, Any] = {name: _distinct_volumes(group, name in series) for name, group in volumes.items()}
+    conversations = [example.conversation for example in examples]
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        loss_weights=weights,
+        image_mask=(input_ids == renderer.image_id) & attention_mask.bool(),
+        pixel_values=files,
+        num_images_per_sample=torch.tensor([len(c.volumes) for c in conversations]),
+        task_ids=tuple(c.task_id for c in conversations),
+        task_types=tuple(c.task_type for c in conversations),
+        sample_indices=torch.tensor(list(range(len(examples)) if indices is None else indices)),
+        metadata=tuple(c.metadata for c in conversations),
+        rng_keys=tuple(rng_keys),
+    )
+
+
+def _distinct_volumes(volumes: Sequence[tuple[int, ImageItem, tuple[int, ...] | None]], is_series: bool) -> VolumeFiles:
+    """Return the volumes of one modality, given as (run, item, rng_key).
+
+    A volume that occurs several times is read once; a series only if it has the same window.
+    """
+    distinct: dict[Any, tuple[int, str | np.ndarray, tuple[int, ...] | None]] = {}
+    index = []
+    for _, item, rng_key in volumes:
+        is_read = isinstance(item, ImageInMemory) and not item.image_path.startswith(BLANK)
+        source: Any = item.voxels if is_read else item.image_path
+        key = source if isinstance(source, str) else id(source), rng_key if is_series else None
+        index.append(distinct.setdefault(key, (len(distinct), source, rng_key))[0])
+    runs = torch.tensor([run for run, _, _ in volumes])
+    shared = None if len(distinct) == len(volumes) else torch.tensor(index)
+    return VolumeFiles(tuple((source, rng_key) for _, source, rng_key in distinct.values()), runs, shared)
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Makes batches of examples."""
+    """Makes batches of examples, with their volumes."""
 
     renderer: Renderer
-    """Gives the ids of the placeholder and of padding, which is never attended to and never a target."""
     store: VolumeStore | DecodedVolumes
     pin: bool = False
     """Whether to allocate batches in page-locked memory, for copies to a GPU; volumes are read directly into it."""
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        policy: MaskPolicy,
-        indices: Sequence[int] | np.ndarray | None = None,
-        rng_keys: Sequence[tuple[int, ...]] = (),
-        pack: int = 0,
-    ) -> Batch:
-        """Make a batch of examples.
+    def __call__(self, *args: Any, **options: Any) -> Batch:
+        """Make a batch of examples and read its volumes. For the arguments see ``collate``."""
+        return self.read_volumes(collate(self.renderer, *args, **options))
 
-        Args:
-            examples: rendered conversations.
-            policy: gives the loss weights.
-            indices: index of each example in its data set; 0, 1, ... if None.
-            rng_keys: seed of each example's random choices: windows of its series (``Modality.pick_window``) and its
-                augmentation. If empty, the middle windows are used and nothing is augmented.
-            pack: maximum number of tokens in a row that examples share, in order; 0 gives each example its own row.
-        """
-        rows = _packed_rows([len(example.input_ids) for example in examples], pack)
-        length = max(sum(len(examples[i].input_ids) for i in row) for row in rows)
-        input_ids = torch.full((len(rows), length), self.renderer.tokenizer.pad_token_id or 0, dtype=torch.long)
-        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-        weights = torch.zeros(len(rows), length)
-        for row, members in enumerate(rows):
-            start = 0
-            for number, i in enumerate(members, 1):
-                part = slice(start, start + len(examples[i].input_ids))
-                input_ids[row, part] = torch.from_numpy(examples[i].input_ids)
-                attention_mask[row, part] = number
-                weights[row, part] = torch.from_numpy(loss_weights(examples[i], policy))
-                start = part.stop
-        volumes: dict[str, list[tuple[int, ImageItem, tuple[int, ...] | None]]] = {}
-        images = [(i, k, item) for i, e in enumerate(examples) for k, item in enumerate(e.conversation.volumes)]
-        for run, (i, k, item) in enumerate(images):
-            rng_key = (*rng_keys[i], k) if rng_keys else None
-            volumes.setdefault(item.modality, []).append((run, item, rng_key))
-        conversations = [example.conversation for example in examples]
-        batch = Batch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            loss_weights=weights,
-            image_mask=(input_ids == self.renderer.image_id) & attention_mask.bool(),
-            pixel_values={name: self._read_volumes(group, name) for name, group in volumes.items()},
-            num_images_per_sample=torch.tensor([len(c.volumes) for c in conversations]),
-            task_ids=tuple(c.task_id for c in conversations),
-            task_types=tuple(c.task_type for c in conversations),
-            sample_indices=torch.tensor(list(range(len(examples)) if indices is None else indices)),
-            metadata=tuple(c.metadata for c in conversations),
-            rng_keys=tuple(rng_keys),
-        )
+    def read_volumes(self, batch: Batch) -> Batch:
+        """Read the volumes of a batch of ``collate``."""
+        files: dict[str, Any] = batch.pixel_values
+        batch = replace(batch, pixel_values={name: self._read(of, name) for name, of in files.items()})
         return batch.apply(torch.Tensor.pin_memory) if self.pin else batch
 
-    def _read_volumes(self, volumes: Sequence[tuple[int, ImageItem, tuple[int, ...] | None]], name: str) -> VolumeGroup:
-        """Read the volumes of one modality, given as (run, item, rng_key), into one tensor: voxels are copied once.
-
-        A volume that occurs several times is read once; a series only if it has the same window.
-        """
+    def _read(self, files: VolumeFiles, name: str) -> VolumeGroup:
+        """Read the volumes of one modality into one tensor: voxels are copied once."""
         modality = self.store.modalities[name]
         # The time axis comes first, as in the store, so that each volume is one contiguous read.
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
-        distinct: dict[Any, tuple[int, ImageItem, tuple[int, ...] | None]] = {}
-        index = []
-        for _, item, rng_key in volumes:
-            source = id(item.voxels) if isinstance(item, ImageInMemory) else item.image_path
-            key = source, rng_key if modality.is_series else None
-            index.append(distinct.setdefault(key, (len(distinct), item, rng_key))[0])
-        stack = torch.empty((len(distinct), *shape), dtype=torch.float16, pin_memory=self.pin)
-        for into, (_, item, rng_key) in zip(stack.numpy(), distinct.values(), strict=True):
-            if item.image_path.startswith(BLANK):
+        stack = torch.empty((len(files.sources), *shape), dtype=torch.float16, pin_memory=self.pin)
+        for into, (source, rng_key) in zip(stack.numpy(), files.sources, strict=True):
+            if not isinstance(source, str):
+                into[...] = source
+            elif source.startswith(BLANK):
                 # The mean of a z-score, or the middle of 0..1: one value for all subjects. After a z-score over all
                 # voxels, the mean of the foreground would reveal how much of the volume the head fills.
                 into.fill(0.5 if modality.intensity == "percentiles" else 0.0)
-            elif isinstance(item, ImageInMemory):
-                into[...] = item.voxels
             else:
-                self.store.read(item.image_path, name, into, rng_key)
-        runs = torch.tensor([run for run, _, _ in volumes])
-        shared = None if len(distinct) == len(volumes) else torch.tensor(index)
-        return VolumeGroup(stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack, runs, shared)
+                self.store.read(source, name, into, rng_key)
+        voxels = stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack
+        return VolumeGroup(voxels, files.run, files.index)
 
 
 def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
