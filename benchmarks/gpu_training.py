@@ -178,9 +178,12 @@ def measure(
     began: list[float] = []
     run_job = run.run_job
 
-    def timed(*arguments: Any) -> None:
+    jobs: list[Any] = []
+
+    def timed(job: Any) -> None:
         began.append(time.time())
-        run_job(*arguments)
+        jobs.append(job)
+        run_job(job)
 
     run.run_job = timed  # type: ignore[assignment]
     start = time.time()
@@ -195,6 +198,7 @@ def measure(
     tokens = (GRID // PATCH) ** 3
     each = operations(SHAPES[shape], tokens, 2, text["length"], text["supervised"], 152_000)
     workers = chosen.resources.workers
+    bare = bare_step(jobs[0]) if torch.cuda.is_available() else samples_per_second / workers
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "gpus": workers,
@@ -203,6 +207,8 @@ def measure(
         "batch of a GPU": chosen.train.batch_size * chosen.train.accumulate,
         "tokens of a sample": text["length"],
         "samples/s": round(samples_per_second, 1),
+        "the bare step, samples/s of a GPU": round(bare, 1),
+        "of the bare step": round(samples_per_second / workers / bare, 3),
         "samples/s, each evaluation's": [round(value, 1) for value in pace],
         "TFLOP of a sample": round(each / 1e12, 3),
         "share of peak": round(samples_per_second * each / PEAK / workers, 3),
@@ -212,6 +218,26 @@ def measure(
         "memory": {name: round(m[-1].value) for name, m in history.items() if name.startswith("train/memory")},
         "loss, first and last": [round(history["train/loss"][i].value, 3) for i in (0, -1)],
     }
+
+
+def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
+    """Samples a second of the same steps on the first batches of the training, which stay on the GPU."""
+    from umbrella.training.language_model import LanguageModelTask
+    from umbrella.training.optimizer import build_schedule
+
+    device = torch.device("cuda")
+    torch.set_num_threads(job.settings.resources.threads)
+    task = LanguageModelTask(job, 0, 1, device)
+    plan, schedule = task.plan(1, 0), build_schedule(task.optimizer, job.settings.optim, 1000)
+    bounds = [next(plan.micro_batches(0, i * plan.per_step)) for i in range(batches)]
+    ready = [task.augment(task.load(task.maker(plan, False)(*of)).to(device)) for of in bounds]
+    for step in range(-batches, steps):
+        if step == 0:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        task.step([ready[step % batches]], schedule)
+    torch.cuda.synchronize()
+    return steps * plan.per_step / (time.perf_counter() - start)
 
 
 def load_rendered(settings: Any) -> dict[str, int]:

@@ -29,7 +29,7 @@ from warm import conversation
 from umbrella.cluster import start_ray
 from umbrella.data import pipeline
 from umbrella.data.batching import Collator
-from umbrella.data.pipeline import Plan, Rows, batches, from_table
+from umbrella.data.pipeline import Plan, batches, from_table
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import tiny_tokenizer
@@ -57,7 +57,7 @@ class Worker:
     """One of the workers of a training, without a model."""
 
     def __init__(self, rank: int, table: pa.Table, folder: str, stretch: int) -> None:
-        pipeline.ROWS_PER_CHUNK = stretch
+        pipeline.BATCHES_PER_CHUNK = stretch
         self.rank, self.table = rank, table
         self.collate = Collator(Renderer(tiny_tokenizer(), MODALITIES), VolumeStore(folder, MODALITIES, 10_000))
         lengths = np.random.default_rng(0).integers(16, 512, table.num_rows).astype(np.int32)
@@ -72,20 +72,22 @@ class Worker:
 
     def run(self, position: int) -> dict[str, float]:
         """Read batches from a position on. Returns CPU seconds to the first and per further batch, and peak memory."""
-        expected, first, most = next(self.plan.rows(self.rank, position))["sample"], 0.0, 0.0
+        first, most = 0.0, 0.0
         asked = time.process_time()
-        stream = batches(self.plan.rows(self.rank, position), BATCH_SIZE, 2, self._make)
-        for number, batch in enumerate(islice(stream, BATCHES)):
+        stream = batches(self.plan.micro_batches(self.rank, position), self._make, prefetch=2)
+        bounds = self.plan.micro_batches(self.rank, position)
+        for number, (batch, (start, stop)) in enumerate(islice(zip(stream, bounds, strict=False), BATCHES)):
             first = first or time.process_time() - asked
-            assert batch.sample_indices.tolist() == expected[number * BATCH_SIZE :][:BATCH_SIZE].tolist()
+            assert batch.sample_indices.tolist() == self.plan.rows(start, stop)[0].tolist()
             if number % 20 == 0:
                 most = max(most, own_memory())
         each = (time.process_time() - asked - first) / (BATCHES - 1)
         return {"first": first, "each": each, "memory": most - self.before}
 
-    def _make(self, rows: Rows) -> Any:
-        examples = [self.collate.renderer.render(from_table(self.table, int(i))) for i in rows["sample"]]
-        return self.collate(examples, MaskPolicy(), indices=rows["sample"])
+    def _make(self, start: int, stop: int) -> Any:
+        samples, _ = self.plan.rows(start, stop)
+        examples = [self.collate.renderer.render(from_table(self.table, int(i))) for i in samples]
+        return self.collate(examples, MaskPolicy(), indices=samples)
 
 
 def own_memory() -> float:
@@ -135,7 +137,7 @@ def main(*words: str) -> None:
     print(f"{WORKERS} workers, batches of {BATCH_SIZE}, {EPOCHS} epochs, {BATCHES} batches a reading")
     print("conversations  table MiB   order, s  1st batch, s  batch, ms  worker, MiB  in store, MiB")
     for size in sizes:
-        print(measure(size, 2**62 if at_once else pipeline.ROWS_PER_CHUNK), flush=True)
+        print(measure(size, 2**62 if at_once else pipeline.BATCHES_PER_CHUNK), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,16 @@ class Maker:
     table: pa.Table
     paths: list[str]
     renderer: Renderer
+    plan: Plan
 
     def batch(self, samples: Iterable[int]) -> Batch:
         """Make a batch as the worker of a training does."""
         examples = [self.renderer.render(from_table(self.table, int(i))) for i in samples]
         return Collator(self.renderer, self.store)(examples, MaskPolicy())
 
-    def rows(self, rows: Mapping[str, np.ndarray]) -> Batch:
-        """Make a batch of rows of Ray Data."""
-        return self.batch(rows["sample"])
+    def at(self, start: int, stop: int) -> Batch:
+        """Make the batch of the positions ``start`` to ``stop``."""
+        return self.batch(self.plan.rows(start, stop)[0])
 
 
 @dataclass
@@ -121,8 +122,8 @@ def main(size: int = 400, batch_size: int = 4) -> None:
         for path in paths:
             store.get(path, "sMRI")
         plan = Plan(size, 0, ROUNDS, 1, batch_size, 1)
-        order = plan.samples(plan.positions(0)).tolist()
-        maker = Maker(store, to_table(conversations), paths, Renderer(tiny_tokenizer(), MODALITIES))
+        order = plan.samples(np.arange(ROUNDS * size)).tolist()
+        maker = Maker(store, to_table(conversations), paths, Renderer(tiny_tokenizer(), MODALITIES), plan)
         workers: dict[str, Any] = {"batch_size": batch_size, "num_workers": 2, "multiprocessing_context": "forkserver"}
         per_round = size // batch_size
         found = {}
@@ -130,7 +131,7 @@ def main(size: int = 400, batch_size: int = 4) -> None:
         for way in ("plain", "loader", "ray", "plain", "loader", "ray"):
             if way == "ray":
                 start_ray(ResourceSettings(), log_to_driver=False)
-                stream: Iterable[Any] = batches(plan.rows(0, 0), batch_size, 2, maker.rows)
+                stream: Iterable[Any] = batches(plan.micro_batches(0), maker.at, prefetch=2)
             elif way == "loader":
                 stream = DataLoader(Samples(order), collate_fn=maker.batch, **workers)
             else:

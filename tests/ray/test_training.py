@@ -9,8 +9,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
 from ray.util import placement_group, remove_placement_group
 from ray.util.state import list_actors
@@ -18,10 +20,14 @@ from ray.util.state import list_actors
 from tests.ray.conftest import Trained, no_progress
 from umbrella.base import UserError
 from umbrella.data import pipeline
-from umbrella.data.pipeline import Plan, batches
+from umbrella.data.batching import Batch, BatchMaker, Collator
+from umbrella.data.pipeline import Plan, batches, to_table
+from umbrella.data.rendering import load_renderer
+from umbrella.data.splits import read_splits
 from umbrella.tracking.store import tracking_uri
 from umbrella.training.launch import run_job
 from umbrella.training.run import run_training
+from umbrella.volumes.store import open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -69,20 +75,50 @@ def test_sigterm_ends_a_script_with_status_143_although_ray_is_started(ray_sessi
     assert end.value.code == 143
 
 
+@pytest.mark.parametrize("processes", [0, 2])
 def test_batches_keep_the_planned_order_whatever_their_duration(
-    ray_session: Any, monkeypatch: pytest.MonkeyPatch
+    ray_session: Any, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "ROWS_PER_CHUNK", 18)
-    plan = Plan(size=30, seed=1, epochs=2, workers=2, batch_size=3, accumulate=1)
+    monkeypatch.setattr(pipeline, "BATCHES_PER_CHUNK", 9)
+    plan = Plan(size=30, seed=1, epochs=2, workers=1, batch_size=3, accumulate=1)
 
-    def slow(rows: Any) -> list[int]:
-        time.sleep(0.03 * (rows["sample"][0] % 3))
-        return rows["sample"].tolist()
+    def slow(start: int, stop: int) -> Any:
+        samples, _ = plan.rows(start, stop)
+        time.sleep(0.03 * (samples[0] % 3))
+        return samples
 
-    for rank in range(2):
-        rows = plan.rows(rank, 12)
-        seen = [sample for batch in batches(rows, plan.batch_size, prefetch=4, make=slow) for sample in batch]
-        assert seen == plan.samples(plan.positions(rank, 12)).tolist()
+    stream = batches(plan.micro_batches(0, 12), slow, list, prefetch=4, processes=processes)
+    assert [sample for batch in stream for sample in batch] == plan.samples(np.arange(12, 60)).tolist()
+
+
+def test_processes_and_threads_make_the_same_batches_and_processes_decode_missing_volumes(
+    ray_session: Any, small_settings: Any, tmp_path: Path
+) -> None:
+    settings = small_settings({"resources.store": str(tmp_path / "store")})
+    train = read_splits(settings, no_progress, ("train",), dry_run=True).train
+    lengths = np.array([len(c.volumes) for c in train])
+    plan = Plan(len(train), 0, 1, 1, 4, 1, lengths=lengths, tokens=5)
+    table, store = ray.put(to_table(train)), open_store(settings)
+    volumes = {(v.image_path, v.modality) for c in train for v in c.volumes}
+
+    def load(batch: Batch) -> Batch:
+        if processes:
+            files: dict[str, Any] = batch.pixel_values
+            assert all(store.contains(path, name) for name, of in files.items() for path, _ in of.sources)
+        return collator.read_volumes(batch)
+
+    collator, made = Collator(load_renderer(settings), store), {}
+    for processes in (1, 0):
+        assert not any(store.contains(*volume) for volume in volumes) or not processes
+        make = BatchMaker(settings, table, plan, decode=processes > 0)
+        made[processes] = list(batches(plan.micro_batches(0), make, load, 2, processes))
+    assert len(made[0]) == len(made[1]) == plan.steps
+    for one, other in zip(made[0], made[1], strict=True):
+        tensors: list[list[torch.Tensor]] = [[], []]
+        for batch, into in zip((one, other), tensors, strict=True):
+            batch.apply(lambda tensor, into=into: into.append(tensor) or tensor)
+        assert all(map(torch.equal, *tensors))
+        assert (one.task_ids, one.rng_keys, one.metadata) == (other.task_ids, other.rng_keys, other.metadata)
 
 
 def test_nonfinite_loss_ends_the_training_in_one_line(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

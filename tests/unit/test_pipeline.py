@@ -1,7 +1,9 @@
 """Order of samples: none is lost or repeated in an epoch, for any number of workers and after each resume."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,15 @@ from hypothesis import strategies as st
 
 from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data import pipeline
-from umbrella.data.pipeline import Plan, evaluation_rows, from_table, group_samples, sample_order, to_table
+from umbrella.data.pipeline import (
+    Plan,
+    evaluation_order,
+    from_table,
+    group_samples,
+    sample_order,
+    slices,
+    to_table,
+)
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.splits import read_splits
 
@@ -37,9 +46,15 @@ plans = st.builds(
 )
 
 
+def positions_of(plan: Plan, rank: int, start: int = 0) -> np.ndarray:
+    """The positions of one worker, in order."""
+    parts = [np.arange(*bounds) for bounds in plan.micro_batches(rank, start)]
+    return np.concatenate([np.empty(0, int), *parts])
+
+
 def steps_of(plan: Plan) -> np.ndarray:
     """(steps, workers, samples per worker): the positions of each global batch."""
-    return np.stack([plan.positions(rank).reshape(plan.steps, -1) for rank in range(plan.workers)], axis=1)
+    return np.stack([positions_of(plan, rank).reshape(plan.steps, -1) for rank in range(plan.workers)], axis=1)
 
 
 @few
@@ -63,7 +78,7 @@ def test_every_sample_comes_once_per_epoch_also_if_other_workers_resume(
     shape = {name: getattr(other, name) for name in ("workers", "batch_size", "accumulate")}
     rest = replace(plan, **shape, sorted_by=plan.per_step)
     before = plan.samples(np.arange(done))
-    positions = [rest.positions(rank, done) for rank in range(rest.workers)]
+    positions = [positions_of(rest, rank, done) for rank in range(rest.workers)]
     by_step = np.stack([of.reshape(-1, rest.per_step // rest.workers) for of in positions], axis=1)
     after = np.sort(by_step.reshape(-1, rest.per_step), axis=1).reshape(-1).astype(int)
     assert np.array_equal(after, np.arange(done, done + len(after)))  # step by step
@@ -104,21 +119,52 @@ def test_steps_and_surplus_by_hand(
 
 
 @few
-@given(plans, st.integers(1, 50), st.data())
-def test_rows_from_any_step_are_the_rest_of_the_order_in_chunks_of_whole_steps(
-    plan: Plan, chunk: int, data: st.DataObject
-) -> None:
+@given(plans, st.data())
+def test_micro_batches_from_any_step_are_the_rest_of_the_order(plan: Plan, data: st.DataObject) -> None:
     done = data.draw(st.integers(0, plan.steps - 1))
-    start, of_a_step = done * plan.per_step, plan.batch_size * plan.accumulate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ROWS_PER_CHUNK", chunk)
-        for rank in range(plan.workers):
-            rows = list(plan.rows(rank, start))
-            positions = np.concatenate([part["position"] for part in rows])
-            assert np.array_equal(positions, plan.positions(rank)[done * of_a_step :])
-            assert np.array_equal(np.concatenate([part["sample"] for part in rows]), plan.samples(positions))
-            assert all(len(part["sample"]) % of_a_step == 0 for part in rows)
-            assert all(len(part["sample"]) <= max(chunk, of_a_step) for part in rows)
+    for rank in range(plan.workers):
+        everything = list(plan.micro_batches(rank))
+        assert list(plan.micro_batches(rank, done * plan.per_step)) == everything[done * plan.accumulate :]
+        assert {stop - start for start, stop in everything} == {plan.batch_size}
+
+
+@few
+@given(plans, st.integers(1, 60), st.booleans(), st.data())
+def test_micro_batches_by_tokens_hold_as_many_samples_as_fit_and_every_sample_once(
+    plan: Plan, tokens: int, packed: bool, data: st.DataObject
+) -> None:
+    assume(plan.lengths is not None)
+    plan = replace(plan, tokens=tokens, packed=packed)
+    steps = list(plan.bounds())
+    assert len(steps) == plan.steps
+    assert int(steps[-1][-1]) == plan.epochs * plan.size + plan.surplus
+    assert int(steps[-1][0]) < plan.epochs * plan.size, "no step lies beyond the last epoch"
+
+    def count(start: int, stop: int) -> int:
+        lengths = plan.lengths[plan.samples(np.arange(start, stop))]
+        return lengths.sum() if packed else lengths.max() * len(lengths)
+
+    ends = [int(steps[0][0])]
+    for bounds in steps:
+        assert int(bounds[0]) == ends[-1], "steps are consecutive"
+        ends.append(int(bounds[-1]))
+        for start, stop in pairwise(bounds):
+            assert stop - start == 1 or count(start, stop) <= tokens
+            assert count(start, stop + 1) > tokens, "one more fits"
+    shares = [list(plan.micro_batches(rank)) for rank in range(plan.workers)]
+    assert sorted(chain.from_iterable(shares)) == [(int(a), int(b)) for bounds in steps for a, b in pairwise(bounds)]
+    # A resume continues with the same steps.
+    done = data.draw(st.integers(0, len(steps) - 1))
+    resumed = replace(plan, sorted_by=plan.sorted_by or plan.per_step)
+    assert [list(bounds) for bounds in resumed.bounds(ends[done])] == [list(bounds) for bounds in steps[done:]]
+
+
+def test_a_plan_is_pickled_without_its_cache() -> None:
+    plan = Plan(size=9, seed=0, epochs=1, workers=1, batch_size=2, accumulate=1, lengths=np.arange(9))
+    expected = plan.rows(0, 9)
+    copied = pickle.loads(pickle.dumps(plan))
+    assert np.array_equal(copied.rows(0, 9)[0], expected[0])
+    assert copied.rows(0, 9)[1] == expected[1]
 
 
 @few
@@ -176,7 +222,7 @@ def test_padding_stays_under_a_tenth_of_the_tokens_on_the_default_cohort() -> No
     def padding(**others: Any) -> float:
         train = defaults.train
         plan = Plan(len(samples), 0, train.epochs, 1, train.batch_size, train.accumulate, **others)
-        planned = tokens[plan.samples(plan.positions(0))]
+        planned = tokens[plan.samples(positions_of(plan, 0))]
         batches = planned[: len(planned) // train.batch_size * train.batch_size].reshape(-1, train.batch_size)
         return 1 - batches.sum() / (batches.max(axis=1) * train.batch_size).sum()
 
@@ -198,13 +244,13 @@ def test_bucket_lengths_do_not_depend_on_the_label(tokenizer: Any, talk: Callabl
 @few
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8), st.integers(1, 4))
 def test_evaluations_see_every_sample_once_sorted_by_length(lengths: list, workers: int, batch_size: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ROWS_PER_CHUNK", 6)
-        opened = [evaluation_rows(np.array(lengths), rank, workers, batch_size) for rank in range(workers)]
-    assert all(len(part["sample"]) % batch_size == 0 for parts in opened for part in parts[:-1])
-    shares = [np.concatenate([part["sample"] for part in parts] or [np.empty(0, int)]) for parts in opened]
+    shares = [evaluation_order(np.array(lengths), rank, workers) for rank in range(workers)]
     assert sorted(np.concatenate(shares)) == list(range(len(lengths)))
-    assert all(np.all(np.diff(np.array(lengths)[share]) >= 0) for share in shares)
+    for share in shares:
+        assert all(np.diff(np.array(lengths)[share]) >= 0)
+        parts = [share[start:stop] for start, stop in slices(len(share), batch_size)]
+        assert np.array_equal(np.concatenate([np.empty(0, int), *parts]), share)
+        assert all(len(part) == batch_size for part in parts[:-1])
 
 
 def test_the_table_keeps_conversations(cohort: dict[str, Conversation], talk: Callable[..., Conversation]) -> None:

@@ -177,7 +177,7 @@ def heads(training: Training) -> set[int]:
 
 def seeds(training: Training) -> dict[str, Any]:
     plan, initial = training.trainer.plan, [weight.sum().item() for weight in training.model.parameters()]
-    drawn = plan.rng_keys(next(plan.rows(0, 0)))
+    _, drawn = plan.rows(0, 1)
     return {"weights": initial, "dropout": torch.initial_seed(), "draws": drawn[0][0], "order": order(training)}
 
 
@@ -257,6 +257,7 @@ CASES = {
     },
     "train.epochs": Case(1, 2, lambda t: t.ran.events, ("TSTSE", "TSTSETSTSE")),
     "train.batch_size": Case(4, 2, lambda t: t.ran.events, ("TSTSE", "TSTSTSTSE")),
+    "train.tokens_per_batch": Case(0, 60, lambda t: t.ran.events, ("TSTSE", "TSTSTSTSTSTSE")),
     "train.accumulate": Case(1, 2, lambda t: t.ran.events, ("TSTSE", "TTSE")),
     "train.checkpoint_activations": Case(
         False, True, lambda t: {x: len(t.ran.attention[x, "T"]) for x in ("tower", "language")}
@@ -337,11 +338,12 @@ def start(
     """Makes the trainer of a training with these settings, as a process of Ray Train does."""
     prefetched: list[int] = []
 
-    def batches(chunks: Any, size: int, prefetch: int, make: Callable[[Any], Any], name: str = "") -> Iterator[Any]:
+    def batches(
+        bounds: Any, make: Any, load: Any = lambda made: made, prefetch: int = 1, processes: int = 0, name: str = ""
+    ) -> Iterator[Any]:
         prefetched.append(prefetch)
-        for rows in chunks:
-            for start in range(0, len(rows["sample"]), size):
-                yield make({name: column[start : start + size] for name, column in rows.items()})
+        for start, stop in bounds:
+            yield load(make(start, stop))
 
     for module in ("trainer", "language_model"):
         monkeypatch.setattr(f"umbrella.training.{module}.batches", batches)

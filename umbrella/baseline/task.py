@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from umbrella.baseline.targets import BaselineJob, Sample
 from umbrella.data.masking import Redact
-from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows
+from umbrella.data.pipeline import Plan, batches, slices
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects, write_predictions
 from umbrella.paths import PREDICTIONS
@@ -75,12 +75,17 @@ class BaselineTask(Task):
         train = self.settings.train
         return Plan(len(self.samples), self.settings.seed, train.epochs, world_size, train.batch_size, 1)
 
-    def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> VolumeBatch:
-        """See ``Task.batch``."""
-        samples = [self.samples[int(i)] for i in rows["sample"]]
+    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
+        """See ``Task.maker``. ``load`` does all work, because there is no text."""
+        return plan.rows
+
+    def load(self, made: tuple[np.ndarray, Sequence[tuple[int, ...]]]) -> VolumeBatch:
+        """See ``Task.load``."""
+        indices, rng_keys = made
+        samples = [self.samples[int(i)] for i in indices]
         targets = torch.tensor(np.stack([self.job.encoding.encode(sample.label) for sample, _ in samples])).float()
         voxels = self._read_volumes([path for _, path in samples], rng_keys)
-        return VolumeBatch(voxels, targets, torch.tensor(rows["sample"]), [s.subject_id for s, _ in samples], rng_keys)
+        return VolumeBatch(voxels, targets, torch.tensor(indices), [s.subject_id for s, _ in samples], rng_keys)
 
     def augment(self, batch: VolumeBatch) -> VolumeBatch:
         """See ``Task.augment``."""
@@ -130,14 +135,13 @@ class BaselineTask(Task):
         self.net.eval()
         paths = list(dict.fromkeys(path for _, path in samples))
         size = self.settings.train.evaluation_batch_size
-        rows = evaluation_rows(np.zeros(len(paths)), self.rank, self.world_size, size)
+        own = paths[self.rank :: self.world_size]
 
-        def make(rows: Rows) -> tuple[list[str], torch.Tensor]:
-            batch_paths = [paths[int(i)] for i in rows["sample"]]
-            return batch_paths, self._read_volumes(batch_paths, None)
+        def make(start: int, stop: int) -> tuple[list[str], torch.Tensor]:
+            return own[start:stop], self._read_volumes(own[start:stop], None)
 
         local: dict[str, np.ndarray] = {}
-        for batch_paths, voxels in batches(rows, size, 1, make, split):
+        for batch_paths, voxels in batches(slices(len(own), size), make, name=split):
             log_probabilities = self._forward(self.net, voxels.to(self.device).float())
             local |= dict(zip(batch_paths, log_probabilities.double().exp().cpu().numpy(), strict=True))
         outputs = {path: output for of_rank in all_gather_object(local) for path, output in of_rank.items()}

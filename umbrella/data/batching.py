@@ -2,18 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import ray
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from umbrella.conversations.schema import BLANK, ImageItem
 from umbrella.data.masking import loss_weights
-from umbrella.data.rendering import Example, Renderer
+from umbrella.data.pipeline import Plan, from_table
+from umbrella.data.rendering import Example, Renderer, load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.in_memory import ImageInMemory
-from umbrella.volumes.store import DecodedVolumes, VolumeStore
+from umbrella.volumes.store import DecodedVolumes, VolumeStore, open_store
+
+if TYPE_CHECKING:
+    from umbrella.config import Settings
 
 IGNORED = -100
 """The label of tokens that the loss ignores, as in torch and transformers."""
@@ -219,8 +226,9 @@ def _distinct_volumes(volumes: Sequence[tuple[int, ImageItem, tuple[int, ...] | 
     distinct: dict[Any, tuple[int, str | np.ndarray, tuple[int, ...] | None]] = {}
     index = []
     for _, item, rng_key in volumes:
-        is_read = isinstance(item, ImageInMemory) and not item.image_path.startswith(BLANK)
-        source: Any = item.voxels if is_read else item.image_path
+        source: Any = item.image_path
+        if isinstance(item, ImageInMemory) and not source.startswith(BLANK):
+            source = item.voxels
         key = source if isinstance(source, str) else id(source), rng_key if is_series else None
         index.append(distinct.setdefault(key, (len(distinct), source, rng_key))[0])
     runs = torch.tensor([run for run, _, _ in volumes])
@@ -264,6 +272,41 @@ class Collator:
                 self.store.read(source, name, into, rng_key)
         voxels = stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack
         return VolumeGroup(voxels, files.run, files.index)
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes the micro-batches of a plan, without the voxels of their volumes."""
+
+    settings: "Settings"
+    table: ray.ObjectRef
+    """The training conversations, see ``to_table``."""
+    plan: Plan
+    decode: bool
+    """Whether to decode volumes that the store lacks."""
+
+    def __call__(self, start: int, stop: int) -> Batch:
+        """Make the micro-batch of the positions ``start`` to ``stop``."""
+        samples, rng_keys = self.plan.rows(start, stop)
+        examples = [self._renderer.render(from_table(self._conversations, int(i))) for i in samples]
+        batch = collate(self._renderer, examples, self.settings.mask, samples, rng_keys, self.settings.data.pack)
+        files: dict[str, Any] = batch.pixel_values
+        for modality, of in files.items() if self.decode else ():
+            for path, _ in of.sources:
+                self._store.ensure(path, modality)
+        return batch
+
+    @cached_property
+    def _conversations(self) -> pa.Table:
+        return ray.get(self.table)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return load_renderer(self.settings)
+
+    @cached_property
+    def _store(self) -> VolumeStore:
+        return open_store(self.settings)
 
 
 def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -1,27 +1,30 @@
 """Order of samples, their distribution over workers, and iteration over batches with Ray Data.
 
-A row has two numbers: ``position``, the index in the whole training, and ``sample``, an index into the table of
-conversations. The table is one Arrow column of JSON in Ray's object store, shared by the workers of a node. Volumes are
-read when batches are made.
+A row of Ray Data is a micro-batch: its first position and the end of its positions. A position is an index in the whole
+training; ``Plan`` gives the sample at each position, an index into the table of conversations. The table is one Arrow
+column of JSON in Ray's object store, shared by the workers of a node.
 
 Rows are generated in chunks, so memory does not grow with the length of the training.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
+from itertools import islice
 from math import ceil
 from typing import Any
 
+import joblib
 import numpy as np
 import pyarrow as pa
 
 from umbrella.conversations.schema import Conversation
 
-ROWS_PER_BLOCK, ROWS_PER_CHUNK = 1024, 32768
-Rows = Mapping[str, np.ndarray]
-"""``position`` and ``sample``, each (rows,)."""
+BATCHES_PER_CHUNK = 32768
+PROCESSES, MIN_CPUS = 2, 8
+"""Processes that make the micro-batches of a worker, and CPUs of a machine on which ``data.loader=auto`` uses them."""
 
 
 def sample_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -33,8 +36,8 @@ def sample_order(seed: int, epoch: int, size: int) -> np.ndarray:
 class Plan:
     """Assignment of samples to steps and workers. A step may contain samples of two epochs.
 
-    Position p is sample ``order(p // size)[p % size]``. A step takes the next ``workers * batch_size * accumulate``
-    positions. No sample is dropped: the last step is completed by ``surplus`` positions of a further epoch.
+    Position p is sample ``order(p // size)[p % size]``. A step takes the next ``workers * accumulate`` micro-batches of
+    consecutive positions. No sample is dropped: the last step is completed by ``surplus`` positions of a further epoch.
     """
 
     size: int
@@ -47,6 +50,10 @@ class Plan:
     """(size,): length of each sample. Samples of similar length are grouped into a step; None disables grouping."""
     groups: np.ndarray | None = field(default=None, compare=False)
     """(size,): number of the group of each sample, see ``group_samples``. Groups are kept together; None: no groups."""
+    tokens: int = 0
+    """Largest number of tokens of a micro-batch, by ``lengths``; 0: a micro-batch has ``batch_size`` samples."""
+    packed: bool = False
+    """Whether ``tokens`` counts no padding, because samples are packed into rows."""
     window: int = 16
     """Number of steps whose samples are sorted by length together."""
     sorted_by: int = 0
@@ -55,7 +62,10 @@ class Plan:
 
     @property
     def per_step(self) -> int:
-        """Number of samples in a global batch."""
+        """Number of samples in a global batch; their mean number with ``tokens``."""
+        if self.tokens:
+            assert self.lengths is not None
+            return max(1, int(self.tokens / max(1.0, self.lengths.mean()))) * self.workers * self.accumulate
         return self.workers * self.batch_size * self.accumulate
 
     @property
@@ -65,47 +75,71 @@ class Plan:
 
     def steps_from(self, start: int) -> int:
         """Return the number of optimizer steps from a position to the end."""
+        if self.tokens:
+            return sum(1 for _ in self.bounds(start))
         return max(0, ceil((self.epochs * self.size - start) / self.per_step))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of optimizer steps of an epoch, rounded up."""
-        return ceil(self.size / self.per_step)
+        """Number of optimizer steps of the first epoch, rounded up."""
+        return replace(self, epochs=1).steps
 
     @property
     def surplus(self) -> int:
         """Number of samples of the last step that lie beyond the last epoch."""
-        return self.steps * self.per_step - self.epochs * self.size
+        *_, last = self.bounds()
+        return int(last[-1]) - self.epochs * self.size
 
     @property
     def description(self) -> str:
         """One line with the numbers of samples, epochs and steps."""
-        line = f"samples: {self.size} in each of {self.epochs} epochs, {self.steps} steps of {self.per_step}"
-        return line + (f"; the last step is filled up with {self.surplus} samples once more" if self.surplus else "")
+        about, surplus = "about " * bool(self.tokens), self.surplus
+        line = f"samples: {self.size} in each of {self.epochs} epochs, {self.steps} steps of {about}{self.per_step}"
+        return line + (f"; the last step is filled up with {surplus} samples once more" if surplus else "")
 
-    def positions(self, rank: int, start: int = 0, steps: int | None = None) -> np.ndarray:
-        """Return the positions of one worker, in order, for ``steps`` steps from ``start``, or to the end if None."""
-        steps = self.steps_from(start) if steps is None else steps
-        positions = np.arange(start, start + steps * self.per_step)
-        return positions.reshape(-1, self.workers, self.batch_size)[:, rank].reshape(-1)
+    def bounds(self, start: int = 0) -> Iterator[np.ndarray]:
+        """Yield the bounds of the micro-batches of each step, from a position to the end.
 
-    def rows(self, rank: int, start: int) -> Iterator[Rows]:
-        """Yield the rows of one worker from a position to the end, in order, in chunks of whole steps.
-
-        Each worker generates its own rows. Ray's ``split`` drops up to ``workers - 1`` rows and assigns blocks in the
-        order of requests, so it is not reproducible.
+        Yields:
+            (workers * accumulate + 1,), int64. Micro-batch i has the positions ``bounds[i]`` to ``bounds[i + 1]``
+            (exclusive), and belongs to worker ``i % workers``.
         """
-        steps = max(1, ROWS_PER_CHUNK // (self.batch_size * self.accumulate))
-        order = lru_cache(maxsize=1)(self.order)  # a large epoch has many chunks
-        for first in range(0, self.steps_from(start), steps):
-            position = start + first * self.per_step
-            positions = self.positions(rank, position, min(steps, self.steps_from(position)))
-            yield {"position": positions, "sample": self.samples(positions, order)}
+        count = self.workers * self.accumulate
+        while start < self.epochs * self.size:
+            bounds = start + self.batch_size * np.arange(count + 1)
+            if self.tokens:
+                for i in range(count):
+                    bounds[i + 1] = self._end_of_micro_batch(bounds[i])
+            yield bounds
+            start = int(bounds[-1])
 
-    def rng_keys(self, rows: Rows) -> list[tuple[int, int, int]]:
-        """Return (seed, epoch, sample) of each row, the seed of its random choices."""
-        epochs = rows["position"] // self.size
-        return [(self.seed, int(epoch), int(sample)) for epoch, sample in zip(epochs, rows["sample"], strict=True)]
+    def _end_of_micro_batch(self, start: int) -> int:
+        """Return the end of the largest micro-batch from a position that has at most ``tokens`` tokens."""
+        assert self.lengths is not None
+        most = max(1, self.tokens // max(1, int(self.lengths.min())))
+        lengths = self.lengths[self.samples(np.arange(start, start + most))]
+        padded = np.maximum.accumulate(lengths) * np.arange(1, most + 1)
+        return start + max(1, int(np.searchsorted(np.cumsum(lengths) if self.packed else padded, self.tokens, "right")))
+
+    def micro_batches(self, rank: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield first position and end of each micro-batch of a worker, in order, from a position to the end.
+
+        Each worker generates its own. Ray's ``split`` drops up to ``workers - 1`` rows and assigns blocks in the order
+        of requests, so it is not reproducible.
+        """
+        for bounds in self.bounds(start):
+            for i in range(rank, len(bounds) - 1, self.workers):
+                yield int(bounds[i]), int(bounds[i + 1])
+
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+        """Return the samples at the positions ``start`` to ``stop``, and the seed of the random choices of each.
+
+        Returns:
+            Indices of samples, (n,), int64, and n tuples (seed, epoch, sample).
+        """
+        positions = np.arange(start, stop)
+        samples, epochs = self.samples(positions), positions // self.size
+        return samples, [(self.seed, int(epoch), int(i)) for epoch, i in zip(epochs, samples, strict=True)]
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the order of samples in an epoch: ``sample_order``, with each window sorted by length if it is known.
@@ -129,14 +163,21 @@ class Plan:
             part[:] = rng.permutation(steps).reshape(-1)
         return order
 
-    def samples(self, positions: np.ndarray, order: Callable[[int], np.ndarray] | None = None) -> np.ndarray:
-        """Return the sample at each position. ``order`` may be a cached ``self.order``."""
-        epochs, order = positions // self.size, order or self.order
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """Return the sample at each position. The orders of two epochs are cached."""
+        epochs = positions // self.size
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             mask = epochs == epoch
-            samples[mask] = order(int(epoch))[positions[mask] % self.size]
+            samples[mask] = self._cached_order(int(epoch))[positions[mask] % self.size]
         return samples
+
+    @cached_property
+    def _cached_order(self) -> Callable[[int], np.ndarray]:
+        return lru_cache(maxsize=2)(self.order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # without the cache
 
 
 def group_samples(conversations: Sequence[Conversation], by: str) -> np.ndarray | None:
@@ -164,45 +205,73 @@ def from_table(table: pa.Table, sample: int) -> Conversation:
     return Conversation.model_validate_json(table["conversation"][sample].as_py())
 
 
-def evaluation_rows(lengths: np.ndarray, rank: int, workers: int, batch_size: int) -> list[Rows]:
-    """Return the rows of one worker in an evaluation, in chunks: every sample once, sorted by length, interleaved."""
-    samples = np.argsort(lengths, kind="stable")[rank::workers]
-    size = batch_size * max(1, ROWS_PER_CHUNK // batch_size)
-    chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
-    return [{"position": chunk, "sample": chunk} for chunk in chunks]
+def evaluation_order(lengths: np.ndarray, rank: int, workers: int) -> np.ndarray:
+    """Return the samples that one worker evaluates, sorted by length; each sample belongs to one worker."""
+    return np.argsort(lengths, kind="stable")[rank::workers]
+
+
+def slices(size: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of the batches of ``size`` samples."""
+    return ((start, min(start + batch_size, size)) for start in range(0, size, batch_size))
+
+
+def count_processes(loader: str) -> int:
+    """Return the number of processes that make the micro-batches of a worker, for ``data.loader``; 0: threads."""
+    return PROCESSES if loader == "processes" or (loader == "auto" and joblib.cpu_count() >= MIN_CPUS) else 0
+
+
+class MakeBatches:
+    """The stage of Ray Data that makes micro-batches in other processes."""
+
+    def __init__(self, make: Callable[[int, int], Any]) -> None:
+        self.make = make
+
+    def __call__(self, row: dict[str, int]) -> dict[str, bytes]:
+        """Make the micro-batch of a row."""
+        return {"batch": pickle.dumps(self.make(row["start"], row["stop"]))}
 
 
 def batches(
-    chunks: Iterable[Rows], batch_size: int, prefetch: int, make: Callable[[Rows], Any], name: str = "train"
+    bounds: Iterable[tuple[int, int]],
+    make: Callable[[int, int], Any],
+    load: Callable[[Any], Any] = lambda made: made,
+    prefetch: int = 1,
+    processes: int = 0,
+    name: str = "train",
 ) -> Iterator[Any]:
-    """Iterate over batches of a worker's rows. Ray Data's threads make batches in advance.
+    """Iterate over ``load(make(start, stop))``, in order and made in advance, for each (start, stop) of ``bounds``.
 
     Args:
-        chunks: rows; every chunk but the last holds whole batches.
-        batch_size: rows per batch.
+        make: called in a thread, or in another process, for which it is pickled.
+        load: called in a thread.
         prefetch: number of batches made in advance.
-        make: makes a batch of its rows.
+        processes: number of processes that call ``make``; 0: threads call it.
         name: of the dataset on Ray's dashboard, which adds two counters: "train_3_0".
     """
     import ray
+    from ray.data import ExecutionResources
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # suppress a warning about progress bars
 
     class Collate(NumpyBatchCollateFn):
-        def __call__(self, rows: Rows) -> Any:
-            return make(rows)
+        def __call__(self, rows: dict[str, np.ndarray]) -> Any:
+            if processes:
+                return load(pickle.loads(rows["batch"][0]))
+            return load(make(int(rows["start"][0]), int(rows["stop"][0])))
 
-    for chunk in chunks:
+    remaining = iter(bounds)
+    while chunk := list(islice(remaining, BATCHES_PER_CHUNK)):
         # from_arrow needs a Ray task with a free CPU for each block; in a sweep, two waiting trials can block each
-        # other. from_items needs no task.
-        values = zip(*(column.tolist() for column in chunk.values()), strict=True)
-        items = [dict(zip(chunk, row, strict=True)) for row in values]
-        rows = ray.data.from_items(items, override_num_blocks=max(1, ceil(len(items) / ROWS_PER_BLOCK)))
+        # other. from_items needs no task, and the actors need no CPU.
+        items = [{"start": start, "stop": stop} for start, stop in chunk]
+        blocks = max(min(processes, len(items)), ceil(len(items) / (8 if processes else 256)))
+        rows = ray.data.from_items(items, override_num_blocks=blocks)
+        if processes:
+            rows = rows.map(MakeBatches, fn_constructor_args=(make,), concurrency=processes, num_cpus=0)
+            rows.context.execution_options.resource_limits = ExecutionResources(object_store_memory=2**28)
         rows.set_name(name)
         # Several threads make batches; keep their order.
         rows.context.execution_options.preserve_order = True
         rows.context.enable_progress_bars = False
-        yield from rows.iter_torch_batches(
-            batch_size=batch_size, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu"
-        )
+        yield from rows.iter_torch_batches(batch_size=1, prefetch_batches=prefetch, collate_fn=Collate(), device="cpu")

@@ -4,11 +4,12 @@ import copy
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import ray
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import Batch, Collator
+from umbrella.data.batching import Batch, BatchMaker, Collator
 from umbrella.data.masking import Redact, audit
-from umbrella.data.pipeline import Plan, Rows, batches, evaluation_rows, from_table
+from umbrella.data.pipeline import Plan, batches, evaluation_order, from_table, slices
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.tokenizer import number_tokens
 from umbrella.evaluation.metrics import validation_metrics
@@ -59,8 +60,7 @@ class LanguageModelTask(Task):
         self.train, self.validation = ray.get([job.train, job.validation])
         self.renderer = load_renderer(self.settings)
         self.collate = Collator(self.renderer, open_store(self.settings), pin=device.type == "cuda")
-        size = self.settings.train.evaluation_batch_size
-        self.rows = evaluation_rows(job.validation_lengths, rank, world_size, size)  # the same in each evaluation
+        self.evaluated = evaluation_order(job.validation_lengths, rank, world_size)
 
         self.model = make_model(self.settings, self.renderer, device)
         config = self.model.config
@@ -86,14 +86,18 @@ class LanguageModelTask(Task):
             accumulate=train.accumulate,
             lengths=self.job.train_lengths,
             groups=self.job.train_groups,
+            tokens=train.tokens_per_batch,
+            packed=self.settings.data.pack > 0,
             window=self.settings.data.bucket_batches,
         )
 
-    def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> Batch:
-        """See ``Task.batch``."""
-        examples = [self.renderer.render(from_table(self.train, int(i))) for i in rows["sample"]]
-        pack = self.settings.data.pack
-        return self.collate(examples, self.settings.mask, indices=rows["sample"], rng_keys=rng_keys, pack=pack)
+    def maker(self, plan: Plan, decode: bool) -> BatchMaker:
+        """See ``Task.maker``."""
+        return BatchMaker(self.settings, self.job.train, plan, decode)
+
+    def load(self, made: Batch) -> Batch:
+        """See ``Task.load``."""
+        return self.collate.read_volumes(made)
 
     def augment(self, batch: Batch) -> Batch:
         """See ``Task.augment``."""
@@ -114,7 +118,7 @@ class LanguageModelTask(Task):
         self.model.set_attn_implementation({"text_config": "sdpa"})  # flex_attention takes no mask of a tree
         scored: list[Prediction] = []
         passes = 0
-        for conversations in batches(self.rows, size, 1, self._conversations, "validation"):
+        for conversations in batches(slices(len(self.evaluated), size), self._conversations, name="validation"):
             scored += self._score(conversations)
             passes += 1
         # With sharded weights a forward pass is collective, and the first ranks may have one more batch than others.
@@ -127,8 +131,8 @@ class LanguageModelTask(Task):
         self.predictions = [one for part in all_gather_object(scored) for one in part]
         return validation_metrics(self.predictions)
 
-    def _conversations(self, rows: Rows) -> list[Conversation]:
-        return [from_table(self.validation, int(i)) for i in rows["sample"]]
+    def _conversations(self, start: int, stop: int) -> list[Conversation]:
+        return [from_table(self.validation, int(i)) for i in self.evaluated[start:stop]]
 
     def _score(self, conversations: Sequence[Conversation]) -> list[Prediction]:
         # A cache would be compiled anew for each layer. Uncompiled, an evaluation takes little time.
@@ -167,17 +171,15 @@ class LanguageModelTask(Task):
     def _describe_volumes(self) -> str:
         """How many volumes the first micro-batches of this rank have, and how many distinct ones they compute."""
         plan, shares = self.plan(self.world_size, 0), not any(dict(self.settings.train.augment).values())
-        rows = next(iter(plan.rows(0, 0)))["sample"][: AUDITED_BATCHES * plan.batch_size]
         series = {name for name, modality in self.settings.modalities.items() if modality.is_series}
-        paths = [  # a series has another window in each sample
-            [
-                (v.modality, v.image_path, n if v.modality in series else 0)
-                for v in from_table(self.train, int(i)).volumes
+        batches = []
+        for start, stop in islice(plan.micro_batches(0), AUDITED_BATCHES):
+            samples = [from_table(self.train, int(i)) for i in plan.samples(np.arange(start, stop))]
+            # a series has another window in each sample
+            named = [
+                (v.modality, v.image_path, v.modality in series and n) for n, c in enumerate(samples) for v in c.volumes
             ]
-            for n, i in enumerate(rows)
-        ]
-        starts = range(0, len(paths), plan.batch_size)
-        batches = [list(chain.from_iterable(paths[start : start + plan.batch_size])) for start in starts]
+            batches.append(named)
         volumes = fmean(map(len, batches))
         distinct = fmean(len(set(batch)) for batch in batches) if shares else volumes
         return f"volumes: {volumes:.4g} in a micro-batch, of which {distinct:.4g} are computed (mean of {len(batches)})"

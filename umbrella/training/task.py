@@ -12,7 +12,7 @@ import torch
 
 from umbrella.config import Settings
 from umbrella.data.masking import Redact
-from umbrella.data.pipeline import Plan, Rows
+from umbrella.data.pipeline import Plan
 from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction
 
@@ -108,11 +108,18 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def batch(self, rows: Rows, rng_keys: Sequence[tuple[int, ...]]) -> Any:
-        """Make a micro-batch of N rows. The threads of the data pipeline call it.
+    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
+        """Return a function that makes a micro-batch, without its volumes, of the positions ``start`` to ``stop``.
+
+        Other processes may call it, so it can be pickled.
 
         Args:
-            rng_keys: (seed, epoch, sample) of each row; seeds its random choices.
+            decode: whether it also decodes volumes that the store lacks.
+        """
+
+    @abstractmethod
+    def load(self, made: Any) -> Any:
+        """Read the volumes of a micro-batch. The threads of the data pipeline call it.
 
         Returns:
             An object with ``sample_indices``, an (N,) int64 tensor of indices in the training split; N ``task_ids``;

@@ -21,7 +21,7 @@ from ray import tune
 from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
-from umbrella.data.pipeline import Rows, batches
+from umbrella.data.pipeline import batches, count_processes
 from umbrella.evaluation.calibration import fit_temperatures
 from umbrella.paths import CODE
 from umbrella.tracking.provenance import code_version
@@ -124,7 +124,7 @@ class Trainer:
         settings, task = self.settings, self.task
         stream, throughput = to_device(self._batches(), self.device), Throughput()
         stop_signal = StopSignal(self.job.folder, self.rank, self.device, uses_ray_train=not self.job.in_trial)
-        for step in range(self.state.step + 1, self.steps + 1):
+        for step, bounds in enumerate(self.plan.bounds(self.state.position), self.state.step + 1):
             if self.state.out_of_patience(settings.train.patience):
                 break
             with throughput.waiting():
@@ -135,8 +135,8 @@ class Trainer:
                 values = task.step(micro_batches, self.schedule)
             except FloatingPointError as error:
                 raise FloatingPointError(f"at step {step} {error}") from None
-            throughput.step(self.plan.per_step, int(values.get("train/supervised_tokens", 0)))
-            position = self.state.position + self.plan.per_step
+            position = int(bounds[-1])
+            throughput.step(position - self.state.position, int(values.get("train/supervised_tokens", 0)))
             sorted_by = self.plan.sorted_by or self.plan.per_step
             epoch = position / self.plan.size
             self.state = replace(self.state, step=step, position=position, sorted_by=sorted_by, epoch=epoch)
@@ -163,19 +163,16 @@ class Trainer:
 
     def _batches(self) -> Iterator[Any]:
         """Make the batches, and check that each has the samples of its position: none is skipped or repeated."""
-        plan, size = self.plan, self.plan.batch_size
-
-        def make(rows: Rows) -> Any:
-            return self.task.batch(rows, plan.rng_keys(rows))
-
-        stream = batches(plan.rows(self.rank, self.state.position), size, self.settings.data.prefetch, make)
-        for rows in plan.rows(self.rank, self.state.position):
-            for start in range(0, len(rows["position"]), size):
-                batch, position = next(stream), int(rows["position"][start])
-                if batch.sample_indices.tolist() != rows["sample"][start : start + size].tolist():
-                    raise RuntimeError(f"the batch at position {position} does not have the samples of the plan")
-                self._log({"position": position, "task_ids": batch.task_ids})
-                yield batch
+        plan, data, start = self.plan, self.settings.data, self.state.position
+        processes = count_processes(data.loader)
+        make, load = self.task.maker(plan, decode=processes > 0), self.task.load
+        stream = batches(plan.micro_batches(self.rank, start), make, load, data.prefetch, processes)
+        for position, end in plan.micro_batches(self.rank, start):
+            batch = next(stream)
+            if batch.sample_indices.tolist() != plan.samples(np.arange(position, end)).tolist():
+                raise RuntimeError(f"the batch at position {position} does not have the samples of the plan")
+            self._log({"position": position, "task_ids": batch.task_ids})
+            yield batch
         if next(stream, None) is not None:  # ends the stream, which frees its resources
             raise RuntimeError("the stream has more batches than the plan")
 

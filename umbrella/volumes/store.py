@@ -130,6 +130,14 @@ class VolumeStore:
 
         self._use(source, modality, copy)
 
+    def ensure(self, source: str | Path, modality: str) -> None:
+        """Decode the volume if it is not in the store.
+
+        Raises:
+            UserError: see ``get``.
+        """
+        self._use(source, modality, lambda *array: True)
+
     def contains(self, source: str | Path, modality: str) -> bool:
         """Return whether the array exists here or in the shared store. Nothing is decoded or fetched.
 
