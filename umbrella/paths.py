@@ -18,6 +18,7 @@ sweeps/<name>/                  one sweep
   report.html ranking.csv best.yaml *.png
 evaluations/<name>/             one evaluation: report.html, metrics.json, predictions.csv, ...
 evaluations/<sweep>-folds/      the evaluation of all folds together
+compiled/                       compiled layers of torch.compile
 volumes/                        prepared volumes, see ``volumes.store``
 phantom-<hash>/                 a phantom cohort
 quarantine-<hash>.jsonl         samples that were left out
@@ -34,7 +35,7 @@ TRAININGS, SWEEPS, EVALUATIONS = "trainings", "sweeps", "evaluations"
 """Folders below the storage folder. An evaluation has the name of its training or sweep."""
 FOLDS = "-folds"
 """Ending of the name of an evaluation of all folds."""
-VOLUMES, COHORT_REPORT, PICTURES, ARTIFACTS = "volumes", "report", "inspect", "artifacts"
+VOLUMES, COMPILED, COHORT_REPORT, PICTURES, ARTIFACTS = "volumes", "compiled", "report", "inspect", "artifacts"
 DATABASE, SALT = "mlflow.db", "subjects.salt"
 BEGUN, HISTORY, PREDICTIONS = "begun_with.json", "evaluations.jsonl", "predictions.jsonl"
 """Files of a training."""

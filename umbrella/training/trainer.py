@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from ray.train.torch import get_device
 from umbrella.base import UserError, note
 from umbrella.data.pipeline import batches, count_processes
 from umbrella.evaluation.calibration import fit_temperatures
-from umbrella.paths import CODE
+from umbrella.paths import CODE, COMPILED
 from umbrella.tracking.provenance import code_version
 from umbrella.training.checkpoint_files import (
     CheckpointWriter,
@@ -239,6 +240,8 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
         raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
+    # Compiled layers are kept for the next training of the same shapes.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(job.settings.resources.storage, COMPILED)))
     sys.setswitchinterval(5e-4)  # s; threads that make batches let the one that feeds the GPU run earlier
     # Ray sets this only in processes that import torch later; another number of threads rounds sums differently.
     torch.set_num_threads(job.settings.resources.threads)
