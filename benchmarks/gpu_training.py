@@ -168,7 +168,7 @@ def measure(
         "resources.gpus_per_worker": 1,
         "resources.cpus_per_worker": 4,
         "resources.storage": str(folder / "runs"),
-        "data.prefetch": 4,
+        "tracking.model": False,
     } | overrides
     if "model.checkpoint" not in settings:
         settings["model.checkpoint"] = make_checkpoint(folder, shape)
@@ -228,9 +228,9 @@ def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
     device = torch.device("cuda")
     torch.set_num_threads(job.settings.resources.threads)
     task = LanguageModelTask(job, 0, 1, device)
-    plan, schedule = task.plan(1, 0), build_schedule(task.optimizer, job.settings.optim, 1000)
+    plan, schedule = job.plan(1), build_schedule(task.optimizer, job.settings.optim, 1000)
     bounds = [next(plan.micro_batches(0, i * plan.per_step)) for i in range(batches)]
-    ready = [task.augment(task.load(task.maker(plan, False)(*of)).to(device)) for of in bounds]
+    ready = [task.augment(task.load(job.maker(plan, False)(*of)).to(device)) for of in bounds]
     for step in range(-batches, steps):
         if step == 0:
             torch.cuda.synchronize()

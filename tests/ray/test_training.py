@@ -21,7 +21,7 @@ from tests.ray.conftest import Trained, no_progress
 from umbrella.base import UserError
 from umbrella.data import pipeline
 from umbrella.data.batching import Batch, BatchMaker, Collator
-from umbrella.data.pipeline import Plan, batches, to_table
+from umbrella.data.pipeline import Plan, RemoteMaker, batches, to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import read_splits
 from umbrella.tracking.store import tracking_uri
@@ -87,7 +87,8 @@ def test_batches_keep_the_planned_order_whatever_their_duration(
         time.sleep(0.03 * (samples[0] % 3))
         return samples
 
-    stream = batches(plan.micro_batches(0, 12), slow, list, prefetch=4, processes=processes)
+    make = RemoteMaker(slow, processes) if processes else slow
+    stream = batches(plan.micro_batches(0, 12), make, list, prefetch=4)
     assert [sample for batch in stream for sample in batch] == plan.samples(np.arange(12, 60)).tolist()
 
 
@@ -110,8 +111,9 @@ def test_processes_and_threads_make_the_same_batches_and_processes_decode_missin
     collator, made = Collator(load_renderer(settings), store), {}
     for processes in (1, 0):
         assert not any(store.contains(*volume) for volume in volumes) or not processes
-        make = BatchMaker(settings, table, plan, decode=processes > 0)
-        made[processes] = list(batches(plan.micro_batches(0), make, load, 2, processes))
+        make: Any = BatchMaker(settings, table, plan, decode=processes > 0)
+        make = RemoteMaker(make, processes) if processes else make
+        made[processes] = list(batches(plan.micro_batches(0), make, load, 2))
     assert len(made[0]) == len(made[1]) == plan.steps
     for one, other in zip(made[0], made[1], strict=True):
         tensors: list[list[torch.Tensor]] = [[], []]
@@ -119,6 +121,14 @@ def test_processes_and_threads_make_the_same_batches_and_processes_decode_missin
             batch.apply(lambda tensor, into=into: into.append(tensor) or tensor)
         assert all(map(torch.equal, *tensors))
         assert (one.task_ids, one.rng_keys, one.metadata) == (other.task_ids, other.rng_keys, other.metadata)
+
+
+def test_an_error_in_another_process_is_raised_as_it_is(ray_session: Any) -> None:
+    def fails(start: int, stop: int) -> None:
+        raise UserError(f"no batch {start} to {stop}")
+
+    with pytest.raises(UserError, match="^no batch 3 to 7$"):
+        RemoteMaker(fails, 1)(3, 7)
 
 
 def test_nonfinite_loss_ends_the_training_in_one_line(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

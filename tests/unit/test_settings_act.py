@@ -339,7 +339,7 @@ def start(
     prefetched: list[int] = []
 
     def batches(
-        bounds: Any, make: Any, load: Any = lambda made: made, prefetch: int = 1, processes: int = 0, name: str = ""
+        bounds: Any, make: Any, load: Any = lambda made: made, prefetch: int = 1, name: str = ""
     ) -> Iterator[Any]:
         prefetched.append(prefetch)
         for start, stop in bounds:

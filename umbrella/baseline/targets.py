@@ -1,11 +1,11 @@
 """Labels of volumes, their encoding as distributions over the outputs of the network, and the job of a training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 from pkgutil import resolve_name
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -13,6 +13,7 @@ from scipy.special import erf
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation, questions_of
+from umbrella.data.pipeline import Plan
 from umbrella.evaluation.predictions import Prediction
 from umbrella.training.task import Job
 
@@ -136,3 +137,12 @@ class BaselineJob(Job):
     evaluation: ray.ObjectRef
     """The same of ``evaluate.split``, predicted after the training."""
     unused: ClassVar[tuple[str, ...]] = ("tune", "mask", "loss", "model")
+
+    def plan(self, workers: int, sorted_by: int = 0) -> Plan:
+        """See ``Job.plan``. Samples are not sorted by length."""
+        train = self.settings.train
+        return Plan(len(ray.get(self.samples)), self.settings.seed, train.epochs, workers, train.batch_size, 1)
+
+    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
+        """See ``Job.maker``."""
+        return plan.rows

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from umbrella.baseline.targets import BaselineJob, Sample
 from umbrella.data.masking import Redact
-from umbrella.data.pipeline import Plan, batches, slices
+from umbrella.data.pipeline import batches, slices
 from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction, mean_over_subjects, write_predictions
 from umbrella.paths import PREDICTIONS
@@ -70,17 +70,8 @@ class BaselineTask(Task):
             self.net.parameters(), lr=optim.lr, momentum=baseline.momentum, weight_decay=optim.weight_decay
         )
 
-    def plan(self, world_size: int, sorted_by: int) -> Plan:
-        """See ``Task.plan``. Samples are not sorted by length."""
-        train = self.settings.train
-        return Plan(len(self.samples), self.settings.seed, train.epochs, world_size, train.batch_size, 1)
-
-    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
-        """See ``Task.maker``. ``load`` does all work, because there is no text."""
-        return plan.rows
-
     def load(self, made: tuple[np.ndarray, Sequence[tuple[int, ...]]]) -> VolumeBatch:
-        """See ``Task.load``."""
+        """See ``Task.load``. It does all work, because there is no text."""
         indices, rng_keys = made
         samples = [self.samples[int(i)] for i in indices]
         targets = torch.tensor(np.stack([self.job.encoding.encode(sample.label) for sample, _ in samples])).float()

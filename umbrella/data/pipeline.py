@@ -8,11 +8,10 @@ Rows are generated in chunks, so memory does not grow with the length of the tra
 """
 
 import logging
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from math import ceil
 from typing import Any
 
@@ -22,7 +21,7 @@ import pyarrow as pa
 
 from umbrella.conversations.schema import Conversation
 
-BATCHES_PER_CHUNK = 32768
+BATCHES_PER_BLOCK, BATCHES_PER_CHUNK = 256, 32768
 PROCESSES, MIN_CPUS = 2, 8
 """Processes that make the micro-batches of a worker, and CPUs of a machine on which ``data.loader=auto`` uses them."""
 
@@ -220,15 +219,37 @@ def count_processes(loader: str) -> int:
     return PROCESSES if loader == "processes" or (loader == "auto" and joblib.cpu_count() >= MIN_CPUS) else 0
 
 
-class MakeBatches:
-    """The stage of Ray Data that makes micro-batches in other processes."""
+class RemoteMaker:
+    """Calls a function that makes batches in other processes. They start at once; the calls come later.
 
+    Args:
+        make: the function of (start, stop). It is pickled.
+        processes: number of processes. They reserve no CPU, so that trials that wait for each other cannot block.
+    """
+
+    def __init__(self, make: Callable[[int, int], Any], processes: int) -> None:
+        import ray
+
+        actor = ray.remote(num_cpus=0)(_MakerProcess)
+        self.actors = cycle([actor.remote(make) for _ in range(processes)])
+
+    def __call__(self, start: int, stop: int) -> Any:
+        """Return the batch of another process, or raise the error that was raised there."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        try:
+            return ray.get(next(self.actors).make.remote(start, stop))
+        except RayTaskError as error:
+            raise error.cause from None
+
+
+class _MakerProcess:
     def __init__(self, make: Callable[[int, int], Any]) -> None:
-        self.make = make
+        self._make = make
 
-    def __call__(self, row: dict[str, int]) -> dict[str, bytes]:
-        """Make the micro-batch of a row."""
-        return {"batch": pickle.dumps(self.make(row["start"], row["stop"]))}
+    def make(self, start: int, stop: int) -> Any:
+        return self._make(start, stop)
 
 
 def batches(
@@ -236,40 +257,30 @@ def batches(
     make: Callable[[int, int], Any],
     load: Callable[[Any], Any] = lambda made: made,
     prefetch: int = 1,
-    processes: int = 0,
     name: str = "train",
 ) -> Iterator[Any]:
-    """Iterate over ``load(make(start, stop))``, in order and made in advance, for each (start, stop) of ``bounds``.
+    """Iterate over ``load(make(start, stop))``, in order, for each (start, stop) of ``bounds``.
 
     Args:
-        make: called in a thread, or in another process, for which it is pickled.
-        load: called in a thread.
+        make, load: called in a thread of Ray Data.
         prefetch: number of batches made in advance.
-        processes: number of processes that call ``make``; 0: threads call it.
         name: of the dataset on Ray's dashboard, which adds two counters: "train_3_0".
     """
     import ray
-    from ray.data import ExecutionResources
     from ray.data.collate_fn import NumpyBatchCollateFn
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # suppress a warning about progress bars
 
     class Collate(NumpyBatchCollateFn):
         def __call__(self, rows: dict[str, np.ndarray]) -> Any:
-            if processes:
-                return load(pickle.loads(rows["batch"][0]))
             return load(make(int(rows["start"][0]), int(rows["stop"][0])))
 
     remaining = iter(bounds)
     while chunk := list(islice(remaining, BATCHES_PER_CHUNK)):
         # from_arrow needs a Ray task with a free CPU for each block; in a sweep, two waiting trials can block each
-        # other. from_items needs no task, and the actors need no CPU.
+        # other. from_items needs no task.
         items = [{"start": start, "stop": stop} for start, stop in chunk]
-        blocks = max(min(processes, len(items)), ceil(len(items) / (8 if processes else 256)))
-        rows = ray.data.from_items(items, override_num_blocks=blocks)
-        if processes:
-            rows = rows.map(MakeBatches, fn_constructor_args=(make,), concurrency=processes, num_cpus=0)
-            rows.context.execution_options.resource_limits = ExecutionResources(object_store_memory=2**28)
+        rows = ray.data.from_items(items, override_num_blocks=ceil(len(items) / BATCHES_PER_BLOCK))
         rows.set_name(name)
         # Several threads make batches; keep their order.
         rows.context.execution_options.preserve_order = True

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from umbrella.config import Settings
 from umbrella.conversations.schema import Conversation
-from umbrella.data.batching import Batch, BatchMaker, Collator
+from umbrella.data.batching import Batch, Collator
 from umbrella.data.masking import Redact, audit
-from umbrella.data.pipeline import Plan, batches, evaluation_order, from_table, slices
+from umbrella.data.pipeline import batches, evaluation_order, from_table, slices
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.tokenizer import number_tokens
 from umbrella.evaluation.metrics import validation_metrics
@@ -72,28 +72,6 @@ class LanguageModelTask(Task):
         self.names = parameters_to_save(self.model, self.settings.model)
         self.losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self.files = model_files(self.model, self.renderer.tokenizer, self.settings) if rank == 0 else {}
-
-    def plan(self, world_size: int, sorted_by: int) -> Plan:
-        """See ``Task.plan``."""
-        train = self.settings.train
-        return Plan(
-            sorted_by=sorted_by,
-            size=len(self.job.train_lengths),
-            seed=self.settings.seed,
-            epochs=train.epochs,
-            workers=world_size,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            lengths=self.job.train_lengths,
-            groups=self.job.train_groups,
-            tokens=train.tokens_per_batch,
-            packed=self.settings.data.pack > 0,
-            window=self.settings.data.bucket_batches,
-        )
-
-    def maker(self, plan: Plan, decode: bool) -> BatchMaker:
-        """See ``Task.maker``."""
-        return BatchMaker(self.settings, self.job.train, plan, decode)
 
     def load(self, made: Batch) -> Batch:
         """See ``Task.load``."""
@@ -170,7 +148,7 @@ class LanguageModelTask(Task):
 
     def _describe_volumes(self) -> str:
         """How many volumes the first micro-batches of this rank have, and how many distinct ones they compute."""
-        plan, shares = self.plan(self.world_size, 0), not any(dict(self.settings.train.augment).values())
+        plan, shares = self.job.plan(self.world_size), not any(dict(self.settings.train.augment).values())
         series = {name for name, modality in self.settings.modalities.items() if modality.is_series}
         batches = []
         for start, stop in islice(plan.micro_batches(0), AUDITED_BATCHES):

@@ -18,7 +18,7 @@ from umbrella.evaluation.predictions import Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(ABC):
     """One training of any model, as every rank gets it.
 
     With Ray Train, three processes unpickle it: the script or trial, the controller, and the rank. Importing the model
@@ -42,6 +42,25 @@ class Job:
     """Whether Ray Tune runs it."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Sections of the settings that have no effect on this kind of training."""
+
+    @abstractmethod
+    def plan(self, workers: int, sorted_by: int = 0) -> Plan:
+        """Return the order of samples.
+
+        Args:
+            workers: number of ranks.
+            sorted_by: of the checkpoint, see ``Plan``.
+        """
+
+    @abstractmethod
+    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
+        """Return a function that makes a micro-batch, without its volumes, of the positions ``start`` to ``stop``.
+
+        Other processes may call it, so it can be pickled.
+
+        Args:
+            decode: whether it also decodes volumes that the store lacks.
+        """
 
     @property
     def in_trial(self) -> bool:
@@ -75,6 +94,37 @@ class LanguageModelJob(Job):
     """See ``data.splits.Splits.longest_answer``."""
     unused: ClassVar[tuple[str, ...]] = ("tune", "baseline")
 
+    def plan(self, workers: int, sorted_by: int = 0) -> Plan:
+        """See ``Job.plan``."""
+        return make_plan(self.settings, workers, self.train_lengths, self.train_groups, sorted_by)
+
+    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
+        """See ``Job.maker``."""
+        from umbrella.data.batching import BatchMaker  # imports torch, which only the ranks need
+
+        return BatchMaker(self.settings, self.train, plan, decode)
+
+
+def make_plan(
+    settings: Settings, workers: int, lengths: np.ndarray, groups: np.ndarray | None = None, sorted_by: int = 0
+) -> Plan:
+    """Make the plan of a training of ``len(lengths)`` conversations."""
+    train = settings.train
+    return Plan(
+        size=len(lengths),
+        seed=settings.seed,
+        epochs=train.epochs,
+        workers=workers,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        lengths=lengths,
+        groups=groups,
+        tokens=train.tokens_per_batch,
+        packed=settings.data.pack > 0,
+        window=settings.data.bucket_batches,
+        sorted_by=sorted_by,
+    )
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -100,26 +150,8 @@ class Task(ABC):
     """Predictions of the last evaluation for the whole validation split."""
 
     @abstractmethod
-    def plan(self, world_size: int, sorted_by: int) -> Plan:
-        """Return the order of samples.
-
-        Args:
-            sorted_by: of the checkpoint, see ``Plan``.
-        """
-
-    @abstractmethod
-    def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
-        """Return a function that makes a micro-batch, without its volumes, of the positions ``start`` to ``stop``.
-
-        Other processes may call it, so it can be pickled.
-
-        Args:
-            decode: whether it also decodes volumes that the store lacks.
-        """
-
-    @abstractmethod
     def load(self, made: Any) -> Any:
-        """Read the volumes of a micro-batch. The threads of the data pipeline call it.
+        """Read the volumes of a micro-batch of ``Job.maker``. The threads of the data pipeline call it.
 
         Returns:
             An object with ``sample_indices``, an (N,) int64 tensor of indices in the training split; N ``task_ids``;

@@ -22,7 +22,7 @@ from ray import tune
 from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
-from umbrella.data.pipeline import batches, count_processes
+from umbrella.data.pipeline import RemoteMaker, batches, count_processes
 from umbrella.evaluation.calibration import fit_temperatures
 from umbrella.paths import CODE, COMPILED
 from umbrella.tracking.provenance import code_version
@@ -77,14 +77,18 @@ class Trainer:
     ) -> None:
         self.job, self.settings = job, job.settings
         self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
+        self.state = read_training_state(latest) if latest else TrainingState()
+        self.plan = job.plan(world_size, self.state.sorted_by)
+        processes = count_processes(self.settings.data.loader)
+        make = job.maker(self.plan, decode=processes > 0)
+        # Processes start now, while the model is built.
+        self.make_batch = RemoteMaker(make, processes) if processes else make
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
         # Each rank gets its own random numbers.
         torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, rank)).generate_state(1)[0]))
-        self.state = read_training_state(latest) if latest else TrainingState()
         if rank == 0:
             truncate_history(job.folder, self.state.step)
-        self.plan = self.task.plan(world_size, self.state.sorted_by)
         self.steps = self.state.step + self.plan.steps_from(self.state.position)
         self.every = self.settings.train.evaluate_every or self.plan.steps_per_epoch
         self.schedule = build_schedule(self.task.optimizer, self.settings.optim, self.steps)
@@ -164,10 +168,9 @@ class Trainer:
 
     def _batches(self) -> Iterator[Any]:
         """Make the batches, and check that each has the samples of its position: none is skipped or repeated."""
-        plan, data, start = self.plan, self.settings.data, self.state.position
-        processes = count_processes(data.loader)
-        make, load = self.task.maker(plan, decode=processes > 0), self.task.load
-        stream = batches(plan.micro_batches(self.rank, start), make, load, data.prefetch, processes)
+        plan, start = self.plan, self.state.position
+        bounds = plan.micro_batches(self.rank, start)
+        stream = batches(bounds, self.make_batch, self.task.load, self.settings.data.prefetch)
         for position, end in plan.micro_batches(self.rank, start):
             batch = next(stream)
             if batch.sample_indices.tolist() != plan.samples(np.arange(position, end)).tolist():
