@@ -96,7 +96,7 @@ def test_processes_and_threads_make_the_same_batches_and_processes_decode_missin
     ray_session: Any, small_settings: Any, tmp_path: Path
 ) -> None:
     settings = small_settings({"resources.store": str(tmp_path / "store")})
-    train = read_splits(settings, no_progress, ("train",), dry_run=True).train
+    train = read_splits(settings, no_progress, ("train",)).train
     lengths = np.array([len(c.volumes) for c in train])
     plan = Plan(len(train), 0, 1, 1, 4, 1, lengths=lengths, tokens=5)
     table, store = ray.put(to_table(train)), open_store(settings)
