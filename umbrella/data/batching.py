@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from umbrella.data.rendering import Example, Renderer, load_renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.in_memory import ImageInMemory
 from umbrella.volumes.store import DecodedVolumes, VolumeStore, open_store
+from umbrella.volumes.store_files import ArrayPart
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -55,11 +57,13 @@ class VolumeFiles:
 
     Attributes:
         sources: path or prepared voxels of each volume, and the seed of its window (``Modality.pick_window``).
+        parts: place of each volume in the store, which saves the look-up. Empty if not known.
     """
 
     sources: tuple[tuple[str | np.ndarray, tuple[int, ...] | None], ...]
     run: torch.Tensor
     index: torch.Tensor | None = None
+    parts: tuple[ArrayPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,9 @@ class Collator:
         # The time axis comes first, as in the store, so that each volume is one contiguous read.
         shape = (modality.grid[3], *modality.grid[:3]) if modality.is_series else modality.grid
         stack = torch.empty((len(files.sources), *shape), dtype=torch.float16, pin_memory=self.pin)
-        for into, (source, rng_key) in zip(stack.numpy(), files.sources, strict=True):
+        for into, (source, rng_key), part in zip_longest(stack.numpy(), files.sources, files.parts):
+            if part and part.copy(into):
+                continue
             if not isinstance(source, str):
                 into[...] = source
             elif source.startswith(BLANK):
@@ -283,18 +289,19 @@ class BatchMaker:
     """The training conversations, see ``to_table``."""
     plan: Plan
     decode: bool
-    """Whether to decode volumes that the store lacks."""
+    """Whether to decode volumes that the store lacks, and to look up the place of each."""
 
     def __call__(self, start: int, stop: int) -> Batch:
         """Make the micro-batch of the positions ``start`` to ``stop``."""
         samples, rng_keys = self.plan.rows(start, stop)
         examples = [self._renderer.render(from_table(self._conversations, int(i))) for i in samples]
         batch = collate(self._renderer, examples, self.settings.mask, samples, rng_keys, self.settings.data.pack)
-        files: dict[str, Any] = batch.pixel_values
-        for modality, of in files.items() if self.decode else ():
-            for path, _ in of.sources:
-                self._store.ensure(path, modality)
-        return batch
+        if not self.decode:
+            return batch
+        files: dict[str, Any] = dict(batch.pixel_values)
+        for name, of in files.items():
+            files[name] = replace(of, parts=tuple(self._store.locate(path, name, key) for path, key in of.sources))
+        return replace(batch, pixel_values=files)
 
     @cached_property
     def _conversations(self) -> pa.Table:

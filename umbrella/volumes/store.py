@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, islice
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -33,7 +33,7 @@ from umbrella.modality import Modality
 from umbrella.paths import VOLUMES
 from umbrella.volumes.preprocessing import recipe, resample_to_grid, scale_intensity
 from umbrella.volumes.reading import Image, RawVolume, header_notes, image_name, image_size, read_volume
-from umbrella.volumes.store_files import content_hash, file_stamp, is_array, read_header, read_json
+from umbrella.volumes.store_files import ArrayPart, content_hash, file_stamp, is_array, read_header, read_json
 
 if TYPE_CHECKING:
     from umbrella.config import Settings
@@ -118,25 +118,19 @@ class VolumeStore:
         Raises:
             UserError: see ``get``.
         """
+        part = self.locate(source, modality, rng_key)
+        if not part.copy(into):
+            raise UserError(f"{part.path}: was deleted while in use; is the store being pruned?")
+
+    def locate(self, source: str | Path, modality: str, rng_key: tuple[int, ...] | None = None) -> ArrayPart:
+        """Return the place of what ``read`` copies. Decodes like ``get``."""
         target = self.modalities[modality]
 
-        def copy(file: BinaryIO, shape: tuple[int, ...], start: int) -> bool:
+        def find(file: BinaryIO, shape: tuple[int, ...], start: int) -> ArrayPart:
             frames = range(shape[0])[target.pick_window(shape[0], rng_key)] if target.is_series else range(1)
-            for frame, part in zip(frames, into.reshape(len(frames), -1), strict=True):
-                file.seek(start + frame * part.nbytes)
-                if file.readinto(part.data) != part.nbytes:  # type: ignore[attr-defined]
-                    raise ValueError("truncated")
-            return True
+            return ArrayPart(file.name, tuple(start + 2 * prod(shape[1:]) * frame for frame in frames))
 
-        self._use(source, modality, copy)
-
-    def ensure(self, source: str | Path, modality: str) -> None:
-        """Decode the volume if it is not in the store.
-
-        Raises:
-            UserError: see ``get``.
-        """
-        self._use(source, modality, lambda *array: True)
+        return self._use(source, modality, find)
 
     def contains(self, source: str | Path, modality: str) -> bool:
         """Return whether the array exists here or in the shared store. Nothing is decoded or fetched.

@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from umbrella.base import UserError
 from umbrella.modality import Modality
 from umbrella.volumes.preprocessing import recipe
@@ -36,6 +38,32 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
     if os.fstat(file.fileno()).st_size != header.end() + 2 * prod(shape):
         raise ValueError("truncated")
     return shape, header.end()
+
+
+@dataclass(frozen=True)
+class ArrayPart:
+    """A volume, or some frames of a series, in an array of the store."""
+
+    path: str | Path
+    offsets: tuple[int, ...]
+    """Start of each frame in the file, in bytes. A volume has one frame."""
+
+    def copy(self, into: np.ndarray) -> bool:
+        """Read into a contiguous float16 array of a volume (X, Y, Z), or of frames (T, X, Y, Z).
+
+        Returns:
+            Whether the file has all bytes.
+        """
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            frames = into.reshape(len(self.offsets), -1)
+            read = [os.preadv(file, [frame.data], at) for frame, at in zip(frames, self.offsets, strict=True)]
+        finally:
+            os.close(file)
+        return read == [frames[0].nbytes] * len(frames)
 
 
 def is_array(path: Path) -> bool:
