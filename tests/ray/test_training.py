@@ -75,6 +75,12 @@ def test_sigterm_ends_a_script_with_status_143_although_ray_is_started(ray_sessi
     assert end.value.code == 143
 
 
+def started(make: RemoteMaker) -> RemoteMaker:
+    """Wait until its processes have started."""
+    ray.get(make.starting)
+    return make
+
+
 @pytest.mark.parametrize("processes", [0, 2])
 def test_batches_keep_the_planned_order_whatever_their_duration(
     ray_session: Any, processes: int, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +93,7 @@ def test_batches_keep_the_planned_order_whatever_their_duration(
         time.sleep(0.03 * (samples[0] % 3))
         return samples
 
-    make = RemoteMaker(slow, processes) if processes else slow
+    make = started(RemoteMaker(slow, processes)) if processes else slow
     stream = batches(plan.micro_batches(0, 12), make, list, prefetch=4)
     assert [sample for batch in stream for sample in batch] == plan.samples(np.arange(12, 60)).tolist()
 
@@ -112,7 +118,7 @@ def test_processes_and_threads_make_the_same_batches_and_processes_decode_missin
     for processes in (1, 0):
         assert not any(store.contains(*volume) for volume in volumes) or not processes
         make: Any = BatchMaker(settings, table, plan, decode=processes > 0)
-        make = RemoteMaker(make, processes) if processes else make
+        make = started(RemoteMaker(make, processes)) if processes else make
         made[processes] = list(batches(plan.micro_batches(0), make, load, 2))
     assert len(made[0]) == len(made[1]) == plan.steps
     for one, other in zip(made[0], made[1], strict=True):
@@ -127,8 +133,15 @@ def test_an_error_in_another_process_is_raised_as_it_is(ray_session: Any) -> Non
     def fails(start: int, stop: int) -> None:
         raise UserError(f"no batch {start} to {stop}")
 
-    with pytest.raises(UserError, match="^no batch 3 to 7$"):
-        RemoteMaker(fails, 1)(3, 7)
+    make = started(RemoteMaker(fails, 1))
+    with pytest.raises(UserError, match=r"^no batch 3 to 7$"):
+        make(3, 7)
+
+
+def test_this_process_makes_batches_until_the_others_have_started(ray_session: Any) -> None:
+    make = RemoteMaker(lambda start, stop: os.getpid(), 2)
+    assert make(0, 1) == os.getpid()
+    assert os.getpid() not in {started(make)(0, 1), make(1, 2)}
 
 
 def test_nonfinite_loss_ends_the_training_in_one_line(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

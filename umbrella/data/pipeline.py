@@ -220,7 +220,7 @@ def count_processes(loader: str) -> int:
 
 
 class RemoteMaker:
-    """Calls a function that makes batches in other processes. They start at once; the calls come later.
+    """Calls a function that makes batches in other processes, and in this one until they have started.
 
     Args:
         make: the function of (start, stop). It is pickled.
@@ -231,15 +231,20 @@ class RemoteMaker:
         import ray
 
         actor = ray.remote(num_cpus=0)(_MakerProcess)
-        self.actors = cycle([actor.remote(make) for _ in range(processes)])
+        self.make, self.actors = make, [actor.remote(make) for _ in range(processes)]
+        self.starting, self.turns = [actor.start.remote() for actor in self.actors], cycle(self.actors)
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Return the batch of another process, or raise the error that was raised there."""
+        """Return a batch, or raise the error that was raised in the other process."""
         import ray
         from ray.exceptions import RayTaskError
 
         try:
-            return ray.get(next(self.actors).make.remote(start, stop))
+            if self.starting:
+                _, self.starting = ray.wait(self.starting, num_returns=len(self.starting), timeout=0)
+            if self.starting:
+                return self.make(start, stop)
+            return ray.get(next(self.turns).make.remote(start, stop))
         except RayTaskError as error:
             raise error.cause from None
 
@@ -247,6 +252,9 @@ class RemoteMaker:
 class _MakerProcess:
     def __init__(self, make: Callable[[int, int], Any]) -> None:
         self._make = make
+
+    def start(self) -> None:
+        """Return when this process has started."""
 
     def make(self, start: int, stop: int) -> Any:
         return self._make(start, stop)
