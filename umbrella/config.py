@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from umbrella.base import PathOrAddress, Section, UserError, mask_secrets
 from umbrella.baseline.settings import BaselineSettings
@@ -105,6 +105,12 @@ class Settings(Section):
         if len(name.encode()) > LONGEST_NAME:
             raise ValueError(f"is longer than {LONGEST_NAME} bytes, and becomes part of file names; give a shorter one")
         return name
+
+    @model_validator(mode="after")
+    def _check_prefixes(self) -> "Settings":
+        if self.data.pack_prefixes and any(dict(self.train.augment).values()):
+            raise ValueError("data.pack_prefixes shares volumes, and train.augment changes them; leave one of them out")
+        return self
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, from which ``load_settings`` restores the same settings."""
@@ -252,7 +258,8 @@ def _validate(raw: dict[str, Any]) -> Settings:
                 if name.startswith(SPACE) and isinstance(issue["input"], list):
                     values = f"[{', '.join(map(str, issue['input']))}]"
                     given, hint = f"={values}", f"; write '{name}={{grid: {values}}}' to try each value"
-                problems.append(f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{hint}")
+                message = f"{name}{given}: {issue['msg'].removeprefix('Value error, ')}{hint}"
+                problems.append(message.removeprefix(": "))  # of several sections
         raise UserError("\n".join(problems)) from None
     if problems := list(_ambiguous_numbers(raw, settings.model_dump(mode="json"), "")):
         raise UserError("\n".join(problems))

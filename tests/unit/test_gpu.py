@@ -48,12 +48,15 @@ def test_a_gpu_has_the_loss_and_gradients_of_a_cpu_in_float32(
     assert {state["exp_avg"].dtype for state in training.optimizer.state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("prefixes", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(build: Make, batch_of: Make, attention: str) -> None:
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
+    build: Make, batch_of: Make, attention: str, prefixes: bool
+) -> None:
     model = build(width=64, heads=4).cuda()
     padded, expected = measure(model, batch_of(*NAMES).to("cuda"))
     model.set_attn_implementation({"text_config": attention})
-    packed, found = measure(model, batch_of(*NAMES, pack=10_000).to("cuda"))
+    packed, found = measure(model, batch_of(*NAMES, pack=10_000, pack_prefixes=prefixes).to("cuda"))
     assert packed["train/loss"] == pytest.approx(padded["train/loss"], abs=1e-4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 

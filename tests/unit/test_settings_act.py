@@ -216,6 +216,13 @@ CASES = {
     f"{SERIES}.window_stride": Case(1, 4, frames, ([6, 7, 8, 9], [4, 5, 6, 7])),
     "data.bucket_batches": Case(1, 3, order, given={"train.batch_size": 1}),
     "data.pack": Case(0, 4096, lambda t: len(loss_weights(t)[0]), (4, 1)),
+    "data.pack_prefixes": Case(
+        False,
+        True,
+        lambda t: {"prefix" in given for given in t.ran.given["T"]},
+        ({False}, {True}),
+        {"train.batch_size": 8},
+    ),
     "data.prefetch": Case(0, 3, lambda t: t.ran.prefetch[0], ITSELF),
     "loss.numbers": Case("cross_entropy", "regression_aware", lambda t: t.model.number_loss is None, (True, False)),
     "mask.preset": Case("", "upstream", loss_weights),
@@ -303,13 +310,13 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def splits(storage: Path, talk: Make) -> tuple[list[Any], list[Any]]:
     """Eight conversations to train on, all of other lengths, and two to evaluate."""
     brain, series = ("sMRI", storage / "brain.nii"), ("fMRI", storage / "series.nii")
-    asked: list[Any] = [[brain, "Sex?"], [series, "Sex, please?"], "Hi.", *("Hi! " * n for n in (3, 5, 7, 9, 11))]
-    asked += [[brain, series], [series, brain]]
+    asked: list[Any] = [[brain, "Sex?"], [series, "Sex, please?"], "Hi.", *("Hi! " * n for n in (3, 5, 7, 9))]
+    asked += [[brain, "Sex?"], [brain, series], [series, brain]]
     labels = ["male", "female"] * 5
     told = [
         talk(
             ("user", content),
-            *([("assistant", "Hello."), ("user", "Sex?")] if content == "Hi." else []),
+            *([("assistant", "Hello."), ("user", "Sex?")] if i in (2, 7) else []),
             ("assistant", f"{label}."),
             task_id=f"sample-{i}",
             metadata={"subject_id": f"subject-{i}", "subject_label": label},

@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from umbrella.conversations.schema import BLANK, ImageItem
+from umbrella.conversations.schema import BLANK
 from umbrella.data.masking import loss_weights
+from umbrella.data.packing import VolumeKey, pack_rows, share_prefixes
 from umbrella.data.pipeline import Plan, from_table
 from umbrella.data.rendering import Example, Renderer, load_renderer
 from umbrella.data.settings import MaskPolicy
@@ -75,13 +77,17 @@ class Batch:
 
     Attributes:
         input_ids: (B, L), int64, padded on the right.
-        attention_mask: (B, L), int64: 0 at padding, 1 at the first sample of a row, 2 at the second, and so on.
-        loss_weights: (B, L), float32: the weight of each token as a target.
+        attention_mask: (B, L), int64: 0 at padding, 1 at the first segment of a row, 2 at the second, and so on. A
+            segment is a sample, a prefix that samples share, or what follows the prefix in one of them.
+        loss_weights: (B, L), float32: the weight of each token as a target, in a prefix the sum over its samples.
         image_mask: (B, L), bool: True at placeholders.
         pixel_values: modality to its volumes.
         num_images_per_sample: (N,), int64.
         task_ids, task_types, sample_indices, metadata: one entry per sample; the model does not receive them.
         rng_keys: per sample, the seed of its random choices, such as (seed, epoch, sample); empty in evaluation.
+        places: (N, 3), int64: row of each sample, number of its segment, number of its prefix's segment or 0. None if
+            no prefix is shared: then the samples are in order, row by row.
+        weights_of_samples: (N, S), float32: the loss weights of each sample alone. None if no prefix is shared.
     """
 
     input_ids: torch.Tensor
@@ -95,6 +101,8 @@ class Batch:
     sample_indices: torch.Tensor
     metadata: tuple[dict[str, Any], ...]
     rng_keys: tuple[tuple[int, ...], ...] = ()
+    places: torch.Tensor | None = None
+    weights_of_samples: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         """Names, shapes and types of the tensors."""
@@ -108,9 +116,20 @@ class Batch:
         """(B, L), int64: the token id at targets, -100 elsewhere."""
         return self.input_ids.masked_fill(self.loss_weights == 0, IGNORED)
 
+    @property
+    def prefix(self) -> torch.Tensor | None:
+        """(B, L), int64: number of the segment that a token attends to beside its own, or 0. None: 0 everywhere."""
+        if self.places is None:
+            return None
+        row, own, prefix = self.places.unbind(1)
+        of_segments = self.attention_mask.new_zeros(len(self.attention_mask), 2 * len(self) + 1)
+        of_segments[row, own] = prefix
+        return of_segments.gather(1, self.attention_mask)
+
     def model_inputs(self) -> dict[str, Any]:
         """The arguments of the model's forward pass."""
-        return {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values", "loss_weights")}
+        names = ("input_ids", "attention_mask", "pixel_values", "loss_weights")
+        return {name: getattr(self, name) for name in (*names, *(("prefix",) if self.places is not None else ()))}
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Return the batch with ``fn`` applied to every tensor."""
@@ -129,30 +148,38 @@ class Batch:
     def __getitem__(self, key: int | slice) -> "Batch":
         chosen = range(len(self))[key]
         samples = chosen if isinstance(chosen, range) else range(chosen, chosen + 1)
-        # Samples are in order, row by row; the attention mask numbers the samples of a row.
-        sizes = self.attention_mask.amax(1).tolist()
-        places = [(row, number) for row, size in enumerate(sizes) for number in range(1, size + 1)]
-        tokens = [(row, self.attention_mask[row] == number) for row, number in (places[i] for i in samples)]
+        if self.places is None:
+            sizes = self.attention_mask.amax(1).tolist()
+            places = [[row, number, 0] for row, size in enumerate(sizes) for number in range(1, size + 1)]
+        else:
+            places = self.places.tolist()
+        segments = self.attention_mask
+        tokens = [
+            (row, (segments[row] == number) | (segments[row] == (prefix or number)))
+            for row, number, prefix in (places[i] for i in samples)
+        ]
 
         def take(values: torch.Tensor) -> torch.Tensor:
             return pad_sequence([values[row, own] for row, own in tokens], batch_first=True)
 
-        counts, ends = self.num_images_per_sample.tolist(), self.num_images_per_sample.cumsum(0).tolist()
-        runs = [run for i in samples for run in range(ends[i] - counts[i], ends[i])]
+        input_ids, weights = take(self.input_ids), self.weights_of_samples
+        is_start = self.image_mask & ~pad(self.image_mask[:, :-1], (1, 0))
+        runs_of_tokens = is_start.flatten().cumsum(0).view_as(is_start) - 1
+        runs = [run for row, own in tokens for run in runs_of_tokens[row, own & is_start[row]].tolist()]
         groups = {}
         for name, group in self.pixel_values.items():
-            kept = [i for i, run in enumerate(group.run.tolist()) if run in runs]
-            if kept:
-                new = torch.tensor([runs.index(run) for run in group.run[kept].tolist()], device=group.run.device)
-                if group.index is None:
-                    groups[name] = VolumeGroup(group.voxels[kept], new)
-                else:
-                    shown, index = group.index[kept].unique(return_inverse=True)
-                    groups[name] = VolumeGroup(group.voxels[shown], new, index)
+            numbers = range(len(group.run)) if group.index is None else group.index.tolist()
+            shown = dict(zip(group.run.tolist(), numbers, strict=True))
+            if kept := [(i, shown[run]) for i, run in enumerate(runs) if run in shown]:
+                new_runs, volumes = torch.tensor(kept, device=group.run.device).unbind(1)
+                distinct, index = volumes.unique(return_inverse=True)
+                repeats = len(distinct) < len(volumes)
+                voxels = group.voxels[distinct if repeats else volumes]
+                groups[name] = VolumeGroup(voxels, new_runs, index if repeats else None)
         return Batch(
-            input_ids=take(self.input_ids),
+            input_ids=input_ids,
             attention_mask=take(torch.ones_like(self.attention_mask)),
-            loss_weights=take(self.loss_weights),
+            loss_weights=take(self.loss_weights) if weights is None else weights[list(samples), : input_ids.shape[1]],
             image_mask=take(self.image_mask),
             pixel_values=groups,
             num_images_per_sample=self.num_images_per_sample[list(samples)],
@@ -171,6 +198,7 @@ def collate(
     indices: Sequence[int] | np.ndarray | None = None,
     rng_keys: Sequence[tuple[int, ...]] = (),
     pack: int = 0,
+    pack_prefixes: bool = False,
 ) -> Batch:
     """Make a batch of examples, whose volumes are not read.
 
@@ -182,35 +210,59 @@ def collate(
         rng_keys: seed of each example's random choices: windows of its series (``Modality.pick_window``) and its
             augmentation. If empty, the middle windows are used and nothing is augmented.
         pack: maximum number of tokens in a row that examples share, in order; 0 gives each example its own row.
+        pack_prefixes: whether examples that begin with the same turns and volumes share these in a row, which then has
+            at most ``packing.SAMPLES_PER_ROW`` times the tokens of the longest example if ``pack`` is 0.
 
     Returns:
         A batch whose ``pixel_values`` are ``VolumeFiles``.
     """
-    rows = _packed_rows([len(example.input_ids) for example in examples], pack)
-    length = max(sum(len(examples[i].input_ids) for i in row) for row in rows)
+    weights = [loss_weights(example, policy) for example in examples]
+    volumes: list[list[VolumeKey]] = []
+    sources: dict[VolumeKey, str | np.ndarray] = {}
+    for i, example in enumerate(examples):
+        volumes.append([])
+        for k, item in enumerate(example.conversation.volumes):
+            source: Any = item.image_path
+            if isinstance(item, ImageInMemory) and not source.startswith(BLANK):
+                source = item.voxels
+            name = source if isinstance(source, str) else id(source)
+            is_random = rng_keys and renderer.modalities[item.modality].is_series
+            key = item.modality, name, (*rng_keys[i], k) if is_random else None
+            volumes[-1].append(key)
+            sources[key] = source
+    groups = share_prefixes(examples, weights, volumes) if pack_prefixes else [([i], 0, 0) for i in range(len(weights))]
+    rows = pack_rows(groups, [*map(len, weights)], pack)
+    shares = any(segment.prefix for row in rows for segment in row)
+    length = max(sum(len(weights[s.samples[0]][s.tokens]) for s in row) for row in rows)
     input_ids = torch.full((len(rows), length), renderer.tokenizer.pad_token_id or 0, dtype=torch.long)
     attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-    weights = torch.zeros(len(rows), length)
-    for row, members in enumerate(rows):
+    row_weights = torch.zeros(len(rows), length)
+    places: dict[int, tuple[int, int, int]] = {}
+    shown: list[VolumeKey] = []
+    for row, segments in enumerate(rows):
         start = 0
-        for number, i in enumerate(members, 1):
-            part = slice(start, start + len(examples[i].input_ids))
-            input_ids[row, part] = torch.from_numpy(examples[i].input_ids)
+        for number, segment in enumerate(segments, 1):
+            first = segment.samples[0]
+            ids = examples[first].input_ids[segment.tokens]
+            part = slice(start, start + len(ids))
+            input_ids[row, part] = torch.from_numpy(ids)
             attention_mask[row, part] = number
-            weights[row, part] = torch.from_numpy(loss_weights(examples[i], policy))
+            row_weights[row, part] = torch.from_numpy(sum(weights[i][segment.tokens] for i in segment.samples))
+            # The segment of a sample comes after that of its prefix, and replaces it here.
+            places[first] = row, number, segment.prefix
+            shown += volumes[first][segment.volumes]
             start = part.stop
-    volumes: dict[str, list[tuple[int, ImageItem, tuple[int, ...] | None]]] = {}
-    images = [(i, k, item) for i, e in enumerate(examples) for k, item in enumerate(e.conversation.volumes)]
-    for run, (i, k, item) in enumerate(images):
-        rng_key = (*rng_keys[i], k) if rng_keys else None
-        volumes.setdefault(item.modality, []).append((run, item, rng_key))
-    series = {name for name in volumes if renderer.modalities[name].is_series}
-    files: dict[str, Any] = {name: _distinct_volumes(group, name in series) for name, group in volumes.items()}
+    files: dict[str, Any] = {}
+    for name in dict.fromkeys(modality for modality, *_ in shown):
+        runs = [run for run, key in enumerate(shown) if key[0] == name]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(shown[run] for run in runs))}
+        index = None if len(numbers) == len(runs) else torch.tensor([numbers[shown[run]] for run in runs])
+        files[name] = VolumeFiles(tuple((sources[key], key[2]) for key in numbers), torch.tensor(runs), index)
     conversations = [example.conversation for example in examples]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        loss_weights=weights,
+        loss_weights=row_weights,
         image_mask=(input_ids == renderer.image_id) & attention_mask.bool(),
         pixel_values=files,
         num_images_per_sample=torch.tensor([len(c.volumes) for c in conversations]),
@@ -219,25 +271,9 @@ def collate(
         sample_indices=torch.tensor(list(range(len(examples)) if indices is None else indices)),
         metadata=tuple(c.metadata for c in conversations),
         rng_keys=tuple(rng_keys),
+        places=torch.tensor([places[i] for i in range(len(examples))]) if shares else None,
+        weights_of_samples=pad_sequence([*map(torch.from_numpy, weights)], batch_first=True) if shares else None,
     )
-
-
-def _distinct_volumes(volumes: Sequence[tuple[int, ImageItem, tuple[int, ...] | None]], is_series: bool) -> VolumeFiles:
-    """Return the volumes of one modality, given as (run, item, rng_key).
-
-    A volume that occurs several times is read once; a series only if it has the same window.
-    """
-    distinct: dict[Any, tuple[int, str | np.ndarray, tuple[int, ...] | None]] = {}
-    index = []
-    for _, item, rng_key in volumes:
-        source: Any = item.image_path
-        if isinstance(item, ImageInMemory) and not source.startswith(BLANK):
-            source = item.voxels
-        key = source if isinstance(source, str) else id(source), rng_key if is_series else None
-        index.append(distinct.setdefault(key, (len(distinct), source, rng_key))[0])
-    runs = torch.tensor([run for run, _, _ in volumes])
-    shared = None if len(distinct) == len(volumes) else torch.tensor(index)
-    return VolumeFiles(tuple((source, rng_key) for _, source, rng_key in distinct.values()), runs, shared)
 
 
 @dataclass(frozen=True)
@@ -295,7 +331,8 @@ class BatchMaker:
         """Make the micro-batch of the positions ``start`` to ``stop``."""
         samples, rng_keys = self.plan.rows(start, stop)
         examples = [self._renderer.render(from_table(self._conversations, int(i))) for i in samples]
-        batch = collate(self._renderer, examples, self.settings.mask, samples, rng_keys, self.settings.data.pack)
+        data, mask = self.settings.data, self.settings.mask
+        batch = collate(self._renderer, examples, mask, samples, rng_keys, data.pack, data.pack_prefixes)
         if not self.decode:
             return batch
         files: dict[str, Any] = dict(batch.pixel_values)
@@ -321,16 +358,3 @@ def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     length = tokens.shape[1]
     places = torch.arange(length, device=tokens.device) + attention_mask.sum(1, keepdim=True)
     return tokens.gather(1, places % length)
-
-
-def _packed_rows(lengths: Sequence[int], pack: int) -> list[list[int]]:
-    """Return the samples of each row of at most ``pack`` tokens, in order. A longer sample gets its own row."""
-    rows: list[list[int]] = []
-    free = -1
-    for i, length in enumerate(lengths):
-        if length > free:
-            rows.append([])
-            free = pack
-        rows[-1].append(i)
-        free -= length
-    return rows

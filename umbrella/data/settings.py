@@ -57,6 +57,8 @@ class DataSettings(Section):
     """Bring conversations with the same reference (their first volume) or subject into the same batch, which computes each volume once. It replaces bucket_batches. Series, whose windows differ, and volumes with train.augment are not shared."""  # noqa: E501
     pack: int = Field(0, ge=0)
     """Tokens per row when several conversations are packed into a row; each attends only to itself. 0: one conversation per row."""  # noqa: E501
+    pack_prefixes: bool = False
+    """Conversations of a batch that begin with the same turns and volumes share these in a row of up to data.pack tokens (0: 8 times the longest conversation). Use it with data.group_batches_by=reference; not with train.augment."""  # noqa: E501
     loader: Literal["auto", "processes", "threads"] = "auto"
     """Where conversations are rendered and put into batches: in other processes, or in threads of the training. auto: in processes on machines with 8 CPUs or more."""  # noqa: E501
     prefetch: int = Field(2, ge=0)

@@ -29,7 +29,7 @@ class ModelSettings(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of the input of the LoRA adapters, in training."""
     attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
-    """Attention implementation of the language model. flex_attention needs a GPU, and skips masked blocks of data.pack."""  # noqa: E501
+    """Attention implementation of the language model. flex_attention needs a GPU, and skips masked blocks of data.pack and data.pack_prefixes."""  # noqa: E501
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward pass. Trainable weights are float32."""
     width: int = Field(64, ge=8)

@@ -14,6 +14,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     PretrainedConfig,
 )
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, cached_file
 
 from umbrella.modality import Modality, class_tokens
@@ -104,6 +105,7 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         pixel_values: dict[str, Any] | None = None,
         loss_weights: torch.Tensor | None = None,
         targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        prefix: torch.Tensor | None = None,
         **generation: Any,
     ) -> Any:
         """Run the model; ``generation`` are further arguments of LLaVA's ``forward``.
@@ -115,6 +117,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values: ``VolumeGroup`` by modality name.
             loss_weights: (B, L), nonzero at supervised tokens.
             targets: rows, columns and token ids, (Q,) each: asks for the likelihood of each token after a position.
+            prefix: (B, L), a number in ``attention_mask``, or 0: the tokens with this number precede those of the
+                sample, which attends to them and continues their positions. Padding is on the right.
 
         Returns:
             ``UmbrellaOutput`` with loss weights, or with targets, where ``token_nll`` is (Q,); otherwise the output of
@@ -128,9 +132,12 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         positions = None if loss_weights is None else supervised_positions(loss_weights)
         cache = generation.get("past_key_values")
         if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not a later generation step
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            if prefix is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 inputs |= _attention_arguments(attention_mask, is_complete=loss_weights is not None)
-            inputs |= {"input_ids": None, "inputs_embeds": self.embed_inputs(input_ids, pixel_values or {})}
+            embeddings = self.embed_inputs(input_ids, pixel_values or {})
+            inputs |= {"input_ids": None, "inputs_embeds": embeddings}
+            if prefix is not None and attention_mask is not None:
+                inputs |= _prefix_arguments(self.model.language_model.config, embeddings, attention_mask, prefix)
         if targets is not None:
             hidden = self.model(**generation | inputs)[0]
             return UmbrellaOutput(token_nll=target_nll(hidden, self.lm_head.weight, *targets))
@@ -299,6 +306,24 @@ def _attention_arguments(attention_mask: torch.Tensor, is_complete: bool) -> dic
         return {"attention_mask": None, "position_ids": _packed_position_ids(attention_mask), "use_cache": False}
     # Causal attention never reads right padding. Without a mask, a faster kernel for causal attention is used.
     return {"attention_mask": None} if is_complete and not is_left_padded else {}
+
+
+def _prefix_arguments(
+    config: PretrainedConfig, embeddings: torch.Tensor, segments: torch.Tensor, prefix: torch.Tensor
+) -> dict[str, Any]:
+    """Return the arguments of the language model for ``attention_mask`` and ``prefix`` of ``forward``."""
+    sizes = segments.new_zeros(len(segments), segments.shape[1] + 1)
+    sizes.scatter_add_(1, segments, (segments > 0).long())
+
+    def is_visible(row: Any, head: Any, query: Any, key: Any) -> Any:
+        # Prefix 0 is padding on the right, which causal attention does not reach.
+        return (segments[row, key] == segments[row, query]) | (segments[row, key] == prefix[row, query])
+
+    return {
+        "attention_mask": create_causal_mask(config, embeddings, None, None, and_mask_function=is_visible),
+        "position_ids": _packed_position_ids(segments) + sizes.gather(1, prefix),
+        "use_cache": False,
+    }
 
 
 def _packed_position_ids(attention_mask: torch.Tensor) -> torch.Tensor:

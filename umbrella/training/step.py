@@ -63,7 +63,8 @@ def train_step(
         FloatingPointError: the loss or its gradient is not finite, or the loss is over the limit. It is raised on every
             rank, with the samples of all ranks that cause it. Nothing is changed.
     """
-    divisor, targets = loss_totals([batch.loss_weights for batch in batches])
+    weights = [b.loss_weights if b.weights_of_samples is None else b.weights_of_samples for b in batches]
+    divisor, targets = loss_totals(weights)
     _, world_size = rank_and_world_size()
     total = torch.zeros((), device=batches[0].input_ids.device)
     for i, batch in enumerate(batches):
@@ -105,7 +106,7 @@ def loss_totals(loss_weights: list[torch.Tensor]) -> torch.Tensor:
     The first token of a row is never a target, because no token precedes it. It is collective.
 
     Args:
-        loss_weights: (B, L) of each micro-batch of this rank.
+        loss_weights: (B, L) of each micro-batch of this rank; or of its samples, if they share prefixes.
     """
     targets = [weights[:, 1:].double() for weights in loss_weights]
     total = torch.stack([torch.stack([weights.sum(), (weights != 0).sum()]) for weights in targets]).sum(0)

@@ -37,7 +37,7 @@ NOT_SWEEPABLE = (
     "evaluate",
     "baseline",
 )
-SWEEPABLE_DATA = ("data.bucket_batches", "data.pack", "data.prefetch")
+SWEEPABLE_DATA = ("data.bucket_batches", "data.pack", "data.pack_prefixes", "data.prefetch")
 """Settings of ``data`` that act in the workers of a trial. The others act once, before the trials start."""
 MAX_CHECKED = 50_000
 """Maximum number of combinations of a section that are checked before the start; this takes a few seconds."""

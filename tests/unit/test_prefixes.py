@@ -1,0 +1,128 @@
+"""Shared prefixes: the loss, gradients, positions and samples of a batch are those without sharing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import MODALITIES
+from tests.unit.steps import Make, measure
+from tests.unit.test_loss import assert_same
+from umbrella.base import UserError
+from umbrella.config import load_settings
+from umbrella.data.batching import Batch, Collator
+from umbrella.data.rendering import Renderer
+from umbrella.data.settings import MaskPolicy
+from umbrella.data.tokenizer import number_tokens
+from umbrella.models.number_loss import NumberLoss
+
+BY_SAMPLE = {"normalize": "sample", "task_weights": {"T3": 3.0}}
+
+
+@pytest.fixture
+def batch_of(cohort: dict[str, Any], talk: Make, store: Any, tokenizer: Any) -> Make:
+    """Numbers of conversations to a batch: comparisons with a reference of two volumes, and others between them."""
+    (f1, s1), (s2, d, f2) = ([(v.modality, v.image_path) for v in cohort[name].volumes] for name in ("two", "three"))
+    first, age = [s2, "first", d], [s1, "Age?"]
+    turns: list[list[Any]] = [
+        *([first, "40", age, "63.5"], [[f1, s1, "Sex?"], "male."], [first, "40", [d, "Sex?"], "male.", "Age?", "7"]),
+        *([first, "40", [f1, "And this one?"], "41"], ["Hi", "Hello, you."], [first, "40", age, "8"]),
+        *([[s1, "first", d], "40", age, "63.5"], ["Hi", "40", age, "63.5"], ["Hi", "40", [s2, "Age?"], "64.5"]),
+        [[f2], "Seen.", "Age?", "64.5"],
+    ]
+    renderer = Renderer(tokenizer, MODALITIES)
+    examples = [
+        renderer.render(talk(*zip(["user", "assistant"] * 3, of, strict=False), task_id=str(i), task_type=f"T{i % 4}"))
+        for i, of in enumerate(turns)
+    ]
+
+    def make(samples: Any = range(10), mask: Any = None, **options: Any) -> Batch:
+        policy = MaskPolicy(**mask or {})
+        return Collator(renderer, store)([examples[i] for i in samples], policy, samples, **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ({}, 0, "qwen2", "sdpa"),
+        ({"normalize": "turn", "supervise": "all"}, 150, "llama", "sdpa"),
+        (BY_SAMPLE, 10_000, "qwen2", "eager"),
+    ],
+)
+def test_shared_prefixes_have_the_loss_and_gradients_of_separate_rows(
+    case: Any, build: Make, batch_of: Make, save_llava: Make, tokenizer: Any, tmp_path: Any
+) -> None:
+    mask, pack, language, attention = case
+    save_llava(tmp_path, language=language)
+    model = build(checkpoint=str(tmp_path), train="embedder+tower+projector+lora", attention=attention)
+    model.number_loss = NumberLoss(number_tokens(tokenizer), {tokenizer.convert_tokens_to_ids(".")}, 264)
+    for weight in model.parameters():
+        if weight.ndim > 1:  # so large that every part has gradients far above the tolerance
+            torch.nn.init.normal_(weight, std=0.3)
+    separate, shared = batch_of(mask=mask), batch_of(mask=mask, pack=pack, pack_prefixes=True)
+    assert shared.input_ids.count_nonzero() < separate.input_ids.count_nonzero()
+    expected = measure(model, separate)
+    assert_same(measure(model, shared), expected)
+    assert min(expected[0][f"train/grad_norm/{part}"] for part in ("embedder", "tower", "projector", "lora")) > 4e-3
+
+
+def test_each_sample_attends_to_its_prefix_and_itself_at_the_positions_it_has_alone(
+    build: Make, batch_of: Make
+) -> None:
+    model, given, batch = build(), {}, batch_of(pack_prefixes=True)
+    model.model.language_model.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    model(**batch.model_inputs())
+    for i, (row, own, prefix) in enumerate(batch.places.tolist()):
+        assert (prefix > 0) == (i in (0, 2, 3, 5))
+        tokens = torch.isin(batch.attention_mask[row], torch.tensor([own, prefix or own]))
+        seen, count = given["attention_mask"][row, 0][batch.attention_mask[row] == own], int(tokens.sum())
+        assert given["position_ids"][row, tokens].tolist() == list(range(count))
+        assert torch.equal(seen[:, tokens], torch.ones(count, count).tril().bool()[-len(seen) :])
+        assert not seen[:, ~tokens].any()
+
+
+@pytest.mark.parametrize("pack", [0, 150, 10_000])
+def test_samples_of_a_batch_with_shared_prefixes_are_those_of_a_batch_without(batch_of: Make, pack: int) -> None:
+    options = {"mask": BY_SAMPLE, "rng_keys": [(0, i) for i in range(10)]}
+    shared, separate = batch_of(**options, pack=pack, pack_prefixes=True), batch_of(**options)
+    assert pack == 0 or shared.input_ids.shape[1] <= pack
+    assert shared.sample_indices.tolist() == list(range(10))  # in the order of the plan
+    for key in (*range(10), slice(2, 7), slice(None, None, -1)):
+        one, other = shared[key], separate[key]
+        for name, value in vars(other).items():
+            assert not torch.is_tensor(value) or torch.equal(getattr(one, name), value), name
+        assert (one.task_ids, one.rng_keys, one.places) == (other.task_ids, other.rng_keys, None)
+        assert one.pixel_values.keys() == other.pixel_values.keys()
+        for name, group in one.pixel_values.items():
+            mine, theirs = (g.separate().voxels[g.run.argsort()] for g in (group, other.pixel_values[name]))
+            assert torch.equal(mine, theirs)
+
+
+def test_a_long_group_is_in_several_rows_of_about_equal_length(batch_of: Make) -> None:
+    longest = batch_of([0, 2]).input_ids.shape[1]
+    batch = batch_of([0, 2] * 12, pack=5 * longest, pack_prefixes=True)
+    assert [prefix.unique().tolist() for prefix in batch.prefix] == [[0, 1]] * 3
+    lengths = batch.attention_mask.count_nonzero(1)
+    assert int(lengths.max()) - int(lengths.min()) < longest
+
+
+def test_only_the_same_turns_and_volumes_are_shared(batch_of: Make) -> None:
+    header = {"supervise": "all", "turn_header": True}  # a target after the prefix, which no token of its row predicts
+    for samples, mask, rng_keys, is_shared in (
+        ([0, 2], {}, (), True),
+        ([0, 6], {}, (), False),
+        ([7, 8], {}, (), False),
+        ([0, 2], header, (), False),
+        ([9, 9], {}, [(0,), (0,)], True),  # the windows of a series
+        ([9, 9], {}, [(0,), (1,)], False),
+    ):
+        batch = batch_of(samples, mask, rng_keys=rng_keys, pack_prefixes=True)
+        assert (batch.places is not None) == ("prefix" in batch.model_inputs()) == is_shared
+        assert len(batch.input_ids) == (1 if is_shared else 2)
+
+
+def test_augmentation_with_shared_prefixes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^data\.pack_prefixes shares volumes, and train\.augment changes them"):
+        load_settings(overrides={"data.pack_prefixes": True, "train.augment.noise": 0.1})
