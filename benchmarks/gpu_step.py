@@ -1,9 +1,10 @@
-"""Training step on one GPU without a data pipeline: milliseconds, samples per second, and time per kernel.
+"""Training step on one GPU without a data pipeline: speed, share of the GPU's peak, memory, and time per kernel.
 
-    python benchmarks/gpu_step.py [batch=64] [compile=true]
+    python benchmarks/gpu_step.py [shape=0.5b|3b|7b] [train=embedder|projector+lora|all] [batch=64] [compile=true]
+        [checkpoint_activations=false] [kernels=false]
 
-The shape of llava-interleave-qwen-0.5b with random weights, two 96^3 volumes and 94 tokens of text a sample, only the
-volume embedder trained, bfloat16. A single batch stays on the GPU, so the result is an upper bound for gpu_training.py.
+Random weights, two 96^3 volumes and 94 tokens of text a sample, bfloat16. A single batch stays on the GPU, so the
+result is an upper bound for gpu_training.py. The first step is counted from the model on, with compilation.
 """
 
 import sys
@@ -11,14 +12,15 @@ import time
 from typing import Any
 
 import torch
-from gpu_training import GRID, LAYER, PATCH, SHAPES
+from gpu_training import GRID, LAYER, PATCH, PEAK, SHAPES, operations
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.modality import Modality
-from umbrella.models.build import cast_frozen, component_parameters, from_llava, select_trainable
+from umbrella.models.build import add_lora, cast_frozen, component_parameters, from_llava, select_trainable
+from umbrella.models.settings import ModelSettings
 from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.settings import OptimSettings, TrainSettings
@@ -29,10 +31,10 @@ VOLUME = (GRID // PATCH) ** 3
 MODALITIES = {"sMRI": Modality(grid=(GRID,) * 3, patch=(PATCH,) * 3)}
 
 
-def make_model() -> Any:
-    """Create a model with random weights on the GPU."""
+def make_model(shape: str = "0.5b", train: str = "embedder", device: str = "cuda") -> Any:
+    """Create a model with random weights on a device; ``train`` are its trained parts."""
     torch.manual_seed(0)
-    text = Qwen2Config(**SHAPES["0.5b"], vocab_size=WORDS)
+    text = Qwen2Config(**SHAPES[shape], vocab_size=WORDS)
     vision = SiglipVisionConfig(**LAYER, image_size=384, patch_size=14, vision_use_head=False)
     config = LlavaConfig(
         vision_config=vision,
@@ -43,7 +45,7 @@ def make_model() -> Any:
     )
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
-    llava = llava.to_empty(device="cuda")
+    llava = llava.to_empty(device=device)
     for name, weight in llava.named_parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.02)
@@ -51,13 +53,16 @@ def make_model() -> Any:
             torch.nn.init.constant_(weight, float("norm" in name and name.endswith("weight")))
     model = from_llava(llava, MODALITIES)
     # The frequencies are a buffer, which is not initialised above.
-    model.model.language_model.rotary_emb = Qwen2RotaryEmbedding(text).cuda()
-    select_trainable(model.cuda(), "embedder")
+    model.model.language_model.rotary_emb = Qwen2RotaryEmbedding(text)
+    model.to(device)
+    if "lora" in train:
+        add_lora(model, ModelSettings())
+    select_trainable(model, train)
     cast_frozen(model, torch.bfloat16)
     return model.train()
 
 
-def make_batch(size: int) -> Batch:
+def make_batch(size: int, device: str = "cuda") -> Batch:
     """Create a batch of samples with two volumes and random tokens."""
     ids = torch.randint(0, 150_000, (size, 2 * VOLUME + TEXT))
     ids[:, 5 : 5 + VOLUME] = ids[:, 20 + VOLUME : 20 + 2 * VOLUME] = IMAGE
@@ -74,38 +79,52 @@ def make_batch(size: int) -> Batch:
         task_types=("T3",) * size,
         sample_indices=torch.arange(size),
         metadata=({},) * size,
-    ).to("cuda")
+    ).to(device)
 
 
-def main(size: int, compiled: bool, warm: int = 4, steps: int = 12) -> None:
+def main(shape: str, train: str, size: int, kernels: bool, options: TrainSettings, steps: int = 12) -> None:
     """Measure and print."""
-    model, batch, settings = make_model(), make_batch(size), OptimSettings()
-    apply_options(model, TrainSettings(compile=compiled))
-    optimizer, groups = build_optimizer(model, settings), component_parameters(model)
-    schedule = build_schedule(optimizer, settings, 1000)
+    model, batch, settings = make_model(shape, train), make_batch(size), OptimSettings()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
     def run(times: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(times):
-            train_step(model, [batch], optimizer, schedule, 1.0, groups, torch.bfloat16)
+            train_step(model, [batch], optimizer, schedule, 1.0, parts, torch.bfloat16)
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / times
 
-    first, each = warm * run(warm), run(steps)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {size}, compiled: {compiled}")
+    begun = time.perf_counter()
+    apply_options(model, options)
+    optimizer, parts = build_optimizer(model, settings), component_parameters(model)
+    schedule = build_schedule(optimizer, settings, 1000)
+    run(1)
+    first = time.perf_counter() - begun
+    run(3)
+    each = run(steps)
+    rate, peak = size / each, torch.cuda.max_memory_allocated() / 2**30
+    done = rate * operations(SHAPES[shape], VOLUME, 2, 2 * VOLUME + TEXT, SUPERVISED, WORDS, train)
     print(
-        f"{1e3 * each:.1f} ms a step, {size / each:.1f} samples/s, peak {peak:.1f} GiB; first {warm} in {first:.1f} s"
+        f"{shape} {train}, batch {size}, compile {options.compile}, checkpoint {options.checkpoint_activations}:"
+        f" {1e3 * each:.1f} ms a step, {rate:.1f} samples/s, {2 * rate:.1f} volumes/s, {done / 1e12:.0f} TFLOP/s,"
+        f" {done / PEAK:.1%} of peak, {peak:.1f} GiB, first step {first:.1f} s;"
+        f" {torch.cuda.get_device_name()}, torch {torch.__version__}",
+        flush=True,
     )
+    if not kernels:
+        return
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         run(2)
-    kernels = [event for event in seen.key_averages() if event.self_device_time_total]
-    print(f"kernels: {sum(event.self_device_time_total for event in kernels) / 2e3:.1f} ms a step")
-    for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:40]:
+    events = [event for event in seen.key_averages() if event.self_device_time_total]
+    print(f"kernels: {sum(event.self_device_time_total for event in events) / 2e3:.1f} ms a step")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:40]:
         print(f"{event.self_device_time_total / 2e3:8.2f} ms {event.count // 2:5d} times  {event.key[:90]}")
 
 
 if __name__ == "__main__":
-    words = dict(word.split("=") for word in sys.argv[1:])
-    main(int(words.get("batch", 64)), words.get("compile", "true") == "true")
+    given = {"compile": "true"} | dict(word.split("=") for word in sys.argv[1:])
+    chosen = {name: given.pop(name, default) for name, default in (("shape", "0.5b"), ("train", "embedder"))}
+    batch_size, shows_kernels = int(given.pop("batch", 64)), given.pop("kernels", "false") == "true"
+    main(chosen["shape"], chosen["train"], batch_size, shows_kernels, TrainSettings.model_validate(given))

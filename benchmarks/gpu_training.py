@@ -1,6 +1,7 @@
 """Training on GPUs from end to end, from .nii.gz files to Ray Train, with the shape of a published model.
 
-    python benchmarks/gpu_training.py [shape=0.5b|7b] [subjects=128] [references=0] [steps=300] [folder=..] [name=value]
+    python benchmarks/gpu_training.py [shape=0.5b|3b|7b] [subjects=128] [references=0] [steps=300] [folder=..]
+        [name=value]
 
 Weights are random. A sample is two 96^3 volumes and about 90 tokens of text; the volume embedder is trained (with 7b,
 adapters too), in bfloat16. Printed are samples a second between evaluations, once layers are compiled, the share of the
@@ -35,6 +36,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "tie_word_embeddings": True,
     },
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 36,
+        "tie_word_embeddings": True,
+    },
     "7b": {
         "hidden_size": 4096,
         "intermediate_size": 11_008,
@@ -43,29 +52,41 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
     },
 }
-"""Language models of llava-interleave-qwen-0.5b and -7b; their tower is SigLIP's so400m."""
+"""Language models of llava-interleave-qwen-0.5b and -7b, and Qwen2.5-3B; their tower is SigLIP's so400m."""
 
 
-def operations(language: dict[str, Any], volume: int, volumes: int, length: int, supervised: int, words: int) -> float:
+def operations(
+    language: dict[str, Any], volume: int, volumes: int, length: int, supervised: int, words: int, train: str
+) -> float:
     """Floating point operations of a sample; a multiplication with its addition is two.
 
-    Weights that stand still cost as much in the backward pass, for the gradient of what enters them, as in the forward
-    pass: twice the forward pass in all. Attention has two products forward and four backward: three times. The embedder
-    has a gradient of its weights instead of one of what enters it. What is computed a second time (attention's scores
-    in the backward pass) is not counted, nor are adapters, norms and activations.
+    The backward pass has a product for the gradient of the weights of each trained part, and one for the gradient of
+    what enters a part, above the lowest trained one and within it. Attention has two products forward and four
+    backward. What is computed a second time (attention's scores in the backward pass) is not counted, nor are adapters,
+    norms and activations.
 
     Args:
-        volume: tokens of a volume. length: tokens of the sample, with its volumes'.
+        volume: tokens of a volume. length: tokens of the sample, with its volumes'. train: see ``model.train``.
     """
     width, wide = LAYER["hidden_size"], LAYER["intermediate_size"]
-    tower = LAYER["num_hidden_layers"] * volumes * volume * 2 * (4 * width**2 + 2 * width * wide)
-    looks = LAYER["num_hidden_layers"] * volumes * volume**2 * 4 * width
     d, hidden = language["hidden_size"], language["intermediate_size"]
-    projector = volumes * volume * 2 * (width * d + d * d)
-    text = language["num_hidden_layers"] * length * 2 * (4 * d**2 + 3 * d * hidden)
-    looks += language["num_hidden_layers"] * length * (length + 1) / 2 * 4 * d  # each token looks at those before it
-    embedder = volumes * volume * 2 * PATCH**3 * width
-    return 2 * (tower + projector + text + supervised * 2 * d * words + embedder) + 3 * looks
+    grouped = language["num_key_value_heads"] / language["num_attention_heads"]
+    tower, text, seen = LAYER["num_hidden_layers"], language["num_hidden_layers"], volumes * volume
+    looks = text * length * (length + 1) / 2 * 4 * d  # each token looks at those before it
+    parts = {  # products with weights, and of attention, in the forward pass
+        "embedder": (seen * 2 * PATCH**3 * width, 0.0),
+        "tower": (tower * seen * 2 * (4 * width**2 + 2 * width * wide), tower * seen * volume * 4 * width),
+        "projector": (seen * 2 * (width * d + d * d), 0.0),
+        "lora": (text * length * 2 * ((2 + 2 * grouped) * d**2 + 3 * d * hidden) + supervised * 2 * d * words, looks),
+    }
+    trained = parts.keys() if train == "all" else train.split("+")
+    total, flows = 0.0, False
+    for part, (products, attention) in parts.items():
+        has_gradient = part in trained and (part != "lora" or train == "all")  # the model's own weights, not adapters'
+        flows = flows or (part in trained and part != "embedder")
+        total += products * (1 + flows + has_gradient) + attention * (1 + 2 * flows)
+        flows = flows or part in trained
+    return total
 
 
 def make_scan(path: Path) -> None:
@@ -196,7 +217,7 @@ def measure(
     samples_per_second = statistics.median(pace[1:])  # layers are compiled in the first
     text = load_rendered(chosen)
     tokens = (GRID // PATCH) ** 3
-    each = operations(SHAPES[shape], tokens, 2, text["length"], text["supervised"], 152_000)
+    each = operations(SHAPES[shape], tokens, 2, text["length"], text["supervised"], 152_000, chosen.model.train)
     workers = chosen.resources.workers
     bare = bare_step(jobs[0]) if torch.cuda.is_available() else samples_per_second / workers
     return {

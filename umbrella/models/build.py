@@ -86,12 +86,20 @@ def load_model(
 ) -> UmbrellaForConditionalGeneration:
     """Load ``settings.checkpoint`` with an embedder for each modality, and the id of the placeholder token.
 
+    With the meta device as the default one, weights are neither read nor allocated.
+
     Raises:
         UserError: see ``check_checkpoint``; also if weights are missing, truncated, or not in safetensors format.
     """
     config = check_checkpoint(settings, modalities)
     is_umbrella = isinstance(config, UmbrellaConfig)
-    model = _load_partial(settings, config) if is_partial(settings.checkpoint) else _load_full(settings, is_umbrella)
+    if torch.get_default_device().type == "meta":  # to count parameters and memory
+        new: Any = UmbrellaForConditionalGeneration if is_umbrella else AutoModelForImageTextToText.from_config
+        model = new(config)
+    elif is_partial(settings.checkpoint):
+        model = _load_partial(settings, config)
+    else:
+        model = _load_full(settings, is_umbrella)
     if is_umbrella:
         # Keep the embedders of these modalities, interpolated to their grids, and add missing ones.
         known, width = model.embedder.by_modality, model.config.vision_config.hidden_size

@@ -1,11 +1,16 @@
-"""Estimate the time of a training from steps and an evaluation with blank volumes on this machine."""
+"""Estimate time and GPU memory of a training: steps with blank volumes on this machine, or a pass that only counts."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil, inf
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from umbrella.config import Settings
 from umbrella.conversations.schema import questions_of
@@ -16,7 +21,8 @@ from umbrella.data.splits import Splits
 from umbrella.evaluation.candidates import find_candidates
 from umbrella.evaluation.controls import blank
 from umbrella.evaluation.scoring import score
-from umbrella.models.build import component_parameters
+from umbrella.models.build import build_model, component_parameters
+from umbrella.models.token_nll import MAX_LOGITS
 from umbrella.training.distributed import autocast
 from umbrella.training.language_model import make_model
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -28,15 +34,130 @@ STEPS = 5
 """Largest number of timed steps."""
 BUDGET = 5.0
 """Seconds after which no further step is timed."""
+ATTENTION = functional.scaled_dot_product_attention
 
 
-def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float, float]:
+class SavedTensors(TorchFunctionMode):
+    """Counts the bytes that a forward pass on the meta device would keep on a GPU for the backward pass.
+
+    Autocast ignores the meta device, and attention there keeps its scores: both are replaced. A compiled model keeps a
+    tensor and its casts once, in the narrowest data type, and recomputes SiLU. A checkpointed layer keeps its input.
+    """
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        super().__init__()
+        self.train, dtype = settings.train, getattr(torch, settings.model.dtype)
+        self.dtypes = {functional.linear: dtype, ATTENTION: dtype, functional.layer_norm: torch.float32}
+        self.held = self.before = self.recomputed = self.largest = 0
+        self.weights = {weight.untyped_storage() for weight in model.parameters()}
+        self.seen, self.source = set(self.weights), dict[Any, Any]()
+        for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
+            layer.register_forward_pre_hook(self._enter)
+            layer.register_forward_hook(self._leave)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function with the data types of autocast."""
+        if dtype := self.dtypes.get(func):
+            cast = [self.__torch_function__(Tensor.to, types, (a, dtype)) for a in args if torch.is_tensor(a)]
+            args = (*cast, *args[len(cast) :])
+        result = _Attention.apply(*args, kwargs["attn_mask"]) if func is ATTENTION else func(*args, **kwargs or {})
+        if func in (Tensor.to, Tensor.float) and (own := args[0].untyped_storage()) not in self.weights:
+            self.source[result.untyped_storage()] = self.source.get(own, own)
+        elif func is functional.silu and self.train.compile:
+            self.seen.add(result.untyped_storage())
+        return result
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd saves."""
+        own = tensor.untyped_storage()
+        storage = self.source.get(own, own) if self.train.compile else own
+        if storage not in self.seen:
+            self.seen.add(storage)
+            size = min(storage.nbytes(), own.nbytes())
+            self.held, self.largest = self.held + size, max(self.largest, size)
+        return tensor
+
+    def _enter(self, layer: Any, args: tuple[Tensor, ...]) -> None:
+        self.before = self.held
+
+    def _leave(self, layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.train.checkpoint_activations and self.held > self.before:
+            self.recomputed = max(self.recomputed, self.held - self.before)
+            self.held = self.before + args[0].untyped_storage().nbytes()
+
+
+class _Attention(torch.autograd.Function):
+    """Saves what attention on a GPU saves: no scores, and the bias that a mask becomes."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        result = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, result, None if mask is None else mask.to(query.dtype))
+        return result
+
+
+def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int, int]:
+    """Count the GPU memory of a worker: weights, optimizer, and activations and gradients at their peak, in bytes.
+
+    Args:
+        model: on the meta device, without ``apply_options``. Its layers get hooks.
+        batch: a micro-batch on the CPU.
+    """
+    text, (rows, length), workers = model.model.language_model, batch.input_ids.shape, settings.resources.workers
+    is_packed = settings.model.attention == "sdpa" and bool((batch.attention_mask > 1).any())
+    saved, on_meta = SavedTensors(model, settings), batch.to("meta")
+    with torch.device("meta"), saved_tensors_hooks(saved.keep, lambda tensor: tensor), saved:
+        states = model.get_input_embeddings()(on_meta.input_ids).flatten(0, 1)
+        for name, group in on_meta.pixel_values.items():
+            features = model.volume_features(name, group.voxels)
+            features = (features if group.index is None else features[group.index]).flatten(0, 1)
+            states = states.index_copy(0, torch.empty(len(features), dtype=torch.long), features.to(states.dtype))
+        states, mask = states.view(rows, length, -1), torch.empty(rows, 1, length, length) if is_packed else None
+        rotary = text.rotary_emb(states, torch.arange(length)[None])
+        for layer in text.layers:  # the whole language model asks for values of the position ids
+            states = layer(states, attention_mask=mask, position_embeddings=rotary)
+        text.norm(states)
+    shards, weights = workers if settings.train.shard else 1, sum(w.nbytes for w in model.parameters())
+    gradients = sum(w.nbytes for w in model.parameters() if w.requires_grad) // shards
+    # A worker gathers two layers of the language model at a time, and all other weights.
+    in_shards = (len(text.layers) - 2) * sum(w.nbytes for w in text.layers[0].parameters())
+    logits = 8 * min(MAX_LOGITS, len(model.lm_head.weight) * int((batch.loss_weights[:, 1:] != 0).sum()))
+    voxels = 2 * sum(g.voxels.nbytes for g in batch.pixel_values.values())  # the next batch is copied ahead
+    activations = voxels + saved.held + max(logits, saved.recomputed + 3 * saved.largest)  # and three gradients of them
+    # Gradients come while activations go, except those of an earlier micro-batch and in the buckets of DDP.
+    stay = settings.train.accumulate > 1 or workers > shards
+    peak = activations + gradients if stay else max(activations, gradients)
+    return weights // shards + (weights - in_shards if shards > 1 else 0), 2 * gradients, peak
+
+
+def describe_model(settings: Settings, splits: Splits) -> tuple[str, str]:
+    """Describe the parameters of a model, and the GPU memory of a worker, computed for long conversations."""
+    renderer, size, counts = load_renderer(settings), settings.train.batch_size, list[str]()
+    attention = settings.model.attention.replace("flex_attention", "sdpa")  # the same bytes
+    options = settings.model.model_copy(update={"attention": attention})
+    with torch.device("meta"):
+        model = build_model(options, settings.modalities, len(renderer.tokenizer), renderer.image_id).train()
+    for name, weights in [*component_parameters(model).items(), ("in all", list(model.parameters()))]:
+        numbers = {kind: sum(w.numel() for w in weights if w.requires_grad == kind) for kind in (True, False)}
+        kinds = [f"{n / 1e6:,.4g} M {'trained' if kind else 'frozen'}" for kind, n in numbers.items() if n]
+        counts.append(f"{name} {', '.join(kinds)}")
+    drawn = np.random.default_rng(settings.seed).integers(len(splits.train), size=STEPS * size)
+    examples = map(renderer.render, blank([splits.train[i] for i in drawn]))
+    longest = sorted(examples, key=lambda example: len(example.input_ids))[-size:]
+    collate = Collator(renderer, DecodedVolumes(settings.modalities, settings.data.max_voxels))
+    parts = count_memory(model, collate(longest, settings.mask, pack=settings.data.pack), settings)
+    total, fixed, optimizer, rest = (f"{n / 2**30:.3g}" for n in (sum(parts), *parts))
+    memory = f"weights {fixed}, optimizer {optimizer}, activations and gradients {rest}"
+    return "; ".join(counts), f"about {total} GiB at the peak with batches of {size} ({memory}), computed"
+
+
+def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float, float, int]:
     """Time a training step of one worker, and an evaluation of the validation split.
 
     Weights and optimizer are real, volumes are blank and are not read. The first step is not timed.
 
     Returns:
-        Seconds of a step and of an evaluation.
+        Seconds of a step and of an evaluation, and the peak of a GPU's memory during the steps in bytes.
 
     Raises:
         UserError: the model cannot be built.
@@ -64,6 +185,7 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
 
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     questions = blank(questions_of(splits.validation))
     batch = questions[: train.evaluation_batch_size]
     candidates = find_candidates(splits.train, settings.evaluate.number_grids)
@@ -73,7 +195,7 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
     with autocast(model, device, dtype):
         score(model, batch, renderer, collate, candidates, device)
     evaluation = (time.perf_counter() - begun) * len(questions) / len(batch)
-    return float(np.median(seconds[1:])), evaluation / settings.resources.workers
+    return float(np.median(seconds[1:])), evaluation / settings.resources.workers, peak
 
 
 def count_steps(settings: Settings, splits: Splits) -> tuple[int, int]:
@@ -83,19 +205,28 @@ def count_steps(settings: Settings, splits: Splits) -> tuple[int, int]:
     return plan.steps, ceil(plan.steps / (train.evaluate_every or plan.steps_per_epoch))
 
 
-def estimate_time(trainings: Sequence[Settings], splits: Splits, concurrent: int) -> str:
-    """Describe how long trainings take.
+def describe_costs(trainings: Sequence[Settings], splits: Splits, concurrent: int) -> Iterator[str]:
+    """Describe the parameters of trainings, their GPU memory and how long they take, one line each.
 
     Args:
-        trainings: settings of each; all are assumed to need as much time for a step as the first.
-        concurrent: trainings that run at the same time.
+        trainings: settings of each; all are assumed to need as much memory, and time for a step, as the first.
+        concurrent: trainings that run at the same time on this machine. 0: they run on another.
     """
-    step, evaluation = time_step_and_evaluation(trainings[0], splits)
+    first = trainings[0]
+    parameters, memory = describe_model(first, splits)
+    yield f"parameters: {parameters}"
+    step, evaluation, peak = time_step_and_evaluation(first, splits) if concurrent else (0.0, 0.0, 0)
+    if peak and not (first.train.shard and first.resources.workers > 1):  # one worker needs more than several
+        memory = f"{peak / 2**30:.3g} GiB at the peak with batches of {first.train.batch_size}, measured here"
+    yield f"GPU memory: {memory}"
+    if not concurrent:
+        yield "time: is estimated only for a run on this machine"
+        return
     counts = [count_steps(settings, splits) for settings in trainings]
     seconds = [steps * step + evaluations * evaluation for steps, evaluations in counts]
     total = max(sum(seconds) / concurrent, max(seconds))
-    return (
-        f"{format_duration(total)} without early stopping; {counts[0][0]} steps of {step:.3g} s and {counts[0][1]}"
-        f" evaluations of {evaluation:.3g} s per training, measured here with blank volumes; preprocessing, starts and"
-        " the final evaluation come on top"
+    yield (
+        f"time: {format_duration(total)} without early stopping; {counts[0][0]} steps of {step:.3g} s and"
+        f" {counts[0][1]} evaluations of {evaluation:.3g} s per training, measured here with blank volumes;"
+        " preprocessing, starts and the final evaluation come on top"
     )

@@ -198,7 +198,7 @@ MAX_TRIALS = 20
 
 
 def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, console: Console) -> None:
-    """Make all checks that precede a run, and print settings, trials, resources, samples and an estimate of the time.
+    """Make all checks that precede a run, and print settings, trials, resources, samples, memory and time.
 
     Args:
         settings: of the sweep; or of a training, which have no search space.
@@ -239,15 +239,15 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     show(f"resources: {per_trial} per training, and {SPARE_CPUS:g} CPUs for other processes of Ray")
-    if resources.ray_address != "local":
-        show("time: is estimated only for a run on this machine")
-        return
-    machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
-    concurrent = min(max_concurrent_trainings(resources, [machine]), tune.concurrent or count)
-    show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} trainings at a time")
-    from umbrella.training.estimate import estimate_time  # seconds, of which a run has no need
+    concurrent = 0
+    if resources.ray_address == "local":
+        machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
+        concurrent = min(max_concurrent_trainings(resources, [machine]), tune.concurrent or count)
+        show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} trainings at a time")
+    from umbrella.training.estimate import describe_costs  # seconds, of which a run has no need
 
-    show(f"time: {estimate_time([settings.with_values(p) for p in points] or [settings] * count, splits, concurrent)}")
+    for line in describe_costs([settings.with_values(p) for p in points] or [settings] * count, splits, concurrent):
+        show(line)
 
 
 def _describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:
