@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from math import ceil, inf
 from typing import Any
 
@@ -14,22 +15,26 @@ from torch.overrides import TorchFunctionMode
 
 from umbrella.config import Settings
 from umbrella.conversations.schema import questions_of
-from umbrella.data.batching import Batch, Collator
-from umbrella.data.pipeline import Plan
-from umbrella.data.rendering import load_renderer
+from umbrella.data.batching import Batch, Collator, collate
+from umbrella.data.pipeline import Plan, group_samples
+from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.splits import Splits
 from umbrella.evaluation.candidates import find_candidates
 from umbrella.evaluation.controls import blank
 from umbrella.evaluation.scoring import score
 from umbrella.models.build import build_model, component_parameters
 from umbrella.models.token_nll import MAX_LOGITS
+from umbrella.training.augmentation import augment
 from umbrella.training.distributed import autocast
 from umbrella.training.language_model import make_model
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.progress_log import format_duration
 from umbrella.training.step import train_step
+from umbrella.training.task import make_plan
 from umbrella.volumes.store import DecodedVolumes
 
+BATCHES = 20
+"""Micro-batches of which memory is computed for the largest, and with which steps are timed."""
 STEPS = 5
 """Largest number of timed steps."""
 BUDGET = 5.0
@@ -131,24 +136,24 @@ def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int
 
 
 def describe_model(settings: Settings, splits: Splits) -> tuple[str, str]:
-    """Describe the parameters of a model, and the GPU memory of a worker, computed for long conversations."""
-    renderer, size, counts = load_renderer(settings), settings.train.batch_size, list[str]()
+    """Describe the parameters of a model, and the GPU memory of a worker, computed for the largest of some batches."""
+    renderer, counts = load_renderer(settings), list[str]()
     attention = settings.model.attention.replace("flex_attention", "sdpa")  # the same bytes
     options = settings.model.model_copy(update={"attention": attention})
     with torch.device("meta"):
         model = build_model(options, settings.modalities, len(renderer.tokenizer), renderer.image_id).train()
     for name, weights in [*component_parameters(model).items(), ("in all", list(model.parameters()))]:
         numbers = {kind: sum(w.numel() for w in weights if w.requires_grad == kind) for kind in (True, False)}
-        kinds = [f"{n / 1e6:,.4g} M {'trained' if kind else 'frozen'}" for kind, n in numbers.items() if n]
+        shown = {kind: f"{n / 1e6:,.4g} M" if n >= 1e6 else f"{n:,}" for kind, n in numbers.items() if n}
+        kinds = [f"{number} {'trained' if kind else 'frozen'}" for kind, number in shown.items()]
         counts.append(f"{name} {', '.join(kinds)}")
-    drawn = np.random.default_rng(settings.seed).integers(len(splits.train), size=STEPS * size)
-    examples = map(renderer.render, blank([splits.train[i] for i in drawn]))
-    longest = sorted(examples, key=lambda example: len(example.input_ids))[-size:]
-    collate = Collator(renderer, DecodedVolumes(settings.modalities, settings.data.max_voxels))
-    parts = count_memory(model, collate(longest, settings.mask, pack=settings.data.pack), settings)
+    collator = Collator(renderer, DecodedVolumes(settings.modalities, settings.data.max_voxels))
+    first = islice(micro_batches(settings, splits, renderer), BATCHES)
+    largest = max(first, key=lambda batch: batch.input_ids.numel())
+    parts = count_memory(model, collator.read_volumes(largest), settings)
     total, fixed, optimizer, rest = (f"{n / 2**30:.3g}" for n in (sum(parts), *parts))
     memory = f"weights {fixed}, optimizer {optimizer}, activations and gradients {rest}"
-    return "; ".join(counts), f"about {total} GiB at the peak with batches of {size} ({memory}), computed"
+    return "; ".join(counts), f"about {total} GiB at the peak with batches of {len(largest)} ({memory}), computed"
 
 
 def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float, float, int]:
@@ -166,20 +171,16 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
     torch.set_num_threads(settings.resources.threads)
     dtype, train, renderer = getattr(torch, settings.model.dtype), settings.train, load_renderer(settings)
     model = make_model(settings, renderer, device).to(device).train()
-    collate = Collator(renderer, DecodedVolumes(settings.modalities, settings.data.max_voxels))
+    collator = Collator(renderer, DecodedVolumes(settings.modalities, settings.data.max_voxels))
     optimizer, parts = build_optimizer(model, settings.optim), component_parameters(model)
     schedule = build_schedule(optimizer, settings.optim, STEPS + 1)
-    rng = np.random.default_rng(settings.seed)
-
-    def micro_batch() -> Batch:
-        chosen = rng.integers(len(splits.train), size=train.batch_size)
-        examples = [renderer.render(c) for c in blank([splits.train[i] for i in chosen])]
-        return collate(examples, settings.mask, pack=settings.data.pack).to(device)
+    stream = cycle(islice(micro_batches(settings, splits, renderer), BATCHES))
 
     seconds: list[float] = []
     while len(seconds) <= STEPS and sum(seconds[1:]) < BUDGET:
         begun = time.perf_counter()
-        batches = [micro_batch() for _ in range(train.accumulate)]
+        loaded = [collator.read_volumes(batch).to(device) for batch in islice(stream, train.accumulate)]
+        batches = [augment(batch, train.augment) for batch in loaded]
         train_step(model, batches, optimizer, schedule, settings.optim.clip, parts, dtype, inf)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -193,16 +194,31 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
     model.set_attn_implementation({"text_config": "sdpa"})
     begun = time.perf_counter()
     with autocast(model, device, dtype):
-        score(model, batch, renderer, collate, candidates, device)
+        score(model, batch, renderer, collator, candidates, device)
     evaluation = (time.perf_counter() - begun) * len(questions) / len(batch)
     return float(np.median(seconds[1:])), evaluation / settings.resources.workers, peak
 
 
+def plan_of(settings: Settings, splits: Splits) -> Plan:
+    """Make the plan of a training."""
+    groups = group_samples(splits.train, settings.data.group_batches_by)
+    return make_plan(settings, settings.resources.workers, splits.lengths["train"], groups)
+
+
+def micro_batches(settings: Settings, splits: Splits, renderer: Renderer) -> Iterator[Batch]:
+    """Yield the micro-batches of one worker, whose volumes are blank and not read."""
+    plan, data = plan_of(settings, splits), settings.data
+    for start, stop in plan.micro_batches(0):
+        samples, rng_keys = plan.rows(start, stop)
+        examples = [renderer.render(c) for c in blank([splits.train[i] for i in samples])]
+        yield collate(renderer, examples, settings.mask, samples, rng_keys, data.pack, data.pack_prefixes)
+
+
 def count_steps(settings: Settings, splits: Splits) -> tuple[int, int]:
     """Count the steps and the evaluations of a training."""
-    train, workers = settings.train, settings.resources.workers
-    plan = Plan(len(splits.train), settings.seed, train.epochs, workers, train.batch_size, train.accumulate)
-    return plan.steps, ceil(plan.steps / (train.evaluate_every or plan.steps_per_epoch))
+    plan = plan_of(settings, splits)
+    steps = plan.steps
+    return steps, ceil(steps / (settings.train.evaluate_every or plan.steps_per_epoch))
 
 
 def describe_costs(trainings: Sequence[Settings], splits: Splits, concurrent: int) -> Iterator[str]:
@@ -217,7 +233,7 @@ def describe_costs(trainings: Sequence[Settings], splits: Splits, concurrent: in
     yield f"parameters: {parameters}"
     step, evaluation, peak = time_step_and_evaluation(first, splits) if concurrent else (0.0, 0.0, 0)
     if peak and not (first.train.shard and first.resources.workers > 1):  # one worker needs more than several
-        memory = f"{peak / 2**30:.3g} GiB at the peak with batches of {first.train.batch_size}, measured here"
+        memory = f"{peak / 2**30:.3g} GiB at the peak, measured here"
     yield f"GPU memory: {memory}"
     if not concurrent:
         yield "time: is estimated only for a run on this machine"
