@@ -17,7 +17,7 @@ def test_a_dry_run_of_the_default_sweep_prints_the_plan_and_writes_nothing(
     trial = "lr=7e-4 supervise=last_assistant"
     for text in ("trials: 4", trial, "CPUs and 0 GPUs per training", "samples: train 2", "1190 steps of "):
         assert text in done.stdout
-    assert re.search(r"parameters: embedder \S+ M trained; tower \S+ M trained, \S+ M frozen; .*; in all ", done.stdout)
+    assert re.search(r"parameters: embedder [\d,]+ trained; tower [\d,]+ trained, 128 frozen; .*; in all ", done.stdout)
     total, *parts = map(float, re.findall(r"[\d.]+", re.findall(r"GPU memory: about (.*)", done.stdout)[0]))
     assert total == pytest.approx(sum(parts[1:]), rel=0.01), "parts[0] is the batch size"
     assert "optim: " not in done.stdout, "no value differs from the default"
