@@ -1,7 +1,7 @@
 """Training step on one GPU without a data pipeline: speed, share of the GPU's peak, memory, and time per kernel.
 
     python benchmarks/gpu_step.py [shape=0.5b|3b|7b] [train=embedder|projector+lora|all] [batch=64] [compile=true]
-        [checkpoint_activations=false] [kernels=false]
+        [checkpoint_activations=false] [frozen_dtype=same|float8] [kernels=false]
 
 Random weights, two 96^3 volumes and 94 tokens of text a sample, bfloat16. A single batch stays on the GPU, so the
 result is an upper bound for gpu_training.py. The first step is counted from the model on, with compilation.
@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.modality import Modality
 from umbrella.models.build import add_lora, cast_frozen, component_parameters, from_llava, select_trainable
+from umbrella.models.float8 import quantise_frozen_linears
 from umbrella.models.settings import ModelSettings
 from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
@@ -82,9 +83,13 @@ def make_batch(size: int, device: str = "cuda") -> Batch:
     ).to(device)
 
 
-def main(shape: str, train: str, size: int, kernels: bool, options: TrainSettings, steps: int = 12) -> None:
+def main(
+    shape: str, train: str, size: int, kernels: bool, frozen_dtype: str, options: TrainSettings, steps: int = 12
+) -> None:
     """Measure and print."""
     model, batch, settings = make_model(shape, train), make_batch(size), OptimSettings()
+    if frozen_dtype == "float8":
+        quantise_frozen_linears(model)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -107,7 +112,8 @@ def main(shape: str, train: str, size: int, kernels: bool, options: TrainSetting
     rate, peak = size / each, torch.cuda.max_memory_allocated() / 2**30
     done = rate * operations(SHAPES[shape], VOLUME, 2, 2 * VOLUME + TEXT, SUPERVISED, WORDS, train)
     print(
-        f"{shape} {train}, batch {size}, compile {options.compile}, checkpoint {options.checkpoint_activations}:"
+        f"{shape} {train}, batch {size}, compile {options.compile}, checkpoint {options.checkpoint_activations},"
+        f" frozen {frozen_dtype}:"
         f" {1e3 * each:.1f} ms a step, {rate:.1f} samples/s, {2 * rate:.1f} volumes/s, {done / 1e12:.0f} TFLOP/s,"
         f" {done / PEAK:.1%} of peak, {peak:.1f} GiB, first step {first:.1f} s;"
         f" {torch.cuda.get_device_name()}, torch {torch.__version__}",
@@ -125,6 +131,6 @@ def main(shape: str, train: str, size: int, kernels: bool, options: TrainSetting
 
 if __name__ == "__main__":
     given = {"compile": "true"} | dict(word.split("=") for word in sys.argv[1:])
-    chosen = {name: given.pop(name, default) for name, default in (("shape", "0.5b"), ("train", "embedder"))}
-    batch_size, shows_kernels = int(given.pop("batch", 64)), given.pop("kernels", "false") == "true"
-    main(chosen["shape"], chosen["train"], batch_size, shows_kernels, TrainSettings.model_validate(given))
+    defaults = {"shape": "0.5b", "train": "embedder", "batch": "64", "kernels": "false", "frozen_dtype": "same"}
+    shape, train, batch, kernels, frozen = (given.pop(name, default) for name, default in defaults.items())
+    main(shape, train, int(batch), kernels == "true", frozen, TrainSettings.model_validate(given))

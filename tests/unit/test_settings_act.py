@@ -29,6 +29,7 @@ from umbrella.data.pipeline import to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.evaluation.candidates import find_candidates
 from umbrella.models.build import component_parameters
+from umbrella.models.float8 import Float8Layers, quantise_frozen_linears
 from umbrella.settings_help import list_settings
 from umbrella.training.language_model import LanguageModelTask
 from umbrella.training.launch import LANGUAGE_MODEL
@@ -244,6 +245,13 @@ CASES = {
     "model.dtype": Case(
         "float32", "bfloat16", dtypes, ({torch.float32}, {torch.bfloat16}), {"model.train": "embedder"}
     ),
+    "model.frozen_dtype": Case(
+        "same",
+        "float8",
+        lambda t: isinstance(t.tower[0].mlp, Float8Layers),
+        (False, True),
+        {"model.train": "embedder", "model.dtype": "bfloat16"},
+    ),
     "model.width": Case(16, 32, lambda t: {t.tower[0].mlp.fc2.out_features, t.model.lm_head.in_features}, ({16}, {32})),
     "model.tower_layers": Case(1, 2, lambda t: len(t.tower), ITSELF),
     "model.language_layers": Case(1, 2, lambda t: len(t.language), ITSELF),
@@ -352,8 +360,13 @@ def start(
         for start, stop in bounds:
             yield load(make(start, stop))
 
+    def quantise(model: Any, settings: Any) -> None:  # without the check for a GPU
+        if settings.frozen_dtype == "float8":
+            quantise_frozen_linears(model)
+
     for module in ("trainer", "language_model"):
         monkeypatch.setattr(f"umbrella.training.{module}.batches", batches)
+    monkeypatch.setattr("umbrella.training.language_model.apply_frozen_dtype", quantise)
     monkeypatch.setattr(ray, "get", lambda tables: tables)
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
     torch.set_num_threads(1)

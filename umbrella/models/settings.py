@@ -32,6 +32,8 @@ class ModelSettings(Section):
     """Attention implementation of the language model. flex_attention needs a GPU, and skips masked blocks of data.pack and data.pack_prefixes."""  # noqa: E501
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward pass. Trainable weights are float32."""
+    frozen_dtype: Literal["same", "float8"] = "same"
+    """Data type of products with frozen weights in training: same as dtype, or float8 (e4m3), faster and less exact, on GPUs of compute capability 8.9 and higher."""  # noqa: E501
     width: int = Field(64, ge=8)
     """Hidden size of the tiny model's vision tower and language model."""
     tower_layers: int = Field(1, ge=1)
@@ -60,4 +62,10 @@ class ModelSettings(Section):
     def _inflated_from_something(self) -> "ModelSettings":
         if self.embedder_init == "inflated" and not self.checkpoint:
             raise ValueError("embedder_init=inflated needs a model.checkpoint: the tiny model has no 2D weights")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_beside_bfloat16(self) -> "ModelSettings":
+        if self.frozen_dtype == "float8" and (self.train == "all" or self.dtype != "bfloat16"):
+            raise ValueError("frozen_dtype=float8 needs dtype=bfloat16 and frozen weights: a train other than all")
         return self

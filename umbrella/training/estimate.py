@@ -23,6 +23,7 @@ from umbrella.evaluation.candidates import find_candidates
 from umbrella.evaluation.controls import blank
 from umbrella.evaluation.scoring import score
 from umbrella.models.build import build_model, component_parameters
+from umbrella.models.float8 import apply_frozen_dtype
 from umbrella.models.token_nll import MAX_LOGITS
 from umbrella.training.augmentation import augment
 from umbrella.training.distributed import autocast

@@ -26,6 +26,7 @@ from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
 from umbrella.models.build import build_model, component_parameters
+from umbrella.models.float8 import apply_frozen_dtype
 from umbrella.models.number_loss import NumberLoss
 from umbrella.models.partial_checkpoint import (
     base_description,
@@ -67,6 +68,7 @@ class LanguageModelTask(Task):
         config.trained_modalities = sorted({*(config.trained_modalities or ()), *job.modalities})
         config.longest_answer = job.longest_answer
         self.parallel = parallelise(self.model, device, world_size, self.settings.train.shard).train()
+        apply_frozen_dtype(self.model, self.settings.model)
         self.parts = component_parameters(self.model)
         self.optimizer = build_optimizer(self.model, self.settings.optim)
         self.names = parameters_to_save(self.model, self.settings.model)
@@ -132,6 +134,7 @@ class LanguageModelTask(Task):
         if is_partial(folder):
             check_base(folder)
         load_saved_weights(folder, self.model, self.names, copy_into_shard)
+        apply_frozen_dtype(self.model, self.settings.model)  # a full checkpoint has the frozen weights, too
 
     def summary(self, redact: Redact) -> Summary:
         """Describe loss, mask, tokens and trained weights, and attach the mask audit as a page."""

@@ -1,0 +1,150 @@
+"""Products with frozen weights in float8: close to the exact ones, only in training, and with the same checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn import functional
+from transformers import Qwen2Config, SiglipVisionConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.siglip.modeling_siglip import SiglipMLP
+
+from tests.unit.steps import Make, measure
+from umbrella.base import UserError
+from umbrella.config import load_settings
+from umbrella.models.float8 import LINEARS, Float8Layers, apply_frozen_dtype, quantise, quantise_frozen_linears
+from umbrella.training.language_model import apply_options
+from umbrella.training.settings import TrainSettings
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return functional.cosine_similarity(one.detach().flatten().double(), other.detach().flatten().double(), 0).item()
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """The values as float8 has them, with a scale for each row."""
+    scale = values.abs().amax(1, keepdim=True) / 448
+    return (values / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def test_a_linear_layer_multiplies_rows_rounded_to_float8_forward_and_backward() -> None:
+    layer = nn.Linear(48, 32).requires_grad_(False)
+    x, grad = torch.randn(5, 48).bfloat16().requires_grad_(), torch.randn(5, 32).bfloat16()
+    output = Float8Layers(layer, "")(x)
+    output.backward(grad)
+    expected = rounded(x.detach().float()) @ rounded(layer.weight).T + layer.bias
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(x.grad.float(), rounded(grad.float()) @ rounded(layer.weight.T).T, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("activation", list(LINEARS))
+def test_output_and_input_gradient_are_close_to_the_exact_layers(activation: str) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 176}
+    mlps = {"gelu_pytorch_tanh": SiglipMLP(SiglipVisionConfig(**size)), "silu": Qwen2MLP(Qwen2Config(**size))}
+    layer = mlps.get(activation, nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    x, grad = torch.randn(3, 40, 64), 1e-7 * torch.randn(3, 40, 64)  # gradients are small
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(leaf) for module, leaf in zip((layer, Float8Layers(layer, activation)), leaves, strict=True)]
+    for output in outputs:
+        output.backward(grad.to(output.dtype))
+    assert 0.99 < cosine(*outputs) < 0.99999
+    assert 0.99 < cosine(*(leaf.grad for leaf in leaves)) < 0.99999
+    assert torch.equal(Float8Layers(layer, activation).eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("checkpoint", [(), ("siglip", "qwen2"), ("clip", "llama")])
+@pytest.mark.parametrize("train", ["embedder", "embedder+projector", "embedder+lora"])
+def test_a_model_has_close_gradients_the_same_weights_and_the_same_evaluation(
+    build: Make, batch_of: Make, save_llava: Make, tmp_path: Path, train: str, checkpoint: tuple[str, ...]
+) -> None:
+    if checkpoint:
+        save_llava(tmp_path, *checkpoint)
+    model = build(train=train, dtype="bfloat16", width=64, checkpoint=str(tmp_path) if checkpoint else "")
+    batch = batch_of("two", "none", "three", "two")
+
+    def evaluate() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model.eval()(**batch.model_inputs()).token_nll
+
+    evaluated, before = evaluate(), {name: weight.clone() for name, weight in model.state_dict().items()}
+    exact, gradients = measure(model.train(), batch, dtype=torch.bfloat16)
+    quantise_frozen_linears(model)
+    rough, found = measure(model, batch, dtype=torch.bfloat16)
+    assert rough["train/loss"] == pytest.approx(exact["train/loss"], rel=0.03)
+    assert found.keys() == gradients.keys()
+    assert 0.95 < cosine(*(torch.cat([g.flatten() for g in of.values()]) for of in (gradients, found))) < 1 - 1e-6
+    assert torch.equal(evaluate(), evaluated)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"train": "embedder"}, 5 + 2 * 5 + 2),  # four of attention and the MLP as one, in a tower of one layer
+        ({"train": "embedder+tower"}, 2 * 5 + 2),
+        ({"train": "embedder+lora"}, 5 + 2 * 7 + 2),  # the MLP has adapters
+        ({"train": "embedder", "width": 24, "heads": 1}, 0),  # no multiple of 16
+    ],
+)
+def test_frozen_linear_layers_use_float8_and_no_others(build: Make, options: dict[str, Any], expected: int) -> None:
+    model = build(dtype="bfloat16", **options)
+    quantise_frozen_linears(model)
+    assert sum(isinstance(module, Float8Layers) for module in model.modules()) == expected
+
+
+def test_quantised_again_it_has_the_loaded_weights(build: Make) -> None:
+    models, x = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)], torch.randn(4, 16)
+    for model in models:
+        quantise_frozen_linears(model)
+    one, other = (model.model.multi_modal_projector.linear_1 for model in models)
+    models[0].load_state_dict(models[1].state_dict())
+    assert not torch.equal(one(x), other(x))
+    quantise_frozen_linears(models[0])
+    assert torch.equal(one(x), other(x))
+
+
+def test_compiled_layers_have_one_graph_and_quantise_a_common_input_once(build: Make, batch_of: Make) -> None:
+    graphs: dict[str, list[Any]] = {"fw_compiler": [], "bw_compiler": []}
+    compilers: Any = {
+        name: lambda graph, inputs, of=of: of.append(graph) or make_boxed_func(graph.forward)
+        for name, of in graphs.items()
+    }
+    backend = aot_autograd(**compilers, partition_fn=min_cut_rematerialization_partition)
+    model = build(train="embedder", dtype="bfloat16", tower_layers=2, language_layers=3)
+    quantise_frozen_linears(model)
+    batch = batch_of("two", "none", "three", "two")
+    expected, _ = measure(model, batch, dtype=torch.bfloat16)
+    apply_options(model, TrainSettings(compile=True))
+    with torch.compiler.set_stance("default", force_backend=backend):
+        found, _ = measure(model, batch, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
+    calls = {w: {g.code.count("float8_quantise.default(") for g in of} for w, of in graphs.items()}
+    # Query, key and value share their input. Backward: output, three inputs of attention, and two of the MLP.
+    assert calls == {"fw_compiler": {3}, "bw_compiler": {6}}
+
+
+def test_it_is_refused_without_a_gpu_without_frozen_weights_and_in_float32() -> None:
+    settings = {"model.frozen_dtype": "float8", "model.dtype": "bfloat16", "model.train": "embedder"}
+    with pytest.raises(UserError, match=r"frozen_dtype=float8: needs a GPU of compute capability 8\.9 or higher, "):
+        apply_frozen_dtype(nn.Linear(1, 1), load_settings(overrides=settings).model)
+    for wrong in ({"model.train": "all"}, {"model.dtype": "float32"}):
+        with pytest.raises(UserError, match=r"^model: frozen_dtype=float8 needs dtype=bfloat16 and frozen weights"):
+            load_settings(overrides=settings | wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("activation", list(LINEARS))
+def test_kernels_round_as_the_reference(activation: str) -> None:
+    x, grad = torch.randn(9, 176).bfloat16(), 1e-7 * torch.randn(9, 88 if activation == "silu" else 176).bfloat16()
+    for above in (None, grad):
+        values, scale = quantise(x, activation, above)
+        found, found_scale = quantise(x.cuda(), activation, above if above is None else above.cuda())
+        torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0)
+        assert (found.cpu().float() == values.float()).float().mean() > 0.99

@@ -1,0 +1,258 @@
+"""Products with frozen weights in float8 (e4m3), in training: ``model.frozen_dtype``.
+
+Weights are quantised once, with a scale for each row: as they are for the forward pass, and transposed for the gradient
+of the input. Activations and gradients are quantised before each product, with a scale for each row (token). Modules
+keep their original weights for checkpoints and evaluation.
+
+The custom operators have no side effects, so that compilation merges equal calls: query, key and value quantise their
+common input once. The implementation for CPUs is the reference for the kernels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.library import custom_op
+from torch.nn import functional
+
+from umbrella.base import UserError
+from umbrella.models.settings import ModelSettings
+
+LARGEST = 448.0
+"""Largest value of e4m3."""
+LINEARS = {
+    "": (("",), ()),
+    "gelu_pytorch_tanh": (("fc1",), ("fc2",)),
+    "silu": (("gate_proj", "up_proj"), ("down_proj",)),
+}
+"""Linear layers before and after the activation of an MLP, and the linear layer itself, which has no activation."""
+
+
+def activate(x: torch.Tensor, activation: str, grad: torch.Tensor | None = None) -> torch.Tensor:
+    """Apply an activation, or multiply a gradient by its derivative, in float32.
+
+    Args:
+        x: (M, K). For "silu", gate and up (M, 2F), beside each other.
+        activation: "" for none, "gelu_pytorch_tanh", or "silu" for silu(gate) * up.
+        grad: None, or the gradient of the result.
+
+    Returns:
+        The result, (M, K) or (M, F); with ``grad`` the gradient of ``x``.
+    """
+    x, grad = x.float(), None if grad is None else grad.float()
+    if activation == "gelu_pytorch_tanh":
+        if grad is None:
+            return functional.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    if activation == "silu":
+        gate, up = x.chunk(2, 1)
+        if grad is None:
+            return functional.silu(gate) * up
+        sigmoid = gate.sigmoid()
+        return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], 1)
+    return x
+
+
+@custom_op("umbrella::float8_quantise", mutates_args=())
+def quantise(
+    x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise the rows of ``activate(x, activation, grad)``.
+
+    Returns:
+        Quantised values (M, N), float8_e4m3fn, and scales (M,), float32. Their product is the value.
+    """
+    if x.is_cuda:
+        from umbrella.models import float8_kernels  # needs Triton
+
+        return float8_kernels.quantise(x.contiguous(), activation, None if grad is None else grad.contiguous())
+    values = activate(x, activation, grad)
+    largest = values.abs().amax(1).clamp_min(1e-30)
+    return (values * (LARGEST / largest)[:, None]).to(torch.float8_e4m3fn), largest / LARGEST
+
+
+@quantise.register_fake
+def _(x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = x.shape[1] // 2 if activation == "silu" and grad is None else x.shape[1]
+    result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
+    return result, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@custom_op("umbrella::float8_multiply", mutates_args=())
+def multiply(
+    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x wᵀ + bias (M, N), bfloat16, of quantised rows ``x`` (M, K) and ``w`` (N, K) with their scales."""
+    if not x.is_cuda:
+        product = (x.float() * x_scale[:, None]) @ (w.float() * w_scale[:, None]).T
+        return (product if bias is None else product + bias).bfloat16()
+    by_row = functional.ScalingType.RowWise
+    return functional.scaled_mm(
+        x, w.t(), x_scale[:, None], by_row, w_scale[None], by_row, bias=bias, use_fast_accum=True
+    )  # fmt: skip
+
+
+@multiply.register_fake
+def _(x: torch.Tensor, x_scale: Any, w: torch.Tensor, w_scale: Any, bias: Any = None) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
+
+
+@custom_op("umbrella::float8_layers", mutates_args=())
+def layers(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    first: list[torch.Tensor],
+    second: list[torch.Tensor],
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a product with a frozen weight, or two with an activation between them, and the activation's input.
+
+    The result of the activation exists only quantised, and so does the gradient of its input.
+
+    Args:
+        x: input (M, K), bfloat16, of which the gradient is computed.
+        values: the same input, quantised, with its ``scale``.
+        first: see ``quantise_weight``.
+        second: the same for the second product. Empty: there is none.
+        activation: see ``activate``.
+    """
+    hidden = multiply(values, scale, *first[:2], *first[4:])
+    if not second:
+        return hidden, x.new_empty(0)
+    return multiply(*quantise(hidden, activation), *second[:2], *second[4:]), hidden
+
+
+@layers.register_fake
+def _(x: torch.Tensor, values: Any, scale: Any, first: Any, second: Any, activation: str) -> Any:
+    hidden = x.new_empty((x.shape[0], first[0].shape[0]), dtype=torch.bfloat16)
+    if not second:
+        return hidden, x.new_empty(0)
+    return x.new_empty((x.shape[0], second[0].shape[0]), dtype=torch.bfloat16), hidden
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *_, first, second, ctx.activation = inputs
+    ctx.lengths = len(first), len(second)
+    ctx.save_for_backward(output[1], *first, *second)
+    ctx.set_materialize_grads(False)  # ``hidden`` has no gradient
+
+
+def _backward(ctx: Any, grad: torch.Tensor, unused: torch.Tensor | None) -> tuple[Any, ...]:
+    hidden, *weights = ctx.saved_tensors
+    first, second = weights[: ctx.lengths[0]], weights[ctx.lengths[0] :]
+    if second:
+        grad = multiply(*quantise(grad), *second[2:4])
+        grad = multiply(*quantise(hidden, ctx.activation, grad), *first[2:4])
+    else:
+        grad = multiply(*quantise(grad), *first[2:4])
+    return grad, None, None, [None] * len(first), [None] * len(second), None
+
+
+layers.register_autograd(_backward, setup_context=_save)
+
+
+def quantise_weight(linears: Sequence[Any]) -> list[torch.Tensor]:
+    """Quantise the weights of linear layers with the same input, as one matrix (N, K).
+
+    Returns:
+        The matrix and the scales of its rows, its transpose (K, N) and the scales of its rows, and the bias (N,),
+        bfloat16, if there is one. Without layers: nothing.
+    """
+    if not linears:
+        return []
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach().bfloat16() for linear in linears if linear.bias is not None]
+    return [*quantise(weight), *quantise(weight.t()), *([torch.cat(biases)] if biases else [])]
+
+
+class Float8Layers(nn.Module):
+    """A frozen linear layer or MLP, whose products are in float8 in training.
+
+    It has the parameters and submodules of the original, under the same names.
+    """
+
+    def __init__(self, original: Any, activation: str) -> None:
+        super().__init__()
+        if isinstance(original, nn.Linear):
+            self.weight, self.bias = original.weight, original.bias
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self.evaluate, self.activation = type(original).forward, activation
+        self.train(original.training)
+        self.quantise()
+
+    def quantise(self) -> None:
+        """Quantise the weights, which may have been loaded anew."""
+        self.first, self.second = (
+            quantise_weight([self.get_submodule(name) for name in names]) for names in LINEARS[self.activation]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output (..., N) for an input (..., K)."""
+        if not self.training:
+            return self.evaluate(self, x)
+        flat = x.bfloat16().flatten(0, -2)
+        output, _ = layers(flat, *quantise(flat.detach()), self.first, self.second, self.activation)
+        return output.view(*x.shape[:-1], output.shape[1])
+
+
+def _activation(module: Any) -> str | None:
+    """Return the key of a frozen linear layer or MLP in ``LINEARS``, or None for another module."""
+    key = "" if type(module) is nn.Linear else getattr(getattr(module, "config", None), "hidden_act", "none")
+    first, second = LINEARS.get(key, ((), ()))
+    linears = [getattr(module, name, None) if name else module for name in (*first, *second)]
+    frozen = [
+        type(linear) is nn.Linear
+        and not any(weight.requires_grad for weight in linear.parameters())
+        and all(size % 16 == 0 for size in linear.weight.shape)  # as the products on a GPU need it
+        for linear in linears
+    ]
+    return key if frozen and all(frozen) else None
+
+
+def _replace(parent: nn.Module) -> None:
+    for name, child in parent.named_children():
+        activation = _activation(child)
+        if isinstance(child, Float8Layers):
+            child.quantise()
+        elif activation is not None:
+            setattr(parent, name, Float8Layers(child, activation))
+        else:
+            _replace(child)
+
+
+def quantise_frozen_linears(model: Any, skip: int = 0) -> None:
+    """Let the frozen linear layers of vision tower, projector and language model use float8 in training. In place.
+
+    Called again, it quantises the current weights.
+
+    Args:
+        model: an ``UmbrellaForConditionalGeneration`` on its device.
+        skip: number of first and of last layers of tower and language model that stay as they are.
+    """
+    tower, language = model.model.vision_tower, model.model.language_model
+    for stack in (tower.encoder.layers[: max(model.feature_layers)], language.layers):
+        for layer in stack[skip : len(stack) - skip]:
+            _replace(layer)
+    _replace(model.model.multi_modal_projector)
+
+
+def apply_frozen_dtype(model: Any, settings: ModelSettings) -> None:
+    """Apply ``model.frozen_dtype`` to a model on the device on which it is trained, in place.
+
+    Raises:
+        UserError: the device has no products in float8, or the model is sharded.
+    """
+    if settings.frozen_dtype == "same":
+        return
+    device = next(model.parameters()).device
+    is_gpu = device.type == "cuda"
+    if not is_gpu or torch.cuda.get_device_capability(device) < (8, 9):
+        found = torch.cuda.get_device_name(device) if is_gpu else "a CPU; set resources.gpus_per_worker=1"
+        raise UserError(f"model.frozen_dtype=float8: needs a GPU of compute capability 8.9 or higher, and has {found}")
+    if isinstance(model, FSDPModule):
+        raise UserError("model.frozen_dtype=float8: cannot quantise sharded weights; set train.shard=false")
+    quantise_frozen_linears(model)
