@@ -124,6 +124,10 @@ def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int
             states = layer(states, attention_mask=mask, position_embeddings=rotary)
         text.norm(states)
     shards, weights = workers if settings.train.shard else 1, sum(w.nbytes for w in model.parameters())
+    if settings.model.frozen_dtype == "float8":  # two copies of the frozen matrices in one byte
+        modules = (*model.model.vision_tower.encoder.layers, model.model.multi_modal_projector, *text.layers)
+        matrices = [w for module in modules for w in module.parameters() if w.ndim == 2 and not w.requires_grad]
+        weights += 2 * sum(w.numel() for w in matrices)
     gradients = sum(w.nbytes for w in model.parameters() if w.requires_grad) // shards
     # A worker gathers two layers of the language model at a time, and all other weights.
     in_shards = (len(text.layers) - 2) * sum(w.nbytes for w in text.layers[0].parameters())
@@ -172,6 +176,7 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
     torch.set_num_threads(settings.resources.threads)
     dtype, train, renderer = getattr(torch, settings.model.dtype), settings.train, load_renderer(settings)
     model = make_model(settings, renderer, device).to(device).train()
+    apply_frozen_dtype(model, settings.model)
     collator = Collator(renderer, DecodedVolumes(settings.modalities, settings.data.max_voxels))
     optimizer, parts = build_optimizer(model, settings.optim), component_parameters(model)
     schedule = build_schedule(optimizer, settings.optim, STEPS + 1)
