@@ -23,6 +23,12 @@ from umbrella.training.run import check_data, check_unchanged
 from umbrella.training.task import Job
 
 
+class JobWithoutData(Job):
+    """A job that is not run."""
+
+    plan = maker = None  # type: ignore[assignment]
+
+
 def test_scripts_and_trial_processes_do_not_import_the_model() -> None:
     light = ["umbrella.training.run", "umbrella.tuning.sweep", "umbrella.training.task", "umbrella.tuning.trial"]
     heavy = ["umbrella.models.umbrella_llava", "transformers.generation.utils", "sklearn", "torch.distributed.fsdp"]
@@ -52,7 +58,9 @@ def test_of_several_failed_workers_the_one_that_died_is_reported(capsys: pytest.
     died.health_check_failure = RayActorError(error_msg="The actor died.")  # type: ignore[attr-defined]
     failures = {0: RuntimeError("connection reset"), 1: died, 2: RuntimeError("connection reset")}
     settings, start = load_settings(), time.time() - 65
-    job = Job(task=LANGUAGE_MODEL, settings=settings, data={}, tracking={}, folder=str(tmp_path), start_time=start)
+    job = JobWithoutData(
+        task=LANGUAGE_MODEL, settings=settings, data={}, tracking={}, folder=str(tmp_path), start_time=start
+    )
     (tmp_path / "workers").touch()
     WorkerFailureCallback(job).after_exception(None, failures)
     assert re.fullmatch(r"01:\d\d  a worker died: The actor died\.\n", capsys.readouterr().out)
@@ -139,7 +147,7 @@ def test_a_mask_that_does_not_suit_the_data_is_an_error(talk: Talk, mask: dict, 
 
 def test_a_training_continues_only_with_the_settings_and_data_that_it_began_with(tmp_path: Path) -> None:
     def begin(overrides: dict[str, Any], fingerprint: str = "abc") -> None:
-        job = Job(
+        job = JobWithoutData(
             task=LANGUAGE_MODEL,
             settings=load_settings(overrides={"name": "mine", **overrides}),
             data={"data.fingerprint": fingerprint},

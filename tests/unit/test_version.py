@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.test_run import JobWithoutData
 from umbrella import Umbrella, __version__
 from umbrella.base import UserError
 from umbrella.config import load_settings
@@ -20,7 +21,6 @@ from umbrella.paths import CODE
 from umbrella.tracking.model_registry import log_model
 from umbrella.training.launch import LANGUAGE_MODEL
 from umbrella.training.run import check_unchanged
-from umbrella.training.task import Job
 from umbrella.tuning.sweep_files import SweepSpec, load_spec, save_spec
 from umbrella.version import check_version
 
@@ -91,7 +91,7 @@ def test_a_script_refuses_a_checkpoint_of_an_earlier_version_in_one_line(
 def test_a_training_that_an_earlier_version_began_or_saved_does_not_continue(learnt: Path, tmp_path: Path) -> None:
     folder = tmp_path / "first"
     data = {"data.fingerprint": ""}
-    job = Job(task=LANGUAGE_MODEL, settings=load_settings(), data=data, tracking={}, folder=str(folder))
+    job = JobWithoutData(task=LANGUAGE_MODEL, settings=load_settings(), data=data, tracking={}, folder=str(folder))
     check_unchanged(job)
     check_unchanged(job)
     step = Path(shutil.copytree(learnt, folder / "step_0000001"))
