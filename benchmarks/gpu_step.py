@@ -1,10 +1,11 @@
 """Training step on one GPU without a data pipeline: speed, share of the GPU's peak, memory, and time per kernel.
 
-    python benchmarks/gpu_step.py [shape=0.5b|3b|7b] [train=embedder|projector+lora|all] [batch=64] [compile=true]
-        [checkpoint_activations=false] [frozen_dtype=same|float8] [kernels=false]
+    python benchmarks/gpu_step.py [shape=0.5b|3b|7b] [batch=64] [kernels=false] [name=value]
 
-Random weights, two 96^3 volumes and 94 tokens of text a sample, bfloat16. A single batch stays on the GPU, so the
-result is an upper bound for gpu_training.py. The first step is counted from the model on, with compilation.
+Random weights, two 96^3 volumes and 94 tokens of text a sample, bfloat16, compiled layers; other settings by name, such
+as model.train=projector+lora, train.compile=false or model.frozen_dtype=float8. A single batch stays on the GPU, so the
+result is an upper bound for gpu_training.py. The first step is counted from the model on, with compilation. The memory
+that a dry run computes stands beside the measured peak.
 """
 
 import sys
@@ -17,14 +18,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+from umbrella.config import Settings, load_settings
 from umbrella.data.batching import Batch, VolumeGroup
 from umbrella.modality import Modality
 from umbrella.models.build import add_lora, cast_frozen, component_parameters, from_llava, select_trainable
-from umbrella.models.float8 import quantise_frozen_linears
+from umbrella.models.float8 import apply_frozen_dtype
 from umbrella.models.settings import ModelSettings
+from umbrella.training.estimate import count_memory
 from umbrella.training.language_model import apply_options
 from umbrella.training.optimizer import build_optimizer, build_schedule
-from umbrella.training.settings import OptimSettings, TrainSettings
 from umbrella.training.step import train_step
 
 TEXT, SUPERVISED, WORDS, IMAGE = 94, 24, 152_000, 151_646
@@ -83,13 +85,13 @@ def make_batch(size: int, device: str = "cuda") -> Batch:
     ).to(device)
 
 
-def main(
-    shape: str, train: str, size: int, kernels: bool, frozen_dtype: str, options: TrainSettings, steps: int = 12
-) -> None:
+def main(shape: str, size: int, kernels: bool, settings: Settings, steps: int = 12) -> None:
     """Measure and print."""
-    model, batch, settings = make_model(shape, train), make_batch(size), OptimSettings()
-    if frozen_dtype == "float8":
-        quantise_frozen_linears(model)
+    batch, train = make_batch(size, "cpu"), settings.model.train
+    with torch.device("meta"):
+        counted = sum(count_memory(make_model(shape, train, "meta"), batch, settings)) / 2**30
+    model, batch = make_model(shape, train), batch.to("cuda")
+    apply_frozen_dtype(model, settings.model)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -102,9 +104,9 @@ def main(
         return (time.perf_counter() - start) / times
 
     begun = time.perf_counter()
-    apply_options(model, options)
-    optimizer, parts = build_optimizer(model, settings), component_parameters(model)
-    schedule = build_schedule(optimizer, settings, 1000)
+    apply_options(model, settings.train)
+    optimizer, parts = build_optimizer(model, settings.optim), component_parameters(model)
+    schedule = build_schedule(optimizer, settings.optim, 1000)
     run(1)
     first = time.perf_counter() - begun
     run(3)
@@ -112,11 +114,9 @@ def main(
     rate, peak = size / each, torch.cuda.max_memory_allocated() / 2**30
     done = rate * operations(SHAPES[shape], VOLUME, 2, 2 * VOLUME + TEXT, SUPERVISED, WORDS, train)
     print(
-        f"{shape} {train}, batch {size}, compile {options.compile}, checkpoint {options.checkpoint_activations},"
-        f" frozen {frozen_dtype}:"
-        f" {1e3 * each:.1f} ms a step, {rate:.1f} samples/s, {2 * rate:.1f} volumes/s, {done / 1e12:.0f} TFLOP/s,"
-        f" {done / PEAK:.1%} of peak, {peak:.1f} GiB, first step {first:.1f} s;"
-        f" {torch.cuda.get_device_name()}, torch {torch.__version__}",
+        f"{shape} {train}, batch {size}: {1e3 * each:.1f} ms a step, {rate:.1f} samples/s, {2 * rate:.1f} volumes/s,"
+        f" {done / 1e12:.0f} TFLOP/s, {done / PEAK:.1%} of peak, {peak:.1f} GiB (counted {counted:.1f}),"
+        f" first step {first:.1f} s; {torch.cuda.get_device_name()}, torch {torch.__version__}",
         flush=True,
     )
     if not kernels:
@@ -130,7 +130,7 @@ def main(
 
 
 if __name__ == "__main__":
-    given = {"compile": "true"} | dict(word.split("=") for word in sys.argv[1:])
-    defaults = {"shape": "0.5b", "train": "embedder", "batch": "64", "kernels": "false", "frozen_dtype": "same"}
-    shape, train, batch, kernels, frozen = (given.pop(name, default) for name, default in defaults.items())
-    main(shape, train, int(batch), kernels == "true", frozen, TrainSettings.model_validate(given))
+    given: dict[str, Any] = dict(word.split("=") for word in sys.argv[1:])
+    shape, size, kernels = given.pop("shape", "0.5b"), int(given.pop("batch", 64)), given.pop("kernels", "false")
+    defaults = {"model.dtype": "bfloat16", "model.train": "embedder", "train.compile": "true"}
+    main(shape, size, kernels == "true", load_settings(overrides=defaults | given))

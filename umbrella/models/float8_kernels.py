@@ -75,7 +75,7 @@ def quantise(x: torch.Tensor, activation: str, grad: torch.Tensor | None) -> tup
     result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
     scales = x.new_empty(x.shape[0], dtype=torch.float32)
     main = triton.next_power_of_2(width) // 2
-    warps = 4 if width <= 2048 else 8 if width <= 8192 else 16
+    warps = 4 if width <= 2048 or activation.startswith("gelu") else 8 if width <= 8192 else 16
     blocks = (main, triton.next_power_of_2(width - main))
     above = x if grad is None else grad
     _quantise[(x.shape[0],)](
