@@ -86,6 +86,8 @@ class Plan:
     @property
     def surplus(self) -> int:
         """Number of samples of the last step that lie beyond the last epoch."""
+        if not self.tokens:
+            return self.steps * self.per_step - self.epochs * self.size
         *_, last = self.bounds()
         return int(last[-1]) - self.epochs * self.size
 
