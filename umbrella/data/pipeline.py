@@ -75,7 +75,7 @@ class Plan:
     def steps_from(self, start: int) -> int:
         """Return the number of optimizer steps from a position to the end."""
         if self.tokens:
-            return sum(1 for _ in self.bounds(start))
+            return sum(1 for _ in self.bounds(start)) if start else len(self._ends)
         return max(0, ceil((self.epochs * self.size - start) / self.per_step))
 
     @property
@@ -86,10 +86,13 @@ class Plan:
     @property
     def surplus(self) -> int:
         """Number of samples of the last step that lie beyond the last epoch."""
-        if not self.tokens:
-            return self.steps * self.per_step - self.epochs * self.size
-        *_, last = self.bounds()
-        return int(last[-1]) - self.epochs * self.size
+        end = int(self._ends[-1]) if self.tokens else self.steps * self.per_step
+        return end - self.epochs * self.size
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """The end of each step, (steps,), which ``tokens`` makes irregular."""
+        return np.array([bounds[-1] for bounds in self.bounds()])
 
     @property
     def description(self) -> str:
@@ -178,7 +181,7 @@ class Plan:
         return lru_cache(maxsize=2)(self.order)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {one.name: getattr(self, one.name) for one in fields(self)}  # without the cache
+        return {one.name: getattr(self, one.name) for one in fields(self)}  # without caches
 
 
 def group_samples(conversations: Sequence[Conversation], by: str) -> np.ndarray | None:
