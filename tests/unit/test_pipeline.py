@@ -15,6 +15,7 @@ from umbrella.config import load_settings
 from umbrella.conversations.schema import Conversation
 from umbrella.data.pipeline import (
     Plan,
+    count_processes,
     evaluation_order,
     from_table,
     group_samples,
@@ -157,6 +158,23 @@ def test_micro_batches_by_tokens_hold_as_many_samples_as_fit_and_every_sample_on
     done = data.draw(st.integers(0, len(steps) - 1))
     resumed = replace(plan, sorted_by=plan.sorted_by or plan.per_step)
     assert [list(bounds) for bounds in resumed.bounds(ends[done])] == [list(bounds) for bounds in steps[done:]]
+
+
+@pytest.mark.parametrize(
+    ("loader", "on_gpu", "cpus", "processes"),
+    [
+        ("auto", True, 8, 2),
+        ("auto", True, 7, 0),
+        ("auto", False, 64, 0),
+        ("threads", True, 64, 0),
+        ("processes", False, 2, 2),
+    ],
+)
+def test_processes_make_batches_where_a_gpu_has_cpus_beside_it(
+    loader: str, on_gpu: bool, cpus: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: cpus)
+    assert count_processes(loader, on_gpu) == processes
 
 
 def test_a_plan_is_pickled_without_its_cache() -> None:

@@ -219,9 +219,10 @@ def slices(size: int, batch_size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + batch_size, size)) for start in range(0, size, batch_size))
 
 
-def count_processes(loader: str) -> int:
+def count_processes(loader: str, on_gpu: bool) -> int:
     """Return the number of processes that make the micro-batches of a worker, for ``data.loader``; 0: threads."""
-    return PROCESSES if loader == "processes" or (loader == "auto" and joblib.cpu_count() >= MIN_CPUS) else 0
+    pays = on_gpu and joblib.cpu_count() >= MIN_CPUS  # starting them takes 5 to 15 s of CPU time
+    return PROCESSES if loader == "processes" or (loader == "auto" and pays) else 0
 
 
 class RemoteMaker:

@@ -60,7 +60,7 @@ class DataSettings(Section):
     pack_prefixes: bool = False
     """Conversations of a batch that begin with the same turns and volumes share these in a row of up to data.pack tokens (0: 8 times the longest conversation). Use it with data.group_batches_by=reference; not with train.augment."""  # noqa: E501
     loader: Literal["auto", "processes", "threads"] = "auto"
-    """Where conversations are rendered and put into batches: in other processes, or in threads of the training. auto: in processes on machines with 8 CPUs or more."""  # noqa: E501
+    """Where conversations are rendered and put into batches: in other processes, or in threads of the training. auto: in processes for a training on a GPU, on machines with 8 CPUs or more."""  # noqa: E501
     prefetch: int = Field(2, ge=0)
     """Batches prepared ahead of the training step."""
     log_samples: bool = False

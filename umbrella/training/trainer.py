@@ -79,7 +79,7 @@ class Trainer:
         self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
         self.state = read_training_state(latest) if latest else TrainingState()
         self.plan = job.plan(world_size, self.state.sorted_by)
-        processes = count_processes(self.settings.data.loader)
+        processes = count_processes(self.settings.data.loader, device.type == "cuda")
         make = job.maker(self.plan, decode=processes > 0)
         # Processes start now, while the model is built.
         self.make_batch = RemoteMaker(make, processes) if processes else make
