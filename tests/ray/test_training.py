@@ -77,7 +77,7 @@ def test_sigterm_ends_a_script_with_status_143_although_ray_is_started(ray_sessi
 
 def started(make: RemoteMaker) -> RemoteMaker:
     """Wait until its processes have started."""
-    ray.get(make.starting)
+    ray.wait(make.starting, num_returns=len(make.starting))
     return make
 
 
@@ -104,7 +104,7 @@ def test_processes_and_threads_make_the_same_batches_and_processes_decode_missin
     settings = small_settings({"resources.store": str(tmp_path / "store")})
     train = read_splits(settings, no_progress, ("train",)).train
     lengths = np.array([len(c.volumes) for c in train])
-    plan = Plan(len(train), 0, 1, 1, 4, 1, lengths=lengths, tokens=5)
+    plan = Plan(len(train), 0, 1, 1, 4, 1, lengths=lengths, tokens=lengths, max_tokens=5)
     table, store = ray.put(to_table(train)), open_store(settings)
     volumes = {(v.image_path, v.modality) for c in train for v in c.volumes}
 
@@ -142,6 +142,9 @@ def test_this_process_makes_batches_until_the_others_have_started(ray_session: A
     make = RemoteMaker(lambda start, stop: os.getpid(), 2)
     assert make(0, 1) == os.getpid()
     assert os.getpid() not in {started(make)(0, 1), make(1, 2)}
+    make.close()
+    while {make(0, 1), make(1, 2)} != {os.getpid()}:  # without them it makes batches, too
+        time.sleep(0.05)
 
 
 def test_nonfinite_loss_ends_the_training_in_one_line(small_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

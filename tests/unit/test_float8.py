@@ -18,6 +18,7 @@ from umbrella.base import UserError
 from umbrella.config import load_settings
 from umbrella.models.float8 import LINEARS, Float8Layers, apply_frozen_dtype, quantise, quantise_frozen_linears
 from umbrella.training.language_model import apply_options
+from umbrella.training.run import check_model
 from umbrella.training.settings import TrainSettings
 
 
@@ -133,6 +134,11 @@ def test_it_is_refused_without_a_gpu_without_frozen_weights_and_in_float32() -> 
     settings = {"model.frozen_dtype": "float8", "model.dtype": "bfloat16", "model.train": "embedder"}
     with pytest.raises(UserError, match=r"frozen_dtype=float8: needs a GPU of compute capability 8\.9 or higher, "):
         apply_frozen_dtype(nn.Linear(1, 1), load_settings(overrides=settings).model)
+    with pytest.raises(UserError, match=r"frozen_dtype=float8: needs a GPU; set resources\.gpus_per_worker=1"):
+        check_model(load_settings(overrides=settings))
+    sharded = {"resources.gpus_per_worker": 1, "resources.workers": 2, "train.shard": True}
+    with pytest.raises(UserError, match=r"frozen_dtype=float8: cannot quantise sharded weights"):
+        check_model(load_settings(overrides=settings | sharded))
     for wrong in ({"model.train": "all"}, {"model.dtype": "float32"}):
         with pytest.raises(UserError, match=r"^model: frozen_dtype=float8 needs dtype=bfloat16 and frozen weights"):
             load_settings(overrides=settings | wrong)

@@ -134,15 +134,16 @@ def test_micro_batches_from_any_step_are_the_rest_of_the_order(plan: Plan, data:
 def test_micro_batches_by_tokens_hold_as_many_samples_as_fit_and_every_sample_once(
     plan: Plan, tokens: int, packed: bool, data: st.DataObject
 ) -> None:
-    assume(plan.lengths is not None)
-    plan = replace(plan, tokens=tokens, packed=packed)
+    sizes = np.random.default_rng(plan.size).integers(1, 9, plan.size)
+    plan = replace(plan, tokens=sizes, max_tokens=tokens, packed=packed)
     steps = list(plan.bounds())
-    assert len(steps) == plan.steps
+    assert len(steps) == plan.steps == plan.steps_from(0)
+    assert replace(plan, epochs=1).steps == plan.steps_per_epoch
     assert int(steps[-1][-1]) == plan.epochs * plan.size + plan.surplus
     assert int(steps[-1][0]) < plan.epochs * plan.size, "no step lies beyond the last epoch"
 
     def count(start: int, stop: int) -> int:
-        lengths = plan.lengths[plan.samples(np.arange(start, stop))]
+        lengths = sizes[plan.samples(np.arange(start, stop))]
         return lengths.sum() if packed else lengths.max() * len(lengths)
 
     ends = [int(steps[0][0])]
@@ -161,19 +162,19 @@ def test_micro_batches_by_tokens_hold_as_many_samples_as_fit_and_every_sample_on
 
 
 @pytest.mark.parametrize(
-    ("loader", "on_gpu", "cpus", "processes"),
+    ("loader", "on_gpu", "cluster", "processes"),
     [
-        ("auto", True, 8, 2),
-        ("auto", True, 7, 0),
-        ("auto", False, 64, 0),
-        ("threads", True, 64, 0),
-        ("processes", False, 2, 2),
+        ("auto", True, {"CPU": 16, "GPU": 2}, 2),
+        ("auto", True, {"CPU": 15, "GPU": 2}, 0),
+        ("auto", False, {"CPU": 64}, 0),
+        ("threads", True, {"CPU": 64, "GPU": 1}, 0),
+        ("processes", False, {"CPU": 2}, 2),
     ],
 )
 def test_processes_make_batches_where_a_gpu_has_cpus_beside_it(
-    loader: str, on_gpu: bool, cpus: int, processes: int, monkeypatch: pytest.MonkeyPatch
+    loader: str, on_gpu: bool, cluster: dict, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("joblib.cpu_count", lambda: cpus)
+    monkeypatch.setattr("ray.cluster_resources", lambda: cluster)
     assert count_processes(loader, on_gpu) == processes
 
 

@@ -272,7 +272,7 @@ CASES = {
     },
     "train.epochs": Case(1, 2, lambda t: t.ran.events, ("TSTSE", "TSTSETSTSE")),
     "train.batch_size": Case(4, 2, lambda t: t.ran.events, ("TSTSE", "TSTSTSTSE")),
-    "train.tokens_per_batch": Case(0, 60, lambda t: t.ran.events, ("TSTSE", "TSTSTSTSTSTSE")),
+    "train.tokens_per_batch": Case(0, 120, lambda t: t.ran.events, ("TSTSE", "TSTSTSTSE")),
     "train.accumulate": Case(1, 2, lambda t: t.ran.events, ("TSTSE", "TTSE")),
     "train.checkpoint_activations": Case(
         False, True, lambda t: {x: len(t.ran.attention[x, "T"]) for x in ("tower", "language")}
@@ -386,6 +386,7 @@ def start(
             train=to_table(splits[0]),
             validation=to_table(splits[1]),
             train_lengths=lengths[0],
+            train_tokens=np.array([len(renderer.render(c).input_ids) for c in splits[0]]),
             validation_lengths=lengths[1],
             candidates=find_candidates(splits[0]),
             modalities=["fMRI", "sMRI"],

@@ -16,6 +16,7 @@ from umbrella.config import Settings, load_settings
 from umbrella.conversations.formats import FILE_MISSING
 from umbrella.conversations.reading import Problem
 from umbrella.data.ingest import load_splits
+from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import Splits, phantom_folder_of, read_splits
 from umbrella.volumes import store as store_module
 from umbrella.volumes.store import open_store
@@ -496,6 +497,12 @@ def test_every_grid_of_a_sweep_is_decoded_before_the_start(folder: Path) -> None
     assert arrays == [(4, 4, 4)] * 5 + [(6, 6, 6)] * 5  # not the grid of the settings, which no trial has
     alone = load_splits(trials[0], plain)
     assert (splits.lengths["train"] == alone.lengths["train"]).all()
+    assert (splits.tokens == alone.tokens).all()
+    by_tokens = [trial.with_values({"train.tokens_per_batch": 99}) for trial in trials]
+    with pytest.raises(UserError, match=r"^train\.tokens_per_batch: the trials differ in modalities or tokenizers"):
+        load_splits(by_tokens[0], plain, by_tokens)
+    renderer = load_renderer(trials[0])
+    assert splits.tokens.tolist() == [len(renderer.render(c).input_ids) for c in splits.train]
 
 
 def test_the_phantom_cohort_is_made_once_and_counted_by_a_dry_run(

@@ -107,7 +107,8 @@ class Batch:
     def __repr__(self) -> str:
         """Names, shapes and types of the tensors."""
         tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        tensors |= {f"pixel_values[{name!r}].voxels": group.voxels for name, group in self.pixel_values.items()}
+        read = {name: group for name, group in self.pixel_values.items() if isinstance(group, VolumeGroup)}
+        tensors |= {f"pixel_values[{name!r}].voxels": group.voxels for name, group in read.items()}
         lines = [f"  {name}: {tuple(tensor.shape)}, {tensor.dtype}" for name, tensor in tensors.items()]
         return "\n".join([f"Batch of {len(self)}", *lines])
 

@@ -138,13 +138,17 @@ def check_volumes(
 def check_rendering(
     splits: Splits, settings: "Settings", progress: ProgressBar, trials: Sequence["Settings"] = ()
 ) -> None:
-    """Render every conversation, set ``lengths`` and ``longest_answer``, and exclude those that cannot be rendered.
+    """Render every conversation, measure its tokens, and exclude those that cannot be rendered.
 
     Training conversations that have no supervised token under one of the mask policies are excluded too.
 
     Args:
-        splits: changed in place. ``lengths`` are those of the first of ``trials``.
+        splits: changed in place. ``lengths``, ``tokens`` and ``longest_answer`` are set, the first two for the first of
+            ``trials``.
         trials: see ``load_splits``.
+
+    Raises:
+        UserError: the trials have batches by tokens, and differ in the tokens of a conversation.
     """
     from umbrella.data.masking import loss_weights
     from umbrella.data.rendering import load_renderer
@@ -156,6 +160,12 @@ def check_rendering(
     policies = {(mask.supervise, mask.end_of_turn, mask.turn_header): mask for mask in (t.mask for t in trials)}
     conversations = [(name, c) for name, of_split in splits.splits.items() for c in of_split]
     lengths: dict[str, list[int]] = {name: [] for name in splits.splits}
+    if len(renderers) > 1 and any(trial.train.tokens_per_batch for trial in trials):
+        raise UserError(
+            "train.tokens_per_batch: the trials differ in modalities or tokenizers, so in the tokens of a conversation;"
+            " use train.batch_size"
+        )
+    tokens: list[int] = []
     reasons = {}
     for name, conversation in progress(conversations, "rendering conversations"):
         try:
@@ -171,8 +181,10 @@ def check_rendering(
             continue
         lengths[name] += [example.bucket_length for example in examples[: len(asked)]]
         if name == "train":
+            tokens.append(len(examples[0].input_ids))
             splits.longest_answer = max(splits.longest_answer, *(example.longest_answer for example in examples))
     splits.exclude(reasons)
+    splits.tokens = np.array(tokens, np.int32)
     splits.lengths = {name: np.array(of_split, np.int32) for name, of_split in lengths.items()}
 
 

@@ -9,21 +9,21 @@ Rows are generated in chunks, so memory does not grow with the length of the tra
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import cycle, islice
 from math import ceil
 from typing import Any
 
-import joblib
 import numpy as np
 import pyarrow as pa
 
+from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
 
-BATCHES_PER_BLOCK, BATCHES_PER_CHUNK = 256, 32768
+BATCHES_PER_BLOCK, BATCHES_PER_CHUNK = 256, 8192
 PROCESSES, MIN_CPUS = 2, 8
-"""Processes that make the micro-batches of a worker, and CPUs of a machine on which ``data.loader=auto`` uses them."""
+"""Processes that make the micro-batches of a worker, and CPUs per GPU from which on ``data.loader=auto`` uses them."""
 
 
 def sample_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -49,10 +49,12 @@ class Plan:
     """(size,): length of each sample. Samples of similar length are grouped into a step; None disables grouping."""
     groups: np.ndarray | None = field(default=None, compare=False)
     """(size,): number of the group of each sample, see ``group_samples``. Groups are kept together; None: no groups."""
-    tokens: int = 0
-    """Largest number of tokens of a micro-batch, by ``lengths``; 0: a micro-batch has ``batch_size`` samples."""
+    tokens: np.ndarray | None = field(default=None, compare=False)
+    """(size,): number of tokens of each sample, for ``max_tokens``."""
+    max_tokens: int = 0
+    """Largest number of tokens of a micro-batch; 0: a micro-batch has ``batch_size`` samples."""
     packed: bool = False
-    """Whether ``tokens`` counts no padding, because samples are packed into rows."""
+    """Whether ``max_tokens`` counts no padding, because samples are packed into rows."""
     window: int = 16
     """Number of steps whose samples are sorted by length together."""
     sorted_by: int = 0
@@ -61,10 +63,10 @@ class Plan:
 
     @property
     def per_step(self) -> int:
-        """Number of samples in a global batch; their mean number with ``tokens``."""
-        if self.tokens:
-            assert self.lengths is not None
-            return max(1, int(self.tokens / max(1.0, self.lengths.mean()))) * self.workers * self.accumulate
+        """Number of samples in a global batch; about their mean number with ``max_tokens``."""
+        if self.max_tokens:
+            assert self.tokens is not None
+            return max(1, int(self.max_tokens / max(1.0, self.tokens.mean()))) * self.workers * self.accumulate
         return self.workers * self.batch_size * self.accumulate
 
     @property
@@ -74,30 +76,32 @@ class Plan:
 
     def steps_from(self, start: int) -> int:
         """Return the number of optimizer steps from a position to the end."""
-        if self.tokens:
+        if self.max_tokens:
             return sum(1 for _ in self.bounds(start)) if start else len(self._ends)
         return max(0, ceil((self.epochs * self.size - start) / self.per_step))
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of optimizer steps of the first epoch, rounded up."""
-        return replace(self, epochs=1).steps
+        if self.max_tokens:
+            return int(np.searchsorted(self._ends, self.size)) + 1
+        return ceil(self.size / self.per_step)
 
     @property
     def surplus(self) -> int:
         """Number of samples of the last step that lie beyond the last epoch."""
-        end = int(self._ends[-1]) if self.tokens else self.steps * self.per_step
+        end = int(self._ends[-1]) if self.max_tokens else self.steps * self.per_step
         return end - self.epochs * self.size
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """The end of each step, (steps,), which ``tokens`` makes irregular."""
+        """The end of each step, (steps,), which ``max_tokens`` makes irregular."""
         return np.array([bounds[-1] for bounds in self.bounds()])
 
     @property
     def description(self) -> str:
         """One line with the numbers of samples, epochs and steps."""
-        about, surplus = "about " * bool(self.tokens), self.surplus
+        about, surplus = "about " * bool(self.max_tokens), self.surplus
         line = f"samples: {self.size} in each of {self.epochs} epochs, {self.steps} steps of {about}{self.per_step}"
         return line + (f"; the last step is filled up with {surplus} samples once more" if surplus else "")
 
@@ -111,19 +115,23 @@ class Plan:
         count = self.workers * self.accumulate
         while start < self.epochs * self.size:
             bounds = start + self.batch_size * np.arange(count + 1)
-            if self.tokens:
+            if self.max_tokens:
                 for i in range(count):
                     bounds[i + 1] = self._end_of_micro_batch(bounds[i])
             yield bounds
             start = int(bounds[-1])
 
     def _end_of_micro_batch(self, start: int) -> int:
-        """Return the end of the largest micro-batch from a position that has at most ``tokens`` tokens."""
-        assert self.lengths is not None
-        most = max(1, self.tokens // max(1, int(self.lengths.min())))
-        lengths = self.lengths[self.samples(np.arange(start, start + most))]
-        padded = np.maximum.accumulate(lengths) * np.arange(1, most + 1)
-        return start + max(1, int(np.searchsorted(np.cumsum(lengths) if self.packed else padded, self.tokens, "right")))
+        """Return the end of the largest micro-batch from a position that has at most ``max_tokens`` tokens."""
+        assert self.tokens is not None
+        tokens = self.tokens[self.samples(np.arange(start, start + self._most_samples))]
+        sums = np.cumsum(tokens) if self.packed else np.maximum.accumulate(tokens) * np.arange(1, len(tokens) + 1)
+        return start + max(1, int(np.searchsorted(sums, self.max_tokens, "right")))
+
+    @cached_property
+    def _most_samples(self) -> int:
+        assert self.tokens is not None
+        return max(1, self.max_tokens // max(1, int(self.tokens.min())))
 
     def micro_batches(self, rank: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield first position and end of each micro-batch of a worker, in order, from a position to the end.
@@ -221,8 +229,12 @@ def slices(size: int, batch_size: int) -> Iterator[tuple[int, int]]:
 
 def count_processes(loader: str, on_gpu: bool) -> int:
     """Return the number of processes that make the micro-batches of a worker, for ``data.loader``; 0: threads."""
-    pays = on_gpu and joblib.cpu_count() >= MIN_CPUS  # starting them takes 5 to 15 s of CPU time
-    return PROCESSES if loader == "processes" or (loader == "auto" and pays) else 0
+    import ray
+
+    if loader == "auto" and on_gpu:
+        found = ray.cluster_resources()
+        loader = "processes" if found.get("CPU", 0) >= MIN_CPUS * found.get("GPU", 1) else "threads"
+    return PROCESSES if loader == "processes" else 0
 
 
 class RemoteMaker:
@@ -230,20 +242,23 @@ class RemoteMaker:
 
     Args:
         make: the function of (start, stop). It is pickled.
-        processes: number of processes. They reserve no CPU, so that trials that wait for each other cannot block.
+        processes: number of processes on this node. They reserve no CPU, so that trials that wait for each other cannot
+            block.
     """
 
     def __init__(self, make: Callable[[int, int], Any], processes: int) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        actor = ray.remote(num_cpus=0)(_MakerProcess)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_MakerProcess)
         self.make, self.actors = make, [actor.remote(make) for _ in range(processes)]
         self.starting, self.turns = [actor.start.remote() for actor in self.actors], cycle(self.actors)
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Return a batch, or raise the error that was raised in the other process."""
+        """Return a batch, or raise the error that was raised in the other process. If it has died, make it here."""
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             if self.starting:
@@ -251,8 +266,17 @@ class RemoteMaker:
             if self.starting:
                 return self.make(start, stop)
             return ray.get(next(self.turns).make.remote(start, stop))
+        except RayActorError:
+            return self.make(start, stop)
         except RayTaskError as error:
-            raise error.cause from None
+            raise error.cause from None if isinstance(error.cause, UserError) else error
+
+    def close(self) -> None:
+        """End the processes."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
 
 
 class _MakerProcess:
@@ -260,7 +284,8 @@ class _MakerProcess:
         self._make = make
 
     def start(self) -> None:
-        """Return when this process has started."""
+        """Make a batch, which loads all that the others need."""
+        self._make(0, 1)
 
     def make(self, start: int, stop: int) -> Any:
         return self._make(start, stop)

@@ -58,9 +58,9 @@ class DataSettings(Section):
     pack: int = Field(0, ge=0)
     """Tokens per row when several conversations are packed into a row; each attends only to itself. 0: one conversation per row."""  # noqa: E501
     pack_prefixes: bool = False
-    """Conversations of a batch that begin with the same turns and volumes share these in a row of up to data.pack tokens (0: 8 times the longest conversation). Use it with data.group_batches_by=reference; not with train.augment."""  # noqa: E501
+    """Conversations of a batch that begin with the same turns, such as a reference and its answer, share these turns: they are computed once. A row has up to data.pack tokens (0: 8 times the longest conversation). Use it with data.group_batches_by=reference; not with train.augment."""  # noqa: E501
     loader: Literal["auto", "processes", "threads"] = "auto"
-    """Where conversations are rendered and put into batches: in other processes, or in threads of the training. auto: in processes for a training on a GPU, on machines with 8 CPUs or more."""  # noqa: E501
+    """Where conversations are rendered and put into batches: in other processes, or in threads of the training. auto: in processes for a training on GPUs with 8 CPUs or more per GPU."""  # noqa: E501
     prefetch: int = Field(2, ge=0)
     """Batches prepared ahead of the training step."""
     log_samples: bool = False

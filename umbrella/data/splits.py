@@ -44,6 +44,8 @@ class Splits:
     """(split, task_id) to "file:line"."""
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
     """``Example.bucket_length`` of the conversations of each split, of their ``questions`` except in train, int32."""
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """Number of tokens of each training conversation, int32."""
     longest_answer: int = 0
     """Number of tokens of the longest assistant turn in the training split."""
     quarantine: Path | None = None

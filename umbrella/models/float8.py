@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.library import custom_op
 from torch.nn import functional
 
@@ -224,18 +223,17 @@ def _replace(parent: nn.Module) -> None:
             _replace(child)
 
 
-def quantise_frozen_linears(model: Any, skip: int = 0) -> None:
+def quantise_frozen_linears(model: Any) -> None:
     """Let the frozen linear layers of vision tower, projector and language model use float8 in training. In place.
 
     Called again, it quantises the current weights.
 
     Args:
         model: an ``UmbrellaForConditionalGeneration`` on its device.
-        skip: number of first and of last layers of tower and language model that stay as they are.
     """
     tower, language = model.model.vision_tower, model.model.language_model
     for stack in (tower.encoder.layers[: max(model.feature_layers)], language.layers):
-        for layer in stack[skip : len(stack) - skip]:
+        for layer in stack:
             _replace(layer)
     _replace(model.model.multi_modal_projector)
 
@@ -244,7 +242,7 @@ def apply_frozen_dtype(model: Any, settings: ModelSettings) -> None:
     """Apply ``model.frozen_dtype`` to a model on the device on which it is trained, in place.
 
     Raises:
-        UserError: the device has no products in float8, or the model is sharded.
+        UserError: the device has no products in float8.
     """
     if settings.frozen_dtype == "same":
         return
@@ -253,6 +251,4 @@ def apply_frozen_dtype(model: Any, settings: ModelSettings) -> None:
     if not is_gpu or torch.cuda.get_device_capability(device) < (8, 9):
         found = torch.cuda.get_device_name(device) if is_gpu else "a CPU; set resources.gpus_per_worker=1"
         raise UserError(f"model.frozen_dtype=float8: needs a GPU of compute capability 8.9 or higher, and has {found}")
-    if isinstance(model, FSDPModule):
-        raise UserError("model.frozen_dtype=float8: cannot quantise sharded weights; set train.shard=false")
     quantise_frozen_linears(model)

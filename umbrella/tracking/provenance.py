@@ -32,10 +32,10 @@ HEADLINES = {
     "": ("seed",),
     "data": ("modality", "task_filter"),
     "mask": ("supervise", "end_of_turn", "normalize"),
-    "model": ("checkpoint", "train", "embedder_init", "dtype"),
+    "model": ("checkpoint", "train", "embedder_init", "dtype", "frozen_dtype"),
     "loss": ("numbers",),
     "optim": ("lr", "embedder_lr", "weight_decay", "warmup", "schedule"),
-    "train": ("epochs", "batch_size", "accumulate"),
+    "train": ("epochs", "batch_size", "tokens_per_batch", "accumulate"),
     "tune": ("metric", "mode"),
     "baseline": ("modality",),
 }

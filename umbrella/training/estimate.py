@@ -208,7 +208,7 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
 def plan_of(settings: Settings, splits: Splits) -> Plan:
     """Make the plan of a training."""
     groups = group_samples(splits.train, settings.data.group_batches_by)
-    return make_plan(settings, settings.resources.workers, splits.lengths["train"], groups)
+    return make_plan(settings, settings.resources.workers, splits.lengths["train"], splits.tokens, groups)
 
 
 def micro_batches(settings: Settings, splits: Splits, renderer: Renderer) -> Iterator[Batch]:

@@ -150,7 +150,7 @@ class LanguageModelTask(Task):
         return Summary(text, tags, {"mask_audit.html": page})
 
     def _describe_volumes(self) -> str:
-        """How many volumes the first micro-batches of this rank have, and how many distinct ones they compute."""
+        """How many volumes the first micro-batches of rank 0 have, and how many distinct ones they compute."""
         plan, shares = self.job.plan(self.world_size), not any(dict(self.settings.train.augment).values())
         series = {name for name, modality in self.settings.modalities.items() if modality.is_series}
         batches = []

@@ -51,7 +51,12 @@ def load_and_check(
 
 
 def check_model(settings: Settings) -> None:
-    """Raise UserError if ``settings.model`` gives no model and tokenizer."""
+    """Raise UserError if ``settings.model`` gives no model and tokenizer, or needs another device."""
+    if settings.model.frozen_dtype == "float8":
+        if not settings.resources.gpus_per_worker:
+            raise UserError("model.frozen_dtype=float8: needs a GPU; set resources.gpus_per_worker=1")
+        if settings.train.shard and settings.resources.workers > 1:
+            raise UserError("model.frozen_dtype=float8: cannot quantise sharded weights; set train.shard=false")
     load_renderer(settings)
     if settings.model.checkpoint:
         from umbrella.models.build import check_checkpoint  # slow to import, and the tiny model does not need it
@@ -127,6 +132,7 @@ def make_job(settings: Settings, splits: Splits, tracking: dict[str, str | None]
         train=ray.put(to_table(splits.train)),
         validation=ray.put(to_table(questions_of(splits.validation))),
         train_lengths=splits.lengths["train"],
+        train_tokens=splits.tokens,
         train_groups=group_samples(splits.train, settings.data.group_batches_by),
         validation_lengths=splits.lengths["validation"],
         candidates=find_candidates(splits.train, settings.evaluate.number_grids),
@@ -219,7 +225,7 @@ def check_unchanged(job: Job) -> None:
     fixed = ("tune.metric", "tune.mode") if job.settings.train.patience else ()
     grids = "evaluate.number_grids"  # metrics depend on it
     free_sections = ("resources", "tune", "tracking", "evaluate", "checkpoint", "output", "compare", *job.unused)
-    free = ("data.test", "data.input")
+    free = ("data.test", "data.input", "data.loader", "data.prefetch")
 
     def is_fixed(name: str) -> bool:
         return name in fixed or name.startswith(grids) or (name.split(".")[0] not in free_sections and name not in free)

@@ -63,7 +63,7 @@ class TrainSettings(Section):
     batch_size: int = Field(4, ge=1)
     """Conversations per worker and forward pass (micro-batch)."""
     tokens_per_batch: int = Field(0, ge=0)
-    """Tokens per worker and forward pass, instead of batch_size: as many conversations as fit, padding included, at least one. 0: batch_size."""  # noqa: E501
+    """Largest number of tokens per worker and forward pass, padding included (with data.pack, without). A micro-batch has as many conversations as fit, at least one. 0: batch_size."""  # noqa: E501
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     checkpoint_activations: bool = False

@@ -12,7 +12,7 @@ import torch
 
 from umbrella.config import Settings
 from umbrella.data.masking import Redact
-from umbrella.data.pipeline import Plan
+from umbrella.data.pipeline import Plan, count_processes
 from umbrella.evaluation.candidates import Candidates
 from umbrella.evaluation.predictions import Prediction
 
@@ -62,6 +62,10 @@ class Job(ABC):
             decode: whether it also decodes volumes that the store lacks.
         """
 
+    def loader_processes(self, on_gpu: bool) -> int:
+        """Return the number of processes that call ``maker`` for a rank; 0: its threads do."""
+        return 0
+
     @property
     def in_trial(self) -> bool:
         """Whether it runs in the process of a trial, without workers of Ray Train."""
@@ -83,6 +87,8 @@ class LanguageModelJob(Job):
     """Table of the questions of the validation conversations."""
     train_lengths: np.ndarray
     """See ``data.splits.Splits.lengths``."""
+    train_tokens: np.ndarray
+    """See ``data.splits.Splits.tokens``."""
     train_groups: np.ndarray | None = None
     """See ``data.pipeline.group_samples``."""
     validation_lengths: np.ndarray
@@ -96,7 +102,7 @@ class LanguageModelJob(Job):
 
     def plan(self, workers: int, sorted_by: int = 0) -> Plan:
         """See ``Job.plan``."""
-        return make_plan(self.settings, workers, self.train_lengths, self.train_groups, sorted_by)
+        return make_plan(self.settings, workers, self.train_lengths, self.train_tokens, self.train_groups, sorted_by)
 
     def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
         """See ``Job.maker``."""
@@ -104,11 +110,20 @@ class LanguageModelJob(Job):
 
         return BatchMaker(self.settings, self.train, plan, decode)
 
+    def loader_processes(self, on_gpu: bool) -> int:
+        """See ``Job.loader_processes``."""
+        return count_processes(self.settings.data.loader, on_gpu)
+
 
 def make_plan(
-    settings: Settings, workers: int, lengths: np.ndarray, groups: np.ndarray | None = None, sorted_by: int = 0
+    settings: Settings,
+    workers: int,
+    lengths: np.ndarray,
+    tokens: np.ndarray,
+    groups: np.ndarray | None = None,
+    sorted_by: int = 0,
 ) -> Plan:
-    """Make the plan of a training of ``len(lengths)`` conversations."""
+    """Make the plan of a training of N conversations; ``lengths``, ``tokens`` and ``groups`` are (N,), see ``Plan``."""
     train = settings.train
     return Plan(
         size=len(lengths),
@@ -119,7 +134,8 @@ def make_plan(
         accumulate=train.accumulate,
         lengths=lengths,
         groups=groups,
-        tokens=train.tokens_per_batch,
+        tokens=tokens,
+        max_tokens=train.tokens_per_batch,
         packed=settings.data.pack > 0,
         window=settings.data.bucket_batches,
         sorted_by=sorted_by,

@@ -22,7 +22,7 @@ from ray import tune
 from ray.train.torch import get_device
 
 from umbrella.base import UserError, note
-from umbrella.data.pipeline import RemoteMaker, batches, count_processes
+from umbrella.data.pipeline import RemoteMaker, batches
 from umbrella.evaluation.calibration import fit_temperatures
 from umbrella.paths import CODE, COMPILED
 from umbrella.tracking.provenance import code_version
@@ -79,10 +79,10 @@ class Trainer:
         self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
         self.state = read_training_state(latest) if latest else TrainingState()
         self.plan = job.plan(world_size, self.state.sorted_by)
-        processes = count_processes(self.settings.data.loader, device.type == "cuda")
+        processes = job.loader_processes(on_gpu=device.type == "cuda")
         make = job.maker(self.plan, decode=processes > 0)
         # Processes start now, while the model is built.
-        self.make_batch = RemoteMaker(make, processes) if processes else make
+        self.maker = RemoteMaker(make, processes) if processes else make
         torch.manual_seed(self.settings.seed)  # every rank makes the same weights
         self.task = make_task(job, rank, world_size, device)
         # Each rank gets its own random numbers.
@@ -120,6 +120,8 @@ class Trainer:
         try:
             return self._train()
         finally:
+            if isinstance(self.maker, RemoteMaker):
+                self.maker.close()
             if self.writer:
                 self.writer.close()
             if self.reporter:
@@ -170,7 +172,7 @@ class Trainer:
         """Make the batches, and check that each has the samples of its position: none is skipped or repeated."""
         plan, start = self.plan, self.state.position
         bounds = plan.micro_batches(self.rank, start)
-        stream = batches(bounds, self.make_batch, self.task.load, self.settings.data.prefetch)
+        stream = batches(bounds, self.maker, self.task.load, self.settings.data.prefetch)
         for position, end in plan.micro_batches(self.rank, start):
             batch = next(stream)
             if batch.sample_indices.tolist() != plan.samples(np.arange(position, end)).tolist():
@@ -243,8 +245,9 @@ def make_trainer(job: Job, make_task: Callable[..., Task]) -> Trainer:
     transformers.utils.logging.disable_progress_bar()
     if not Path(job.folder).is_dir():
         raise UserError(f"{job.folder} is gone, or not on this node: resources.storage is one folder for all of them")
-    # Compiled layers are kept for the next training of the same shapes.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(job.settings.resources.storage, COMPILED)))
+    if job.settings.train.compile:
+        # Compiled layers are kept for the next training of the same shapes. The import of torch has set another folder.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job.settings.resources.storage, COMPILED))
     sys.setswitchinterval(5e-4)  # s; threads that make batches let the one that feeds the GPU run earlier
     # Ray sets this only in processes that import torch later; another number of threads rounds sums differently.
     torch.set_num_threads(job.settings.resources.threads)

@@ -239,15 +239,20 @@ def dry_run(settings: Settings, fixed: frozenset[str], progress: ProgressBar, co
     most = f"{resources.min_workers} to {resources.workers}" if resources.min_workers else resources.workers
     per_trial = f"{most} workers of {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     show(f"resources: {per_trial} per training, and {SPARE_CPUS:g} CPUs for other processes of Ray")
-    concurrent = 0
+    concurrent, lacking = 0, None
     if resources.ray_address == "local":
         machine = {"CPU": joblib.cpu_count(), "GPU": torch.cuda.device_count()}
-        concurrent = min(max_concurrent_trainings(resources, [machine]), tune.concurrent or count)
+        try:
+            concurrent = min(max_concurrent_trainings(resources, [machine]), tune.concurrent or count)
+        except UserError as error:
+            lacking = error
         show(f"this machine has {machine['CPU']:g} CPUs and {machine['GPU']:g} GPUs: {concurrent} trainings at a time")
     from umbrella.training.estimate import describe_costs  # seconds, of which a run has no need
 
     for line in describe_costs([settings.with_values(p) for p in points] or [settings] * count, splits, concurrent):
         show(line)
+    if lacking:
+        raise lacking
 
 
 def _describe_search(settings: Settings, parameters: Sequence[Parameter]) -> Iterator[str]:
