@@ -32,22 +32,26 @@ HEADLINES = {
     "": ("seed",),
     "data": ("modality", "task_filter"),
     "mask": ("supervise", "end_of_turn", "normalize"),
-    "model": ("checkpoint", "train", "embedder_init", "dtype", "frozen_dtype"),
+    "model": ("checkpoint", "train", "embedder_init", "dtype"),
     "loss": ("numbers",),
     "optim": ("lr", "embedder_lr", "weight_decay", "warmup", "schedule"),
-    "train": ("epochs", "batch_size", "tokens_per_batch", "accumulate"),
+    "train": ("epochs", "batch_size", "accumulate"),
     "tune": ("metric", "mode"),
     "baseline": ("modality",),
 }
 """Settings by section that are parameters of a run in MLflow, beside the swept ones. Its settings.yaml has all."""
+IF_CHANGED = ("model.frozen_dtype", "train.tokens_per_batch")
+"""Settings that are parameters, too, unless they have their defaults."""
 
 
 def headline_settings(settings: Settings, unused: Collection[str] = ()) -> dict[str, Any]:
-    """Return ``HEADLINES`` and the settings of ``tune.space`` by dotted name, without ``unused`` sections."""
-    swept, found = tuple(f"{name}." for name in settings.tune.space), {}
+    """Return ``HEADLINES``, ``IF_CHANGED`` and the settings of ``tune.space`` by name, without ``unused`` sections."""
+    swept, found, defaults = tuple(f"{name}." for name in settings.tune.space), {}, Settings().flat()
     for name, value in settings.flat().items():
         section, _, last = name.rpartition(".")
-        if (last in HEADLINES.get(section, ()) or f"{name}.".startswith(swept)) and name.split(".")[0] not in unused:
+        chosen = last in HEADLINES.get(section, ()) or f"{name}.".startswith(swept)
+        changed = name in IF_CHANGED and value != defaults[name]
+        if (chosen or changed) and name.split(".")[0] not in unused:
             found[name] = value
     return found
 
