@@ -215,3 +215,6 @@ def test_parameters_are_the_swept_and_some_twenty_headline_settings() -> None:
     names = {f"{section}.{name}".strip(".") for section, of_section in HEADLINES.items() for name in of_section}
     assert names - set(found) == {"baseline.modality"}, "a name of no setting, or of a section that is unused"
     assert 15 <= len(names) <= 25
+    assert "train.tokens_per_batch" not in found
+    changed = headline_settings(settings.with_values({"train.tokens_per_batch": 99}))
+    assert changed["train.tokens_per_batch"] == 99
