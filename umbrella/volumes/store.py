@@ -118,19 +118,24 @@ class VolumeStore:
         Raises:
             UserError: see ``get``.
         """
-        part = self.locate(source, modality, rng_key)
-        if not part.copy(into):
-            raise UserError(f"{part.path}: was deleted while in use; is the store being pruned?")
+
+        def copy(file: BinaryIO, shape: tuple[int, ...], start: int) -> bool:
+            if not self._part(file, shape, start, modality, rng_key).read(file.fileno(), into):
+                raise ValueError("truncated")
+            return True
+
+        self._use(source, modality, copy)
 
     def locate(self, source: str | Path, modality: str, rng_key: tuple[int, ...] | None = None) -> ArrayPart:
         """Return the place of what ``read`` copies. Decodes like ``get``."""
+        return self._use(source, modality, lambda file, shape, at: self._part(file, shape, at, modality, rng_key))
+
+    def _part(
+        self, file: BinaryIO, shape: tuple[int, ...], start: int, modality: str, rng_key: tuple[int, ...] | None
+    ) -> ArrayPart:
         target = self.modalities[modality]
-
-        def find(file: BinaryIO, shape: tuple[int, ...], start: int) -> ArrayPart:
-            frames = range(shape[0])[target.pick_window(shape[0], rng_key)] if target.is_series else range(1)
-            return ArrayPart(file.name, tuple(start + 2 * prod(shape[1:]) * frame for frame in frames))
-
-        return self._use(source, modality, find)
+        frames = range(shape[0])[target.pick_window(shape[0], rng_key)] if target.is_series else range(1)
+        return ArrayPart(file.name, tuple(start + 2 * prod(shape[1:]) * frame for frame in frames))
 
     def contains(self, source: str | Path, modality: str) -> bool:
         """Return whether the array exists here or in the shared store. Nothing is decoded or fetched.

@@ -52,17 +52,21 @@ class ArrayPart:
         """Read into a contiguous float16 array of a volume (X, Y, Z), or of frames (T, X, Y, Z).
 
         Returns:
-            Whether the file has all bytes.
+            Whether the file is there and has all bytes.
         """
         try:
             file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:
-            frames = into.reshape(len(self.offsets), -1)
-            read = [os.preadv(file, [frame.data], at) for frame, at in zip(frames, self.offsets, strict=True)]
+            return self.read(file, into)
         finally:
             os.close(file)
+
+    def read(self, file: int, into: np.ndarray) -> bool:
+        """Read as ``copy`` does, from an open file."""
+        frames = into.reshape(len(self.offsets), -1)
+        read = [os.preadv(file, [frame.data], at) for frame, at in zip(frames, self.offsets, strict=True)]
         return read == [frames[0].nbytes] * len(frames)
 
 
