@@ -261,9 +261,11 @@ class RemoteMaker:
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            if self.starting:
-                _, self.starting = ray.wait(self.starting, num_returns=len(self.starting), timeout=0)
-            if self.starting:
+            starting = self.starting  # another thread may change it
+            if starting:
+                _, starting = ray.wait(starting, num_returns=len(starting), timeout=0)
+                self.starting = starting
+            if starting:
                 return self.make(start, stop)
             return ray.get(next(self.turns).make.remote(start, stop))
         except RayActorError:
