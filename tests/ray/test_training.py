@@ -20,7 +20,8 @@ from ray.util.state import list_actors
 from tests.ray.conftest import Trained, no_progress
 from umbrella.base import UserError
 from umbrella.data import pipeline
-from umbrella.data.batching import Batch, BatchMaker, Collator
+from umbrella.data.batch_maker import BatchMaker
+from umbrella.data.batching import Batch, Collator
 from umbrella.data.pipeline import Plan, RemoteMaker, batches, to_table
 from umbrella.data.rendering import load_renderer
 from umbrella.data.splits import read_splits

@@ -37,6 +37,12 @@ def test_scripts_and_trial_processes_do_not_import_the_model() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_inference_does_not_import_ray() -> None:
+    looked = "import umbrella.inference.model, sys; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", looked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

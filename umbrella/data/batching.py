@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -16,15 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from umbrella.conversations.schema import BLANK
 from umbrella.data.masking import loss_weights
 from umbrella.data.packing import VolumeKey, pack_rows, share_prefixes
-from umbrella.data.pipeline import Plan, from_table
-from umbrella.data.rendering import Example, Renderer, load_renderer
+from umbrella.data.rendering import Example, Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.volumes.in_memory import ImageInMemory
-from umbrella.volumes.store import DecodedVolumes, VolumeStore, open_store
+from umbrella.volumes.store import DecodedVolumes, VolumeStore
 from umbrella.volumes.store_files import ArrayPart
-
-if TYPE_CHECKING:
-    from umbrella.config import Settings
 
 IGNORED = -100
 """The label of tokens that the loss ignores, as in torch and transformers."""
@@ -315,43 +308,6 @@ class Collator:
                 self.store.read(source, name, into, rng_key)
         voxels = stack.permute(0, 2, 3, 4, 1) if modality.is_series else stack
         return VolumeGroup(voxels, files.run, files.index)
-
-
-@dataclass(frozen=True)
-class BatchMaker:
-    """Makes the micro-batches of a plan, without the voxels of their volumes."""
-
-    settings: "Settings"
-    table: ray.ObjectRef
-    """The training conversations, see ``to_table``."""
-    plan: Plan
-    decode: bool
-    """Whether to decode volumes that the store lacks, and to look up the place of each."""
-
-    def __call__(self, start: int, stop: int) -> Batch:
-        """Make the micro-batch of the positions ``start`` to ``stop``."""
-        samples, rng_keys = self.plan.rows(start, stop)
-        examples = [self._renderer.render(from_table(self._conversations, int(i))) for i in samples]
-        data, mask = self.settings.data, self.settings.mask
-        batch = collate(self._renderer, examples, mask, samples, rng_keys, data.pack, data.pack_prefixes)
-        if not self.decode:
-            return batch
-        files: dict[str, Any] = dict(batch.pixel_values)
-        for name, of in files.items():
-            files[name] = replace(of, parts=tuple(self._store.locate(path, name, key) for path, key in of.sources))
-        return replace(batch, pixel_values=files)
-
-    @cached_property
-    def _conversations(self) -> pa.Table:
-        return ray.get(self.table)
-
-    @cached_property
-    def _renderer(self) -> Renderer:
-        return load_renderer(self.settings)
-
-    @cached_property
-    def _store(self) -> VolumeStore:
-        return open_store(self.settings)
 
 
 def left_padded(tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from umbrella.config import Settings
 from umbrella.conversations.schema import questions_of
-from umbrella.data.batching import Batch, Collator, collate
+from umbrella.data.batch_maker import make_batch
+from umbrella.data.batching import Batch, Collator
 from umbrella.data.pipeline import Plan, group_samples
 from umbrella.data.rendering import Renderer, load_renderer
 from umbrella.data.splits import Splits
@@ -213,11 +214,10 @@ def plan_of(settings: Settings, splits: Splits) -> Plan:
 
 def micro_batches(settings: Settings, splits: Splits, renderer: Renderer) -> Iterator[Batch]:
     """Yield the micro-batches of one worker, whose volumes are blank and not read."""
-    plan, data = plan_of(settings, splits), settings.data
+    plan = plan_of(settings, splits)
     for start, stop in plan.micro_batches(0):
         samples, rng_keys = plan.rows(start, stop)
-        examples = [renderer.render(c) for c in blank([splits.train[i] for i in samples])]
-        yield collate(renderer, examples, settings.mask, samples, rng_keys, data.pack, data.pack_prefixes)
+        yield make_batch(renderer, blank([splits.train[i] for i in samples]), settings, samples, rng_keys)
 
 
 def count_steps(settings: Settings, splits: Splits) -> tuple[int, int]:

@@ -106,7 +106,7 @@ class LanguageModelJob(Job):
 
     def maker(self, plan: Plan, decode: bool) -> Callable[[int, int], Any]:
         """See ``Job.maker``."""
-        from umbrella.data.batching import BatchMaker  # imports torch, which only the ranks need
+        from umbrella.data.batch_maker import BatchMaker  # imports torch, which only the ranks need
 
         return BatchMaker(self.settings, self.train, plan, decode)
 
