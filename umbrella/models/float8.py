@@ -4,8 +4,8 @@ Weights are quantised once, with a scale for each row: as they are for the forwa
 of the input. Activations and gradients are quantised before each product, with a scale for each row (token). Modules
 keep their original weights for checkpoints and evaluation.
 
-The custom operators have no side effects, so that compilation merges equal calls: query, key and value quantise their
-common input once. The implementation for CPUs is the reference for the kernels.
+Compilation merges equal operations: query, key and value quantise their common input once. The implementation for CPUs
+is the reference for the kernels.
 """
 
 from collections.abc import Sequence
@@ -54,26 +54,31 @@ def activate(x: torch.Tensor, activation: str, grad: torch.Tensor | None = None)
     return x
 
 
-@custom_op("umbrella::float8_quantise", mutates_args=())
-def quantise(
-    x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise the rows of ``activate(x, activation, grad)``.
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise ``x`` (M, N) with a scale for each row.
 
     Returns:
         Quantised values (M, N), float8_e4m3fn, and scales (M,), float32. Their product is the value.
     """
-    if x.is_cuda:
-        from umbrella.models import float8_kernels  # needs Triton
-
-        return float8_kernels.quantise(x.contiguous(), activation, None if grad is None else grad.contiguous())
-    values = activate(x, activation, grad)
+    values = x.float().contiguous()  # products need rows
     largest = values.abs().amax(1).clamp_min(1e-30)
     return (values * (LARGEST / largest)[:, None]).to(torch.float8_e4m3fn), largest / LARGEST
 
 
-@quantise.register_fake
-def _(x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+@custom_op("umbrella::float8_activate", mutates_args=())
+def quantise_activation(
+    x: torch.Tensor, activation: str, grad: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise ``activate(x, activation, grad)``. A kernel on a GPU: the compiler's takes several times as long."""
+    if x.is_cuda:
+        from umbrella.models import float8_kernels  # needs Triton
+
+        return float8_kernels.quantise(x.contiguous(), activation, None if grad is None else grad.contiguous())
+    return quantise_rows(activate(x, activation, grad))
+
+
+@quantise_activation.register_fake
+def _(x: torch.Tensor, activation: str, grad: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     columns = x.shape[1] // 2 if activation == "silu" and grad is None else x.shape[1]
     result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
     return result, x.new_empty(x.shape[0], dtype=torch.float32)
@@ -98,73 +103,57 @@ def _(x: torch.Tensor, x_scale: Any, w: torch.Tensor, w_scale: Any, bias: Any = 
     return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
 
 
-@custom_op("umbrella::float8_layers", mutates_args=())
-def layers(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    scale: torch.Tensor,
-    first: list[torch.Tensor],
-    second: list[torch.Tensor],
-    activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a product with a frozen weight, or two with an activation between them, and the activation's input.
+class Float8Products(torch.autograd.Function):
+    """A product with a frozen weight, or two with an activation between them.
 
-    The result of the activation exists only quantised, and so does the gradient of its input.
-
-    Args:
-        x: input (M, K), bfloat16, of which the gradient is computed.
-        values: the same input, quantised, with its ``scale``.
-        first: see ``quantise_weight``.
-        second: the same for the second product. Empty: there is none.
-        activation: see ``activate``.
+    The result of the activation exists only quantised, and so does the gradient of its input. Rows without an
+    activation are quantised by operations of torch, which compilation joins with the norm before them.
     """
-    hidden = multiply(values, scale, *first[:2], *first[4:])
-    if not second:
-        return hidden, x.new_empty(0)
-    return multiply(*quantise(hidden, activation), *second[:2], *second[4:]), hidden
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, activation: str, *weights: torch.Tensor | None) -> torch.Tensor:
+        """Return the product (M, N), bfloat16.
+
+        Args:
+            x: input (M, K), bfloat16.
+            activation: see ``activate``.
+            weights: see ``quantise_weight``; those of the second product after those of the first.
+        """
+        first, second = weights[:5], weights[5:]
+        output = multiply(*quantise_rows(x), *first[:2], first[4])
+        ctx.activation = activation
+        ctx.save_for_backward(*first[2:4], *second[2:4], *([output] if second else []))
+        return multiply(*quantise_activation(output, activation), *second[:2], second[4]) if second else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of ``x``, bfloat16."""
+        weight, scale, *second = ctx.saved_tensors
+        if not second:
+            return multiply(*quantise_rows(grad), weight, scale), *[None] * 6
+        grad = multiply(*quantise_rows(grad), *second[:2])
+        return multiply(*quantise_activation(second[2], ctx.activation, grad), weight, scale), *[None] * 11
 
 
-@layers.register_fake
-def _(x: torch.Tensor, values: Any, scale: Any, first: Any, second: Any, activation: str) -> Any:
-    hidden = x.new_empty((x.shape[0], first[0].shape[0]), dtype=torch.bfloat16)
-    if not second:
-        return hidden, x.new_empty(0)
-    return x.new_empty((x.shape[0], second[0].shape[0]), dtype=torch.bfloat16), hidden
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *_, first, second, ctx.activation = inputs
-    ctx.lengths = len(first), len(second)
-    ctx.save_for_backward(output[1], *first, *second)
-    ctx.set_materialize_grads(False)  # ``hidden`` has no gradient
-
-
-def _backward(ctx: Any, grad: torch.Tensor, unused: torch.Tensor | None) -> tuple[Any, ...]:
-    hidden, *weights = ctx.saved_tensors
-    first, second = weights[: ctx.lengths[0]], weights[ctx.lengths[0] :]
-    if second:
-        grad = multiply(*quantise(grad), *second[2:4])
-        grad = multiply(*quantise(hidden, ctx.activation, grad), *first[2:4])
-    else:
-        grad = multiply(*quantise(grad), *first[2:4])
-    return grad, None, None, [None] * len(first), [None] * len(second), None
-
-
-layers.register_autograd(_backward, setup_context=_save)
-
-
-def quantise_weight(linears: Sequence[Any]) -> list[torch.Tensor]:
+def quantise_weight(linears: Sequence[Any]) -> tuple[torch.Tensor | None, ...]:
     """Quantise the weights of linear layers with the same input, as one matrix (N, K).
 
     Returns:
         The matrix and the scales of its rows, its transpose (K, N) and the scales of its rows, and the bias (N,),
-        bfloat16, if there is one. Without layers: nothing.
+        bfloat16, or None. Without layers: nothing.
     """
     if not linears:
-        return []
+        return ()
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach().bfloat16() for linear in linears if linear.bias is not None]
-    return [*quantise(weight), *quantise(weight.t()), *([torch.cat(biases)] if biases else [])]
+    return *quantise_rows(weight), *quantise_rows(weight.t()), torch.cat(biases) if biases else None
+
+
+@torch.compiler.allow_in_graph  # as one call: torch.compile fails to trace a second use in a layer
+def multiply_in_float8(x: torch.Tensor, activation: str, *weights: torch.Tensor | None) -> torch.Tensor:
+    """See ``Float8Products``."""
+    output: torch.Tensor = Float8Products.apply(x, activation, *weights)
+    return output
 
 
 class Float8Layers(nn.Module):
@@ -185,16 +174,15 @@ class Float8Layers(nn.Module):
 
     def quantise(self) -> None:
         """Quantise the weights, which may have been loaded anew."""
-        self.first, self.second = (
-            quantise_weight([self.get_submodule(name) for name in names]) for names in LINEARS[self.activation]
-        )
+        first, second = ([self.get_submodule(name) for name in names] for names in LINEARS[self.activation])
+        self.weights = (*quantise_weight(first), *quantise_weight(second))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output (..., N) for an input (..., K)."""
         if not self.training:
             return self.evaluate(self, x)
         flat = x.bfloat16().flatten(0, -2)
-        output, _ = layers(flat, *quantise(flat.detach()), self.first, self.second, self.activation)
+        output = multiply_in_float8(flat, self.activation, *self.weights)
         return output.view(*x.shape[:-1], output.shape[1])
 
 
