@@ -11,6 +11,7 @@ them; without, with any other subject.
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -243,10 +244,12 @@ def measure(
 
 def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
     """Samples a second of the same steps on the first batches of the training, which stay on the GPU."""
+    from umbrella.paths import COMPILED
     from umbrella.training.language_model import LanguageModelTask
     from umbrella.training.optimizer import build_schedule
 
-    device = torch.device("cuda")
+    device, storage = torch.device("cuda"), job.settings.resources.storage
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(storage, COMPILED))  # as the training did
     torch.set_num_threads(job.settings.resources.threads)
     task = LanguageModelTask(job, 0, 1, device)
     plan, schedule = job.plan(1), build_schedule(task.optimizer, job.settings.optim, 1000)

@@ -16,7 +16,7 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 from tests.unit.steps import Make, measure
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.models.float8 import LINEARS, Float8Layers, apply_frozen_dtype, quantise_activation, quantise_frozen_linears
+from umbrella.models.float8 import LINEARS, Float8Layers, apply_frozen_dtype, quantise, quantise_frozen_linears
 from umbrella.training.language_model import apply_options
 from umbrella.training.run import check_model
 from umbrella.training.settings import TrainSettings
@@ -125,10 +125,13 @@ def test_compiled_layers_have_one_graph_and_quantise_a_common_input_once(build: 
         found, _ = measure(model, batch, dtype=torch.bfloat16)
     torch._dynamo.reset()
     assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
-    calls = {w: {g.code.count("torch.float8_e4m3fn") for g in of} for w, of in graphs.items()}
-    # Query, key and value share their input; the MLP's activation is quantised by an operator, there and back.
-    # Backward: output, three inputs of attention, and the MLP's.
-    assert calls == {"fw_compiler": {3}, "bw_compiler": {5}}
+    calls = {
+        w: {tuple(g.code.count(kind) for kind in ("float8_e4m3fn", "float8_quantise.default(")) for g in of}
+        for w, of in graphs.items()
+    }
+    # After norms, attention's inputs, which they share, and the MLP's; attention's output and the MLP's activation.
+    # Backward: the gradient of attention's output; of its inputs, of the MLP's output, and of its activation.
+    assert calls == {"fw_compiler": {(2, 2)}, "bw_compiler": {(1, 5)}}
 
 
 def test_it_is_refused_without_a_gpu_without_frozen_weights_and_in_float32() -> None:
@@ -147,11 +150,11 @@ def test_it_is_refused_without_a_gpu_without_frozen_weights_and_in_float32() -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "silu"])
+@pytest.mark.parametrize("activation", list(LINEARS))
 def test_kernels_round_as_the_reference(activation: str) -> None:
     x, grad = torch.randn(9, 176).bfloat16(), 1e-7 * torch.randn(9, 88 if activation == "silu" else 176).bfloat16()
     for above in (None, grad):
-        values, scale = quantise_activation(x, activation, above)
-        found, found_scale = quantise_activation(x.cuda(), activation, above if above is None else above.cuda())
+        values, scale = quantise(x, activation, above)
+        found, found_scale = quantise(x.cuda(), activation, above if above is None else above.cuda())
         torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0)
         assert (found.cpu().float() == values.float()).float().mean() > 0.99

@@ -9,7 +9,7 @@ is the reference for the kernels.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from umbrella.models.settings import ModelSettings
 
 LARGEST = 448.0
 """Largest value of e4m3."""
+Norm = Literal["input", "gradient", "none"]
+ATTENTION_OUTPUT = ("out_proj", "o_proj")
+"""Names of the projection after attention. A norm computes the gradient of its output, and the input of all others."""
 LINEARS = {
     "": (("",), ()),
     "gelu_pytorch_tanh": (("fc1",), ("fc2",)),
@@ -55,7 +58,7 @@ def activate(x: torch.Tensor, activation: str, grad: torch.Tensor | None = None)
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise ``x`` (M, N) with a scale for each row.
+    """Quantise ``x`` (M, N) with a scale for each row, by operations that compilation joins with a norm before them.
 
     Returns:
         Quantised values (M, N), float8_e4m3fn, and scales (M,), float32. Their product is the value.
@@ -65,11 +68,11 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values * (LARGEST / largest)[:, None]).to(torch.float8_e4m3fn), largest / LARGEST
 
 
-@custom_op("umbrella::float8_activate", mutates_args=())
-def quantise_activation(
-    x: torch.Tensor, activation: str, grad: torch.Tensor | None = None
+@custom_op("umbrella::float8_quantise", mutates_args=())
+def quantise(
+    x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise ``activate(x, activation, grad)``. A kernel on a GPU: the compiler's takes several times as long."""
+    """Quantise the rows of ``activate(x, activation, grad)``, by one kernel on a GPU. See ``quantise_rows``."""
     if x.is_cuda:
         from umbrella.models import float8_kernels  # needs Triton
 
@@ -77,8 +80,8 @@ def quantise_activation(
     return quantise_rows(activate(x, activation, grad))
 
 
-@quantise_activation.register_fake
-def _(x: torch.Tensor, activation: str, grad: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+@quantise.register_fake
+def _(x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     columns = x.shape[1] // 2 if activation == "silu" and grad is None else x.shape[1]
     result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
     return result, x.new_empty(x.shape[0], dtype=torch.float32)
@@ -106,33 +109,33 @@ def _(x: torch.Tensor, x_scale: Any, w: torch.Tensor, w_scale: Any, bias: Any = 
 class Float8Products(torch.autograd.Function):
     """A product with a frozen weight, or two with an activation between them.
 
-    The result of the activation exists only quantised, and so does the gradient of its input. Rows without an
-    activation are quantised by operations of torch, which compilation joins with the norm before them.
+    The result of the activation exists only quantised, and so does the gradient of its input.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, activation: str, *weights: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, activation: str, norm: Norm, *weights: torch.Tensor | None) -> torch.Tensor:
         """Return the product (M, N), bfloat16.
 
         Args:
             x: input (M, K), bfloat16.
             activation: see ``activate``.
+            norm: see ``Float8Layers``.
             weights: see ``quantise_weight``; those of the second product after those of the first.
         """
         first, second = weights[:5], weights[5:]
-        output = multiply(*quantise_rows(x), *first[:2], first[4])
-        ctx.activation = activation
+        ctx.activation, ctx.norm = activation, norm
+        output = multiply(*(quantise_rows if norm == "input" else quantise)(x), *first[:2], first[4])
         ctx.save_for_backward(*first[2:4], *second[2:4], *([output] if second else []))
-        return multiply(*quantise_activation(output, activation), *second[:2], second[4]) if second else output
+        return multiply(*quantise(output, activation), *second[:2], second[4]) if second else output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of ``x``, bfloat16."""
         weight, scale, *second = ctx.saved_tensors
-        if not second:
-            return multiply(*quantise_rows(grad), weight, scale), *[None] * 6
-        grad = multiply(*quantise_rows(grad), *second[:2])
-        return multiply(*quantise_activation(second[2], ctx.activation, grad), weight, scale), *[None] * 11
+        quantised = (quantise_rows if ctx.norm == "gradient" else quantise)(grad)
+        if second:
+            quantised = quantise(second[2], ctx.activation, multiply(*quantised, *second[:2]))
+        return multiply(*quantised, weight, scale), *[None] * (12 if second else 7)
 
 
 def quantise_weight(linears: Sequence[Any]) -> tuple[torch.Tensor | None, ...]:
@@ -150,9 +153,9 @@ def quantise_weight(linears: Sequence[Any]) -> tuple[torch.Tensor | None, ...]:
 
 
 @torch.compiler.allow_in_graph  # as one call: torch.compile fails to trace a second use in a layer
-def multiply_in_float8(x: torch.Tensor, activation: str, *weights: torch.Tensor | None) -> torch.Tensor:
+def multiply_in_float8(x: torch.Tensor, activation: str, norm: Norm, *weights: torch.Tensor | None) -> torch.Tensor:
     """See ``Float8Products``."""
-    output: torch.Tensor = Float8Products.apply(x, activation, *weights)
+    output: torch.Tensor = Float8Products.apply(x, activation, norm, *weights)
     return output
 
 
@@ -160,15 +163,21 @@ class Float8Layers(nn.Module):
     """A frozen linear layer or MLP, whose products are in float8 in training.
 
     It has the parameters and submodules of the original, under the same names.
+
+    Args:
+        original: the module.
+        activation: key in ``LINEARS``.
+        norm: what the norm beside it computes, and compilation joins with its quantisation: the input of the module,
+            the gradient of its output, or neither.
     """
 
-    def __init__(self, original: Any, activation: str) -> None:
+    def __init__(self, original: Any, activation: str, norm: Norm = "none") -> None:
         super().__init__()
         if isinstance(original, nn.Linear):
             self.weight, self.bias = original.weight, original.bias
         for name, child in original.named_children():
             self.add_module(name, child)
-        self.evaluate, self.activation = type(original).forward, activation
+        self.evaluate, self.activation, self.norm = type(original).forward, activation, norm
         self.train(original.training)
         self.quantise()
 
@@ -182,7 +191,7 @@ class Float8Layers(nn.Module):
         if not self.training:
             return self.evaluate(self, x)
         flat = x.bfloat16().flatten(0, -2)
-        output = multiply_in_float8(flat, self.activation, *self.weights)
+        output = multiply_in_float8(flat, self.activation, self.norm, *self.weights)
         return output.view(*x.shape[:-1], output.shape[1])
 
 
@@ -200,15 +209,16 @@ def _activation(module: Any) -> str | None:
     return key if frozen and all(frozen) else None
 
 
-def _replace(parent: nn.Module) -> None:
+def _replace(parent: nn.Module, in_layer: bool = True) -> None:
     for name, child in parent.named_children():
         activation = _activation(child)
         if isinstance(child, Float8Layers):
             child.quantise()
         elif activation is not None:
-            setattr(parent, name, Float8Layers(child, activation))
+            norm: Norm = "gradient" if name in ATTENTION_OUTPUT else "input"
+            setattr(parent, name, Float8Layers(child, activation, norm if in_layer else "none"))
         else:
-            _replace(child)
+            _replace(child, in_layer)
 
 
 def quantise_frozen_linears(model: Any) -> None:
@@ -223,7 +233,7 @@ def quantise_frozen_linears(model: Any) -> None:
     for stack in (tower.encoder.layers[: max(model.feature_layers)], language.layers):
         for layer in stack:
             _replace(layer)
-    _replace(model.model.multi_modal_projector)
+    _replace(model.model.multi_modal_projector, in_layer=False)
 
 
 def apply_frozen_dtype(model: Any, settings: ModelSettings) -> None:

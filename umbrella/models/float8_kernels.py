@@ -12,11 +12,11 @@ def _load(pointer, offsets, mask):
 
 
 @triton.jit
-def _values(x, grad, row, column, width, GATED: tl.constexpr, BACKWARD: tl.constexpr):
+def _values(x, grad, row, column, width, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
     """The values of one block of a row: those of x or of the gate, and those of the other half if there are two."""
     mask = column < width
     second = 0.0
-    if GATED:
+    if ACTIVATION == "silu":
         gate = _load(x, row * 2 * width + column, mask)
         up = _load(x, row * 2 * width + width + column, mask)
         sigmoid = tl.sigmoid(gate)
@@ -28,6 +28,7 @@ def _values(x, grad, row, column, width, GATED: tl.constexpr, BACKWARD: tl.const
             value = gate * sigmoid * up
     else:
         value = _load(x, row * width + column, mask)
+    if ACTIVATION == "gelu_pytorch_tanh":
         # gelu(x) = x * sigmoid(2u); 2u = sqrt(8 / pi) * (x + 0.044715 x^3)
         sigmoid = tl.sigmoid(1.5957691216057308 * value * (1 + 0.044715 * value * value))
         if BACKWARD:
@@ -40,16 +41,24 @@ def _values(x, grad, row, column, width, GATED: tl.constexpr, BACKWARD: tl.const
 
 @triton.jit
 def _quantise(
-    x, grad, result, scales, width, GATED: tl.constexpr, BACKWARD: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr
+    x,
+    grad,
+    result,
+    scales,
+    width,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
 ):
     # One row each, in two blocks: a single power of two would have up to twice the width.
     row = tl.program_id(0).to(tl.int64)
     main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
-    a, a2 = _values(x, grad, row, main, width, GATED, BACKWARD)
-    b, b2 = _values(x, grad, row, rest, width, GATED, BACKWARD)
+    a, a2 = _values(x, grad, row, main, width, ACTIVATION, BACKWARD)
+    b, b2 = _values(x, grad, row, rest, width, ACTIVATION, BACKWARD)
     largest = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
     columns = width
-    if GATED and BACKWARD:
+    if ACTIVATION == "silu" and BACKWARD:
         largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(a2), 0), tl.max(tl.abs(b2), 0)))
         columns = 2 * width
     largest = tl.maximum(largest, 1e-30)
@@ -59,13 +68,13 @@ def _quantise(
     dtype = result.dtype.element_ty
     tl.store(result + main, (a * inverse).to(dtype), mask=main < width)
     tl.store(result + rest, (b * inverse).to(dtype), mask=rest < width)
-    if GATED and BACKWARD:
+    if ACTIVATION == "silu" and BACKWARD:
         tl.store(result + width + main, (a2 * inverse).to(dtype), mask=main < width)
         tl.store(result + width + rest, (b2 * inverse).to(dtype), mask=rest < width)
 
 
 def quantise(x: torch.Tensor, activation: str, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``float8.quantise_activation``; ``x`` and ``grad`` are contiguous."""
+    """See ``float8.quantise``; ``x`` and ``grad`` are contiguous."""
     gated = activation == "silu"
     width = x.shape[1] // 2 if gated else x.shape[1]
     columns = width if grad is None else x.shape[1]
@@ -75,5 +84,5 @@ def quantise(x: torch.Tensor, activation: str, grad: torch.Tensor | None) -> tup
     warps = 4 if not gated else 8 if width <= 8192 else 16
     blocks = (main, triton.next_power_of_2(width - main))
     above = x if grad is None else grad
-    _quantise[(x.shape[0],)](x, above, result, scales, width, gated, grad is not None, *blocks, num_warps=warps)
+    _quantise[(x.shape[0],)](x, above, result, scales, width, activation, grad is not None, *blocks, num_warps=warps)
     return result, scales

@@ -8,6 +8,7 @@ from itertools import islice
 from math import ceil
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import ray
@@ -47,6 +48,8 @@ from umbrella.training.step import LOSS_WINDOW, max_loss, train_step
 from umbrella.training.task import LanguageModelJob, Summary, Task
 from umbrella.volumes.store import open_store
 
+COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 2}
+"""A norm reads a row of more than 1024 values once (2), not several times (0), and is not chosen by its time (1)."""
 AUDITED_BATCHES = 20
 """Micro-batches whose volumes are counted."""
 
@@ -190,7 +193,7 @@ def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettin
     if settings.compile:
         for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
             # Batches differ in size and length: otherwise each of the first shapes would be compiled.
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, options=COMPILE_OPTIONS)
 
 
 def model_files(
