@@ -172,8 +172,10 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             features.append(of_group.flatten(0, 1))
             offsets = torch.arange(of_group.shape[1], device=run.device)
             indices.append((starts[group.run][:, None] + offsets).flatten())
-        flat = embeddings.flatten(0, 1).index_copy(0, torch.cat(indices), torch.cat(features).to(embeddings.dtype))
-        return flat.view_as(embeddings)
+        places = torch.cat(indices)
+        rows, columns = places // input_ids.shape[1], places % input_ids.shape[1]
+        # No view of a flat tensor: the first of compiled layers would be compiled for views, and the others again.
+        return embeddings.index_put((rows, columns), torch.cat(features).to(embeddings.dtype))
 
     def volume_features(self, name: str, voxels: torch.Tensor) -> torch.Tensor:
         """Return the features (n, tokens, d) of volumes (n, *grid) of the modality ``name``.

@@ -48,6 +48,8 @@ from umbrella.training.step import LOSS_WINDOW, max_loss, train_step
 from umbrella.training.task import LanguageModelJob, Summary, Task
 from umbrella.volumes.store import open_store
 
+ARGUMENTS = r"L\[(?!'self'\])"
+"""Matches all that a compiled layer receives."""
 COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 2}
 """A norm reads a row of more than 1024 values once (2), not several times (0), and is not chosen by its time (1)."""
 AUDITED_BATCHES = 20
@@ -191,9 +193,11 @@ def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettin
         # transformers makes embeddings require gradients here, which only re-entrant checkpointing needs.
         model.disable_input_require_grads()
     if settings.compile:
+        # Batches differ in size and length: otherwise each of the first shapes would be compiled. With dynamic=True
+        # constants like the epsilon of a norm would be dynamic, too, and layers would be traced twice.
+        torch.compiler.config.dynamic_sources = ARGUMENTS
         for layer in (*model.model.vision_tower.encoder.layers, *model.model.language_model.layers):
-            # Batches differ in size and length: otherwise each of the first shapes would be compiled.
-            layer.compile(dynamic=True, options=COMPILE_OPTIONS)
+            layer.compile(options=COMPILE_OPTIONS)
 
 
 def model_files(
