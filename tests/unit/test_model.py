@@ -60,7 +60,7 @@ def test_token_nll_is_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_sample_is_as_likely_as_alone(model: Umbrella, batch_of: BatchOf, attention: str) -> None:
-    model.set_attn_implementation({"text_config": attention})
+    model.use_attention(attention)
     names = ("two", "none", "three", "none")
     packed = batch_of(*names, pack=130)
     assert [row.unique().tolist() for row in packed.attention_mask] == [[0, 1, 2], [1, 2]]

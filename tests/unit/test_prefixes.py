@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.conftest import MODALITIES
 from tests.unit.steps import Make, measure
@@ -14,7 +15,35 @@ from umbrella.data.batching import Batch, Collator
 from umbrella.data.rendering import Renderer
 from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import number_tokens
+from umbrella.models import varlen
 from umbrella.models.number_loss import NumberLoss
+
+
+class Kernel:
+    """The public interface of torch's kernel for a GPU, by one product after the other."""
+
+    def __call__(self, *inputs: Any, scale: float, window_size: tuple[int, int]) -> torch.Tensor:
+        *states, query_starts, key_starts, max_queries, max_keys = inputs
+        bounds = [
+            tuple(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)) for starts in (query_starts, key_starts)
+        ]
+        assert [max(stop - start for start, stop in of) for of in bounds] == [max_queries, max_keys]
+        outputs = []
+        for queries, keys in zip(*bounds, strict=True):
+            query, key, value = (
+                x[slice(*of)].transpose(0, 1) for x, of in zip(states, (queries, keys, keys), strict=True)
+            )
+            behind = torch.arange(key.shape[1]) - torch.arange(key.shape[1])[-query.shape[1] :, None]
+            visible = (behind <= 0) & (behind >= -window_size[0] if window_size[0] >= 0 else True)
+            output = scaled_dot_product_attention(query, key, value, visible, scale=scale)
+            outputs.append(output.transpose(0, 1))
+        return torch.cat(outputs)
+
+
+@pytest.fixture
+def kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", Kernel())
+
 
 BY_SAMPLE = {"normalize": "sample", "task_weights": {"T3": 3.0}}
 
@@ -49,14 +78,17 @@ def batch_of(cohort: dict[str, Any], talk: Make, store: Any, tokenizer: Any) -> 
         ({}, 0, "qwen2", "sdpa"),
         ({"normalize": "turn", "supervise": "all"}, 150, "llama", "sdpa"),
         (BY_SAMPLE, 10_000, "qwen2", "eager"),
+        ({}, 150, "qwen2", "varlen"),
+        (BY_SAMPLE, 0, "llama", "varlen"),
     ],
 )
 def test_shared_prefixes_have_the_loss_and_gradients_of_separate_rows(
-    case: Any, build: Make, batch_of: Make, save_llava: Make, tokenizer: Any, tmp_path: Any
+    case: Any, build: Make, batch_of: Make, save_llava: Make, tokenizer: Any, tmp_path: Any, kernel_on_cpu: None
 ) -> None:
     mask, pack, language, attention = case
     save_llava(tmp_path, language=language)
-    model = build(checkpoint=str(tmp_path), train="embedder+tower+projector+lora", attention=attention)
+    model = build(checkpoint=str(tmp_path), train="embedder+tower+projector+lora")
+    model.use_attention(attention)
     model.number_loss = NumberLoss(number_tokens(tokenizer), {tokenizer.convert_tokens_to_ids(".")}, 264)
     for weight in model.parameters():
         if weight.ndim > 1:  # so large that every part has gradients far above the tolerance
@@ -66,6 +98,28 @@ def test_shared_prefixes_have_the_loss_and_gradients_of_separate_rows(
     expected = measure(model, separate)
     assert_same(measure(model, shared), expected)
     assert min(expected[0][f"train/grad_norm/{part}"] for part in ("embedder", "tower", "projector", "lora")) > 4e-3
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_rows_as_sequences_have_the_attention_of_rows_with_masks(
+    batch_of: Make, kernel_on_cpu: None, window: int | None
+) -> None:
+    batch = batch_of([0, 2, 4, 0, 3, 5, 1], pack=150, pack_prefixes=True)
+    segments, prefix, (rows, length) = batch.attention_mask, batch.prefix, batch.attention_mask.shape
+    own = segments[:, :, None] == segments[:, None]
+    before = (prefix[:, :, None] == segments[:, None]) & (prefix[:, :, None] > 0)
+    order = own.tril().sum(-1) + before.sum(-1)
+    behind = order[:, :, None] - order[:, None]
+    visible = (own | before) & (behind >= 0) & (behind < (window or length))
+    states: Any = [torch.randn(rows, heads, length, 8).requires_grad_() for heads in (4, 2, 2)]
+    expected = scaled_dot_product_attention(*states, visible[:, None], scale=0.3, enable_gqa=True).transpose(1, 2)
+    sequences = varlen.find_sequences(segments, prefix)
+    module: Any = None
+    found, _ = varlen.varlen_attention(module, *states, None, sequences, scaling=0.3, sliding_window=window)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    gradients = [torch.autograd.grad(output, states, grad) for output in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_each_sample_attends_to_its_prefix_and_itself_at_the_positions_it_has_alone(

@@ -231,7 +231,7 @@ def build_model(
             umbrella_modalities=_modality_configs(modalities),
         )
         model = UmbrellaForConditionalGeneration(config)
-    model.set_attn_implementation({"text_config": settings.attention})
+    model.use_attention(settings.attention)
     # Greedy decoding: the generation settings of a checkpoint may include sampling, beams or repetition penalties.
     loaded = model.generation_config
     model.generation_config = GenerationConfig(

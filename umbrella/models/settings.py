@@ -28,8 +28,8 @@ class ModelSettings(Section):
     """Scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of the input of the LoRA adapters, in training."""
-    attention: Literal["sdpa", "flex_attention", "eager"] = "sdpa"
-    """Attention implementation of the language model. flex_attention needs a GPU, and skips masked blocks of data.pack and data.pack_prefixes."""  # noqa: E501
+    attention: Literal["sdpa", "varlen", "eager"] = "sdpa"
+    """Attention implementation of the language model in training. varlen, for data.pack and data.pack_prefixes, treats each sample of a row as a sequence and needs no mask; it needs a GPU and dtype=bfloat16."""  # noqa: E501
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward pass. Trainable weights are float32."""
     frozen_dtype: Literal["same", "float8"] = "same"
@@ -62,6 +62,12 @@ class ModelSettings(Section):
     def _inflated_from_something(self) -> "ModelSettings":
         if self.embedder_init == "inflated" and not self.checkpoint:
             raise ValueError("embedder_init=inflated needs a model.checkpoint: the tiny model has no 2D weights")
+        return self
+
+    @model_validator(mode="after")
+    def _varlen_in_bfloat16(self) -> "ModelSettings":
+        if self.attention == "varlen" and self.dtype != "bfloat16":
+            raise ValueError("attention=varlen needs dtype=bfloat16")
         return self
 
     @model_validator(mode="after")

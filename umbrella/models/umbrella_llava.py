@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, cached_file
 from umbrella.modality import Modality, class_tokens
 from umbrella.models.number_loss import NumberLoss
 from umbrella.models.token_nll import supervised_positions, target_nll, token_nll
+from umbrella.models.varlen import find_sequences
 from umbrella.models.volume_embedder import VolumeEmbedder
 from umbrella.version import check_version, write_version
 
@@ -78,6 +79,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
     config_class = UmbrellaConfig
     number_loss: NumberLoss | None = None
     """The loss of numbers in training; None: cross entropy."""
+    uses_varlen = False
+    """Whether attention is computed by ``varlen_attention``. Set by ``use_attention``."""
 
     def __init__(self, config: UmbrellaConfig) -> None:
         super().__init__(config)
@@ -85,6 +88,11 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.vision_tower.embeddings = VolumeEmbedder(
             config.modalities, vision.hidden_size, class_token=vision.model_type == "clip_vision_model"
         )
+
+    def use_attention(self, name: str) -> None:
+        """Set the attention implementation of the language model; see ``ModelSettings.attention``."""
+        self.set_attn_implementation({"text_config": name})
+        self.uses_varlen = name == "varlen"
 
     @property
     def embedder(self) -> VolumeEmbedder:
@@ -138,6 +146,8 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
             inputs |= {"input_ids": None, "inputs_embeds": embeddings}
             if prefix is not None and attention_mask is not None:
                 inputs |= _prefix_arguments(self.model.language_model.config, embeddings, attention_mask, prefix)
+            if self.uses_varlen and attention_mask is not None:
+                inputs["sequences"] = find_sequences(attention_mask, prefix)
         if targets is not None:
             hidden = self.model(**generation | inputs)[0]
             return UmbrellaOutput(token_nll=target_nll(hidden, self.lm_head.weight, *targets))

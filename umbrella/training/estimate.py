@@ -144,7 +144,7 @@ def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int
 def describe_model(settings: Settings, splits: Splits) -> tuple[str, str]:
     """Describe the parameters of a model, and the GPU memory of a worker, computed for the largest of some batches."""
     renderer, counts = load_renderer(settings), list[str]()
-    attention = settings.model.attention.replace("flex_attention", "sdpa")  # the same bytes
+    attention = settings.model.attention.replace("varlen", "sdpa")  # the same bytes
     options = settings.model.model_copy(update={"attention": attention})
     with torch.device("meta"):
         model = build_model(options, settings.modalities, len(renderer.tokenizer), renderer.image_id).train()
@@ -198,7 +198,7 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
     batch = questions[: train.evaluation_batch_size]
     candidates = find_candidates(splits.train, settings.evaluate.number_grids)
     model.eval()
-    model.set_attn_implementation({"text_config": "sdpa"})
+    model.use_attention("sdpa")
     begun = time.perf_counter()
     with autocast(model, device, dtype):
         score(model, batch, renderer, collator, candidates, device)

@@ -100,7 +100,7 @@ class LanguageModelTask(Task):
         """See ``Task.evaluate``. Each rank scores its share of the validation split."""
         size = self.settings.train.evaluation_batch_size
         self.model.eval()
-        self.model.set_attn_implementation({"text_config": "sdpa"})  # flex_attention takes no mask of a tree
+        self.model.use_attention("sdpa")  # varlen takes no mask of a tree
         scored: list[Prediction] = []
         passes = 0
         for conversations in batches(slices(len(self.evaluated), size), self._conversations, name="validation"):
@@ -112,7 +112,7 @@ class LanguageModelTask(Task):
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # free the weights that forward passes without a backward pass have gathered
         self.model.train()
-        self.model.set_attn_implementation({"text_config": self.settings.model.attention})
+        self.model.use_attention(self.settings.model.attention)
         self.predictions = [one for part in all_gather_object(scored) for one in part]
         return validation_metrics(self.predictions)
 

@@ -52,6 +52,8 @@ def load_and_check(
 
 def check_model(settings: Settings) -> None:
     """Raise UserError if ``settings.model`` gives no model and tokenizer, or needs another device."""
+    if settings.model.attention == "varlen" and not settings.resources.gpus_per_worker:
+        raise UserError("model.attention=varlen: needs a GPU; set resources.gpus_per_worker=1")
     if settings.model.frozen_dtype == "float8":
         if not settings.resources.gpus_per_worker:
             raise UserError("model.frozen_dtype=float8: needs a GPU; set resources.gpus_per_worker=1")
