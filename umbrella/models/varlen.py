@@ -7,6 +7,7 @@ keys of the prefix before its own.
 from typing import Any, NamedTuple
 
 import torch
+from torch.library import custom_op
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 from transformers import AttentionInterface
@@ -71,27 +72,32 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
     return pad(lengths.cumsum(0), (1, 0))
 
 
-class _Gather(torch.autograd.Function):
-    """``x[keys]``. Each token adds up the gradients of its copies in float32, in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, keys: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*places)
-        return x[keys]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        own, prefix_tokens, copies = ctx.saved_tensors
-        result = grad[own]
-        of_copies = torch.where((copies >= 0)[..., None, None], grad[copies], 0).float().sum(1)
-        total = (result[prefix_tokens].float() + of_copies).to(grad.dtype)
-        return result.index_copy(0, prefix_tokens, total), None, None, None, None
+@custom_op("umbrella::gather_keys", mutates_args=())
+def gather_keys(
+    x: torch.Tensor, keys: torch.Tensor, own: torch.Tensor, prefix_tokens: torch.Tensor, copies: torch.Tensor
+) -> torch.Tensor:
+    """Return ``x[keys]`` (K, heads, width). In the backward pass, the gradients of copies are added up in float32."""
+    return x[keys]
 
 
-@torch.compiler.allow_in_graph  # as one call: torch.compile fails to trace a second use in a layer
-def _gather(x: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _Gather.apply(x, *places)
-    return result
+@gather_keys.register_fake
+def _(x: torch.Tensor, keys: torch.Tensor, own: Any, prefix_tokens: Any, copies: Any) -> torch.Tensor:
+    return x.new_empty(keys.shape[0], *x.shape[1:])
+
+
+def _save_places(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _add_copies(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    own, prefix_tokens, copies = ctx.saved_tensors
+    result = grad[own]
+    of_copies = torch.where((copies >= 0)[..., None, None], grad[copies], 0).float().sum(1)
+    total = (result[prefix_tokens].float() + of_copies).to(grad.dtype)
+    return result.index_copy(0, prefix_tokens, total), None, None, None, None
+
+
+gather_keys.register_autograd(_add_copies, setup_context=_save_places)
 
 
 def varlen_attention(
@@ -116,7 +122,7 @@ def varlen_attention(
     rows, heads, length, width = query.shape
     query, key, value = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))
     if sequences.keys is not None:
-        key, value = (_gather(x, sequences.keys, *sequences[5:]) for x in (key, value))
+        key, value = (gather_keys(x, *sequences[4:]) for x in (key, value))
     if key.shape[1] < heads:
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # 0: causal
