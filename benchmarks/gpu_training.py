@@ -1,13 +1,13 @@
 """Training on GPUs from end to end, from .nii.gz files to Ray Train, with the shape of a published model.
 
     python benchmarks/gpu_training.py [shape=0.5b|3b|7b] [subjects=128] [references=0] [steps=300] [folder=..]
-        [name=value]
+        [name=value] [-- name=value ...] [-- name=value ...]
 
 Weights are random. A sample is two 96^3 volumes and about 90 tokens of text; the volume embedder is trained (with 7b,
 adapters too), in bfloat16. Printed are samples a second between evaluations, once layers are compiled, the share of the
 time that a step waited for its batch, the operations that a sample takes, as a share of the GPU's dense bfloat16 peak,
 peak memory, and the seconds from ``fit()`` to the first step. With references, each subject is compared with five of
-them; without, with any other subject.
+them; without, with any other subject. After each ``--`` stand the settings of one of several trainings of the cohort.
 """
 
 import json
@@ -167,10 +167,8 @@ def make_checkpoint(folder: Path, shape: str) -> str:
     return str(path)
 
 
-def measure(
-    shape: str, subjects: int, references: int, steps: int, folder: Path, overrides: dict[str, Any]
-) -> dict[str, Any]:
-    """Run one training and return its measurements."""
+def measure(shape: str, subjects: int, references: int, steps: int, folder: Path, overrides: dict[str, Any]) -> None:
+    """Run one training and print its measurements, and then those of the bare step."""
     from mlflow import MlflowClient
 
     from umbrella.config import load_settings
@@ -210,6 +208,7 @@ def measure(
     run.run_job = timed  # type: ignore[assignment]
     start = time.time()
     training = run.run_training(chosen, lambda things, what: things)
+    run.run_job = run_job
     client = MlflowClient(tracking_uri(chosen.resources.storage))
     experiment = client.get_experiment_by_name(chosen.experiment)
     (found,) = client.search_runs([experiment.experiment_id], f"tags.`ray.trial_id` = '{training.name}'")
@@ -220,8 +219,7 @@ def measure(
     tokens = (GRID // PATCH) ** 3
     each = operations(SHAPES[shape], tokens, 2, text["length"], text["supervised"], 152_000, chosen.model.train)
     workers = chosen.resources.workers
-    bare = bare_step(jobs[0]) if torch.cuda.is_available() else samples_per_second / workers
-    return {
+    measured = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "gpus": workers,
         "shape": shape,
@@ -229,8 +227,6 @@ def measure(
         "batch of a GPU": chosen.train.batch_size * chosen.train.accumulate,
         "tokens of a sample": text["length"],
         "samples/s": round(samples_per_second, 1),
-        "the bare step, samples/s of a GPU": round(bare, 1),
-        "of the bare step": round(samples_per_second / workers / bare, 3),
         "samples/s, each evaluation's": [round(value, 1) for value in pace],
         "TFLOP of a sample": round(each / 1e12, 3),
         "share of peak": round(samples_per_second * each / PEAK / workers, 3),
@@ -240,6 +236,12 @@ def measure(
         "memory": {name: round(m[-1].value) for name, m in history.items() if name.startswith("train/memory")},
         "loss, first and last": [round(history["train/loss"][i].value, 3) for i in (0, -1)],
     }
+    print(json.dumps(measured, indent=1), flush=True)
+    if torch.cuda.is_available():
+        bare = bare_step(jobs[0])
+        share = samples_per_second / workers / bare
+        print(f"the bare step: {bare:.1f} samples/s of a GPU; the training has {share:.3f} of it", flush=True)
+        torch.cuda.empty_cache()
 
 
 def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
@@ -250,6 +252,7 @@ def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
 
     device, storage = torch.device("cuda"), job.settings.resources.storage
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(storage, COMPILED))  # as the training did
+    torch.compiler.reset()
     torch.set_num_threads(job.settings.resources.threads)
     task = LanguageModelTask(job, 0, 1, device)
     plan, schedule = job.plan(1), build_schedule(task.optimizer, job.settings.optim, 1000)
@@ -281,16 +284,25 @@ def load_rendered(settings: Any) -> dict[str, int]:
 
 
 def main(words: list[str]) -> None:
-    """Measure and print."""
+    """Measure one training, or several."""
     import yaml
 
-    given = {key: yaml.safe_load(value) if value else "" for key, _, value in (word.partition("=") for word in words)}
+    trainings: list[dict[str, Any]] = [{}]
+    for word in words:
+        key, _, value = word.partition("=")
+        if word == "--":
+            trainings.append({})
+        else:
+            trainings[-1][key] = yaml.safe_load(value) if value else ""
+    given, *changes = trainings
     shape = str(given.pop("shape", "0.5b"))
     folder = Path(given.pop("folder", Path(tempfile.gettempdir(), "gpu_training")))
     subjects, references, steps = (
         int(given.pop(n, d)) for n, d in (("subjects", 128), ("references", 0), ("steps", 300))
     )
-    print(json.dumps(measure(shape, subjects, references, steps, folder, given), indent=1), flush=True)
+    for number, own in enumerate(changes or [{}]):
+        print(json.dumps(own), flush=True)
+        measure(shape, subjects, references, steps, folder, {"experiment": f"training {number}"} | given | own)
 
 
 if __name__ == "__main__":
