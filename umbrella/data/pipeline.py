@@ -17,6 +17,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+import ray.data
+from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from umbrella.base import UserError
 from umbrella.conversations.schema import Conversation
@@ -229,8 +234,6 @@ def slices(size: int, batch_size: int) -> Iterator[tuple[int, int]]:
 
 def count_processes(loader: str, on_gpu: bool) -> int:
     """Return the number of processes that make the micro-batches of a worker, for ``data.loader``; 0: threads."""
-    import ray
-
     if loader == "auto" and on_gpu:
         found = ray.cluster_resources()
         loader = "processes" if found.get("CPU", 0) >= MIN_CPUS * found.get("GPU", 1) else "threads"
@@ -247,9 +250,6 @@ class RemoteMaker:
     """
 
     def __init__(self, make: Callable[[int, int], Any], processes: int) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_MakerProcess)
         self.make, self.actors = make, [actor.remote(make) for _ in range(processes)]
@@ -257,9 +257,6 @@ class RemoteMaker:
 
     def __call__(self, start: int, stop: int) -> Any:
         """Return a batch, or raise the error that was raised in the other process. If it has died, make it here."""
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
         try:
             starting = self.starting  # another thread may change it
             if starting:
@@ -275,8 +272,6 @@ class RemoteMaker:
 
     def close(self) -> None:
         """End the processes."""
-        import ray
-
         for actor in self.actors:
             ray.kill(actor)
 
@@ -307,9 +302,6 @@ def batches(
         prefetch: number of batches made in advance.
         name: of the dataset on Ray's dashboard, which adds two counters: "train_3_0".
     """
-    import ray
-    from ray.data.collate_fn import NumpyBatchCollateFn
-
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # suppress a warning about progress bars
 
     class Collate(NumpyBatchCollateFn):
