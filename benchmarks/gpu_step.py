@@ -1,4 +1,4 @@
-"""Training step on one GPU without a data pipeline: speed, share of the GPU's peak, memory, and time per kernel.
+"""Training step on one GPU without a data pipeline: speed, share of the GPU's peak, memory, time per kernel, idle time.
 
     python benchmarks/gpu_step.py [shape=0.5b|3b|7b] [batch=64] [kernels=false] [name=value]
 
@@ -127,6 +127,17 @@ def main(shape: str, size: int, kernels: bool, settings: Settings, steps: int = 
     print(f"kernels: {sum(event.self_device_time_total for event in events) / 2e3:.1f} ms a step")
     for event in sorted(events, key=lambda event: -event.self_device_time_total)[:40]:
         print(f"{event.self_device_time_total / 2e3:8.2f} ms {event.count // 2:5d} times  {event.key[:90]}")
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name) for e in seen.events() if e.device_type.name == "CUDA"
+    )
+    gaps, until, last = [], spans[0][1], spans[0][2]
+    for start, end, name in spans:
+        gaps.append((start - until, last, name))
+        until, last = max((until, last), (end, name))
+    idle = sum(max(0.0, gap) for gap, *_ in gaps)
+    print(f"idle: {idle / 2e3:.1f} ms a step, most of it between")
+    for gap, before, after in sorted(gaps, reverse=True)[:20]:
+        print(f"{gap / 1e3:8.2f} ms  {before[:60]}  and  {after[:60]}")
 
 
 if __name__ == "__main__":
