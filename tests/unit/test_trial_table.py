@@ -36,10 +36,14 @@ def monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Monitor:
     return Monitor(tmp_path, parent, 50, TuneSettings(metric=METRIC))
 
 
-def add(monitor: Monitor, state: str, step: int, seconds: float, metric: float = 0.5) -> None:
-    """Add a trial that began ``seconds`` ago and evaluated just now, at a step of 100; step 0: no evaluation yet."""
+def add(monitor: Monitor, state: str, step: int, seconds: float, metric: float = 0.5, first: int = 0) -> None:
+    """Add a trial that began ``seconds`` ago after a first step, and evaluated just now, at a step of 100.
+
+    Step 0: no evaluation yet.
+    """
     number = len(monitor.trials)
-    result = {"step": step, "steps": 100, "begun": NOW - seconds, "time": NOW, METRIC: metric, "eval/loss": 0.5}
+    result = {"step": step, "steps": 100, "begun": NOW - seconds, "begun_at_step": first, "time": NOW}
+    result |= {METRIC: metric, "eval/loss": 0.5}
     monitor.trials[str(number)] = {"point": point(number), "state": state, "result": result if step else {}}
 
 
@@ -98,3 +102,6 @@ def test_the_time_left_is_that_of_the_work_left_over_the_trials_that_run_at_once
     monitor.total = 3
     monitor.trials["0"]["state"] = "failed"
     assert monitor._seconds_left(1) == 100, "the trial that runs ends last"
+    add(monitor, RUNNING, 60, 40, first=40)  # resumed: 40 steps are left, of 2 s each
+    monitor.total = 5
+    assert monitor._seconds_left(2) == (100 + 80 + 60) / 2

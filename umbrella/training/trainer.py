@@ -78,6 +78,7 @@ class Trainer:
         self.job, self.settings = job, job.settings
         self.rank, self.device, self.reporter, self.report = rank, device, reporter, report
         self.state = read_training_state(latest) if latest else TrainingState()
+        self.begun_at_step = self.state.step
         self.plan = job.plan(world_size, self.state.sorted_by)
         processes = job.loader_processes(on_gpu=device.type == "cuda")
         make = job.maker(self.plan, decode=processes > 0)
@@ -198,6 +199,7 @@ class Trainer:
             **self._position(),
             "evaluation": ceil(self.state.step / self.every),
             "begun": self.job.start_time,
+            "begun_at_step": self.begun_at_step,
             "time": time.time(),
             "out_of_patience": self.state.out_of_patience(self.settings.train.patience),
             "train/loss": values["train/loss"],

@@ -201,8 +201,10 @@ class Monitor(Callback):
                 if trial["state"] != RUNNING:
                     took.append(seconds)
                 else:
-                    whole.append(seconds * result["steps"] / result["step"])
-                    left.append(max(0.0, result["begun"] + whole[-1] - time.time()))
+                    first = result["begun_at_step"]  # of a resumed trial the steps before took no time
+                    each = seconds / (result["step"] - first)
+                    whole.append(each * result["steps"])
+                    left.append(max(0.0, result["begun"] + each * (result["steps"] - first) - time.time()))
         if not (took or whole):
             return None
         waiting = max(0, self.total - len(self.trials)) + running - len(left)
