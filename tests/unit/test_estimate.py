@@ -1,5 +1,6 @@
 """GPU memory of a training, counted without a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.unit.steps import Make
 from umbrella.config import load_settings
 from umbrella.data.batching import Batch
 from umbrella.models.build import component_parameters
+from umbrella.models.varlen import find_sequences
 from umbrella.training.estimate import count_memory
 
 NAMES = ("two", "none", "three", "two")
@@ -54,6 +56,24 @@ def test_compilation_checkpoints_and_shards_save_memory_and_kept_gradients_cost_
     assert count(batch, **given, train__accumulate=2)[2] == eager + optimizer // 2, "the gradients of the first batch"
     sharded = count(batch, **given, train__shard=True, resources__workers=4)
     assert sharded == (weights // 4 + weights, optimizer // 4, eager), "the two layers that are gathered are all"
+
+
+def test_copied_keys_of_shared_prefixes_are_counted(
+    batch_of: Make, build: Make, save_llava: Make, tmp_path: Path
+) -> None:
+    save_llava(tmp_path)
+    options = {"checkpoint": str(tmp_path), "dtype": "bfloat16", "attention": "varlen"}
+    settings = load_settings(overrides={f"model.{name}": value for name, value in options.items()})
+    shared = batch_of(*["three"] * 6, pack=1000, pack_prefixes=True)
+    counted = []
+    for batch in (shared, replace(shared, places=None)):
+        with torch.device("meta"):
+            model = build(**options)
+        counted.append(count_memory(model, batch, settings)[2])
+    keys, *places = find_sequences(shared.attention_mask, shared.prefix)[4:]
+    layers, heads, width, byte = 2, 2, 8, 2  # the repeated heads of keys and values
+    more = layers * 2 * heads * width * byte * (len(keys) - shared.input_ids.numel())
+    assert counted[0] - counted[1] == pytest.approx(more + sum(place.nbytes for place in places), rel=0.02)
 
 
 @pytest.mark.parametrize("init", ["random", "inflated"])

@@ -98,6 +98,19 @@ def test_frozen_linear_layers_use_float8_and_no_others(build: Make, options: dic
     assert sum(isinstance(module, Float8Layers) for module in model.modules()) == expected
 
 
+def test_quantisation_is_joined_with_the_norms_beside_it_only(build: Make, save_llava: Make, tmp_path: Path) -> None:
+    save_llava(tmp_path, "clip", "llama")
+    found = {}
+    for checkpoint, train in (("", "embedder"), (str(tmp_path), "embedder+lora")):
+        model = build(train=train, dtype="bfloat16", width=64, checkpoint=checkpoint)
+        quantise_frozen_linears(model)
+        found |= {n: m.norm for n, m in model.named_modules() if isinstance(m, Float8Layers)}
+    short = {name.removesuffix(".base_layer").rpartition(".")[2]: norm for name, norm in found.items()}
+    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc1", "gate_proj", "up_proj", "mlp"), "input")
+    gradients = dict.fromkeys(("out_proj", "o_proj"), "gradient")
+    assert short == inputs | gradients | dict.fromkeys(("fc2", "down_proj", "linear_1", "linear_2"), "none")
+
+
 def test_quantised_again_it_has_the_loaded_weights(build: Make) -> None:
     models, x = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)], torch.randn(4, 16)
     for model in models:

@@ -1,6 +1,7 @@
 """On a GPU: the numbers of a CPU, in bfloat16, packed and compiled."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,19 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
     model.use_attention(attention)
     packed = batch_of(*NAMES, pack=10_000, pack_prefixes=prefixes).to("cuda")
     assert_close(measure(model, packed, dtype=dtype), expected, close)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"checkpoint_activations": True}])
+def test_rows_as_sequences_with_repeated_heads_and_adapters_have_the_loss_and_gradients_of_padded_ones(
+    build: Make, batch_of: Make, save_llava: Make, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    save_llava(tmp_path)  # with more heads of queries than of keys
+    model = build(checkpoint=str(tmp_path), train="embedder+lora", dtype="bfloat16").cuda()
+    expected = measure(model, batch_of(*NAMES).to("cuda"), dtype=torch.bfloat16)
+    model.use_attention("varlen")
+    apply_options(model, TrainSettings(**options))
+    packed = batch_of(*NAMES, pack=10_000, pack_prefixes=True).to("cuda")
+    assert_close(measure(model, packed, dtype=torch.bfloat16), expected, 0.15)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-4), ("bfloat16", 3e-2)])

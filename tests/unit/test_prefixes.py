@@ -1,5 +1,7 @@
 """Shared prefixes: the loss, gradients, positions and samples of a batch are those without sharing."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from umbrella.data.settings import MaskPolicy
 from umbrella.data.tokenizer import number_tokens
 from umbrella.models import varlen
 from umbrella.models.number_loss import NumberLoss
+from umbrella.training.run import check_model
 
 
 class Kernel:
@@ -88,7 +91,6 @@ def test_shared_prefixes_have_the_loss_and_gradients_of_separate_rows(
     mask, pack, language, attention = case
     save_llava(tmp_path, language=language)
     model = build(checkpoint=str(tmp_path), train="embedder+tower+projector+lora")
-    model.use_attention(attention)
     model.number_loss = NumberLoss(number_tokens(tokenizer), {tokenizer.convert_tokens_to_ids(".")}, 264)
     for weight in model.parameters():
         if weight.ndim > 1:  # so large that every part has gradients far above the tolerance
@@ -96,8 +98,28 @@ def test_shared_prefixes_have_the_loss_and_gradients_of_separate_rows(
     separate, shared = batch_of(mask=mask), batch_of(mask=mask, pack=pack, pack_prefixes=True)
     assert shared.input_ids.count_nonzero() < separate.input_ids.count_nonzero()
     expected = measure(model, separate)
+    model.use_attention(attention)
     assert_same(measure(model, shared), expected)
+    assert_same(measure(model, batch_of(mask=mask, pack=pack)), expected)
     assert min(expected[0][f"train/grad_norm/{part}"] for part in ("embedder", "tower", "projector", "lora")) > 4e-3
+
+
+def test_attention_by_sequences_is_refused_for_what_its_kernels_lack(
+    build: Make, save_llava: Make, tmp_path: Path
+) -> None:
+    settings = {"model.attention": "varlen", "model.dtype": "bfloat16"}
+    with pytest.raises(UserError, match=r"^model\.attention=varlen: needs a GPU; set resources\.gpus_per_worker=1"):
+        check_model(load_settings(overrides=settings))
+    with pytest.raises(UserError, match=r"^model: attention=varlen needs dtype=bfloat16"):
+        load_settings(overrides=settings | {"model.dtype": "float32"})
+    with pytest.raises(UserError, match=r"needs attention heads of a width that .* has width 12 and dropout 0\.0"):
+        build(width=24, heads=2, attention="varlen", dtype="bfloat16")
+    save_llava(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"has width 8 and dropout 0\.1"):
+        build(checkpoint=str(tmp_path), attention="varlen", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -241,7 +241,9 @@ CASES = {
     "model.lora_rank": Case(2, 4, lambda t: len(t.adapters[0].lora_A["default"].weight), ITSELF, LORA),
     "model.lora_alpha": Case(8, 16, lambda t: t.adapters[0].scaling["default"] * 2, ITSELF, LORA),
     "model.lora_dropout": Case(0.1, 0.2, lambda t: t.adapters[0].lora_dropout["default"].p, ITSELF, LORA),
-    "model.attention": Case("sdpa", "eager", lambda t: t.ran.attention["language", "T"][0][1] is None, (True, False)),
+    "model.attention": Case(  # in each step, also those after an evaluation
+        "sdpa", "eager", lambda t: {out[1] is None for out in t.ran.attention["language", "T"]}, ({True}, {False})
+    ),
     "model.dtype": Case(
         "float32", "bfloat16", dtypes, ({torch.float32}, {torch.bfloat16}), {"model.train": "embedder"}
     ),

@@ -8,7 +8,9 @@ Compilation merges equal operations: query, key and value quantise their common 
 is the reference for the kernels.
 """
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,11 +21,13 @@ from torch.nn import functional
 from umbrella.base import UserError
 from umbrella.models.settings import ModelSettings
 
+CACHEABLE = {"umbrella.models.float8.multiply_in_float8": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+"""The function that compilation does not trace, with its key in the cache of compiled code: a hash of this file."""
 LARGEST = 448.0
 """Largest value of e4m3."""
 Norm = Literal["input", "gradient", "none"]
-ATTENTION_OUTPUT = ("out_proj", "o_proj")
-"""Names of the projection after attention. A norm computes the gradient of its output, and the input of all others."""
+AFTER_NORM, BEFORE_NORM = ("q_proj", "k_proj", "v_proj", "fc1", "gate_proj", "up_proj", "mlp"), ("out_proj", "o_proj")
+"""Names of modules whose input comes from a norm, and of those whose gradient comes from one in the backward pass."""
 LINEARS = {
     "": (("",), ()),
     "gelu_pytorch_tanh": (("fc1",), ("fc2",)),
@@ -123,8 +127,8 @@ class Float8Products(torch.autograd.Function):
             weights: see ``quantise_weight``; those of the second product after those of the first.
         """
         first, second = weights[:5], weights[5:]
-        ctx.activation, ctx.norm = activation, norm
-        output = multiply(*(quantise_rows if norm == "input" else quantise)(x), *first[:2], first[4])
+        ctx.activation, ctx.norm = activation, norm if torch.compiler.is_compiling() else "none"
+        output = multiply(*(quantise_rows if ctx.norm == "input" else quantise)(x), *first[:2], first[4])
         ctx.save_for_backward(*first[2:4], *second[2:4], *([output] if second else []))
         return multiply(*quantise(output, activation), *second[:2], second[4]) if second else output
 
@@ -149,7 +153,7 @@ def quantise_weight(linears: Sequence[Any]) -> tuple[torch.Tensor | None, ...]:
         return ()
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach().bfloat16() for linear in linears if linear.bias is not None]
-    return *quantise_rows(weight), *quantise_rows(weight.t()), torch.cat(biases) if biases else None
+    return *quantise(weight), *quantise(weight.t()), torch.cat(biases) if biases else None
 
 
 @torch.compiler.allow_in_graph  # as one call: torch.compile fails to trace a second use in a layer
@@ -209,16 +213,17 @@ def _activation(module: Any) -> str | None:
     return key if frozen and all(frozen) else None
 
 
-def _replace(parent: nn.Module, in_layer: bool = True) -> None:
+def _replace(parent: nn.Module, of_parent: str = "") -> None:
     for name, child in parent.named_children():
+        named = of_parent if name == "base_layer" else name  # of a layer with an adapter
         activation = _activation(child)
         if isinstance(child, Float8Layers):
             child.quantise()
         elif activation is not None:
-            norm: Norm = "gradient" if name in ATTENTION_OUTPUT else "input"
-            setattr(parent, name, Float8Layers(child, activation, norm if in_layer else "none"))
+            norm: Norm = "input" if named in AFTER_NORM else "gradient" if named in BEFORE_NORM else "none"
+            setattr(parent, name, Float8Layers(child, activation, norm))
         else:
-            _replace(child, in_layer)
+            _replace(child, named)
 
 
 def quantise_frozen_linears(model: Any) -> None:
@@ -233,7 +238,7 @@ def quantise_frozen_linears(model: Any) -> None:
     for stack in (tower.encoder.layers[: max(model.feature_layers)], language.layers):
         for layer in stack:
             _replace(layer)
-    _replace(model.model.multi_modal_projector, in_layer=False)
+    _replace(model.model.multi_modal_projector)
 
 
 def apply_frozen_dtype(model: Any, settings: ModelSettings) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, cached_file
 
+from umbrella.base import UserError
 from umbrella.modality import Modality, class_tokens
 from umbrella.models.number_loss import NumberLoss
 from umbrella.models.token_nll import supervised_positions, target_nll, token_nll
@@ -90,7 +91,18 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def use_attention(self, name: str) -> None:
-        """Set the attention implementation of the language model; see ``ModelSettings.attention``."""
+        """Set the attention implementation of the language model; see ``ModelSettings.attention``.
+
+        Raises:
+            UserError: the kernels of varlen do not have what the model needs.
+        """
+        config = self.config.text_config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if name == "varlen" and (width % 8 or width > 256 or config.attention_dropout):
+            raise UserError(
+                f"model.attention=varlen: needs attention heads of a width that is a multiple of 8, at most 256, and no"
+                f" attention_dropout; the model has width {width} and dropout {config.attention_dropout}"
+            )
         self.set_attn_implementation({"text_config": name})
         self.uses_varlen = name == "varlen"
 
@@ -142,12 +154,12 @@ class UmbrellaForConditionalGeneration(LlavaForConditionalGeneration):
         if input_ids is not None and (cache is None or not cache.get_seq_length()):  # not a later generation step
             if prefix is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 inputs |= _attention_arguments(attention_mask, is_complete=loss_weights is not None)
+            if self.uses_varlen and attention_mask is not None:
+                inputs["sequences"] = find_sequences(attention_mask, prefix)
             embeddings = self.embed_inputs(input_ids, pixel_values or {})
             inputs |= {"input_ids": None, "inputs_embeds": embeddings}
             if prefix is not None and attention_mask is not None:
                 inputs |= _prefix_arguments(self.model.language_model.config, embeddings, attention_mask, prefix)
-            if self.uses_varlen and attention_mask is not None:
-                inputs["sequences"] = find_sequences(attention_mask, prefix)
         if targets is not None:
             hidden = self.model(**generation | inputs)[0]
             return UmbrellaOutput(token_nll=target_nll(hidden, self.lm_head.weight, *targets))

@@ -21,9 +21,9 @@ class Sequences(NamedTuple):
         key_starts: (S + 1,), int32: first key of each segment, and their number K.
         max_queries, max_keys: largest number of tokens and of keys of a segment.
         keys: (K,), int64: token of each key. None without prefixes: the keys are the tokens.
-        own: (T,), int64: place of each token among the keys of its own segment.
+        own: (T,), int64: index, among the K keys, of the key of each token in its own segment.
         prefix_tokens: (P,), int64: tokens of the prefixes.
-        copies: (P, C), int64: their places among the keys of other segments, or -1.
+        copies: (P, C), int64: indices, among the K keys, of the further keys of each prefix token, or -1.
     """
 
     query_starts: torch.Tensor
@@ -47,7 +47,7 @@ def find_sequences(segments: torch.Tensor, prefix: torch.Tensor | None = None) -
     starts = is_start.nonzero()[:, 0]
     lengths = torch.diff(starts, append=starts.new_tensor([segments.numel()]))
     query_starts, max_queries = _starts(lengths).int(), int(lengths.max())
-    if prefix is None:
+    if prefix is None or not prefix.any():
         return Sequences(query_starts, query_starts, max_queries, max_queries)
     row, number, before = starts // segments.shape[1], segments.flatten()[starts], prefix.flatten()[starts]
     of_number = starts.new_zeros(len(segments), int(segments.max()) + 1)
@@ -76,7 +76,12 @@ def _starts(lengths: torch.Tensor) -> torch.Tensor:
 def gather_keys(
     x: torch.Tensor, keys: torch.Tensor, own: torch.Tensor, prefix_tokens: torch.Tensor, copies: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``x[keys]`` (K, heads, width). In the backward pass, the gradients of copies are added up in float32."""
+    """Return ``x[keys]`` (K, heads, width). In the backward pass, the gradients of copies are added up in float32.
+
+    Args:
+        x: (T, heads, width).
+        keys, own, prefix_tokens, copies: see ``Sequences``; all but the keys are for the backward pass.
+    """
     return x[keys]
 
 

@@ -26,9 +26,10 @@ from umbrella.evaluation.scoring import score
 from umbrella.models.build import build_model, component_parameters
 from umbrella.models.float8 import apply_frozen_dtype
 from umbrella.models.token_nll import MAX_LOGITS
+from umbrella.models.varlen import Sequences, find_sequences
 from umbrella.training.augmentation import augment
 from umbrella.training.distributed import autocast
-from umbrella.training.language_model import make_model
+from umbrella.training.language_model import make_model, uncompiled
 from umbrella.training.optimizer import build_optimizer, build_schedule
 from umbrella.training.progress_log import format_duration
 from umbrella.training.step import train_step
@@ -113,6 +114,11 @@ def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int
     text, (rows, length), workers = model.model.language_model, batch.input_ids.shape, settings.resources.workers
     is_packed = settings.model.attention == "sdpa" and bool((batch.attention_mask > 1).any())
     saved, on_meta = SavedTensors(model, settings), batch.to("meta")
+    more: dict[str, Any] = {}
+    if settings.model.attention == "varlen":
+        found = find_sequences(batch.attention_mask, batch.prefix)
+        on_device: Any = [x.to("meta") if torch.is_tensor(x) else x for x in found]
+        more["sequences"] = Sequences(*on_device)
     with torch.device("meta"), saved_tensors_hooks(saved.keep, lambda tensor: tensor), saved:
         states = model.get_input_embeddings()(on_meta.input_ids).flatten(0, 1)
         for name, group in on_meta.pixel_values.items():
@@ -122,7 +128,7 @@ def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int
         states, mask = states.view(rows, length, -1), torch.empty(rows, 1, length, length) if is_packed else None
         rotary = text.rotary_emb(states, torch.arange(length)[None])
         for layer in text.layers:  # the whole language model asks for values of the position ids
-            states = layer(states, attention_mask=mask, position_embeddings=rotary)
+            states = layer(states, attention_mask=mask, position_embeddings=rotary, **more)
         text.norm(states)
     shards, weights = workers if settings.train.shard else 1, sum(w.nbytes for w in model.parameters())
     if settings.model.frozen_dtype == "float8":  # two copies of the frozen matrices in one byte
@@ -144,10 +150,8 @@ def count_memory(model: Any, batch: Batch, settings: Settings) -> tuple[int, int
 def describe_model(settings: Settings, splits: Splits) -> tuple[str, str]:
     """Describe the parameters of a model, and the GPU memory of a worker, computed for the largest of some batches."""
     renderer, counts = load_renderer(settings), list[str]()
-    attention = settings.model.attention.replace("varlen", "sdpa")  # the same bytes
-    options = settings.model.model_copy(update={"attention": attention})
     with torch.device("meta"):
-        model = build_model(options, settings.modalities, len(renderer.tokenizer), renderer.image_id).train()
+        model = build_model(settings.model, settings.modalities, len(renderer.tokenizer), renderer.image_id).train()
     for name, weights in [*component_parameters(model).items(), ("in all", list(model.parameters()))]:
         numbers = {kind: sum(w.numel() for w in weights if w.requires_grad == kind) for kind in (True, False)}
         shown = {kind: f"{n / 1e6:,.4g} M" if n >= 1e6 else f"{n:,}" for kind, n in numbers.items() if n}
@@ -200,7 +204,7 @@ def time_step_and_evaluation(settings: Settings, splits: Splits) -> tuple[float,
     model.eval()
     model.use_attention("sdpa")
     begun = time.perf_counter()
-    with autocast(model, device, dtype):
+    with autocast(model, device, dtype), uncompiled():
         score(model, batch, renderer, collator, candidates, device)
     evaluation = (time.perf_counter() - begun) * len(questions) / len(batch)
     return float(np.median(seconds[1:])), evaluation / settings.resources.workers, peak

@@ -27,7 +27,7 @@ from umbrella.evaluation.metrics import validation_metrics
 from umbrella.evaluation.predictions import Prediction
 from umbrella.evaluation.scoring import score
 from umbrella.models.build import build_model, component_parameters
-from umbrella.models.float8 import apply_frozen_dtype
+from umbrella.models.float8 import CACHEABLE, apply_frozen_dtype
 from umbrella.models.number_loss import NumberLoss
 from umbrella.models.partial_checkpoint import (
     base_description,
@@ -50,8 +50,9 @@ from umbrella.volumes.store import open_store
 
 ARGUMENTS = r"L\[(?!'self'\])"
 """Matches all that a compiled layer receives."""
-COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 2}
-"""A norm reads a row of more than 1024 values once (2), not several times (0), and is not chosen by its time (1)."""
+COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 2, "unsafe_marked_cacheable_functions": CACHEABLE}
+"""torch's default, 0, reads a row of more than 1024 values several times to compute its norm, and 2 once. 1 would time
+both, so two trainings could differ in the last digits. The cacheable functions are needed for float8."""
 AUDITED_BATCHES = 20
 """Micro-batches whose volumes are counted."""
 
@@ -120,9 +121,7 @@ class LanguageModelTask(Task):
         return [from_table(self.validation, int(i)) for i in self.evaluated[start:stop]]
 
     def _score(self, conversations: Sequence[Conversation]) -> list[Prediction]:
-        # A cache would be compiled anew for each layer. Uncompiled, an evaluation takes little time.
-        eager = torch.compiler.set_stance("force_eager" if self.settings.train.compile else "default")
-        with autocast(self.model, self.device, self.dtype), eager:
+        with autocast(self.model, self.device, self.dtype), uncompiled():
             return score(self.model, conversations, self.renderer, self.collate, self.job.candidates, self.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -183,10 +182,15 @@ def make_model(settings: Settings, renderer: Renderer, device: torch.device) -> 
     return model
 
 
+def uncompiled() -> Any:
+    """Context of an evaluation. A cache would be compiled anew for each layer; uncompiled, it takes little time."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def apply_options(model: UmbrellaForConditionalGeneration, settings: TrainSettings) -> None:
     """Apply ``checkpoint_activations`` and ``compile`` to the layers of vision tower and language model, in place.
 
-    Names of weights do not change. Evaluation has no checkpointing, and compiles the layers again.
+    Names of weights do not change. Evaluation has no checkpointing and is not compiled.
     """
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})
