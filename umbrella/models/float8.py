@@ -127,8 +127,8 @@ class Float8Products(torch.autograd.Function):
             weights: see ``quantise_weight``; those of the second product after those of the first.
         """
         first, second = weights[:5], weights[5:]
-        ctx.activation, ctx.norm = activation, norm if torch.compiler.is_compiling() else "none"
-        output = multiply(*(quantise_rows if ctx.norm == "input" else quantise)(x), *first[:2], first[4])
+        ctx.activation, ctx.norm = activation, norm
+        output = multiply(*(quantise_rows if norm == "input" else quantise)(x), *first[:2], first[4])
         ctx.save_for_backward(*first[2:4], *second[2:4], *([output] if second else []))
         return multiply(*quantise(output, activation), *second[:2], second[4]) if second else output
 
@@ -195,7 +195,8 @@ class Float8Layers(nn.Module):
         if not self.training:
             return self.evaluate(self, x)
         flat = x.bfloat16().flatten(0, -2)
-        output = multiply_in_float8(flat, self.activation, self.norm, *self.weights)
+        norm = self.norm if torch.compiler.is_compiling() else "none"  # uncompiled, nothing is joined
+        output = multiply_in_float8(flat, self.activation, norm, *self.weights)
         return output.view(*x.shape[:-1], output.shape[1])
 
 
