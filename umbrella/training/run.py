@@ -52,13 +52,11 @@ def load_and_check(
 
 def check_model(settings: Settings) -> None:
     """Raise UserError if ``settings.model`` gives no model and tokenizer, or needs another device."""
-    if settings.model.attention == "varlen" and not settings.resources.gpus_per_worker:
-        raise UserError("model.attention=varlen: needs a GPU; set resources.gpus_per_worker=1")
-    if settings.model.frozen_dtype == "float8":
-        if not settings.resources.gpus_per_worker:
-            raise UserError("model.frozen_dtype=float8: needs a GPU; set resources.gpus_per_worker=1")
-        if settings.train.shard and settings.resources.workers > 1:
-            raise UserError("model.frozen_dtype=float8: cannot quantise sharded weights; set train.shard=false")
+    for name, value in {"attention": "varlen", "frozen_dtype": "float8"}.items():
+        if getattr(settings.model, name) == value and not settings.resources.gpus_per_worker:
+            raise UserError(f"model.{name}={value}: needs a GPU; set resources.gpus_per_worker=1")
+    if settings.model.frozen_dtype == "float8" and settings.train.shard and settings.resources.workers > 1:
+        raise UserError("model.frozen_dtype=float8: cannot quantise sharded weights; set train.shard=false")
     load_renderer(settings)
     if settings.model.checkpoint:
         from umbrella.models.build import check_checkpoint  # slow to import, and the tiny model does not need it
