@@ -7,7 +7,7 @@ Weights are random. A sample is two 96^3 volumes and about 90 tokens of text; th
 adapters too), in bfloat16. Printed are samples a second between evaluations, once layers are compiled, the share of the
 time that a step waited for its batch, the operations that a sample takes, as a share of the GPU's dense bfloat16 peak,
 peak memory, and the seconds from ``fit()`` to the first step. With references, each subject is compared with five of
-them; without, with any other subject. After each ``--`` stand the settings of one of several trainings of the cohort.
+them; without, with any other subject. Each ``--`` begins the settings of another training of the same cohort.
 """
 
 import json
