@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +239,19 @@ def measure(shape: str, subjects: int, references: int, steps: int, folder: Path
     }
     print(json.dumps(measured, indent=1), flush=True)
     if torch.cuda.is_available():
-        bare = bare_step(jobs[0])
-        share = samples_per_second / workers / bare
-        print(f"the bare step: {bare:.1f} samples/s of a GPU; the training has {share:.3f} of it", flush=True)
-        torch.cuda.empty_cache()
+        for name, shares in (("the bare step", True), ("the same with each volume for itself", False)):
+            bare = bare_step(jobs[0], shares)
+            ratio = samples_per_second / workers / bare
+            print(f"{name}: {bare:.1f} samples/s of a GPU; the training has {ratio:.3f} of it", flush=True)
+            torch.cuda.empty_cache()
 
 
-def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
-    """Samples a second of the same steps on the first batches of the training, which stay on the GPU."""
+def bare_step(job: Any, shares_volumes: bool, batches: int = 4, steps: int = 24) -> float:
+    """Samples a second of the same steps on the first batches of the training, which stay on the GPU.
+
+    Args:
+        shares_volumes: whether a volume that several samples of a batch have is computed once.
+    """
     from umbrella.paths import COMPILED
     from umbrella.training.language_model import LanguageModelTask
     from umbrella.training.optimizer import build_schedule
@@ -258,6 +264,9 @@ def bare_step(job: Any, batches: int = 4, steps: int = 24) -> float:
     plan, schedule = job.plan(1), build_schedule(task.optimizer, job.settings.optim, 1000)
     bounds = [next(plan.micro_batches(0, i * plan.per_step)) for i in range(batches)]
     ready = [task.augment(task.load(job.maker(plan, False)(*of)).to(device)) for of in bounds]
+    if not shares_volumes:
+        apart = [{name: group.separate() for name, group in batch.pixel_values.items()} for batch in ready]
+        ready = [replace(batch, pixel_values=groups) for batch, groups in zip(ready, apart, strict=True)]
     for step in range(-batches, steps):
         if step == 0:
             torch.cuda.synchronize()

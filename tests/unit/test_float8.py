@@ -16,7 +16,16 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 from tests.unit.steps import Make, measure
 from umbrella.base import UserError
 from umbrella.config import load_settings
-from umbrella.models.float8 import LINEARS, Float8Layers, apply_frozen_dtype, quantise, quantise_frozen_linears
+from umbrella.models.float8 import (
+    LINEARS,
+    Float8Attention,
+    Float8Layers,
+    apply_frozen_dtype,
+    quantise,
+    quantise_beside,
+    quantise_frozen_linears,
+    replace_frozen,
+)
 from umbrella.training.language_model import apply_options
 from umbrella.training.run import check_model
 from umbrella.training.settings import TrainSettings
@@ -58,6 +67,36 @@ def test_output_and_input_gradient_are_close_to_the_exact_layers(activation: str
     assert torch.equal(Float8Layers(layer, activation).eval()(x), layer(x))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_projects_as_the_layers_alone_and_adds_their_gradients(biased: bool) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaling = 2.0
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, n, bias=biased) for n in (64, 32, 32))
+
+        def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> list[torch.Tensor]:
+            projected = [layer(hidden_states) for layer in (self.v_proj, self.q_proj, self.k_proj)]
+            return [scale * self.scaling * one for one in projected]
+
+    torch.manual_seed(0)
+    attention = Attention().requires_grad_(False)
+    parent, linears = nn.Sequential(attention), [attention.v_proj, attention.q_proj, attention.k_proj]
+    alone = [Float8Layers(linear, "") for linear in linears]
+    names = list(parent.state_dict())
+    replace_frozen(parent)
+    assert isinstance(parent[0], Float8Attention)
+    assert list(parent.state_dict()) == names
+    leaves = [torch.randn(3, 40, 64).requires_grad_()]
+    leaves.append(leaves[0].detach().clone().requires_grad_())
+    expected, found = [6 * one(leaves[0]) for one in alone], parent[0](hidden_states=leaves[1], scale=3.0)
+    grads = [torch.randn_like(output) for output in expected]
+    gradients = [torch.autograd.grad(*of, grads)[0] for of in ((expected, leaves[0]), (found, leaves[1]))]
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert cosine(*gradients) > 0.998  # one scale for three gradients
+    assert torch.equal(parent.eval()[0](leaves[0])[0], 2 * linears[0](leaves[0]))
+
+
 @pytest.mark.parametrize("checkpoint", [(), ("siglip", "qwen2"), ("clip", "llama")])
 @pytest.mark.parametrize("train", ["embedder", "embedder+projector", "embedder+lora"])
 def test_a_model_has_close_gradients_the_same_weights_and_the_same_evaluation(
@@ -86,16 +125,17 @@ def test_a_model_has_close_gradients_the_same_weights_and_the_same_evaluation(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"train": "embedder"}, 5 + 2 * 5 + 2),  # four of attention and the MLP as one, in a tower of one layer
-        ({"train": "embedder+tower"}, 2 * 5 + 2),
-        ({"train": "embedder+lora"}, 5 + 2 * 7 + 2),  # the MLP has adapters
+        # attention with three projections, its output, and the MLP as one, in a tower of one layer
+        ({"train": "embedder"}, 3 + 2 * 3 + 2),
+        ({"train": "embedder+tower"}, 2 * 3 + 2),
+        ({"train": "embedder+lora"}, 3 + 2 * 7 + 2),  # layers with adapters, one by one
         ({"train": "embedder", "width": 24, "heads": 1}, 0),  # no multiple of 16
     ],
 )
 def test_frozen_linear_layers_use_float8_and_no_others(build: Make, options: dict[str, Any], expected: int) -> None:
     model = build(dtype="bfloat16", **options)
     quantise_frozen_linears(model)
-    assert sum(isinstance(module, Float8Layers) for module in model.modules()) == expected
+    assert sum(isinstance(module, (Float8Layers, Float8Attention)) for module in model.modules()) == expected
 
 
 def test_quantisation_is_joined_with_the_norms_beside_it_only(build: Make, save_llava: Make, tmp_path: Path) -> None:
@@ -106,23 +146,29 @@ def test_quantisation_is_joined_with_the_norms_beside_it_only(build: Make, save_
         quantise_frozen_linears(model)
         found |= {n: m.norm for n, m in model.named_modules() if isinstance(m, Float8Layers)}
     short = {name.removesuffix(".base_layer").rpartition(".")[2]: norm for name, norm in found.items()}
-    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc1", "gate_proj", "up_proj", "mlp"), "input")
+    # keys and values of this model are too narrow for float8
+    inputs = dict.fromkeys(("q_proj", "fc1", "gate_proj", "up_proj", "mlp"), "input")
     gradients = dict.fromkeys(("out_proj", "o_proj"), "gradient")
     assert short == inputs | gradients | dict.fromkeys(("fc2", "down_proj", "linear_1", "linear_2"), "none")
 
 
-def test_quantised_again_it_has_the_loaded_weights(build: Make) -> None:
-    models, x = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)], torch.randn(4, 16)
+@pytest.mark.parametrize("part", ["multi_modal_projector.linear_1", "language_model.layers.0.self_attn"])
+def test_quantised_again_it_has_the_loaded_weights(build: Make, part: str) -> None:
+    models = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)]
     for model in models:
         quantise_frozen_linears(model)
-    one, other = (model.model.multi_modal_projector.linear_1 for model in models)
+    one, other = (model.model.get_submodule(part).weights for model in models)
+    assert not torch.equal(one[0].float(), other[0].float())
     models[0].load_state_dict(models[1].state_dict())
-    assert not torch.equal(one(x), other(x))
     quantise_frozen_linears(models[0])
-    assert torch.equal(one(x), other(x))
+    one = models[0].model.get_submodule(part).weights
+    assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True) if mine is not None)
 
 
-def test_compiled_layers_have_one_graph_and_quantise_a_common_input_once(build: Make, batch_of: Make) -> None:
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compiled_layers_have_one_graph_and_quantise_a_common_input_once(
+    build: Make, batch_of: Make, checkpoint: bool
+) -> None:
     graphs: dict[str, list[Any]] = {"fw_compiler": [], "bw_compiler": []}
     compilers: Any = {
         name: lambda graph, inputs, of=of: of.append(graph) or make_boxed_func(graph.forward)
@@ -133,18 +179,22 @@ def test_compiled_layers_have_one_graph_and_quantise_a_common_input_once(build: 
     quantise_frozen_linears(model)
     batch = batch_of("two", "none", "three", "two")
     expected, _ = measure(model, batch, dtype=torch.bfloat16)
-    apply_options(model, TrainSettings(compile=True))
+    apply_options(model, TrainSettings(compile=True, checkpoint_activations=checkpoint))
     with torch.compiler.set_stance("default", force_backend=backend):
         found, _ = measure(model, batch, dtype=torch.bfloat16)
     torch._dynamo.reset()
     assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
     calls = {
-        w: {tuple(g.code.count(kind) for kind in ("float8_e4m3fn", "float8_quantise.default(")) for g in of}
+        w: {
+            tuple(g.code.count(kind) for kind in ("float8_e4m3fn", "float8_quantise.", "float8_quantise_beside."))
+            for g in of
+        }
         for w, of in graphs.items()
     }
     # After norms, attention's inputs, which they share, and the MLP's; attention's output and the MLP's activation.
-    # Backward: the gradient of attention's output; of its inputs, of the MLP's output, and of its activation.
-    assert calls == {"fw_compiler": {(2, 2)}, "bw_compiler": {(1, 5)}}
+    # Backward: the gradient of attention's output; of its inputs together, of the MLP's output, and of its activation.
+    # With checkpoints, the backward pass computes the forward pass again, but for the last product.
+    assert calls == {"fw_compiler": {(2, 2, 0)}, "bw_compiler": {(3, 3, 1) if checkpoint else (1, 2, 1)}}
 
 
 def test_it_is_refused_without_a_gpu_without_frozen_weights_and_in_float32() -> None:
@@ -171,3 +221,14 @@ def test_kernels_round_as_the_reference(activation: str) -> None:
         found, found_scale = quantise(x.cuda(), activation, above if above is None else above.cuda())
         torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0)
         assert (found.cpu().float() == values.float()).float().mean() > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("widths", [(176, 176, 176), (1152, 1152, 1152), (256, 64, 64)])
+def test_the_kernel_for_three_parts_rounds_as_the_reference(widths: tuple[int, ...]) -> None:
+    parts = [1e-7 * torch.randn(9, width).bfloat16() for width in widths]
+    values, scale = quantise_beside(parts)
+    found, found_scale = quantise_beside([part.cuda() for part in parts])
+    torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0)
+    assert (found.cpu().float() == values.float()).float().mean() > 0.99

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.steps import Make, Training, measure
-from umbrella.training.language_model import apply_options
+from umbrella.training.language_model import COMPILE_OPTIONS, apply_options
 from umbrella.training.settings import TrainSettings
 
 pytestmark = [
@@ -99,3 +99,13 @@ def test_compiled_layers_give_the_same_in_training_and_evaluation(
         model.train()
         evaluated = (nll * batch.loss_weights).sum() / batch.loss_weights.sum()
         assert evaluated.item() == pytest.approx(expected[0]["train/loss"], rel=close)
+
+
+def test_a_compiled_norm_reads_its_rows_once() -> None:
+    norm = torch.compile(torch.nn.LayerNorm(1152).cuda(), options=COMPILE_OPTIONS)
+    x = torch.randn(64, 1152, device="cuda")
+    norm(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        norm(x)
+    (kernel,) = [event.key for event in seen.key_averages() if event.key.startswith("triton_")]
+    assert kernel.startswith("triton_per_")  # a persistent reduction: the row stays in registers

@@ -4,12 +4,12 @@ Weights are quantised once, with a scale for each row: as they are for the forwa
 of the input. Activations and gradients are quantised before each product, with a scale for each row (token). Modules
 keep their original weights for checkpoints and evaluation.
 
-Compilation merges equal operations: query, key and value quantise their common input once. The implementation for CPUs
-is the reference for the kernels.
+The implementation for CPUs is the reference for the kernels.
 """
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,18 @@ from torch.nn import functional
 from umbrella.base import UserError
 from umbrella.models.settings import ModelSettings
 
-CACHEABLE = {"umbrella.models.float8.multiply_in_float8": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-"""The function that compilation does not trace, with its key in the cache of compiled code: a hash of this file."""
+CACHEABLE = dict.fromkeys(
+    ("umbrella.models.float8.multiply_in_float8", "umbrella.models.float8.project_in_float8"),
+    hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+)
+"""Functions that compilation does not trace, with their key in the cache of compiled code: a hash of this file."""
 LARGEST = 448.0
 """Largest value of e4m3."""
 Norm = Literal["input", "gradient", "none"]
 AFTER_NORM, BEFORE_NORM = ("q_proj", "k_proj", "v_proj", "fc1", "gate_proj", "up_proj", "mlp"), ("out_proj", "o_proj")
 """Names of modules whose input comes from a norm, and of those whose gradient comes from one in the backward pass."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""Names of the linear layers of attention that have the same input."""
 LINEARS = {
     "": (("",), ()),
     "gelu_pytorch_tanh": (("fc1",), ("fc2",)),
@@ -89,6 +94,23 @@ def _(x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None) -
     columns = x.shape[1] // 2 if activation == "silu" and grad is None else x.shape[1]
     result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
     return result, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@custom_op("umbrella::float8_quantise_beside", mutates_args=())
+def quantise_beside(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise the rows of three matrices (M, N₁), (M, N₂), (M, N₂) beside each other. See ``quantise_rows``."""
+    if parts[0].is_cuda:
+        from umbrella.models import float8_kernels  # needs Triton
+
+        return float8_kernels.quantise_beside([part.contiguous() for part in parts])
+    return quantise_rows(torch.cat(parts, 1))
+
+
+@quantise_beside.register_fake
+def _(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = parts[0].shape[0], sum(part.shape[1] for part in parts)
+    result = parts[0].new_empty((rows, columns), dtype=torch.float8_e4m3fn)
+    return result, parts[0].new_empty(rows, dtype=torch.float32)
 
 
 @custom_op("umbrella::float8_multiply", mutates_args=())
@@ -200,6 +222,104 @@ class Float8Layers(nn.Module):
         return output.view(*x.shape[:-1], output.shape[1])
 
 
+class ProjectionProducts(torch.autograd.Function):
+    """Products of one input with three frozen weights. The gradient of the input is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, norm: Norm, *weights: Any) -> tuple[torch.Tensor, ...]:
+        """Return the products (M, Nᵢ), bfloat16.
+
+        Args:
+            x: input (M, K), bfloat16.
+            norm: see ``Float8Layers``.
+            weights: transpose of all weights as one matrix (K, N) and the scales of its rows, both for the gradient;
+                then for each product the weight (Nᵢ, K), the scales of its rows, and the bias or None.
+        """
+        ctx.save_for_backward(*weights[:2])
+        quantised = (quantise_rows if norm == "input" else quantise)(x)
+        return tuple(multiply(*quantised, *of) for of in zip(weights[2::3], weights[3::3], weights[4::3], strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of ``x``, bfloat16."""
+        return multiply(*quantise_beside(list(grads)), *ctx.saved_tensors), *[None] * 12
+
+
+@torch.compiler.allow_in_graph
+def project_in_float8(x: torch.Tensor, norm: Norm, *weights: Any) -> tuple[torch.Tensor, ...]:
+    """See ``ProjectionProducts``."""
+    outputs: tuple[torch.Tensor, ...] = ProjectionProducts.apply(x, norm, *weights)
+    return outputs
+
+
+class Projected:
+    """An attention module whose query, key and value of an input are known."""
+
+    def __init__(self, attention: nn.Module, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+        self.attention, self.input, self.outputs = attention, x, outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attention, name)
+
+    def q_proj(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the queries of ``x``."""
+        return self._output(0, x)
+
+    def k_proj(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the keys of ``x``."""
+        return self._output(1, x)
+
+    def v_proj(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the values of ``x``."""
+        return self._output(2, x)
+
+    def _output(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if x is not self.input:
+            raise NotImplementedError("float8 needs attention that projects its input unchanged")
+        return self.outputs[index]
+
+
+class Float8Attention(nn.Module):
+    """Self-attention whose frozen projections to query, key and value are in float8 in training.
+
+    It has the parameters and submodules of the original, under the same names.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(original).items() if not name.startswith("_")})
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self.attend = type(original).forward
+        self.quantise()
+
+    def quantise(self) -> None:
+        """See ``Float8Layers.quantise``."""
+        linears: list[Any] = [self.get_submodule(name) for name in PROJECTIONS]
+        weight, scale, transposed, its_scale, bias = quantise_weight(linears)
+        assert weight is not None
+        assert scale is not None
+        sizes = [len(linear.weight) for linear in linears]
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        by_layer = zip(weight.split(sizes), scale.split(sizes), biases, strict=True)
+        self.weights = (transposed, its_scale, *chain.from_iterable(by_layer))
+
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """Return what the original returns."""
+        if not self.training:
+            return self.attend(self, hidden_states, *arguments, **options)
+        flat = hidden_states.bfloat16().flatten(0, -2)
+        norm: Norm = "input" if torch.compiler.is_compiling() else "none"  # uncompiled, nothing is joined
+        products = project_in_float8(flat, norm, *self.weights)
+        outputs = [product.view(*hidden_states.shape[:-1], product.shape[1]) for product in products]
+        return self.attend(Projected(self, hidden_states, outputs), hidden_states, *arguments, **options)
+
+
+def _has_frozen_projections(module: nn.Module) -> bool:
+    linears: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
+    return all(_activation(linear) == "" for linear in linears) and len({one.bias is None for one in linears}) == 1
+
+
 def _activation(module: Any) -> str | None:
     """Return the key of a frozen linear layer or MLP in ``LINEARS``, or None for another module."""
     key = "" if type(module) is nn.Linear else getattr(getattr(module, "config", None), "hidden_act", "none")
@@ -214,17 +334,21 @@ def _activation(module: Any) -> str | None:
     return key if frozen and all(frozen) else None
 
 
-def _replace(parent: nn.Module, of_parent: str = "") -> None:
+def replace_frozen(parent: nn.Module, of_parent: str = "") -> None:
+    """Replace the frozen linear layers, MLPs and attentions within a module, in place; replaced ones quantise again."""
     for name, child in parent.named_children():
         named = of_parent if name == "base_layer" else name  # of a layer with an adapter
         activation = _activation(child)
-        if isinstance(child, Float8Layers):
+        if isinstance(child, (Float8Layers, Float8Attention)):
             child.quantise()
-        elif activation is not None:
+        elif _has_frozen_projections(child):
+            setattr(parent, name, Float8Attention(child))
+        elif activation is not None and not (isinstance(parent, Float8Attention) and name in PROJECTIONS):
             norm: Norm = "input" if named in AFTER_NORM else "gradient" if named in BEFORE_NORM else "none"
             setattr(parent, name, Float8Layers(child, activation, norm))
-        else:
-            _replace(child, named)
+        replaced = parent.get_submodule(name)
+        if not isinstance(replaced, Float8Layers):
+            replace_frozen(replaced, named)
 
 
 def quantise_frozen_linears(model: Any) -> None:
@@ -238,8 +362,8 @@ def quantise_frozen_linears(model: Any) -> None:
     tower, language = model.model.vision_tower, model.model.language_model
     for stack in (tower.encoder.layers[: max(model.feature_layers)], language.layers):
         for layer in stack:
-            _replace(layer)
-    _replace(model.model.multi_modal_projector)
+            replace_frozen(layer)
+    replace_frozen(model.model.multi_modal_projector)
 
 
 def apply_frozen_dtype(model: Any, settings: ModelSettings) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernel that quantises rows to float8, after an activation or its derivative. It needs a GPU and Triton."""
+"""Triton kernels that quantise rows to float8, after an activation or its derivative. They need a GPU and Triton."""
 # mypy: disable-error-code=no-untyped-def
 
 import torch
@@ -73,6 +73,24 @@ def _quantise(
         tl.store(result + width + rest, (b2 * inverse).to(dtype), mask=rest < width)
 
 
+@triton.jit
+def _quantise_beside(a, b, c, result, scales, width_a, width_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column_a, column_b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    mask_a, mask_b = column_a < width_a, column_b < width_b
+    of_a = _load(a + row * width_a, column_a, mask_a)
+    of_b, of_c = _load(b + row * width_b, column_b, mask_b), _load(c + row * width_b, column_b, mask_b)
+    largest = tl.maximum(tl.max(tl.abs(of_a), 0), tl.maximum(tl.max(tl.abs(of_b), 0), tl.max(tl.abs(of_c), 0)))
+    largest = tl.maximum(largest, 1e-30)
+    tl.store(scales + row, largest / 448.0)
+    inverse = 448.0 / largest
+    result += row * (width_a + 2 * width_b)
+    dtype = result.dtype.element_ty
+    tl.store(result + column_a, (of_a * inverse).to(dtype), mask=mask_a)
+    tl.store(result + width_a + column_b, (of_b * inverse).to(dtype), mask=mask_b)
+    tl.store(result + width_a + width_b + column_b, (of_c * inverse).to(dtype), mask=mask_b)
+
+
 def quantise(x: torch.Tensor, activation: str, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``float8.quantise``; ``x`` and ``grad`` are contiguous."""
     gated = activation == "silu"
@@ -81,8 +99,18 @@ def quantise(x: torch.Tensor, activation: str, grad: torch.Tensor | None) -> tup
     result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
     scales = x.new_empty(x.shape[0], dtype=torch.float32)
     main = triton.next_power_of_2(width) // 2
-    warps = 4 if not gated else 8 if width <= 8192 else 16
+    warps = (2 if width <= 2048 else 4) if not gated else 8 if width <= 8192 else 16
     blocks = (main, triton.next_power_of_2(width - main))
     above = x if grad is None else grad
     _quantise[(x.shape[0],)](x, above, result, scales, width, activation, grad is not None, *blocks, num_warps=warps)
+    return result, scales
+
+
+def quantise_beside(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``float8.quantise_beside``; the parts are contiguous."""
+    rows, widths = parts[0].shape[0], [part.shape[1] for part in parts]
+    result = parts[0].new_empty((rows, sum(widths)), dtype=torch.float8_e4m3fn)
+    scales = parts[0].new_empty(rows, dtype=torch.float32)
+    blocks = [triton.next_power_of_2(width) for width in widths[:2]]
+    _quantise_beside[(rows,)](*parts, result, scales, *widths[:2], *blocks, num_warps=4 if widths[0] <= 2048 else 8)
     return result, scales
