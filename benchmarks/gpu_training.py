@@ -311,7 +311,8 @@ def main(words: list[str]) -> None:
     )
     for number, own in enumerate(changes or [{}]):
         print(json.dumps(own), flush=True)
-        measure(shape, subjects, references, steps, folder, {"experiment": f"training {number}"} | given | own)
+        length = int(own.pop("steps", steps))
+        measure(shape, subjects, references, length, folder, {"experiment": f"training {number}"} | given | own)
 
 
 if __name__ == "__main__":
