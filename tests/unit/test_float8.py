@@ -67,20 +67,22 @@ def test_output_and_input_gradient_are_close_to_the_exact_layers(activation: str
     assert torch.equal(Float8Layers(layer, activation).eval()(x), layer(x))
 
 
+class Attention(nn.Module):
+    def __init__(self, biased: bool = False) -> None:
+        super().__init__()
+        self.scaling = 2.0
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, n, bias=biased) for n in (64, 32, 32))
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> list[torch.Tensor]:
+        projected = [layer(hidden_states) for layer in (self.v_proj, self.q_proj, self.k_proj)]
+        return [scale * self.scaling * one for one in projected]
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_projects_as_the_layers_alone_and_adds_their_gradients(biased: bool) -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scaling = 2.0
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, n, bias=biased) for n in (64, 32, 32))
-
-        def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> list[torch.Tensor]:
-            projected = [layer(hidden_states) for layer in (self.v_proj, self.q_proj, self.k_proj)]
-            return [scale * self.scaling * one for one in projected]
-
     torch.manual_seed(0)
-    attention = Attention().requires_grad_(False)
+    attention = Attention(biased)
     parent, linears = nn.Sequential(attention), [attention.v_proj, attention.q_proj, attention.k_proj]
     alone = [Float8Layers(linear, "") for linear in linears]
     names = list(parent.state_dict())
@@ -95,6 +97,16 @@ def test_attention_projects_as_the_layers_alone_and_adds_their_gradients(biased:
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     assert cosine(*gradients) > 0.998  # one scale for three gradients
     assert torch.equal(parent.eval()[0](leaves[0])[0], 2 * linears[0](leaves[0]))
+
+
+def test_attention_that_changes_its_input_projects_what_it_gives_the_layers() -> None:
+    class Doubled(Attention):
+        def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> list[torch.Tensor]:
+            return [scale * layer(2 * hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+
+    attention, x = Doubled(), torch.randn(3, 40, 64)
+    expected = attention(x)
+    assert all(torch.equal(one, other) for one, other in zip(expected, Float8Attention(attention)(x), strict=True))
 
 
 @pytest.mark.parametrize("checkpoint", [(), ("siglip", "qwen2"), ("clip", "llama")])

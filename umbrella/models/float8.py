@@ -9,6 +9,7 @@ The implementation for CPUs is the reference for the kernels.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -263,30 +264,22 @@ def project_in_float8(x: torch.Tensor, norm: Norm, *weights: Any) -> tuple[torch
 
 
 class Projected:
-    """An attention module whose query, key and value of an input are known."""
+    """An attention module that has the queries, keys and values of an input already."""
 
     def __init__(self, attention: nn.Module, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
         self.attention, self.input, self.outputs = attention, x, outputs
+        self.q_proj, self.k_proj, self.v_proj = (partial(self.project, i) for i in range(len(PROJECTIONS)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.attention, name)
 
-    def q_proj(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the queries of ``x``."""
-        return self._output(0, x)
-
-    def k_proj(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the keys of ``x``."""
-        return self._output(1, x)
-
-    def v_proj(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the values of ``x``."""
-        return self._output(2, x)
-
-    def _output(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        if x is not self.input:
-            raise NotImplementedError("float8 needs attention that projects its input unchanged")
-        return self.outputs[index]
+    def project(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of a projection."""
+        if x is self.input:
+            return self.outputs[index]
+        layer: Any = self.attention.get_submodule(PROJECTIONS[index])  # in case a model changes its input before
+        output: torch.Tensor = layer(x)
+        return output
 
 
 class Float8Attention(nn.Module):
@@ -327,7 +320,12 @@ class Float8Attention(nn.Module):
 
 def _has_frozen_projections(module: nn.Module) -> bool:
     linears: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
-    return all(_activation(linear) == "" for linear in linears) and len({one.bias is None for one in linears}) == 1
+    _, key, value = linears
+    return (
+        all(_activation(linear) == "" for linear in linears)
+        and key.weight.shape == value.weight.shape
+        and len({linear.bias is None for linear in linears}) == 1
+    )
 
 
 def _activation(module: Any) -> str | None:

@@ -51,9 +51,10 @@ from umbrella.volumes.store import open_store
 ARGUMENTS = r"L\[(?!'self'\])"
 """Matches all that a compiled layer receives."""
 COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 3, "unsafe_marked_cacheable_functions": CACHEABLE}
-"""torch's default, 0, reads a row of more than 1024 values several times to compute its norm, and 3 once. (In the torch
-versions up to 2.13, 2 and 3 do the reverse of their description; a test on a GPU checks it.) 1 would time both, and fails
-with cached code. The cacheable functions are needed for float8."""
+"""torch's default, 0, reads a row of more than 1024 values several times to compute its norm, and 3 reads it once.
+(Torch describes 2 and 3 the other way round, at least up to 2.13. A test marked gpu checks it.) 1 would time both, and
+fails with cached code. The cacheable functions are needed for float8.
+"""
 AUDITED_BATCHES = 20
 """Micro-batches whose volumes are counted."""
 
