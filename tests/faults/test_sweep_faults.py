@@ -16,10 +16,12 @@ from umbrella.tracking.store import tracking_uri
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.ci
-def test_sweep_killed_five_times_ends_with_eight_correct_runs(tmp_path: Path) -> None:
-    settings = sweep_settings(tmp_path, trials=8)
-    assert sweep_with_kills(settings, random.Random(2), kills=5, log=print) == 5
+@pytest.mark.parametrize(("trials", "kills", "seed"), [pytest.param(3, 2, 6, marks=pytest.mark.ci), (8, 5, 2)])
+def test_sweep_killed_several_times_ends_with_all_runs_correct(
+    tmp_path: Path, trials: int, kills: int, seed: int
+) -> None:
+    settings = sweep_settings(tmp_path, trials)
+    assert sweep_with_kills(settings, random.Random(seed), kills, log=print) == kills
     assert find_faults(settings) == []
 
 

@@ -1,5 +1,7 @@
 """Products with frozen weights in float8: close to the exact ones, only in training, and with the same checkpoints."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
-from transformers import Qwen2Config, SiglipVisionConfig
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers import LlamaConfig, Qwen2Config, SiglipVisionConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from tests.unit.steps import Make, measure
@@ -21,11 +24,10 @@ from umbrella.models.float8 import (
     Float8Attention,
     Float8Layers,
     apply_frozen_dtype,
-    quantise,
-    quantise_beside,
     quantise_frozen_linears,
     replace_frozen,
 )
+from umbrella.models.float8_operators import quantise, quantise_joined
 from umbrella.training.language_model import apply_options
 from umbrella.training.run import check_model
 from umbrella.training.settings import TrainSettings
@@ -99,7 +101,7 @@ def test_attention_projects_as_the_layers_alone_and_adds_their_gradients(biased:
     assert torch.equal(parent.eval()[0](leaves[0])[0], 2 * linears[0](leaves[0]))
 
 
-def test_attention_that_changes_its_input_projects_what_it_gives_the_layers() -> None:
+def test_a_projection_of_another_input_is_the_layer_itself() -> None:
     class Doubled(Attention):
         def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> list[torch.Tensor]:
             return [scale * layer(2 * hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj)]
@@ -164,6 +166,59 @@ def test_quantisation_is_joined_with_the_norms_beside_it_only(build: Make, save_
     assert short == inputs | gradients | dict.fromkeys(("fc2", "down_proj", "linear_1", "linear_2"), "none")
 
 
+@pytest.mark.parametrize("kind", [Qwen2Attention, LlamaAttention])
+def test_attention_with_fewer_heads_of_keys_is_close_to_the_exact_one(kind: Any) -> None:
+    torch.manual_seed(0)
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
+    config: Any = {Qwen2Attention: Qwen2Config, LlamaAttention: LlamaConfig}[kind](hidden_size=64, **heads)
+    parent = nn.Sequential(kind(config, 0).requires_grad_(False))
+    x = torch.randn(3, 40, 64)
+    given = (
+        (torch.ones(3, 40, 16).bfloat16(), torch.zeros(3, 40, 16).bfloat16()),
+        None,
+    )  # cosines and sines of positions, and no mask
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [parent[0](leaves[0], *given)[0]]
+    outputs[0].sum().backward()
+    replace_frozen(parent)
+    assert isinstance(parent[0], Float8Attention)
+    outputs.append(parent[0](leaves[1].bfloat16(), *given)[0])
+    outputs[1].sum().backward()
+    assert 0.99 < cosine(*outputs) < 0.99999
+    assert 0.99 < cosine(*(leaf.grad for leaf in leaves)) < 0.99999
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+@pytest.mark.parametrize(
+    "other", [nn.Linear(32, 32, bias=False), nn.Linear(64, 48, bias=False), nn.Linear(64, 32), nn.Identity()]
+)
+def test_projections_that_do_not_fit_together_stay_apart(name: str, other: nn.Module) -> None:
+    attention = Attention()
+    setattr(attention, name, other.requires_grad_(False))
+    parent = nn.Sequential(attention)
+    replace_frozen(parent)
+    fits = name == "q_proj" and getattr(other, "out_features", 0) == 48
+    assert isinstance(parent[0], Float8Attention) is fits
+    assert fits or isinstance(parent[0].k_proj, Float8Layers)
+
+
+def test_projections_are_freed_without_garbage_collection() -> None:
+    projected = []
+
+    class Remembering(Attention):
+        def forward(self, hidden_states: torch.Tensor, scale: float = 1.0) -> list[torch.Tensor]:
+            projected.append(weakref.ref(self.q_proj(hidden_states)))
+            return []
+
+    attention = Float8Attention(Remembering())
+    gc.disable()
+    try:
+        attention(torch.randn(3, 40, 64))
+        assert [one() for one in projected] == [None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("part", ["multi_modal_projector.linear_1", "language_model.layers.0.self_attn"])
 def test_quantised_again_it_has_the_loaded_weights(build: Make, part: str) -> None:
     models = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)]
@@ -198,7 +253,7 @@ def test_compiled_layers_have_one_graph_and_quantise_a_common_input_once(
     assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
     calls = {
         w: {
-            tuple(g.code.count(kind) for kind in ("float8_e4m3fn", "float8_quantise.", "float8_quantise_beside."))
+            tuple(g.code.count(kind) for kind in ("float8_e4m3fn", "float8_quantise.", "float8_quantise_joined."))
             for g in of
         }
         for w, of in graphs.items()
@@ -240,7 +295,7 @@ def test_kernels_round_as_the_reference(activation: str) -> None:
 @pytest.mark.parametrize("widths", [(176, 176, 176), (1152, 1152, 1152), (256, 64, 64)])
 def test_the_kernel_for_three_parts_rounds_as_the_reference(widths: tuple[int, ...]) -> None:
     parts = [1e-7 * torch.randn(9, width).bfloat16() for width in widths]
-    values, scale = quantise_beside(parts)
-    found, found_scale = quantise_beside([part.cuda() for part in parts])
+    values, scale = quantise_joined(parts)
+    found, found_scale = quantise_joined([part.cuda() for part in parts])
     torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0)
     assert (found.cpu().float() == values.float()).float().mean() > 0.99

@@ -3,12 +3,10 @@
 Weights are quantised once, with a scale for each row: as they are for the forward pass, and transposed for the gradient
 of the input. Activations and gradients are quantised before each product, with a scale for each row (token). Modules
 keep their original weights for checkpoints and evaluation.
-
-The implementation for CPUs is the reference for the kernels.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,18 +14,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from umbrella.base import UserError
+from umbrella.models import float8_operators
+from umbrella.models.float8_operators import multiply, quantise, quantise_joined, quantise_rows
 from umbrella.models.settings import ModelSettings
 
 CACHEABLE = dict.fromkeys(
     ("umbrella.models.float8.multiply_in_float8", "umbrella.models.float8.project_in_float8"),
-    hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    hashlib.sha256(Path(__file__).read_bytes() + Path(float8_operators.__file__).read_bytes()).hexdigest(),
 )
-"""Functions that compilation does not trace, with their key in the cache of compiled code: a hash of this file."""
-LARGEST = 448.0
-"""Largest value of e4m3."""
+"""Functions that compilation does not trace, with their key in the cache of compiled code: a hash of their source."""
 Norm = Literal["input", "gradient", "none"]
 AFTER_NORM, BEFORE_NORM = ("q_proj", "k_proj", "v_proj", "fc1", "gate_proj", "up_proj", "mlp"), ("out_proj", "o_proj")
 """Names of modules whose input comes from a norm, and of those whose gradient comes from one in the backward pass."""
@@ -39,108 +36,6 @@ LINEARS = {
     "silu": (("gate_proj", "up_proj"), ("down_proj",)),
 }
 """Linear layers before and after the activation of an MLP, and the linear layer itself, which has no activation."""
-
-
-def activate(x: torch.Tensor, activation: str, grad: torch.Tensor | None = None) -> torch.Tensor:
-    """Apply an activation, or multiply a gradient by its derivative, in float32.
-
-    Args:
-        x: (M, K). For "silu", gate and up (M, 2F), beside each other.
-        activation: "" for none, "gelu_pytorch_tanh", or "silu" for silu(gate) * up.
-        grad: None, or the gradient of the result.
-
-    Returns:
-        The result, (M, K) or (M, F); with ``grad`` the gradient of ``x``.
-    """
-    x, grad = x.float(), None if grad is None else grad.float()
-    if activation == "gelu_pytorch_tanh":
-        if grad is None:
-            return functional.gelu(x, approximate="tanh")
-        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    if activation == "silu":
-        gate, up = x.chunk(2, 1)
-        if grad is None:
-            return functional.silu(gate) * up
-        sigmoid = gate.sigmoid()
-        return torch.cat([grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid], 1)
-    return x
-
-
-def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise ``x`` (M, N) with a scale for each row, by operations that compilation joins with a norm before them.
-
-    Returns:
-        Quantised values (M, N), float8_e4m3fn, and scales (M,), float32. Their product is the value.
-    """
-    values = x.float().contiguous()  # products need rows
-    largest = values.abs().amax(1).clamp_min(1e-30)
-    return (values * (LARGEST / largest)[:, None]).to(torch.float8_e4m3fn), largest / LARGEST
-
-
-def operator(function: Callable[..., Any]) -> Any:
-    """Make an operator, which compilation does not trace, of a function.
-
-    ``torch.library.custom_op`` does it, too, but adds 80 µs of Python to each call, and a step has 900 calls.
-    """
-    name = f"float8_{function.__name__}"
-    torch.library.define(f"umbrella::{name}", torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(f"umbrella::{name}", ("cpu", "cuda"), function)
-    return getattr(torch.ops.umbrella, name).default
-
-
-@operator
-def quantise(
-    x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise the rows of ``activate(x, activation, grad)``, by one kernel on a GPU. See ``quantise_rows``."""
-    if x.is_cuda:
-        from umbrella.models import float8_kernels  # needs Triton
-
-        return float8_kernels.quantise(x.contiguous(), activation, None if grad is None else grad.contiguous())
-    return quantise_rows(activate(x, activation, grad))
-
-
-@torch.library.register_fake("umbrella::float8_quantise")
-def _(x: torch.Tensor, activation: str = "", grad: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    columns = x.shape[1] // 2 if activation == "silu" and grad is None else x.shape[1]
-    result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
-    return result, x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@operator
-def quantise_beside(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise the rows of three matrices (M, N₁), (M, N₂), (M, N₂) beside each other. See ``quantise_rows``."""
-    if parts[0].is_cuda:
-        from umbrella.models import float8_kernels  # needs Triton
-
-        return float8_kernels.quantise_beside([part.contiguous() for part in parts])
-    return quantise_rows(torch.cat(parts, 1))
-
-
-@torch.library.register_fake("umbrella::float8_quantise_beside")
-def _(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = parts[0].shape[0], sum(part.shape[1] for part in parts)
-    result = parts[0].new_empty((rows, columns), dtype=torch.float8_e4m3fn)
-    return result, parts[0].new_empty(rows, dtype=torch.float32)
-
-
-@operator
-def multiply(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return x wᵀ + bias (M, N), bfloat16, of quantised rows ``x`` (M, K) and ``w`` (N, K) with their scales."""
-    if not x.is_cuda:
-        product = (x.float() * x_scale[:, None]) @ (w.float() * w_scale[:, None]).T
-        return (product if bias is None else product + bias).bfloat16()
-    by_row = functional.ScalingType.RowWise
-    return functional.scaled_mm(
-        x, w.t(), x_scale[:, None], by_row, w_scale[None], by_row, bias=bias, use_fast_accum=True
-    )  # fmt: skip
-
-
-@torch.library.register_fake("umbrella::float8_multiply")
-def _(x: torch.Tensor, x_scale: Any, w: torch.Tensor, w_scale: Any, bias: Any = None) -> torch.Tensor:
-    return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.bfloat16)
 
 
 class Float8Products(torch.autograd.Function):
@@ -253,7 +148,7 @@ class ProjectionProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of ``x``, bfloat16."""
-        return multiply(*quantise_beside(list(grads)), *ctx.saved_tensors), *[None] * 12
+        return multiply(*quantise_joined(list(grads)), *ctx.saved_tensors), *[None] * 12
 
 
 @torch.compiler.allow_in_graph
@@ -263,49 +158,56 @@ def project_in_float8(x: torch.Tensor, norm: Norm, *weights: Any) -> tuple[torch
     return outputs
 
 
-class Projected:
-    """An attention module that has the queries, keys and values of an input already."""
+def _project(x: torch.Tensor, output: torch.Tensor, layer: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    # Another input: attention that transforms its input first.
+    return output if given is x else layer(given)
+
+
+class ProjectedAttention:
+    """An attention module that has the queries, keys and values of its input already.
+
+    Args:
+        attention: the module, whose other attributes it has.
+        x: the input, (..., K).
+        outputs: queries, keys and values, (..., Nᵢ) each.
+    """
 
     def __init__(self, attention: nn.Module, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-        self.attention, self.input, self.outputs = attention, x, outputs
-        self.q_proj, self.k_proj, self.v_proj = (partial(self.project, i) for i in range(len(PROJECTIONS)))
+        self.attention = attention
+        # No reference to self: a cycle would keep the outputs until the next garbage collection.
+        for name, output in zip(PROJECTIONS, outputs, strict=True):
+            setattr(self, name, partial(_project, x, output, attention.get_submodule(name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.attention, name)
-
-    def project(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of a projection."""
-        if x is self.input:
-            return self.outputs[index]
-        layer: Any = self.attention.get_submodule(PROJECTIONS[index])  # in case a model changes its input before
-        output: torch.Tensor = layer(x)
-        return output
 
 
 class Float8Attention(nn.Module):
     """Self-attention whose frozen projections to query, key and value are in float8 in training.
 
-    It has the parameters and submodules of the original, under the same names.
+    It has the attributes of the original, and calls its forward method, which uses attributes and submodules only.
+    transformers does not recognise the class, so ``output_attentions`` returns nothing.
+
+    Args:
+        original: attention of transformers, with linear layers named as in ``PROJECTIONS``.
     """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        vars(self).update({name: value for name, value in vars(original).items() if not name.startswith("_")})
-        for name, child in original.named_children():
-            self.add_module(name, child)
+        vars(self).update(vars(original))
         self.attend = type(original).forward
         self.quantise()
 
     def quantise(self) -> None:
         """See ``Float8Layers.quantise``."""
         linears: list[Any] = [self.get_submodule(name) for name in PROJECTIONS]
-        weight, scale, transposed, its_scale, bias = quantise_weight(linears)
+        weight, scale, transposed, transposed_scale, bias = quantise_weight(linears)
         assert weight is not None
         assert scale is not None
         sizes = [len(linear.weight) for linear in linears]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         by_layer = zip(weight.split(sizes), scale.split(sizes), biases, strict=True)
-        self.weights = (transposed, its_scale, *chain.from_iterable(by_layer))
+        self.weights = (transposed, transposed_scale, *chain.from_iterable(by_layer))
 
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         """Return what the original returns."""
@@ -315,7 +217,7 @@ class Float8Attention(nn.Module):
         norm: Norm = "input" if torch.compiler.is_compiling() else "none"  # uncompiled, nothing is joined
         products = project_in_float8(flat, norm, *self.weights)
         outputs = [product.view(*hidden_states.shape[:-1], product.shape[1]) for product in products]
-        return self.attend(Projected(self, hidden_states, outputs), hidden_states, *arguments, **options)
+        return self.attend(ProjectedAttention(self, hidden_states, outputs), hidden_states, *arguments, **options)
 
 
 def _has_frozen_projections(module: nn.Module) -> bool:
@@ -323,8 +225,8 @@ def _has_frozen_projections(module: nn.Module) -> bool:
     _, key, value = linears
     return (
         all(_activation(linear) == "" for linear in linears)
-        and key.weight.shape == value.weight.shape
-        and len({linear.bias is None for linear in linears}) == 1
+        and key.out_features == value.out_features
+        and len({(linear.in_features, linear.bias is None) for linear in linears}) == 1
     )
 
 
@@ -344,19 +246,23 @@ def _activation(module: Any) -> str | None:
 
 def replace_frozen(parent: nn.Module, of_parent: str = "") -> None:
     """Replace the frozen linear layers, MLPs and attentions within a module, in place; replaced ones quantise again."""
+    done = PROJECTIONS if isinstance(parent, Float8Attention) else ()
     for name, child in parent.named_children():
+        if name in done:
+            continue
         named = of_parent if name == "base_layer" else name  # of a layer with an adapter
         activation = _activation(child)
         if isinstance(child, (Float8Layers, Float8Attention)):
             child.quantise()
         elif _has_frozen_projections(child):
-            setattr(parent, name, Float8Attention(child))
-        elif activation is not None and not (isinstance(parent, Float8Attention) and name in PROJECTIONS):
+            child = Float8Attention(child)
+            setattr(parent, name, child)
+        elif activation is not None:
             norm: Norm = "input" if named in AFTER_NORM else "gradient" if named in BEFORE_NORM else "none"
-            setattr(parent, name, Float8Layers(child, activation, norm))
-        replaced = parent.get_submodule(name)
-        if not isinstance(replaced, Float8Layers):
-            replace_frozen(replaced, named)
+            child = Float8Layers(child, activation, norm)
+            setattr(parent, name, child)
+        if not isinstance(child, Float8Layers):
+            replace_frozen(child, named)
 
 
 def quantise_frozen_linears(model: Any) -> None:

@@ -74,7 +74,7 @@ def _quantise(
 
 
 @triton.jit
-def _quantise_beside(a, b, c, result, scales, width_a, width_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+def _quantise_joined(a, b, c, result, scales, width_a, width_b, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column_a, column_b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
     mask_a, mask_b = column_a < width_a, column_b < width_b
@@ -92,25 +92,25 @@ def _quantise_beside(a, b, c, result, scales, width_a, width_b, BLOCK_A: tl.cons
 
 
 def quantise(x: torch.Tensor, activation: str, grad: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``float8.quantise``; ``x`` and ``grad`` are contiguous."""
+    """See ``float8_operators.quantise``; ``x`` and ``grad`` are contiguous."""
     gated = activation == "silu"
     width = x.shape[1] // 2 if gated else x.shape[1]
     columns = width if grad is None else x.shape[1]
     result = x.new_empty((x.shape[0], columns), dtype=torch.float8_e4m3fn)
     scales = x.new_empty(x.shape[0], dtype=torch.float32)
     main = triton.next_power_of_2(width) // 2
-    warps = (2 if width <= 2048 else 4) if not gated else 8 if width <= 8192 else 16
+    warps = (8 if width <= 8192 else 16) if gated else (2 if width <= 2048 else 4)
     blocks = (main, triton.next_power_of_2(width - main))
     above = x if grad is None else grad
     _quantise[(x.shape[0],)](x, above, result, scales, width, activation, grad is not None, *blocks, num_warps=warps)
     return result, scales
 
 
-def quantise_beside(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``float8.quantise_beside``; the parts are contiguous."""
+def quantise_joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``float8_operators.quantise_joined``; the parts are contiguous."""
     rows, widths = parts[0].shape[0], [part.shape[1] for part in parts]
     result = parts[0].new_empty((rows, sum(widths)), dtype=torch.float8_e4m3fn)
     scales = parts[0].new_empty(rows, dtype=torch.float32)
     blocks = [triton.next_power_of_2(width) for width in widths[:2]]
-    _quantise_beside[(rows,)](*parts, result, scales, *widths[:2], *blocks, num_warps=4 if widths[0] <= 2048 else 8)
+    _quantise_joined[(rows,)](*parts, result, scales, *widths[:2], *blocks, num_warps=4 if widths[0] <= 2048 else 8)
     return result, scales
