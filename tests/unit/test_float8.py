@@ -173,10 +173,8 @@ def test_attention_with_fewer_heads_of_keys_is_close_to_the_exact_one(kind: Any)
     config: Any = {Qwen2Attention: Qwen2Config, LlamaAttention: LlamaConfig}[kind](hidden_size=64, **heads)
     parent = nn.Sequential(kind(config, 0).requires_grad_(False))
     x = torch.randn(3, 40, 64)
-    given = (
-        (torch.ones(3, 40, 16).bfloat16(), torch.zeros(3, 40, 16).bfloat16()),
-        None,
-    )  # cosines and sines of positions, and no mask
+    cosines, sines = torch.ones(3, 40, 16).bfloat16(), torch.zeros(3, 40, 16).bfloat16()
+    given = (cosines, sines), None  # of positions, and no mask
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [parent[0](leaves[0], *given)[0]]
     outputs[0].sum().backward()
@@ -219,17 +217,18 @@ def test_projections_are_freed_without_garbage_collection() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("part", ["multi_modal_projector.linear_1", "language_model.layers.0.self_attn"])
-def test_quantised_again_it_has_the_loaded_weights(build: Make, part: str) -> None:
-    models = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)]
+def test_quantised_again_it_has_the_loaded_weights(build: Make) -> None:
+    models, x = [build(seed, train="embedder", dtype="bfloat16") for seed in (0, 1)], torch.randn(4, 16)
     for model in models:
         quantise_frozen_linears(model)
-    one, other = (model.model.get_submodule(part).weights for model in models)
-    assert not torch.equal(one[0].float(), other[0].float())
+    one, other = (model.model.multi_modal_projector.linear_1 for model in models)
+    attentions = [model.model.language_model.layers[0].self_attn for model in models]
     models[0].load_state_dict(models[1].state_dict())
+    assert not torch.equal(one(x), other(x))
+    assert not all(map(torch.equal, *(attention.weights[:2] for attention in attentions)))
     quantise_frozen_linears(models[0])
-    one = models[0].model.get_submodule(part).weights
-    assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True) if mine is not None)
+    assert torch.equal(one(x), other(x))
+    assert all(torch.equal(*pair) for pair in zip(*(a.weights for a in attentions), strict=True) if None not in pair)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

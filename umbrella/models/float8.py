@@ -70,7 +70,7 @@ class Float8Products(torch.autograd.Function):
         return multiply(*quantised, weight, scale), *[None] * (12 if second else 7)
 
 
-def quantise_weight(linears: Sequence[Any]) -> tuple[torch.Tensor | None, ...]:
+def quantise_weight(linears: Sequence[Any]) -> tuple[Any, ...]:
     """Quantise the weights of linear layers with the same input, as one matrix (N, K).
 
     Returns:
@@ -94,7 +94,7 @@ def multiply_in_float8(x: torch.Tensor, activation: str, norm: Norm, *weights: t
 class Float8Layers(nn.Module):
     """A frozen linear layer or MLP, whose products are in float8 in training.
 
-    It has the parameters and submodules of the original, under the same names.
+    It has the attributes of the original: its parameters and submodules have the same names.
 
     Args:
         original: the module.
@@ -105,12 +105,8 @@ class Float8Layers(nn.Module):
 
     def __init__(self, original: Any, activation: str, norm: Norm = "none") -> None:
         super().__init__()
-        if isinstance(original, nn.Linear):
-            self.weight, self.bias = original.weight, original.bias
-        for name, child in original.named_children():
-            self.add_module(name, child)
+        vars(self).update(vars(original))
         self.evaluate, self.activation, self.norm = type(original).forward, activation, norm
-        self.train(original.training)
         self.quantise()
 
     def quantise(self) -> None:
@@ -202,8 +198,6 @@ class Float8Attention(nn.Module):
         """See ``Float8Layers.quantise``."""
         linears: list[Any] = [self.get_submodule(name) for name in PROJECTIONS]
         weight, scale, transposed, transposed_scale, bias = quantise_weight(linears)
-        assert weight is not None
-        assert scale is not None
         sizes = [len(linear.weight) for linear in linears]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         by_layer = zip(weight.split(sizes), scale.split(sizes), biases, strict=True)
